@@ -1,0 +1,34 @@
+"""All stages in one process, on the embedded model and data: fine-tune, score, select, retrain, judge.
+
+./run.sh demo
+"""
+
+import logging
+import os
+import time
+
+from experiments import cli, evaluate, finetune, flags, select
+from experiments.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+
+def main(_) -> None:
+  """Runs the chain; each stage writes a folder under --run_dir and is skipped when it is finished there."""
+  began = time.perf_counter()
+  settings = flags.read()
+  root = settings.run_dir
+  os.makedirs(root, exist_ok=True)
+  bench = Workbench(settings)
+  checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
+  rule = settings.replace(run_dir=f"{root}/proponents", checkpoint=checkpoint, policy="proponents")
+  # Greedy matching works on gradients of the base model, so no solver and no checkpoint enter.
+  matching = settings.replace(run_dir=f"{root}/matching", checkpoint="", policy="matching", solver="identity")
+  runs = [select.run(rule, bench), select.run(matching, bench)]
+  result = evaluate.run(settings.replace(run_dir=f"{root}/evaluate", select_runs=",".join(runs)), bench)
+  log.info("done in %.0f s; open %s/evaluation.md and %s/report.md", time.perf_counter() - began, result, runs[0])
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/demo")
+  cli.run(main)

@@ -1,0 +1,191 @@
+"""Stage 5: retrains from the base model on each selection with one recipe and compares perplexities on the test set.
+
+python -m experiments.evaluate --select_runs=runs/a,runs/b --policies=full,random,opponents --seeds=0,1,2
+"""
+
+import dataclasses
+import logging
+import pathlib
+
+import numpy as np
+
+from experiments import cli, flags
+from experiments.finetune import recipe_of, start_params, trainable_rows
+from experiments.flags import Settings, integers
+from experiments.select import budget_of
+from experiments.workbench import Workbench
+from in2core_jax import artifacts, coreset, evaluation, finetune, model, report, subtree
+from in2core_jax.errors import UserError
+from in2core_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A set of training rows to retrain on."""
+
+  policy: str
+  seed: int
+  rows: np.ndarray
+
+
+def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.ndarray]]:
+  """(policy, columns of scores.parquet) of a select run, checked against the training set.
+
+  Raises:
+    UserError: not a finished select run, or one over other examples.
+  """
+  path = pathlib.Path(folder)
+  if not (path / "summary.json").exists():
+    raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
+  columns = artifacts.read_scores(path / "scores.parquet")
+  if tuple(columns["example_id"]) != bench.parts["train"].ids:
+    raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
+  return artifacts.read_json(path / "summary.json")["policy"], columns
+
+
+def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
+  """Every (policy, seed) to retrain, with its rows."""
+  seeds = integers(s.seeds, "seeds")
+  if not seeds:
+    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
+  fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
+  runs = [read_selection(folder, bench) for folder in s.select_runs.split(",") if folder]
+  train = bench.parts["train"]
+  scores = runs[0][1] if runs else {}
+  inputs = coreset.PolicyInputs(
+    scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
+  )
+  usable = trainable_rows(bench)
+  # The policies of this call keep as many examples as the selections that they are compared with.
+  budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if runs else budget_of(s)
+  found = []
+  for policy in (name.strip() for name in s.policies.split(",") if name.strip()):
+    if policy != "full" and policy not in coreset.POLICIES:
+      raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
+    for seed in seeds if policy in coreset.SEEDED_POLICIES else fixed:
+      rows = usable if policy == "full" else np.sort(coreset.select_rows(policy, inputs, budget, seed))
+      found.append(Candidate(policy, seed, rows))
+  names = [policy for policy, _ in runs]
+  for folder, (policy, columns) in zip([f for f in s.select_runs.split(",") if f], runs, strict=True):
+    name = policy if names.count(policy) == 1 else f"{policy} ({pathlib.Path(folder).name})"
+    found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in fixed]
+  return found
+
+
+class Judge:
+  """Retrains and measures; compiled once for all candidates."""
+
+  def __init__(self, bench: Workbench, s: Settings):
+    self.bench, self.settings = bench, s
+    self.params, self.chosen = start_params(bench, s)
+    self.sub, self.frozen = subtree.split(self.params, self.chosen)
+    self.recipe = recipe_of(s, len(trainable_rows(bench)))
+    self.trainer = finetune.Trainer(model.make_objective(bench.config, self.chosen), self.recipe, bench.place)
+    self.problem = bench.kernels(self.chosen)
+    self.test = bench.batcher("test", self.chosen, bench.params)
+    full = bench.batcher("train", rows=trainable_rows(bench))
+    self.layout = full.layout_of([batch for epoch in range(3) for batch in full.shuffled_plan(s.batch_size, 0, epoch)])
+
+  def test_losses(self, sub) -> np.ndarray:
+    """Mean nats per response token of each test example, float64 [N]."""
+    counts = np.maximum(self.bench.parts["test"].num_response_tokens, 1)
+    losses = self.problem.at(sub, self.frozen).losses(self.bench.stream(self.test), len(self.test)).astype(np.float64)
+    return losses / counts if self.bench.settings.loss_reduction == "sum" else losses
+
+  def retrain(self, candidate: Candidate, label: str) -> evaluation.RetrainRow:
+    """Trains from the base model on the candidate's rows and measures the test set."""
+    train, test = self.bench.parts["train"], self.bench.parts["test"]
+    batcher = self.bench.batcher("train", self.chosen, self.bench.params, candidate.rows, self.layout)
+    with Progress(self.recipe.steps, label, "steps") as progress:
+      on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
+      result = self.trainer.train(self.sub, self.frozen, batcher, candidate.seed, finetune.TrainLog(on_step=on_step))
+    return self.row(candidate, result, train, test)
+
+  def row(self, candidate: Candidate, result: finetune.TrainResult, train, test) -> evaluation.RetrainRow:
+    """Measures a trained subtree."""
+    losses = self.test_losses(result.sub)
+    counted = test.num_response_tokens > 0
+    tokens = test.num_response_tokens[counted]
+    nll = losses[counted] * tokens
+    return evaluation.RetrainRow(
+      candidate.policy,
+      candidate.seed,
+      len(candidate.rows),
+      int(train.num_tokens[candidate.rows].sum()),
+      int(train.num_response_tokens[candidate.rows].sum()),
+      self.recipe.steps,
+      result.trained_response_tokens,
+      evaluation.perplexity(nll, tokens),
+      evaluation.example_perplexity(nll, tokens),
+      losses[counted],
+    )
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
+  s = settings
+  bench = bench or Workbench(s)
+  chosen = candidates(bench, s)
+  identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "test"))
+  identity["candidates"] = {f"{c.policy} {c.seed}": artifacts.hash_of(c.rows.tolist())[:16] for c in chosen}
+  run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
+  folder = run_dir.folder("trainings")
+  judge: Judge | None = None
+  rows, base = [], run_dir.file("base.json")
+  if not base.exists():
+    judge = Judge(bench, s)
+    artifacts.write_json(base, {"losses": judge.test_losses(judge.sub).tolist()})
+  for number, candidate in enumerate(chosen):
+    file = folder / f"{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
+    if not file.exists():
+      judge = judge or Judge(bench, s)
+      row = judge.retrain(candidate, f"train {number + 1}/{len(chosen)}: {candidate.policy}, seed {candidate.seed}")
+      stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
+      artifacts.write_json(file, stored)
+      log.info("%s, seed %d: test perplexity %.3f", row.policy, row.seed, row.perplexity)
+    stored = artifacts.read_json(file)
+    stored["loss_per_test_example"] = np.array(stored["loss_per_test_example"])
+    rows.append(evaluation.RetrainRow(**stored))
+  return write_table(run_dir, bench, s, rows, np.array(artifacts.read_json(base)["losses"]))
+
+
+def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.RetrainRow], base: np.ndarray) -> str:
+  """The table as Markdown and JSON, the verdict, the plot."""
+  test = bench.parts["test"]
+  counted = test.num_response_tokens > 0
+  tokens = test.num_response_tokens[counted]
+  base_perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
+  table, words = evaluation.summarise(rows), evaluation.verdict(rows)
+  plots = run_dir.folder("plots")
+  artifacts.write_bytes(plots / "perplexity.png", report.figure_bytes(report.perplexity_plot(table)))
+  recipe = {
+    "base model's test perplexity": f"{base_perplexity:.3f}",
+    "test examples": int(counted.sum()),
+    "test response tokens": int(tokens.sum()),
+    "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
+    "learning rate": s.learning_rate,
+    "batch size": s.batch_size,
+    "steps": rows[0].steps,
+  }
+  images = {"Test perplexity": "plots/perplexity.png"}
+  text = report.retrain_report_markdown(table, words, recipe, images)
+  run_dir.write_text("evaluation.md", text)
+  run_dir.write_json(
+    "evaluation.json",
+    {"base_perplexity": base_perplexity, "table": table, "verdict": words.splitlines(), "recipe": recipe},
+  )
+  log.info("\n%s\n%s", report.markdown_table(report.retrain_rows(table)), words)
+  return str(run_dir.path)
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/evaluate")
+  cli.run(main)

@@ -1,0 +1,102 @@
+"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset).
+
+python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
+"""
+
+import logging
+
+import jax
+
+from experiments import cli, flags
+from experiments.flags import Settings
+from experiments.workbench import Workbench
+from in2core_jax import adapters, artifacts, finetune, model, subtree
+from in2core_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def recipe_of(settings: Settings, num_examples: int) -> finetune.Recipe:
+  """The recipe that the flags ask for; every compared training takes the steps of `num_examples`, the full set."""
+  steps = settings.steps or finetune.steps_for(num_examples, settings.batch_size, settings.epochs)
+  return finetune.Recipe(
+    steps,
+    settings.batch_size,
+    settings.learning_rate,
+    settings.warmup_ratio,
+    settings.weight_decay,
+    settings.max_grad_norm,
+    settings.seed,
+  )
+
+
+def start_params(bench: Workbench, settings: Settings):
+  """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
+  params, modules, layers = bench.params, settings.trainable_modules, settings.trainable_layers
+  if settings.trainable == "lora":
+    params, modules = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed)), "lora"
+  return params, subtree.make_subtree(params, layers, modules)
+
+
+def trainable_rows(bench: Workbench):
+  """Rows of the training set that have a response: the others teach nothing."""
+  return bench.parts["train"].num_response_tokens.nonzero()[0]
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
+  bench = bench or Workbench(settings)
+  identity = bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
+  run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
+  folder = run_dir.file("checkpoint")
+  if run_dir.file("finetune.json").exists():
+    log.info("%s is finished already", run_dir.path)
+    return str(folder)
+  params, chosen = start_params(bench, settings)
+  sub, frozen = subtree.split(params, chosen)
+  rows = trainable_rows(bench)
+  recipe = recipe_of(settings, len(rows))
+  log.info(
+    "training %s numbers in layers %s for %d steps of %d examples",
+    f"{subtree.count(sub):,}",
+    settings.trainable_layers,
+    recipe.steps,
+    recipe.batch_size,
+  )
+  batcher = bench.batcher("train", chosen, bench.params, rows, layout={})  # fresh LoRA factors change no hidden state
+  meta = {
+    "model": settings.model,
+    "model_hash": bench.model_hash,
+    "subtree": finetune.subtree_meta(chosen),
+    "lora_rank": settings.lora_rank if settings.trainable == "lora" else 0,
+    "seed": settings.seed,
+    "identity": run_dir.identity_sha256,
+  }
+  run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
+  with Progress(recipe.steps, "finetune", "steps") as progress:
+    report = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3), tokens_per_s=int(rate))  # noqa: E731
+    train_log = finetune.TrainLog(folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, meta, report)
+    trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
+    result = trainer.train(sub, frozen, batcher, log=train_log)
+  summary = {
+    "steps": recipe.steps,
+    "examples": len(rows),
+    "trained_tokens": result.trained_tokens,
+    "trained_response_tokens": result.trained_response_tokens,
+    "first_loss": float(result.losses[:10].mean()),
+    "last_loss": float(result.losses[-10:].mean()),
+    "seconds": round(result.seconds, 1),
+  }
+  run_dir.write_json("finetune.json", summary)
+  log.info("finetune: loss %.3f -> %.3f, checkpoint in %s", summary["first_loss"], summary["last_loss"], folder)
+  return str(folder)
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/finetune")
+  cli.run(main)

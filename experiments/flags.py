@@ -1,0 +1,206 @@
+"""Every flag of every stage, in one table: one flagfile drives the whole chain (absl refuses flags it does not know).
+
+A flag is a field of `Settings`; `define()` makes absl flags of them, grouped by stage in `--help`, and `read()` gives a
+frozen `Settings` back. Stages take `Settings`, so that one script can run a stage twice with different ones.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from absl import flags
+
+from in2core_jax.errors import UserError
+
+GROUPS = {
+  "run": "where results go, and on what they are computed",
+  "data": "stage 1: sources, chat template, lengths",
+  "model": "stage 2: which model",
+  "finetune": "stage 3: what is trained, and how",
+  "select": "stage 4: influence, solver, selection",
+  "evaluate": "stage 5: retraining and judging",
+  "check": "self-check before a long run",
+}
+
+
+def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None = None, kind: type | None = None):
+  return dataclasses.field(
+    default=default, metadata={"group": group, "help": text, "choices": choices, "kind": kind or type(default)}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """All flags with their defaults; field names are flag names."""
+
+  run_dir: str = _flag("run", "runs/run", "folder that a run writes into; the same command started again resumes there")
+  overwrite: bool = _flag("run", False, "start anew in a run folder that holds results of other flags")
+  seed: int = _flag("run", 0, "seeds the order of the data, LiSSA's minibatches, random choices and sketches")
+  mesh: str = _flag("run", "", "devices as data:4,fsdp:2; empty: all on data")
+  boundary_cache: str = _flag(
+    "run", "auto", "hidden states below the chosen layers are kept here", ("auto", "memory", "disk", "off")
+  )
+  boundary_cache_gb: float = _flag("run", 4.0, "auto: in memory up to so many GB, beyond that on disk")
+  batch_tokens: int = _flag("run", 2048, "padded token positions in a batch that is scored, not trained")
+  microbatch: int = _flag("run", 8, "per-example gradients that exist at the same time")
+
+  train_data: str = _flag(
+    "data", "chatterbot", "chatterbot[:topic,topic] | jsonl:PATH (.jsonl or .json) | tfds:NAME/SPLIT"
+  )
+  eval_data: str = _flag("data", "", "source that guides the selection; empty: a part of --train_data")
+  test_data: str = _flag("data", "", "source that judges it; empty: a part of --train_data, or half of --eval_data")
+  data_fields: str = _flag("data", "", "column names, as prompt=question,response=answer,id=key,topic=kind")
+  split: str = _flag(
+    "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the id)"
+  )
+  train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
+  eval_limit: int = _flag("data", 0, "the same for the evaluation set")
+  test_limit: int = _flag("data", 0, "the same for the test set")
+  max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
+  system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")
+  max_shapes: int = _flag("data", 4, "batch shapes to compile at most")
+  loss_reduction: str = _flag("data", "mean", "loss of an example over its response tokens", ("mean", "sum"))
+
+  model: str = _flag("model", "smollm2", "smollm2 | hf:DIR | gguf:FILE | random:CONFIG.json")
+  dtype: str = _flag("model", "float32", "of the weights; reductions are float32 at least", ("float32", "bfloat16"))
+
+  trainable: str = _flag("finetune", "full", "full weights or LoRA factors", ("full", "lora"))
+  trainable_layers: str = _flag(
+    "finetune", "all", "layers that are trained: all | last:8 | first:4 | middle:6 | every:3 | 0,5"
+  )
+  trainable_modules: str = _flag(
+    "finetune", "all", "modules that full training changes: all | attention | mlp | matrices ..."
+  )
+  lora_rank: int = _flag("finetune", 8, "rank of the LoRA factors")
+  learning_rate: float = _flag("finetune", 1e-4, "peak of the warm-up and cosine schedule")
+  epochs: float = _flag("finetune", 2.0, "passes over the full training set; every compared run takes as many steps")
+  steps: int = _flag("finetune", 0, "optimiser steps; above 0 it replaces --epochs")
+  batch_size: int = _flag("finetune", 16, "examples per optimiser step")
+  warmup_ratio: float = _flag("finetune", 0.1, "share of the steps with linear warm-up")
+  weight_decay: float = _flag("finetune", 0.0, "AdamW's, on matrices")
+  max_grad_norm: float = _flag("finetune", 1.0, "global clipping norm; 0: none")
+  checkpoint_every: int = _flag("finetune", 50, "steps between checkpoints")
+
+  checkpoint: str = _flag("select", "", "`checkpoint` folder of a finetune run; empty: the base model")
+  layers: str = _flag("select", "last:8", "chosen layers: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29")
+  modules: str = _flag("select", "all", "chosen modules: all | attention | mlp | matrices | lora")
+  solver: str = _flag("select", "lissa", "inverse Hessian product", ("lissa", "datainf", "cg", "identity"))
+  curvature: str = _flag("select", "ggn", "what is inverted", ("ggn", "fisher", "hessian"))
+  damping: float = _flag("select", math.nan, "absolute damping; unset: --damping_ratio is used")
+  damping_ratio: float = _flag("select", 0.1, "damping relative to the largest eigenvalue")
+  depth: int = _flag("select", 50, "steps of LiSSA (each run) or CG at most")
+  repeat: int = _flag("select", 1, "independent LiSSA runs that are averaged")
+  scale: float = _flag("select", math.nan, "LiSSA's scale; unset: from the largest eigenvalue")
+  acceleration: str = _flag("select", "none", "of LiSSA", ("none", "momentum", "chebyshev"))
+  solver_tol: float = _flag("select", 0.01, "relative residual at which LiSSA and CG stop")
+  curvature_examples: int = _flag("select", 64, "fixed examples: CG's system; LiSSA's residual and eigenvalue")
+  curvature_batch: int = _flag("select", 32, "examples of a LiSSA minibatch")
+  policy: str = _flag(
+    "select",
+    "proponents",
+    "how scores become a coreset",
+    (
+      "proponents",
+      "matching",
+      "opponents",
+      "random",
+      "longest",
+      "highest_loss",
+      "length_matched_random",
+      "matching_topic",
+    ),
+  )
+  aggregate: str = _flag("select", "mean", "of several evaluation topics", ("mean", "topic_max", "topic_quota"))
+  fraction: float = _flag("select", 0.5, "share of the training examples to keep")
+  num_examples: int = _flag("select", 0, "examples to keep; above 0 it replaces --fraction")
+  token_budget: int = _flag("select", 0, "tokens to keep; above 0 it replaces --fraction")
+  per_query: bool = _flag(
+    "select", False, "also write the score of every evaluation example with every training example"
+  )
+  query_block: int = _flag("select", 8, "per_query: evaluation gradients that exist at the same time")
+  score_path: str = _flag("select", "auto", "how scores are computed", ("auto", "jvp", "vmap"))
+  sketch_size: int = _flag("select", 32, "matching: gradients are projected to so many numbers a side")
+
+  select_runs: str = _flag(
+    "evaluate", "", "select run folders, separated by commas; each adds its policy to the comparison"
+  )
+  policies: str = _flag("evaluate", "full,random,opponents", "what is compared besides the selections of --select_runs")
+  seeds: str = _flag("evaluate", "0,1,2", "seeds of the random subsets and of the order of the data")
+  fixed_seeds: str = _flag("evaluate", "", "seeds for policies that choose one set; empty: --seeds")
+
+  check_examples: int = _flag("check", 6, "training examples that a self-check looks at")
+
+  def replace(self, **changes) -> "Settings":
+    """A copy with other values."""
+    return dataclasses.replace(self, **changes)
+
+  def as_flags(self) -> list[str]:
+    """Every value that is not the default, as lines of a flagfile."""
+    lines = []
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      same = value == field.default or (isinstance(value, float) and math.isnan(value) and math.isnan(field.default))
+      if not same:
+        lines.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return lines
+
+  def identity(self, *groups: str) -> dict[str, Any]:
+    """The values of some groups, for the identity of a run folder (NaN as null)."""
+    unset = lambda value: None if isinstance(value, float) and math.isnan(value) else value  # noqa: E731
+    return {
+      field.name: unset(getattr(self, field.name))
+      for field in dataclasses.fields(self)
+      if field.metadata["group"] in groups and field.name not in ("run_dir", "overwrite")
+    }
+
+
+def integers(text: str, name: str) -> tuple[int, ...]:
+  """Reads a comma-separated list of integers.
+
+  Raises:
+    UserError: names the flag and the text.
+  """
+  try:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+  except ValueError:
+    raise UserError(f"--{name}={text} is not a list of whole numbers such as 0,1,2") from None
+
+
+def define(**defaults: Any) -> None:
+  """Makes absl flags of `Settings`; `defaults` override those of the table for one entry point."""
+  for field in dataclasses.fields(Settings):
+    meta = field.metadata
+    default = defaults.get(field.name, field.default)
+    module = f"{meta['group']}: {GROUPS[meta['group']]}"
+    if meta["choices"]:
+      flags.DEFINE_enum(field.name, default, list(meta["choices"]), meta["help"], module_name=module)
+    else:
+      make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+      make[meta["kind"]](field.name, default, meta["help"], module_name=module)
+
+
+def read() -> Settings:
+  """The parsed flags.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+  settings = Settings(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)})
+  if not 0 < settings.fraction <= 1:
+    raise UserError(f"--fraction={settings.fraction} is outside (0, 1]: 0.5 keeps half of the training examples")
+  positive = ("max_length", "max_shapes", "batch_size", "batch_tokens", "microbatch", "depth", "repeat", "sketch_size")
+  for name in (
+    *positive,
+    "curvature_examples",
+    "curvature_batch",
+    "query_block",
+    "checkpoint_every",
+    "lora_rank",
+    "check_examples",
+  ):
+    if getattr(settings, name) < 1:
+      raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
+  for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget"):
+    if getattr(settings, name) < 0:
+      raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
+  return settings

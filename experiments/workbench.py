@@ -1,0 +1,325 @@
+"""What every stage needs, made once and shared: data, model, devices, batch shapes, boundary caches, kernels."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.flags import Settings
+from in2core_jax import __version__ as version
+from in2core_jax import (
+  adapters,
+  artifacts,
+  batches,
+  boundary,
+  data,
+  finetune,
+  influence,
+  model,
+  sharding,
+  subtree,
+  weights,
+)
+from in2core_jax.errors import UserError
+from in2core_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "eval", "test")
+
+
+class Workbench:
+  """Loads lazily and keeps what it has loaded, so that stages that follow each other in one process share it."""
+
+  def __init__(self, settings: Settings):
+    """Keeps the settings of the groups run, data and model; stages pass their own for the rest."""
+    self.settings = settings
+    self._caches: dict = {}
+    self._hidden: dict = {}
+
+  # ---- model -------------------------------------------------------------------------
+
+  @functools.cached_property
+  def mesh(self):
+    """Devices by `--mesh`."""
+    return sharding.make_mesh(self.settings.mesh)
+
+  @functools.cached_property
+  def _loaded(self):
+    log.info("loading model %s", self.settings.model)
+    config, params, tokenizer, model_hash = weights.load_model(
+      self.settings.model, self.settings.dtype, self.settings.seed
+    )
+    return config, sharding.place_params(params, self.mesh), tokenizer, model_hash
+
+  @property
+  def config(self) -> model.ModelConfig:
+    """The model's shape."""
+    return self._loaded[0]
+
+  @property
+  def params(self):
+    """The base model's parameters, on the devices."""
+    return self._loaded[1]
+
+  @property
+  def tokenizer(self):
+    """The model's tokenizer."""
+    return self._loaded[2]
+
+  @property
+  def model_hash(self) -> str:
+    """Names the base weights."""
+    return self._loaded[3]
+
+  def checkpoint_params(self, folder: str):
+    """The base model with a checkpoint's subtree put in; the base model itself when `folder` is empty.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model.
+    """
+    if not folder:
+      return self.params
+    meta = finetune.checkpoint_meta(folder)
+    if meta["model_hash"] != self.model_hash:
+      raise UserError(
+        f"--checkpoint={folder} was trained from model {meta['model']} (hash {meta['model_hash'][:12]}), but --model="
+        f"{self.settings.model} has hash {self.model_hash[:12]}: give the model that the checkpoint started from"
+      )
+    params = self.params
+    if meta["lora_rank"]:
+      params = adapters.add_lora(params, meta["lora_rank"], jax.random.key(meta["seed"]))
+    saved = meta["subtree"]
+    chosen = subtree.Subtree(
+      tuple(saved["layers"]), self.config.num_layers, tuple(saved["paths"]), tuple(saved["extras"])
+    )
+    sub, frozen = subtree.split(params, chosen)
+    return subtree.merge(finetune.load_sub(folder, sub), frozen, chosen)
+
+  # ---- data --------------------------------------------------------------------------
+
+  @functools.cached_property
+  def parts(self) -> dict[str, data.TokenizedDataset]:
+    """Tokenised train, eval and test sets."""
+    s = self.settings
+    records = split_sources(s)
+    for part in PARTS:
+      records[part] = _limit(records[part], getattr(s, f"{part}_limit"))
+      if not records[part]:
+        raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
+    made = {
+      part: data.tokenize(records[part], self.tokenizer, s.max_length, s.system_prompt, name=part) for part in PARTS
+    }
+    for part, dataset in made.items():
+      if not np.any(dataset.num_response_tokens):
+        raise UserError(
+          f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
+        )
+    return made
+
+  @functools.cached_property
+  def summary(self) -> dict:
+    """Counts of every part, duplicates, overlap."""
+    return data.data_summary(self.parts)
+
+  def data_identity(self, *names: str) -> dict:
+    """Hashes of the parts that results depend on."""
+    return {name: _dataset_hash(self.parts[name]) for name in names}
+
+  def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
+    """What the results of a stage depend on; the run folder refuses another one."""
+    flags_ = settings.identity(*groups)
+    for name in ("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"):
+      flags_.pop(name, None)
+    return {
+      "stage": stage,
+      "version": version,
+      "flags": flags_,
+      "model_hash": self.model_hash,
+      "data": self.data_identity(*parts),
+    }
+
+  @functools.cached_property
+  def shapes(self) -> tuple[batches.Shape, ...]:
+    """Batch shapes that serve all three parts, so that each program is compiled once."""
+    tokens = np.concatenate([part.num_tokens for part in self.parts.values()])
+    responses = np.concatenate([part.num_response_tokens for part in self.parts.values()])
+    return batches.plan_shapes(tokens, responses, self.settings.max_shapes)
+
+  # ---- batches -----------------------------------------------------------------------
+
+  def batcher(
+    self, part: str, chosen: subtree.Subtree | None = None, params=None, rows=None, layout=None
+  ) -> batches.Batcher:
+    """Batches of a part, with hidden states from the boundary cache where `chosen` allows one.
+
+    Args:
+      part: train, eval or test.
+      chosen: the subtree whose boundary counts; None for plain token batches.
+      params: parameters that the layers below the boundary have.
+      rows: only these examples.
+      layout: batch sizes; those of scoring the training set when None, so that all parts run the same programs.
+    """
+    layout = self.layout if layout is None else layout
+    dataset, hidden = self.parts[part], None
+    if chosen is not None and self._uses_cache(chosen):
+      hidden = self._boundary(part, chosen, params)
+    if rows is not None:
+      dataset, hidden = dataset.take(rows), hidden.take(np.asarray(rows)) if hidden is not None else None
+    return batches.Batcher(
+      dataset,
+      self.shapes,
+      self.settings.loss_reduction,
+      hidden,
+      multiple_of=sharding.batch_multiple(self.mesh),
+      layout=layout,
+    )
+
+  @functools.cached_property
+  def layout(self) -> dict[batches.Shape, batches.Layout]:
+    """Batch sizes and response slots of each shape when the training set is scored."""
+    multiple = sharding.batch_multiple(self.mesh)
+    plain = batches.Batcher(self.parts["train"], self.shapes, self.settings.loss_reduction, multiple_of=multiple)
+    return plain.layout_of(plain.sequential_plan(self.settings.batch_tokens))
+
+  def place(self, batch: batches.Batch) -> batches.Batch:
+    """Puts a batch onto the devices."""
+    return sharding.place_batch(batch, self.mesh)
+
+  def stream(self, batcher: batches.Batcher, what: str = "") -> influence.Stream:
+    """A function that yields (rows, batch on the devices), with a progress display when `what` names the work."""
+    tokens = self.settings.batch_tokens
+    plan_size = len(batcher.sequential_plan(tokens))
+
+    def walk() -> Iterator:
+      source = batcher.sequential(tokens)
+      for rows, batch in track(source, plan_size, what) if what else source:
+        yield rows, self.place(batch)
+
+    return walk
+
+  def kernels(self, chosen: subtree.Subtree) -> influence.Problem:
+    """Compiled kernels for a subtree; bind parameters with `.at(sub, frozen)`."""
+    if chosen not in self._caches:
+      objective = model.make_objective(self.config, chosen)
+      self._caches[chosen] = influence.Problem(objective, None, None, self.settings.microbatch)
+    return self._caches[chosen]
+
+  def _uses_cache(self, chosen: subtree.Subtree) -> bool:
+    return self.settings.boundary_cache != "off" and "embed" not in chosen.extras
+
+  def _boundary(self, part: str, chosen: subtree.Subtree, params) -> boundary.BoundaryCache:
+    below = _below_hash(params, chosen, self.params)
+    key = (part, chosen.boundary, below)
+    if key not in self._hidden:
+      s = self.settings
+      dtype = jnp.dtype(s.dtype)
+      size = boundary.cache_bytes(self.parts[part].num_tokens, self.config.hidden_size, dtype)
+      on_disk = s.boundary_cache == "disk" or (s.boundary_cache == "auto" and size > s.boundary_cache_gb * 1e9)
+      file = None
+      if on_disk:
+        name = artifacts.hash_of([key, self.model_hash, self.data_identity(part), s.dtype, version])[:16]
+        folder = pathlib.Path(s.run_dir).parent / "boundary"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{part}-{name}.bin"
+      # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
+      below = subtree.Subtree(tuple(range(chosen.boundary, chosen.num_layers)), chosen.num_layers, ())
+      job = boundary.BoundaryJob(
+        self.config,
+        below,
+        params,
+        s.batch_tokens,
+        dtype,
+        self.place,
+        lambda source, total: track(source, total, f"hidden states below layer {chosen.boundary} ({part})"),
+      )
+      batcher = self.batcher(part)
+      self._hidden[key] = boundary.compute_boundary(job, batcher, file)
+    return self._hidden[key]
+
+
+def track(source, total: int, what: str) -> Iterator:
+  """Wraps an iterator of batches with a progress display."""
+  with Progress(total, what, "batches") as progress:
+    for item in source:
+      yield item
+      progress.update(1)
+
+
+def split_sources(s: Settings) -> dict[str, list[data.Record]]:
+  """Records of the three parts; what has no source of its own is split off by a hash of the content."""
+  try:
+    shares = tuple(float(part) for part in s.split.split(","))
+  except ValueError:
+    raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
+  if len(shares) != 3:
+    raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
+  read = functools.cache(lambda spec: data.load_records(spec, s.data_fields or None))
+  train = read(s.train_data)
+  if s.eval_data and s.test_data:
+    return {"train": train, "eval": read(s.eval_data), "test": read(s.test_data)}
+  if s.eval_data:
+    _, first, second = data.split_records(read(s.eval_data), (0.0, 0.5, 0.5))
+    return {"train": train, "eval": first, "test": second}
+  if s.test_data:
+    keep = shares[0] + shares[2]
+    first, second, _ = data.split_records(train, (keep, 1 - keep, 0.0))
+    return {"train": first, "eval": second, "test": read(s.test_data)}
+  return dict(zip(PARTS, data.split_records(train, shares), strict=True))
+
+
+def _limit(records: list, limit: int) -> list:
+  """The `limit` records whose ids hash lowest, in source order: the same ones whatever the order of the file."""
+  if not limit or len(records) <= limit:
+    return records
+  digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
+  kept = sorted(sorted(range(len(records)), key=digests.__getitem__)[:limit])
+  return [records[i] for i in kept]
+
+
+def _dataset_hash(dataset: data.TokenizedDataset) -> str:
+  digest = hashlib.sha256(boundary.data_hash(dataset).encode())
+  for example_id, mask in zip(dataset.ids, dataset.response_mask, strict=True):
+    digest.update(example_id.encode() + b"\0" + np.packbits(mask).tobytes())
+  return digest.hexdigest()
+
+
+def _below_hash(params, chosen: subtree.Subtree, base) -> str:
+  """Names the weights under the boundary: "base" when they are the base model's, else a hash of sums of theirs."""
+  if params is base:
+    return "base"
+  below = lambda tree: [tree["embed"], jax.tree.map(lambda leaf: leaf[: chosen.boundary], tree["layers"])]  # noqa: E731
+  ours, theirs = jax.tree.leaves(below(params)), jax.tree.leaves(below(base))
+  if len(ours) == len(theirs) and all(bool(jnp.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True)):
+    return "base"
+  digest = hashlib.sha256()
+  for leaf in ours:
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """A subtree at parameters: what `split` gives, with its problem.
+
+  Attributes:
+    tree: the subtree.
+    params: the whole model.
+    problem: kernels bound to it.
+  """
+
+  tree: subtree.Subtree
+  params: dict
+  problem: influence.Problem
+
+
+def choose(bench: Workbench, params, layers: str, modules: str) -> Chosen:
+  """Cuts `params` along the flags' choice and binds the kernels."""
+  tree = subtree.make_subtree(params, layers, modules)
+  return Chosen(tree, params, bench.kernels(tree).at(*subtree.split(params, tree)))

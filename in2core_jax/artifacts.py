@@ -1,0 +1,313 @@
+"""The run folder: who wrote it from what, and the flagfile, versions and devices that are its record.
+
+A run folder is a folder with a `manifest.json`. The manifest holds the run's *identity*, all that its results depend on
+(flags, hashes of data and weights), and the names of what was written. A folder is continued only by a run of the same
+identity, so results of two settings never mix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from in2core_jax import files
+from in2core_jax.errors import UserError
+
+# The file layer's words, so that callers need one import.
+from in2core_jax.files import canonical_json as canonical_json
+from in2core_jax.files import file_sha256 as file_sha256
+from in2core_jax.files import hash_of as hash_of
+from in2core_jax.files import is_remote as is_remote
+from in2core_jax.files import read_json as read_json
+from in2core_jax.files import read_parquet as read_parquet
+from in2core_jax.files import read_scores as read_scores
+from in2core_jax.files import write_bytes as write_bytes
+from in2core_jax.files import write_json as write_json
+from in2core_jax.files import write_parquet as write_parquet
+from in2core_jax.files import write_text as write_text
+
+MANIFEST = "manifest.json"
+_FORMAT = "in2core_jax run folder 1"
+_PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors", "gguf"),
+  *("pyarrow", "tensorflow-datasets"),
+)
+
+
+# --- the record of a run ----------------------------------------------------------------------------------------------
+
+
+def write_flags(path: epath.PathLike, flags: Iterable[str], header: Iterable[str] = ()) -> None:
+  """Writes a flagfile: `# ` before each header line, then one `--name=value` a line; `--flagfile=PATH` repeats the run.
+
+  Raises:
+    UserError: a flag's value holds a line break, or blanks at its end, which a flagfile cannot hold.
+  """
+  flags = list(flags)
+  for flag in flags:
+    if flag != flag.strip() or len(flag.splitlines()) != 1:
+      raise UserError(
+        f"{flag.split('=')[0]}: the value holds a line break or ends in blanks, which a flagfile cannot hold"
+      )
+  lines = [f"# {line}".rstrip() for entry in header for line in entry.splitlines() or [""]]
+  write_text(path, "\n".join([*lines, *flags]) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+  """Versions of Python, of this project and of the packages that numbers depend on."""
+  from in2core_jax import __version__
+
+  versions = {"python": platform.python_version(), "in2core_jax": __version__}
+  return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def device_summary() -> dict[str, Any]:
+  """What the run computes on: platform, kind and number of devices, processes, cores. Starts JAX's backend."""
+  import jax
+
+  devices = jax.devices()
+  return {
+    "platform": devices[0].platform,
+    "device_kind": devices[0].device_kind,
+    "num_devices": len(devices),
+    "num_processes": jax.process_count(),
+    "num_cores": os.cpu_count(),
+    "machine": f"{platform.system()} {platform.machine()}",
+  }
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunDir:
+  """An open run folder. Make one with `RunDir.open` (to write) or `RunDir.load` (to read another run's results).
+
+  Attributes:
+    path: the folder.
+    identity: JSON object: all that the results depend on.
+    entries: names in the folder that this project wrote, in the manifest so that `overwrite` removes these, no others.
+    writer: whether this process writes shared files; one process of a run does (shards are written by all).
+    resumed: whether the folder was there already, of the same identity.
+  """
+
+  path: epath.Path
+  identity: dict[str, Any]
+  entries: list[str] = dataclasses.field(default_factory=list)
+  writer: bool = True
+  resumed: bool = False
+
+  @classmethod
+  def open(
+    cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False, writer: bool = True
+  ) -> RunDir:
+    """Makes the folder, or continues one of the same identity.
+
+    Args:
+      path: the folder, local or gs://.
+      identity: JSON object: flags and hashes that the results depend on; not what only says where or how fast.
+      overwrite: start anew where another run's results are; removes the files that the manifest names, never others.
+      writer: False on all processes of a run but one; they open the folder after that one did.
+
+    Raises:
+      UserError: the folder belongs to a run of another identity, or to no run at all.
+    """
+    path = _folder_path(path)
+    identity = json.loads(canonical_json(identity))
+    old = cls._read(path)
+    if old is None:
+      _refuse_foreign(path)
+    elif overwrite and writer:
+      old._remove_entries()
+      old = None
+    elif old.identity != identity:
+      raise UserError(_difference(path, old.identity, identity))
+    run_dir = cls(path, identity, old.entries if old else [], writer, old is not None)
+    if writer:
+      _make_folder(path)
+      files.remove_leftovers(path)
+      if old is None:
+        run_dir._write_manifest()
+    return run_dir
+
+  @classmethod
+  def load(cls, path: epath.PathLike) -> RunDir:
+    """Opens a finished or running run's folder to read from it.
+
+    Raises:
+      UserError: there is no run folder.
+    """
+    path = _folder_path(path)
+    old = cls._read(path)
+    if old is None:
+      raise UserError(f"{path}: not a run folder (no {MANIFEST}); give the --run_dir of an earlier run")
+    return old
+
+  @classmethod
+  def _read(cls, path: epath.Path) -> RunDir | None:
+    if not (path / MANIFEST).exists():
+      return None
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+      raise UserError(f"{path / MANIFEST}: not the manifest of a run folder; choose another --run_dir")
+    identity, entries = manifest.get("identity"), manifest.get("entries")
+    if hash_of(identity) != manifest.get("identity_sha256") or not isinstance(entries, list):
+      raise UserError(
+        f"{path / MANIFEST}: changed by hand (its identity_sha256 does not fit); choose another --run_dir"
+      )
+    return cls(path, identity, entries, writer=False, resumed=True)
+
+  @property
+  def identity_sha256(self) -> str:
+    """Hash that names everything computed in this folder."""
+    return hash_of(self.identity)
+
+  def _write_manifest(self) -> None:
+    manifest = {
+      "format": _FORMAT,
+      "identity_sha256": self.identity_sha256,
+      "identity": self.identity,
+      "entries": self.entries,
+    }
+    write_json(self.path / MANIFEST, manifest)
+
+  def _remove_entries(self) -> None:
+    """Removes what the manifest names, but not the manifest: a kill in between leaves a run folder."""
+    for name in self.entries:
+      if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"{self.path / MANIFEST}: the entry {name!r} is not a name; choose another --run_dir")
+      entry = self.path / name
+      if entry.is_dir() and not _is_link(entry):
+        entry.rmtree()
+      else:
+        entry.unlink(missing_ok=True)
+
+  def file(self, name: str) -> epath.Path:
+    """The path of a file or folder in the run folder, noted in the manifest as ours before it exists.
+
+    Writers that do not go through this class (Orbax, plots) ask here for their path. `name` may hold folders:
+    `plots/curve.svg`.
+    """
+    top = name.split("/")[0]
+    assert top not in ("", ".", "..", MANIFEST), name
+    if self.writer and top not in self.entries:
+      self.entries = sorted([*self.entries, top])
+      self._write_manifest()
+    return self.path / name
+
+  def folder(self, name: str) -> epath.Path:
+    """Like `file`, and makes the folder."""
+    path = self.file(name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+  def write_bytes(self, name: str, data: bytes) -> None:
+    """`write_bytes` into the run folder; does nothing on a process that is not the writer. So do the four below."""
+    if self.writer:
+      write_bytes(self.file(name), data)
+
+  def write_text(self, name: str, text: str) -> None:
+    if self.writer:
+      write_text(self.file(name), text)
+
+  def write_json(self, name: str, obj: Any) -> None:
+    if self.writer:
+      write_json(self.file(name), obj)
+
+  def write_parquet(self, name: str, columns: Mapping[str, Any]) -> None:
+    if self.writer:
+      write_parquet(self.file(name), columns)
+
+  def write_flags(self, name: str, flags: Iterable[str], header: Iterable[str] = ()) -> None:
+    if self.writer:
+      write_flags(self.file(name), flags, header)
+
+  def read_json(self, name: str) -> Any:
+    return read_json(self.path / name)
+
+
+def _folder_path(path: epath.PathLike) -> epath.Path:
+  """Raises a UserError for what cannot be a run folder."""
+  if not os.fspath(path):
+    raise UserError("the run folder's name is empty; give --run_dir=FOLDER")
+  path = epath.Path(path)
+  if not is_remote(path):
+    path = path.expanduser()
+  try:
+    if path.exists() and not path.is_dir():
+      raise UserError(f"{path}: a file, not a folder; choose another --run_dir")
+  except ImportError as error:  # etils asks for the file system's package on first use
+    raise UserError(f"{path}: {error}; install it into the environment: pip install gcsfs") from error
+  return path
+
+
+def _is_link(path: epath.Path) -> bool:
+  return not files.is_remote(path) and os.path.islink(path)
+
+
+def _make_folder(path: epath.Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+      raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --run_dir") from error
+    raise
+
+
+def _refuse_foreign(path: epath.Path) -> None:
+  """A folder with files and no manifest is somebody else's."""
+  names = (
+    sorted(item.name for item in path.iterdir() if not item.name.endswith(files.TEMPORARY)) if path.exists() else []
+  )
+  if names:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    raise UserError(
+      f"{path}: holds {len(names)} files ({shown}) and no {MANIFEST}, so it is not a run folder; "
+      "choose an empty or new --run_dir"
+    )
+
+
+def _difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+  """The message for a folder of another identity: which keys differ, there and now."""
+  old, new = _flatten(old), _flatten(new)
+  keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+  shown = [
+    f"{key} is {_short(old.get(key, _ABSENT))} there and {_short(new.get(key, _ABSENT))} now" for key in keys[:most]
+  ]
+  more = f"; and {len(keys) - most} more" if len(keys) > most else ""
+  return (
+    f"{path}: holds a run of other settings: {'; '.join(shown)}{more}. "
+    "Give another --run_dir, or --overwrite to remove that run's results"
+  )
+
+
+class _Absent:
+  def __repr__(self) -> str:
+    return "not set"
+
+
+_ABSENT = _Absent()
+
+
+def _short(value: Any, most: int = 60) -> str:
+  text = repr(value)
+  return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested objects as dotted keys."""
+  flat = {}
+  for key, item in value.items():
+    if isinstance(item, Mapping) and item:
+      flat |= _flatten(item, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = item
+  return flat

@@ -1,0 +1,139 @@
+"""The boundary cache: hidden states that enter the lowest chosen layer, computed once.
+
+While scores are computed, LiSSA or CG iterates, or only layers above the boundary are trained, nothing below the
+boundary changes. So the layers below run once over the data; afterwards only the top stack runs.
+Hidden states are kept ragged (no padding), in memory or in a file that is memory-mapped.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from in2core_jax import model as model_lib
+from in2core_jax.batches import Batch, Batcher
+from in2core_jax.errors import UserError
+from in2core_jax.subtree import Subtree
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundaryCache:
+  """Hidden states of N examples, ragged.
+
+  Attributes:
+    values: [sum_i T_i, D] float32 or bfloat16, an array or a memory map.
+    starts: int64 [N], where each example begins in `values`.
+    lengths: int64 [N], T_i.
+  """
+
+  values: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+
+  def gather(self, rows: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Hidden states [len(rows), num_tokens, D] of the examples `rows`, zero on padding."""
+    out = np.zeros((len(rows), num_tokens, self.values.shape[1]), self.values.dtype)
+    for slot, row in enumerate(rows):
+      start, length = self.starts[row], self.lengths[row]
+      out[slot, :length] = self.values[start : start + length]
+    return out
+
+  def take(self, rows: np.ndarray) -> "BoundaryCache":
+    """The cache of a subset of the examples, sharing the stored values."""
+    return BoundaryCache(self.values, self.starts[rows], self.lengths[rows])
+
+  @property
+  def num_bytes(self) -> int:
+    """Size of the stored values."""
+    return self.values.nbytes
+
+
+def cache_bytes(num_tokens: np.ndarray, width: int, dtype: np.dtype) -> int:
+  """Bytes that the cache of these examples takes."""
+  return int(np.sum(num_tokens)) * width * np.dtype(dtype).itemsize
+
+
+def data_hash(dataset: Any) -> str:
+  """Hash of the token ids of a data set in order: what a boundary cache depends on besides the model."""
+  digest = hashlib.sha256()
+  for tokens in dataset.tokens:
+    digest.update(np.int64(len(tokens)).tobytes())
+    digest.update(np.asarray(tokens, np.int32).tobytes())
+  return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundaryJob:
+  """What `compute_boundary` needs: the model below the boundary, and how to run it.
+
+  Attributes:
+    config: the model's shape.
+    subtree: gives the boundary.
+    frozen: parameters outside the subtree.
+    batch_tokens: padded token positions per batch.
+    dtype: of the stored values.
+    place: puts a batch on the devices.
+    track: wraps the iterator of (rows, batch) with a progress display.
+  """
+
+  config: model_lib.ModelConfig
+  subtree: Subtree
+  frozen: Any
+  batch_tokens: int = 4096
+  dtype: Any = np.float32
+  place: Callable[[Batch], Batch] = lambda batch: batch
+  track: Callable[[Iterator, int], Iterator] = lambda batches, total: batches
+
+
+def compute_boundary(job: BoundaryJob, batcher: Batcher, file: pathlib.Path | None = None) -> BoundaryCache:
+  """Runs the layers below the boundary over a data set.
+
+  Args:
+    job: the model and how to run it.
+    batcher: of the data set, without hidden states.
+    file: where to keep the values (written aside, then renamed, so that a killed run leaves no half file under this
+      name); in memory when None. An existing file of the right size is reused.
+
+  Returns:
+    The cache.
+
+  Raises:
+    UserError: the subtree begins at the embedding, so there is nothing constant below it.
+  """
+  if "embed" in job.subtree.extras:
+    raise UserError("the embedding is chosen, so no hidden state stays constant; use --boundary_cache=off")
+  lengths = np.array([len(tokens) for tokens in batcher.dataset.tokens], np.int64)
+  starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+  shape = (int(lengths.sum()), job.config.hidden_size)
+  dtype = np.dtype(job.dtype)
+  if file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize:
+    return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
+  part = file.with_suffix(".part") if file is not None else None
+  values = np.memmap(part, dtype, "w+", shape=shape) if part is not None else np.empty(shape, dtype)
+  plan = batcher.sequential_plan(job.batch_tokens)
+  waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
+  for rows, batch in job.track(batcher.sequential(job.batch_tokens), len(plan)):
+    hidden = _below(job.config, job.subtree, job.frozen, job.place(batch).tokens)
+    if waiting is not None:
+      _store(values, starts, lengths, *waiting)
+    waiting = (rows, hidden)
+  if waiting is not None:
+    _store(values, starts, lengths, *waiting)
+  if part is not None:
+    values.flush()
+    part.rename(file)
+    values = np.memmap(file, dtype, "r", shape=shape)
+  return BoundaryCache(values, starts, lengths)
+
+
+_below = jax.jit(model_lib.run_below, static_argnums=(0, 1))
+
+
+def _store(values, starts, lengths, rows, hidden) -> None:
+  host = np.asarray(hidden)
+  for slot, row in enumerate(rows):
+    values[starts[row] : starts[row] + lengths[row]] = host[slot, : lengths[row]]

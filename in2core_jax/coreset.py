@@ -1,0 +1,548 @@
+"""Scores and gradient features -> the rows of the coreset, in order of choice. NumPy only.
+
+Letters: N examples of the pool, Q queries, G evaluation topics, d features, S chosen rows.
+
+Rules that hold for every policy:
+- Ties are broken by `example_id` (then by row), never by the order of reading: rows are sorted by id before anything
+  else, random policies included, so the same pool in another order gives the same coreset.
+- Examples without response tokens teach nothing and are never selected. A fraction is a fraction of the others; a
+  `num_examples` that cannot be met without them is a UserError.
+- A token budget counts all tokens of an example. The order is walked until the next example would exceed the budget,
+  and ends there: skipping on to whatever still fits would fill the rest with short examples, an unwanted length bias.
+- Copies of one example are different rows and may all be chosen; `selection_warnings` tells.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from in2core_jax.errors import UserError
+
+_GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix is cheaper than its columns one by one
+_LENGTH_BINS = 20
+AGGREGATES = ("mean", "topic_max", "topic_quota")
+
+
+@dataclass(frozen=True)
+class Budget:
+  """How much to select; exactly one of the three.
+
+  Args:
+    fraction: share of the examples that have response tokens, in (0, 1]; rounded half up, at least one example.
+    num_examples: number of examples, at least 1.
+    token_budget: most tokens (prompt and response) that the coreset may have, at least 1.
+
+  Raises:
+    UserError: none or several are given, or one is out of its range.
+  """
+
+  fraction: float | None = None
+  num_examples: int | None = None
+  token_budget: int | None = None
+
+  def __post_init__(self):
+    given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+    if len(given) != 1:
+      seen = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+      raise UserError(f"budget: {seen} given; give exactly one of fraction, num_examples, token_budget")
+    ((name, value),) = given.items()
+    if name == "fraction":
+      if not 0.0 < value <= 1.0:
+        raise UserError(f"fraction={value} is outside (0, 1]; 0.5 selects half")
+    elif value != int(value) or value < 1:
+      raise UserError(f"{name}={value} is not a whole number of at least 1")
+
+  def limit(self, num_tokens: np.ndarray) -> int:
+    """Most examples that the budget can hold, out of a pool with these token counts.
+
+    Raises:
+      UserError: the pool has too few examples, or not even its shortest example fits.
+    """
+    size = len(num_tokens)
+    if self.fraction is not None:
+      return max(1, math.floor(self.fraction * size + 0.5))
+    if self.num_examples is not None:
+      if self.num_examples > size:
+        raise UserError(
+          f"num_examples={self.num_examples} is more than the {size} examples with response tokens; ask for fewer"
+        )
+      return int(self.num_examples)
+    fitting = int(np.sum(np.cumsum(np.sort(num_tokens)) <= self.token_budget))
+    if fitting == 0:
+      raise UserError(
+        f"token_budget={self.token_budget} is less than the shortest example's {num_tokens.min()} tokens; raise it"
+      )
+    return fitting
+
+  def cut(self, order: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+    """The longest beginning of `order` (rows of the pool) that the budget holds."""
+    if self.token_budget is None:
+      return order[: self.limit(num_tokens)]
+    kept = order[: int(np.sum(np.cumsum(num_tokens[order]) <= self.token_budget))]
+    if kept.size == 0:
+      raise UserError(
+        f"token_budget={self.token_budget} is less than the {num_tokens[order[0]]} tokens of the first choice; raise it"
+      )
+    return kept
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyInputs:
+  """What the policies choose from; all but the token counts, topics and ids may be None where the policy needs none.
+
+  Args:
+    scores: f64 [N], influence of each example on the aggregated query; positive = proponent.
+    loss: f64 [N], nats.
+    num_tokens: int [N]. num_response_tokens: int [N].
+    topics: N names. ids: N example ids.
+    features: f32 or f64 [N, d], (projected, preconditioned) gradient of each example.
+    target: [d] or [Q, d], the same features of the queries.
+    query_topics: Q names, for the policies that work by evaluation topic.
+    target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
+
+  Raises:
+    UserError: lengths or shapes differ, or there are no examples.
+  """
+
+  scores: np.ndarray | None
+  loss: np.ndarray | None
+  num_tokens: np.ndarray
+  num_response_tokens: np.ndarray
+  topics: Sequence[str]
+  ids: Sequence[str]
+  features: np.ndarray | None = None
+  target: np.ndarray | None = None
+  query_topics: Sequence[str] | None = None
+  target_weights: np.ndarray | None = None
+
+  def __post_init__(self):
+    types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
+    for name, dtype in types.items():
+      if getattr(self, name) is not None:
+        object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+    size = len(self.ids)
+    if size == 0:
+      raise UserError("there are no examples to select from; check the training data")
+    for name in ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features"):
+      value = getattr(self, name)
+      if value is not None and len(value) != size:
+        raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
+    if self.scores is not None and self.scores.ndim != 1:
+      raise UserError(f"scores have shape {self.scores.shape}; policies take [N], so call aggregate first")
+    if self.features is not None:
+      dtype = np.float64 if np.asarray(self.features).dtype == np.float64 else np.float32
+      object.__setattr__(self, "features", np.asarray(self.features, dtype))
+    if self.target is not None:
+      self._check_target()
+
+  def _check_target(self):
+    target = np.atleast_2d(np.asarray(self.target, np.float64))
+    if self.features is None or self.features.ndim != 2 or target.shape[1] != self.features.shape[1]:
+      shape = None if self.features is None else self.features.shape
+      raise UserError(f"target has shape {np.shape(self.target)} but features have {shape}; both need the same width")
+    object.__setattr__(self, "target", target)
+
+  def pool(self) -> np.ndarray:
+    """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
+    by_id = np.argsort(np.asarray(self.ids, dtype=np.str_), kind="stable")
+    return by_id[self.num_response_tokens[by_id] > 0]
+
+
+def _finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
+  """`values`, or a UserError when they are missing or not finite (with the count and the first ids)."""
+  if values is None:
+    raise UserError(f"{what} needs {name}, which were not given; compute them or choose another policy")
+  finite = np.isfinite(values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64))
+  if not finite.all():
+    bad = np.flatnonzero(~finite)
+    first = ", ".join(f"row {i}" if ids is None else str(ids[i]) for i in bad[:3])
+    raise UserError(
+      f"{name}: {bad.size} of {finite.size} are NaN or infinite (first: {first}); check weights, learning rate, damping"
+    )
+  return values
+
+
+# ----------------------------------------------------------------------------------------------- aggregation
+
+
+def aggregate(
+  scores: np.ndarray, query_topics: Sequence[str], how: str = "mean", ids: Sequence[str] | None = None
+) -> np.ndarray:
+  """Per-query scores -> one value per example.
+
+  mean: mean over the queries, the aggregated query of METHOD.md section 1.
+  topic_max: mean inside each evaluation topic, divided by that topic's root mean square over the examples, then the
+    maximum over topics (LESS, arXiv 2402.04333). LESS needs no division because it compares cosines; inner products
+    do, or the topic with the largest gradients decides alone. Zero and sign keep their meaning.
+  topic_quota: topics take turns (in sorted order of their names), each choosing its best example not yet taken. The
+    result is a priority, N for the first choice down to 1, not an influence: use it to choose, not to report.
+
+  Args:
+    scores: [Q, N].
+    query_topics: Q names.
+    how: mean, topic_max or topic_quota.
+    ids: N example ids, for the ties of topic_quota; without them ties go by row.
+
+  Returns:
+    f64 [N].
+
+  Raises:
+    UserError: unknown `how`, shapes that do not match, scores that are not finite.
+  """
+  if how not in AGGREGATES:
+    raise UserError(f"aggregate={how} is unknown; choose one of {', '.join(AGGREGATES)}")
+  scores = np.asarray(scores, np.float64)
+  if scores.ndim != 2 or len(query_topics) != scores.shape[0]:
+    raise UserError(f"scores have shape {scores.shape} for {len(query_topics)} query topics; expected [Q, N]")
+  _finite(scores.T, "scores", f"aggregate={how}", ids)
+  if how == "mean":
+    return scores.mean(axis=0)
+  by_topic = _topic_means(scores, query_topics)
+  if how == "topic_max":
+    rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
+    return np.max(by_topic / np.where(rms > 0, rms, 1.0), axis=0)
+  return _round_robin(by_topic, ids)
+
+
+def _topic_means(values: np.ndarray, topics: Sequence[str]) -> np.ndarray:
+  """Rows [Q, ...] -> means by topic [G, ...], topics in sorted order."""
+  codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
+  return np.stack([values[codes == g].mean(axis=0) for g in range(codes.max() + 1)])
+
+
+def _round_robin(by_topic: np.ndarray, ids: Sequence[str] | None) -> np.ndarray:
+  """Priorities N..1 from topics taking turns."""
+  size = by_topic.shape[1]
+  by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+  queues = [iter(by_id[np.argsort(-row[by_id], kind="stable")]) for row in by_topic]
+  priority = np.zeros(size)
+  for turn in range(size):
+    row = next(r for r in queues[turn % len(queues)] if priority[r] == 0)
+    priority[row] = size - turn
+  return priority
+
+
+# ---------------------------------------------------------------- policies: pure functions, orders of row numbers
+
+
+def proponents(scores: np.ndarray) -> np.ndarray:
+  """Rows from the highest score down (the rule of the paper, arXiv 2408.03560); ties in row order."""
+  return np.argsort(-np.asarray(scores, np.float64), kind="stable")
+
+
+def opponents(scores: np.ndarray) -> np.ndarray:
+  """Rows from the lowest score up; ties in row order."""
+  return np.argsort(np.asarray(scores, np.float64), kind="stable")
+
+
+def longest(num_response_tokens: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+  """Rows by response tokens, most first; equal ones by all tokens, then in row order."""
+  return np.lexsort((-np.asarray(num_tokens, np.int64), -np.asarray(num_response_tokens, np.int64)))
+
+
+def random_order(size: int, seed: int) -> np.ndarray:
+  """A permutation of the rows, the same for the same seed."""
+  return np.random.default_rng(seed).permutation(size)
+
+
+def length_matched(chosen: np.ndarray, num_response_tokens: np.ndarray, seed: int) -> np.ndarray:
+  """Random rows with the response-length histogram of `chosen`.
+
+  The lengths of the pool are cut into at most 20 bins of about equal count (exact lengths would leave nothing to draw
+  in thinly filled places), and each bin gives as many rows, drawn without replacement, as `chosen` has in it.
+  """
+  rng = np.random.default_rng(seed)
+  edges = np.unique(np.quantile(num_response_tokens, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1]))
+  bins = np.searchsorted(edges, num_response_tokens, side="left")
+  wanted = np.bincount(bins[chosen], minlength=len(edges) + 1)
+  drawn = [rng.permutation(np.flatnonzero(bins == b))[:n] for b, n in enumerate(wanted)]
+  return rng.permutation(np.concatenate(drawn))
+
+
+def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
+  """Reorders so that every beginning of the order holds (to within rounding) the same fraction of every topic.
+
+  The k-th best of a topic of n examples comes at (k + 1/2) / n, as in Sainte-Lague's rule; equal places keep `order`.
+  """
+  codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
+  sizes, place = np.bincount(codes), np.empty(len(order))
+  taken = np.zeros_like(sizes)
+  for position, row in enumerate(order):
+    place[position] = (2 * taken[codes[row]] + 1) / sizes[codes[row]]
+    taken[codes[row]] += 1
+  return np.asarray(order)[np.argsort(place, kind="stable")]
+
+
+def greedy_matching(
+  features: np.ndarray, targets: np.ndarray, count: int, topics: Sequence[str] | None = None, rows=None
+) -> np.ndarray:
+  """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
+
+  Step m + 1 takes argmin_j |(s + f_j) / (m + 1) - t|^2, s the sum over the m rows taken (METHOD.md section 9), which is
+  argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step, in float64.
+  With G targets the steps go round: each target grows a set of its own out of the common pool.
+
+  Args:
+    features: f32 or f64 [N, d]; a f32 column is a f32 product when N is too large for a float64 Gram matrix.
+    targets: [d] or [G, d].
+    count: number of rows to take.
+    topics: N names; then each step is held to the topic (or tied topics) most behind its share, as in `topic_quota`.
+    rows: the pool, row numbers in order of preference among ties; all rows when None.
+
+  Returns:
+    int [count], row numbers of `features` in order of choice.
+  """
+  rows = np.arange(len(features)) if rows is None else np.asarray(rows)
+  targets = np.atleast_2d(np.asarray(targets, np.float64))
+  twin = _first_copies(features, rows)  # exact copies share their numbers, so that their tie is exact
+  norm, towards = _norms_and_products(features, targets)
+  norm, towards = norm[twin], towards[twin].T
+  column_fn = _column_fn(features, count)
+  overlap = np.zeros_like(towards)
+  free = np.ones(len(rows), bool)
+  shares = None if topics is None else _Shares(np.asarray(topics, dtype=np.str_)[rows])
+  chosen = np.empty(count, np.int64)
+  for step in range(count):
+    turn, size = step % len(targets), step // len(targets) + 1
+    distance = 2 * overlap[turn] + norm - 2 * size * towards[turn]
+    best = int(np.argmin(np.where(free if shares is None else free & shares.allowed(), distance, np.inf)))
+    chosen[step], free[best] = rows[best], False
+    overlap[turn] += column_fn(twin[best])[twin]
+    if shares is not None:
+      shares.take(best)
+  return chosen
+
+
+class _Shares:
+  """Which topic is most behind its share."""
+
+  def __init__(self, topics: np.ndarray):
+    self._codes = np.unique(topics, return_inverse=True)[1]
+    self._sizes = np.bincount(self._codes)
+    self._place = 1 / self._sizes
+    self._taken = np.zeros_like(self._sizes)
+
+  def allowed(self) -> np.ndarray:
+    return (self._place == self._place.min())[self._codes]
+
+  def take(self, row: int) -> None:
+    code = self._codes[row]
+    self._taken[code] += 1
+    full = self._taken[code] == self._sizes[code]
+    self._place[code] = np.inf if full else (2 * self._taken[code] + 1) / self._sizes[code]
+
+
+def _first_copies(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """For each of `rows`, the first of them with the same features, bit for bit."""
+  first: dict[bytes, int] = {}
+  digests = (hashlib.blake2b(np.ascontiguousarray(features[r]), digest_size=16).digest() for r in rows)
+  return np.array([first.setdefault(digest, row) for digest, row in zip(digests, rows, strict=True)], np.int64)
+
+
+def _norms_and_products(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """|f_j|^2 as f64 [N] and f_j.t as f64 [N, G], in blocks of rows so that no f64 copy of the features exists."""
+  norm, products = np.empty(len(features)), np.empty((len(features), len(targets)))
+  for start in range(0, len(features), 1024):
+    block = features[start : start + 1024].astype(np.float64)
+    norm[start : start + 1024] = np.einsum("nd,nd->n", block, block)
+    products[start : start + 1024] = block @ targets.T
+  return norm, products
+
+
+def _column_fn(features: np.ndarray, count: int) -> Callable[[int], np.ndarray]:
+  """row -> that column of F F^T, f64 [N]; from one matrix product when it fits and enough columns are wanted."""
+  size, width = features.shape
+  if size * size * 8 > _GRAM_BYTES or count * 8 < size:
+    return lambda row: (features @ features[row]).astype(np.float64)
+  gram = np.zeros((size, size))
+  for start in range(0, width, 4096):
+    block = features[:, start : start + 4096].astype(np.float64)
+    gram += block @ block.T
+  return lambda row: gram[row]
+
+
+# --------------------------------------------------------------------------------------------- the one entry
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+  """One call of `select_rows`: the pool is sorted by id, so orders of pool positions break ties by id."""
+
+  inputs: PolicyInputs
+  pool: np.ndarray
+  budget: Budget
+  seed: int
+  policy: str
+
+  def values(self, name: str) -> np.ndarray:
+    """The pool's part of a per-example array; NaN matters only where it could be chosen."""
+    part = getattr(self.inputs, name)
+    ids = [self.inputs.ids[row] for row in self.pool]
+    return _finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
+
+  @property
+  def tokens(self) -> np.ndarray:
+    return self.inputs.num_tokens[self.pool]
+
+  @property
+  def topics(self) -> np.ndarray:
+    return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
+
+
+def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:
+  """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
+  inputs = task.inputs
+  features = _finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
+  target = _finite(inputs.target, "target", f"policy {task.policy}", None)
+  if by_topic:
+    if inputs.query_topics is None or len(inputs.query_topics) != len(target):
+      seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
+      raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
+    target = _topic_means(target, inputs.query_topics)
+  if merge:
+    target = merged_target(target, inputs.target_weights) if by_topic else target.mean(axis=0)
+  rows = greedy_matching(features, target, task.budget.limit(task.tokens), inputs.topics if quota else None, task.pool)
+  position = np.empty(len(features), np.int64)
+  position[task.pool] = np.arange(len(task.pool))
+  return position[rows]
+
+
+def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+  """The one target that stands for several: sum_g w_g |m - t_g|^2 = (sum_g w_g) |m - t|^2 + constant, t their mean.
+
+  Args:
+    targets: [G, d].
+    weights: [G], positive; 1 / |t_g|^2 when None, so that a topic with large gradients does not drown the others.
+
+  Returns:
+    f64 [d], the weighted mean.
+
+  Raises:
+    UserError: not one weight for each topic, or one is not positive.
+  """
+  if weights is None:
+    squares = np.sum(targets**2, axis=1)
+    weights = 1.0 / np.where(squares > 0, squares, 1.0)
+  weights = np.asarray(weights, np.float64)
+  if weights.shape != (len(targets),) or not (weights > 0).all():
+    raise UserError(f"target_weights {weights.tolist()}: need {len(targets)} positive numbers, one for each topic")
+  return weights @ targets / weights.sum()
+
+
+def _length_matched_random(task: _Task) -> np.ndarray:
+  chosen = task.budget.cut(proponents(task.values("scores")), task.tokens)
+  return length_matched(chosen, task.inputs.num_response_tokens[task.pool], task.seed)
+
+
+_POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
+  "proponents": lambda task: proponents(task.values("scores")),
+  "opponents": lambda task: opponents(task.values("scores")),
+  "random": lambda task: random_order(len(task.pool), task.seed),
+  "length_matched_random": _length_matched_random,
+  "longest": lambda task: longest(task.inputs.num_response_tokens[task.pool], task.tokens),
+  "highest_loss": lambda task: proponents(task.values("loss")),
+  "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
+  "matching": _matching,
+  "matching_topic": lambda task: _matching(task, by_topic=True),
+  "matching_round_robin": lambda task: _matching(task, by_topic=True, merge=False),
+  "matching_quota": lambda task: _matching(task, quota=True),
+}
+POLICIES = tuple(_POLICIES)
+FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
+SEEDED_POLICIES = ("random", "length_matched_random")
+
+
+def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:
+  """Chooses the coreset.
+
+  Args:
+    policy: one of `POLICIES`. proponents, opponents: highest, lowest score first. random. length_matched_random: random
+      with the response lengths of the proponents. longest: most response tokens. highest_loss. topic_quota: proponents,
+      every training topic keeping the same fraction. matching: greedy gradient matching to the mean target.
+      matching_topic: to the evaluation topics, weighted (`merged_target`). matching_round_robin: evaluation topics in
+      turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same fraction.
+    inputs: what to choose from.
+    budget: how much.
+    seed: of the random policies; the others do not look at it.
+
+  Returns:
+    int64 [S], row numbers of `inputs` in order of choice, each once.
+
+  Raises:
+    UserError: unknown policy, missing or non-finite inputs, a budget that cannot be met.
+  """
+  if policy not in _POLICIES:
+    raise UserError(f"policy={policy} is unknown; choose one of {', '.join(POLICIES)}")
+  pool = inputs.pool()
+  if pool.size == 0:
+    raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
+  task = _Task(inputs, pool, budget, seed, policy)
+  budget.limit(task.tokens)  # a budget that cannot be met is told before the work
+  return pool[budget.cut(_POLICIES[policy](task), task.tokens)].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0) -> list[str]:
+  """What looks risky about a selection, from the selection alone: one sentence each, with numbers and a remedy.
+
+  Looks at topics of more than 2 % of the pool that keep less than 20 % of their share, response tokens below 80 % of
+  the share of examples, the distance of the mean feature to the target beyond all of 20 random draws, and copies.
+  """
+  rows, pool = np.asarray(rows), inputs.pool()
+  found = _dropped_topics(rows, inputs, pool)
+  share = rows.size / pool.size
+  tokens, total = (int(inputs.num_response_tokens[r].sum()) for r in (rows, pool))
+  if tokens < 0.8 * share * total:
+    found.append(
+      f"The selection has {tokens:,} response tokens, {tokens / (share * total):.0%} of what {rows.size:,} average "
+      f"examples would have ({share * total:,.0f}): it prefers short responses. "
+      f"Use the policy matching, or a token budget."
+    )
+  if inputs.features is not None and inputs.target is not None and rows.size < pool.size:
+    found += _poor_coverage(rows, inputs, pool, seed)
+  copies = rows.size - len({inputs.ids[r] for r in rows})
+  if copies:
+    found.append(
+      f"{copies:,} of the {rows.size:,} selected examples repeat an example id: remove copies from the data."
+    )
+  return found
+
+
+def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) -> list[str]:
+  topics = np.asarray(inputs.topics, dtype=np.str_)
+  found = []
+  for topic, size in zip(*np.unique(topics[pool], return_counts=True), strict=True):
+    if size <= 0.02 * pool.size:
+      continue
+    kept, share = int(np.sum(topics[rows] == topic)), size * rows.size / pool.size
+    if kept < 0.2 * share:
+      found.append(
+        f"Topic '{topic}' is almost dropped: {kept} of its {size} examples are selected where an even share would be "
+        f"{share:.0f}. Use the policy topic_quota, matching or matching_quota."
+      )
+  return found
+
+
+def _poor_coverage(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray, seed: int, draws: int = 20) -> list[str]:
+  rng = np.random.default_rng(seed)
+  weights = np.zeros((1 + draws, len(inputs.ids)))
+  weights[0, rows] = 1 / rows.size
+  for draw in weights[1:]:
+    draw[rng.permutation(pool)[: rows.size]] = 1 / rows.size
+  means = np.zeros((1 + draws, inputs.features.shape[1]))
+  for start in range(0, len(inputs.ids), 1024):
+    means += weights[:, start : start + 1024] @ inputs.features[start : start + 1024].astype(np.float64)
+  target = inputs.target.mean(axis=0)
+  distance = np.linalg.norm(means - target, axis=1) / max(np.linalg.norm(target), np.finfo(np.float64).tiny)
+  if distance[0] <= distance[1:].max():
+    return []
+  return [
+    f"The mean gradient of the selection is {distance[0]:.3g} target lengths away from the evaluation set's, "
+    f"further than all {draws} random selections of the same size ({distance[1:].min():.3g} to "
+    f"{distance[1:].max():.3g}). Use the policy matching or random."
+  ]

@@ -1,0 +1,368 @@
+"""Records -> chat template -> token ids with response mask; splits and summaries.
+
+The response mask follows from the structure of the chat template, never from searching the text for a marker. For the
+assistant turn k of a conversation, with `render` the template and `render+` the template with its generation prompt:
+
+    start = len(render+(messages[:k]))   end = len(render(messages[:k + 1]))      in characters of render(messages)
+
+    <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n
+                                                           ^start         ^end (trailing white space is not response)
+
+The whole rendering is tokenised once, and a token is a response token when its first character lies in [start, end).
+So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: in an example
+whose texts spell a control token, those texts are tokenised apart from the template, as plain characters.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from in2core_jax.errors import UserError
+from in2core_jax.records import Messages, Record
+from in2core_jax.sources import load_records
+
+__all__ = [
+  "Record",
+  "TokenizedDataset",
+  "data_summary",
+  "format_summary",
+  "load_records",
+  "split_records",
+  "tokenize",
+]
+
+_CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedDataset:
+  """N examples as token ids with response masks, ragged.
+
+  Attributes:
+    name: of the part: "train", "eval", "test".
+    records: the N records.
+    tokens: int32 [T_i] of each example.
+    response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
+      Never True at t = 0.
+    truncated: bool [N], whether tokens were cut off at the maximal length.
+  """
+
+  name: str
+  records: tuple[Record, ...]
+  tokens: tuple[np.ndarray, ...]
+  response_mask: tuple[np.ndarray, ...]
+  truncated: np.ndarray
+
+  def __post_init__(self):
+    sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
+    if len(sizes) != 1:
+      raise ValueError(f"{self.name}: records, tokens, response_mask and truncated differ in length: {sorted(sizes)}")
+    for record, tokens, mask in zip(self.records, self.tokens, self.response_mask, strict=True):
+      if tokens.shape != mask.shape or (len(mask) and mask[0]):
+        raise ValueError(f"{self.name}: example {record.example_id!r} has a response mask that does not fit its tokens")
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  @property
+  def ids(self) -> tuple[str, ...]:
+    """The example ids, in order."""
+    return tuple(record.example_id for record in self.records)
+
+  @property
+  def topics(self) -> tuple[str, ...]:
+    """The topic of each example, "" where it has none."""
+    return tuple(record.topic for record in self.records)
+
+  @property
+  def num_tokens(self) -> np.ndarray:
+    """int32 [N], tokens of each example."""
+    return np.array([len(tokens) for tokens in self.tokens], np.int32)
+
+  @property
+  def num_response_tokens(self) -> np.ndarray:
+    """int32 [N], response tokens of each example."""
+    return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
+
+  def take(self, rows: Sequence[int]) -> TokenizedDataset:
+    """Returns the examples `rows` (int [n]), in the order given."""
+    rows = np.asarray(rows, np.int64).reshape(-1)
+    return TokenizedDataset(
+      self.name,
+      tuple(self.records[i] for i in rows),
+      tuple(self.tokens[i] for i in rows),
+      tuple(self.response_mask[i] for i in rows),
+      self.truncated[rows],
+    )
+
+
+def split_records(
+  records: Sequence[Record], fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+) -> tuple[list[Record], list[Record], list[Record]]:
+  """Splits the records into train, eval and test by a hash of their content.
+
+  A record's part depends on its messages alone: not on its neighbours, its order or its id, so a grown file keeps its
+  old split, and exact duplicates always fall into the same part.
+
+  Args:
+    records: N records.
+    fractions: expected shares of the three parts; they add up to 1.
+
+  Returns:
+    (train, eval, test), each in source order.
+
+  Raises:
+    UserError: fractions that are negative or do not add up to 1.
+  """
+  if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    raise UserError(f"fractions={tuple(fractions)} must be three shares of at least 0 that add up to 1")
+  parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
+  for record in records:
+    digest = hashlib.sha256(f"split/{record.content_key}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(record)
+  return parts
+
+
+class _Renderer:
+  """Renders messages with the chat template of a tokenizer, under one choice of the system prompt."""
+
+  def __init__(self, tokenizer: Any, system_prompt: str):
+    if not getattr(tokenizer, "chat_template", None):
+      raise UserError(
+        "the tokenizer has no chat template, so its model was not made for conversations; use an instruction-tuned "
+        "model, or add a chat_template to its tokenizer_config.json"
+      )
+    if not tokenizer.is_fast:
+      raise UserError(
+        "the tokenizer is not a fast one (tokenizer.json), so it cannot tell which text a token came from"
+      )
+    self.tokenizer = tokenizer
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+    self.system: Messages = ()
+    self.strip, self.prepend = "", ""
+    if system_prompt == "none":
+      self._learn_empty_system()
+    elif system_prompt != "default":
+      self.system = ({"role": "system", "content": system_prompt},)
+
+  def _learn_empty_system(self) -> None:
+    """Finds out how to keep the template from adding a system message of its own.
+
+    An explicit empty system message replaces the template's default; its own rendering, known from rendering it
+    alone, is then cut off the front. A template that refuses or ignores a system message needs nothing of this.
+    """
+    empty = ({"role": "system", "content": ""},)
+    probe = ({"role": "user", "content": "a"},)
+    try:
+      alone, together = self._apply(empty, False), self._apply((*empty, *probe), False)
+    except jinja2.TemplateError:
+      return
+    if not alone or not together.startswith(alone):
+      return
+    self.system, self.strip = empty, alone
+    bos = getattr(self.tokenizer, "bos_token", None) or ""
+    # Some templates write a beginning-of-sequence token before the system message: that one has to stay.
+    if bos and alone.startswith(bos) and not together[len(alone) :].startswith(bos):
+      self.prepend = bos
+
+  def _apply(self, messages: Messages, generation_prompt: bool) -> str:
+    return self.tokenizer.apply_chat_template(
+      list(messages), tokenize=False, add_generation_prompt=generation_prompt, continue_final_message=False
+    )
+
+  def __call__(self, messages: Messages, generation_prompt: bool = False) -> str:
+    """Returns the rendering of `messages`, which must hold at least one turn that is not a system message."""
+    if not self.system or messages[0]["role"] == "system":  # an example's own system message always stays
+      return self._apply(messages, generation_prompt)
+    text = self._apply((*self.system, *messages), generation_prompt)
+    return self.prepend + text.removeprefix(self.strip)
+
+  def spans(self, record: Record) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a record and finds its responses.
+
+    Returns:
+      The text, and [start, end) in characters of each assistant turn. Assistant turns before the first user turn
+      answer nothing and are context.
+
+    Raises:
+      UserError: the template refuses the conversation, or renders a turn differently once more turns follow.
+    """
+    messages, where = record.messages, f"example {record.example_id!r} ({record.source}:{record.line})"
+    try:
+      text = self(messages)
+      first_user = next((k for k, m in enumerate(messages) if m["role"] == "user"), len(messages))
+      responses = [k for k in range(first_user, len(messages)) if messages[k]["role"] == "assistant"]
+      spans = []
+      for k in responses:
+        before = self(messages[:k], generation_prompt=True)
+        through = text if k + 1 == len(messages) else self(messages[: k + 1])
+        if not (text.startswith(before) and text.startswith(through)) or len(before) > len(through):
+          raise UserError(
+            f"{where}: the chat template renders turn {k} differently when other turns follow, so the response tokens "
+            "cannot be located; use single-turn data or a template that renders turn by turn"
+          )
+        spans.append((len(before), len(through.rstrip())))
+    except jinja2.TemplateError as error:
+      roles = " ".join(m["role"] for m in (*self.system, *messages))
+      raise UserError(f"{where}: the chat template refuses the turns [{roles}]: {error}") from error
+    return text, spans
+
+  def spells_control_token(self, record: Record) -> bool:
+    """Whether a text of the record contains the name of a control token."""
+    return any(self._control.search(message["content"]) for message in record.messages)
+
+  def encode_quoted(self, record: Record, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenises the rendering `text` of a record with control tokens only where the template wrote them.
+
+    The template is rendered once more with numbered marks in place of the texts, which tells template and texts apart.
+
+    Returns:
+      Token ids, and the characters [start, end) of `text` that each came from.
+
+    Raises:
+      UserError: the template changes the texts by more than trimming them.
+    """
+    marked = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(record.messages)]
+    pieces = re.split("\ue000([0-9]+)\ue001", self(tuple(marked)))  # template, number, template, ..., template
+    texts = [m["content"] for m in record.messages]
+    for change in (str, str.strip):
+      pieces_now = [change(texts[int(piece)]) if i % 2 else piece for i, piece in enumerate(pieces)]
+      if "".join(pieces_now) == text:
+        break
+    else:
+      found = next(filter(None, map(self._control.search, texts)))[0]
+      raise UserError(
+        f"example {record.example_id!r} ({record.source}:{record.line}) contains the control token {found!r} as text, "
+        "and the chat template rewrites texts, so the two cannot be told apart; remove it from the data"
+      )
+    ids, offsets, start = [], [], 0
+    for i, piece in enumerate(pieces_now):
+      encoded = self.tokenizer(
+        piece, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=bool(i % 2)
+      )
+      ids += encoded["input_ids"]
+      offsets += [(start + low, start + high) for low, high in encoded["offset_mapping"]]
+      start += len(piece)
+    return ids, offsets
+
+
+def tokenize(
+  records: Sequence[Record], tokenizer: Any, max_length: int, system_prompt: str = "default", name: str = "train"
+) -> TokenizedDataset:
+  """Renders records with the tokenizer's chat template and marks the response tokens.
+
+  Args:
+    records: N records.
+    tokenizer: a transformers fast tokenizer with a chat template.
+    max_length: tokens beyond this are cut off.
+    system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
+      example's own system message is kept in any case.
+    name: of the part.
+
+  Returns:
+    The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
+
+  Raises:
+    UserError: no chat template, a template that refuses an example, or records of which none keeps a response token.
+  """
+  if max_length < 2:
+    raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
+  render = _Renderer(tokenizer, system_prompt)
+  tokens, masks, truncated = [], [], []
+  for start in range(0, len(records), _CHUNK):
+    chunk = records[start : start + _CHUNK]
+    rendered = [render.spans(record) for record in chunk]
+    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    encodings = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for record, (ids, offsets), (text, spans) in zip(chunk, encodings, rendered, strict=True):
+      if render.spells_control_token(record):
+        ids, offsets = render.encode_quoted(record, text)
+      tokens.append(np.array(ids[:max_length], np.int32))
+      masks.append(_response_mask(offsets[:max_length], spans))
+      truncated.append(len(ids) > max_length)
+  dataset = TokenizedDataset(name, tuple(records), tuple(tokens), tuple(masks), np.array(truncated, bool))
+  if len(dataset) and not dataset.num_response_tokens.any():
+    raise UserError(
+      f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
+      f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
+    )
+  return dataset
+
+
+def _response_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+  """Marks the tokens whose first character lies in one of the spans: bool [T]."""
+  places = np.asarray(offsets, np.int64).reshape(-1, 2)
+  mask = np.zeros(len(places), bool)
+  for start, end in spans:
+    mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
+  mask[:1] = False  # nothing comes before the first token that could predict it
+  return mask
+
+
+def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
+  """Counts what a person should see before training.
+
+  Args:
+    parts: data sets by name, in the order train, eval, test.
+
+  Returns:
+    `parts[name]`: examples, tokens, response_tokens, truncated, empty_responses (no response token is left),
+    duplicates (examples whose messages occurred before in the same part), topics {topic: examples}.
+    `overlap["train/eval"]` and so on: same_messages, same_prompt: how many examples of the second part have messages,
+    or a prompt, that also occur in the first.
+  """
+  summary: dict[str, Any] = {"parts": {}, "overlap": {}}
+  keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
+  prompts = {name: [record.prompt_key for record in part.records] for name, part in parts.items()}
+  for name, part in parts.items():
+    responses = part.num_response_tokens
+    summary["parts"][name] = {
+      "examples": len(part),
+      "tokens": int(part.num_tokens.sum(dtype=np.int64)),
+      "response_tokens": int(responses.sum(dtype=np.int64)),
+      "truncated": int(part.truncated.sum()),
+      "empty_responses": int((responses == 0).sum()),
+      "duplicates": len(part) - len(set(keys[name])),
+      "topics": dict(collections.Counter(part.topics).most_common()),
+    }
+  for first, second in itertools.combinations(parts, 2):
+    known, known_prompts = set(keys[first]), set(prompts[first])
+    summary["overlap"][f"{first}/{second}"] = {
+      "same_messages": sum(key in known for key in keys[second]),
+      "same_prompt": sum(key in known_prompts for key in prompts[second]),
+    }
+  return summary
+
+
+def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
+  """Formats a `data_summary` as a small text table."""
+  columns = ("examples", "tokens", "response_tokens", "truncated", "empty_responses", "duplicates")
+  rows = [("part", *(column.replace("_", " ") for column in columns))]
+  rows += [(name, *(f"{part[column]:,}" for column in columns)) for name, part in summary["parts"].items()]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = [
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  ]
+  for name, part in summary["parts"].items():
+    named = [(topic or "(none)", count) for topic, count in part["topics"].items()]
+    if len(named) > 1 or (named and named[0][0] != "(none)"):
+      more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
+      lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
+  for pair, counts in summary["overlap"].items():
+    lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
+  return "\n".join(lines)

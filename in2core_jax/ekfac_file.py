@@ -1,0 +1,88 @@
+"""A fitted EK-FAC on disk: one .npz of plain arrays, tied to what it was fitted from by a hash."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from in2core_jax import files
+from in2core_jax.ekfac import FIELDS, Ekfac, EkfacSettings, Factor, Source
+from in2core_jax.errors import UserError
+
+FORMAT = "in2core_jax ekfac 1"
+
+
+def identity_of(source: Source, key: jax.Array, settings: EkfacSettings, data: Mapping[str, Any]) -> str:
+  """sha256 of everything that a fit depends on: settings, label key, all parameters bit for bit, and the data.
+
+  Args:
+    source: parameters; its functions and batches are not hashed.
+    key: PRNG key given to `fit`.
+    settings: given to `fit`.
+    data: what names model and examples, with a JSON form: model config, subtree, hash of the data file, example ids.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path((source.sub, source.frozen)):
+    values = np.ascontiguousarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+    digest.update(values.reshape(-1).view(np.uint8))
+  return files.hash_of(
+    {
+      "format": FORMAT,
+      "settings": dataclasses.asdict(settings),
+      "key": np.asarray(jax.random.key_data(key)),
+      "parameters": digest.hexdigest(),
+      "data": dict(data),
+    }
+  )
+
+
+def save(path: epath.PathLike, fitted: Ekfac, identity: str) -> None:
+  """Writes a fit, whole or not at all; the same fit gives the same bytes."""
+  arrays = {f"{leaf}|diagonal": np.asarray(values) for leaf, values in fitted.diagonals.items()}
+  for leaf, factor in fitted.factors.items():
+    arrays |= {f"{leaf}|{name}": np.asarray(getattr(factor, name)) for name in FIELDS}
+  header = files.canonical_json({"format": FORMAT, "identity": identity, "info": fitted.info})
+  buffer = io.BytesIO()
+  np.savez(buffer, header=np.frombuffer(header.encode(), np.uint8), **dict(sorted(arrays.items())))
+  files.write_bytes(path, buffer.getvalue())
+
+
+def load(path: epath.PathLike, identity: str) -> Ekfac:
+  """Reads a fit again.
+
+  Args:
+    path: file of `save`.
+    identity: hash of what the fit must have been made from (`identity_of`).
+
+  Raises:
+    UserError: no such file, a damaged or foreign one, or one that was fitted from something else.
+  """
+  try:
+    with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as stored:
+      header = json.loads(stored["header"].tobytes())
+      arrays = {name: stored[name] for name in stored.files if name != "header"}
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f"{path} is no readable EK-FAC file ({error}): remove it and fit again") from error
+  if header.get("format") != FORMAT:
+    raise UserError(f"{path} has the format {header.get('format')!r}, not {FORMAT!r}: remove it and fit again")
+  if header["identity"] != identity:
+    raise UserError(
+      f"{path} was fitted from other weights, data or settings (hash {header['identity'][:12]}, "
+      f"wanted {identity[:12]}): remove it and fit again"
+    )
+  parts: dict[str, dict[str, jax.Array]] = {}
+  for name, values in arrays.items():
+    leaf, _, field = name.rpartition("|")
+    parts.setdefault(leaf, {})[field] = jnp.asarray(values)
+  diagonals = {leaf: part["diagonal"] for leaf, part in parts.items() if "diagonal" in part}
+  factors = {leaf: Factor(**part) for leaf, part in parts.items() if "diagonal" not in part}
+  return Ekfac(factors, diagonals, header["info"])

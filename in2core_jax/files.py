@@ -1,0 +1,205 @@
+"""Files of a run: hashes, atomic writes, JSON and Parquet; local paths or `gs://` (etils.epath).
+
+Every file is written whole or not at all: to a temporary name beside its own, flushed to disk, renamed. Object stores
+do that by themselves. The same content always gives the same bytes: no times, no host names, one order of keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from in2core_jax.errors import UserError
+
+TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def canonical_json(obj: Any) -> str:
+  """The one JSON text of a value: sorted keys, no spaces, tuples as lists.
+
+  Raises:
+    TypeError: the value holds something that JSON has no form for.
+    ValueError: it holds NaN or an infinity.
+  """
+  return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+  """NumPy numbers, small arrays and paths as JSON values."""
+  if isinstance(value, np.generic | np.ndarray):
+    return value.tolist()
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+
+
+def hash_of(obj: Any) -> str:
+  """sha256 (hex) of a value's canonical JSON: equal values give equal hashes, on any machine."""
+  return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
+
+
+def file_sha256(path: epath.PathLike) -> str:
+  """sha256 (hex) of a file's bytes, read in blocks of 1 MiB."""
+  digest = hashlib.sha256()
+  with epath.Path(path).open("rb") as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+# --- atomic writes ----------------------------------------------------------------------------------------------------
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """True for `gs://` and its kin."""
+  return "://" in os.fspath(path)
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+  """Writes a file whole or not at all; its folder is made when missing.
+
+  A reader, or the same run after a kill or a power cut, sees the old file or the new one, never a part. On an object
+  store a plain write already behaves so.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    path.write_bytes(data)
+    return
+  # Several processes may write the same name: each has a temporary file of its own, and the last rename wins.
+  temporary = Path(path.parent, f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+  try:
+    with temporary.open("xb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(folder)  # or the rename itself could be lost
+  finally:
+    os.close(folder)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes UTF-8 text, atomically. What UTF-8 has no form for (lone surrogates) becomes backslash escapes."""
+  write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: epath.PathLike, obj: Any) -> None:
+  """Writes indented JSON, atomically, keys in the given order. NaN and infinities become null: JSON has neither."""
+  text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+  write_text(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  if isinstance(value, np.generic | np.ndarray):
+    return _finite(value.tolist())
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    UserError: there is no such file, or it is not JSON.
+  """
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: no such file") from error
+  except ValueError as error:
+    raise UserError(f"{path}: not JSON ({error}); it was written by something else or damaged: remove it") from error
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
+  """Writes a table, atomically; the same columns give the same bytes.
+
+  Args:
+    path: the file.
+    columns: name -> values, all of one length N: a list, an array [N], or an array [N, K] (stored as lists of K).
+  """
+  table = pa.table({name: _column(values) for name, values in columns.items()})
+  buffer = io.BytesIO()
+  pq.write_table(table, buffer, compression="zstd")
+  write_bytes(path, buffer.getvalue())
+
+
+def _column(values: Any) -> pa.Array:
+  if isinstance(values, np.ndarray) and values.ndim == 2:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
+  return pa.array(values)
+
+
+def read_parquet(path: epath.PathLike, required: Sequence[str] = ()) -> dict[str, np.ndarray]:
+  """Reads a table as name -> array [N], or [N, K] for columns of lists.
+
+  Raises:
+    UserError: no such file, not Parquet, or a required column is missing.
+  """
+  try:
+    table = pq.read_table(io.BytesIO(epath.Path(path).read_bytes()))
+  except FileNotFoundError as error:
+    raise UserError(f"{path}: no such file") from error
+  except pa.ArrowInvalid as error:
+    raise UserError(f"{path}: not a Parquet file ({error})") from error
+  missing = [name for name in required if name not in table.column_names]
+  if missing:
+    raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+  return {name: _array(table.column(name)) for name in table.column_names}
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+  if pa.types.is_fixed_size_list(column.type):
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+  return column.to_numpy()
+
+
+def read_scores(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads `scores.parquet`: example_id, influence f32 [N] and the other columns that are there.
+
+  Raises:
+    UserError: no such table, no influence in it, an id twice, or an influence that is not a number.
+  """
+  scores = read_parquet(path, required=("example_id", "influence"))
+  bad = np.flatnonzero(~np.isfinite(scores["influence"]))
+  if bad.size:
+    names = ", ".join(map(str, scores["example_id"][bad[:3]]))
+    raise UserError(f"{path}: the influence of {bad.size} examples is not finite ({names}); compute the scores again")
+  ids, counts = np.unique(scores["example_id"].astype(str), return_counts=True)
+  if (counts > 1).any():
+    raise UserError(f"{path}: {(counts > 1).sum()} example ids occur twice, such as {ids[counts > 1][0]}")
+  return scores
+
+
+def remove_leftovers(path: epath.Path) -> None:
+  """Removes what killed writes left in a folder. Only for the one writer, before others start."""
+  if not is_remote(path):
+    for item in path.iterdir():
+      if item.name.endswith(TEMPORARY):
+        item.unlink(missing_ok=True)

@@ -1,0 +1,309 @@
+"""Fine-tuning of a subtree: AdamW with warm-up and cosine decay on response tokens, resumable to the same bytes.
+
+The training loss of a batch is the mean over its examples of `loss(z)`, the loss whose gradients also select the data. The batches of step s depend on (seed, epoch) alone; parameters, optimiser state and
+step number are checkpointed with Orbax, so a killed run started again ends with the same numbers.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from in2core_jax import gradients
+from in2core_jax.batches import Batch, Batcher
+from in2core_jax.errors import UserError
+from in2core_jax.subtree import Subtree
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How to train; two runs with equal recipes differ only in their data.
+
+  Attributes:
+    steps: optimiser steps.
+    batch_size: examples per step.
+    learning_rate: peak of the schedule.
+    warmup_ratio: share of the steps with linear warm-up; a cosine decay to 0 follows.
+    weight_decay: decoupled, on matrices only.
+    max_grad_norm: global clipping norm; 0 turns clipping off.
+    seed: of the order of the data.
+  """
+
+  steps: int
+  batch_size: int = 16
+  learning_rate: float = 1e-4
+  warmup_ratio: float = 0.1
+  weight_decay: float = 0.0
+  max_grad_norm: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.steps < 1 or self.batch_size < 1:
+      raise UserError(
+        f"training needs at least one step and one example a step, got {self.steps} and {self.batch_size}"
+      )
+    if not self.learning_rate > 0 or not 0 <= self.warmup_ratio < 1 or self.weight_decay < 0 or self.max_grad_norm < 0:
+      raise UserError(
+        f"learning_rate={self.learning_rate} must be above 0, warmup_ratio={self.warmup_ratio} in [0, 1), "
+        f"weight_decay={self.weight_decay} and max_grad_norm={self.max_grad_norm} not negative"
+      )
+
+
+def steps_for(num_examples: int, batch_size: int, epochs: float) -> int:
+  """Steps of `epochs` passes over `num_examples`."""
+  return max(1, round(epochs * -(-num_examples // batch_size)))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019) behind global-norm clipping, with warm-up and cosine decay."""
+  warmup = max(1, round(recipe.warmup_ratio * recipe.steps)) if recipe.warmup_ratio else 0
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0 if warmup else recipe.learning_rate, recipe.learning_rate, warmup, max(recipe.steps, warmup + 1)
+  )
+  matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 3, tree)  # noqa: E731
+  adamw = optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=matrices if recipe.weight_decay else None)
+  return optax.chain(optax.clip_by_global_norm(recipe.max_grad_norm), adamw) if recipe.max_grad_norm else adamw
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """A trained subtree and what it took.
+
+  Attributes:
+    sub: trained parameters of the subtree.
+    losses: float64 [steps], mean loss of each step's examples.
+    trained_tokens: token positions seen, padding left out, repeats counted.
+    trained_response_tokens: response tokens seen, repeats counted.
+    seconds: wall time of this call.
+  """
+
+  sub: Any
+  losses: np.ndarray
+  trained_tokens: int
+  trained_response_tokens: int
+  seconds: float
+
+
+class Trainer:
+  """One compiled training step, shared by any number of trainings with the same optimiser.
+
+  Compiles once per batch shape; data, starting point and seed may differ between calls of `train`.
+  """
+
+  def __init__(self, objective: gradients.Objective, recipe: Recipe, place: Callable[[Batch], Batch] = lambda b: b):
+    """Prepares the step; `recipe.seed` is only the default of `train`."""
+    self.recipe, self.place = recipe, place
+    self.optimizer = make_optimizer(recipe)
+
+    def step(sub, state, frozen, batch):
+      def loss_fn(s):
+        losses = gradients.per_example_losses(objective, s, frozen, batch)
+        return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.valid), 1)
+
+      loss, gradient = jax.value_and_grad(loss_fn)(sub)
+      updates, state = self.optimizer.update(gradients.widen(gradient), state, sub)
+      return optax.apply_updates(sub, updates), state, loss
+
+    self._step = jax.jit(step, donate_argnums=(0, 1))
+
+  def init(self, sub):
+    """Copies the start (the step donates its inputs) and makes the optimiser's state, in float32 at least."""
+    return jax.tree.map(jnp.array, sub), self.optimizer.init(gradients.widen(sub))
+
+  def train(self, sub, frozen, batcher: Batcher, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
+    """Trains from `sub` for `recipe.steps` steps, walking through the data as many times as that takes.
+
+    Args:
+      sub: start.
+      frozen: everything else.
+      batcher: of the training examples, with hidden states when the boundary cache is in use.
+      seed: of the data order; the recipe's when None.
+      log: checkpoints, metrics and progress; none when None.
+
+    Raises:
+      UserError: the loss is not finite; names the step and the examples in it.
+    """
+    seed = self.recipe.seed if seed is None else seed
+    log = log or TrainLog()
+    began = time.perf_counter()
+    sub, state = self.init(sub)
+    first, sub, state, losses = log.restore(sub, state)
+    pending: list = []
+    tokens = responses = 0
+    for step, (rows, batch) in enumerate(itertools.islice(stream(batcher, self.recipe, seed), self.recipe.steps)):
+      seen = int(np.sum([len(batcher.dataset.tokens[row]) for row in rows]))
+      answered = int(np.count_nonzero(batch.weight))
+      tokens, responses = tokens + seen, responses + answered
+      if step < first:
+        continue
+      sub, state, loss = self._step(sub, state, frozen, self.place(batch))
+      pending.append((step, loss, seen, rows))
+      if len(pending) > 2:  # keep two steps in flight: the host builds the next batch while the device works
+        self._settle(pending.pop(0), batcher, losses, log)
+      if log.due(step + 1, self.recipe.steps):
+        while pending:
+          self._settle(pending.pop(0), batcher, losses, log)
+        log.save(step + 1, sub, state, losses)
+    while pending:
+      self._settle(pending.pop(0), batcher, losses, log)
+    log.close()
+    return TrainResult(sub, np.asarray(losses), tokens, responses, time.perf_counter() - began)
+
+  def _settle(self, item, batcher, losses, log) -> None:
+    step, loss, seen, rows = item
+    value = float(loss)
+    if not np.isfinite(value):
+      ids = ", ".join(batcher.dataset.ids[row] for row in rows[:4])
+      raise UserError(
+        f"training loss is {value} at step {step + 1} (examples {ids}, ...): lower --learning_rate, "
+        "or look for extreme values in the weights"
+      )
+    losses.append(value)
+    log.step(step + 1, self.recipe.steps, value, seen)
+
+
+def stream(batcher: Batcher, recipe: Recipe, seed: int) -> Iterator[tuple[np.ndarray, Batch]]:
+  """Endless batches: epoch after epoch, each in an order that (seed, epoch) alone decides."""
+  for epoch in itertools.count():
+    yield from batcher.shuffled(recipe.batch_size, seed, epoch)
+
+
+@dataclasses.dataclass
+class TrainLog:
+  """Where a training writes: Orbax checkpoints, a JSONL line per step, a progress display. All optional.
+
+  Attributes:
+    folder: of the checkpoints; None keeps nothing.
+    metrics: JSONL file with step, loss, tokens, tokens_per_second.
+    every: steps between checkpoints.
+    meta: stored beside the checkpoint: what it depends on and how to use it.
+    on_step: called with (step, steps, loss, tokens_per_second).
+  """
+
+  folder: pathlib.Path | None = None
+  metrics: pathlib.Path | None = None
+  every: int = 50
+  meta: dict = dataclasses.field(default_factory=dict)
+  on_step: Callable[[int, int, float, float], None] | None = None
+
+  def __post_init__(self):
+    self._manager = None
+    self._file = None
+    self._clock = time.perf_counter()
+    if self.folder is not None:
+      options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+      self._manager = ocp.CheckpointManager(pathlib.Path(self.folder).absolute(), options=options)
+
+  def restore(self, sub, state):
+    """(steps done, sub, state, losses) of the newest checkpoint, or the start."""
+    step = self._manager.latest_step() if self._manager else None
+    losses: list[float] = []
+    if step is not None:
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore({"sub": sub, "optimizer": state}), meta=ocp.args.JsonRestore()
+        ),
+      )
+      if found.meta["meta"] != json.loads(json.dumps(self.meta)):
+        raise UserError(f"{self.folder} holds a training with other settings; use --overwrite or another --run_dir")
+      sub, state, losses = found.state["sub"], found.state["optimizer"], list(found.meta["losses"])
+    self._open_metrics(step or 0)
+    return step or 0, sub, state, losses
+
+  def _open_metrics(self, step: int) -> None:
+    if self.metrics is None:
+      return
+    kept = []
+    if self.metrics.exists():  # lines after the checkpoint belong to work that is done again
+      lines = self.metrics.read_text().splitlines()
+      kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    self._file = self.metrics.open("w")
+    self._file.writelines(line + "\n" for line in kept)
+
+  def step(self, step: int, steps: int, loss: float, tokens: int) -> None:
+    """Reports one finished step."""
+    now = time.perf_counter()
+    rate, self._clock = tokens / max(now - self._clock, 1e-9), now
+    if self._file:
+      line = {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": round(rate, 1)}
+      self._file.write(json.dumps(line) + "\n")
+      self._file.flush()
+    if self.on_step:
+      self.on_step(step, steps, loss, rate)
+
+  def due(self, step: int, steps: int) -> bool:
+    """Whether to save after this step."""
+    return self._manager is not None and (step == steps or step % self.every == 0)
+
+  def save(self, step: int, sub, state, losses) -> None:
+    """Writes a checkpoint; Orbax renames it into place when it is whole."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave({"sub": sub, "optimizer": state}),
+        meta=ocp.args.JsonSave({"meta": self.meta, "losses": list(losses)}),
+      ),
+    )
+
+  def close(self) -> None:
+    """Waits for writes and closes files."""
+    if self._manager:
+      self._manager.wait_until_finished()
+      self._manager.close()
+    if self._file:
+      self._file.close()
+
+
+def checkpoint_meta(folder: str | pathlib.Path) -> dict:
+  """The `meta` of the newest checkpoint in a folder.
+
+  Raises:
+    UserError: no checkpoint there.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise UserError(f"--checkpoint={folder}: there is no such folder; give the `checkpoint` folder of a finetune run")
+  with ocp.CheckpointManager(folder.absolute()) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(
+        f"--checkpoint={folder}: no checkpoint in this folder; give the `checkpoint` folder of a finetune run"
+      )
+    found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+  return found.meta["meta"] | {"step": step}
+
+
+def load_sub(folder: str | pathlib.Path, like) -> Any:
+  """The subtree of the newest checkpoint, shaped like `like` (the optimiser's state stays on disk).
+
+  Raises:
+    UserError: the checkpoint's subtree has other shapes.
+  """
+  folder = pathlib.Path(folder).absolute()
+  with ocp.CheckpointManager(folder) as manager:
+    step = manager.latest_step()
+  path = folder / str(step) / "state"
+  with ocp.PyTreeCheckpointer() as reader:
+    target = {"sub": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)}
+    try:
+      restored = reader.restore(path, args=ocp.args.PyTreeRestore(target, partial_restore=True))
+    except (ValueError, KeyError) as error:
+      raise UserError(
+        f"--checkpoint={folder}: its subtree does not fit this model: {str(error).splitlines()[0]}"
+      ) from error
+  return jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), restored["sub"], like)
+
+
+def subtree_meta(subtree: Subtree) -> dict:
+  """A subtree as plain JSON, for a checkpoint's meta."""
+  return {"layers": list(subtree.layers), "paths": list(subtree.paths), "extras": list(subtree.extras)}

@@ -1,0 +1,205 @@
+"""Derivatives of per-example losses over a parameter subtree.
+
+Symbols
+  sub      the chosen parameters, any pytree; P numbers in all
+  frozen   all other parameters: arguments, never differentiated, never captured
+  batch    pytree whose leaves have a leading example axis B; `batch.valid` [B] is 0 on padding rows
+  z        outputs of the model, [B, ...]; losses(z) is convex in z for the Gauss-Newton product to be positive
+  l_i      loss of example i; g_i = dl_i / dsub
+  v        a direction: pytree like sub
+
+Everything here is pure and returns *sums* over the examples of one batch, in float32 at least, so that batches of any
+size add up to the same mean: divide by the number of examples at the very end. Callers jit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax import microbatching
+
+Tree = Any
+# Accelerators multiply float32 in fewer bits unless told otherwise; these products are bound by memory, so it is free.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A model and its loss, seen as functions of the subtree.
+
+  Attributes:
+    outputs: (sub, frozen, batch) -> z, array [B, ...].
+    losses: (z, frozen, batch) -> [B], zero on padding rows and on examples without response.
+    output_hvp: (z, dz, frozen, batch) -> Hessian of sum(losses) in z times dz; derived from `losses` when None.
+    separate: batch -> the same batch with a leading example axis on every leaf, so that it can be cut into examples.
+  """
+
+  outputs: Callable[[Tree, Tree, Tree], jax.Array]
+  losses: Callable[[jax.Array, Tree, Tree], jax.Array]
+  output_hvp: Callable[[jax.Array, jax.Array, Tree, Tree], jax.Array] | None = None
+  separate: Callable[[Tree], Tree] = lambda batch: batch
+
+
+def widen(tree: Tree) -> Tree:
+  """Casts every leaf to float32 at least: half-precision gradients are added up in single precision."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def like(direction: Tree, sub: Tree) -> Tree:
+  """Casts a direction to the dtypes of `sub`, which `jax.jvp` asks for."""
+  return jax.tree.map(lambda d, s: d.astype(s.dtype), direction, sub)
+
+
+def tree_dot(a: Tree, b: Tree) -> jax.Array:
+  """Inner product of two pytrees, reduced in float32 at least."""
+  pairs = zip(jax.tree.leaves(widen(a)), jax.tree.leaves(widen(b)), strict=True)
+  return sum(jnp.vdot(x, y, precision=HIGHEST) for x, y in pairs)
+
+
+def per_example_losses(objective: Objective, sub: Tree, frozen: Tree, batch: Tree) -> jax.Array:
+  """l_i for each example, [B]."""
+  return objective.losses(objective.outputs(sub, frozen, batch), frozen, batch)
+
+
+def sum_gradient(objective: Objective, sub: Tree, frozen: Tree, batch: Tree) -> Tree:
+  """sum_i g_i over the batch, like `sub`, float32 at least."""
+  return widen(jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, batch)))(sub))
+
+
+def per_example_gradients(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, microbatch: int | None = None
+) -> Tree:
+  """g_i for each example: leaves [B, ...] like `sub`; `vmap` of `grad`, `microbatch` examples at a time.
+
+  Memory: B * P numbers for the result, `microbatch` times the activations of one example while it runs.
+  """
+  return map_examples(
+    lambda one: widen(_example_gradient(objective, sub, frozen, one)), objective.separate(batch), microbatch
+  )
+
+
+def adapter_gradients(objective: Objective, sub: Tree, frozen: Tree, batch: Tree) -> Tree:
+  """g_i for each example, leaves [B, ...], for adapter leaves [k, in, out] that the model applies as x[B,T,in] @ leaf.
+
+  Each example gets its own copy of the (small) leaf, [k, B, in, out], which `@` applies example by example, so that one
+  backward pass over the whole batch gives every g_i. The frozen kernels keep their one large matrix product and the
+  batch its flat response slots, both of which `vmap` of `grad` gives up.
+  """
+  size = batch.valid.shape[0]
+  copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, None], (leaf.shape[0], size, *leaf.shape[1:])), sub)
+  gradient = jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, batch)))(copies)
+  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), widen(gradient))
+
+
+def jvp_scores(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree) -> jax.Array:
+  """g_i . v for each example, [B], by one forward-mode pass: no gradient is ever formed.
+
+  d/de l_i(sub + e v) at e = 0 (the scoring rule of google-research/jax-influence).
+
+  Args:
+    direction: v, like `sub`, without a query axis.
+  """
+  losses = lambda s: per_example_losses(objective, s, frozen, batch)  # noqa: E731
+  return jax.jvp(losses, (sub,), (like(direction, sub),))[1]
+
+
+def vmap_scores(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, directions: Tree, microbatch: int | None = None
+) -> jax.Array:
+  """g_i . v_q for each query and example, [Q, B]; each microbatch of gradients is contracted at once and forgotten.
+
+  Args:
+    directions: leaves [Q, ...].
+  """
+  scores = leaf_scores(objective, sub, frozen, batch, directions, microbatch)
+  return sum(jnp.sum(leaf, axis=tuple(range(2, leaf.ndim))) for leaf in jax.tree.leaves(scores))
+
+
+def leaf_scores(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, directions: Tree, microbatch: int | None = None
+) -> Tree:
+  """Like `vmap_scores`, but apart for each leaf and each index of its leading axis: leaves [Q, B, k].
+
+  For a stacked leaf [k, ...] the entries are the contributions of the k chosen layers; the entries of all leaves add up
+  to the score. A leaf [D] gives [Q, B, D], a number gives [Q, B, 1].
+  """
+  wide = widen(directions)
+
+  def one_example(one):
+    gradient = widen(_example_gradient(objective, sub, frozen, one))
+    return jax.tree.map(_contract, gradient, wide)
+
+  scores = map_examples(one_example, objective.separate(batch), microbatch)  # leaves [B, Q, k]
+  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), scores)
+
+
+def _contract(gradient, directions):
+  queries = directions.shape[0]
+  if gradient.ndim <= 1:
+    return (directions * gradient).reshape(queries, -1)
+  rows = gradient.shape[0]
+  return jnp.einsum("kp,qkp->qk", gradient.reshape(rows, -1), directions.reshape(queries, rows, -1), precision=HIGHEST)
+
+
+def ggn_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:
+  """sum_i J_i^T H_out,i J_i v, J = dz/dsub, H_out = Hessian of the loss in the outputs: generalised Gauss-Newton."""
+  outputs = lambda s: objective.outputs(s, frozen, batch)  # noqa: E731
+  z, pull = jax.vjp(outputs, sub)
+  dz = jax.jvp(outputs, (sub,), (like(v, sub),))[1]
+  if objective.output_hvp is not None:
+    moved = objective.output_hvp(z, dz, frozen, batch)
+  else:
+    moved = jax.jvp(jax.grad(lambda out: jnp.sum(objective.losses(out, frozen, batch))), (z,), (dz,))[1]
+  return widen(pull(moved.astype(z.dtype))[0])
+
+
+def fisher_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:
+  """sum_i g_i (g_i . v), the empirical Fisher product, as one jvp and one vjp: no per-example gradient is formed."""
+  losses = lambda s: per_example_losses(objective, s, frozen, batch)  # noqa: E731
+  _, pull = jax.vjp(losses, sub)
+  dots = jax.jvp(losses, (sub,), (like(v, sub),))[1]
+  return widen(pull(dots)[0])
+
+
+def hessian_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:
+  """sum_i (d^2 l_i / dsub^2) v, forward over reverse."""
+  total = lambda s: jnp.sum(per_example_losses(objective, s, frozen, batch))  # noqa: E731
+  return widen(jax.jvp(jax.grad(total), (sub,), (like(v, sub),))[1])
+
+
+CURVATURE_PRODUCTS = {"ggn": ggn_product, "fisher": fisher_product, "hessian": hessian_product}
+
+
+def over_queries(product: Callable[..., Tree]) -> Callable[..., Tree]:
+  """Gives a curvature product a leading query axis on v: leaves [Q, ...] in and out."""
+
+  def batched(objective, sub, frozen, batch, v):
+    if jax.tree.leaves(v)[0].shape[0] == 1:  # the coreset case: spare XLA a batch dimension of one
+      single = product(objective, sub, frozen, batch, jax.tree.map(lambda leaf: leaf[0], v))
+      return jax.tree.map(lambda leaf: leaf[None], single)
+    return jax.vmap(lambda one: product(objective, sub, frozen, batch, one))(v)
+
+  return batched
+
+
+def map_examples(fn: Callable[[Tree], Tree], batch: Tree, microbatch: int | None) -> Tree:
+  """Stacks fn(example) over the examples of a batch, `microbatch` at a time (`vmap` inside, a loop outside).
+
+  `fn` sees one example as a batch of size one. optax asks for a size that divides B: the batch is filled up with its
+  last example, what comes of it is cut off. Its microbatches take every (B / microbatch)-th example, so that a batch
+  sharded over devices keeps all of them busy; putting the result in order again copies it once.
+  """
+  one = lambda example: fn(jax.tree.map(lambda leaf: leaf[None], example))  # noqa: E731
+  size = jax.tree.leaves(batch)[0].shape[0]
+  if microbatch is None or microbatch >= size:
+    return jax.vmap(one)(batch)
+  short = -size % microbatch
+  filled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], short, axis=0)]), batch)
+  out = microbatching.micro_vmap(one, microbatch_size=microbatch)(filled if short else batch)
+  return jax.tree.map(lambda leaf: leaf[:size], out)
+
+
+def _example_gradient(objective, sub, frozen, one):
+  return jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, one)))(sub)

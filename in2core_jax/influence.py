@@ -1,0 +1,345 @@
+"""From queries to scores: influence(i, q) = g_q . (H + damping I)^-1 . g_i, streamed over batches.
+
+Positive = proponent: giving example i more weight lowers the loss on query q. Scores are not divided by N.
+This room knows no model and no data set: it gets an `Objective`, parameters and functions that yield batches.
+
+Letters: B batch, N training examples, Q queries, P size of the subtree.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from in2core_jax import gradients, ihvp
+from in2core_jax.errors import UserError
+from in2core_jax.gradients import Tree
+
+# Yields (rows of the data set, batch on the devices), the same at every call.
+Stream = Callable[[], Iterator[tuple[np.ndarray, Any]]]
+
+SOLVERS = ("lissa", "cg", "datainf", "identity", "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverSettings:
+  """Which inverse, and how.
+
+  Attributes:
+    solver: one of SOLVERS.
+    curvature: ggn, fisher or hessian.
+    damping: absolute; None to use damping_ratio.
+    damping_ratio: relative to the estimated largest eigenvalue (DataInf: to each layer's mean squared gradient entry).
+    depth: LiSSA steps of one run, CG steps.
+    repeat: LiSSA runs averaged.
+    scale: LiSSA's; None estimates it.
+    acceleration: LiSSA's: none, momentum or chebyshev.
+    tol: relative residual at which LiSSA and CG stop.
+    seed: of LiSSA's minibatches and of the power iteration.
+    average: share of LiSSA's last steps whose iterates are averaged; 0 is the plain recursion of METHOD.md section 3.
+      Half of them takes most of the minibatches' noise out of the answer.
+  """
+
+  solver: str = "lissa"
+  curvature: str = "ggn"
+  damping: float | None = None
+  damping_ratio: float | None = 0.1
+  depth: int = 50
+  repeat: int = 1
+  scale: float | None = None
+  acceleration: str = "none"
+  tol: float = 1e-2
+  seed: int = 0
+  average: float = 0.5
+
+  def __post_init__(self):
+    if self.solver not in SOLVERS:
+      raise UserError(f"--solver={self.solver} is unknown; use one of {', '.join(SOLVERS)}")
+    if self.curvature not in gradients.CURVATURE_PRODUCTS:
+      known = ", ".join(gradients.CURVATURE_PRODUCTS)
+      raise UserError(f"--curvature={self.curvature} is unknown; use one of {known}")
+    if (self.damping is None) == (self.damping_ratio is None):
+      raise UserError(f"--damping={self.damping} and --damping_ratio={self.damping_ratio}: give exactly one of the two")
+
+
+class Problem:
+  """An objective at its parameters, with every kernel compiled once per batch shape.
+
+  Attributes:
+    objective, sub, frozen: as in `gradients`.
+  """
+
+  def __init__(self, objective: gradients.Objective, sub: Tree, frozen: Tree, microbatch: int | None = 8):
+    """Prepares the kernels.
+
+    Args:
+      microbatch: examples whose gradients exist at the same time (`vmap(grad)` paths).
+    """
+    self.objective, self.sub, self.frozen = objective, sub, frozen
+    self._losses = jax.jit(partial(gradients.per_example_losses, objective))
+    self._gradient = jax.jit(partial(gradients.sum_gradient, objective))
+    self._jvp = jax.jit(partial(gradients.jvp_scores, objective))
+    self._vmap = jax.jit(partial(gradients.vmap_scores, objective, microbatch=microbatch))
+    self._gradients = jax.jit(partial(gradients.per_example_gradients, objective, microbatch=microbatch))
+    self._adapters = jax.jit(partial(gradients.adapter_gradients, objective))
+    # The solvers compile by the identity of these functions, so they are made once.
+    self._products = {kind: self._product_fn(kind) for kind in gradients.CURVATURE_PRODUCTS}
+    self._example_gradients = lambda context, batch: (
+      gradients.per_example_gradients(objective, *context, batch, microbatch=microbatch),
+      batch.valid,
+    )
+
+  def at(self, sub: Tree, frozen: Tree | None = None) -> "Problem":
+    """The same kernels at other parameters: nothing is compiled again."""
+    other = object.__new__(Problem)
+    other.__dict__ = self.__dict__ | {"sub": sub, "frozen": self.frozen if frozen is None else frozen}
+    return other
+
+  def _product_fn(self, kind: str):
+    single = gradients.over_queries(gradients.CURVATURE_PRODUCTS[kind])
+
+    def product(context, batch, v):
+      return single(self.objective, *context, batch, v)
+
+    return product
+
+  def losses(self, stream: Stream, size: int) -> np.ndarray:
+    """l_i of every example, float32 [N]."""
+    return _collect(stream, size, lambda batch: self._losses(self.sub, self.frozen, batch))
+
+  def mean_gradient(self, stream: Stream) -> Tree:
+    """The aggregated query: mean of g_q over the data, leaves [1, ...].
+
+    Raises:
+      UserError: no example, or a gradient that is not finite.
+    """
+    total, count = None, 0
+    for rows, batch in stream():
+      part = self._gradient(self.sub, self.frozen, batch)
+      total = part if total is None else _add(total, part)
+      count += len(rows)
+    if total is None:
+      raise UserError("the evaluation set is empty: there is nothing to have influence on")
+    mean = jax.tree.map(lambda leaf: leaf[None] / count, total)
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(mean)):
+      raise UserError("the evaluation gradient is not finite: look for NaN in the weights or in the evaluation losses")
+    return mean
+
+  def gradients(self, stream: Stream, size: int) -> Tree:
+    """g_i of every example, host arrays [N, ...]; N * P numbers."""
+    return self._gather(stream, size, self._gradients)
+
+  def adapter_features(self, stream: Stream, size: int) -> np.ndarray:
+    """g_i of every example as rows of a matrix, float32 [N, P], for a subtree of adapter leaves (a sketch's cores)."""
+    leaves = jax.tree.leaves(self._gather(stream, size, self._adapters))
+    return np.concatenate([leaf.reshape(size, -1) for leaf in leaves], axis=1)
+
+  def _gather(self, stream: Stream, size: int, kernel) -> Tree:
+    store = jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), np.float32), self.sub)
+    for rows, batch in stream():
+      part = jax.device_get(kernel(self.sub, self.frozen, batch))
+      jax.tree.map(lambda out, new, rows=rows: out.__setitem__(rows, new[: len(rows)]), store, part)
+    return store
+
+  def scores(self, stream: Stream, size: int, directions: Tree, path: str = "auto") -> np.ndarray:
+    """g_i . r_q for every query and example, float32 [Q, N].
+
+    Args:
+      stream: training batches.
+      size: N.
+      directions: r, leaves [Q, ...].
+      path: "jvp" (one forward-mode pass a query), "vmap" (per-example gradients, contracted at once), or "auto".
+
+    Raises:
+      UserError: an unknown path, or a score that is not finite.
+    """
+    if path not in ("auto", "jvp", "vmap"):
+      raise UserError(f"--score_path={path} is unknown; use auto, jvp or vmap")
+    queries = jax.tree.leaves(directions)[0].shape[0]
+    if path == "auto":
+      path = "jvp" if queries <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for one or two directions
+    if path == "jvp":
+      single = [jax.tree.map(lambda leaf, q=q: leaf[q], directions) for q in range(queries)]
+      kernel = lambda batch: jnp.stack([self._jvp(self.sub, self.frozen, batch, r) for r in single])  # noqa: E731
+    else:
+      kernel = lambda batch: self._vmap(self.sub, self.frozen, batch, directions)  # noqa: E731
+    scores = _collect(stream, size, kernel, queries)
+    if not np.all(np.isfinite(scores)):
+      bad = np.flatnonzero(~np.all(np.isfinite(scores), axis=0))
+      first = bad[:5].tolist()
+      raise UserError(f"{len(bad)} of {size} scores are not finite (first rows {first}): look at their losses")
+    return scores
+
+  def curvature(self, kind: str) -> ihvp.Curvature:
+    """H of a batch as the solvers take it: sums over examples, parameters in the context."""
+    return ihvp.Curvature(self._products[kind], _count, (self.sub, self.frozen))
+
+  def example_gradients(self, batches) -> ihvp.ExampleGradients:
+    """Per-example gradients as DataInf takes them."""
+    return ihvp.ExampleGradients(self._example_gradients, batches, (self.sub, self.frozen))
+
+
+def solve(
+  problem: Problem,
+  v: Tree,
+  settings: SolverSettings,
+  data: "CurvatureData",
+  on_state: Callable[[ihvp.LissaState], Any] | None = None,
+  resume_from: ihvp.LissaState | None = None,
+) -> ihvp.SolveResult:
+  """(H + damping I)^-1 v by the chosen solver.
+
+  Args:
+    problem: where H is taken.
+    v: leaves [Q, ...].
+    settings: which solver.
+    data: where the curvature's examples come from.
+    on_state: called now and then with a state that `resume_from` takes; only LiSSA has states.
+    resume_from: a state of a LiSSA solve with the same arguments; the result has the bytes of an uninterrupted one.
+
+  Returns:
+    SolveResult; `info` has what was decided (damping, scale, largest eigenvalue) and is printable.
+
+  Raises:
+    NegativeCurvatureError: LiSSA or CG with an H whose eigenvalue of largest size is below -damping.
+    UserError: a state for a solver that has none, or whatever the solver refuses.
+  """
+  if resume_from is not None and settings.solver != "lissa":
+    raise UserError(f"--solver={settings.solver} cannot go on from a saved state, only lissa can: start it afresh")
+  if settings.solver == "identity":
+    return ihvp.identity(v)
+  if settings.solver == "datainf":
+    options = ihvp.DataInfSettings(damping=settings.damping, damping_ratio=settings.damping_ratio)
+    result = ihvp.datainf(v, problem.example_gradients(lambda: (batch for _, batch in data.all())), options)
+    # Not relative to an eigenvalue, unlike the other solvers' damping_ratio: said in its own words.
+    rule = "absolute, the same in every block l" if settings.damping_ratio is None else _DATAINF_RULE
+    return dataclasses.replace(result, info=result.info | {"damping_rule": rule})
+  curvature = problem.curvature(settings.curvature)
+  matvec = ihvp.fixed_matvec(curvature, lambda: (batch for _, batch in data.fixed()))
+  key = jax.random.key(settings.seed)
+  lambda_max, damping = _spectrum(matvec, v, key, settings, resume_from)
+  if settings.solver == "exact":
+    result = ihvp.exact(matvec, v, damping)
+  elif settings.solver == "cg":
+    result = ihvp.cg(matvec, v, ihvp.CgSettings(damping=damping, tol=settings.tol, max_steps=settings.depth))
+  else:
+    sampled = ihvp.Sampled(curvature, data.draw, matvec)
+    result = ihvp.lissa(sampled, v, key, _lissa_settings(settings, damping, lambda_max), on_state, resume_from)
+  facts = {
+    "lambda_max": lambda_max,
+    "damping": damping,
+    "damping_ratio": damping / lambda_max if lambda_max > 0 else None,
+    "damping_rule": "absolute" if settings.damping_ratio is None else "damping_ratio * lambda_max",
+  }
+  return dataclasses.replace(result, info=result.info | facts)
+
+
+_DATAINF_RULE = "damping_l = damping_ratio * mean_i |g_il|^2 / d_l in every block l of d_l numbers"
+
+
+def _lissa_settings(settings: SolverSettings, damping: float, lambda_max: float) -> ihvp.LissaSettings:
+  return ihvp.LissaSettings(
+    damping=damping,
+    scale=settings.scale,
+    depth=settings.depth,
+    repeat=settings.repeat,
+    tol=settings.tol,
+    acceleration=settings.acceleration,
+    average=settings.average,
+    lambda_max=lambda_max,
+  )
+
+
+def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: ihvp.LissaState | None):
+  """(largest eigenvalue of H on the fixed set, damping); refuses what LiSSA and CG cannot solve."""
+  if state is not None:  # the same numbers, so that the resumed run ends in the same bytes
+    return state.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max)
+  power = ihvp.power_iteration(matvec, v, jax.random.fold_in(key, 7), steps=12, tol=1e-2)
+  damping = settings.damping
+  if damping is None:
+    damping = settings.damping_ratio * max(power.lambda_max, 0.0)
+  if settings.solver != "exact" and power.dominant + damping < 0:
+    raise ihvp.NegativeCurvatureError(
+      f"--solver={settings.solver}: H ({settings.curvature}) has the eigenvalue {power.dominant:.3g}, negative and "
+      f"larger in size than its largest positive one, so H + damping I with damping {damping:.3g} is not positive "
+      f"definite; use --damping well above {-power.dominant:.3g} or --curvature=ggn"
+    )
+  return power.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, power.lambda_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureData:
+  """Where a solver's curvature comes from.
+
+  Attributes:
+    all: every curvature example, for DataInf.
+    fixed: a fixed set: CG's system, and LiSSA's residual and power iteration; LiSSA draws none of it.
+    draw: key -> ihvp.Parts, a minibatch of other examples, a pure function of the key.
+  """
+
+  all: Stream
+  fixed: Stream
+  draw: Callable[[jax.Array], Any]
+
+
+def stratified_counts(sizes: list[int], size: int) -> list[int]:
+  """How many examples each group gives to a draw of about `size`: its share, at least one."""
+  return [max(1, round(size * count / sum(sizes))) for count in sizes]
+
+
+def stratified_draw(
+  groups: list[tuple[np.ndarray, Any]], size: int, build: Callable[[np.ndarray, Any, int], Any]
+) -> Callable[[jax.Array], ihvp.Parts]:
+  """Makes `draw`: about `size` examples, from each group in proportion to its share.
+
+  Fixed counts per shape keep one compiled program; the factors make the mean unbiased whatever the rounding.
+
+  Args:
+    groups: (rows, shape) of each batch shape.
+    size: examples drawn in all, about.
+    build: (rows, shape, count) -> batch on the devices.
+  """
+  groups = [(np.asarray(rows), shape) for rows, shape in groups if len(rows)]
+  total = sum(len(rows) for rows, _ in groups)
+  counts = stratified_counts([len(rows) for rows, _ in groups], size)
+  drawn = sum(counts)
+  factors = [len(rows) / total * drawn / count for (rows, _), count in zip(groups, counts, strict=True)]
+
+  def draw(key: jax.Array) -> ihvp.Parts:
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    parts = []
+    for (rows, shape), count in zip(groups, counts, strict=True):
+      chosen = rng.choice(rows, size=count, replace=count > len(rows))
+      parts.append(build(np.sort(chosen), shape, count))
+    return ihvp.Parts(tuple(parts), tuple(factors))
+
+  return draw
+
+
+def _count(batch):
+  return jnp.sum(batch.valid)
+
+
+def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> np.ndarray:
+  """Gathers kernel(batch) [..., B] into [..., N]; results are fetched one batch late to keep the device busy."""
+  out = np.zeros((size,) if queries is None else (queries, size), np.float32)
+  waiting = None
+  for rows, batch in stream():
+    values = kernel(batch)
+    if waiting is not None:
+      _put(out, *waiting)
+    waiting = (rows, values)
+  if waiting is not None:
+    _put(out, *waiting)
+  return out
+
+
+def _put(out, rows, values) -> None:
+  out[..., rows] = np.asarray(values)[..., : len(rows)]
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

@@ -1,0 +1,444 @@
+"""One Flax decoder for the Llama family, cut in two at the boundary.
+
+Linen modules describe one layer; `jax.lax.scan` runs a stack of them whose parameters share a leading axis, so that
+compile time does not grow with depth and "the chosen layers" are a slice of that axis. Parameters are plain nested
+dicts and always arguments: `jax.vmap`, `jax.grad` and `jax.jvp` need no special case, and XLA folds no constant.
+
+Letters: B batch, T tokens, R response slots, V vocabulary, D width, L layers, H query heads, K key heads, G = H / K.
+Weights may be float32 or bfloat16; norms, rotary angles, softmax, logits and losses are computed in float32 at least
+(float64 when given float64).
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from in2core_jax import probes
+from in2core_jax import subtree as subtree_lib
+from in2core_jax.errors import UserError
+from in2core_jax.gradients import Objective
+
+# Positions whose [*, V] logits exist at the same time: 512 x 49152 x 4 bytes = 100 MB. Under `vmap` this holds for each
+# mapped element, so there the microbatch bounds the memory: microbatch x min(R, HEAD_CHUNK) x V.
+HEAD_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of a decoder; field names follow Hugging Face's Llama configuration where one exists there."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  rms_eps: float = 1e-5
+  tie_embeddings: bool = True
+  rope_scaling: tuple[tuple[str, object], ...] | None = None
+  attention_bias: bool = False
+  sliding_window: int | None = None
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+    if self.head_dim % 2:
+      raise UserError(f"model config: head_dim {self.head_dim} is odd, rotary embeddings need pairs")
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+  """Float32 at least: the dtype of reductions for weights of `dtype`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+class Norm(nn.Module):
+  """RMS norm: x / sqrt(mean(x^2) + eps) * scale, reduced in float32 at least."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    wide = x.astype(accumulation_dtype(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class Projection(nn.Module):
+  """y = x W (+ b), plus what the parameters hold beside the kernel.
+
+  lora_a [in, r], lora_b [r, out]           adds (x A) B (the factor alpha / r is folded into B when it is exported)
+  left [in, p], core [p, p], right [p, out]  adds ((x left) core) right with core = 0: the gradient in `core` is
+                                             left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
+  NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
+                                             gradient come out as the probe's gradient (`probes.observe`)
+  """
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+    y = self._times(x, "kernel", kernel)
+    if self.use_bias:
+      # Added in the wide dtype, because the gradient in the bias is a plain sum over positions.
+      wide = accumulation_dtype(x.dtype)
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = (y.astype(wide) + bias.astype(wide)).astype(x.dtype)
+    for factors in (("lora_a", "lora_b"), ("left", "core", "right")):
+      if self.has_variable("params", factors[0]):
+        low = x
+        for name in factors:
+          low = self._times(low, name, self.get_variable("params", name))
+        y += low
+    return y
+
+  def _times(self, x, name, matrix):
+    y = x @ matrix.astype(x.dtype)
+    if self.has_variable("params", f"{name}_probe"):
+      y = probes.observe(x, y, self.get_variable("params", f"{name}_probe"))
+    return y
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention with rotary positions (half-rotation form)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary, mask):
+    c = self.config
+    batch, length, _ = x.shape
+    bias = c.attention_bias
+    q = Projection(c.num_heads * c.head_dim, bias, name="q_proj")(x).reshape(batch, length, c.num_heads, c.head_dim)
+    k = Projection(c.num_kv_heads * c.head_dim, bias, name="k_proj")(x).reshape(
+      batch, length, c.num_kv_heads, c.head_dim
+    )
+    v = Projection(c.num_kv_heads * c.head_dim, bias, name="v_proj")(x).reshape(
+      batch, length, c.num_kv_heads, c.head_dim
+    )
+    q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+    k = _rotate(k, rotary)
+    wide = accumulation_dtype(x.dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * (c.head_dim**-0.5)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(x.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, c.num_heads * c.head_dim)
+    return Projection(c.hidden_size, name="o_proj")(mixed)
+
+
+class Mlp(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    gate = Projection(self.config.intermediate_size, name="gate_proj")(x)
+    up = Projection(self.config.intermediate_size, name="up_proj")(x)
+    return Projection(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, h, rotary, mask):
+    eps = self.config.rms_eps
+    h = h + Attention(self.config, name="attention")(Norm(eps, name="attention_norm")(h), rotary, mask)
+    return h + Mlp(self.config, name="mlp")(Norm(eps, name="mlp_norm")(h))
+
+
+def rotary_tables(config: ModelConfig, length: int, dtype) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [T, head_dim / 2] of the rotary angles, with Llama 3's frequency scaling when configured."""
+  exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+  frequency = 1.0 / (config.rope_theta**exponent)
+  scaling = dict(config.rope_scaling or ())
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if kind == "linear":
+    frequency = frequency / scaling["factor"]
+  elif kind == "llama3":
+    wavelength = 2 * jnp.pi / frequency
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
+  elif kind != "default":
+    raise UserError(f"model config: rope scaling {kind!r} is not supported; known: default, linear, llama3")
+  angle = jnp.arange(length, dtype=dtype)[:, None] * frequency[None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x, rotary):
+  cos, sin = (table[None, :, None, :] for table in rotary)
+  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _causal_mask(config: ModelConfig, length: int):
+  # Padding stands on the right, so a real token never looks at it: the causal mask is all that is needed.
+  row, column = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+  mask = column <= row
+  return mask & (row - column < config.sliding_window) if config.sliding_window else mask
+
+
+def run_layers(config: ModelConfig, layer_params, h: jax.Array) -> jax.Array:
+  """Runs stacked layers (leading axis of every leaf) over hidden states h [B,T,D]."""
+  length = h.shape[1]
+  rotary = rotary_tables(config, length, accumulation_dtype(h.dtype))
+  mask = _causal_mask(config, length)
+
+  def body(carry, params):
+    return Block(config).apply({"params": params}, carry, rotary, mask), None
+
+  return jax.lax.scan(body, h, layer_params)[0]
+
+
+def embed(params, tokens: jax.Array) -> jax.Array:
+  """Token embeddings [B,T,D]."""
+  return jnp.take(params["embed"]["embedding"], tokens, axis=0)
+
+
+def head_matrix(params) -> jax.Array:
+  """The vocabulary projection as [V,D]: the embedding itself when tied."""
+  return params["lm_head"]["kernel"].T if "lm_head" in params else params["embed"]["embedding"]
+
+
+def run_below(config: ModelConfig, subtree: subtree_lib.Subtree, frozen, tokens: jax.Array) -> jax.Array:
+  """Hidden states [B,T,D] that enter the lowest chosen layer; constant while the subtree changes."""
+  if subtree.boundary == 0:
+    return embed(frozen, tokens)
+  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(frozen, tokens))
+
+
+def run_above(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, h: jax.Array) -> jax.Array:
+  """Runs the layers from the boundary up, a scan for each run of chosen or not chosen layers."""
+  for start, stop, _ in subtree.segments():
+    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h)
+  return h
+
+
+def logits(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
+  """Logits of all positions, float32 [B,T,V]; for parity checks and small inputs."""
+  h = run_layers(config, params["layers"], embed(params, tokens))
+  return _logits(Norm(config.rms_eps).apply({"params": params["final_norm"]}, h), head_matrix(params))
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
+  """Random parameters: normal with deviation 0.02, norms at one."""
+  embed_key, layer_key, head_key = jax.random.split(key, 3)
+  h = jnp.zeros((1, 2, config.hidden_size), dtype)
+  rotary, mask = rotary_tables(config, 2, accumulation_dtype(dtype)), _causal_mask(config, 2)
+  init = lambda k: Block(config).init(k, h, rotary, mask)["params"]  # noqa: E731
+  shape = (config.vocab_size, config.hidden_size)
+  params = {
+    "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)},
+    "layers": jax.vmap(init)(jax.random.split(layer_key, config.num_layers)),
+    "final_norm": {"scale": jnp.ones(config.hidden_size)},
+  }
+  if not config.tie_embeddings:
+    params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape[::-1])}
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _logits(z, matrix):
+  return jnp.einsum("...d,vd->...v", z, matrix, preferred_element_type=accumulation_dtype(z.dtype))
+
+
+def _nll_of_logits(logits_, target):
+  picked = jnp.take_along_axis(logits_, target[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_, axis=-1) - picked
+
+
+@jax.custom_jvp
+def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
+  """Negative log-likelihood of `target` under softmax(z matrix^T), with logits alive for `HEAD_CHUNK` rows at a time.
+
+  The derivative rule forms (p - onehot) matrix beside the value, so that forward mode, reverse mode and
+  forward-over-reverse all cost two vocabulary products a row and no [rows, V] array outlives its chunk. `matrix` is a
+  constant here; a head that is itself chosen goes through its logits instead (`make_objective`).
+
+  Args:
+    z: [M, D] final hidden states after the last norm.
+    matrix: [V, D] vocabulary projection.
+    target: int32 [M].
+
+  Returns:
+    [M], float32 at least, nats.
+  """
+  return _by_chunk(lambda zc, tc: _nll_of_logits(_logits(zc, matrix), tc), z, target)
+
+
+@token_nll.defjvp
+def _token_nll_jvp(primals, tangents):
+  z, matrix, target = primals
+  dz = tangents[0]
+
+  def value_and_slope(zc, tc):
+    chunk = _logits(zc, matrix)
+    probability = jax.nn.softmax(chunk, axis=-1)
+    residual = probability - jax.nn.one_hot(tc, chunk.shape[-1], dtype=chunk.dtype)
+    slope = jnp.einsum("mv,vd->md", residual.astype(matrix.dtype), matrix, preferred_element_type=chunk.dtype)
+    return _nll_of_logits(chunk, tc), slope
+
+  value, slope = _by_chunk(value_and_slope, z, target)
+  return value, jnp.sum(slope * dz.astype(slope.dtype), axis=-1)
+
+
+def _by_chunk(fn, z, *rest):
+  rows = z.shape[0]
+  if rows <= HEAD_CHUNK:
+    return fn(z, *rest)
+  chunks = -(-rows // HEAD_CHUNK)
+  size = -(-rows // chunks)
+  pad = chunks * size - rows
+  cut = [jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:]) for a in (z, *rest)]
+  out = jax.lax.map(lambda args: fn(*args), tuple(cut))
+  return jax.tree.map(lambda a: a.reshape(chunks * size, *a.shape[2:])[:rows], out)
+
+
+def _head_ggn(z, dz, matrix):
+  """W^T (diag(p) - p p^T) W dz per row: three vocabulary products, p = softmax(W z)."""
+  probability = jax.nn.softmax(_logits(z, matrix), axis=-1)
+  moved = probability * _logits(dz.astype(z.dtype), matrix)
+  moved = moved - probability * jnp.sum(moved, axis=-1, keepdims=True)
+  return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype)
+
+
+@functools.cache  # equal choices give the same functions, so `jax.jit` compiles them once
+def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objective:
+  """The loss of METHOD: weighted response-token negative log-likelihood, as a function of the chosen subtree.
+
+  `outputs` are the normed hidden states at the response slots [B,R,D] (logits [B,R,V] when the head itself is chosen).
+  The head is linear and frozen, so the Gauss-Newton matrix with respect to these outputs equals the one with respect to
+  the logits: J_z^T (W^T H_out W) J_z.
+
+  Returns:
+    An `Objective` over batches with the fields of `batches.Batch`; `hidden` [B,T,D] replaces the layers below the
+    boundary when it is not None.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+
+  def outputs(sub, frozen, batch):
+    if "embed" in subtree.extras:
+      if batch.hidden is not None:
+        raise UserError(
+          "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
+        )
+      matrix = sub["embed"]["embedding"]
+      # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
+      wide = {"embed": {"embedding": matrix.astype(accumulation_dtype(matrix.dtype))}}
+      h = embed(wide, batch.tokens).astype(matrix.dtype)
+    elif batch.hidden is not None:
+      h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
+    else:
+      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens))
+    h = run_above(config, subtree, sub, frozen, h)
+    picked = _pick(h, batch)
+    norm = sub if "final_norm" in subtree.extras else frozen
+    z = Norm(config.rms_eps).apply({"params": norm["final_norm"]}, picked)
+    return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
+
+  def losses(z, frozen, batch):
+    target, weight = _by_slot(batch.target, batch), _by_slot(batch.weight, batch)
+    if head_is_chosen:
+      nll = _nll_of_logits(z, target)
+    else:
+      nll = token_nll(z.reshape(-1, z.shape[-1]), head_matrix(frozen), target.reshape(-1)).reshape(target.shape)
+    return _sum_by_example(nll * weight.astype(nll.dtype), batch)
+
+  def output_hvp(z, dz, frozen, batch):
+    flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
+    matrix = head_matrix(frozen)
+    product = _by_chunk(lambda zc, dzc: _head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
+    return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
+
+  separate = lambda batch: batch._replace(slots=None)  # noqa: E731
+  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
+
+
+def _pick(h, batch):
+  """Hidden states [B,R,D] that predict the response slots, or [G,M,D] of the filled slots only."""
+  if batch.slots is None:
+    return jnp.take_along_axis(h, batch.position[..., None], axis=1)
+  groups = batch.slots.shape[0]
+  offset = jnp.arange(batch.position.shape[0])[:, None] % (batch.position.shape[0] // groups) * h.shape[1]
+  place = _by_slot(batch.position + offset, batch)
+  return jnp.take_along_axis(h.reshape(groups, -1, h.shape[-1]), place[..., None], axis=1)
+
+
+def _by_slot(values, batch):
+  """Entries [G,M] of an array [B,R] at the filled slots, zero on padding; the array itself without slots."""
+  if batch.slots is None:
+    return values
+  flat = values.reshape(batch.slots.shape[0], -1)
+  return jnp.take_along_axis(flat, batch.slots, axis=1, mode="fill", fill_value=0)
+
+
+def _sum_by_example(values, batch):
+  """Sums [B] over the slots of each example; a slot is written once, so the order of additions is fixed."""
+  if batch.slots is not None:
+    groups, size = batch.slots.shape[0], batch.target.size // batch.slots.shape[0]
+    rows = jnp.arange(groups)[:, None]
+    values = jnp.zeros((groups, size), values.dtype).at[rows, batch.slots].set(values, mode="drop", unique_indices=True)
+    values = values.reshape(batch.target.shape)
+  return jnp.sum(values, axis=-1)
+
+
+def _head_is_chosen(config: ModelConfig, subtree: subtree_lib.Subtree) -> bool:
+  return "lm_head" in subtree.extras or ("embed" in subtree.extras and config.tie_embeddings)
+
+
+@functools.cache
+def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes relabel(sub, frozen, batch, keys) -> the batch for which the mean of g_i g_i^T is the Gauss-Newton matrix.
+
+  Targets are drawn from the model's own softmax, y_r ~ p_r, and weights become their square roots: with
+  s_r = d nll_r(y_r) / dsub, E[s_r s_r^T] = J_r^T H_out,r J_r and E[s_r] = 0, so that slots do not mix and
+
+    E[(sum_r sqrt(w_r) s_r) (sum_r sqrt(w_r) s_r)^T] = sum_r w_r J_r^T H_out,r J_r,
+
+  the `ggn` of the loss sum_r w_r nll_r. (With w_r itself a mean over R tokens would come out R times too small.)
+
+  Returns:
+    relabel; keys is a key array [B], one for each example, from which the labels of its slots are drawn one by one: how
+    examples are put into batches does not change them.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+  objective = make_objective(config, subtree)
+
+  def relabel(sub, frozen, batch, keys):
+    z = objective.outputs(sub, frozen, batch._replace(slots=None))
+    matrix = None if head_is_chosen else head_matrix(frozen)
+    slots = jnp.arange(z.shape[1])
+    wide = accumulation_dtype(z.dtype)
+    draw = lambda key: jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r), dtype=wide))(slots)  # noqa: E731
+
+    def invert(zc, uniform):  # the least label whose cumulative probability exceeds u
+      total = jnp.cumsum(jax.nn.softmax(zc if head_is_chosen else _logits(zc, matrix), axis=-1), axis=-1)
+      below = jnp.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
+      return jnp.minimum(below, total.shape[-1] - 1).astype(batch.target.dtype)
+
+    target = _by_chunk(invert, z.reshape(-1, z.shape[-1]), jax.vmap(draw)(keys).reshape(-1))
+    return batch._replace(target=target.reshape(batch.target.shape), weight=jnp.sqrt(batch.weight))
+
+  return relabel
+
+
+def token_nlls(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch) -> jax.Array:
+  """Per-token negative log-likelihood [B,R] at the response slots; zero on padding slots."""
+  batch = batch._replace(slots=None)
+  z = make_objective(config, subtree).outputs(sub, frozen, batch)
+  if _head_is_chosen(config, subtree):
+    nll = _nll_of_logits(z, batch.target)
+  else:
+    flat = z.reshape(-1, z.shape[-1])
+    nll = token_nll(flat, head_matrix(frozen), batch.target.reshape(-1)).reshape(batch.target.shape)
+  return jnp.where(batch.weight > 0, nll, 0)

@@ -1,0 +1,94 @@
+"""Probes: leaves beside a matrix whose "gradient" is a moment of what the matrix sees in the backward pass.
+
+Second moments of a layer's inputs and output gradients are no derivatives of the loss, but everything that they need
+meets in the backward pass of y = x W: the input x, which is kept for it anyway, and the output gradient dl/dy. A probe
+is a small tree of arrays that the model hands to `observe`; it does not change y, and reverse mode returns the moment
+where the probe's gradient would stand. So one `jax.grad` in the probes, through any `vjp`, `lax.scan` or boundary,
+gives the moments of all chosen layers; no hook, no stored activation, no per-example gradient.
+
+Letters: B batch, T tokens (or nothing), a_t input [in] of a token, g_t gradient [out] of the *sum* of the examples'
+losses in the token's output, so that of its own example's loss. G_i = sum_t a_t g_t^T is example i's gradient in W.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Examples whose rotated gradients [in, out] exist at the same time.
+EXAMPLES_AT_ONCE = 4
+
+
+def covariance_probe(leaf: jax.Array) -> dict[str, jax.Array]:
+  """Zeros to hold the moments of a matrix leaf [..., in, out]; see `observe`."""
+  lead, (inputs, outputs), dtype = leaf.shape[:-2], leaf.shape[-2:], _wide(leaf.dtype)
+  shapes = {"inputs": (inputs, inputs), "outputs": (outputs, outputs), "tokens": ()}
+  return {name: jnp.zeros(lead + shape, dtype) for name, shape in shapes.items()}
+
+
+def square_probe(left: jax.Array, right: jax.Array) -> dict[str, jax.Array]:
+  """Zeros to hold squared gradients in the bases left [..., in, in], right [..., out, out]; see `observe`."""
+  squares = jnp.zeros((*left.shape[:-2], left.shape[-1], right.shape[-1]), left.dtype)
+  return {"left": left, "right": right, "squares": squares}
+
+
+@jax.custom_vjp
+def observe(x: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
+  """Returns y = x W unchanged; in reverse mode the probe's cotangent is what was observed, summed over the batch.
+
+  A covariance probe receives, over the tokens that the loss reaches (g_t not exactly 0: neither padding nor a prompt
+  token on which no response token depends),
+
+    inputs = sum_t a_t a_t^T     outputs = sum_t g_t g_t^T     tokens = how many they are
+
+  A square probe receives squares = sum_i (left^T G_i right)^2, entry by entry, exact per example.
+
+  Args:
+    x: [B, ..., in].
+    y: [B, ..., out], made of x by the matrix.
+    probe: from `covariance_probe` or `square_probe`, without leading layer axes (`lax.scan` has taken them off).
+  """
+  del x, probe
+  return y
+
+
+def _forward(x, y, probe):
+  return y, (x, probe)
+
+
+def _backward(kept, cotangent):
+  x, probe = kept
+  wide = jax.tree.leaves(probe)[0].dtype
+  size = x.shape[0]
+  a = x.astype(wide).reshape(size, -1, x.shape[-1])
+  g = cotangent.astype(wide).reshape(size, -1, cotangent.shape[-1])
+  seen = _squares(a, g, probe) if "squares" in probe else _covariances(a, g)
+  return None, cotangent, seen
+
+
+observe.defvjp(_forward, _backward)
+
+
+def _covariances(a, g) -> dict[str, jax.Array]:
+  reached = jnp.any(g != 0, axis=-1)
+  a = a * reached[..., None]
+  gram = lambda z: jnp.einsum("bti,btj->ij", z, z, precision="highest")  # noqa: E731
+  return {"inputs": gram(a), "outputs": gram(g), "tokens": jnp.sum(reached, dtype=a.dtype)}
+
+
+def _squares(a, g, probe) -> dict[str, jax.Array | None]:
+  a = jnp.matmul(a, probe["left"], precision="highest")
+  g = jnp.matmul(g, probe["right"], precision="highest")
+
+  def add(total, pair):
+    gradients = jnp.einsum("bti,btj->bij", *pair, precision="highest")
+    return total + jnp.sum(gradients * gradients, axis=0), None
+
+  short = -a.shape[0] % EXAMPLES_AT_ONCE  # filled up with examples of zeros
+  cut = lambda z: jnp.pad(z, ((0, short), (0, 0), (0, 0))).reshape(-1, EXAMPLES_AT_ONCE, *z.shape[1:])  # noqa: E731
+  squares = jax.lax.scan(add, jnp.zeros_like(probe["squares"]), (cut(a), cut(g)))[0]
+  return {"left": None, "right": None, "squares": squares}
+
+
+def _wide(dtype) -> Any:
+  return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,374 @@
+"""Weights in and out: GGUF and Hugging Face folders in, Hugging Face folders out; every name map is a table.
+
+All readers fill the parameter tree of `model.py`: kernels are [in, out] and stacked over layers, [L, in, out]. Files
+store [out, in] per layer. A reader takes every tensor of the file or refuses: a tensor that nobody reads would mean
+that the decoder computes something else than the file's author did.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from in2core_jax import assets, hf_config, model
+from in2core_jax import tokenizer as tokenizer_lib
+from in2core_jax.errors import UserError
+from in2core_jax.gguf_file import GgufFile, read_gguf
+from in2core_jax.model import ModelConfig
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
+SPECS = "smollm2, hf:DIR, gguf:FILE or random:CONFIG.json"
+
+# Leaf path in the parameter tree -> tensor name; {i} is the layer.
+GGUF_NAMES = {
+  "embed/embedding": "token_embd.weight",
+  "final_norm/scale": "output_norm.weight",
+  "lm_head/kernel": "output.weight",
+  "layers/attention_norm/scale": "blk.{i}.attn_norm.weight",
+  "layers/attention/q_proj/kernel": "blk.{i}.attn_q.weight",
+  "layers/attention/k_proj/kernel": "blk.{i}.attn_k.weight",
+  "layers/attention/v_proj/kernel": "blk.{i}.attn_v.weight",
+  "layers/attention/o_proj/kernel": "blk.{i}.attn_output.weight",
+  "layers/mlp_norm/scale": "blk.{i}.ffn_norm.weight",
+  "layers/mlp/gate_proj/kernel": "blk.{i}.ffn_gate.weight",
+  "layers/mlp/up_proj/kernel": "blk.{i}.ffn_up.weight",
+  "layers/mlp/down_proj/kernel": "blk.{i}.ffn_down.weight",
+}
+HF_NAMES = {
+  "embed/embedding": "model.embed_tokens.weight",
+  "final_norm/scale": "model.norm.weight",
+  "lm_head/kernel": "lm_head.weight",
+  "layers/attention_norm/scale": "model.layers.{i}.input_layernorm.weight",
+  "layers/attention/q_proj/kernel": "model.layers.{i}.self_attn.q_proj.weight",
+  "layers/attention/k_proj/kernel": "model.layers.{i}.self_attn.k_proj.weight",
+  "layers/attention/v_proj/kernel": "model.layers.{i}.self_attn.v_proj.weight",
+  "layers/attention/o_proj/kernel": "model.layers.{i}.self_attn.o_proj.weight",
+  "layers/attention/q_proj/bias": "model.layers.{i}.self_attn.q_proj.bias",
+  "layers/attention/k_proj/bias": "model.layers.{i}.self_attn.k_proj.bias",
+  "layers/attention/v_proj/bias": "model.layers.{i}.self_attn.v_proj.bias",
+  "layers/mlp_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
+  "layers/mlp/gate_proj/kernel": "model.layers.{i}.mlp.gate_proj.weight",
+  "layers/mlp/up_proj/kernel": "model.layers.{i}.mlp.up_proj.weight",
+  "layers/mlp/down_proj/kernel": "model.layers.{i}.mlp.down_proj.weight",
+}
+# Tensors that old exports carry and that follow from the configuration.
+HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/k_proj/kernel": "num_kv_heads"}
+
+
+def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelConfig, Any, Any, str]:
+  """Model, tokenizer and a hash of the weights for what `--model` says.
+
+  Args:
+    spec: smollm2 (embedded, nothing is downloaded), hf:DIR, gguf:FILE or random:CONFIG.json.
+    dtype: float32 or bfloat16, of the weights in memory.
+    seed: of the weights of `random:`; unused otherwise.
+
+  Returns:
+    (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
+    `hf_hash` of a folder; configuration and seed of random weights.
+
+  Raises:
+    UserError: unknown form, or whatever the readers find wrong.
+  """
+  kind, _, rest = spec.partition(":")
+  if spec == "smollm2":
+    kind, rest = "gguf", str(assets.asset_path(EMBEDDED_MODEL))
+  if kind not in ("hf", "gguf", "random") or not rest:
+    raise UserError(f"--model={spec} is not understood; use {SPECS}")
+  path = pathlib.Path(rest).expanduser()
+  if kind == "gguf":
+    config, params = load_gguf(path, _dtype(dtype))
+    return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
+  if kind == "hf":
+    config, params = load_hf_dir(path, _dtype(dtype))
+    return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
+  config, params = load_random(path, seed, _dtype(dtype))
+  tokenizer = tokenizer_lib.tokenizer_from_gguf(assets.asset_path(EMBEDDED_MODEL))
+  if config.vocab_size < len(tokenizer):
+    raise UserError(
+      f"{path}: vocab_size {config.vocab_size} is smaller than the {len(tokenizer)} entries of the embedded tokenizer, "
+      f"which random: uses; write vocab_size {len(tokenizer)} or more"
+    )
+  return config, params, tokenizer, hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
+
+
+def load_gguf(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
+  """Reads a Llama-architecture GGUF file, dequantised.
+
+  The format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates the
+  halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+
+  Args:
+    path: the .gguf file.
+    dtype: float32 or bfloat16, of the returned arrays.
+
+  Returns:
+    The configuration and the parameters as NumPy arrays.
+
+  Raises:
+    UserError: unknown architecture, tensors missing, left over, misshapen or with NaN; each is named.
+  """
+  dtype = _dtype(dtype)
+  file = read_gguf(path)
+  config = _gguf_config(file)
+
+  def read(name: str, leaf: str) -> np.ndarray:
+    array = file.read(name)
+    if leaf not in GGUF_ROTARY:
+      return array
+    heads = getattr(config, GGUF_ROTARY[leaf])
+    return array.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+  return config, _assemble(config, GGUF_NAMES, set(file.tensors), read, dtype, str(path))
+
+
+def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
+  """Reads config.json and model.safetensors (or the shards of model.safetensors.index.json).
+
+  Args:
+    path: the folder.
+    dtype: float32 or bfloat16, of the returned arrays; the files may hold float64, float32, float16 or bfloat16.
+
+  Returns:
+    The configuration and the parameters as NumPy arrays.
+
+  Raises:
+    UserError: not such a folder, a model type that does not map exactly, a missing shard, or tensors missing, left
+      over, misshapen or with NaN; each is named.
+  """
+  dtype, folder = _dtype(dtype), pathlib.Path(path)
+  config = hf_config.read_config(folder / "config.json")
+  where = _hf_files(folder)
+  handles = {file: _open_safetensors(file) for file in sorted(set(where.values()))}
+
+  def read(name: str, leaf: str) -> np.ndarray:
+    stored = handles[where[name]].get_slice(name).get_dtype()
+    if stored not in ("F64", "F32", "F16", "BF16"):
+      raise UserError(f"{where[name]}: tensor {name} is stored as {stored}; convert it to float32, float16 or bfloat16")
+    return handles[where[name]].get_tensor(name)
+
+  missing = [name for name, file in where.items() if name not in set(handles[file].keys())]
+  if missing:
+    raise UserError(f"{where[missing[0]]}: the index says that it holds {missing[0]}, but it does not; fetch it again")
+  ignored = {name for name in where if re.fullmatch(HF_IGNORED, name)}
+  if config.tie_embeddings:
+    ignored.add(HF_NAMES["lm_head/kernel"])  # some exports write the tied matrix twice
+  return config, _assemble(config, HF_NAMES, set(where) - ignored, read, dtype, str(folder))
+
+
+def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tuple[ModelConfig, Any]:
+  """Random weights for a configuration with the keys of a Hugging Face config.json; same seed, same weights."""
+  config = hf_config.read_config(pathlib.Path(path))
+  return config, model.init_params(config, jax.random.key(seed), _dtype(dtype))
+
+
+def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer=None) -> None:
+  """Writes config.json and model.safetensors (and the tokenizer) for transformers to load.
+
+  LoRA factors are folded in: W + A B, added in float32 and rounded to the dtype of W.
+
+  Args:
+    path: the folder; made when absent, files of the same names are replaced.
+    config: the model's shape.
+    params: the parameter tree, NumPy or JAX arrays, float32 or bfloat16.
+    tokenizer: a transformers tokenizer, saved beside the weights when given.
+
+  Raises:
+    UserError: a configuration that no known Hugging Face model type expresses, or leaves that have no place there.
+  """
+  folder = pathlib.Path(path)
+  leaves = traverse_util.flatten_dict(_fold_lora(params), sep="/")
+  absent = sorted(set(leaves) - set(HF_NAMES))
+  if absent:
+    raise UserError(
+      f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
+    )
+  tensors = {}
+  for leaf, stacked in leaves.items():
+    array = np.asarray(stacked)
+    rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
+    for i, row in rows:
+      tensors[HF_NAMES[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
+  values = hf_config.write_config(config, tensors[HF_NAMES["embed/embedding"]].dtype.name)
+  folder.mkdir(parents=True, exist_ok=True)
+  if tokenizer is not None:
+    tokenizer.save_pretrained(folder)
+    values |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+  partial = folder / "model.safetensors.partial"
+  safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+  partial.replace(folder / "model.safetensors")
+  partial = folder / "config.json.partial"
+  partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  partial.replace(folder / "config.json")
+
+
+def hf_hash(path: str | pathlib.Path) -> str:
+  """Content hash of a Hugging Face folder that costs milliseconds for any size.
+
+  SHA-256 over config.json and, per weight file, its size, its header (names, types, shapes) and of every tensor up to
+  64 pieces of 256 bytes spread evenly over it. Training touches every piece of a matrix, so another checkpoint has
+  another hash; a single number changed by hand inside a large tensor may go unseen.
+  """
+  folder = pathlib.Path(path)
+  digest = hashlib.sha256((folder / "config.json").read_bytes())
+  for file in sorted(set(_hf_files(folder).values())):
+    data = np.memmap(file, np.uint8, mode="r")
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = data[8:begin].tobytes()
+    digest.update(f"{file.name} {data.size}".encode() + header)
+    for name, entry in json.loads(header).items():
+      if name == "__metadata__":
+        continue
+      start, stop = (begin + offset for offset in entry["data_offsets"])
+      for position in sorted({int(p) for p in np.linspace(start, max(start, stop - 256), 64)}):
+        digest.update(data[position : min(stop, position + 256)].tobytes())
+  return digest.hexdigest()
+
+
+def _dtype(dtype) -> np.dtype:
+  """The dtype by name or as it is."""
+  found = DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+  if found not in DTYPES.values():
+    raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
+  return found
+
+
+def _file_hash(path: pathlib.Path) -> str:
+  with path.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _assemble(
+  config: ModelConfig, names: dict[str, str], stored: set[str], read: Callable, dtype: np.dtype, origin: str
+) -> dict:
+  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time."""
+  shapes = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
+  shapes = {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
+  strange = sorted(leaf for leaf in shapes if leaf not in names)
+  if strange:
+    raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
+  layers = range(config.num_layers)
+  wanted = {
+    leaf: [names[leaf].format(i=i) for i in (layers if leaf.startswith("layers/") else (0,))] for leaf in shapes
+  }
+  expected = {name for group in wanted.values() for name in group}
+  _refuse(origin, expected - stored, "tensors are missing", "the file is incomplete or of another architecture")
+  _refuse(origin, stored - expected, "tensors are not part of this decoder", "the model is of another architecture")
+  params = {}
+  for leaf, shape in shapes.items():
+    stacked = np.empty(shape, dtype)
+    for i, name in enumerate(wanted[leaf]):
+      target = stacked[i] if leaf.startswith("layers/") else stacked
+      array = read(name, leaf)
+      array = array.T if leaf.endswith("/kernel") else array
+      if array.shape != target.shape:
+        raise UserError(
+          f"{origin}: tensor {name} is {array.shape} ([in, out]), the configuration asks for {target.shape}; "
+          "file and configuration do not belong together"
+        )
+      target[...] = array
+      if not np.isfinite(target).all():
+        raise UserError(
+          f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
+        )
+    params[leaf] = stacked
+  return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
+  """Raises when `names` is not empty, naming the first five."""
+  listed = sorted(names)
+  if listed:
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise UserError(f"{origin}: {what}: {', '.join(listed[:5])}{more}; {why}")
+
+
+def _gguf_config(file: GgufFile) -> ModelConfig:
+  """The shape that a Llama GGUF file states in its metadata."""
+  values, origin = file.metadata, str(file.path)
+  architecture = values.get("general.architecture")
+  if architecture != "llama":
+    raise UserError(f"{origin}: architecture {architecture!r} is not supported; known: llama (Llama, Mistral, SmolLM2)")
+  embedding = file.tensors.get(GGUF_NAMES["embed/embedding"])
+  if embedding is None:
+    raise UserError(f"{origin}: tensor {GGUF_NAMES['embed/embedding']} is missing; the file is incomplete")
+
+  def get(key: str, default=None):
+    value = values.get(f"llama.{key}", default)
+    if value is None:
+      raise UserError(f"{origin}: metadata llama.{key} is missing; the file is incomplete")
+    # The file holds float32: 9.99999975e-06 was written as 1e-05.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+  heads = get("attention.head_count")
+  head_dim = get("attention.key_length", get("embedding_length") // heads)
+  scaling = values.get("llama.rope.scaling.type", "none")
+  partial_rotary = get("rope.dimension_count", head_dim) != head_dim
+  if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors or partial_rotary:
+    raise UserError(
+      f"{origin}: its rotary frequencies are scaled in a way that is not read from GGUF; use the model's hf: folder"
+    )
+  factor = (("factor", get("rope.scaling.factor")), ("rope_type", "linear")) if scaling == "linear" else None
+  return ModelConfig(
+    vocab_size=embedding.shape[0],
+    hidden_size=get("embedding_length"),
+    intermediate_size=get("feed_forward_length"),
+    num_layers=get("block_count"),
+    num_heads=heads,
+    num_kv_heads=get("attention.head_count_kv", heads),
+    head_dim=head_dim,
+    rope_theta=get("rope.freq_base", 10000.0),
+    rms_eps=get("attention.layer_norm_rms_epsilon"),
+    tie_embeddings=GGUF_NAMES["lm_head/kernel"] not in file.tensors,
+    rope_scaling=factor,
+    sliding_window=values.get("llama.attention.sliding_window"),
+  )
+
+
+def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Tensor name -> safetensors file that holds it."""
+  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+  if single.is_file():
+    return dict.fromkeys(_open_safetensors(single).keys(), single)
+  if not index.is_file():
+    pickled = " Pickled weights (*.bin) are never loaded: save them as safetensors." if [*folder.glob("*.bin")] else ""
+    raise UserError(f"{folder}: neither {single.name} nor {index.name} is there; give a Hugging Face folder.{pickled}")
+  try:
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+  except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    raise UserError(f"{index}: not a safetensors index ({error!r}); fetch it again") from error
+  absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+  if absent:
+    raise UserError(
+      f"{folder}: {len(absent)} shards named in {index.name} are missing: {', '.join(absent[:5])}; fetch them"
+    )
+  return {name: folder / file for name, file in weight_map.items()}
+
+
+def _open_safetensors(file: pathlib.Path):
+  try:
+    return safetensors.safe_open(file, framework="np")
+  except safetensors.SafetensorError as error:
+    raise UserError(f"{file}: not a complete safetensors file ({error}); fetch it again") from error
+
+
+def _fold_lora(params) -> dict:
+  """The same tree without LoRA leaves: kernel + lora_a lora_b."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for leaf in [leaf for leaf in flat if leaf.endswith("/lora_a")]:
+    base = leaf.removesuffix("lora_a")
+    a, b = (np.asarray(flat.pop(base + name), np.float32) for name in ("lora_a", "lora_b"))
+    kernel = np.asarray(flat[base + "kernel"])
+    flat[base + "kernel"] = (kernel.astype(np.float32) + a @ b).astype(kernel.dtype)
+  return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,285 @@
+#!/usr/bin/env bash
+# One door to the project: sets up .venv when it has to, then runs a command inside it. ./run.sh help tells more.
+set -euo pipefail
+
+ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+VENV="$ROOT/.venv"
+STAMP="$VENV/in2core-stamp"          # what .venv was made from; written last, so that it exists only after a whole set-up
+UNFINISHED="$VENV/in2core-unfinished" # exists while a set-up is under way: what it left behind is not trusted
+LOG="$ROOT/.cache/setup.log"
+REQUIREMENTS="$ROOT/requirements.txt"
+ASSETS="$ROOT/third_party/requirements-assets.txt"
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+say() {
+  printf '%s\n' "$*" >&2
+}
+
+# The modules of experiments/ that run as programs.
+experiments() {
+  local file
+  for file in "$ROOT"/experiments/*.py; do
+    if grep -qs '^if __name__ == "__main__":' "$file"; then printf '%s ' "$(basename -- "$file" .py)"; fi
+  done
+}
+
+is_experiment() {
+  local name
+  for name in $(experiments); do
+    if [ "$name" = "$1" ]; then return 0; fi
+  done
+  return 1
+}
+
+usage() {
+  cat <<EOF
+usage: ./run.sh COMMAND [flags]
+
+  setup          create .venv and install the pinned requirements (every command does, when it has to)
+  demo [flags]   the whole chain on the embedded model and data: choose, retrain, judge
+  test [args]    the tests (arguments go to pytest)
+  lint           ruff check and ruff format --check
+  help           this text
+
+experiments (each is python -m experiments.NAME inside .venv; --help lists its flags; paths are relative to where you are):
+  $(experiments)
+
+environment:
+  IN2CORE_ACCELERATOR=cpu|cuda12|tpu   which JAX to install (default: what .venv has, else cpu)
+  IN2CORE_PYTHON=PATH                  the Python (3.11 to 3.13) that .venv is made with
+EOF
+}
+
+# --- what .venv was made from ---------------------------------------------------------------------------------------
+
+sha256() {
+  if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1
+}
+
+choose_accelerator() {
+  local recorded=""
+  if [ -f "$STAMP" ]; then recorded="$(sed -n 's/^accelerator //p' "$STAMP")"; fi
+  ACCELERATOR="${IN2CORE_ACCELERATOR:-${recorded:-cpu}}"
+  case "$ACCELERATOR" in
+    cpu | cuda12 | tpu) ;;
+    *) die "IN2CORE_ACCELERATOR is '$ACCELERATOR'; it must be cpu, cuda12 or tpu" ;;
+  esac
+}
+
+venv_python() {
+  sed -n 's/^version *= *//p' "$VENV/pyvenv.cfg" 2>/dev/null
+}
+
+wanted_stamp() {
+  printf 'python %s\n' "$(venv_python)"
+  printf 'accelerator %s\n' "$ACCELERATOR"
+  printf 'requirements %s\n' "$(cat "$REQUIREMENTS" "$ASSETS" | sha256)"
+}
+
+is_ready() {
+  [ -x "$VENV/bin/python" ] && [ -f "$VENV/pyvenv.cfg" ] && [ ! -e "$UNFINISHED" ] && [ -f "$STAMP" ] &&
+    [ "$(cat "$STAMP")" = "$(wanted_stamp)" ]
+}
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+# Prints "MAJOR.MINOR PATH" of a Python that can make environments, "MAJOR.MINOR" of one that cannot; nothing if it does not start.
+probe_python() {
+  "$1" -c 'import sys
+try:
+  import ensurepip, venv
+  able = " " + sys.executable
+except ImportError:
+  able = ""
+print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], able))' 2>/dev/null || true
+}
+
+# Sets PYTHON. 3.12 and 3.11 come first because they are what the project is tested on.
+find_python() {
+  local candidate version path seen=""
+  for candidate in ${IN2CORE_PYTHON:+"$IN2CORE_PYTHON"} python3.12 python3.11 python3.13 python3; do
+    read -r version path <<<"$(probe_python "$candidate")"
+    case "$version" in
+      3.11 | 3.12 | 3.13)
+        if [ -n "$path" ]; then
+          PYTHON="$path"
+          return
+        fi
+        seen="$seen, $candidate is $version but cannot make environments (on Debian: apt-get install python$version-venv)"
+        ;;
+      "") if [ -n "${IN2CORE_PYTHON:-}" ]; then seen=", $candidate does not start"; fi ;;
+      *) seen="$seen, $candidate is $version" ;;
+    esac
+    if [ -n "${IN2CORE_PYTHON:-}" ]; then
+      die "IN2CORE_PYTHON: ${seen#, }; Python 3.11, 3.12 or 3.13 with venv is needed"
+    fi
+  done
+  seen="${seen#, }"
+  die "no Python 3.11, 3.12 or 3.13 found (${seen:-none on PATH}): install one, or set IN2CORE_PYTHON to its path"
+}
+
+# Args: the GB that this set-up can take.
+check_disk() {
+  local free_kb
+  free_kb="$(df -Pk "$ROOT" | awk 'NR == 2 { print $4 }')"
+  if [ "$free_kb" -lt $(($1 * 1000000)) ]; then
+    die "disk full: the set-up needs about $1 GB in $ROOT and $((free_kb / 1000)) MB are free"
+  fi
+}
+
+# Says why pip failed, in one line. Args: what was being installed.
+explain_failure() {
+  local last
+  last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300)"
+  if grep -qiE 'No space left on device|Disk quota exceeded' "$LOG"; then
+    die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again"
+  fi
+  if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Max retries exceeded|ProxyError|Connection(Reset)?Error|Temporary failure in name resolution|Network is unreachable' "$LOG"; then
+    die "no network: pip cannot reach a package index to install $1; check the connection or pip's proxy settings, then run the same command again (log: $LOG)"
+  fi
+  die "pip could not install $1: ${last:-no reason given} (log: $LOG)"
+}
+
+# A line now and then while pip works; ends with the set-up, even when that is killed.
+tick() {
+  local seconds=0
+  while sleep 1 && kill -0 "$$" 2>/dev/null; do
+    seconds=$((seconds + 1))
+    if [ -t 2 ]; then
+      printf '\r  %d packages found, %d s ' "$(grep -c '^Collecting' "$LOG")" "$seconds" >&2
+    elif [ $((seconds % 30)) -eq 0 ]; then
+      say "  ... $(grep -c '^Collecting' "$LOG") packages found, $seconds s"
+    fi
+  done
+}
+
+# Args: what is installed (for messages), then pip's arguments.
+pip_install() {
+  local what="$1" code=0
+  shift
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
+  if [ "$code" -ne 0 ]; then explain_failure "$what"; fi
+}
+
+make_venv() {
+  find_python
+  check_disk "$NEEDED_GB"
+  say "setting up .venv with $PYTHON for $ACCELERATOR: installing about 90 packages, a few minutes the first time (log: $LOG)"
+  rm -rf -- "$VENV"
+  mkdir -p -- "$VENV"
+  : >"$UNFINISHED"
+  "$PYTHON" -m venv "$VENV" >>"$LOG" 2>&1 || {
+    if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $VENV"; fi
+    die "$PYTHON could not create $VENV: $(tail -n 1 "$LOG")"
+  }
+}
+
+# True when pip can bring .venv up to date: it works, no set-up of it was broken off, and it was made for the same accelerator.
+can_update() {
+  [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+  if [ -f "$STAMP" ]; then grep -qx "accelerator $ACCELERATOR" "$STAMP" && grep -qx "python $(venv_python)" "$STAMP"; fi
+}
+
+# A .venv without our stamp is somebody's own: used when it will do, never deleted.
+check_foreign_venv() {
+  if [ -f "$STAMP" ] || [ -e "$UNFINISHED" ] || [ -z "$(ls -A "$VENV" 2>/dev/null)" ]; then return; fi
+  case "$(venv_python)" in
+    3.11.* | 3.12.* | 3.13.*) if can_update; then return; fi ;;
+  esac
+  die "$VENV was not made by run.sh and is not a working Python 3.11 to 3.13 environment with pip: move it away"
+}
+
+install_everything() {
+  check_foreign_venv
+  trap 'say "stopped; the next call starts the set-up again"; exit 130' INT TERM
+  : >"$LOG"
+  NEEDED_GB=3
+  if [ "$ACCELERATOR" = cuda12 ]; then NEEDED_GB=10; fi
+  if can_update; then
+    check_disk 1
+    say "requirements are new or changed: bringing .venv up to date (log: $LOG)"
+    : >"$UNFINISHED"
+  else
+    make_venv
+  fi
+  tick 9>&- &
+  TICKER=$!
+  trap 'kill "$TICKER" 2>/dev/null || true' EXIT
+  local extra=()
+  if [ "$ACCELERATOR" != cpu ]; then extra=("jax[$ACCELERATOR]"); fi # its version is the one that requirements.txt pins
+  pip_install "requirements.txt" -r "$REQUIREMENTS" ${extra[@]+"${extra[@]}"}
+  pip_install "third_party/requirements-assets.txt" --no-deps -r "$ASSETS"
+  kill "$TICKER" 2>/dev/null || true
+  trap - EXIT INT TERM
+  wanted_stamp >"$STAMP"
+  rm -f -- "$UNFINISHED"
+  say "$(printf '\r')set-up done in $SECONDS s"
+}
+
+ensure_venv() {
+  choose_accelerator
+  if is_ready; then return; fi
+  mkdir -p -- "$ROOT/.cache" 2>/dev/null || die "cannot write to $ROOT"
+  if command -v flock >/dev/null; then
+    exec 9>"$ROOT/.cache/setup.lock"
+    flock -n 9 || {
+      say "another set-up is under way in $ROOT: waiting for it"
+      flock 9
+    }
+  fi
+  # Whoever held the lock may have done the work.
+  if ! is_ready; then install_everything; fi
+  exec 9>&-
+}
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+enter() {
+  ensure_venv
+  export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+  if [ "$ACCELERATOR" = cpu ]; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"; fi
+}
+
+# Args: experiment, flags. The caller's folder stays the current one, so that relative paths mean what they say; -P keeps it off
+# sys.path, where a folder named experiments, or a file named select.py, would shadow ours.
+run_experiment() {
+  enter
+  export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+  local name="$1"
+  shift
+  exec "$VENV/bin/python" -P -m "experiments.$name" "$@"
+}
+
+main() {
+  local command="${1:-help}"
+  shift || true
+  case "$command" in
+    help | -h | --help) usage ;;
+    setup)
+      enter
+      say "ready: $VENV (Python $(venv_python), $ACCELERATOR)"
+      ;;
+    test)
+      enter
+      cd -- "$ROOT"
+      exec "$VENV/bin/python" -m pytest "$@"
+      ;;
+    lint)
+      enter
+      cd -- "$ROOT"
+      "$VENV/bin/python" -m ruff check "$@" .
+      exec "$VENV/bin/python" -m ruff format --check .
+      ;;
+    *)
+      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint help $(experiments | sed 's/ $//')"
+      if [ "$command" = demo ]; then set -- --flagfile="$ROOT/experiments/flags/demo.flags" "$@"; fi
+      run_experiment "$command" "$@"
+      ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,123 @@
+"""Commands end with the right exit code and one line, through real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """
+import logging, os, signal, sys, time
+from absl import flags
+from experiments import cli
+flags.DEFINE_float("fraction", 0.5, "share to keep", lower_bound=0.0)
+flags.DEFINE_string("run_dir", "", "folder")
+"""
+
+
+def command(tmp_path: Path, body: str, *arguments: str) -> subprocess.Popen:
+  """Starts a command whose main function has the given body."""
+  lines = "\n".join(f"  {line}" for line in body.strip().splitlines())
+  path = tmp_path / "command.py"
+  path.write_text(f'"""A command."""\n{HEAD}\ndef main(argv):\n{lines}\n\ncli.run(main)\n')
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "IN2CORE_CACHE": str(tmp_path / "cache")}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen([sys.executable, "-P", str(path), *arguments], env=environment, cwd=tmp_path, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+  out, err = process.communicate(timeout=60)
+  return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+  ("arguments", "seen"),
+  [
+    (["--fractoin=0.5"], "fractoin"),
+    (["--fraction=many"], "many"),
+    (["--fraction=-1"], "fraction"),
+    (["--flagfile=nowhere.flags"], "nowhere.flags"),
+    (["--flagfile=binary.flags"], "not UTF-8"),
+    (["select"], "unexpected argument 'select'"),
+  ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(tmp_path, arguments, seen):
+  (tmp_path / "binary.flags").write_bytes(b"--run_dir=\xff\xfe\n")
+  code, out, err = finish(command(tmp_path, "print('ran')", *arguments))
+  assert (code, out) == (2, "")
+  assert err.startswith("error: ") and err.count("\n") == 1 and seen in err
+
+
+@pytest.mark.parametrize(
+  ("body", "code", "start"),
+  [
+    ("from in2core_jax.errors import UserError; raise UserError('x.jsonl:\\n line 3')", 2, "error: x.jsonl: line 3\n"),
+    ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C; finished work is kept"),
+    ("raise MemoryError('9 GB')", 1, "error: out of memory (9 GB)"),
+    ("raise OSError(28, 'No space left on device', 'scores.parquet')", 1, "error: disk full"),
+    (
+      "raise RuntimeError('RESOURCE_EXHAUSTED: 9 GB\\nstack')",
+      1,
+      "error: out of device memory (RESOURCE_EXHAUSTED: 9 GB)",
+    ),
+    ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 143, "stopped by SIGTERM; finished work is kept"),
+  ],
+)
+def test_errors_are_one_line(tmp_path, body, code, start):
+  assert_code, _, err = finish(command(tmp_path, body))
+  assert assert_code == code
+  assert err.startswith(start) and err.count("\n") == 1
+
+
+def test_our_own_bug_keeps_its_traceback(tmp_path):
+  code, _, err = finish(command(tmp_path, "raise ValueError('ours')"))
+  assert code == 1 and "Traceback" in err and "ValueError: ours" in err
+
+
+def test_other_os_errors_keep_their_traceback(tmp_path):
+  code, _, err = finish(command(tmp_path, "open('nowhere')"))
+  assert code == 1 and "Traceback" in err and "FileNotFoundError" in err
+
+
+def test_success_passes_flags_and_logs_plain_lines(tmp_path):
+  (tmp_path / "run.flags").write_text("# comment\n--fraction=0.25\n")
+  body = """
+print(flags.FLAGS.fraction, argv[1:], os.environ["JAX_COMPILATION_CACHE_DIR"])
+logging.getLogger("in2core_jax.x").info("ours")
+logging.getLogger("jax").info("theirs")
+logging.getLogger("jax").warning("their warning")
+return 3
+"""
+  code, out, err = finish(command(tmp_path, body, "--flagfile=run.flags"))
+  assert (code, err) == (3, "ours\ntheir warning\n")
+  assert out == f"0.25 [] {tmp_path}/cache/xla\n"
+
+
+def test_help_names_the_flags_and_exits_0(tmp_path):
+  code, out, _ = finish(command(tmp_path, "print('ran')", "--help"))
+  assert code == 0 and out.startswith("A command.") and "share to keep" in out and "ran" not in out
+
+
+def test_loop_finishes_its_piece_on_sigterm(tmp_path):
+  body = """
+with cli.finish_on_sigterm() as stop_requested:
+  for piece in range(1000):
+    print("begin", piece, flush=True)
+    time.sleep(0.3)
+    print("end", piece, flush=True)
+    if stop_requested():
+      break
+print("after")
+"""
+  process = command(tmp_path, body)
+  first = process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  code, out, err = finish(process)
+  lines = (first + out).splitlines()
+  assert code == 143 and len(lines) < 1000 and "after" not in lines
+  assert lines[-1].startswith("end")  # the piece under way was finished
+  assert err.splitlines()[-1].startswith("stopped by SIGTERM")

@@ -1,0 +1,362 @@
+"""The policies against brute force, the budget, the ties and the warnings."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from in2core_jax import coreset
+from in2core_jax.coreset import Budget, PolicyInputs, aggregate, select_rows, selection_warnings
+from in2core_jax.errors import UserError
+
+
+def make_inputs(size=40, seed=0, width=6, **changes):
+  rng = np.random.default_rng(seed)
+  responses = rng.integers(1, 60, size)
+  values = {
+    "scores": rng.normal(size=size),
+    "loss": rng.gamma(2.0, size=size),
+    "num_tokens": responses + rng.integers(5, 20, size),
+    "num_response_tokens": responses,
+    "topics": [("food", "sport", "trivia")[i] for i in rng.choice(3, size, p=(0.6, 0.3, 0.1))],
+    "ids": [f"id{i:04d}" for i in rng.permutation(size)],
+    "features": rng.normal(size=(size, width)),
+    "target": rng.normal(size=(5, width)),
+    "query_topics": ["food", "sport", "food", "trivia", "sport"],
+  }
+  return PolicyInputs(**{**values, **changes})
+
+
+def naive_greedy(features, target, count, ids):
+  """Every step tries every example: O(N^2 d)."""
+  chosen = []
+  for _ in range(count):
+    free = sorted((i for i in range(len(ids)) if i not in chosen), key=lambda i: ids[i])
+    distance = [np.linalg.norm(features[[*chosen, i]].mean(axis=0) - target) for i in free]
+    chosen.append(free[int(np.argmin(distance))])
+  return chosen
+
+
+# ------------------------------------------------------------------------------------------------ budget
+
+
+@pytest.mark.parametrize(
+  ("given", "match"),
+  [
+    ({}, "none given"),
+    ({"fraction": 0.5, "num_examples": 3}, "exactly one"),
+    ({"fraction": 0.0}, "outside"),
+    ({"fraction": 1.5}, "outside"),
+    ({"fraction": float("nan")}, "outside"),
+    ({"num_examples": 0}, "at least 1"),
+    ({"num_examples": 2.5}, "whole number"),
+    ({"token_budget": 0}, "at least 1"),
+  ],
+)
+def test_budget_refuses(given, match):
+  with pytest.raises(UserError, match=match):
+    Budget(**given)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.5, 20), (0.0125, 1), (0.3625, 15), (1.0, 40), (1e-9, 1)])
+def test_fraction_rounds_half_up(fraction, count):
+  assert len(select_rows("proponents", make_inputs(), Budget(fraction=fraction))) == count
+
+
+def test_num_examples_beyond_the_pool():
+  with pytest.raises(UserError, match="num_examples=41 is more than the 40"):
+    select_rows("proponents", make_inputs(), Budget(num_examples=41))
+
+
+@pytest.mark.parametrize("policy", coreset.POLICIES)
+def test_token_budget_ends_where_the_next_would_exceed(policy):
+  inputs = make_inputs()
+  everything = select_rows(policy, inputs, Budget(num_examples=40), seed=3)
+  rows = select_rows(policy, inputs, Budget(token_budget=400), seed=3)
+  total = inputs.num_tokens[rows].sum()
+  assert 0 < total <= 400
+  if policy != "length_matched_random":  # its draw depends on how many are wanted
+    assert rows.tolist() == everything[: len(rows)].tolist()
+    assert total + inputs.num_tokens[everything[len(rows)]] > 400
+
+
+def test_token_budget_counts_all_tokens_and_does_not_skip():
+  inputs = PolicyInputs([3, 2, 1], None, [10, 30, 5], [1, 1, 1], ["t"] * 3, ["a", "b", "c"])
+  assert select_rows("proponents", inputs, Budget(token_budget=20)).tolist() == [0]
+  assert select_rows("proponents", inputs, Budget(token_budget=40)).tolist() == [0, 1]
+  assert select_rows("proponents", inputs, Budget(token_budget=10**9)).tolist() == [0, 1, 2]
+  with pytest.raises(UserError, match="less than the shortest example's 5"):
+    select_rows("proponents", inputs, Budget(token_budget=4))
+  with pytest.raises(UserError, match="10 tokens of the first choice"):
+    select_rows("proponents", inputs, Budget(token_budget=6))
+
+
+# ------------------------------------------------------------------------------------------- every policy
+
+
+@pytest.mark.parametrize("policy", coreset.POLICIES)
+def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
+  inputs = make_inputs()
+  responses = inputs.num_response_tokens.copy()
+  empty = [3, 17, 30]
+  responses[empty] = 0
+  scores = inputs.scores.copy()
+  scores[empty] = np.nan  # what cannot be chosen must not matter
+  names = ("loss", "num_tokens", "topics", "ids", "features")
+  shuffle = np.random.default_rng(1).permutation(40)
+
+  def at(order):
+    changes = {name: np.asarray(getattr(inputs, name))[order] for name in names}
+    return make_inputs(scores=scores[order], num_response_tokens=responses[order], **changes)
+
+  here, there = at(np.arange(40)), at(shuffle)
+  rows = select_rows(policy, here, Budget(num_examples=18), seed=5)
+  others = select_rows(policy, there, Budget(num_examples=18), seed=5)
+  assert len(set(rows.tolist())) == 18 and not set(rows.tolist()) & set(empty)
+  assert [here.ids[r] for r in rows] == [there.ids[r] for r in others]
+  assert len(select_rows(policy, here, Budget(fraction=1.0))) == 37
+  with pytest.raises(UserError, match="more than the 37 examples with response tokens"):
+    select_rows(policy, here, Budget(num_examples=38))
+
+
+def test_ties_go_by_id():
+  inputs = make_inputs(
+    scores=np.zeros(40), loss=np.ones(40), num_tokens=np.full(40, 9), num_response_tokens=np.full(40, 4)
+  )
+  by_id = np.argsort(np.asarray(inputs.ids)).tolist()
+  for policy in ("proponents", "opponents", "longest", "highest_loss"):
+    assert select_rows(policy, inputs, Budget(num_examples=40)).tolist() == by_id
+  copies = make_inputs(features=np.tile(np.random.default_rng(0).normal(size=6), (40, 1)).astype(np.float32))
+  assert select_rows("matching", copies, Budget(num_examples=40)).tolist() == by_id
+
+
+def test_sorting_policies():
+  inputs = make_inputs()
+  by = {"proponents": -inputs.scores, "opponents": inputs.scores, "highest_loss": -inputs.loss}
+  for policy, key in by.items():
+    expected = sorted(range(40), key=lambda i, key=key: (key[i], inputs.ids[i]))
+    assert select_rows(policy, inputs, Budget(num_examples=40)).tolist() == expected
+  expected = sorted(range(40), key=lambda i: (-inputs.num_response_tokens[i], -inputs.num_tokens[i], inputs.ids[i]))
+  assert select_rows("longest", inputs, Budget(num_examples=40)).tolist() == expected
+
+
+def test_random_depends_on_the_seed_only():
+  inputs = make_inputs()
+  draws = {tuple(select_rows("random", inputs, Budget(fraction=0.5), seed)) for seed in range(10)}
+  assert len(draws) == 10
+  assert tuple(select_rows("random", inputs, Budget(fraction=0.5), 4)) in draws
+
+
+def test_length_matched_random_has_the_histogram_of_the_proponents():
+  responses = np.repeat(np.arange(1, 11), 40)  # ten lengths, so that every length has a bin of its own
+  inputs = make_inputs(
+    400, scores=-responses + np.random.default_rng(2).normal(size=400), num_response_tokens=responses
+  )
+  budget = Budget(fraction=0.3)
+  chosen, drawn = (select_rows(p, inputs, budget, seed=1) for p in ("proponents", "length_matched_random"))
+  np.testing.assert_array_equal(np.bincount(responses[chosen]), np.bincount(responses[drawn]))
+  assert len(set(drawn) & set(chosen)) < len(chosen)
+  many = make_inputs(1000, seed=4)
+  chosen, drawn = (select_rows(p, many, budget, seed=1) for p in ("proponents", "length_matched_random"))
+  sums = [many.num_response_tokens[r].sum() for r in (chosen, drawn)]
+  assert abs(sums[0] / sums[1] - 1) < 0.03
+
+
+def test_topic_quota_keeps_the_fraction_of_every_topic_at_every_size():
+  inputs = make_inputs(100)
+  topics, scores = np.asarray(inputs.topics), inputs.scores
+  for count in (10, 37, 50, 99):
+    rows = select_rows("topic_quota", inputs, Budget(num_examples=count))
+    for topic in set(inputs.topics):
+      members = np.flatnonzero(topics == topic)
+      kept = rows[topics[rows] == topic]
+      assert abs(len(kept) - count / 100 * len(members)) <= 1.0
+      assert kept.tolist() == members[np.argsort(-scores[members])][: len(kept)].tolist()
+
+
+# ----------------------------------------------------------------------------------------------- matching
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("gram_bytes", [0, 2**28])
+def test_matching_equals_the_naive_greedy(dtype, gram_bytes, monkeypatch):
+  monkeypatch.setattr(coreset, "_GRAM_BYTES", gram_bytes)  # both ways of getting F F^T
+  inputs = make_inputs(30, seed=7, features=np.random.default_rng(7).normal(size=(30, 6)).astype(dtype))
+  rows = select_rows("matching", inputs, Budget(num_examples=25))
+  expected = naive_greedy(inputs.features.astype(np.float64), inputs.target.mean(axis=0), 25, inputs.ids)
+  assert rows.tolist() == expected
+
+
+def test_matching_with_copies_equals_the_naive_greedy():
+  base = np.random.default_rng(3).normal(size=(8, 6))
+  inputs = make_inputs(32, features=np.tile(base, (4, 1)))
+  rows = select_rows("matching", inputs, Budget(num_examples=20))
+  unique_mean = inputs.features[rows].mean(axis=0)
+  expected = naive_greedy(inputs.features, inputs.target.mean(axis=0), 20, inputs.ids)
+  assert rows.tolist() == expected
+  np.testing.assert_allclose(unique_mean, inputs.features[expected].mean(axis=0))
+
+
+def test_matching_topic_minimises_the_weighted_sum_of_squared_distances():
+  weights = np.array([0.5, 2.0, 1.0])
+  inputs = make_inputs(20, target_weights=weights)
+  topics = np.asarray(inputs.query_topics)
+  targets = np.stack([inputs.target[topics == t].mean(axis=0) for t in ("food", "sport", "trivia")])
+  chosen = []
+  for _ in range(15):
+    free = [i for i in range(20) if i not in chosen]
+    means = [inputs.features[[*chosen, i]].mean(axis=0) for i in free]
+    cost = [sum(w * np.sum((m - t) ** 2) for w, t in zip(weights, targets, strict=True)) for m in means]
+    chosen.append(free[int(np.argmin(cost))])
+  assert select_rows("matching_topic", inputs, Budget(num_examples=15)).tolist() == chosen
+
+
+def test_matching_topic_default_weights_level_the_topics():
+  targets = np.array([[100.0, 0.0], [0.0, 1.0]])
+  merged = coreset.merged_target(targets)
+  levelled = (targets / np.linalg.norm(targets, axis=1, keepdims=True) ** 2).sum(axis=0) / (1 / 100**2 + 1)
+  np.testing.assert_allclose(merged, levelled)
+  with pytest.raises(UserError, match="2 positive"):
+    coreset.merged_target(targets, np.array([1.0, 0.0]))
+
+
+def test_matching_round_robin_matches_each_topic_with_its_own_set():
+  inputs = make_inputs(24, seed=5)
+  rows = select_rows("matching_round_robin", inputs, Budget(num_examples=12))
+  topics = np.asarray(inputs.query_topics)
+  sets, taken = {t: [] for t in ("food", "sport", "trivia")}, []
+  for _, topic in zip(range(12), itertools.cycle(sets), strict=False):
+    target = inputs.target[topics == topic].mean(axis=0)
+    free = [i for i in range(24) if i not in taken]
+    distance = [np.linalg.norm(inputs.features[[*sets[topic], i]].mean(axis=0) - target) for i in free]
+    sets[topic].append(free[int(np.argmin(distance))])
+    taken.append(sets[topic][-1])
+  assert rows.tolist() == taken
+
+
+def test_matching_quota_keeps_the_fraction_of_every_topic():
+  inputs = make_inputs(60)
+  topics = np.asarray(inputs.topics)
+  for count in (7, 30, 60):
+    rows = select_rows("matching_quota", inputs, Budget(num_examples=count))
+    assert len(set(rows.tolist())) == count
+    for topic in set(inputs.topics):
+      assert abs(np.sum(topics[rows] == topic) - count / 60 * np.sum(topics == topic)) <= 1.0
+
+
+def test_matching_beats_proponents_where_the_target_needs_two_kinds():
+  rng = np.random.default_rng(0)
+  features = np.concatenate([[4.0, 0.0] + rng.normal(size=(50, 2)) * 0.1, [0.0, 1.0] + rng.normal(size=(50, 2)) * 0.1])
+  target = np.array([2.0, 0.5])
+  inputs = make_inputs(100, scores=features @ target, features=features, target=target)
+  distance = {}
+  for policy in ("proponents", "matching"):
+    rows = select_rows(policy, inputs, Budget(fraction=0.5))
+    distance[policy] = np.linalg.norm(features[rows].mean(axis=0) - target)
+  assert distance["matching"] < 0.05 < 1.0 < distance["proponents"]
+
+
+# ------------------------------------------------------------------------------------------- aggregation
+
+
+def test_aggregate_mean_and_topic_max():
+  scores = np.random.default_rng(0).normal(size=(5, 12))
+  scores[4] *= 1000  # the topic with large gradients must not decide alone
+  topics = ["b", "a", "b", "a", "c"]
+  np.testing.assert_allclose(aggregate(scores, topics, "mean"), scores.mean(axis=0))
+  means = np.stack([scores[[1, 3]].mean(axis=0), scores[[0, 2]].mean(axis=0), scores[4]])
+  expected = (means / np.sqrt((means**2).mean(axis=1))[:, None]).max(axis=0)
+  result = aggregate(scores, topics, "topic_max")
+  np.testing.assert_allclose(result, expected)
+  scaled = scores * np.array([1.0, 7.0, 1.0, 7.0, 0.001])[:, None]
+  np.testing.assert_allclose(aggregate(scaled, topics, "topic_max"), expected)
+  assert np.all(aggregate(np.zeros((2, 3)), ["a", "b"], "topic_max") == 0)
+
+
+def test_aggregate_topic_quota_takes_turns():
+  scores = np.array([[5.0, 4.0, 3.0, 0.0, 0.0], [9.0, 1.0, 2.0, 0.0, 0.0]])
+  priority = aggregate(scores, ["a", "b"], "topic_quota", ids=["v", "w", "x", "z", "y"])
+  # a takes 0; b's best is 0, taken, so 2; a takes 1; then the ties of zeros go by id: 4 (y) before 3 (z)
+  assert np.argsort(-priority).tolist() == [0, 2, 1, 4, 3]
+  assert priority.tolist() == [5, 3, 4, 1, 2]
+
+
+def test_aggregate_refuses():
+  with pytest.raises(UserError, match="choose one of mean"):
+    aggregate(np.zeros((1, 2)), ["a"], "median")
+  with pytest.raises(UserError, match="expected"):
+    aggregate(np.zeros((1, 2)), ["a", "b"])
+  with pytest.raises(UserError, match="1 of 2 are NaN or infinite .first: y"):
+    aggregate(np.array([[0.0, np.nan]]), ["a"], "mean", ids=["x", "y"])
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_not_finite_scores_tell_how_many_and_which():
+  scores = np.arange(40.0)
+  scores[[2, 5, 6, 9]] = np.nan, np.inf, np.nan, -np.inf
+  inputs = make_inputs(scores=scores, ids=[f"n{i:02d}" for i in range(40)])
+  with pytest.raises(UserError, match=r"scores: 4 of 40 are NaN or infinite \(first: n02, n05, n06\)"):
+    select_rows("proponents", inputs, Budget(fraction=0.5))
+  assert len(select_rows("random", inputs, Budget(fraction=0.5))) == 20  # does not look at scores
+  features = np.ones((40, 2))
+  features[7, 1] = np.nan
+  bad = make_inputs(features=features, target=np.ones(2), query_topics=None, ids=inputs.ids)
+  with pytest.raises(UserError, match="features: 1 of 40 .* n07"):
+    select_rows("matching", bad, Budget(fraction=0.5))
+
+
+def test_refusals_say_what_is_missing():
+  with pytest.raises(UserError, match="policy=best is unknown; choose one of proponents"):
+    select_rows("best", make_inputs(), Budget(fraction=0.5))
+  with pytest.raises(UserError, match="policy matching needs features"):
+    select_rows("matching", make_inputs(features=None, target=None), Budget(fraction=0.5))
+  with pytest.raises(UserError, match="needs target"):
+    select_rows("matching", make_inputs(target=None), Budget(fraction=0.5))
+  with pytest.raises(UserError, match="needs query_topics"):
+    select_rows("matching_topic", make_inputs(query_topics=None), Budget(fraction=0.5))
+  with pytest.raises(UserError, match="needs scores"):
+    select_rows("proponents", make_inputs(scores=None), Budget(fraction=0.5))
+  with pytest.raises(UserError, match="call aggregate first"):
+    make_inputs(scores=np.zeros((40, 2)))
+  with pytest.raises(UserError, match="39 entries for 40"):
+    make_inputs(loss=np.zeros(39))
+  with pytest.raises(UserError, match="same width"):
+    make_inputs(target=np.zeros(5), query_topics=None)
+  with pytest.raises(UserError, match="none of the 40 examples has response tokens"):
+    select_rows("random", make_inputs(num_response_tokens=np.zeros(40)), Budget(fraction=0.5))
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def test_warnings_of_a_risky_selection():
+  size = 400
+  topic = np.arange(size) % 4
+  lengths = np.where(topic == 0, 50, 10)
+  features = np.eye(4)[topic] + np.random.default_rng(0).normal(size=(size, 4)) * 0.05
+  inputs = make_inputs(
+    size,
+    scores=topic + np.linspace(0, 0.5, size),  # the long topic "t0" ranks last
+    topics=[f"t{t}" for t in topic],
+    num_response_tokens=lengths,
+    num_tokens=lengths + 5,
+    features=features,
+    target=features.mean(axis=0),
+    query_topics=None,
+  )
+  found = selection_warnings(select_rows("proponents", inputs, Budget(fraction=0.5)), inputs)
+  assert len(found) == 4
+  assert found[0].startswith("Topic 't0' is almost dropped: 0 of its 100 examples are selected where an even share")
+  assert "would be 50. Use the policy topic_quota" in found[0] and "'t1'" in found[1]
+  assert "2,000 response tokens, 50% of what 200 average examples would have (4,000)" in found[2]
+  assert "further than all 20 random selections" in found[3] and "Use the policy matching" in found[3]
+  for policy in ("random", "matching", "matching_quota"):
+    assert selection_warnings(select_rows(policy, inputs, Budget(fraction=0.5), seed=1), inputs) == []
+
+
+def test_warning_of_copies():
+  inputs = make_inputs(40, ids=["same"] * 3 + [f"id{i}" for i in range(37)])
+  found = selection_warnings(np.arange(40), inputs)
+  assert found == ["2 of the 40 selected examples repeat an example id: remove copies from the data."]

@@ -1,0 +1,476 @@
+"""Influence against leaving an example out and fitting again, every solver through `solve`, and planted rows."""
+
+import logging
+import re
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from in2core_jax import algebra, evaluation, gradients, ihvp, influence, model, subtree
+from in2core_jax.batches import Batcher, Shape
+from in2core_jax.errors import UserError
+from in2core_jax.influence import CurvatureData, Problem, SolverSettings, solve
+
+# Leverages of about FEATURES / N bound how far the first order, influence / N, is from a whole example left out.
+N, FEATURES, QUERIES, RIDGE = 800, 4, 60, 0.1
+
+
+class Points(NamedTuple):
+  """A batch of a linear model."""
+
+  x: Any
+  y: Any
+  valid: Any
+
+
+def linear_objective(kind):
+  """Ridge or logistic regression without its penalty, which is the damping; weights in two leaves."""
+
+  def outputs(sub, frozen, batch):
+    return batch.x[:, :3] @ sub["a"] + batch.x[:, 3:] @ sub["b"]
+
+  def losses(z, frozen, batch):
+    loss = (z - batch.y) ** 2 / 2 if kind == "ridge" else jnp.logaddexp(0, z) - batch.y * z
+    return loss * batch.valid
+
+  return gradients.Objective(outputs, losses)
+
+
+def fit(kind, x, y, weight):
+  """argmin_w (1/N) sum_i weight_i l_i(w) + RIDGE/2 |w|^2 by Newton's method in NumPy."""
+  w = np.zeros(FEATURES)
+  for _ in range(1 if kind == "ridge" else 10):
+    z = x @ w
+    p = 1 / (1 + np.exp(-z))
+    slope, bend = (z - y, np.ones(len(y))) if kind == "ridge" else (p - y, p * (1 - p))
+    hessian = (x * (weight * bend)[:, None]).T @ x / len(y) + RIDGE * np.eye(FEATURES)
+    w -= np.linalg.solve(hessian, x.T @ (weight * slope) / len(y) + RIDGE * w)
+  return w
+
+
+def eval_loss(kind, x, y, w):
+  z = x @ w
+  return np.mean((z - y) ** 2 / 2 if kind == "ridge" else np.logaddexp(0, z) - y * z)
+
+
+def draw_points(kind, seed):
+  rng = np.random.default_rng(seed)
+  x, y = {}, {}
+  truth = np.array([1.0, -1.0, 0.5, 0.2])
+  for part, size in (("train", N), ("eval", QUERIES)):
+    x[part] = rng.standard_normal((size, FEATURES)) * [2.0, 1.0, 0.8, 0.6] + (0.5 if part == "eval" else 0)
+    z = x[part] @ truth
+    noise = rng.standard_normal(size)
+    y[part] = z + noise if kind == "ridge" else (rng.random(size) < 1 / (1 + np.exp(-z))).astype(float)
+  return x, y
+
+
+def points(x, y, rows, size):
+  """Rows as a batch of `size`, padded with rows that would be seen if they counted."""
+  short = size - len(rows)
+  return Points(
+    jnp.asarray(np.concatenate([x[rows], np.full((short, FEATURES), 7.0)])),
+    jnp.asarray(np.concatenate([y[rows], np.zeros(short)])),
+    jnp.asarray(np.arange(size) < len(rows), jnp.result_type(float)),
+  )
+
+
+def stream_of(x, y, size=256):
+  """Batches of `size`, the last one padded."""
+  return lambda: (
+    (rows, points(x, y, rows, size)) for rows in (np.arange(i, min(i + size, len(y))) for i in range(0, len(y), size))
+  )
+
+
+class Linear(NamedTuple):
+  """A fitted linear model and its streams."""
+
+  problem: Problem
+  train: Any
+  evaluation: Any
+  data: CurvatureData
+  x: dict
+  y: dict
+  w: np.ndarray
+
+
+def make_linear(kind, seed=0, draw_size=100):
+  x, y = draw_points(kind, seed)
+  w = fit(kind, x["train"], y["train"], np.ones(N))
+  problem = Problem(linear_objective(kind), {"a": jnp.asarray(w[:3]), "b": jnp.asarray(w[3:])}, (), microbatch=16)
+  train, evals = stream_of(x["train"], y["train"]), stream_of(x["eval"], y["eval"])
+  groups = [(np.arange(0, 500), "first"), (np.arange(500, N), "second")]
+  draw = influence.stratified_draw(
+    groups, draw_size, lambda rows, shape, count: points(x["train"], y["train"], rows, count)
+  )
+  return Linear(problem, train, evals, CurvatureData(train, train, draw), x, y, w)
+
+
+def measure(kind, linear, solver):
+  """(influence on the mean evaluation loss, loss after leaving each example out minus the loss with it)."""
+  settings = SolverSettings(solver, "ggn", RIDGE, None, depth=200, repeat=4 if solver == "lissa" else 1, tol=1e-8)
+  result = solve(linear.problem, linear.problem.mean_gradient(linear.evaluation), settings, linear.data)
+  scores = linear.problem.scores(linear.train, N, result.solution)[0]
+  base = eval_loss(kind, linear.x["eval"], linear.y["eval"], linear.w)
+  change = np.zeros(N)
+  for i in range(N):
+    weight = np.ones(N)
+    weight[i] = 0
+    w = fit(kind, linear.x["train"], linear.y["train"], weight)
+    change[i] = eval_loss(kind, linear.x["eval"], linear.y["eval"], w) - base
+  return scores, change
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
+def test_influence_is_leaving_out_and_fitting_again(kind, solver, x64):
+  scores, change = measure(kind, make_linear(kind), solver)
+  slope = float(np.dot(change, scores / N) / np.dot(scores / N, scores / N))
+  rank = evaluation.spearman(scores, change)
+  print(kind, solver, rank, slope)
+  assert rank > (0.95 if solver == "lissa" else 0.99)
+  # Positive = proponent: without it the loss is higher. Nearly all signs agree, and all of the larger ones.
+  large = np.abs(change) > np.quantile(np.abs(change), 0.2)
+  assert np.all(np.sign(scores[large]) == np.sign(change[large]))
+  assert abs(slope - 1) < 0.02
+
+
+# ---- every solver through `solve` ----------------------------------------------------
+
+
+def dense(linear, curvature):
+  """H of logistic regression and its per-example gradients, in NumPy."""
+  x, p = linear.x["train"], 1 / (1 + np.exp(-linear.x["train"] @ linear.w))
+  g = x * (p - linear.y["train"])[:, None]
+  if curvature == "fisher":
+    return g.T @ g / N, g
+  return (x * (p * (1 - p))[:, None]).T @ x / N, g
+
+
+def random_queries(linear, queries=3):
+  return tiny.direction(linear.problem.sub, queries=queries)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "hessian"])
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
+def test_solvers_give_the_dense_inverse_of_each_curvature(solver, curvature, x64):
+  linear = make_linear("logistic")
+  whole = points(linear.x["train"], linear.y["train"], np.arange(N), N)
+  v, (h, _) = random_queries(linear), dense(linear, curvature)
+  settings = SolverSettings(solver, curvature, None, 0.05, depth=400, tol=1e-10)
+  result = solve(linear.problem, v, settings, CurvatureData(linear.train, linear.train, lambda key: whole))
+  damping = result.info["damping"]
+  assert damping == pytest.approx(0.05 * np.linalg.eigvalsh(h)[-1], rel=0.02)
+  assert result.info["damping_rule"] == "damping_ratio * lambda_max"
+  assert result.info["damping_ratio"] == pytest.approx(0.05)
+  wanted = np.linalg.solve(h + damping * np.eye(FEATURES), algebra.ravel(v).T).T
+  np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-7, atol=1e-7)
+  assert np.all(result.residual < 1e-7)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.3])
+def test_datainf_inverts_example_by_example_with_its_own_damping(ratio, x64):
+  linear = make_linear("logistic")
+  v, (_, g) = random_queries(linear), dense(linear, "fisher")
+  settings = SolverSettings("datainf", damping=None if ratio else 0.2, damping_ratio=ratio)
+  result = solve(linear.problem, v, settings, linear.data)
+  rows = algebra.ravel(v)
+  for name, block in (("a", slice(0, 3)), ("b", slice(3, 4))):
+    gl, size = g[:, block], block.stop - block.start
+    damping = 0.2 if ratio is None else ratio * np.mean(np.sum(gl**2, axis=1)) / size
+    inverses = np.linalg.inv(damping * np.eye(size) + gl[:, :, None] * gl[:, None, :])
+    wanted = np.einsum("npd,qd->qp", inverses, rows[:, block]) / N
+    np.testing.assert_allclose(algebra.ravel(result.solution)[:, block], wanted, rtol=1e-8)
+    assert result.info["block_damping"][name] == pytest.approx([damping])
+  # Its damping is no share of an eigenvalue, and the facts do not say so.
+  assert result.info["damping_ratio"] == ratio and "lambda_max" not in result.info
+  assert ("mean_i |g_il|^2" in result.info["damping_rule"]) == (ratio is not None)
+
+
+def test_identity_is_the_gradient_dot_product(x64):
+  linear = make_linear("ridge")
+  v = linear.problem.mean_gradient(linear.evaluation)
+  result = solve(linear.problem, v, SolverSettings("identity"), linear.data)
+  g = {part: x * (x @ linear.w - linear.y[part])[:, None] for part, x in linear.x.items()}
+  wanted = g["train"] @ g["eval"].mean(0)
+  np.testing.assert_allclose(linear.problem.scores(linear.train, N, result.solution)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_average_0_is_the_plain_recursion(x64):
+  linear = make_linear("logistic")
+  whole = points(linear.x["train"], linear.y["train"], np.arange(N), N)
+  data = CurvatureData(linear.train, linear.train, lambda key: whole)
+  v, (h, _) = random_queries(linear), dense(linear, "ggn")
+  settings = {"damping": 0.05, "damping_ratio": None, "depth": 8, "tol": 0.0, "scale": 2.0}
+  plain = solve(linear.problem, v, SolverSettings(average=0.0, **settings), data)
+  iterates, rows = [algebra.ravel(v)], algebra.ravel(v)
+  for _ in range(8):
+    u = iterates[-1]
+    iterates.append(rows + u - (u @ h + 0.05 * u) / 2.0)
+  np.testing.assert_allclose(algebra.ravel(plain.solution), iterates[-1] / 2.0, rtol=1e-12)
+  averaged = solve(linear.problem, v, SolverSettings(**settings), data)
+  assert (plain.info["average"], averaged.info["average"]) == (0.0, 0.5)
+  np.testing.assert_allclose(algebra.ravel(averaged.solution), np.mean(iterates[-4:], axis=0) / 2.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [None, 0.05])
+def test_lissa_goes_on_from_a_saved_state_to_the_same_bytes(damping):
+  linear, states = make_linear("logistic"), []
+  v = random_queries(linear)
+  ratio = None if damping else 0.1
+  settings = SolverSettings(damping=damping, damping_ratio=ratio, depth=20, repeat=2, tol=0.0, seed=3)
+  wanted = solve(linear.problem, v, settings, linear.data, on_state=states.append)
+  assert [(state.run, state.step) for state in states] == [(0, 10), (0, 20), (1, 10), (1, 20)]
+  for state in states[:3]:
+    stored = ihvp.state_from_arrays(ihvp.state_to_arrays(state), v)
+    found = solve(linear.problem, v, settings, linear.data, resume_from=stored)
+    tiny.assert_trees_equal(found.solution, wanted.solution)
+    assert found.info == wanted.info and found.steps == wanted.steps
+  with pytest.raises(UserError, match="cg cannot go on from a saved state"):
+    solve(linear.problem, v, SolverSettings("cg"), linear.data, resume_from=states[0])
+  with pytest.raises(UserError, match="damping"):
+    changed = SolverSettings(damping=0.07, damping_ratio=None, depth=20, repeat=2, seed=3)
+    solve(linear.problem, v, changed, linear.data, resume_from=states[0])
+
+
+def saddle(linear, bend):
+  """The same points with the losses `bend` z^2 / 2: a Hessian of `bend`'s sign."""
+  objective = gradients.Objective(linear.problem.objective.outputs, lambda z, _, batch: bend * z**2 / 2 * batch.valid)
+  return Problem(objective, linear.problem.sub, ())
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg"])
+@pytest.mark.parametrize("damping", [{"damping": 0.5, "damping_ratio": None}, {"damping_ratio": 0.1}])
+def test_a_dominant_negative_eigenvalue_is_refused(solver, damping, x64):
+  linear = make_linear("ridge")
+  problem, v = saddle(linear, -1.0), random_queries(linear)
+  least = -np.linalg.eigvalsh(linear.x["train"].T @ linear.x["train"] / N)[-1]
+  with pytest.raises(ihvp.NegativeCurvatureError, match=rf"--solver={solver}.*--curvature=ggn") as caught:
+    solve(problem, v, SolverSettings(solver, "hessian", **damping), linear.data)
+  assert float(re.search(r"eigenvalue (\S+),", str(caught.value))[1]) == pytest.approx(least, rel=0.01)
+
+
+def test_enough_damping_makes_negative_curvature_solvable(x64):
+  linear = make_linear("ridge")
+  v, h = random_queries(linear), -linear.x["train"].T @ linear.x["train"] / N
+  for solver in ("cg", "exact"):
+    settings = SolverSettings(solver, "hessian", damping=6.0, damping_ratio=None, tol=1e-12)
+    result = solve(saddle(linear, -1.0), v, settings, linear.data)
+    wanted = np.linalg.solve(h + 6.0 * np.eye(FEATURES), algebra.ravel(v).T).T
+    np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-9)
+    assert result.info["damping_ratio"] is None
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg", "exact"])
+def test_no_curvature_at_all_leaves_the_damping(solver, x64):
+  linear = make_linear("ridge")
+  v = random_queries(linear)
+  settings = SolverSettings(solver, "hessian", damping=0.5, damping_ratio=None)
+  result = solve(saddle(linear, 0.0), v, settings, linear.data)
+  np.testing.assert_allclose(algebra.ravel(result.solution), algebra.ravel(v) / 0.5, rtol=1e-2)
+  with pytest.raises(UserError, match="give an absolute damping"):
+    solve(saddle(linear, 0.0), v, SolverSettings(solver, "hessian"), linear.data)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"solver": "newton"}, "--solver=newton is unknown; use one of lissa, cg"),
+    ({"curvature": "flat"}, "--curvature=flat is unknown; use one of ggn, fisher, hessian"),
+    ({"damping": 0.1}, "--damping=0.1 and --damping_ratio=0.1: give exactly one"),
+    ({"damping_ratio": None}, "give exactly one"),
+  ],
+)
+def test_wrong_settings_are_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    SolverSettings(**changes)
+
+
+# ---- scores --------------------------------------------------------------------------
+
+
+def test_both_paths_score_alike_and_put_each_example_in_its_row(x64):
+  linear = make_linear("logistic")
+  v, (_, g) = random_queries(linear), dense(linear, "fisher")
+  order = np.random.default_rng(5).permutation(N)
+  x, y = linear.x["train"], linear.y["train"]
+  mixed = lambda: ((order[i : i + 90], points(x, y, order[i : i + 90], 90)) for i in range(0, N, 90))  # noqa: E731
+  wanted = algebra.ravel(v) @ g.T
+  for path in ("jvp", "vmap", "auto"):
+    found = linear.problem.scores(mixed, N, v, path)
+    assert found.dtype == np.float32 and found.shape == (3, N)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  stored = linear.problem.gradients(mixed, N)
+  np.testing.assert_allclose(algebra.ravel(stored), g, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    linear.problem.losses(mixed, N), np.logaddexp(0, x @ linear.w) - y * (x @ linear.w), rtol=1e-5, atol=1e-6
+  )
+  with pytest.raises(UserError, match="--score_path=fast is unknown"):
+    linear.problem.scores(mixed, N, v, "fast")
+
+
+def test_what_is_not_finite_is_refused():
+  linear = make_linear("logistic")
+  x = linear.x["train"].copy()
+  x[[5, 700]] = np.nan
+  broken = stream_of(x, linear.y["train"])
+  with pytest.raises(UserError, match=rf"2 of {N} scores are not finite \(first rows \[5, 700\]\)"):
+    linear.problem.scores(broken, N, random_queries(linear))
+  with pytest.raises(UserError, match="evaluation gradient is not finite"):
+    linear.problem.mean_gradient(broken)
+  with pytest.raises(UserError, match="evaluation set is empty"):
+    linear.problem.mean_gradient(lambda: iter(()))
+  data = CurvatureData(broken, broken, linear.data.draw)
+  for solver in ("cg", "lissa", "exact"):
+    with pytest.raises(UserError, match="NaN"):
+      solve(linear.problem, random_queries(linear), SolverSettings(solver), data)
+  nan = jax.tree.map(lambda leaf: leaf * np.nan, random_queries(linear))
+  for solver in ("cg", "lissa"):
+    with pytest.raises(UserError, match="NaN"):
+      solve(linear.problem, nan, SolverSettings(solver, damping=0.1, damping_ratio=None), linear.data)
+
+
+# ---- draws ---------------------------------------------------------------------------
+
+
+def test_a_draw_is_stratified_unbiased_and_a_function_of_its_key(x64):
+  linear = make_linear("logistic", draw_size=10)
+  draw, curvature = linear.data.draw, linear.problem.curvature("ggn")
+  first = draw(jax.random.key(1))
+  # Shares 500/800 and 300/800 of 10 are 6.25 and 3.75, rounded to 6 and 4.
+  assert [part.x.shape[0] for part in first.batches] == [6, 4]
+  np.testing.assert_allclose(first.factors, [0.625 * 10 / 6, 0.375 * 10 / 4], rtol=1e-6)
+  tiny.assert_trees_equal(draw(jax.random.key(1)), first)
+  assert not np.array_equal(draw(jax.random.key(2)).batches[0].x, first.batches[0].x)
+  # Each group gives rows of its own, none twice.
+  same = [linear.x["train"][:, None] == np.asarray(part.x)[None] for part in first.batches]
+  rows = [np.flatnonzero(pairs.all(-1).any(1)) for pairs in same]
+  assert [len(group) for group in rows] == [6, 4] and rows[0].max() < 500 <= rows[1].min()
+  v, (h, _) = random_queries(linear, 1), dense(linear, "ggn")
+  products = []
+  for seed in range(400):
+    products.append(algebra.ravel(ihvp.fixed_matvec(curvature, [draw(jax.random.key(seed))])(v))[0])
+  error = np.std(products, axis=0) / np.sqrt(len(products))
+  assert np.all(np.abs(np.mean(products, axis=0) - (h @ algebra.ravel(v)[0])) < 4 * error)
+  assert np.all(error < 0.05 * np.linalg.norm(h @ algebra.ravel(v)[0]))
+
+
+def test_a_stratum_of_few_rows_counts_by_its_share():
+  built = []
+  build = lambda rows, shape, count: built.append((rows, shape, count)) or Points(rows, rows, jnp.ones(count))  # noqa: E731
+  groups = [(np.arange(97), "short"), (np.array([], int), "none"), (np.array([97, 98, 99]), "long")]
+  batch = influence.stratified_draw(groups, 8, build)(jax.random.key(0))
+  assert [(shape, count) for _, shape, count in built] == [("short", 8), ("long", 1)]
+  np.testing.assert_allclose(batch.factors, [0.97 * 9 / 8, 0.03 * 9], rtol=1e-6)
+  # Weighted by the factors, as many examples as were drawn: the mean over them weighs each stratum by its share.
+  assert sum(f * len(part.valid) for f, part in zip(batch.factors, batch.batches, strict=True)) == pytest.approx(9)
+
+
+# ---- a transformer -------------------------------------------------------------------
+
+
+def tiny_stream(batch):
+  return lambda: iter([(np.arange(len(tiny.ROLES)), batch)])
+
+
+def test_an_example_without_response_scores_exactly_0():
+  t = tiny.make_tiny()
+  problem = Problem(t.objective, t.sub, t.frozen, microbatch=4)
+  stream = tiny_stream(t.batch)
+  data = CurvatureData(stream, stream, lambda key: t.batch)
+  v = problem.mean_gradient(stream)
+  for solver in ("identity", "lissa"):
+    settings = SolverSettings(solver, damping_ratio=0.1, depth=10)
+    solution = solve(problem, v, settings, data).solution
+    for path in ("jvp", "vmap"):
+      scores = problem.scores(stream, len(tiny.ROLES), solution, path)[0]
+      assert scores[tiny.NO_RESPONSE] == 0 and np.count_nonzero(scores) == len(tiny.ROLES) - 1
+  assert problem.losses(stream, len(tiny.ROLES))[tiny.NO_RESPONSE] == 0
+
+
+def test_a_second_call_compiles_nothing(caplog):
+  t = tiny.make_tiny()
+  problem = Problem(t.objective, t.sub, t.frozen, microbatch=4)
+  others = tiny.make_batch(t.config, [4, 2, 1, 0, 5, 3])
+  moved = jax.tree.map(lambda leaf: 1.01 * leaf, t.sub)
+
+  def compiled(problem, batch, seed):
+    stream = tiny_stream(batch)
+    build = lambda rows, shape, count: batch  # noqa: E731
+    data = CurvatureData(stream, stream, influence.stratified_draw([(np.arange(6), "one")], 6, build))
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+      v = problem.mean_gradient(stream)
+      for solver in influence.SOLVERS[:4]:
+        result = solve(problem, v, SolverSettings(solver, depth=4, tol=0.0, seed=seed), data)
+        for path in ("jvp", "vmap"):
+          problem.scores(stream, 6, result.solution, path)
+    return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
+
+  assert compiled(problem, t.batch, 0) > 0
+  assert compiled(problem, others, 1) == 0
+  assert compiled(problem.at(moved), t.batch, 2) == 0
+
+
+CLASSES, ANSWERS = 6, 6
+
+
+def planted_data(seed=0):
+  """(train, evaluation, is_planted): a rule from the prompt's kind to the answer; half of train follows it not.
+
+  The planted training rows are the evaluation rows themselves; the others are the same prompts with the answers dealt
+  out among them, none where it belongs.
+  """
+  rng = np.random.default_rng(seed)
+  answers = rng.integers(20, 37, (CLASSES, 3))
+  kinds = np.repeat(np.arange(CLASSES), 4)
+  prompts = [np.concatenate([[kind], rng.integers(8, 20, 2), [kind]]) for kind in kinds]
+  shifted = (kinds + rng.integers(1, CLASSES, len(kinds))) % CLASSES
+  right = [np.concatenate([p, answers[k]]).astype(np.int32) for p, k in zip(prompts, kinds, strict=True)]
+  wrong = [np.concatenate([p, answers[k]]).astype(np.int32) for p, k in zip(prompts, shifted, strict=True)]
+  make = lambda rows: types.SimpleNamespace(  # noqa: E731
+    ids=tuple(map(str, range(len(rows)))), tokens=tuple(rows), response_mask=(np.arange(7) > 3,) * len(rows)
+  )
+  return make(right + wrong), make(right), np.arange(2 * len(kinds)) < len(kinds)
+
+
+class Planted(NamedTuple):
+  """A model that was trained on right and wrong answers alike, its streams, and which rows are right."""
+
+  problem: Problem
+  train: Any
+  data: CurvatureData
+  query: Any
+  right: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def planted():
+  train, evaluation_set, right = planted_data()
+  config, shape = tiny.make_config(), Shape(8, 4)
+  params = tiny.make_params(config)
+  chosen = subtree.make_subtree(params, "last:2", "all")
+  problem = Problem(model.make_objective(config, chosen), *subtree.split(params, chosen), microbatch=None)
+  batcher, evals = Batcher(train, (shape,)), Batcher(evaluation_set, (shape,))
+  stream = lambda: batcher.sequential(128)  # noqa: E731
+  draw = influence.stratified_draw([(np.arange(len(right)), shape)], 16, batcher.batch)
+  for _ in range(30):  # as fine-tuning leaves it: how often each answer comes is learnt, which answer is right is not
+    step = problem.mean_gradient(stream)
+    problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 0.3 * d[0], problem.sub, step))
+  query = problem.mean_gradient(lambda: evals.sequential(128))
+  return Planted(problem, stream, CurvatureData(stream, stream, draw), query, right)
+
+
+# DataInf swaps mean and inverse, and is measurably further from the inverse than the others.
+@pytest.mark.parametrize(("solver", "least"), [("cg", 0.95), ("lissa", 0.95), ("datainf", 0.9)])
+def test_planted_rows_outrank_rows_with_shuffled_answers(planted, solver, least):
+  settings = SolverSettings(solver, damping_ratio=0.1, depth=40)
+  result = solve(planted.problem, planted.query, settings, planted.data)
+  scores = planted.problem.scores(planted.train, len(planted.right), result.solution)[0]
+  assert evaluation.roc_auc(scores, planted.right).mean > least

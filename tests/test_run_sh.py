@@ -1,0 +1,137 @@
+"""`run.sh` for real, in a copy of its own with almost empty requirements: set-up, repair, refusals."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path):
+  """A project whose requirements are nothing, so that a set-up takes seconds."""
+  for folder in ("experiments/flags", "third_party", "tests", "bin"):
+    (tmp_path / folder).mkdir(parents=True)
+  shutil.copy(ROOT / "run.sh", tmp_path / "run.sh")
+  (tmp_path / "requirements.txt").write_text("# nothing\n")
+  (tmp_path / "third_party/requirements-assets.txt").write_text("# nothing\n")
+  shown = "os.getcwd(), sys.argv[1:], os.environ.get('HF_HUB_OFFLINE'), sys.prefix"
+  body = f'import os, sys\nif __name__ == "__main__":\n  print({shown})\n'
+  for name in ("__init__", "flags", "cli", "workbench", "select", "demo"):
+    (tmp_path / f"experiments/{name}.py").write_text(body if name in ("select", "demo") else "")
+  return tmp_path
+
+
+def run(project: Path, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+  """Calls run.sh with programs in the project's `bin` before all others."""
+  kept = {name: value for name, value in os.environ.items() if not name.startswith(("IN2CORE_", "HF_", "JAX_"))}
+  path = f"{project}/bin{os.pathsep}{kept['PATH']}"
+  settings = kept | {"PATH": path, "IN2CORE_PYTHON": sys.executable} | environment
+  command = [str(project / "run.sh"), *arguments]
+  return subprocess.run(command, cwd=cwd or project, env=settings, capture_output=True, text=True, timeout=300)
+
+
+def fake(project: Path, name: str, body: str) -> str:
+  path = project / "bin" / name
+  path.write_text(f"#!/bin/sh\n{body}\n")
+  path.chmod(0o755)
+  return str(path)
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *seen: str) -> None:
+  assert (result.returncode, result.stdout) == (2, "")
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith("error: ") and all(word in last for word in seen), result.stderr
+
+
+def test_help_and_unknown_command_need_no_environment(project):
+  shown = run(project)
+  assert shown.returncode == 0 and "demo select" in shown.stdout
+  result = run(project, "slect")
+  assert_one_line(result, "'slect'", "setup test lint help demo select")
+  assert "cli" not in result.stderr and "workbench" not in result.stderr and result.stderr.count("\n") == 1
+  for name in ("cli", "workbench", "__init__", "../run", "demo select", "sel*"):
+    assert_one_line(run(project, name), "unknown command")
+  assert not (project / ".venv").exists()
+
+
+def first_calls(project: Path, cwd: Path) -> list[tuple[int, str, str]]:
+  """Two first calls at once."""
+  settings = os.environ | {"IN2CORE_PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  command = [project / "run.sh", "select", "--flagfile=F", "a b"]
+  calls = [subprocess.Popen(command, env=settings, cwd=cwd, **pipes) for _ in range(2)]
+  ends = [call.communicate(timeout=300) for call in calls]
+  return [(call.returncode, *end) for call, end in zip(calls, ends, strict=True)]
+
+
+@pytest.mark.real
+def test_set_up_once_then_repair_and_update(project):
+  work = project / "elsewhere"
+  work.mkdir()
+  ends = first_calls(project, work)
+  for code, out, err in ends:
+    assert (code, out) == (0, f"{work} ['--flagfile=F', 'a b'] 1 {project}/.venv\n"), err
+  if shutil.which("flock"):  # without it, nothing keeps them apart
+    assert sorted("set-up done" in err for _, _, err in ends) == [False, True]
+    assert sorted("waiting for it" in err for _, _, err in ends) == [False, True]
+
+  # Later calls start at once; a current folder of modules that would shadow ours does not matter.
+  later = run(project, "demo", "--x=1", cwd=project / "experiments")
+  assert later.stderr == ""
+  flagfile = f"--flagfile={project}/experiments/flags/demo.flags"
+  assert later.stdout == f"{project}/experiments ['{flagfile}', '--x=1'] 1 {project}/.venv\n"
+
+  # A set-up that was broken off is made anew.
+  (project / ".venv/in2core-unfinished").touch()
+  (project / ".venv/bin/python").unlink()
+  repaired = run(project, "select")
+  assert repaired.returncode == 0 and "setting up .venv" in repaired.stderr
+  assert not (project / ".venv/in2core-unfinished").exists()
+
+  # Changed requirements are installed into what is there.
+  (project / ".venv/kept").touch()
+  (project / "requirements.txt").write_text("# still nothing\n")
+  assert "requirements are new or changed" in run(project, "select").stderr
+  assert (project / ".venv/kept").exists()
+
+  # A failure says why, and the next call repairs. Nothing listens on port 9 of this machine: as good as a cut cable.
+  (project / "requirements.txt").write_text("six==1.17.0\n")
+  offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+  alone = {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+  assert_one_line(run(project, "select", **offline, **alone), "no network", "requirements.txt", "setup.log")
+  (project / "requirements.txt").write_text("# nothing again\n")
+  assert "set-up done" in run(project, "select").stderr
+  assert not (project / ".venv/kept").exists()
+  assert run(project, "select").stderr == ""
+
+
+def test_unsuited_pythons_are_named(project):
+  old = fake(project, "old", "echo 3.9 /usr/bin/python3.9")
+  assert_one_line(run(project, "setup", IN2CORE_PYTHON=old), f"{old} is 3.9", "3.11, 3.12 or 3.13")
+  bare = fake(project, "bare", "echo 3.11")
+  assert_one_line(run(project, "setup", IN2CORE_PYTHON=bare), "cannot make environments", "python3.11-venv")
+  assert_one_line(run(project, "setup", IN2CORE_PYTHON="/nowhere/python"), "/nowhere/python does not start")
+  for name in ("python3.11", "python3.12", "python3.13"):
+    fake(project, name, "exit 127")
+  fake(project, "python3", "echo 3.10 /usr/bin/python3.10")
+  assert_one_line(run(project, "setup", IN2CORE_PYTHON=""), "no Python 3.11, 3.12 or 3.13 found", "python3 is 3.10")
+  assert not (project / ".venv").exists()
+
+
+def test_full_disk_and_wrong_accelerator_are_said_first(project):
+  fake(project, "df", "echo Filesystem 1024-blocks Used Available; echo /dev/x 9 9 1200345 99% /")
+  assert_one_line(run(project, "setup"), "disk full", "about 3 GB", "1200 MB are free")
+  assert_one_line(run(project, "setup", IN2CORE_ACCELERATOR="gpu"), "IN2CORE_ACCELERATOR is 'gpu'")
+  assert not (project / ".venv").exists()
+
+
+def test_an_environment_of_somebody_else_is_not_deleted(project):
+  (project / ".venv").mkdir()
+  (project / ".venv/thesis.tex").write_text("precious")
+  assert_one_line(run(project, "setup"), "was not made by run.sh", "move it away")
+  assert (project / ".venv/thesis.tex").exists()

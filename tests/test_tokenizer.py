@@ -1,0 +1,143 @@
+"""Tokenizers: a GGUF file written here, a Hugging Face folder, the embedded file; round trips and refusals."""
+
+import gguf
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from in2core_jax.assets import asset_path
+from in2core_jax.errors import UserError
+from in2core_jax.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def _write_gguf(path, pre="smollm", model="gpt2", leave_out=()):
+  """Writes a vocabulary: three control tokens, one of the user's, all bytes, a few merges."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
+  tokens = ["<|im_start|>", "<|im_end|>", "<file>", "<tab>", *alphabet, *(m.replace(" ", "") for m in merges)]
+  writer = gguf.GGUFWriter(str(path), "llama")
+  writer.add_tokenizer_model(model)
+  if pre is not None:
+    writer.add_tokenizer_pre(pre)
+  if "tokens" not in leave_out:
+    writer.add_token_list(tokens)
+  if "merges" not in leave_out:
+    writer.add_token_merges(merges)
+  writer.add_token_types([3, 3, 3, 4] + [1] * (len(tokens) - 4))
+  writer.add_bos_token_id(0)
+  writer.add_eos_token_id(1)
+  writer.add_pad_token_id(1)
+  writer.add_chat_template(TEMPLATE)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  return tokenizer_from_gguf(_write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf"))
+
+
+def test_merges_digits_and_control_tokens(small):
+  assert isinstance(small, transformers.PreTrainedTokenizerFast)
+  pieces = small.convert_ids_to_tokens(small("hello hello 12<|im_end|>", add_special_tokens=False)["input_ids"])
+  # The merge "1 2" is in the file, but digits are cut apart before merging.
+  assert pieces == ["hello", "Ġhello", "Ġ", "1", "2", "<|im_end|>"]
+  assert small("<file>hello<tab>")["input_ids"][::2] == [2, 3]  # control tokens without a role, and the user's own
+  assert small.decode(small("<file>hello<tab>")["input_ids"], skip_special_tokens=True) == "hello<tab>"
+  assert small("hello")["input_ids"] == small("hello", add_special_tokens=False)["input_ids"]  # nothing added
+  assert (small.bos_token, small.eos_token, small.pad_token_id) == ("<|im_start|>", "<|im_end|>", 1)
+  assert small.decode(small("hello<|im_end|>")["input_ids"], skip_special_tokens=True) == "hello"
+
+
+def test_gpt2_cut_keeps_digits_together(tmp_path):
+  tokenizer = tokenizer_from_gguf(_write_gguf(tmp_path / "g.gguf", pre="gpt-2"))
+  assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["12"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+def test_round_trip_of_any_text(small, text):
+  assert small.decode(small(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_chat_template_comes_from_the_file(small):
+  assert small.chat_template == TEMPLATE
+  messages = [{"role": "user", "content": "hello"}]
+  assert small.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"pre": "tekken"}, r"pre is 'tekken'; known: smollm, gpt-2"),
+    ({"pre": None}, r"pre is None; known: smollm"),
+    ({"model": "llama"}, r"model is 'llama'; only 'gpt2'"),
+    ({"leave_out": ("tokens",)}, r"no tokenizer.ggml.tokens"),
+    ({"leave_out": ("merges",)}, r"no tokenizer.ggml.merges"),
+  ],
+)
+def test_unknown_kinds_are_refused(tmp_path, change, message):
+  with pytest.raises(UserError, match=message):
+    tokenizer_from_gguf(_write_gguf(tmp_path / "g.gguf", **change))
+
+
+def test_not_a_gguf_file(tmp_path):
+  with pytest.raises(UserError, match="no such GGUF file"):
+    tokenizer_from_gguf(tmp_path / "missing.gguf")
+  (tmp_path / "text.gguf").write_text("this is not a model, only a text")
+  with pytest.raises(UserError, match="not a GGUF file"):
+    tokenizer_from_gguf(tmp_path / "text.gguf")
+
+
+def test_saved_folder_gives_the_same_tokens(small, tmp_path):
+  small.save_pretrained(tmp_path)
+  again = tokenizer_from_dir(tmp_path)
+  text = "<|im_start|>user\nhello 2024, naïve 東京 🙂<|im_end|>\n"
+  assert again(text, add_special_tokens=False)["input_ids"] == small(text, add_special_tokens=False)["input_ids"]
+  assert again.chat_template == TEMPLATE
+  assert (again.eos_token_id, again.pad_token_id) == (1, 1)
+
+
+def test_folder_errors(tmp_path):
+  with pytest.raises(UserError, match="no such folder"):
+    tokenizer_from_dir(tmp_path / "missing")
+  (tmp_path / "model.safetensors").write_bytes(b"")
+  with pytest.raises(UserError, match=r"no tokenizer.json \(found: model.safetensors\)"):
+    tokenizer_from_dir(tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"version": ')
+  with pytest.raises(UserError, match="tokenizer.json is not JSON"):
+    tokenizer_from_dir(tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+  with pytest.raises(UserError, match="has no 'model'"):
+    tokenizer_from_dir(tmp_path)
+  backend = Tokenizer(models.BPE({"a": 0}, []))
+  backend.decoder = decoders.ByteLevel()
+  backend.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text("{broken")
+  with pytest.raises(UserError, match="tokenizer_config.json"):
+    tokenizer_from_dir(tmp_path)
+
+
+@pytest.mark.real
+def test_embedded_tokenizer():
+  tokenizer = tokenizer_from_gguf(asset_path("smollm2-135m-instruct-q4_1"))
+  assert len(tokenizer) == 49152
+  ids = tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]
+  assert tokenizer.convert_ids_to_tokens(ids) == ["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis", "ĠParis", "."]
+  assert tokenizer.convert_ids_to_tokens(tokenizer("in 1969")["input_ids"]) == ["in", "Ġ", "1", "9", "6", "9"]
+  for text in ["naïve 東京 🙂🏽", "a\u2028b\r\n\tc", "x = [1,2]  # two", " lead and trail "]:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (
+    1,
+    2,
+    2,
+    0,
+  )
+  assert tokenizer("<|im_start|>user\n")["input_ids"] == [1, tokenizer.convert_tokens_to_ids("user"), 198]

@@ -1,0 +1,298 @@
+"""Makes the reference values of tests/test_parity.py with PyTorch, independently of in2core_jax.
+
+Nothing of the package is imported: the GGUF file is dequantised by `gguf`, the tokenizer is built here from the file's
+vocabulary, and the numbers are those of transformers' own models in float32. Run it in an environment of its own,
+never in the project's (which has no torch):
+
+    python3.11 -m venv /tmp/reference && /tmp/reference/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+    /tmp/reference/bin/python third_party/make_reference.py --gguf=SmolLM2-135M-Instruct.Q4_1.gguf
+
+The committed values were made with these versions on a CPU (about half a minute). Written into third_party/reference/:
+
+    prompts.json   rendered conversations, token ids, response mask, NLL of every token (nats), mean over the response,
+                   greedy continuations
+    logits.npz     for each conversation: positions [P], indices [P, K] into the vocabulary, logits [P, K]
+    tiny.json      small configurations, the shapes and the seed of their weights, token ids
+    tiny.npz       their logits [B, T, V]
+"""
+
+import argparse
+import json
+import pathlib
+
+import gguf
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+OUT = pathlib.Path(__file__).resolve().parent / "reference"
+TOP, SAMPLED = 50, 200
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+LONG = (
+  "Influence functions estimate how the loss of a model on one example would change if a training example were given "
+  "a little more weight. They need the gradient of both examples and the inverse of the curvature of the training "
+  "loss, which is far too large to be written down for a neural network. Practical methods therefore solve a linear "
+  "system with products only, or approximate the curvature by a sum of small blocks, one for each layer. When the aim "
+  "is to choose training data, the scores of all examples are sorted and the best part is kept; when the aim is to "
+  "find labelling errors, the examples that hurt are shown to a person first. Both uses depend on the damping, a "
+  "small number that is added to the diagonal, and on which parameters take part. A score is only an answer to a "
+  "question about one example at a time: what happens when half of the data is removed is another question, and it "
+  "has to be settled by training again."
+)
+
+
+def _turns(*texts: str) -> list[dict[str, str]]:
+  return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+CONVERSATIONS = {
+  "capital": _turns("What is the capital of France?", "The capital of France is Paris."),
+  "name": _turns("What is your name?", "My name is SmolLM. How can I help you today?"),
+  "system": [
+    {"role": "system", "content": "Answer in one word."},
+    *_turns("Is the sky blue?", "Yes"),
+  ],
+  "arithmetic": _turns(
+    "What is 12 + 30?", "12 + 30 = 42.", "And 42 * 1000?", "42 * 1000 = 42000.", "Minus 2026?", "42000 - 2026 = 39974."
+  ),
+  "chat": _turns(
+    "Hi, how are you?", "I'm fine, thank you! And you?", "Great. Tell me a joke.", "Why did the chicken cross the road?"
+  ),
+  "code": _turns(
+    "Write a Python function that adds two numbers.",
+    "Here it is:\n\n```python\ndef add(a, b):\n    return a + b\n```\n\nCall it with `add(1, 2)`.",
+  ),
+  "accents": _turns("Traduis « bonjour » en allemand et en japonais.", "Guten Tag – こんにちは 🙂"),
+  "input": _turns(
+    "Classify the sentiment of the sentence.\n\nThe film was long, but I could not stop watching.",
+    "The sentiment is positive: the writer enjoyed the film although it was long.",
+  ),
+  "long": _turns("Explain how influence functions are used to choose training data.", LONG),
+  "no system": [{"role": "system", "content": ""}, *_turns("Name three primary colours.", "Red, blue and yellow.")],
+}
+GREEDY = {"capital": 12, "name": 12}
+
+_TINY = {
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "vocab_size": 61,
+  "rms_norm_eps": 1e-5,
+  "max_position_embeddings": 128,
+}
+TINY_CONFIGS = {
+  "llama3": _TINY
+  | {
+    "model_type": "llama",
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+    "rope_theta": 500.0,
+    "rope_scaling": {
+      "rope_type": "llama3",
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 64,
+    },
+  },
+  "linear": _TINY
+  | {
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+  },
+  "mistral": _TINY
+  | {"model_type": "mistral", "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": False, "rope_theta": 10000.0},
+  "qwen2": _TINY | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1000000.0},
+}
+TINY_SEED, TINY_BATCH, TINY_LENGTH = 7, 2, 48
+
+
+def tiny_weights(shapes: dict[str, list[int]], seed: int) -> dict[str, np.ndarray]:
+  """Weights by name in sorted order from one NumPy stream; the test draws the same ones (norms around 1, rest 0.2)."""
+  rng = np.random.default_rng(seed)
+  weights = {}
+  for name in sorted(shapes):
+    draw = rng.standard_normal(shapes[name])
+    weights[name] = (1 + 0.1 * draw if "norm" in name else 0.2 * draw).astype(np.float32)
+  return weights
+
+
+def make_tokenizer(fields) -> tokenizers.Tokenizer:
+  """Byte-level BPE with single digits, from the vocabulary, merges and control tokens of the GGUF file."""
+  tokens = fields["tokenizer.ggml.tokens"].contents()
+  merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+  pre = tokenizers.pre_tokenizers
+  tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+  kinds = fields["tokenizer.ggml.token_type"].contents()
+  tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
+  return tokenizer
+
+
+def encode(tokenizer, messages) -> tuple[str, list[int], list[bool]]:
+  """Rendered text, token ids and response mask: the assistant's text with its <|im_end|>, not the line break after."""
+  messages = messages if messages[0]["role"] == "system" else [{"role": "system", "content": SYSTEM}, *messages]
+  text, ids, mask = "", [], []
+  for message in messages:
+    answer = message["role"] == "assistant"
+    pieces = [
+      (f"<|im_start|>{message['role']}\n", False),
+      (message["content"] + "<|im_end|>", answer),
+      ("\n", False),
+    ]
+    for piece, is_response in pieces:
+      new = tokenizer.encode(piece, add_special_tokens=False).ids
+      text, ids, mask = text + piece, ids + new, mask + [is_response] * len(new)
+  assert ids == tokenizer.encode(text, add_special_tokens=False).ids, "the pieces must not merge across their borders"
+  return text, ids, mask
+
+
+def load_llama(reader) -> transformers.LlamaForCausalLM:
+  """transformers' Llama with the dequantised weights of the file."""
+  get = lambda key: reader.fields[f"llama.{key}"].contents()  # noqa: E731
+  heads, kv_heads, width = get("attention.head_count"), get("attention.head_count_kv"), get("embedding_length")
+  config = transformers.LlamaConfig(
+    vocab_size=get("vocab_size"),
+    hidden_size=width,
+    intermediate_size=get("feed_forward_length"),
+    num_hidden_layers=get("block_count"),
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    max_position_embeddings=get("context_length"),
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": get("rope.freq_base")},
+    tie_word_embeddings=True,
+    attn_implementation="eager",
+  )
+  model = transformers.LlamaForCausalLM(config).float().eval()
+  state = {}
+  for tensor in reader.tensors:
+    value = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    part = tensor.name.split(".")
+    if part[-2] in ("attn_q", "attn_k"):
+      value = undo_interleaving(value, heads if part[-2] == "attn_q" else kv_heads)
+    state[hf_name(part)] = torch.from_numpy(value)
+  missing, unexpected = model.load_state_dict(state, strict=False)
+  assert not unexpected and missing == ["lm_head.weight"], (missing, unexpected)  # tied
+  assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+  return model
+
+
+def undo_interleaving(value: np.ndarray, heads: int) -> np.ndarray:
+  """Row 2j of a head goes to j, row 2j + 1 to head_dim / 2 + j."""
+  size = value.shape[0] // heads
+  order = [head * size + row for head in range(heads) for row in [*range(0, size, 2), *range(1, size, 2)]]
+  return value[order]
+
+
+def hf_name(part: list[str]) -> str:
+  """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
+  if part[0] != "blk":
+    return {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[part[0]]
+  inside = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+  }[part[2]]
+  return f"model.layers.{part[1]}.{inside}.weight"
+
+
+def greedy(model, ids: list[int], steps: int, stop: int) -> list[int]:
+  """Greedy continuation, by running the whole sequence again for each token."""
+  new = []
+  for _ in range(steps):
+    new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    if new[-1] == stop:
+      break
+  return new
+
+
+def make_prompts(path: pathlib.Path) -> None:
+  """Writes prompts.json and logits.npz."""
+  reader = gguf.GGUFReader(path)
+  tokenizer, model = make_tokenizer(reader.fields), load_llama(reader)
+  rng = np.random.default_rng(0)
+  prompts, arrays = [], {}
+  for i, (name, messages) in enumerate(CONVERSATIONS.items()):
+    text, ids, mask = encode(tokenizer, messages)
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    nll = -torch.log_softmax(logits.double(), -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+    mean = float(nll[np.array(mask[1:])].mean())
+    positions = np.array([0, mask.index(True) - 1, len(ids) // 2, len(ids) - 1], np.int32)
+    picked = logits.numpy()[positions]
+    best = np.argsort(-picked, axis=-1)[:, :TOP]
+    sample = np.broadcast_to(np.sort(rng.choice(picked.shape[-1], SAMPLED, replace=False)), (len(positions), SAMPLED))
+    indices = np.concatenate([best, sample], -1).astype(np.int32)
+    arrays |= {f"positions_{i}": positions, f"indices_{i}": indices}
+    arrays |= {f"logits_{i}": np.take_along_axis(picked, indices, -1).astype(np.float32)}
+    entry = {
+      "name": name,
+      "messages": messages,
+      "text": text,
+      "token_ids": ids,
+      "response_mask": [int(m) for m in mask],
+    }
+    entry |= {"nll": [round(float(x), 9) for x in nll], "response_mean_nll": mean}
+    if name in GREEDY:
+      start = ids[: mask.index(True)]
+      new = greedy(model, start, GREEDY[name], tokenizer.token_to_id("<|im_end|>"))
+      vocabulary = tokenizers.decoders.ByteLevel()
+      tokenizer.decoder = vocabulary
+      entry["greedy"] = {"prompt_ids": start, "new_ids": new, "text": tokenizer.decode(new, skip_special_tokens=True)}
+    prompts.append(entry)
+    print(name, len(ids), sum(mask), round(mean, 4), entry.get("greedy", {}).get("text", ""))
+  made_with = {"torch": torch.__version__, "transformers": transformers.__version__, "file": path.name}
+  lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in prompts)
+  body = f'{{"made_with": {json.dumps(made_with)},\n"prompts": [\n{lines}\n]}}\n'
+  (OUT / "prompts.json").write_text(body, encoding="utf-8")
+  np.savez_compressed(OUT / "logits.npz", **arrays)
+
+
+def make_tiny() -> None:
+  """Writes tiny.json and tiny.npz."""
+  entries, arrays = {}, {}
+  for name, values in TINY_CONFIGS.items():
+    config = transformers.AutoConfig.for_model(**values)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    if values["tie_word_embeddings"]:
+      shapes.pop("lm_head.weight")
+    weights = tiny_weights(shapes, TINY_SEED)
+    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"]), (missing, unexpected)
+    tokens = np.random.default_rng(TINY_SEED).integers(0, values["vocab_size"], (TINY_BATCH, TINY_LENGTH))
+    arrays[name] = model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+    checksum = float(sum(np.abs(weight.astype(np.float64)).sum() for weight in weights.values()))
+    entries[name] = {"config": values, "seed": TINY_SEED, "shapes": shapes, "checksum": checksum}
+    entries[name] |= {"token_ids": tokens.tolist()}
+    print(name, arrays[name].shape, float(np.abs(arrays[name]).max()))
+  lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+  (OUT / "tiny.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+  np.savez_compressed(OUT / "tiny.npz", **arrays)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--gguf", type=pathlib.Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+  arguments = parser.parse_args()
+  OUT.mkdir(exist_ok=True)
+  torch.set_grad_enabled(False)
+  make_tiny()
+  make_prompts(arguments.gguf)
+
+
+if __name__ == "__main__":
+  main()
