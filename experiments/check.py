@@ -2,7 +2,8 @@
 
     python -m experiments.check --train_data=jsonl:mine.jsonl --layers=last:8
 
-Takes a handful of training examples of all lengths and the flags of the run to come. Exit code 1 if a check fails.
+Takes a few training examples, from the shortest to those of median length, and the flags of the run to come. Exit
+code 1 if a check fails.
 """
 
 import dataclasses
@@ -70,14 +71,15 @@ class Row:
 
 
 class Sample(Workbench):
-  """A workbench whose training set is a handful of examples, spread evenly over the lengths."""
+  """A workbench whose training set is a few examples, from the shortest to the median length."""
 
   def __init__(self, settings: Settings):
     """Cuts the data to what a check needs."""
     least = lambda limit: min(limit, POOL) if limit else POOL  # noqa: E731
     limits = {f"{part}_limit": least(getattr(settings, f"{part}_limit")) for part in ("train", "eval", "test")}
     cache = "off" if settings.boundary_cache == "off" else "memory"
-    super().__init__(settings.replace(boundary_cache=cache, **limits))
+    # Two shapes are enough to see that padding does not matter, and fewer programs are compiled.
+    super().__init__(settings.replace(boundary_cache=cache, max_shapes=min(settings.max_shapes, 2), **limits))
 
   @functools.cached_property
   def parts(self):
@@ -86,7 +88,7 @@ class Sample(Workbench):
     train = every["train"]
     usable = np.flatnonzero(train.num_response_tokens)
     ranked = usable[np.argsort(train.num_tokens[usable], kind="stable")]
-    places = np.linspace(0, len(ranked) - 1, min(self.settings.check_examples, len(ranked)))
+    places = np.linspace(0, len(ranked) // 2, min(self.settings.check_examples, len(ranked)))
     return every | {"train": train.take(ranked[np.unique(places.round().astype(int))])}
 
 
@@ -110,12 +112,12 @@ class Subject:
     self.chosen: Chosen = choose(bench, params, s.layers, s.modules)
     objective = self.chosen.problem.objective
     self.losses = jax.jit(partial(gradients.per_example_losses, objective))
-    self.jvp = jax.jit(partial(gradients.jvp_scores, objective))
+    self.pair = jax.jit(partial(_loss_and_score, objective))
     self.by_leaf = jax.jit(partial(gradients.leaf_scores, objective), static_argnames="microbatch")
     self.product = jax.jit(partial(gradients.CURVATURE_PRODUCTS[s.curvature], objective))
     self.gradient = jax.jit(partial(_one_gradient, objective))
-    self.batcher = bench.batcher("train", self.chosen.tree, params)
-    self.plain = bench.batcher("train")
+    self.batcher = bench.batcher("train", self.chosen.tree, params, layout={})
+    self.plain = bench.batcher("train", layout={})
     self.batch, self.whole = (bench.place(self.build(batcher)) for batcher in (self.batcher, self.plain))
     total = jax.jit(partial(gradients.sum_gradient, objective))(*self.at, self.batch)
     noise = _random_like(total, s.seed)
@@ -127,10 +129,19 @@ class Subject:
     """(sub, frozen)."""
     return self.chosen.problem.sub, self.chosen.problem.frozen
 
-  def build(self, batcher: batches.Batcher, rows=None) -> batches.Batch:
-    """The batch of some rows on the host, in the smallest shape that holds them, with a padding row at least."""
-    rows = np.arange(self.size) if rows is None else np.asarray(rows)
-    return batcher.batch(rows, batcher.shape_of(rows), batches.round_up(len(rows) + 1, batcher.multiple_of))
+  def build(self, batcher: batches.Batcher) -> batches.Batch:
+    """The batch of all examples on the host, with a padding row at least."""
+    rows = np.arange(self.size)
+    return batcher.batch(rows, batcher.shape_of(rows), batches.round_up(self.size + 1, batcher.multiple_of))
+
+  def build_alone(self, row: int) -> batches.Batch:
+    """The batch of one example on the host, in the smallest shape that holds it, every response slot computed."""
+    shape, size = self.batcher.shape_of([row]), self.batcher.multiple_of
+    return self.batcher.batch([row], shape, size, num_slots=shape.num_responses)
+
+  def measure(self, batch: batches.Batch) -> np.ndarray:
+    """Losses and scores along the direction, [2, B]."""
+    return np.stack([sharding.to_host(values) for values in self.pair(*self.at, batch, self.direction)])
 
   @functools.cached_property
   def precision(self) -> str:
@@ -146,6 +157,12 @@ class Subject:
     """A row with the tolerance of its kind."""
     error = None if skipped else float(error)
     return Row(check, measure, error, TOLERANCES[kind][PRECISIONS.index(self.precision)], skipped)
+
+
+def _loss_and_score(objective, sub, frozen, batch, direction):
+  """(l_i, g_i . direction), [B] each, by one forward-mode pass: `gradients.jvp_scores` with its losses."""
+  losses = lambda s: gradients.per_example_losses(objective, s, frozen, batch)  # noqa: E731
+  return jax.jvp(losses, (sub,), (gradients.like(direction, sub),))
 
 
 def _one_gradient(objective, sub, frozen, batch, row):
@@ -178,7 +195,7 @@ def alone(x: Subject) -> list[Row]:
   angles, lengths = [], []
   for row in range(x.size):
     inside = x.gradient(*x.at, x.batch, row)
-    single = x.gradient(*x.at, x.bench.place(x.build(x.batcher, [row])), 0)
+    single = x.gradient(*x.at, x.bench.place(x.build_alone(row)), 0)
     sizes = _norm(inside), _norm(single)
     angles.append(1 - float(tree_dot(inside, single) / (sizes[0] * sizes[1])))
     lengths.append(abs(float(sizes[0] / sizes[1]) - 1))
@@ -191,15 +208,15 @@ def alone(x: Subject) -> list[Row]:
 
 def modes(x: Subject) -> list[Row]:
   """Forward mode, reverse mode and per-example gradients give the same scores."""
-  forward = x.jvp(*x.at, x.batch, x.direction)
+  forward = x.measure(x.batch)[1]
   error = relative(forward, by_examples(x, x.bench.settings.microbatch))
-  summed = relative(jnp.sum(forward), tree_dot(x.total, x.direction))
+  summed = relative(np.sum(forward), tree_dot(x.total, x.direction))
   return [x.row("jvp = reverse mode", "relative difference of scores", np.maximum(error, summed), "scores")]
 
 
 def by_examples(x: Subject, microbatch: int | None) -> np.ndarray:
   """Scores [B] along the direction from per-example gradients."""
-  return sum(np.asarray(leaf)[0].sum(-1) for leaf in jax.tree.leaves(_leaf_scores(x, microbatch)))
+  return sum(sharding.to_host(leaf)[0].sum(-1) for leaf in jax.tree.leaves(_leaf_scores(x, microbatch)))
 
 
 def _leaf_scores(x: Subject, microbatch: int | None) -> Tree:
@@ -213,20 +230,15 @@ def finite_differences(x: Subject) -> list[Row]:
 
   The weights move in float32 at least: steps that a derivative can be read off vanish in half precision.
   """
-  forward = np.asarray(x.jvp(*x.at, x.batch, x.direction), np.float64)
+  forward = x.measure(x.batch)[1]
   sub, frozen = gradients.widen(x.at)
   step = 0.02 / np.max(np.abs(forward))  # nats: far above the rounding of a loss, far below its bends
 
-  @jax.jit
-  def moved(sub, frozen, batch, direction, step):
-    there = jax.tree.map(lambda leaf, d: leaf + step * d, sub, direction)
-    return gradients.per_example_losses(x.chosen.problem.objective, there, frozen, batch)
+  def losses(step):
+    moved = jax.tree.map(lambda leaf, d: leaf + jnp.asarray(step, leaf.dtype) * d, sub, x.direction)
+    return np.asarray(sharding.to_host(x.losses(moved, frozen, x.batch)), np.float64)
 
-  def rise(k):
-    ends = [np.asarray(moved(sub, frozen, x.batch, x.direction, e), np.float64) for e in (k * step, -k * step)]
-    return ends[0] - ends[1]
-
-  rises = {k: rise(k) for k in (1, 2, 4)}
+  rises = {k: losses(k * step) - losses(-k * step) for k in (1, 2, 4)}
   slopes = [(8 * rises[k] - rises[2 * k]) / (12 * k * step) for k in (1, 2)]
   error = min(relative(forward, slope) for slope in slopes)
   return [x.row("jvp = finite differences", "relative difference of scores", error, "finite differences")]
@@ -239,8 +251,7 @@ def boundary(x: Subject) -> list[Row]:
   if x.batch.hidden is None:
     why = "no boundary cache with these flags"
     return [x.row(*names, None, "boundary", why), x.row(*product, None, "curvature", why)]
-  errors = [relative(x.losses(*x.at, x.batch), x.losses(*x.at, x.whole))]
-  errors.append(relative(*(x.jvp(*x.at, batch, x.direction) for batch in (x.batch, x.whole))))
+  errors = [relative(*pair) for pair in zip(x.measure(x.batch), x.measure(x.whole), strict=True)]
   gap = _gap(*(x.product(*x.at, batch, x.direction) for batch in (x.batch, x.whole)))
   return [x.row(*names, np.max(errors), "boundary"), x.row(*product, gap, "curvature")]
 
@@ -248,13 +259,14 @@ def boundary(x: Subject) -> list[Row]:
 def layers(x: Subject) -> list[Row]:
   """The layers' scores add up to the total, and each is the score along its own part of the direction."""
   named = subtree.layer_sums(_leaf_scores(x, x.bench.settings.microbatch), x.chosen.tree)
-  total = x.jvp(*x.at, x.batch, x.direction)
-  error = relative(sum(np.asarray(value)[0] for value in named.values()), total)
+  total = x.measure(x.batch)[1]
+  error = relative(sum(sharding.to_host(value)[0] for value in named.values()), total)
   if x.chosen.tree.layers:
     first = x.direction | {"layers": jax.tree.map(lambda leaf: leaf.at[1:].set(0), x.direction["layers"])}
     first |= {name: jax.tree.map(jnp.zeros_like, x.direction[name]) for name in x.chosen.tree.extras}
-    gap = np.asarray(x.jvp(*x.at, x.batch, first)) - np.asarray(named[f"layer {x.chosen.tree.layers[0]}"])[0]
-    error = np.maximum(error, relative(np.asarray(total) + gap, total))
+    part = sharding.to_host(x.pair(*x.at, x.batch, first)[1])
+    gap = part - sharding.to_host(named[f"layer {x.chosen.tree.layers[0]}"])[0]
+    error = np.maximum(error, relative(total + gap, total))
   return [x.row("sum of layers = total", "relative difference of scores", error, "scores")]
 
 
@@ -277,13 +289,9 @@ def ids(x: Subject) -> list[Row]:
   changed = batch._replace(tokens=tokens, target=np.where(real, batch.target, drawn(real.shape)))
   wrong = batch._replace(target=np.where(real, (batch.target + 1) % x.bench.config.vocab_size, batch.target))
 
-  def measure(one):
-    one = x.bench.place(one)
-    return np.stack([np.asarray(x.losses(*x.at, one)), np.asarray(x.jvp(*x.at, one, x.direction))])
-
-  before = measure(batch)
-  error = max(np.max(np.abs(measure(changed) - before)), np.max(np.abs(before[:, x.size :])))
-  if not np.all(measure(wrong)[0, : x.size] != before[0, : x.size]):
+  before, after, other = (x.measure(x.bench.place(one)) for one in (batch, changed, wrong))
+  error = np.maximum(np.max(np.abs(after - before)), np.max(np.abs(before[:, x.size :])))
+  if not np.all(other[0, : x.size] != before[0, : x.size]):
     error = math.inf  # a loss that does not depend on its response would pass everything else
   return [x.row("padding and prompt ids count nothing", "difference of losses and scores", error, "ids")]
 
@@ -297,11 +305,8 @@ def devices(x: Subject) -> list[Row]:
   host = sharding.to_host((*x.at, x.direction))
   sub, frozen, direction = (sharding.place_params(tree, single) for tree in host)
   batch = sharding.place_batch(x.build(x.batcher), single)
-  pairs = [
-    (x.losses(*x.at, x.batch), x.losses(sub, frozen, batch)),
-    (x.jvp(*x.at, x.batch, x.direction), x.jvp(sub, frozen, batch, direction)),
-  ]
-  error = np.max([relative(sharding.to_host(many), sharding.to_host(one)) for many, one in pairs])
+  one = [sharding.to_host(values) for values in x.pair(sub, frozen, batch, direction)]
+  error = np.max([relative(*pair) for pair in zip(x.measure(x.batch), one, strict=True)])
   return [x.row(*names, error, "scores")]
 
 

@@ -95,8 +95,11 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
 def _help_text() -> str:
   """The command's docstring and the flags that the project's modules define."""
   modules = flags.FLAGS.flags_by_module_dict()
+  # The stages' flags are grouped under "stage: what it does" (experiments/flags.py).
   ours = [
-    name for name in modules if name == sys.argv[0] or name.startswith(("experiments.", "in2core_jax.", "__main__"))
+    name
+    for name in modules
+    if name == sys.argv[0] or ": " in name or name.startswith(("experiments.", "in2core_jax.", "__main__"))
   ]
   doc = (sys.modules["__main__"].__doc__ or "").strip()
   return "\n\n".join(

@@ -25,7 +25,8 @@ def main(_) -> None:
   # Greedy matching works on gradients of the base model, so no solver and no checkpoint enter.
   matching = settings.replace(run_dir=f"{root}/matching", checkpoint="", policy="matching", solver="identity")
   runs = [select.run(rule, bench), select.run(matching, bench)]
-  result = evaluate.run(settings.replace(run_dir=f"{root}/evaluate", select_runs=",".join(runs)), bench)
+  judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=",".join(runs), checkpoint=checkpoint)
+  result = evaluate.run(judged, bench)
   log.info("done in %.0f s; open %s/evaluation.md and %s/report.md", time.perf_counter() - began, result, runs[0])
 
 

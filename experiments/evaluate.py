@@ -10,9 +10,9 @@ import pathlib
 import numpy as np
 
 from experiments import cli, flags
-from experiments.finetune import recipe_of, start_params, trainable_rows
+from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, integers
-from experiments.select import budget_of
+from experiments.select import budget_of, sketch_features
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, model, report, subtree
 from in2core_jax.errors import UserError
@@ -57,11 +57,18 @@ def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
   inputs = coreset.PolicyInputs(
     scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
   )
+  wanted = [name.strip() for name in s.policies.split(",") if name.strip()]
+  if any(name in coreset.FEATURE_POLICIES for name in wanted):
+    features, target = sketch_features(bench, s, bench.params)
+    evals = bench.parts["eval"]
+    keep = np.flatnonzero(evals.num_response_tokens)
+    topics = [evals.topics[row] for row in keep]
+    inputs = dataclasses.replace(inputs, features=features, target=target[keep], query_topics=topics)
   usable = trainable_rows(bench)
   # The policies of this call keep as many examples as the selections that they are compared with.
   budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if runs else budget_of(s)
   found = []
-  for policy in (name.strip() for name in s.policies.split(",") if name.strip()):
+  for policy in wanted:
     if policy != "full" and policy not in coreset.POLICIES:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
     for seed in seeds if policy in coreset.SEEDED_POLICIES else fixed:
@@ -97,11 +104,24 @@ class Judge:
   def retrain(self, candidate: Candidate, label: str) -> evaluation.RetrainRow:
     """Trains from the base model on the candidate's rows and measures the test set."""
     train, test = self.bench.parts["train"], self.bench.parts["test"]
+    if candidate.policy == "full" and candidate.seed == self.settings.seed and self._checkpoint_is_full():
+      log.info("%s: the checkpoint of --checkpoint is this very training", label)
+      sub = finetune.load_sub(self.settings.checkpoint, self.sub)
+      stored = artifacts.read_json(pathlib.Path(self.settings.checkpoint).parent / "finetune.json")
+      tokens = stored["trained_tokens"], stored["trained_response_tokens"]
+      return self.row(candidate, finetune.TrainResult(sub, np.zeros(0), *tokens, 0.0), train, test)
     batcher = self.bench.batcher("train", self.chosen, self.bench.params, candidate.rows, self.layout)
     with Progress(self.recipe.steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
       result = self.trainer.train(self.sub, self.frozen, batcher, candidate.seed, finetune.TrainLog(on_step=on_step))
     return self.row(candidate, result, train, test)
+
+  def _checkpoint_is_full(self) -> bool:
+    """Whether --checkpoint was fine-tuned on this full training set with this recipe, start and seed."""
+    if not self.settings.checkpoint:
+      return False
+    identity = artifacts.hash_of(identity_of(self.bench, self.settings))
+    return finetune.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
 
   def row(self, candidate: Candidate, result: finetune.TrainResult, train, test) -> evaluation.RetrainRow:
     """Measures a trained subtree."""

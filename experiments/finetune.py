@@ -43,10 +43,15 @@ def trainable_rows(bench: Workbench):
   return bench.parts["train"].num_response_tokens.nonzero()[0]
 
 
+def identity_of(bench: Workbench, settings: Settings) -> dict:
+  """What a fine-tuned checkpoint depends on."""
+  return bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
+
+
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   bench = bench or Workbench(settings)
-  identity = bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
+  identity = identity_of(bench, settings)
   run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
   folder = run_dir.file("checkpoint")
   if run_dir.file("finetune.json").exists():

@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from in2core_jax import coreset
 from in2core_jax.errors import UserError
 
 GROUPS = {
@@ -84,7 +85,7 @@ class Settings:
   checkpoint: str = _flag("select", "", "`checkpoint` folder of a finetune run; empty: the base model")
   layers: str = _flag("select", "last:8", "chosen layers: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29")
   modules: str = _flag("select", "all", "chosen modules: all | attention | mlp | matrices | lora")
-  solver: str = _flag("select", "lissa", "inverse Hessian product", ("lissa", "datainf", "cg", "identity"))
+  solver: str = _flag("select", "lissa", "inverse Hessian product", ("lissa", "datainf", "cg", "identity", "exact"))
   curvature: str = _flag("select", "ggn", "what is inverted", ("ggn", "fisher", "hessian"))
   damping: float = _flag("select", math.nan, "absolute damping; unset: --damping_ratio is used")
   damping_ratio: float = _flag("select", 0.1, "damping relative to the largest eigenvalue")
@@ -93,22 +94,14 @@ class Settings:
   scale: float = _flag("select", math.nan, "LiSSA's scale; unset: from the largest eigenvalue")
   acceleration: str = _flag("select", "none", "of LiSSA", ("none", "momentum", "chebyshev"))
   solver_tol: float = _flag("select", 0.01, "relative residual at which LiSSA and CG stop")
+  average: float = _flag("select", 0.5, "share of LiSSA's last iterates that are averaged; 0: the plain recursion")
   curvature_examples: int = _flag("select", 64, "fixed examples: CG's system; LiSSA's residual and eigenvalue")
   curvature_batch: int = _flag("select", 32, "examples of a LiSSA minibatch")
   policy: str = _flag(
     "select",
     "proponents",
     "how scores become a coreset",
-    (
-      "proponents",
-      "matching",
-      "opponents",
-      "random",
-      "longest",
-      "highest_loss",
-      "length_matched_random",
-      "matching_topic",
-    ),
+    coreset.POLICIES,
   )
   aggregate: str = _flag("select", "mean", "of several evaluation topics", ("mean", "topic_max", "topic_quota"))
   fraction: float = _flag("select", 0.5, "share of the training examples to keep")
@@ -128,7 +121,7 @@ class Settings:
   seeds: str = _flag("evaluate", "0,1,2", "seeds of the random subsets and of the order of the data")
   fixed_seeds: str = _flag("evaluate", "", "seeds for policies that choose one set; empty: --seeds")
 
-  check_examples: int = _flag("check", 6, "training examples that a self-check looks at")
+  check_examples: int = _flag("check", 4, "training examples that a self-check looks at")
 
   def replace(self, **changes) -> "Settings":
     """A copy with other values."""

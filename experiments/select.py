@@ -18,6 +18,7 @@ from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import adapters, artifacts, batches, coreset, data, ihvp, influence, report, subtree
 from in2core_jax.errors import UserError
+from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def solver_settings(s: Settings) -> influence.SolverSettings:
     s.acceleration,
     s.solver_tol,
     s.seed,
+    s.average,
   )
 
 
@@ -124,13 +126,27 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   clock.lap("losses")
   v, names = queries(bench, s, chosen)
   clock.lap("query gradients")
-  result = influence.solve(chosen.problem, v, solver_settings(s), curvature_data(bench, s, chosen))
+  result = solve(bench, s, chosen, v)
   _announce(result)
   clock.lap("solver")
   raw = chosen.problem.scores(bench.stream(train, "scores"), len(train), result.solution, s.score_path)
   clock.lap("scores")
   total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
   return Scored(total, loss, result, clock.seconds)
+
+
+def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
+  """The inverse Hessian product, with LiSSA's progress shown."""
+  source = curvature_data(bench, s, chosen)
+  if s.solver != "lissa":
+    return influence.solve(chosen.problem, v, solver_settings(s), source)
+  log.info("lissa: estimating the largest eigenvalue on %d examples", s.curvature_examples)
+  with Progress(s.depth * s.repeat, "lissa", "steps") as progress:
+
+    def show(state: ihvp.LissaState) -> None:
+      progress.update(state.done + state.step - progress.count, residual=float(np.max(state.curve[-1][1])))
+
+    return influence.solve(chosen.problem, v, solver_settings(s), source, on_state=show)
 
 
 def _announce(result: ihvp.SolveResult) -> None:
@@ -193,7 +209,7 @@ def query_scores(bench: Workbench, s: Settings, chosen: Chosen) -> np.ndarray:
     rows = np.arange(start, min(start + s.query_block, size))
     batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
     v = jax.tree.map(jnp.asarray, chosen.problem.gradients(bench.stream(batcher), len(rows)))
-    result = influence.solve(chosen.problem, v, solver_settings(s), curvature_data(bench, s, chosen))
+    result = solve(bench, s, chosen, v)
     what = f"scores of evaluation examples {start}..{rows[-1]} of {size}"
     blocks.append(chosen.problem.scores(bench.stream(train, what), len(train), result.solution, s.score_path))
   return np.concatenate(blocks)
@@ -301,7 +317,8 @@ def write_results(
   empty = [train.ids[row] for row in np.flatnonzero(train.num_response_tokens == 0)]
   summary = {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
-    "unit": f"nats, {s.loss_reduction} over response tokens, per unit of weight; not divided by the number of examples",
+    "unit": _unit(s),
+    "divided_by_number_of_examples": False,
     "loss_reduction": s.loss_reduction,
     "policy": s.policy,
     "examples": len(train),
@@ -328,6 +345,18 @@ def write_results(
   texts = [shown(record) for record in train.records]
   run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, warnings, images))
   run_dir.write_json("summary.json", summary)
+
+
+def _unit(s: Settings) -> str:
+  """What a score is a number of."""
+  if s.aggregate == "topic_max":
+    return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
+  if s.aggregate == "topic_quota":
+    return "none: a priority, the number of examples for the first choice down to 1 for the last"
+  loss = f"loss: {s.loss_reduction} over response tokens, in nats"
+  if s.solver == "identity":
+    return f"loss^2 per squared parameter, an inner product of gradients ({loss})"
+  return f"loss, the first-order change of the evaluation loss per unit of weight on the example, times -1 ({loss})"
 
 
 def shown(record: data.Record) -> str:

@@ -1,7 +1,8 @@
 """Fine-tuning of a subtree: AdamW with warm-up and cosine decay on response tokens, resumable to the same bytes.
 
-The training loss of a batch is the mean over its examples of `loss(z)`, the loss whose gradients also select the data. The batches of step s depend on (seed, epoch) alone; parameters, optimiser state and
-step number are checkpointed with Orbax, so a killed run started again ends with the same numbers.
+The training loss of a batch is the mean over its examples of `loss(z)`, the loss whose gradients also select the data.
+The batches of step s depend on (seed, epoch) alone; parameters, optimiser state and step number are checkpointed with
+Orbax, so a killed run started again ends with the same numbers.
 """
 
 import dataclasses

@@ -146,21 +146,20 @@ def _contract(gradient, directions):
 def ggn_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:
   """sum_i J_i^T H_out,i J_i v, J = dz/dsub, H_out = Hessian of the loss in the outputs: generalised Gauss-Newton."""
   outputs = lambda s: objective.outputs(s, frozen, batch)  # noqa: E731
-  z, pull = jax.vjp(outputs, sub)
-  dz = jax.jvp(outputs, (sub,), (like(v, sub),))[1]
+  z, push = jax.linearize(outputs, sub)  # one forward pass serves J v and J^T
+  dz = push(like(v, sub))
   if objective.output_hvp is not None:
     moved = objective.output_hvp(z, dz, frozen, batch)
   else:
     moved = jax.jvp(jax.grad(lambda out: jnp.sum(objective.losses(out, frozen, batch))), (z,), (dz,))[1]
-  return widen(pull(moved.astype(z.dtype))[0])
+  return widen(jax.linear_transpose(push, sub)(moved.astype(z.dtype))[0])
 
 
 def fisher_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:
   """sum_i g_i (g_i . v), the empirical Fisher product, as one jvp and one vjp: no per-example gradient is formed."""
   losses = lambda s: per_example_losses(objective, s, frozen, batch)  # noqa: E731
-  _, pull = jax.vjp(losses, sub)
-  dots = jax.jvp(losses, (sub,), (like(v, sub),))[1]
-  return widen(pull(dots)[0])
+  _, push = jax.linearize(losses, sub)
+  return widen(jax.linear_transpose(push, sub)(push(like(v, sub)))[0])
 
 
 def hessian_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, v: Tree) -> Tree:

@@ -258,7 +258,7 @@ def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: 
   """(largest eigenvalue of H on the fixed set, damping); refuses what LiSSA and CG cannot solve."""
   if state is not None:  # the same numbers, so that the resumed run ends in the same bytes
     return state.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max)
-  power = ihvp.power_iteration(matvec, v, jax.random.fold_in(key, 7), steps=12, tol=1e-2)
+  power = ihvp.power_iteration(matvec, v, jax.random.fold_in(key, 7), steps=10, tol=2e-2)
   damping = settings.damping
   if damping is None:
     damping = settings.damping_ratio * max(power.lambda_max, 0.0)

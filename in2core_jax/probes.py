@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# A token counts when its gradient exceeds this many roundings of its example's largest one. Zeros by cancellation (the
+# query of the first token, which sees only itself) come out as zero or as rounding, depending on the batch's shape.
+ROUNDING = 64
 # Examples whose rotated gradients [in, out] exist at the same time.
 EXAMPLES_AT_ONCE = 4
 
@@ -36,8 +39,8 @@ def square_probe(left: jax.Array, right: jax.Array) -> dict[str, jax.Array]:
 def observe(x: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
   """Returns y = x W unchanged; in reverse mode the probe's cotangent is what was observed, summed over the batch.
 
-  A covariance probe receives, over the tokens that the loss reaches (g_t not exactly 0: neither padding nor a prompt
-  token on which no response token depends),
+  A covariance probe receives, over the tokens that the loss reaches (g_t not 0 up to rounding: neither padding nor a
+  prompt token on which no response token depends),
 
     inputs = sum_t a_t a_t^T     outputs = sum_t g_t g_t^T     tokens = how many they are
 
@@ -70,7 +73,8 @@ observe.defvjp(_forward, _backward)
 
 
 def _covariances(a, g) -> dict[str, jax.Array]:
-  reached = jnp.any(g != 0, axis=-1)
+  size = jnp.max(jnp.abs(g), axis=-1)
+  reached = ~(size <= ROUNDING * jnp.finfo(g.dtype).eps * jnp.max(size, axis=1, keepdims=True))  # NaN counts: it shows
   a = a * reached[..., None]
   gram = lambda z: jnp.einsum("bti,btj->ij", z, z, precision="highest")  # noqa: E731
   return {"inputs": gram(a), "outputs": gram(g), "tokens": jnp.sum(reached, dtype=a.dtype)}

@@ -38,6 +38,7 @@ class Progress:
     self._initial = initial
     self._start = self._last_line = time.monotonic()
     self._shown: dict[str, object] = {}
+    self._last_count: int | None = None
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm(total=total, desc=what, unit=f" {unit}", initial=initial, dynamic_ncols=True, file=sys.stderr)
@@ -50,7 +51,7 @@ class Progress:
       self._bar.set_postfix_str(_figures(self._shown), refresh=False)
       self._bar.update(count)
     elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-      self._last_line = time.monotonic()
+      self._last_line, self._last_count = time.monotonic(), self.count
       log.info("%s", self.line())
 
   def line(self) -> str:
@@ -71,7 +72,7 @@ class Progress:
     """Ends the bar, or logs the last line."""
     if self._bar is not None:
       self._bar.close()
-    else:
+    elif self._last_count != self.count:  # the last update may have said it all
       log.info("%s", self.line())
 
   def __enter__(self) -> Progress:

@@ -1,0 +1,297 @@
+"""The stages end to end on a small random model and real conversations: files, resuming, refusals."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate, finetune, flags, select, workbench
+from experiments.workbench import choose, split_sources
+from in2core_jax import artifacts, data, sharding, subtree
+from in2core_jax import finetune as finetune_lib
+from in2core_jax.errors import UserError
+
+CONFIG = {
+  "model_type": "llama",
+  "vocab_size": 49152,
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "num_hidden_layers": 4,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "tie_word_embeddings": True,
+}
+
+
+class Workbench(workbench.Workbench):
+  """On one of the simulated devices: quick to compile. `test_eight_devices` uses them all."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  """Flags of a run that takes seconds."""
+  folder = tmp_path_factory.mktemp("stages")
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  return flags.Settings(
+    model=f"random:{folder / 'config.json'}",
+    run_dir=str(folder / "run"),
+    system_prompt="none",
+    max_length=48,
+    max_shapes=1,
+    train_limit=40,
+    eval_limit=10,
+    test_limit=10,
+    trainable_layers="last:2",
+    layers="last:2",
+    learning_rate=1e-2,
+    epochs=2.0,
+    batch_size=8,
+    batch_tokens=480,
+    depth=6,
+    curvature_examples=8,
+    curvature_batch=8,
+    sketch_size=4,
+    checkpoint_every=3,
+    seeds="0,1",
+    fixed_seeds="0",
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+@pytest.fixture(scope="module")
+def trained(settings, bench, tmp_path_factory):
+  """A finished fine-tuning: its checkpoint folder."""
+  return finetune.run(settings.replace(run_dir=str(tmp_path_factory.mktemp("full") / "run")), bench)
+
+
+def leaves(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained, tmp_path, monkeypatch):
+  lines = [json.loads(line) for line in (pathlib.Path(trained).parent / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(1, 11))
+  losses = [line["loss"] for line in lines]
+  assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
+
+  class Killed(BaseException):
+    pass
+
+  original = finetune_lib.TrainLog.step
+
+  def stop_at_five(self, step, steps, loss, tokens):
+    original(self, step, steps, loss, tokens)
+    if step == 5:
+      raise Killed
+
+  again = settings.replace(run_dir=str(tmp_path / "run"))
+  with monkeypatch.context() as patch:
+    patch.setattr(finetune_lib.TrainLog, "step", stop_at_five)
+    with pytest.raises(Killed):
+      finetune.run(again, bench)
+  resumed = finetune.run(again, bench)
+  relined = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [(line["step"], line["loss"]) for line in relined] == [(line["step"], line["loss"]) for line in lines]
+  ours, theirs = bench.checkpoint_params(resumed), bench.checkpoint_params(trained)
+  for a, b in zip(leaves(ours), leaves(theirs), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert any(not np.array_equal(a, b) for a, b in zip(leaves(ours), leaves(bench.params), strict=True))
+
+
+def test_only_the_chosen_layers_are_trained(bench, trained):
+  base, tuned = (subtree.leaf_paths(p) and p["layers"] for p in (bench.params, bench.checkpoint_params(trained)))
+  for a, b in zip(leaves(base), leaves(tuned), strict=True):
+    np.testing.assert_array_equal(a[:2], b[:2])
+  kernel = lambda tree: np.asarray(tree["mlp"]["up_proj"]["kernel"])[2:]  # noqa: E731
+  assert not np.array_equal(kernel(base), kernel(tuned))
+
+
+def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 32}))
+  other = Workbench(settings.replace(model=f"random:{tmp_path / 'config.json'}"))
+  with pytest.raises(UserError, match="give the model that the checkpoint started from"):
+    other.checkpoint_params(trained)
+  with pytest.raises(UserError, match="no such folder"):
+    other.checkpoint_params(str(tmp_path / "nothing"))
+
+
+def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, per_query=True, query_block=4, depth=4)
+  folder = pathlib.Path(select.run(chosen, bench))
+  scores = artifacts.read_scores(folder / "scores.parquet")
+  names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
+  assert list(scores) == names
+  train = bench.parts["train"]
+  assert tuple(scores["example_id"]) == train.ids and scores["selected"].sum() == 20
+  order = np.argsort(-scores["influence"], kind="stable")
+  assert list(scores["rank"][order]) == list(range(1, 41)) and scores["selected"][order[:20]].all()
+  kept = [record.raw for record, chosen in zip(train.records, scores["selected"], strict=True) if chosen]
+  assert (folder / "coreset.jsonl").read_text().splitlines() == kept
+  summary = json.loads((folder / "summary.json").read_text())
+  assert summary["solver"]["solver"] == "lissa" and np.isfinite(summary["solver_residual"])
+  assert {"boundary", "losses", "query gradients", "solver", "scores"} <= set(summary["seconds"])
+  assert "Strongest proponents" in (folder / "report.md").read_text()
+  queries = artifacts.read_parquet(folder / "query_scores.parquet")
+  assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.parts["eval"].ids)
+  # the flagfile repeats the run: same flags, same folder, nothing to do
+  text = (folder / "flags.txt").read_text()
+  assert f"--checkpoint={trained}" in text and "--per_query=true" in text
+  before = (folder / "scores.parquet").stat().st_mtime_ns
+  select.run(chosen, bench)
+  assert (folder / "scores.parquet").stat().st_mtime_ns == before
+  with pytest.raises(UserError, match="depth is 4 there and 5 now"):
+    select.run(chosen.replace(depth=5), bench)
+
+
+def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
+  files = []
+  for name in ("a", "b"):
+    fresh = Workbench(settings) if name == "b" else bench
+    folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / name)), fresh))
+    files.append([(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")][:2])
+  assert files[0] == files[1]
+
+
+@pytest.mark.real
+def test_eight_devices_give_the_scores_of_one(settings, bench):
+  wide = workbench.Workbench(settings.replace(mesh="data:4,fsdp:2"))
+  wide.__dict__["_loaded"] = (bench.config, sharding.place_params(bench.params, wide.mesh), *bench._loaded[2:])
+  scores = []
+  for each in (bench, wide):
+    chosen = choose(each, each.params, "last:2", "all")
+    v, _ = select.queries(each, settings, chosen)
+    train = each.batcher("train", chosen.tree, each.params)
+    scores.append(chosen.problem.scores(each.stream(train), len(train), v))
+  np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-5 * np.abs(scores[0]).max())
+
+
+@pytest.mark.parametrize("solver", ["identity", "datainf", "cg"])
+def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
+  policy = {"identity": "matching", "datainf": "highest_loss", "cg": "random"}[solver]
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), solver=solver, policy=policy, num_examples=7, fraction=0.5)
+  folder = pathlib.Path(select.run(chosen, bench))
+  scores = artifacts.read_scores(folder / "scores.parquet")
+  assert scores["selected"].sum() == 7 and np.all(np.isfinite(scores["influence"]))
+  if policy == "highest_loss":
+    assert scores["loss"][scores["selected"]].min() >= np.sort(scores["loss"])[-7]
+
+
+def test_topics_are_aggregated(settings, bench, tmp_path):
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", aggregate="topic_max")
+  assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
+
+
+def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained, tmp_path, monkeypatch):
+  runs = [
+    select.run(settings.replace(run_dir=str(tmp_path / "p"), solver="identity"), bench),
+    select.run(settings.replace(run_dir=str(tmp_path / "m"), solver="identity", policy="matching"), bench),
+  ]
+  chosen = settings.replace(run_dir=str(tmp_path / "e"), select_runs=",".join(runs), epochs=1.0)
+  folder = pathlib.Path(evaluate.run(chosen, bench))
+  result = json.loads((folder / "evaluation.json").read_text())
+  table = {row["policy"]: row for row in result["table"]}
+  assert set(table) == {"full", "random", "opponents", "proponents", "matching"}
+  assert table["random"]["seeds"] == 2 and table["full"]["seeds"] == 1
+  assert {row["steps"] for row in table.values()} == {5} and table["full"]["examples"] == 40
+  assert all(row["examples"] == 20 for name, row in table.items() if name != "full")
+  assert all(1 < row["perplexity"] < result["base_perplexity"] * 1.2 for row in table.values())
+  assert "full" in (folder / "evaluation.md").read_text()
+  monkeypatch.setattr(evaluate.Judge, "retrain", lambda *_: pytest.fail("a finished training was done again"))
+  evaluate.run(chosen, bench)
+  with pytest.raises(UserError, match="unknown 'best'"):
+    evaluate.run(chosen.replace(policies="best"), bench)
+
+
+def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
+  scores = []
+  for cache in ("memory", "disk", "off"):
+    other = Workbench(settings.replace(boundary_cache=cache, run_dir=str(tmp_path / "x")))
+    other.__dict__["_loaded"] = bench._loaded
+    chosen = choose(other, other.params, "last:2", "all")
+    assert (other.batcher("train", chosen.tree, other.params).hidden is None) == (cache == "off")
+    v, _ = select.queries(other, settings, chosen)
+    train = other.batcher("train", chosen.tree, other.params)
+    scores.append(chosen.problem.scores(other.stream(train), len(train), v))
+  np.testing.assert_allclose(scores[0], scores[2], rtol=1e-4, atol=1e-5 * np.abs(scores[2]).max())
+  np.testing.assert_array_equal(scores[0], scores[1])
+  assert list((tmp_path / "boundary").glob("*.bin")) and not list((tmp_path / "boundary").glob("*.part"))
+
+
+def test_lora_trains_and_scores(settings, bench, tmp_path):
+  lora = settings.replace(run_dir=str(tmp_path / "l"), trainable="lora", lora_rank=2, trainable_layers="all")
+  checkpoint = finetune.run(lora, bench)
+  chosen = settings.replace(run_dir=str(tmp_path / "s"), checkpoint=checkpoint, modules="lora", solver="datainf")
+  assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
+  with pytest.raises(UserError, match="has no 'lora'"):
+    select.run(settings.replace(run_dir=str(tmp_path / "t"), modules="lora"), bench)
+
+
+def test_sources_are_split_as_documented(settings, tmp_path):
+  lines = [json.dumps({"instruction": f"say {i}", "input": "", "output": f"word {i}"}) for i in range(200)]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  (tmp_path / "b.jsonl").write_text("\n".join(line.replace("say", "tell") for line in lines))
+  a, b = f"jsonl:{tmp_path / 'a.jsonl'}", f"jsonl:{tmp_path / 'b.jsonl'}"
+  one = split_sources(settings.replace(train_data=a))
+  assert sum(map(len, one.values())) == 200 and 120 < len(one["train"]) < 160
+  two = split_sources(settings.replace(train_data=a, eval_data=b))
+  assert len(two["train"]) == 200 and len(two["eval"]) + len(two["test"]) == 200 and len(two["eval"]) > 70
+  tested = split_sources(settings.replace(train_data=a, test_data=b))
+  assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
+  for bad in ("1,2", "a,b,c", "0.5,0.5,0.5"):
+    with pytest.raises(UserError):
+      split_sources(settings.replace(train_data=a, split=bad))
+
+
+def test_an_empty_evaluation_set_is_refused(settings, bench):
+  with pytest.raises(UserError, match="the eval set is empty"):
+    _ = Workbench(settings.replace(split="0.9,0.0,0.1", train_limit=5)).__class__.parts.func(
+      _with_model(Workbench(settings.replace(split="0.9,0.0,0.1", train_limit=5)), bench)
+    )
+
+
+def _with_model(fresh, bench):
+  fresh.__dict__["_loaded"] = bench._loaded
+  return fresh
+
+
+def test_examples_without_response_score_zero_and_are_listed(settings, bench, tmp_path):
+  lines = [{"prompt": f"question {i}", "response": f"answer {i}" if i % 4 else ""} for i in range(24)]
+  path = tmp_path / "holes.jsonl"
+  path.write_text("\n".join(map(json.dumps, lines)))
+  spec = f"jsonl:{path}"
+  holes = settings.replace(
+    train_data=spec, eval_data="chatterbot:food", run_dir=str(tmp_path / "run"), solver="identity", train_limit=0
+  )
+  fresh = _with_model(Workbench(holes), bench)
+  folder = pathlib.Path(select.run(holes, fresh))
+  scores = artifacts.read_scores(folder / "scores.parquet")
+  empty = scores["num_response_tokens"] == 0
+  assert empty.sum() == 6 and np.all(scores["influence"][empty] == 0) and not scores["selected"][empty].any()
+  listed = json.loads((folder / "summary.json").read_text())["without_response"]
+  assert sorted(listed) == sorted(scores["example_id"][empty])
+  assert data.data_summary(fresh.parts)
+
+
+def test_full_data_is_not_trained_twice(settings, bench, trained, tmp_path, monkeypatch):
+  alone = settings.replace(policies="full", seeds="0")
+  retrained = evaluate.run(alone.replace(run_dir=str(tmp_path / "a")), bench)
+  with monkeypatch.context() as patch:
+    patch.setattr(finetune_lib.Trainer, "train", lambda *_: pytest.fail("the checkpoint was not used"))
+    reused = evaluate.run(alone.replace(run_dir=str(tmp_path / "b"), checkpoint=trained), bench)
+  rows = [
+    json.loads((pathlib.Path(folder) / "evaluation.json").read_text())["table"][0] for folder in (retrained, reused)
+  ]
+  assert rows[0]["trained_tokens"] == rows[1]["trained_tokens"]
+  np.testing.assert_allclose(rows[0]["perplexity"], rows[1]["perplexity"], rtol=1e-4)
+  other = alone.replace(run_dir=str(tmp_path / "c"), checkpoint=trained, learning_rate=5e-3)
+  monkeypatch.setattr(finetune_lib.Trainer, "train", lambda *_, **__: pytest.fail("trained anew"))
+  with pytest.raises(pytest.fail.Exception, match="trained anew"):
+    evaluate.run(other, bench)
