@@ -22,12 +22,11 @@ def main(_) -> None:
   bench = Workbench(settings)
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   rule = settings.replace(run_dir=f"{root}/proponents", checkpoint=checkpoint, policy="proponents")
-  # Greedy matching works on gradients of the base model, so no solver and no checkpoint enter.
-  matching = settings.replace(run_dir=f"{root}/matching", checkpoint="", policy="matching", solver="identity")
-  runs = [select.run(rule, bench), select.run(matching, bench)]
-  judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=",".join(runs), checkpoint=checkpoint)
+  selected = select.run(rule, bench)
+  # Greedy matching, one of --policies, is done by evaluate: it needs gradients of the base model, but no influence.
+  judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
-  log.info("done in %.0f s; open %s/evaluation.md and %s/report.md", time.perf_counter() - began, result, runs[0])
+  log.info("done in %.0f s; open %s/evaluation.md and %s/report.md", time.perf_counter() - began, result, selected)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity["candidates"] = {f"{c.policy} {c.seed}": artifacts.hash_of(c.rows.tolist())[:16] for c in chosen}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
+  records = bench.parts["train"].records
+  for candidate in chosen:
+    name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
+    run_dir.folder("coresets")
+    run_dir.write_text(name, "".join(records[row].raw + "\n" for row in candidate.rows))
   folder = run_dir.folder("trainings")
   judge: Judge | None = None
   rows, base = [], run_dir.file("base.json")

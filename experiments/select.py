@@ -16,7 +16,7 @@ import numpy as np
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import adapters, artifacts, batches, coreset, data, ihvp, influence, report, subtree
+from in2core_jax import adapters, artifacts, batches, coreset, data, finetune, ihvp, influence, report, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -258,8 +258,6 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 
 def _checkpoint_identity(folder: str) -> dict:
-  from in2core_jax import finetune
-
   return finetune.checkpoint_meta(folder) if folder else {}
 
 

@@ -295,9 +295,10 @@ def load_sub(folder: str | pathlib.Path, like) -> Any:
     step = manager.latest_step()
   path = folder / str(step) / "state"
   with ocp.PyTreeCheckpointer() as reader:
-    target = {"sub": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)}
+    target = {"sub": jax.tree.map(jnp.asarray, like)}  # gives shapes, and the shardings to restore into
+    how = ocp.checkpoint_utils.construct_restore_args(target)
     try:
-      restored = reader.restore(path, args=ocp.args.PyTreeRestore(target, partial_restore=True))
+      restored = reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
     except (ValueError, KeyError) as error:
       raise UserError(
         f"--checkpoint={folder}: its subtree does not fit this model: {str(error).splitlines()[0]}"

@@ -251,6 +251,7 @@ def _lissa_settings(settings: SolverSettings, damping: float, lambda_max: float)
     acceleration=settings.acceleration,
     average=settings.average,
     lambda_max=lambda_max,
+    scale_probes=1,
   )
 
 
