@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import time
 
 from experiments import cli, evaluate, finetune, flags, select
@@ -18,7 +17,6 @@ def main(_) -> None:
   began = time.perf_counter()
   settings = flags.read()
   root = settings.run_dir
-  os.makedirs(root, exist_ok=True)
   bench = Workbench(settings)
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   rule = settings.replace(run_dir=f"{root}/proponents", checkpoint=checkpoint, policy="proponents")

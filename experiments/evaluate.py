@@ -42,6 +42,14 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
   columns = artifacts.read_scores(path / "scores.parquet")
   if tuple(columns["example_id"]) != bench.parts["train"].ids:
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
+  # Equal ids do not make equal examples: what was selected must be what stands there now.
+  train, rows = bench.parts["train"], np.flatnonzero(columns["selected"])
+  kept = "".join(train.records[row].raw + "\n" for row in rows).encode("utf-8", errors="backslashreplace")
+  coreset_file = path / "coreset.jsonl"
+  if not coreset_file.exists() or coreset_file.read_bytes() != kept:
+    raise UserError(
+      f"--select_runs: {folder}/coreset.jsonl is not what it selected from --train_data: the data changed"
+    )
   return artifacts.read_json(path / "summary.json")["policy"], columns
 
 
@@ -58,6 +66,9 @@ def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
     scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
   )
   wanted = [name.strip() for name in s.policies.split(",") if name.strip()]
+  for policy in wanted:
+    if policy != "full" and policy not in coreset.POLICIES:
+      raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
   if any(name in coreset.FEATURE_POLICIES for name in wanted):
     features, target = sketch_features(bench, s, bench.params)
     evals = bench.parts["eval"]
@@ -69,8 +80,6 @@ def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
   budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if runs else budget_of(s)
   found = []
   for policy in wanted:
-    if policy != "full" and policy not in coreset.POLICIES:
-      raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
     for seed in seeds if policy in coreset.SEEDED_POLICIES else fixed:
       rows = usable if policy == "full" else np.sort(coreset.select_rows(policy, inputs, budget, seed))
       found.append(Candidate(policy, seed, rows))
@@ -78,6 +87,9 @@ def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
   for folder, (policy, columns) in zip([f for f in s.select_runs.split(",") if f], runs, strict=True):
     name = policy if names.count(policy) == 1 else f"{policy} ({pathlib.Path(folder).name})"
     found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in fixed]
+  twice = [c.policy for i, c in enumerate(found) if (c.policy, c.seed) in {(d.policy, d.seed) for d in found[:i]}]
+  if twice:
+    raise UserError(f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}")
   return found
 
 

@@ -52,15 +52,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   bench = bench or Workbench(settings)
   identity = identity_of(bench, settings)
+  # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
+  rows = trainable_rows(bench)
+  (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
   run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
   folder = run_dir.file("checkpoint")
   if run_dir.file("finetune.json").exists():
     log.info("%s is finished already", run_dir.path)
     return str(folder)
-  params, chosen = start_params(bench, settings)
   sub, frozen = subtree.split(params, chosen)
-  rows = trainable_rows(bench)
-  recipe = recipe_of(settings, len(rows))
   log.info(
     "training %s numbers in layers %s for %d steps of %d examples",
     f"{subtree.count(sub):,}",
@@ -79,7 +79,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   }
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   with Progress(recipe.steps, "finetune", "steps") as progress:
-    report = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3), tokens_per_s=int(rate))  # noqa: E731
+    report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
+      step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
+    )
     train_log = finetune.TrainLog(folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, meta, report)
     trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
     result = trainer.train(sub, frozen, batcher, log=train_log)

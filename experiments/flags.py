@@ -131,6 +131,8 @@ class Settings:
     """Every value that is not the default, as lines of a flagfile."""
     lines = []
     for field in dataclasses.fields(self):
+      if field.name == "overwrite":  # a flagfile repeats a run, it does not remove one
+        continue
       value = getattr(self, field.name)
       same = value == field.default or (isinstance(value, float) and math.isnan(value) and math.isnan(field.default))
       if not same:
@@ -196,4 +198,10 @@ def read() -> Settings:
   for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
+  if not 0 < settings.epochs < math.inf:
+    raise UserError(f"--epochs={settings.epochs} must be a number above 0")
+  for name in ("seed", "seeds", "fixed_seeds"):
+    values = integers(str(getattr(settings, name)), name)
+    if min(values, default=0) < 0 or len(set(values)) < len(values):
+      raise UserError(f"--{name}={getattr(settings, name)}: seeds must not be negative, nor given twice")
   return settings

@@ -101,8 +101,15 @@ def jvp_scores(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direc
   Args:
     direction: v, like `sub`, without a query axis.
   """
+  return losses_and_jvp_scores(objective, sub, frozen, batch, direction)[1]
+
+
+def losses_and_jvp_scores(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree
+) -> tuple[jax.Array, jax.Array]:
+  """(l_i, g_i . v) for each example, [B] each: the forward-mode pass of `jvp_scores` has the losses anyway."""
   losses = lambda s: per_example_losses(objective, s, frozen, batch)  # noqa: E731
-  return jax.jvp(losses, (sub,), (like(direction, sub),))[1]
+  return jax.jvp(losses, (sub,), (like(direction, sub),))
 
 
 def vmap_scores(

@@ -82,7 +82,7 @@ class Problem:
     self.objective, self.sub, self.frozen = objective, sub, frozen
     self._losses = jax.jit(partial(gradients.per_example_losses, objective))
     self._gradient = jax.jit(partial(gradients.sum_gradient, objective))
-    self._jvp = jax.jit(partial(gradients.jvp_scores, objective))
+    self._jvp = jax.jit(partial(gradients.losses_and_jvp_scores, objective))
     self._vmap = jax.jit(partial(gradients.vmap_scores, objective, microbatch=microbatch))
     self._gradients = jax.jit(partial(gradients.per_example_gradients, objective, microbatch=microbatch))
     self._adapters = jax.jit(partial(gradients.adapter_gradients, objective))
@@ -146,7 +146,13 @@ class Problem:
     return store
 
   def scores(self, stream: Stream, size: int, directions: Tree, path: str = "auto") -> np.ndarray:
-    """g_i . r_q for every query and example, float32 [Q, N].
+    """g_i . r_q for every query and example, float32 [Q, N]; see `losses_and_scores`."""
+    return self.losses_and_scores(stream, size, directions, path)[1]
+
+  def losses_and_scores(
+    self, stream: Stream, size: int, directions: Tree, path: str = "auto"
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """l_i, float32 [N], and g_i . r_q for every query and example, float32 [Q, N].
 
     Args:
       stream: training batches.
@@ -164,15 +170,23 @@ class Problem:
       path = "jvp" if queries <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for one or two directions
     if path == "jvp":
       single = [jax.tree.map(lambda leaf, q=q: leaf[q], directions) for q in range(queries)]
-      kernel = lambda batch: jnp.stack([self._jvp(self.sub, self.frozen, batch, r) for r in single])  # noqa: E731
+
+      def kernel(batch):
+        pairs = [self._jvp(self.sub, self.frozen, batch, r) for r in single]
+        return jnp.stack([pairs[0][0], *(scores for _, scores in pairs)])
     else:
-      kernel = lambda batch: self._vmap(self.sub, self.frozen, batch, directions)  # noqa: E731
-    scores = _collect(stream, size, kernel, queries)
+
+      def kernel(batch):
+        losses = self._losses(self.sub, self.frozen, batch)
+        return jnp.concatenate([losses[None], self._vmap(self.sub, self.frozen, batch, directions)])
+
+    found = _collect(stream, size, kernel, queries + 1)
+    losses, scores = found[0], found[1:]
     if not np.all(np.isfinite(scores)):
       bad = np.flatnonzero(~np.all(np.isfinite(scores), axis=0))
       first = bad[:5].tolist()
       raise UserError(f"{len(bad)} of {size} scores are not finite (first rows {first}): look at their losses")
-    return scores
+    return losses, scores
 
   def curvature(self, kind: str) -> ihvp.Curvature:
     """H of a batch as the solvers take it: sums over examples, parameters in the context."""
