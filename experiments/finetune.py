@@ -75,6 +75,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "subtree": finetune.subtree_meta(chosen),
     "lora_rank": settings.lora_rank if settings.trainable == "lora" else 0,
     "seed": settings.seed,
+    "steps": recipe.steps,
     "identity": run_dir.identity_sha256,
   }
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])

@@ -198,6 +198,11 @@ def read() -> Settings:
   for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
+  if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:
+    raise UserError(
+      f"--damping={settings.damping} and --damping_ratio={settings.damping_ratio} must not be negative, "
+      f"--average={settings.average} must be in [0, 1)"
+    )
   if not 0 < settings.epochs < math.inf:
     raise UserError(f"--epochs={settings.epochs} must be a number above 0")
   for name in ("seed", "seeds", "fixed_seeds"):

@@ -92,6 +92,9 @@ class Workbench:
         f"--checkpoint={folder} was trained from model {meta['model']} (hash {meta['model_hash'][:12]}), but --model="
         f"{self.settings.model} has hash {self.model_hash[:12]}: give the model that the checkpoint started from"
       )
+    if meta["step"] < meta["steps"]:
+      done = f"{meta['step']} of {meta['steps']}"
+      raise UserError(f"--checkpoint={folder} stopped at step {done}: run that finetune command again first")
     params = self.params
     if meta["lora_rank"]:
       params = adapters.add_lora(params, meta["lora_rank"], jax.random.key(meta["seed"]))
@@ -285,8 +288,10 @@ def _limit(records: list, limit: int) -> list:
 
 def _dataset_hash(dataset: data.TokenizedDataset) -> str:
   digest = hashlib.sha256(boundary.data_hash(dataset).encode())
-  for example_id, mask in zip(dataset.ids, dataset.response_mask, strict=True):
-    digest.update(example_id.encode() + b"\0" + np.packbits(mask).tobytes())
+  for record, mask in zip(dataset.records, dataset.response_mask, strict=True):
+    # The raw record and the topic too: they end up in coreset.jsonl and in quotas.
+    named = "\0".join((record.example_id, record.topic, record.raw, "")).encode("utf-8", "surrogatepass")
+    digest.update(named + np.packbits(mask).tobytes())
   return digest.hexdigest()
 
 

@@ -117,8 +117,13 @@ class Trainer:
     self._step = jax.jit(step, donate_argnums=(0, 1))
 
   def init(self, sub):
-    """Copies the start (the step donates its inputs) and makes the optimiser's state, in float32 at least."""
-    return jax.tree.map(jnp.array, sub), self.optimizer.init(gradients.widen(sub))
+    """Copies the start (the step donates its inputs) and makes the optimiser's state, both in float32 at least.
+
+    Half-precision weights are trained as a float32 copy, which the model casts down where it uses it: an update of
+    1e-4 would vanish in the rounding of a bfloat16 weight.
+    """
+    wide = jax.tree.map(jnp.array, gradients.widen(sub))
+    return wide, self.optimizer.init(wide)
 
   def train(self, sub, frozen, batcher: Batcher, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
     """Trains from `sub` for `recipe.steps` steps, walking through the data as many times as that takes.
@@ -280,7 +285,12 @@ def checkpoint_meta(folder: str | pathlib.Path) -> dict:
       raise UserError(
         f"--checkpoint={folder}: no checkpoint in this folder; give the `checkpoint` folder of a finetune run"
       )
-    found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    try:
+      found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    except (KeyError, FileNotFoundError) as error:
+      raise UserError(
+        f"--checkpoint={folder}: {step} is no checkpoint of a finetune run; give its `checkpoint` folder"
+      ) from error
   return found.meta["meta"] | {"step": step}
 
 

@@ -4,7 +4,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The second flag halves XLA's compile time, which is most of the tests' time; results agree to rounding.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+# Eight devices on two busy cores wait long for each other; XLA would abort the process after 40 seconds.
+_FLAGS = (
+  "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false "
+  "--xla_cpu_collective_call_terminate_timeout_seconds=300 --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+)
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + _FLAGS).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
