@@ -203,14 +203,15 @@ def budget_of(s: Settings) -> coreset.Budget:
 def query_scores(bench: Workbench, s: Settings, chosen: Chosen) -> np.ndarray:
   """Scores of every evaluation example with every training example, float32 [Q, N], `--query_block` at a time."""
   size, train = len(bench.parts["eval"]), bench.batcher("train", chosen.tree, chosen.params)
-  blocks = []
-  for start in range(0, size, s.query_block):
-    rows = np.arange(start, min(start + s.query_block, size))
+  block, blocks = min(s.query_block, size), []
+  for start in range(0, size, block):
+    rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
     batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
     v = jax.tree.map(jnp.asarray, chosen.problem.gradients(bench.stream(batcher), len(rows)))
     result = solve(bench, s, chosen, v)
     what = f"scores of evaluation examples {start}..{rows[-1]} of {size}"
-    blocks.append(chosen.problem.scores(bench.stream(train, what), len(train), result.solution, s.score_path))
+    found = chosen.problem.scores(bench.stream(train, what), len(train), result.solution, s.score_path)
+    blocks.append(found[: size - start])
   return np.concatenate(blocks)
 
 

@@ -124,7 +124,7 @@ def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
 
 
 def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
-  chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, per_query=True, query_block=4, depth=4)
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, per_query=True, query_block=16, depth=4)
   folder = pathlib.Path(select.run(chosen, bench))
   scores = artifacts.read_scores(folder / "scores.parquet")
   names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
@@ -183,9 +183,14 @@ def test_two_devices_give_the_scores_of_one(settings, bench):
 def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
   policy = {"identity": "matching", "datainf": "highest_loss", "cg": "random"}[solver]
   chosen = settings.replace(run_dir=str(tmp_path / "run"), solver=solver, policy=policy, num_examples=7, fraction=0.5)
+  if solver == "identity":
+    chosen = chosen.replace(per_query=True, query_block=4)
   folder = pathlib.Path(select.run(chosen, bench))
   scores = artifacts.read_scores(folder / "scores.parquet")
   assert scores["selected"].sum() == 7 and np.all(np.isfinite(scores["influence"]))
+  if solver == "identity":  # the mean over the queries, in blocks of four, is the aggregated query
+    pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
+    np.testing.assert_allclose(pairs.mean(0), scores["influence"], rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
   if policy == "highest_loss":
     assert scores["loss"][scores["selected"]].min() >= np.sort(scores["loss"])[-7]
 
