@@ -112,7 +112,7 @@ class Subject:
     self.chosen: Chosen = choose(bench, params, s.layers, s.modules)
     objective = self.chosen.problem.objective
     self.losses = jax.jit(partial(gradients.per_example_losses, objective))
-    self.pair = jax.jit(partial(_loss_and_score, objective))
+    self.pair = jax.jit(partial(gradients.losses_and_jvp_scores, objective))
     self.by_leaf = jax.jit(partial(gradients.leaf_scores, objective), static_argnames="microbatch")
     self.product = jax.jit(partial(gradients.CURVATURE_PRODUCTS[s.curvature], objective))
     self.gradient = jax.jit(partial(_one_gradient, objective))
@@ -157,12 +157,6 @@ class Subject:
     """A row with the tolerance of its kind."""
     error = None if skipped else float(error)
     return Row(check, measure, error, TOLERANCES[kind][PRECISIONS.index(self.precision)], skipped)
-
-
-def _loss_and_score(objective, sub, frozen, batch, direction):
-  """(l_i, g_i . direction), [B] each, by one forward-mode pass: `gradients.jvp_scores` with its losses."""
-  losses = lambda s: gradients.per_example_losses(objective, s, frozen, batch)  # noqa: E731
-  return jax.jvp(losses, (sub,), (gradients.like(direction, sub),))
 
 
 def _one_gradient(objective, sub, frozen, batch, row):

@@ -12,7 +12,7 @@ import numpy as np
 from experiments import cli, flags
 from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, integers
-from experiments.select import budget_of, sketch_features
+from experiments.select import budget_of, sketch_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, model, report, subtree
 from in2core_jax.errors import UserError
@@ -70,11 +70,7 @@ def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
     if policy != "full" and policy not in coreset.POLICIES:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
   if any(name in coreset.FEATURE_POLICIES for name in wanted):
-    features, target = sketch_features(bench, s, bench.params)
-    evals = bench.parts["eval"]
-    keep = np.flatnonzero(evals.num_response_tokens)
-    topics = [evals.topics[row] for row in keep]
-    inputs = dataclasses.replace(inputs, features=features, target=target[keep], query_topics=topics)
+    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
   usable = trainable_rows(bench)
   # The policies of this call keep as many examples as the selections that they are compared with.
   budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if runs else budget_of(s)

@@ -155,8 +155,11 @@ def _announce(result: ihvp.SolveResult) -> None:
     log.info("solver: relative residual %.3g after %d steps", float(np.max(result.residual)), result.steps)
 
 
-def sketch_features(bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
-  """Projected gradients of training and evaluation examples, float32 [N, d] and [Q, d]."""
+def sketch_inputs(bench: Workbench, s: Settings, params) -> dict:
+  """Projected gradients as `coreset.PolicyInputs` takes them: of the N training examples, of the queries, their topics.
+
+  Evaluation examples without a response have no gradient and are left out.
+  """
   sketched = adapters.add_sketch(params, s.sketch_size, jax.random.key(s.seed))
   chosen = choose(bench, sketched, s.layers, "sketch")
   found = []
@@ -164,18 +167,15 @@ def sketch_features(bench: Workbench, s: Settings, params) -> tuple[np.ndarray, 
     batcher = bench.batcher(part, chosen.tree, params)  # a sketch changes no hidden state
     stream = bench.stream(batcher, f"projected gradients ({part})")
     found.append(chosen.problem.adapter_features(stream, len(batcher)))
-  return found[0], found[1]
+  evals = bench.parts["eval"]
+  keep = np.flatnonzero(evals.num_response_tokens)
+  return {"features": found[0], "target": found[1][keep], "query_topics": [evals.topics[row] for row in keep]}
 
 
 def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> coreset.PolicyInputs:
   """All that the policies choose from; features only where the policy needs them."""
   train = bench.parts["train"]
-  features = target = None
-  if s.policy in coreset.FEATURE_POLICIES:
-    features, target = sketch_features(bench, s, params)
-    with_response = bench.parts["eval"].num_response_tokens > 0
-    target = target[with_response]
-    topics = [t for t, keep in zip(bench.parts["eval"].topics, with_response, strict=True) if keep]
+  sketched = sketch_inputs(bench, s, params) if s.policy in coreset.FEATURE_POLICIES else {}
   return coreset.PolicyInputs(
     scored.influence,
     scored.loss,
@@ -183,9 +183,7 @@ def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> core
     train.num_response_tokens,
     train.topics,
     train.ids,
-    features,
-    target,
-    topics if target is not None else None,
+    **sketched,
   )
 
 
