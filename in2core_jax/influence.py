@@ -147,7 +147,10 @@ class Problem:
 
   def scores(self, stream: Stream, size: int, directions: Tree, path: str = "auto") -> np.ndarray:
     """g_i . r_q for every query and example, float32 [Q, N]; see `losses_and_scores`."""
-    return self.losses_and_scores(stream, size, directions, path)[1]
+    if _score_path(path, directions) == "jvp":
+      return self.losses_and_scores(stream, size, directions, path)[1]
+    kernel = lambda batch: self._vmap(self.sub, self.frozen, batch, directions)  # noqa: E731
+    return _finite(_collect(stream, size, kernel, _num_queries(directions)))
 
   def losses_and_scores(
     self, stream: Stream, size: int, directions: Tree, path: str = "auto"
@@ -158,35 +161,23 @@ class Problem:
       stream: training batches.
       size: N.
       directions: r, leaves [Q, ...].
-      path: "jvp" (one forward-mode pass a query), "vmap" (per-example gradients, contracted at once), or "auto".
+      path: "jvp" (one forward-mode pass a query, with the losses), "vmap" (per-example gradients, contracted
+        at once, and a pass for the losses), or "auto".
 
     Raises:
       UserError: an unknown path, or a score that is not finite.
     """
-    if path not in ("auto", "jvp", "vmap"):
-      raise UserError(f"--score_path={path} is unknown; use auto, jvp or vmap")
-    queries = jax.tree.leaves(directions)[0].shape[0]
-    if path == "auto":
-      path = "jvp" if queries <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for one or two directions
-    if path == "jvp":
-      single = [jax.tree.map(lambda leaf, q=q: leaf[q], directions) for q in range(queries)]
+    if _score_path(path, directions) == "vmap":
+      return self.losses(stream, size), self.scores(stream, size, directions, path)
+    queries = _num_queries(directions)
+    single = [jax.tree.map(lambda leaf, q=q: leaf[q], directions) for q in range(queries)]
 
-      def kernel(batch):
-        pairs = [self._jvp(self.sub, self.frozen, batch, r) for r in single]
-        return jnp.stack([pairs[0][0], *(scores for _, scores in pairs)])
-    else:
-
-      def kernel(batch):
-        losses = self._losses(self.sub, self.frozen, batch)
-        return jnp.concatenate([losses[None], self._vmap(self.sub, self.frozen, batch, directions)])
+    def kernel(batch):
+      pairs = [self._jvp(self.sub, self.frozen, batch, r) for r in single]
+      return jnp.stack([pairs[0][0], *(scores for _, scores in pairs)])
 
     found = _collect(stream, size, kernel, queries + 1)
-    losses, scores = found[0], found[1:]
-    if not np.all(np.isfinite(scores)):
-      bad = np.flatnonzero(~np.all(np.isfinite(scores), axis=0))
-      first = bad[:5].tolist()
-      raise UserError(f"{len(bad)} of {size} scores are not finite (first rows {first}): look at their losses")
-    return losses, scores
+    return found[0], _finite(found[1:])
 
   def curvature(self, kind: str) -> ihvp.Curvature:
     """H of a batch as the solvers take it: sums over examples, parameters in the context."""
@@ -337,6 +328,26 @@ def stratified_draw(
 
 def _count(batch):
   return jnp.sum(batch.valid)
+
+
+def _num_queries(directions: Tree) -> int:
+  return jax.tree.leaves(directions)[0].shape[0]
+
+
+def _score_path(path: str, directions: Tree) -> str:
+  if path not in ("auto", "jvp", "vmap"):
+    raise UserError(f"--score_path={path} is unknown; use auto, jvp or vmap")
+  if path != "auto":
+    return path
+  return "jvp" if _num_queries(directions) <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for 1 or 2 directions
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+  if not np.all(np.isfinite(scores)):
+    bad = np.flatnonzero(~np.all(np.isfinite(scores), axis=0))
+    first, size = bad[:5].tolist(), scores.shape[1]
+    raise UserError(f"{len(bad)} of {size} scores are not finite (first rows {first}): look at their losses")
+  return scores
 
 
 def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> np.ndarray:
