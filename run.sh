@@ -242,6 +242,11 @@ enter() {
   ensure_venv
   export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
   if [ "$ACCELERATOR" = cpu ]; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"; fi
+  # Large buffers in large pages: on a CPU the products with the vocabulary otherwise wait for page faults (a fifth faster).
+  case "${GLIBC_TUNABLES:-}" in
+    *glibc.malloc.hugetlb*) ;;
+    *) export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1" ;;
+  esac
 }
 
 # Args: experiment, flags. The caller's folder stays the current one, so that relative paths mean what they say; -P keeps it off

@@ -14,7 +14,7 @@ from experiments.finetune import identity_of, recipe_of, start_params, trainable
 from experiments.flags import Settings, integers
 from experiments.select import budget_of, sketch_inputs
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, evaluation, finetune, model, report, subtree
+from in2core_jax import artifacts, coreset, evaluation, finetune, model, packing, report, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -53,55 +53,100 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
   return artifacts.read_json(path / "summary.json")["policy"], columns
 
 
-def candidates(bench: Workbench, s: Settings) -> list[Candidate]:
-  """Every (policy, seed) to retrain, with its rows."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is to be compared, before any policy has chosen.
+
+  Attributes:
+    runs: (name, columns of scores.parquet) of each of --select_runs.
+    policies: (policy, seed) of this call, in order.
+    seeds: of the selections of `runs`.
+  """
+
+  runs: list[tuple[str, dict[str, np.ndarray]]]
+  policies: list[tuple[str, int]]
+  seeds: tuple[int, ...]
+
+
+def plan_of(bench: Workbench, s: Settings) -> Plan:
+  """Reads the flags and the select runs.
+
+  Raises:
+    UserError: an unknown policy, two candidates of one name, a run that does not fit.
+  """
   seeds = integers(s.seeds, "seeds")
   if not seeds:
     raise UserError("--seeds is empty: give at least one, such as 0,1,2")
   fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
-  runs = [read_selection(folder, bench) for folder in s.select_runs.split(",") if folder]
-  train = bench.parts["train"]
-  scores = runs[0][1] if runs else {}
-  inputs = coreset.PolicyInputs(
-    scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
-  )
+  folders = [folder for folder in s.select_runs.split(",") if folder]
+  runs = [read_selection(folder, bench) for folder in folders]
   wanted = [name.strip() for name in s.policies.split(",") if name.strip()]
   for policy in wanted:
     if policy != "full" and policy not in coreset.POLICIES:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
-  if any(name in coreset.FEATURE_POLICIES for name in wanted):
-    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
-  usable = trainable_rows(bench)
-  # The policies of this call keep as many examples as the selections that they are compared with.
-  budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if runs else budget_of(s)
-  found = []
-  for policy in wanted:
-    for seed in seeds if policy in coreset.SEEDED_POLICIES else fixed:
-      rows = usable if policy == "full" else np.sort(coreset.select_rows(policy, inputs, budget, seed))
-      found.append(Candidate(policy, seed, rows))
+    if not runs and policy in coreset.SCORE_POLICIES:
+      raise UserError(f"--policies={s.policies}: {policy} needs the scores of a select run: give --select_runs")
   names = [policy for policy, _ in runs]
-  for folder, (policy, columns) in zip([f for f in s.select_runs.split(",") if f], runs, strict=True):
-    name = policy if names.count(policy) == 1 else f"{policy} ({pathlib.Path(folder).name})"
-    found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in fixed]
-  twice = [c.policy for i, c in enumerate(found) if (c.policy, c.seed) in {(d.policy, d.seed) for d in found[:i]}]
+  called = [
+    name if names.count(name) == 1 else f"{name} ({pathlib.Path(folder).name})"
+    for name, folder in zip(names, folders, strict=True)
+  ]
+  twice = sorted({name for name in wanted + called if (wanted + called).count(name) > 1})
   if twice:
     raise UserError(f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}")
-  return found
+  policies = [(name, seed) for name in wanted for seed in (seeds if name in coreset.SEEDED_POLICIES else fixed)]
+  return Plan([(name, columns) for name, (_, columns) in zip(called, runs, strict=True)], policies, fixed)
+
+
+def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidate], list[str]]:
+  """Every (policy, seed) to retrain, with its rows; and what looks risky about the sets chosen here."""
+  train, usable = bench.parts["train"], trainable_rows(bench)
+  scores = plan.runs[0][1] if plan.runs else {}
+  inputs = coreset.PolicyInputs(
+    scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
+  )
+  if any(policy in coreset.FEATURE_POLICIES for policy, _ in plan.policies):
+    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
+  # The policies of this call keep as many examples as the selections that they are compared with.
+  budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if plan.runs else budget_of(s)
+  found, warnings = [], []
+  for policy, seed in plan.policies:
+    rows = usable if policy == "full" else np.sort(coreset.select_rows(policy, inputs, budget, seed))
+    found.append(Candidate(policy, seed, rows))
+    if policy in coreset.FEATURE_POLICIES:
+      warnings += [f"{policy}: {warning}" for warning in coreset.selection_warnings(rows, inputs, seed)]
+  for name, columns in plan.runs:
+    found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
+  return found, warnings
+
+
+def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:
+  """`candidates`, chosen once and kept in the run folder: a run started again does not choose again."""
+  file = run_dir.file("candidates.json")
+  if not file.exists():
+    found, warnings = candidates(bench, s, plan)
+    for warning in warnings:
+      log.warning("%s", warning)
+    rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
+    run_dir.write_json(file.name, {"candidates": rows, "warnings": warnings})
+  kept = artifacts.read_json(file)["candidates"]
+  return [Candidate(item["policy"], item["seed"], np.array(item["rows"], np.int64)) for item in kept]
 
 
 class Judge:
   """Retrains and measures; compiled once for all candidates."""
 
-  def __init__(self, bench: Workbench, s: Settings):
+  def __init__(self, bench: Workbench, s: Settings, candidates: list[Candidate]):
+    """Prepares one training step and one batch shape for all candidates."""
     self.bench, self.settings = bench, s
     self.params, self.chosen = start_params(bench, s)
     self.sub, self.frozen = subtree.split(self.params, self.chosen)
     self.recipe = recipe_of(s, len(trainable_rows(bench)))
     self.trainer = finetune.Trainer(model.make_objective(bench.config, self.chosen), self.recipe, bench.place)
     self.problem = bench.kernels(self.chosen)
-    self.test = bench.batcher("test", self.chosen, bench.params)
-    full = bench.batcher("train", rows=trainable_rows(bench))
-    self.layout = full.layout_of([batch for epoch in range(3) for batch in full.shuffled_plan(s.batch_size, 0, epoch)])
+    self.test = bench.packer("test", self.chosen, bench.params)
+    sets = [bench.packer("train", rows=candidate.rows) for candidate in candidates]
+    self.shape = packing.training_shape(sets, s.batch_size)
 
   def test_losses(self, sub) -> np.ndarray:
     """Mean nats per response token of each test example, float64 [N]."""
@@ -118,10 +163,10 @@ class Judge:
       stored = artifacts.read_json(pathlib.Path(self.settings.checkpoint).parent / "finetune.json")
       tokens = stored["trained_tokens"], stored["trained_response_tokens"]
       return self.row(candidate, finetune.TrainResult(sub, np.zeros(0), *tokens, 0.0), train, test)
-    batcher = self.bench.batcher("train", self.chosen, self.bench.params, candidate.rows, self.layout)
+    packer = self.bench.packer("train", self.chosen, self.bench.params, candidate.rows, [self.shape])
     with Progress(self.recipe.steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
-      result = self.trainer.train(self.sub, self.frozen, batcher, candidate.seed, finetune.TrainLog(on_step=on_step))
+      result = self.trainer.train(self.sub, self.frozen, packer, candidate.seed, finetune.TrainLog(on_step=on_step))
     return self.row(candidate, result, train, test)
 
   def _checkpoint_is_full(self) -> bool:
@@ -155,11 +200,18 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   s = settings
   bench = bench or Workbench(s)
-  chosen = candidates(bench, s)
-  identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "test"))
-  identity["candidates"] = {f"{c.policy} {c.seed}": artifacts.hash_of(c.rows.tolist())[:16] for c in chosen}
+  plan = plan_of(bench, s)
+  identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
+  identity["flags"] |= {name: getattr(s, name) for name in ("fraction", "num_examples", "token_budget")}
+  identity["flags"] |= {name: getattr(s, name) for name in ("layers", "sketch_size")}  # of matching
+  identity["select_runs"] = {
+    name: artifacts.hash_of([columns["influence"].tolist(), columns["selected"].tolist()])[:16]
+    for name, columns in plan.runs
+  }
+  budget_of(s).limit(bench.parts["train"].num_tokens[trainable_rows(bench)])  # told before there is a run folder
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
+  chosen = kept_candidates(run_dir, bench, s, plan)
   records = bench.parts["train"].records
   for candidate in chosen:
     name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
@@ -169,12 +221,12 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   judge: Judge | None = None
   rows, base = [], run_dir.file("base.json")
   if not base.exists():
-    judge = Judge(bench, s)
+    judge = Judge(bench, s, chosen)
     artifacts.write_json(base, {"losses": judge.test_losses(judge.sub).tolist()})
   for number, candidate in enumerate(chosen):
     file = folder / f"{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
     if not file.exists():
-      judge = judge or Judge(bench, s)
+      judge = judge or Judge(bench, s, chosen)
       row = judge.retrain(candidate, f"train {number + 1}/{len(chosen)}: {candidate.policy}, seed {candidate.seed}")
       stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
       artifacts.write_json(file, stored)

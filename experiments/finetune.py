@@ -10,7 +10,7 @@ import jax
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.workbench import Workbench
-from in2core_jax import adapters, artifacts, finetune, model, subtree
+from in2core_jax import adapters, artifacts, finetune, model, packing, subtree
 from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def start_params(bench: Workbench, settings: Settings):
   params, modules, layers = bench.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
     params, modules = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed)), "lora"
-  return params, subtree.make_subtree(params, layers, modules)
+  return params, subtree.make_subtree(params, layers, modules, "trainable_")
 
 
 def trainable_rows(bench: Workbench):
@@ -68,7 +68,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     recipe.steps,
     recipe.batch_size,
   )
-  batcher = bench.batcher("train", chosen, bench.params, rows, layout={})  # fresh LoRA factors change no hidden state
+  shape = packing.training_shape([bench.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
+  packer = bench.packer("train", chosen, bench.params, rows, [shape])  # fresh LoRA factors change no hidden state
   meta = {
     "model": settings.model,
     "model_hash": bench.model_hash,
@@ -85,7 +86,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     )
     train_log = finetune.TrainLog(folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, meta, report)
     trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
-    result = trainer.train(sub, frozen, batcher, log=train_log)
+    result = trainer.train(sub, frozen, packer, log=train_log)
   summary = {
     "steps": recipe.steps,
     "examples": len(rows),

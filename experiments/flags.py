@@ -6,11 +6,12 @@ frozen `Settings` back. Stages take `Settings`, so that one script can run a sta
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from absl import flags
 
-from in2core_jax import coreset
+from in2core_jax import coreset, influence
 from in2core_jax.errors import UserError
 
 GROUPS = {
@@ -21,6 +22,7 @@ GROUPS = {
   "select": "stage 4: influence, solver, selection",
   "evaluate": "stage 5: retraining and judging",
   "check": "self-check before a long run",
+  "solvers": "comparison of the solvers",
 }
 
 
@@ -85,11 +87,13 @@ class Settings:
   checkpoint: str = _flag("select", "", "`checkpoint` folder of a finetune run; empty: the base model")
   layers: str = _flag("select", "last:8", "chosen layers: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29")
   modules: str = _flag("select", "all", "chosen modules: all | attention | mlp | matrices | lora")
-  solver: str = _flag("select", "lissa", "inverse Hessian product", ("lissa", "datainf", "cg", "identity", "exact"))
+  solver: str = _flag("select", "lissa", "inverse Hessian product", influence.SOLVERS)
+  precondition: str = _flag("select", "none", "of CG", influence.PRECONDITIONERS)
+  ekfac_examples: int = _flag("select", 0, "training examples that EK-FAC is fitted to; 0: all with a response")
   curvature: str = _flag("select", "ggn", "what is inverted", ("ggn", "fisher", "hessian"))
   damping: float = _flag("select", math.nan, "absolute damping; unset: --damping_ratio is used")
   damping_ratio: float = _flag("select", 0.1, "damping relative to the largest eigenvalue")
-  depth: int = _flag("select", 50, "steps of LiSSA (each run) or CG at most")
+  depth: int = _flag("select", 50, "steps of LiSSA (each run) or CG at most; vectors that low_rank keeps")
   repeat: int = _flag("select", 1, "independent LiSSA runs that are averaged")
   scale: float = _flag("select", math.nan, "LiSSA's scale; unset: from the largest eigenvalue")
   acceleration: str = _flag("select", "none", "of LiSSA", ("none", "momentum", "chebyshev"))
@@ -97,6 +101,17 @@ class Settings:
   average: float = _flag("select", 0.5, "share of LiSSA's last iterates that are averaged; 0: the plain recursion")
   curvature_examples: int = _flag("select", 64, "fixed examples: CG's system; LiSSA's residual and eigenvalue")
   curvature_batch: int = _flag("select", 32, "examples of a LiSSA minibatch")
+  normalize: str = _flag(
+    "select",
+    "none",
+    "scores by cosine, or over what the inverse (ekfac, identity) makes of the example: relatif, theta_relatif",
+    ("none", "cosine", "relatif", "theta_relatif"),
+  )
+  self_influence: bool = _flag(
+    "select", False, "also write each example's influence on itself, large for wrong answers (solver ekfac or identity)"
+  )
+  per_layer: bool = _flag("select", False, "also write each layer's share of the scores; before --normalize")
+  per_token: bool = _flag("select", False, "also write each response token's share of the scores; before --normalize")
   policy: str = _flag(
     "select",
     "proponents",
@@ -122,6 +137,15 @@ class Settings:
   fixed_seeds: str = _flag("evaluate", "", "seeds for policies that choose one set; empty: --seeds")
 
   check_examples: int = _flag("check", 4, "training examples that a self-check looks at")
+
+  compare_ratios: str = _flag("solvers", "0.1,0.01,0.001", "damping ratios at which residuals are compared")
+  agreement_ratios: str = _flag("solvers", "0.1,0.01", "those of them at which scores are compared")
+  curve_every: int = _flag("solvers", 5, "LiSSA steps between two measurements of the residual")
+  cg_steps: int = _flag("solvers", 30, "CG steps at most")
+  krylov: int = _flag("solvers", 16, "vectors that low_rank keeps")
+  compare_bfloat16: bool = _flag("solvers", True, "also score with bfloat16 weights")
+  mislabelled: float = _flag("solvers", 0.1, "share of the training examples whose answers are shuffled; 0: not at all")
+  mislabelled_layers: str = _flag("solvers", "last:1", "layers that are trained and searched for mislabelled examples")
 
   def replace(self, **changes) -> "Settings":
     """A copy with other values."""
@@ -181,6 +205,9 @@ def read() -> Settings:
     UserError: a value out of its range.
   """
   settings = Settings(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)})
+  at_home = {name: os.path.expanduser(getattr(settings, name)) for name in ("run_dir", "checkpoint")}
+  folders = [os.path.expanduser(folder.strip()) for folder in settings.select_runs.split(",")]
+  settings = settings.replace(select_runs=",".join(folders), **at_home)  # what the shell leaves of ~ after a comma or =
   if not 0 < settings.fraction <= 1:
     raise UserError(f"--fraction={settings.fraction} is outside (0, 1]: 0.5 keeps half of the training examples")
   positive = ("max_length", "max_shapes", "batch_size", "batch_tokens", "microbatch", "depth", "repeat", "sketch_size")
@@ -192,10 +219,13 @@ def read() -> Settings:
     "checkpoint_every",
     "lora_rank",
     "check_examples",
+    "curve_every",
+    "cg_steps",
+    "krylov",
   ):
     if getattr(settings, name) < 1:
       raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
-  for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget"):
+  for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget", "ekfac_examples"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
   if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:
@@ -203,6 +233,8 @@ def read() -> Settings:
       f"--damping={settings.damping} and --damping_ratio={settings.damping_ratio} must not be negative, "
       f"--average={settings.average} must be in [0, 1)"
     )
+  if settings.scale <= 0 or not settings.solver_tol > 0:
+    raise UserError(f"--scale={settings.scale} and --solver_tol={settings.solver_tol} must be above 0")
   if not 0 < settings.epochs < math.inf:
     raise UserError(f"--epochs={settings.epochs} must be a number above 0")
   for name in ("seed", "seeds", "fixed_seeds"):

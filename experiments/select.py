@@ -6,6 +6,7 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 import math
+import pathlib
 import resource
 import time
 
@@ -16,7 +17,23 @@ import numpy as np
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import adapters, artifacts, batches, coreset, data, finetune, ihvp, influence, report, subtree
+from in2core_jax import __version__ as version
+from in2core_jax import (
+  adapters,
+  artifacts,
+  breakdown,
+  coreset,
+  data,
+  ekfac_file,
+  finetune,
+  ihvp,
+  influence,
+  model,
+  packing,
+  report,
+  subtree,
+  variants,
+)
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -46,12 +63,14 @@ class Scored:
     loss: float32 [N] of the training examples.
     result: of the solver.
     seconds: per phase.
+    self_influence: float64 [N], or None where nothing asked for it.
   """
 
   influence: np.ndarray
   loss: np.ndarray
   result: ihvp.SolveResult
   seconds: dict
+  self_influence: np.ndarray | None = None
 
 
 def solver_settings(s: Settings) -> influence.SolverSettings:
@@ -69,6 +88,7 @@ def solver_settings(s: Settings) -> influence.SolverSettings:
     s.solver_tol,
     s.seed,
     s.average,
+    s.precondition,
   )
 
 
@@ -79,29 +99,38 @@ def curvature_data(bench: Workbench, s: Settings, chosen: Chosen) -> influence.C
   mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
   # Half at most goes to the fixed set, so that a small data set leaves something to draw.
   size = min(s.curvature_examples, max(1, len(usable) // 2))
-  fixed, drawn = np.sort(mixed[:size]), np.sort(mixed[size:])
-  whole = bench.batcher("train", chosen.tree, chosen.params)
-  groups = {shape: [] for shape in bench.shapes}
-  for row in drawn if len(drawn) else fixed:
-    groups[whole.shape_of([row])].append(row)
-  groups = {shape: np.array(rows) for shape, rows in groups.items() if rows}
-  layout = curvature_layout(whole, groups, s.curvature_batch)
-  sized = bench.batcher("train", chosen.tree, chosen.params, layout=layout)
-  build = lambda rows, shape, count: bench.place(sized.batch(rows, shape, layout[shape].size))  # noqa: E731
-  draw = influence.stratified_draw([(rows, shape) for shape, rows in groups.items()], s.curvature_batch, build)
-  # Batches of the fixed set have the sizes of a minibatch's parts: one program serves both.
-  some = bench.batcher("train", chosen.tree, chosen.params, fixed, layout)
-  return influence.CurvatureData(bench.stream(whole, f"{s.solver} over the training set"), bench.stream(some), draw)
+  fixed, drawn = np.sort(mixed[:size]), mixed[size:]
+  drawn = drawn if len(drawn) else fixed
+  drawn = drawn[np.argsort(-dataset.num_tokens[drawn], kind="stable")]
+  batch = min(s.curvature_batch, len(drawn))
+  # The fixed set comes in batches of a minibatch's size: one program serves both.
+  plain = bench.packer("train", rows=fixed, shapes=()), bench.packer("train", shapes=())
+  keys = jax.random.split(jax.random.key(0), 32)
+  shape = packing.curvature_shape(plain[0], plain[1], batch, [influence.even_rows(drawn, batch, key) for key in keys])
+  pool = bench.packer("train", chosen.tree, chosen.params, shapes=[shape])
+  some = bench.packer("train", chosen.tree, chosen.params, fixed, [shape])
+  draw = influence.even_draw(drawn, batch, lambda rows: bench.place(pool.sample(rows)[1]))
+  steady = lambda: ((rows, bench.place(part)) for rows, part in some.shuffled(batch, 0, 0))  # noqa: E731
+  every = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"{s.solver} over the training set")
+  if s.solver != "ekfac" and s.precondition == "none":
+    return influence.CurvatureData(every, steady, draw)
+  # From the other end of the order, so that the fixed set measures a fit that has not seen it where data allow that.
+  factors = np.sort(mixed[-s.ekfac_examples :])
+  return influence.CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, factors))
 
 
-def curvature_layout(whole: batches.Batcher, groups: dict, size: int) -> dict[batches.Shape, batches.Layout]:
-  """Sizes of a stratified minibatch's parts, and slots that hold nearly every draw (a fuller one compiles anew)."""
-  rng, plan = np.random.default_rng(0), []
-  counts = influence.stratified_counts([len(rows) for rows in groups.values()], size)
-  for (shape, rows), count in zip(groups.items(), counts, strict=True):
-    padded = batches.round_up(count, whole.multiple_of)
-    plan += [(rng.choice(rows, min(count, len(rows)), replace=False), shape, padded) for _ in range(32)]
-  return whole.layout_of(plan)
+def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray):
+  """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
+  stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params, rows), f"EK-FAC of {len(rows)} examples")
+  made_of = {
+    "config": dataclasses.asdict(bench.config),
+    "subtree": finetune.subtree_meta(chosen.tree),
+    "data": bench.data_identity("train"),
+    "rows": rows.tolist(),
+    "loss_reduction": s.loss_reduction,
+    "version": version,
+  }
+  return stream, ekfac_file.stored_fit(pathlib.Path(s.run_dir).parent / "ekfac", made_of)
 
 
 def queries(bench: Workbench, s: Settings, chosen: Chosen):
@@ -111,7 +140,7 @@ def queries(bench: Workbench, s: Settings, chosen: Chosen):
   gradients = []
   for name in names:
     rows = np.arange(len(topics)) if name == "all" and s.aggregate == "mean" else np.flatnonzero(topics == name)
-    stream = bench.stream(bench.batcher("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
+    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
     gradients.append(chosen.problem.mean_gradient(stream))
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *gradients), names
 
@@ -119,19 +148,71 @@ def queries(bench: Workbench, s: Settings, chosen: Chosen):
 def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock = Clock()
-  train = bench.batcher("train", chosen.tree, chosen.params)
-  bench.batcher("eval", chosen.tree, chosen.params)
+  train = bench.packer("train", chosen.tree, chosen.params)
+  bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
   v, names = queries(bench, s, chosen)
   clock.lap("query gradients")
   result = solve(bench, s, chosen, v)
   _announce(result)
   clock.lap("solver")
-  stream = bench.stream(train, "losses and scores")
-  loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+  if s.normalize != "none" or s.self_influence:
+    found = measure(bench, s, chosen, result)
+    raw, loss = _NORMALIZE[s.normalize](found), found.losses
+    itself = found.self_influence if s.self_influence else None
+  else:
+    if influence.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
+      train = bench.batcher("train", chosen.tree, chosen.params)
+    stream = bench.stream(train, "losses and scores")
+    loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+    itself = None
   clock.lap("scores")
   total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
-  return Scored(total, loss, result, clock.seconds)
+  return Scored(total, loss, result, clock.seconds, itself)
+
+
+_NORMALIZE = {
+  "none": lambda found: found.scores,
+  "cosine": variants.cosine,
+  "relatif": variants.relatif,
+  "theta_relatif": variants.theta_relatif,
+}
+
+
+def measure(bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult) -> variants.Measures:
+  """Scores with each example's norms and influence on itself."""
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  inverse = variants.IDENTITY
+  if s.solver == "ekfac":  # the fit that `solve` has kept
+    fitted = influence.fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
+    inverse = variants.inverse_map("ekfac", fitted, result.info["damping"])
+  stream = bench.stream(train, "scores and norms")
+  return variants.measure(chosen.problem, stream, len(train), result.solution, inverse)
+
+
+def check_settings(s: Settings, chosen: Chosen) -> None:
+  """Refuses what cannot be done before there is a run folder, which the corrected command could not use.
+
+  Raises:
+    UserError: flags that contradict each other.
+  """
+  solver_settings(s)
+  influence.score_path(s.score_path, 1)
+  size = subtree.count(chosen.problem.sub)
+  if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
+    raise UserError(
+      f"--solver=exact: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: choose fewer layers or "
+      "modules, or --solver=cg"
+    )
+  if s.self_influence or s.normalize in ("relatif", "theta_relatif"):
+    wanted = "--self_influence" if s.self_influence else f"--normalize={s.normalize}"
+    if s.solver not in ("ekfac", "identity"):
+      raise UserError(
+        f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
+        "--solver=ekfac or --solver=identity only"
+      )
+  if (s.per_layer or s.per_token) and s.aggregate != "mean":
+    raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
 
 
 def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
@@ -220,6 +301,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   budget = budget_of(s)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
+  check_settings(s, chosen)
   train = bench.parts["train"]
   budget.limit(train.num_tokens[train.num_response_tokens > 0])  # what cannot be met is told before the work
   identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
@@ -238,6 +320,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   inputs = policy_inputs(bench, s, params, scored)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
   clock.lap("selection")
+  if s.per_layer or s.per_token:
+    _write_parts(run_dir, bench, s, chosen, scored.result)
+    clock.lap("per layer and token")
   if s.per_query:
     _write_query_scores(run_dir, bench, query_scores(bench, s, chosen))
     clock.lap("per query")
@@ -261,6 +346,22 @@ def _checkpoint_identity(folder: str) -> dict:
   return finetune.checkpoint_meta(folder) if folder else {}
 
 
+def _write_parts(run_dir, bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult) -> None:
+  """layer_scores.parquet and token_scores.parquet, which add up to the scores."""
+  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
+  train = bench.parts["train"]
+  if s.per_layer:
+    stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params), "scores by layer")
+    by_layer = breakdown.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
+    run_dir.write_parquet("layer_scores.parquet", breakdown.layer_columns(train.ids, by_layer))
+  if s.per_token:
+    stream = bench.stream(bench.packer("train", chosen.tree, chosen.params), "scores by token")
+    losses = model.token_losses_fn(bench.config, chosen.tree)
+    by_token = breakdown.token_scores(chosen.problem, losses, stream, len(train), direction)
+    columns = breakdown.token_columns(train, by_token, lambda token: bench.tokenizer.decode([token]))
+    run_dir.write_parquet("token_scores.parquet", columns)
+
+
 def _write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
   evals, train = bench.parts["eval"].ids, bench.parts["train"].ids
   run_dir.write_parquet(
@@ -273,9 +374,9 @@ def _write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
   )
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-  """1 for the highest influence; ties by row."""
-  order = np.argsort(-values, kind="stable")
+def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+  """1 for the highest influence; ties by `example_id`, as in the selection."""
+  order = np.lexsort((ids, -np.asarray(values, np.float64)))
   rank = np.empty(len(values), np.int64)
   rank[order] = np.arange(1, len(values) + 1)
   return rank
@@ -291,13 +392,15 @@ def write_results(
   columns = {
     "example_id": np.array(train.ids, dtype=object),
     "influence": np.asarray(scored.influence, np.float32),
-    "rank": ranks(scored.influence),
+    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
     "selected": selected,
     "loss": np.asarray(scored.loss, np.float32),
     "num_tokens": train.num_tokens,
     "num_response_tokens": train.num_response_tokens,
     "topic": np.array(train.topics, dtype=object),
   }
+  if scored.self_influence is not None:
+    columns["self_influence"] = np.asarray(scored.self_influence, np.float32)
   run_dir.write_text("coreset.jsonl", "".join(train.records[row].raw + "\n" for row in np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
   result = scored.result
@@ -351,6 +454,10 @@ def _unit(s: Settings) -> str:
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
   if s.aggregate == "topic_quota":
     return "none: a priority, the number of examples for the first choice down to 1 for the last"
+  if s.normalize == "cosine":
+    return "none: the cosine of the example's gradient and the direction that the solver made of the query's"
+  if s.normalize != "none":
+    return f"that of the influence, divided by the example's own length under the inverse (--normalize={s.normalize})"
   loss = f"loss: {s.loss_reduction} over response tokens, in nats"
   if s.solver == "identity":
     return f"loss^2 per squared parameter, an inner product of gradients ({loss})"

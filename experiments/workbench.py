@@ -22,6 +22,7 @@ from in2core_jax import (
   finetune,
   influence,
   model,
+  packing,
   sharding,
   subtree,
   weights,
@@ -32,6 +33,7 @@ from in2core_jax.progress import Progress
 log = logging.getLogger(__name__)
 
 PARTS = ("train", "eval", "test")
+_WHERE_AND_HOW_FAST = ("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh")
 
 
 class Workbench:
@@ -138,7 +140,7 @@ class Workbench:
   def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     """What the results of a stage depend on; the run folder refuses another one."""
     flags_ = settings.identity(*groups)
-    for name in ("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"):
+    for name in (*_WHERE_AND_HOW_FAST, "checkpoint_every", "query_block"):
       flags_.pop(name, None)
     return {
       "stage": stage,
@@ -184,6 +186,33 @@ class Workbench:
       layout=layout,
     )
 
+  def packer(
+    self, part: str, chosen: subtree.Subtree | None = None, params=None, rows=None, shapes=None
+  ) -> packing.Packer:
+    """Packed rows of a part, for all that needs no row for each example; arguments as in `batcher`.
+
+    Args:
+      part: train, eval or test.
+      chosen: the subtree whose boundary counts; None for plain token batches.
+      params: parameters that the layers below the boundary have.
+      rows: only these examples.
+      shapes: sizes of the batches; those of scoring any of the parts when None.
+    """
+    shapes = self.packed_shapes if shapes is None else shapes
+    dataset, hidden = self.parts[part], None
+    if chosen is not None and self._uses_cache(chosen):
+      hidden = self._boundary(part, chosen, params)
+    if rows is not None:
+      dataset, hidden = dataset.take(rows), hidden.take(np.asarray(rows)) if hidden is not None else None
+    groups = sharding.batch_multiple(self.mesh)
+    return packing.Packer(dataset, self.settings.loss_reduction, hidden, groups, shapes)
+
+  @functools.cached_property
+  def packed_shapes(self) -> tuple[packing.PackedShape, ...]:
+    """Packed sizes that serve all three parts when they are scored."""
+    plain = [self.packer(part, shapes=()) for part in PARTS]
+    return packing.sequential_shapes(plain, self.settings.batch_tokens)
+
   @functools.cached_property
   def layout(self) -> dict[batches.Shape, batches.Layout]:
     """Batch sizes and response slots of each shape when the training set is scored."""
@@ -195,7 +224,7 @@ class Workbench:
     """Puts a batch onto the devices."""
     return sharding.place_batch(batch, self.mesh)
 
-  def stream(self, batcher: batches.Batcher, what: str = "") -> influence.Stream:
+  def stream(self, batcher: batches.Batcher | packing.Packer, what: str = "") -> influence.Stream:
     """A function that yields (rows, batch on the devices), with a progress display when `what` names the work."""
     tokens = self.settings.batch_tokens
     plan_size = len(batcher.sequential_plan(tokens))
@@ -211,7 +240,8 @@ class Workbench:
     """Compiled kernels for a subtree; bind parameters with `.at(sub, frozen)`."""
     if chosen not in self._caches:
       objective = model.make_objective(self.config, chosen)
-      self._caches[chosen] = influence.Problem(objective, None, None, self.settings.microbatch)
+      relabel = model.sample_labels_fn(self.config, chosen)
+      self._caches[chosen] = influence.Problem(objective, None, None, self.settings.microbatch, relabel)
     return self._caches[chosen]
 
   def _uses_cache(self, chosen: subtree.Subtree) -> bool:
@@ -239,11 +269,11 @@ class Workbench:
         params,
         s.batch_tokens,
         dtype,
-        self.place,
+        lambda rows: sharding.place_batch(rows, self.mesh),
+        sharding.batch_multiple(self.mesh),
         lambda source, total: track(source, total, f"hidden states below layer {chosen.boundary} ({part})"),
       )
-      batcher = self.batcher(part)
-      self._hidden[key] = boundary.compute_boundary(job, batcher, file)
+      self._hidden[key] = boundary.compute_boundary(job, self.parts[part], file)
     return self._hidden[key]
 
 
@@ -325,6 +355,10 @@ class Chosen:
 
 
 def choose(bench: Workbench, params, layers: str, modules: str) -> Chosen:
-  """Cuts `params` along the flags' choice and binds the kernels."""
+  """Cuts `params` along the flags' choice and binds the kernels.
+
+  Raises:
+    UserError: layers or modules that the model does not have.
+  """
   tree = subtree.make_subtree(params, layers, modules)
   return Chosen(tree, params, bench.kernels(tree).at(*subtree.split(params, tree)))

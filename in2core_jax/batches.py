@@ -45,6 +45,8 @@ class Batch(NamedTuple):
       B / G * R itself pads. Responses differ much in length, so M is about half of B / G * R, and so is the cost of
       the vocabulary projection. G is the number of devices that share the examples: no index leaves its device. None:
       every slot is computed, which gives the same numbers.
+    offsets: int32 [W, T] where rows hold several examples (`packing`), else None. Then tokens, hidden and offsets have
+      W rows while the other leaves still have B examples, and `position` counts from the first token of the group.
   """
 
   tokens: Any
@@ -54,6 +56,7 @@ class Batch(NamedTuple):
   weight: Any
   valid: Any
   slots: Any = None
+  offsets: Any = None
 
 
 class Shape(NamedTuple):
@@ -80,6 +83,11 @@ class HiddenSource(Protocol):
 def round_up(value: int, multiple: int) -> int:
   """Returns the least multiple of `multiple` that is at least `value` and at least one multiple."""
   return max(1, -(-int(value) // multiple)) * multiple
+
+
+def slot_weight(num_responses: int, reduction: str) -> float:
+  """Weight of each response token of an example: 1 / their number ("mean") or 1 ("sum")."""
+  return 1.0 / num_responses if reduction == "mean" and num_responses else 1.0
 
 
 def plan_shapes(
@@ -250,7 +258,7 @@ class Batcher:
       tokens[b, : len(ids)] = ids
       position[b, : len(where)] = where - 1  # token t is predicted from the hidden state at t - 1
       target[b, : len(where)] = ids[where]
-      weight[b, : len(where)] = 1.0 / len(where) if self.reduction == "mean" and len(where) else 1.0
+      weight[b, : len(where)] = slot_weight(len(where), self.reduction)
       valid[b] = 1.0
     slots = self._slots(weight, num_slots or self._num_slots(rows, shape, size))
     return Batch(tokens, self._gather_hidden(rows, num_tokens, size), position, target, weight, valid, slots)
@@ -345,39 +353,4 @@ class Batcher:
       rows: int64 [b], the real examples, in batch order (the batch may have padding rows after them), and the batch.
     """
     for rows, shape, size in self.sequential_plan(batch_tokens):
-      yield rows, self.batch(rows, shape, size)
-
-  def shuffled_plan(self, batch_size: int, seed: int, epoch: int) -> list[tuple[np.ndarray, Shape, int]]:
-    """Lists the batches of `shuffled` as (rows, shape, size), without building them: ceil(N / batch_size) of them."""
-    if batch_size < 1:
-      raise UserError(f"batch_size={batch_size} must be at least 1")
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(self))
-    size = round_up(batch_size, self.multiple_of)
-    plan, waiting = [], order[:0]
-    for i, shape in enumerate(self.shapes):
-      rows = np.concatenate([waiting, order[self._shape_index[order] == i]])
-      full = len(rows) - len(rows) % batch_size
-      # Each batch gets short and long responses alike: less variance between steps, and one program serves them all.
-      plan += [(dealt, shape, size) for dealt in self._deal(rows[:full], batch_size)]
-      waiting = rows[full:]  # too few for a batch of this shape: they fit in the next one
-    if len(waiting):
-      plan.append((waiting, self.shape_of(waiting), size))
-    return [plan[i] for i in rng.permutation(len(plan))]
-
-  def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yields (rows, batch) with each example exactly once, in an order given by (seed, epoch) alone.
-
-    Examples of one shape make batches together; what is left over of a shape moves up to the next, so at most one
-    batch of an epoch has fewer than `batch_size` real rows.
-
-    Args:
-      batch_size: real examples per batch; the batch's B is this, rounded up to `multiple_of`.
-      seed: integer that names the run.
-      epoch: integer; another epoch has another order.
-
-    Yields:
-      rows: int64 [b], the real examples, in batch order, and the batch.
-    """
-    for rows, shape, size in self.shuffled_plan(batch_size, seed, epoch):
       yield rows, self.batch(rows, shape, size)

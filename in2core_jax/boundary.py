@@ -7,6 +7,7 @@ Hidden states are kept ragged (no padding), in memory or in a file that is memor
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from in2core_jax import model as model_lib
-from in2core_jax.batches import Batch, Batcher
+from in2core_jax import packing
 from in2core_jax.errors import UserError
 from in2core_jax.subtree import Subtree
 
@@ -40,6 +41,14 @@ class BoundaryCache:
     for slot, row in enumerate(rows):
       start, length = self.starts[row], self.lengths[row]
       out[slot, :length] = self.values[start : start + length]
+    return out
+
+  def lay_out(self, examples: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """Hidden states [size, D] with those of each example from its place on, zero elsewhere (packed rows)."""
+    out = np.zeros((size, self.values.shape[1]), self.values.dtype)
+    for row, place in zip(examples, places, strict=True):
+      start, length = self.starts[row], self.lengths[row]
+      out[place : place + length] = self.values[start : start + length]
     return out
 
   def take(self, rows: np.ndarray) -> "BoundaryCache":
@@ -76,7 +85,8 @@ class BoundaryJob:
     frozen: parameters outside the subtree.
     batch_tokens: padded token positions per batch.
     dtype: of the stored values.
-    place: puts a batch on the devices.
+    place: puts (tokens [W,T], offsets [W,T]) of packed rows on the devices.
+    multiple_of: rows of a batch are rounded up to a multiple of this (devices that share them).
     track: wraps the iterator of (rows, batch) with a progress display.
   """
 
@@ -85,16 +95,17 @@ class BoundaryJob:
   frozen: Any
   batch_tokens: int = 4096
   dtype: Any = np.float32
-  place: Callable[[Batch], Batch] = lambda batch: batch
+  place: Callable[[tuple], tuple] = lambda rows: rows
+  multiple_of: int = 1
   track: Callable[[Iterator, int], Iterator] = lambda batches, total: batches
 
 
-def compute_boundary(job: BoundaryJob, batcher: Batcher, file: pathlib.Path | None = None) -> BoundaryCache:
-  """Runs the layers below the boundary over a data set.
+def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None = None) -> BoundaryCache:
+  """Runs the layers below the boundary over a data set, examples packed into rows.
 
   Args:
     job: the model and how to run it.
-    batcher: of the data set, without hidden states.
+    dataset: has `tokens`, int32 [T_i] for each example.
     file: where to keep the values (written aside, then renamed, so that a killed run leaves no half file under this
       name); in memory when None. An existing file of the right size is reused.
 
@@ -106,21 +117,22 @@ def compute_boundary(job: BoundaryJob, batcher: Batcher, file: pathlib.Path | No
   """
   if "embed" in job.subtree.extras:
     raise UserError("the embedding is chosen, so no hidden state stays constant; use --boundary_cache=off")
-  lengths = np.array([len(tokens) for tokens in batcher.dataset.tokens], np.int64)
+  lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
   starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
   shape = (int(lengths.sum()), job.config.hidden_size)
   dtype = np.dtype(job.dtype)
   if file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize:
     return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
-  part = file.with_suffix(".part") if file is not None else None
+  part = _part_file(file) if file is not None else None
   values = np.memmap(part, dtype, "w+", shape=shape) if part is not None else np.empty(shape, dtype)
-  plan = batcher.sequential_plan(job.batch_tokens)
+  plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
-  for rows, batch in job.track(batcher.sequential(job.batch_tokens), len(plan)):
-    hidden = _below(job.config, job.subtree, job.frozen, job.place(batch).tokens)
+  for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
+    tokens, offsets = job.place((packed.tokens, packed.offsets))
+    hidden = _below(job.config, job.subtree, job.frozen, tokens, offsets)
     if waiting is not None:
       _store(values, starts, lengths, *waiting)
-    waiting = (rows, hidden)
+    waiting = (packed, hidden)
   if waiting is not None:
     _store(values, starts, lengths, *waiting)
   if part is not None:
@@ -130,10 +142,23 @@ def compute_boundary(job: BoundaryJob, batcher: Batcher, file: pathlib.Path | No
   return BoundaryCache(values, starts, lengths)
 
 
+def _part_file(file: pathlib.Path) -> pathlib.Path:
+  """A name of this process's own, since another run may be writing the same file; those of killed runs are removed."""
+  for left in file.parent.glob(f"{file.stem}-*.part"):
+    try:
+      os.kill(int(left.stem.rsplit("-", 1)[1]), 0)
+    except ProcessLookupError:
+      left.unlink(missing_ok=True)
+    except (PermissionError, ValueError):  # somebody else's
+      continue
+  return file.with_name(f"{file.stem}-{os.getpid()}.part")
+
+
 _below = jax.jit(model_lib.run_below, static_argnums=(0, 1))
 
 
-def _store(values, starts, lengths, rows, hidden) -> None:
-  host = np.asarray(hidden)
-  for slot, row in enumerate(rows):
-    values[starts[row] : starts[row] + lengths[row]] = host[slot, : lengths[row]]
+def _store(values, starts, lengths, packed: packing.PackedRows, hidden) -> None:
+  host = np.asarray(hidden).reshape(-1, hidden.shape[-1])
+  for example, place in zip(packed.examples, packed.places, strict=True):
+    start, length = starts[example], lengths[example]
+    values[start : start + length] = host[place : place + length]

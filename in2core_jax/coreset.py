@@ -453,6 +453,8 @@ _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
 POLICIES = tuple(_POLICIES)
 FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
 SEEDED_POLICIES = ("random", "length_matched_random")
+# What a select run must have measured first.
+SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quota", "highest_loss")
 
 
 def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:

@@ -243,13 +243,18 @@ def preconditioner(fitted: Ekfac, damping: float) -> Callable[[Tree], Tree]:
     UserError: damping not above 0, or (when called) a tree of another subtree.
   """
   damping = check_damping(damping, positive=True)
+  return lambda r: apply_inverse(fitted, damping, r)
 
-  def precondition(r: Tree) -> Tree:
-    flat = traverse_util.flatten_dict(r, sep="/")
-    _check_like(flat, fitted)
-    return traverse_util.unflatten_dict(_apply(fitted.factors, fitted.diagonals, flat, damping), sep="/")
 
-  return precondition
+def apply_inverse(fitted: Ekfac, damping: float | jax.Array, r: Tree) -> Tree:
+  """(fitted curvature + damping I)^-1 r, leaves [Q, ...]; pure: arrays of `fitted` and damping may be traced.
+
+  Raises:
+    UserError: a tree of another subtree.
+  """
+  flat = traverse_util.flatten_dict(r, sep="/")
+  _check_like(flat, fitted)
+  return traverse_util.unflatten_dict(_apply(fitted.factors, fitted.diagonals, flat, damping), sep="/")
 
 
 @jax.jit

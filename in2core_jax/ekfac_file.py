@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from in2core_jax import files
+from in2core_jax import ekfac, files
 from in2core_jax.ekfac import FIELDS, Ekfac, EkfacSettings, Factor, Source
 from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FORMAT = "in2core_jax ekfac 1"
 
@@ -70,10 +73,11 @@ def load(path: epath.PathLike, identity: str) -> Ekfac:
     with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as stored:
       header = json.loads(stored["header"].tobytes())
       arrays = {name: stored[name] for name in stored.files if name != "header"}
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
     raise UserError(f"{path} is no readable EK-FAC file ({error}): remove it and fit again") from error
-  if header.get("format") != FORMAT:
-    raise UserError(f"{path} has the format {header.get('format')!r}, not {FORMAT!r}: remove it and fit again")
+  if not isinstance(header, dict) or header.get("format") != FORMAT:
+    found = header.get("format") if isinstance(header, dict) else header
+    raise UserError(f"{path} has the format {found!r}, not {FORMAT!r}: remove it and fit again")
   if header["identity"] != identity:
     raise UserError(
       f"{path} was fitted from other weights, data or settings (hash {header['identity'][:12]}, "
@@ -86,3 +90,32 @@ def load(path: epath.PathLike, identity: str) -> Ekfac:
   diagonals = {leaf: part["diagonal"] for leaf, part in parts.items() if "diagonal" in part}
   factors = {leaf: Factor(**part) for leaf, part in parts.items() if "diagonal" not in part}
   return Ekfac(factors, diagonals, header["info"])
+
+
+def stored_fit(folder: epath.PathLike, data: Mapping[str, Any]) -> Callable[[Source, jax.Array, EkfacSettings], Ekfac]:
+  """An `ekfac.fit` that keeps its results in a folder and takes them from there, by identity.
+
+  A damaged or foreign file is never trusted: it is told in a warning, fitted again and replaced.
+
+  Args:
+    folder: of files IDENTITY.npz; made when needed.
+    data: names model and examples, as in `identity_of`.
+  """
+
+  def fit(source: Source, key: jax.Array, settings: EkfacSettings) -> Ekfac:
+    identity = identity_of(source, key, settings, data)
+    path = epath.Path(folder) / f"{identity[:16]}.npz"
+    if path.exists():
+      try:
+        fitted = load(path, identity)
+      except UserError as error:
+        log.warning("EK-FAC is fitted again: %s", error)
+      else:
+        log.info("EK-FAC: factors of an earlier fit, %s", path)
+        return fitted
+    fitted = ekfac.fit(source, key, settings)
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    save(path, fitted, identity)
+    return fitted
+
+  return fit

@@ -20,8 +20,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from in2core_jax import gradients
-from in2core_jax.batches import Batch, Batcher
+from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
+from in2core_jax.packing import Packer
 from in2core_jax.subtree import Subtree
 
 
@@ -125,7 +126,7 @@ class Trainer:
     wide = jax.tree.map(jnp.array, gradients.widen(sub))
     return wide, self.optimizer.init(wide)
 
-  def train(self, sub, frozen, batcher: Batcher, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
+  def train(self, sub, frozen, batcher: Packer, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
     """Trains from `sub` for `recipe.steps` steps, walking through the data as many times as that takes.
 
     Args:
@@ -145,7 +146,8 @@ class Trainer:
     first, sub, state, losses = log.restore(sub, state)
     pending: list = []
     tokens = responses = 0
-    for step, (rows, batch) in enumerate(itertools.islice(stream(batcher, self.recipe, seed), self.recipe.steps)):
+    for step, (places, batch) in enumerate(itertools.islice(stream(batcher, self.recipe, seed), self.recipe.steps)):
+      rows = places[places >= 0]
       seen = int(np.sum([len(batcher.dataset.tokens[row]) for row in rows]))
       answered = int(np.count_nonzero(batch.weight))
       tokens, responses = tokens + seen, responses + answered
@@ -177,7 +179,7 @@ class Trainer:
     log.step(step + 1, self.recipe.steps, value, seen)
 
 
-def stream(batcher: Batcher, recipe: Recipe, seed: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def stream(batcher: Packer, recipe: Recipe, seed: int) -> Iterator[tuple[np.ndarray, Batch]]:
   """Endless batches: epoch after epoch, each in an order that (seed, epoch) alone decides."""
   for epoch in itertools.count():
     yield from batcher.shuffled(recipe.batch_size, seed, epoch)

@@ -41,6 +41,8 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     values = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"{path}: no such file; a Hugging Face folder has a config.json beside its weights") from None
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}); give a config.json, not its folder") from error
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: broken JSON ({error}); correct it or fetch it again") from error
   if not isinstance(values, dict):

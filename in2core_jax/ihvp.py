@@ -108,7 +108,10 @@ def identity(v: Tree, matvec: Matvec | None = None, damping: float = 0.0) -> Sol
   return SolveResult(solution, residual, 0, [(0, residual)] if measured else [], info)
 
 
-def exact(matvec: Matvec, v: Tree, damping: float, limit: int = 4096) -> SolveResult:
+EXACT_LIMIT = 4096
+
+
+def exact(matvec: Matvec, v: Tree, damping: float, limit: int = EXACT_LIMIT) -> SolveResult:
   """(H + damping I)^-1 v by a dense float64 solve on the host: the oracle for small subtrees.
 
   Args:

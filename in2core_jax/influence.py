@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import gradients, ihvp
+from in2core_jax import ekfac, gradients, ihvp
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 
 # Yields (rows of the data set, batch on the devices), the same at every call.
 Stream = Callable[[], Iterator[tuple[np.ndarray, Any]]]
 
-SOLVERS = ("lissa", "cg", "datainf", "identity", "exact")
+SOLVERS = ("lissa", "cg", "datainf", "identity", "ekfac", "low_rank", "exact")
+PRECONDITIONERS = ("none", "ekfac", "diagonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SolverSettings:
     curvature: ggn, fisher or hessian.
     damping: absolute; None to use damping_ratio.
     damping_ratio: relative to the estimated largest eigenvalue (DataInf: to each layer's mean squared gradient entry).
-    depth: LiSSA steps of one run, CG steps.
+    depth: LiSSA steps of one run, CG steps, dimension of low_rank's Krylov space.
     repeat: LiSSA runs averaged.
     scale: LiSSA's; None estimates it.
     acceleration: LiSSA's: none, momentum or chebyshev.
@@ -42,6 +43,7 @@ class SolverSettings:
     seed: of LiSSA's minibatches and of the power iteration.
     average: share of LiSSA's last steps whose iterates are averaged; 0 is the plain recursion of METHOD.md section 3.
       Half of them takes most of the minibatches' noise out of the answer.
+    precondition: CG's: none, ekfac, or diagonal (the diagonal of the Fisher, fitted as EK-FAC's diagonal leaves are).
   """
 
   solver: str = "lissa"
@@ -55,6 +57,7 @@ class SolverSettings:
   tol: float = 1e-2
   seed: int = 0
   average: float = 0.5
+  precondition: str = "none"
 
   def __post_init__(self):
     if self.solver not in SOLVERS:
@@ -64,6 +67,12 @@ class SolverSettings:
       raise UserError(f"--curvature={self.curvature} is unknown; use one of {known}")
     if (self.damping is None) == (self.damping_ratio is None):
       raise UserError(f"--damping={self.damping} and --damping_ratio={self.damping_ratio}: give exactly one of the two")
+    if self.precondition not in PRECONDITIONERS:
+      raise UserError(f"--precondition={self.precondition} is unknown; use one of {', '.join(PRECONDITIONERS)}")
+    if self.precondition != "none" and self.solver != "cg":
+      raise UserError(f"--precondition={self.precondition} with --solver={self.solver}: only cg has a preconditioner")
+    if self.solver == "ekfac" and self.curvature == "hessian":
+      raise UserError("--solver=ekfac with --curvature=hessian: its factors are positive; use ggn or fisher, or cg")
 
 
 class Problem:
@@ -71,15 +80,25 @@ class Problem:
 
   Attributes:
     objective, sub, frozen: as in `gradients`.
+    microbatch, relabel: as given.
   """
 
-  def __init__(self, objective: gradients.Objective, sub: Tree, frozen: Tree, microbatch: int | None = 8):
+  def __init__(
+    self,
+    objective: gradients.Objective,
+    sub: Tree,
+    frozen: Tree,
+    microbatch: int | None = 8,
+    relabel: Callable[[Tree, Tree, Tree, jax.Array], Tree] | None = None,
+  ):
     """Prepares the kernels.
 
     Args:
       microbatch: examples whose gradients exist at the same time (`vmap(grad)` paths).
+      relabel: (sub, frozen, batch, keys [B]) -> batch with labels drawn from the model, for EK-FAC of the ggn.
     """
     self.objective, self.sub, self.frozen = objective, sub, frozen
+    self.microbatch, self.relabel = microbatch, relabel
     self._losses = jax.jit(partial(gradients.per_example_losses, objective))
     self._gradient = jax.jit(partial(gradients.sum_gradient, objective))
     self._jvp = jax.jit(partial(gradients.losses_and_jvp_scores, objective))
@@ -121,7 +140,7 @@ class Problem:
     for rows, batch in stream():
       part = self._gradient(self.sub, self.frozen, batch)
       total = part if total is None else _add(total, part)
-      count += len(rows)
+      count += np.count_nonzero(rows >= 0)
     if total is None:
       raise UserError("the evaluation set is empty: there is nothing to have influence on")
     mean = jax.tree.map(lambda leaf: leaf[None] / count, total)
@@ -147,7 +166,7 @@ class Problem:
 
   def scores(self, stream: Stream, size: int, directions: Tree, path: str = "auto") -> np.ndarray:
     """g_i . r_q for every query and example, float32 [Q, N]; see `losses_and_scores`."""
-    if _score_path(path, directions) == "jvp":
+    if score_path(path, _num_queries(directions)) == "jvp":
       return self.losses_and_scores(stream, size, directions, path)[1]
     kernel = lambda batch: self._vmap(self.sub, self.frozen, batch, directions)  # noqa: E731
     return _finite(_collect(stream, size, kernel, _num_queries(directions)))
@@ -167,7 +186,7 @@ class Problem:
     Raises:
       UserError: an unknown path, or a score that is not finite.
     """
-    if _score_path(path, directions) == "vmap":
+    if score_path(path, _num_queries(directions)) == "vmap":
       return self.losses(stream, size), self.scores(stream, size, directions, path)
     queries = _num_queries(directions)
     single = [jax.tree.map(lambda leaf, q=q: leaf[q], directions) for q in range(queries)]
@@ -226,13 +245,21 @@ def solve(
   curvature = problem.curvature(settings.curvature)
   matvec = ihvp.fixed_matvec(curvature, lambda: (batch for _, batch in data.fixed()))
   key = jax.random.key(settings.seed)
-  lambda_max, damping = _spectrum(matvec, v, key, settings, resume_from)
+  lambda_max, damping, top = _spectrum(matvec, v, key, settings, resume_from)
   if settings.solver == "exact":
     result = ihvp.exact(matvec, v, damping)
   elif settings.solver == "cg":
-    result = ihvp.cg(matvec, v, ihvp.CgSettings(damping=damping, tol=settings.tol, max_steps=settings.depth))
+    options = ihvp.CgSettings(damping=damping, tol=settings.tol, max_steps=settings.depth)
+    result = ihvp.cg(matvec, v, options, precondition=_preconditioner(problem, settings, data, damping))
+    result = dataclasses.replace(result, info=result.info | {"precondition": settings.precondition})
+  elif settings.solver == "ekfac":
+    result = ekfac.ekfac(v, fit_ekfac(problem, settings, data), damping, matvec=matvec)
+    result = dataclasses.replace(result, info=result.info | {"fitted_lambda_max": result.info["lambda_max"]})
+  elif settings.solver == "low_rank":
+    fitted = ihvp.fit_low_rank(matvec, v, jax.random.fold_in(key, 11), ihvp.LowRankSettings(settings.depth))
+    result = ihvp.low_rank(v, fitted, damping, matvec)
   else:
-    sampled = ihvp.Sampled(curvature, data.draw, matvec)
+    sampled = ihvp.Sampled(curvature, data.draw, matvec, top)
     result = ihvp.lissa(sampled, v, key, _lissa_settings(settings, damping, lambda_max), on_state, resume_from)
   facts = {
     "lambda_max": lambda_max,
@@ -241,6 +268,38 @@ def solve(
     "damping_rule": "absolute" if settings.damping_ratio is None else "damping_ratio * lambda_max",
   }
   return dataclasses.replace(result, info=result.info | facts)
+
+
+def fit_ekfac(
+  problem: Problem, settings: SolverSettings, data: "CurvatureData", matrices: str | None = ekfac.MATRICES
+) -> ekfac.Ekfac:
+  """EK-FAC of H at the problem's parameters: labels of the data for fisher, drawn from the model otherwise.
+
+  Args:
+    problem: where; `relabel` is needed unless the curvature is fisher.
+    settings: curvature and seed.
+    data: `factors` (or all) is what it is fitted to, by `fit`.
+    matrices: leaves that get Kronecker factors; None: a diagonal everywhere.
+
+  Raises:
+    UserError: whatever `ekfac.fit` refuses.
+  """
+  kind = "fisher" if settings.curvature == "fisher" else "ggn"
+  options = ekfac.EkfacSettings(
+    kind, matrices=matrices, microbatch=problem.microbatch or ekfac.EkfacSettings.microbatch
+  )
+  stream = data.all if data.factors is None else data.factors
+  relabel = problem.relabel if kind == "ggn" else None
+  source = ekfac.Source(problem.objective, problem.sub, problem.frozen, stream, relabel)
+  return data.fit(source, jax.random.fold_in(jax.random.key(settings.seed), 13), options)
+
+
+def _preconditioner(problem: Problem, settings: SolverSettings, data: "CurvatureData", damping: float):
+  """r -> M^-1 r for CG, or None; for the Hessian it is that of the ggn."""
+  if settings.precondition == "none":
+    return None
+  matrices = ekfac.MATRICES if settings.precondition == "ekfac" else None
+  return ekfac.preconditioner(fit_ekfac(problem, settings, data, matrices), damping)
 
 
 _DATAINF_RULE = "damping_l = damping_ratio * mean_i |g_il|^2 / d_l in every block l of d_l numbers"
@@ -261,9 +320,9 @@ def _lissa_settings(settings: SolverSettings, damping: float, lambda_max: float)
 
 
 def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: ihvp.LissaState | None):
-  """(largest eigenvalue of H on the fixed set, damping); refuses what LiSSA and CG cannot solve."""
+  """(largest eigenvalue of H on the fixed set, damping, eigenvector); refuses what LiSSA and CG cannot solve."""
   if state is not None:  # the same numbers, so that the resumed run ends in the same bytes
-    return state.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max)
+    return state.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max), None
   power = ihvp.power_iteration(matvec, v, jax.random.fold_in(key, 7), steps=10, tol=2e-2)
   damping = settings.damping
   if damping is None:
@@ -274,7 +333,8 @@ def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: 
       f"larger in size than its largest positive one, so H + damping I with damping {damping:.3g} is not positive "
       f"definite; use --damping well above {-power.dominant:.3g} or --curvature=ggn"
     )
-  return power.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, power.lambda_max)
+  damping = ihvp.resolve_damping(settings.damping, settings.damping_ratio, power.lambda_max)
+  return power.lambda_max, damping, power.vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,13 +343,38 @@ class CurvatureData:
 
   Attributes:
     all: every curvature example, for DataInf.
-    fixed: a fixed set: CG's system, and LiSSA's residual and power iteration; LiSSA draws none of it.
+    fixed: a fixed set: CG's and low_rank's system, everyone's power iteration and residual; LiSSA draws none of it.
     draw: key -> ihvp.Parts, a minibatch of other examples, a pure function of the key.
+    factors: what EK-FAC is fitted to; None: all.
+    fit: fits EK-FAC; `ekfac_file.stored_fit` makes one that keeps and reuses what it has fitted.
   """
 
   all: Stream
   fixed: Stream
   draw: Callable[[jax.Array], Any]
+  factors: Stream | None = None
+  fit: Callable[[ekfac.Source, jax.Array, ekfac.EkfacSettings], ekfac.Ekfac] = ekfac.fit
+
+
+def even_rows(rows: np.ndarray, size: int, key: jax.Array) -> np.ndarray:
+  """Draws `size` of `rows`, one from each of `size` equal stretches: a row is drawn size / len(rows) times on average.
+
+  Rows in order of length make draws of nearly the same number of tokens, so that one compiled program serves them all.
+  A row on the border of two stretches may come twice.
+  """
+  rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+  return rows[np.floor((np.arange(size) + rng.random(size)) * (len(rows) / size)).astype(np.int64)]
+
+
+def even_draw(rows: np.ndarray, size: int, build: Callable[[np.ndarray], Any]) -> Callable[[jax.Array], ihvp.Parts]:
+  """Makes `draw` of `even_rows`, without bias and in one part.
+
+  Args:
+    rows: the pool, in an order in which neighbours are alike (by length).
+    size: examples drawn.
+    build: rows -> batch on the devices.
+  """
+  return lambda key: ihvp.Parts((build(even_rows(rows, size, key)),), (1.0,))
 
 
 def stratified_counts(sizes: list[int], size: int) -> list[int]:
@@ -334,12 +419,17 @@ def _num_queries(directions: Tree) -> int:
   return jax.tree.leaves(directions)[0].shape[0]
 
 
-def _score_path(path: str, directions: Tree) -> str:
+def score_path(path: str, queries: int) -> str:
+  """The path in use, "jvp" or "vmap": `--score_path=auto` takes the cheaper one for so many directions.
+
+  Raises:
+    UserError: an unknown path.
+  """
   if path not in ("auto", "jvp", "vmap"):
     raise UserError(f"--score_path={path} is unknown; use auto, jvp or vmap")
   if path != "auto":
     return path
-  return "jvp" if _num_queries(directions) <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for 1 or 2 directions
+  return "jvp" if queries <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for 1 or 2 directions
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:
@@ -365,7 +455,8 @@ def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> n
 
 
 def _put(out, rows, values) -> None:
-  out[..., rows] = np.asarray(values)[..., : len(rows)]
+  there = np.flatnonzero(rows >= 0)  # packed batches have padding between the examples of their groups
+  out[..., rows[there]] = np.asarray(values)[..., there]
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

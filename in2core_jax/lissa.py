@@ -125,7 +125,7 @@ def choose_scale(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSetti
     if known is None:
       known, vector = _largest(sampled.matvec, v, probe_key, settings)
     else:
-      vector = algebra.random_normal(probe_key, v)
+      vector = algebra.random_normal(probe_key, v) if sampled.top is None else sampled.top
     largest = known
     for index in range(settings.scale_probes):
       batch = sampled.draw(jax.random.fold_in(key, _PROBE_KEY + 1 + index))

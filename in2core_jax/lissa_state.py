@@ -80,11 +80,14 @@ class Sampled:
     curvature: products of H on one batch.
     draw: draw(key) -> minibatch; a pure function of the key, or resuming gives other bytes.
     matvec: H v on held-out batches (`fixed_matvec`): measures the residual and the largest eigenvalue.
+    top: about the eigenvector of matvec's largest eigenvalue, leaves [1, ...], where it is known: minibatches have
+      nearly the same one, so that their own largest eigenvalue takes fewer products to find.
   """
 
   curvature: Curvature
   draw: Callable[[jax.Array], Tree]
   matvec: Matvec
+  top: Tree | None = None
 
 
 @dataclasses.dataclass(frozen=True)

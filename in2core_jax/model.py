@@ -182,7 +182,7 @@ def rotary_tables(config: ModelConfig, length: int, dtype) -> tuple[jax.Array, j
 
 
 def _rotate(x, rotary):
-  cos, sin = (table[None, :, None, :] for table in rotary)
+  cos, sin = (table[..., :, None, :] for table in rotary)  # [T, 1, half], or [B, T, 1, half] in packed rows
   first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -194,11 +194,27 @@ def _causal_mask(config: ModelConfig, length: int):
   return mask & (row - column < config.sliding_window) if config.sliding_window else mask
 
 
-def run_layers(config: ModelConfig, layer_params, h: jax.Array) -> jax.Array:
-  """Runs stacked layers (leading axis of every leaf) over hidden states h [B,T,D]."""
+def _packed_mask(offsets, mask):
+  """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
+  example = jnp.cumsum(offsets == 0, axis=1)
+  return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]
+
+
+def run_layers(config: ModelConfig, layer_params, h: jax.Array, offsets: jax.Array | None = None) -> jax.Array:
+  """Runs stacked layers (leading axis of every leaf) over hidden states h [B,T,D].
+
+  Args:
+    config: the model's shape.
+    layer_params: leaves [layers, ...].
+    h: [B,T,D].
+    offsets: int32 [B,T], position of each token in its own example where rows hold several (`packing`); None: one
+      example a row.
+  """
   length = h.shape[1]
   rotary = rotary_tables(config, length, accumulation_dtype(h.dtype))
   mask = _causal_mask(config, length)
+  if offsets is not None:
+    rotary, mask = tuple(table[offsets] for table in rotary), _packed_mask(offsets, mask)
 
   def body(carry, params):
     return Block(config).apply({"params": params}, carry, rotary, mask), None
@@ -216,17 +232,21 @@ def head_matrix(params) -> jax.Array:
   return params["lm_head"]["kernel"].T if "lm_head" in params else params["embed"]["embedding"]
 
 
-def run_below(config: ModelConfig, subtree: subtree_lib.Subtree, frozen, tokens: jax.Array) -> jax.Array:
+def run_below(
+  config: ModelConfig, subtree: subtree_lib.Subtree, frozen, tokens: jax.Array, offsets: jax.Array | None = None
+) -> jax.Array:
   """Hidden states [B,T,D] that enter the lowest chosen layer; constant while the subtree changes."""
   if subtree.boundary == 0:
     return embed(frozen, tokens)
-  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(frozen, tokens))
+  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(frozen, tokens), offsets)
 
 
-def run_above(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, h: jax.Array) -> jax.Array:
+def run_above(
+  config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, h: jax.Array, offsets: jax.Array | None = None
+) -> jax.Array:
   """Runs the layers from the boundary up, a scan for each run of chosen or not chosen layers."""
   for start, stop, _ in subtree.segments():
-    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h)
+    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h, offsets)
   return h
 
 
@@ -311,10 +331,13 @@ def _by_chunk(fn, z, *rest):
 
 def _head_ggn(z, dz, matrix):
   """W^T (diag(p) - p p^T) W dz per row: three vocabulary products, p = softmax(W z)."""
-  probability = jax.nn.softmax(_logits(z, matrix), axis=-1)
-  moved = probability * _logits(dz.astype(z.dtype), matrix)
-  moved = moved - probability * jnp.sum(moved, axis=-1, keepdims=True)
-  return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype)
+  logits_ = _logits(z, matrix)
+  # p = e / total; the division comes after the last product, where rows are short: fewer passes over [rows, V].
+  e = jnp.exp(logits_ - jnp.max(logits_, axis=-1, keepdims=True))
+  total = jnp.sum(e, axis=-1, keepdims=True)
+  moved = _logits(dz.astype(z.dtype), matrix)
+  moved = e * (moved - jnp.sum(e * moved, axis=-1, keepdims=True) / total)
+  return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype) / total
 
 
 @functools.cache  # equal choices give the same functions, so `jax.jit` compiles them once
@@ -344,20 +367,15 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
     elif batch.hidden is not None:
       h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
     else:
-      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens))
-    h = run_above(config, subtree, sub, frozen, h)
+      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
+    h = run_above(config, subtree, sub, frozen, h, batch.offsets)
     picked = _pick(h, batch)
     norm = sub if "final_norm" in subtree.extras else frozen
     z = Norm(config.rms_eps).apply({"params": norm["final_norm"]}, picked)
     return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
 
   def losses(z, frozen, batch):
-    target, weight = _by_slot(batch.target, batch), _by_slot(batch.weight, batch)
-    if head_is_chosen:
-      nll = _nll_of_logits(z, target)
-    else:
-      nll = token_nll(z.reshape(-1, z.shape[-1]), head_matrix(frozen), target.reshape(-1)).reshape(target.shape)
-    return _sum_by_example(nll * weight.astype(nll.dtype), batch)
+    return jnp.sum(_slot_losses(head_is_chosen, z, frozen, batch), axis=-1)
 
   def output_hvp(z, dz, frozen, batch):
     flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
@@ -365,17 +383,22 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
     product = _by_chunk(lambda zc, dzc: _head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
     return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
 
-  separate = lambda batch: batch._replace(slots=None)  # noqa: E731
+  def separate(batch):
+    if batch.offsets is not None:
+      raise ValueError("rows that hold several examples cannot be mapped over examples: use batches.Batcher")
+    return batch._replace(slots=None)
+
   return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
 
 
 def _pick(h, batch):
   """Hidden states [B,R,D] that predict the response slots, or [G,M,D] of the filled slots only."""
-  if batch.slots is None:
+  if batch.slots is None and batch.offsets is None:
     return jnp.take_along_axis(h, batch.position[..., None], axis=1)
-  groups = batch.slots.shape[0]
-  offset = jnp.arange(batch.position.shape[0])[:, None] % (batch.position.shape[0] // groups) * h.shape[1]
-  place = _by_slot(batch.position + offset, batch)
+  groups, position = batch.slots.shape[0], batch.position
+  if batch.offsets is None:  # a row for each example; packed batches count from the group's first token themselves
+    position += jnp.arange(position.shape[0])[:, None] % (position.shape[0] // groups) * h.shape[1]
+  place = _by_slot(position, batch)
   return jnp.take_along_axis(h.reshape(groups, -1, h.shape[-1]), place[..., None], axis=1)
 
 
@@ -387,14 +410,24 @@ def _by_slot(values, batch):
   return jnp.take_along_axis(flat, batch.slots, axis=1, mode="fill", fill_value=0)
 
 
-def _sum_by_example(values, batch):
-  """Sums [B] over the slots of each example; a slot is written once, so the order of additions is fixed."""
-  if batch.slots is not None:
-    groups, size = batch.slots.shape[0], batch.target.size // batch.slots.shape[0]
-    rows = jnp.arange(groups)[:, None]
-    values = jnp.zeros((groups, size), values.dtype).at[rows, batch.slots].set(values, mode="drop", unique_indices=True)
-    values = values.reshape(batch.target.shape)
-  return jnp.sum(values, axis=-1)
+def _by_example(values, batch):
+  """Inverse of `_by_slot`, zero elsewhere; a slot is written once, so what is summed over it has a fixed order."""
+  if batch.slots is None:
+    return values
+  groups, size = batch.slots.shape[0], batch.target.size // batch.slots.shape[0]
+  rows = jnp.arange(groups)[:, None]
+  values = jnp.zeros((groups, size), values.dtype).at[rows, batch.slots].set(values, mode="drop", unique_indices=True)
+  return values.reshape(batch.target.shape)
+
+
+def _slot_losses(head_is_chosen: bool, z, frozen, batch):
+  """Weighted negative log-likelihood [B,R] of every response slot, from the outputs z of the objective."""
+  target, weight = _by_slot(batch.target, batch), _by_slot(batch.weight, batch)
+  if head_is_chosen:
+    nll = _nll_of_logits(z, target)
+  else:
+    nll = token_nll(z.reshape(-1, z.shape[-1]), head_matrix(frozen), target.reshape(-1)).reshape(target.shape)
+  return _by_example(nll * weight.astype(nll.dtype), batch)
 
 
 def _head_is_chosen(config: ModelConfig, subtree: subtree_lib.Subtree) -> bool:
@@ -437,13 +470,24 @@ def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
   return relabel
 
 
+@functools.cache
+def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes token_losses(sub, frozen, batch) -> [B,R], the loss of METHOD apart for each response slot.
+
+    token_losses[b, r] = weight[b, r] * nll(target[b, r] | hidden state at position[b, r]),
+
+  whose sums over r are the losses of `make_objective`; exactly 0 on padding slots.
+  """
+  head_is_chosen, outputs = _head_is_chosen(config, subtree), make_objective(config, subtree).outputs
+
+  def token_losses(sub, frozen, batch):
+    return _slot_losses(head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
+
+  return token_losses
+
+
 def token_nlls(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch) -> jax.Array:
   """Per-token negative log-likelihood [B,R] at the response slots; zero on padding slots."""
-  batch = batch._replace(slots=None)
-  z = make_objective(config, subtree).outputs(sub, frozen, batch)
-  if _head_is_chosen(config, subtree):
-    nll = _nll_of_logits(z, batch.target)
-  else:
-    flat = z.reshape(-1, z.shape[-1])
-    nll = token_nll(flat, head_matrix(frozen), batch.target.reshape(-1)).reshape(batch.target.shape)
-  return jnp.where(batch.weight > 0, nll, 0)
+  filled = batch.weight > 0
+  nlls = token_losses_fn(config, subtree)(sub, frozen, batch._replace(weight=filled))
+  return jnp.where(filled, nlls, 0)

@@ -273,6 +273,10 @@ def place_batch(batch: Tree, mesh: Mesh, per_process: bool = False) -> Tree:
   Raises:
     UserError: leaves of different B, or a B that is not a multiple of the shards.
   """
+  if getattr(batch, "offsets", None) is not None:  # packed: rows, and apart from them examples
+    rows = {name: getattr(batch, name) for name in ("tokens", "hidden", "offsets")}
+    rest = place_batch(batch._replace(**dict.fromkeys(rows)), mesh, per_process)
+    return rest._replace(**place_batch(rows, mesh, per_process))
   if getattr(batch, "slots", None) is not None:  # [G, M]: one row for each shard, so it is cut like the examples
     rest = place_batch(batch._replace(slots=None), mesh, per_process)
     return rest._replace(slots=place_batch((batch.slots,), mesh, per_process)[0])

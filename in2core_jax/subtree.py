@@ -72,12 +72,13 @@ class Subtree:
     return tuple(runs)
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> tuple[int, ...]:
   """Reads the `--layers` language: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29 (negative counts from the top).
 
   Args:
     text: the flag's text.
     num_layers: how many layers the model has.
+    flag: the flag's name, for messages.
 
   Returns:
     Ascending layer indices without repeats.
@@ -89,7 +90,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     parse_layers("last:2", 30) == (28, 29); parse_layers("middle:2", 6) == (2, 3)
     parse_layers("every:3", 7) == (0, 3, 6)
   """
-  what = f"--layers={text}"
+  what = f"{flag}={text}"
   exists = (
     f"the model has layers 0..{num_layers - 1}; use all, last:K, first:K, middle:K, every:K or a list such as 0,5,-1"
   )
@@ -121,20 +122,23 @@ def leaf_paths(params: Params) -> tuple[str, ...]:
   return tuple(sorted(traverse_util.flatten_dict(params["layers"], sep="/")))
 
 
-def make_subtree(params: Params, layers: str | tuple[int, ...], modules: str = "all") -> Subtree:
+def make_subtree(params: Params, layers: str | tuple[int, ...], modules: str = "all", prefix: str = "") -> Subtree:
   """Chooses a subtree of `params`.
 
   Args:
     params: the parameter tree (arrays or shapes), layers stacked on the leading axis.
     layers: text for `parse_layers`, or indices (negative ones count from the top).
     modules: comma-separated words out of `MODULE_PATTERNS` and `EXTRA_MODULES`, or leaf paths inside a layer.
+    prefix: of the flags' names in messages: "trainable_" for --trainable_layers and --trainable_modules.
 
   Raises:
     UserError: for a layer or a module that the tree does not have; the message lists what exists.
   """
   paths = leaf_paths(params)
   num_layers = int(traverse_util.flatten_dict(params["layers"], sep="/")[paths[0]].shape[0])
-  indices = parse_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), num_layers)
+  indices = parse_layers(
+    layers if isinstance(layers, str) else ",".join(map(str, layers)), num_layers, f"--{prefix}layers"
+  )
   chosen: set[str] = set()
   extras: list[str] = []
   for word in (part.strip() for part in modules.split(",")):
@@ -149,7 +153,7 @@ def make_subtree(params: Params, layers: str | tuple[int, ...], modules: str = "
       near = difflib.get_close_matches(word, [*known, *paths], n=1)
       hint = f" Did you mean {near[0]}?" if near else ""
       raise UserError(
-        f"--modules={modules}: this model has no {word!r}.{hint} "
+        f"--{prefix}modules={modules}: this model has no {word!r}.{hint} "
         f"It has {', '.join(known)}; or paths: {', '.join(paths)}"
       )
     chosen.update(found)

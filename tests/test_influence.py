@@ -1,5 +1,6 @@
 """Influence against leaving an example out and fitting again, every solver through `solve`, and planted rows."""
 
+import dataclasses
 import logging
 import re
 import types
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import traverse_util
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import algebra, evaluation, gradients, ihvp, influence, model, subtree
+from in2core_jax import algebra, ekfac, ekfac_file, evaluation, gradients, ihvp, influence, model, subtree
 from in2core_jax.batches import Batcher, Shape
 from in2core_jax.errors import UserError
 from in2core_jax.influence import CurvatureData, Problem, SolverSettings, solve
@@ -158,12 +160,13 @@ def random_queries(linear, queries=3):
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "fisher", "hessian"])
-@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa", "low_rank"])
 def test_solvers_give_the_dense_inverse_of_each_curvature(solver, curvature, x64):
   linear = make_linear("logistic")
   whole = points(linear.x["train"], linear.y["train"], np.arange(N), N)
   v, (h, _) = random_queries(linear), dense(linear, curvature)
-  settings = SolverSettings(solver, curvature, None, 0.05, depth=400, tol=1e-10)
+  depth = FEATURES if solver == "low_rank" else 400  # a Krylov space as large as the subtree is all of it
+  settings = SolverSettings(solver, curvature, None, 0.05, depth=depth, tol=1e-10)
   result = solve(linear.problem, v, settings, CurvatureData(linear.train, linear.train, lambda key: whole))
   damping = result.info["damping"]
   assert damping == pytest.approx(0.05 * np.linalg.eigvalsh(h)[-1], rel=0.02)
@@ -191,6 +194,25 @@ def test_datainf_inverts_example_by_example_with_its_own_damping(ratio, x64):
   # Its damping is no share of an eigenvalue, and the facts do not say so.
   assert result.info["damping_ratio"] == ratio and "lambda_max" not in result.info
   assert ("mean_i |g_il|^2" in result.info["damping_rule"]) == (ratio is not None)
+
+
+def test_low_rank_solves_its_krylov_space_and_damps_the_rest(x64):
+  linear = make_linear("logistic")
+  v, (h, _) = random_queries(linear), dense(linear, "ggn")
+  damping, rows = 0.01, algebra.ravel(v)
+  found = solve(linear.problem, v, SolverSettings("low_rank", "ggn", damping, None, depth=2), linear.data)
+  assert (found.steps, found.info["rank"]) == (2, 2)
+  x = algebra.ravel(found.solution)
+  # A correction of rank 2 to v / damping, with two positive Ritz values inside the spectrum, and its measured residual.
+  correction = rows / damping - x
+  assert np.linalg.matrix_rank(correction, tol=1e-8 * np.linalg.norm(correction)) == 2
+  least, largest = np.linalg.eigvalsh(h)[[0, -1]]
+  assert least < found.info["smallest_kept"] < largest
+  error = np.linalg.norm(x @ (h + damping * np.eye(FEATURES)) - rows, axis=1) / np.linalg.norm(rows, axis=1)
+  np.testing.assert_allclose(found.residual, error, rtol=1e-6)
+  assert np.all(error > 1e-3)
+  with pytest.raises(UserError, match="low rank with steps=50 on a subtree of 4 parameters"):
+    solve(linear.problem, v, SolverSettings("low_rank"), linear.data)
 
 
 def test_identity_is_the_gradient_dot_product(x64):
@@ -285,6 +307,9 @@ def test_no_curvature_at_all_leaves_the_damping(solver, x64):
     ({"curvature": "flat"}, "--curvature=flat is unknown; use one of ggn, fisher, hessian"),
     ({"damping": 0.1}, "--damping=0.1 and --damping_ratio=0.1: give exactly one"),
     ({"damping_ratio": None}, "give exactly one"),
+    ({"solver": "ekfac", "curvature": "hessian"}, "--curvature=hessian: its factors are positive; use ggn or fisher"),
+    ({"solver": "cg", "precondition": "jacobi"}, "--precondition=jacobi is unknown; use one of none, ekfac, diagonal"),
+    ({"precondition": "ekfac"}, "--precondition=ekfac with --solver=lissa: only cg has a preconditioner"),
   ],
 )
 def test_wrong_settings_are_refused(changes, message):
@@ -379,6 +404,137 @@ def tiny_stream(batch):
   return lambda: iter([(np.arange(len(tiny.ROLES)), batch)])
 
 
+class Dense(NamedTuple):
+  """A decoder small enough for dense curvatures, in float64, all its examples as every stream."""
+
+  t: tiny.Tiny
+  problem: Problem
+  data: CurvatureData
+  v: Any
+  h: dict
+
+
+@pytest.fixture(scope="module")
+def decoder():
+  with jax.enable_x64(True):
+    t = tiny.make_tiny("1,2", "all", jnp.float64, config=tiny.smaller_config())
+    problem = Problem(t.objective, t.sub, t.frozen, 4, model.sample_labels_fn(t.config, t.subtree))
+    stream, v = tiny_stream(t.batch), tiny.direction(t.sub, queries=2)
+    batches = lambda: (batch for _, batch in stream())  # noqa: E731
+    h = {kind: ihvp.dense_matrix(ihvp.fixed_matvec(problem.curvature(kind), batches), v) for kind in ("ggn", "fisher")}
+    yield Dense(t, problem, CurvatureData(stream, stream, lambda key: t.batch), v, h)
+
+
+def ekfac_reference(d, fitted, damping, h):
+  """x = sum_u u (u . v) / (lambda_u + damping) over EK-FAC's eigenvectors u, written out; [Q, P].
+
+  lambda_u is u.H u of the dense `h`; the fitted lambda where `h` is None.
+  """
+  flat = lambda tree: {key: np.asarray(leaf) for key, leaf in traverse_util.flatten_dict(tree, sep="/").items()}  # noqa: E731
+  sizes = {path: leaf.size for path, leaf in flat(d.t.sub).items()}
+  starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+  wanted = {}
+  for path, leaf in flat(d.v).items():
+    block = slice(starts[path], starts[path] + sizes[path])
+    if path in fitted.diagonals:
+      own = fitted.diagonals[path] if h is None else np.diag(h[block, block]).reshape(leaf.shape[1:])
+      wanted[path] = leaf / (own + damping)
+      continue
+    factor, inverse, size = fitted.factors[path], [], sizes[path] // 2
+    for layer in range(2):  # u = vec(a s^T): row-major, so a kron s
+      u = np.kron(factor.left[layer], factor.right[layer])
+      part = slice(block.start + layer * size, block.start + (layer + 1) * size)
+      own = factor.values[layer].reshape(-1) if h is None else np.diag(u.T @ h[part, part] @ u)
+      inverse.append((leaf[:, layer].reshape(len(leaf), -1) @ u / (own + damping)) @ u.T)
+    wanted[path] = np.stack(inverse, axis=1).reshape(leaf.shape)
+  return np.concatenate([wanted[path].reshape(2, -1) for path in sizes], axis=1)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x64):
+  d, h = decoder, decoder.h[curvature]
+  settings = SolverSettings("ekfac", curvature, damping_ratio=0.05, seed=3)
+  result = solve(d.problem, d.v, settings, d.data)
+  largest = np.linalg.eigvalsh(h)[-1]
+  # Equal ratios are equal dampings for all solvers: of H's largest eigenvalue, not of the largest fitted lambda.
+  assert result.info["lambda_max"] == pytest.approx(largest, rel=0.02)
+  assert result.info["damping"] == pytest.approx(0.05 * largest, rel=0.02)
+  assert result.info["fitted_lambda_max"] != pytest.approx(largest, rel=0.02)
+  assert (result.info["curvature"], result.info["examples"]) == (curvature, 6)
+  fitted, damping = influence.fit_ekfac(d.problem, settings, d.data), result.info["damping"]
+  x = algebra.ravel(result.solution)
+  np.testing.assert_allclose(x, ekfac_reference(d, fitted, damping, h if curvature == "fisher" else None), rtol=1e-7)
+  error = algebra.ravel(d.v) - x @ (h + damping * np.eye(len(h)))
+  wanted = np.linalg.norm(error, axis=1) / np.linalg.norm(algebra.ravel(d.v), axis=1)
+  np.testing.assert_allclose(result.residual, wanted, rtol=1e-6)
+  assert np.all(result.residual < np.linalg.norm(algebra.ravel(d.v) @ h / damping, axis=1))
+  seeded = [SolverSettings("ekfac", curvature, damping, None, seed=seed) for seed in (3, 4)]
+  one, other = (algebra.ravel(solve(d.problem, d.v, each, d.data).solution) for each in seeded)
+  assert np.array_equal(one, other) == (curvature == "fisher")  # the seed draws the ggn's labels
+
+
+def test_ekfac_is_fitted_to_its_own_stream_by_its_own_function(decoder, x64):
+  d, calls = decoder, []
+  some = lambda: iter([(np.arange(3), tiny.make_batch(d.t.config, range(3)))])  # noqa: E731
+
+  def fit(*arguments):
+    calls.append(arguments)
+    return ekfac.fit(*arguments)
+
+  data = dataclasses.replace(d.data, factors=some, fit=fit)
+  result = solve(d.problem, d.v, SolverSettings("ekfac", "fisher"), data)
+  assert len(calls) == 1 and result.info["examples"] == 3
+  unlabelled = Problem(d.t.objective, d.t.sub, d.t.frozen, 4)
+  assert np.all(np.isfinite(solve(unlabelled, d.v, SolverSettings("ekfac", "fisher"), d.data).residual))
+  with pytest.raises(UserError, match="give Source.relabel, or use curvature=fisher"):
+    solve(unlabelled, d.v, SolverSettings("ekfac"), d.data)
+
+
+@pytest.mark.parametrize("precondition", ["none", "ekfac", "diagonal"])
+def test_cg_gives_the_dense_inverse_with_any_preconditioner(decoder, precondition, x64):
+  d, h, settings = decoder, decoder.h["ggn"], SolverSettings("cg", damping_ratio=0.01, depth=600, tol=1e-9)
+  result = solve(d.problem, d.v, dataclasses.replace(settings, precondition=precondition), d.data)
+  assert result.info["precondition"] == precondition and result.info["converged"]
+  wanted = np.linalg.solve(h + result.info["damping"] * np.eye(len(h)), algebra.ravel(d.v).T).T
+  np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-6, atol=1e-7 * np.abs(wanted).max())
+  if precondition != "none":  # another path to the same answer
+    plain = solve(d.problem, d.v, settings, d.data)
+    assert not np.allclose(plain.curve[1][1], result.curve[1][1], rtol=1e-3)
+
+
+def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, caplog, x64):
+  d, settings = decoder, SolverSettings("ekfac", "fisher", seed=1)
+  data = dataclasses.replace(d.data, fit=ekfac_file.stored_fit(tmp_path / "ekfac", {"data": "tiny"}))
+
+  def again(problem=d.problem, data=data):
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+      solution = solve(problem, d.v, settings, data).solution
+    return solution, caplog.text
+
+  first, text = again()
+  (path,) = (tmp_path / "ekfac").iterdir()
+  stored = path.read_bytes()
+  assert "earlier fit" not in text
+  reused, text = again()
+  assert "factors of an earlier fit" in text
+  tiny.assert_trees_equal(reused, first)
+  # A file of another fit under this name, half a file, a flipped bit: a warning, a new fit, and the file is mended.
+  ekfac_file.save(tmp_path / "other.npz", influence.fit_ekfac(d.problem, settings, d.data), "of other weights")
+  flipped = bytearray(stored)
+  flipped[len(stored) // 2] ^= 1
+  for bad in ((tmp_path / "other.npz").read_bytes(), stored[: len(stored) // 2], bytes(flipped)):
+    path.write_bytes(bad)
+    mended, text = again()
+    assert "EK-FAC is fitted again" in text and path.read_bytes() == stored
+    tiny.assert_trees_equal(mended, first)
+  moved = d.problem.at(jax.tree.map(lambda leaf: 1.01 * leaf, d.t.sub))
+  again(moved)
+  other_data = dataclasses.replace(d.data, fit=ekfac_file.stored_fit(tmp_path / "ekfac", {"data": "other"}))
+  again(data=other_data)
+  assert len(list((tmp_path / "ekfac").iterdir())) == 3 and path.read_bytes() == stored
+
+
 def test_an_example_without_response_scores_exactly_0():
   t = tiny.make_tiny()
   problem = Problem(t.objective, t.sub, t.frozen, microbatch=4)
@@ -396,9 +552,10 @@ def test_an_example_without_response_scores_exactly_0():
 
 def test_a_second_call_compiles_nothing(caplog):
   t = tiny.make_tiny()
-  problem = Problem(t.objective, t.sub, t.frozen, microbatch=4)
+  problem = Problem(t.objective, t.sub, t.frozen, 4, model.sample_labels_fn(t.config, t.subtree))
   others = tiny.make_batch(t.config, [4, 2, 1, 0, 5, 3])
   moved = jax.tree.map(lambda leaf: 1.01 * leaf, t.sub)
+  every = [name for name in influence.SOLVERS if name != "exact"]
 
   def compiled(problem, batch, seed):
     stream = tiny_stream(batch)
@@ -407,8 +564,9 @@ def test_a_second_call_compiles_nothing(caplog):
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
       v = problem.mean_gradient(stream)
-      for solver in influence.SOLVERS[:4]:
-        result = solve(problem, v, SolverSettings(solver, depth=4, tol=0.0, seed=seed), data)
+      for solver, precondition in [(name, "none") for name in every] + [("cg", "ekfac"), ("cg", "diagonal")]:
+        settings = SolverSettings(solver, depth=4, tol=0.0, seed=seed, precondition=precondition)
+        result = solve(problem, v, settings, data)
         for path in ("jvp", "vmap"):
           problem.scores(stream, 6, result.solution, path)
     return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
@@ -456,7 +614,8 @@ def planted():
   config, shape = tiny.make_config(), Shape(8, 4)
   params = tiny.make_params(config)
   chosen = subtree.make_subtree(params, "last:2", "all")
-  problem = Problem(model.make_objective(config, chosen), *subtree.split(params, chosen), microbatch=None)
+  relabel = model.sample_labels_fn(config, chosen)
+  problem = Problem(model.make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
   batcher, evals = Batcher(train, (shape,)), Batcher(evaluation_set, (shape,))
   stream = lambda: batcher.sequential(128)  # noqa: E731
   draw = influence.stratified_draw([(np.arange(len(right)), shape)], 16, batcher.batch)
@@ -467,8 +626,10 @@ def planted():
   return Planted(problem, stream, CurvatureData(stream, stream, draw), query, right)
 
 
-# DataInf swaps mean and inverse, and is measurably further from the inverse than the others.
-@pytest.mark.parametrize(("solver", "least"), [("cg", 0.95), ("lissa", 0.95), ("datainf", 0.9)])
+# DataInf swaps mean and inverse, EK-FAC drops blocks: measurably further from the inverse than the others.
+@pytest.mark.parametrize(
+  ("solver", "least"), [("cg", 0.95), ("lissa", 0.95), ("low_rank", 0.95), ("datainf", 0.9), ("ekfac", 0.9)]
+)
 def test_planted_rows_outrank_rows_with_shuffled_answers(planted, solver, least):
   settings = SolverSettings(solver, damping_ratio=0.1, depth=40)
   result = solve(planted.problem, planted.query, settings, planted.data)

@@ -131,7 +131,7 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert list(scores) == names
   train = bench.parts["train"]
   assert tuple(scores["example_id"]) == train.ids and scores["selected"].sum() == 20
-  order = np.argsort(-scores["influence"], kind="stable")
+  order = np.lexsort((np.array(train.ids), -scores["influence"]))  # copies have equal scores; their ids decide
   assert list(scores["rank"][order]) == list(range(1, 41)) and scores["selected"][order[:20]].all()
   kept = [record.raw for record, chosen in zip(train.records, scores["selected"], strict=True) if chosen]
   assert (folder / "coreset.jsonl").read_text().splitlines() == kept
@@ -149,6 +149,51 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert (folder / "scores.parquet").stat().st_mtime_ns == before
   with pytest.raises(UserError, match="depth is 4 there and 5 now"):
     select.run(chosen.replace(depth=5), bench)
+
+
+def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
+  common = settings.replace(checkpoint=trained, solver="ekfac", damping_ratio=0.5, curvature="fisher")
+  run = lambda name, **changes: pathlib.Path(  # noqa: E731
+    select.run(common.replace(run_dir=str(tmp_path / name), **changes), bench)
+  )
+  plain = run("plain", per_layer=True, per_token=True, self_influence=True)
+  scores = artifacts.read_parquet(plain / "scores.parquet")
+  ids = {name: row for row, name in enumerate(scores["example_id"])}
+  scale = np.abs(scores["influence"]).max()
+  for file, parts in (("layer_scores.parquet", ["layer 2", "layer 3"]), ("token_scores.parquet", None)):
+    table = artifacts.read_parquet(plain / file)
+    sums = np.bincount([ids[name] for name in table["example_id"]], table["influence"], len(ids))
+    np.testing.assert_allclose(sums, scores["influence"], atol=1e-5 * scale)
+    assert parts is None or sorted(set(table["layer"])) == parts
+  tokens = artifacts.read_parquet(plain / "token_scores.parquet")
+  assert len(tokens["token"]) == bench.parts["train"].num_response_tokens.sum()
+  answered = scores["num_response_tokens"] > 0
+  assert (scores["self_influence"][answered] > 0).all() and not scores["self_influence"][~answered].any()
+  relative = artifacts.read_parquet(run("relatif", normalize="relatif") / "scores.parquet")["influence"]
+  wanted = scores["influence"][answered] / np.sqrt(scores["self_influence"][answered])
+  np.testing.assert_allclose(relative[answered], wanted, rtol=1e-3)
+  cosines = artifacts.read_parquet(run("cosine", normalize="cosine", solver="lissa") / "scores.parquet")["influence"]
+  assert np.abs(cosines).max() <= 1 and np.abs(cosines).max() > 0.01
+
+
+def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
+  wrong = {
+    "exact": {"solver": "exact", "layers": "all"},
+    "precondition": {"precondition": "ekfac"},
+    "self_influence": {"self_influence": True},
+    "normalize=relatif": {"normalize": "relatif"},
+    "per_layer": {"per_layer": True, "aggregate": "topic_max"},
+    "layers=last:9": {"layers": "last:9"},
+  }
+  for words, changes in wrong.items():
+    folder = tmp_path / words.split(":")[0]
+    with pytest.raises(UserError, match=words):
+      select.run(settings.replace(run_dir=str(folder), **changes), bench)
+    assert not folder.exists()
+  with pytest.raises(UserError, match="--trainable_layers=last:9"):
+    finetune.run(settings.replace(run_dir=str(tmp_path / "f"), trainable_layers="last:9"), bench)
+  with pytest.raises(UserError, match="proponents needs the scores of a select run"):
+    evaluate.run(settings.replace(run_dir=str(tmp_path / "e"), policies="proponents"), bench)
 
 
 def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
