@@ -3,6 +3,7 @@
 python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
 """
 
+import dataclasses
 import logging
 
 import jax
@@ -77,6 +78,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "lora_rank": settings.lora_rank if settings.trainable == "lora" else 0,
     "seed": settings.seed,
     "steps": recipe.steps,
+    "recipe": dataclasses.asdict(recipe),
     "identity": run_dir.identity_sha256,
   }
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
@@ -84,7 +86,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
       step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
     )
-    train_log = finetune.TrainLog(folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, meta, report)
+    train_log = finetune.TrainLog(
+      folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, settings.keep_checkpoints, meta, report
+    )
     trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
     result = trainer.train(sub, frozen, packer, log=train_log)
   summary = {

@@ -83,6 +83,7 @@ class Settings:
   weight_decay: float = _flag("finetune", 0.0, "AdamW's, on matrices")
   max_grad_norm: float = _flag("finetune", 1.0, "global clipping norm; 0: none")
   checkpoint_every: int = _flag("finetune", 50, "steps between checkpoints")
+  keep_checkpoints: int = _flag("finetune", 2, "newest checkpoints that stay; 0: all, for --trajectory")
 
   checkpoint: str = _flag("select", "", "`checkpoint` folder of a finetune run; empty: the base model")
   layers: str = _flag("select", "last:8", "chosen layers: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29")
@@ -126,8 +127,19 @@ class Settings:
     "select", False, "also write the score of every evaluation example with every training example"
   )
   query_block: int = _flag("select", 8, "per_query: evaluation gradients that exist at the same time")
-  score_path: str = _flag("select", "auto", "how scores are computed", ("auto", "jvp", "vmap"))
-  sketch_size: int = _flag("select", 32, "matching: gradients are projected to so many numbers a side")
+  score_path: str = _flag(
+    "select",
+    "auto",
+    "how scores are computed; projected: estimated from a store on disk, for other queries on the same training set",
+    ("auto", "jvp", "vmap", "projected"),
+  )
+  sketch_size: int = _flag("select", 32, "matching and projected: gradients become so many numbers a side")
+  trajectory: str = _flag(
+    "select",
+    "none",
+    "add up over all checkpoints of --checkpoint, with --solver=identity: products (tracin), cosines with Adam's steps",
+    ("none", "tracin", "less"),
+  )
 
   select_runs: str = _flag(
     "evaluate", "", "select run folders, separated by commas; each adds its policy to the comparison"
@@ -225,7 +237,8 @@ def read() -> Settings:
   ):
     if getattr(settings, name) < 1:
       raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
-  for name in ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget", "ekfac_examples"):
+  limits = ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget")
+  for name in (*limits, "ekfac_examples", "keep_checkpoints"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
   if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:

@@ -16,10 +16,10 @@ import numpy as np
 
 from experiments import cli, flags
 from experiments.flags import Settings
+from experiments.scoring import Projection, projected_scores, queries, trained_subtree, trajectory_scores
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import __version__ as version
 from in2core_jax import (
-  adapters,
   artifacts,
   breakdown,
   coreset,
@@ -30,6 +30,7 @@ from in2core_jax import (
   influence,
   model,
   packing,
+  projected,
   report,
   subtree,
   variants,
@@ -133,18 +134,6 @@ def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray
   return stream, ekfac_file.stored_fit(pathlib.Path(s.run_dir).parent / "ekfac", made_of)
 
 
-def queries(bench: Workbench, s: Settings, chosen: Chosen):
-  """The aggregated queries and their names: one for --aggregate=mean, else one for each evaluation topic."""
-  topics = np.array(bench.parts["eval"].topics)
-  names = ["all"] if s.aggregate == "mean" else sorted(set(topics))
-  gradients = []
-  for name in names:
-    rows = np.arange(len(topics)) if name == "all" and s.aggregate == "mean" else np.flatnonzero(topics == name)
-    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
-    gradients.append(chosen.problem.mean_gradient(stream))
-  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *gradients), names
-
-
 def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock = Clock()
@@ -156,7 +145,14 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   result = solve(bench, s, chosen, v)
   _announce(result)
   clock.lap("solver")
-  if s.normalize != "none" or s.self_influence:
+  itself = None
+  if s.trajectory != "none":
+    raw, names = trajectory_scores(bench, s)
+    loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
+  elif s.score_path == "projected":
+    raw = projected_scores(bench, s, chosen, result.solution)
+    loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
+  elif s.normalize != "none" or s.self_influence:
     found = measure(bench, s, chosen, result)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
     itself = found.self_influence if s.self_influence else None
@@ -165,7 +161,6 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
       train = bench.batcher("train", chosen.tree, chosen.params)
     stream = bench.stream(train, "losses and scores")
     loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
-    itself = None
   clock.lap("scores")
   total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
@@ -190,14 +185,28 @@ def measure(bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveRes
   return variants.measure(chosen.problem, stream, len(train), result.solution, inverse)
 
 
-def check_settings(s: Settings, chosen: Chosen) -> None:
+def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
   """Refuses what cannot be done before there is a run folder, which the corrected command could not use.
 
   Raises:
     UserError: flags that contradict each other.
   """
   solver_settings(s)
-  influence.score_path(s.score_path, 1)
+  if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
+    raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
+  other_ways = [name for name in ("self_influence", "per_query") if getattr(s, name)]
+  other_ways += ["normalize"] if s.normalize != "none" else []
+  if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
+    way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
+    raise UserError(f"--{other_ways[0]} does not go with {way}: leave one of them out")
+  if s.trajectory != "none" and (s.solver != "identity" or s.score_path == "projected"):
+    raise UserError(
+      f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
+    )
+  if s.trajectory != "none" and not s.checkpoint:
+    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  if s.trajectory == "less":
+    trained_subtree(bench, s)
   size = subtree.count(chosen.problem.sub)
   if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
     raise UserError(
@@ -241,16 +250,11 @@ def sketch_inputs(bench: Workbench, s: Settings, params) -> dict:
 
   Evaluation examples without a response have no gradient and are left out.
   """
-  sketched = adapters.add_sketch(params, s.sketch_size, jax.random.key(s.seed))
-  chosen = choose(bench, sketched, s.layers, "sketch")
-  found = []
-  for part in ("train", "eval"):
-    batcher = bench.batcher(part, chosen.tree, params)  # a sketch changes no hidden state
-    stream = bench.stream(batcher, f"projected gradients ({part})")
-    found.append(chosen.problem.adapter_features(stream, len(batcher)))
+  projection = Projection(bench, s, params, s.seed)
   evals = bench.parts["eval"]
   keep = np.flatnonzero(evals.num_response_tokens)
-  return {"features": found[0], "target": found[1][keep], "query_topics": [evals.topics[row] for row in keep]}
+  features, target = projection.store().features(), projection.features("eval")[keep]
+  return {"features": features, "target": target, "query_topics": [evals.topics[row] for row in keep]}
 
 
 def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> coreset.PolicyInputs:
@@ -301,7 +305,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   budget = budget_of(s)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
-  check_settings(s, chosen)
+  check_settings(bench, s, chosen)
   train = bench.parts["train"]
   budget.limit(train.num_tokens[train.num_response_tokens > 0])  # what cannot be met is told before the work
   identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
@@ -454,6 +458,10 @@ def _unit(s: Settings) -> str:
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
   if s.aggregate == "topic_quota":
     return "none: a priority, the number of examples for the first choice down to 1 for the last"
+  if s.trajectory == "less":
+    return "learning rate: a sum of cosines, each times the mean learning rate before its checkpoint"
+  if s.trajectory == "tracin":
+    return "loss, summed over the checkpoints: what steps along the example's gradient take off the evaluation loss"
   if s.normalize == "cosine":
     return "none: the cosine of the example's gradient and the direction that the solver made of the query's"
   if s.normalize != "none":

@@ -80,8 +80,12 @@ class Workbench:
     """Names the base weights."""
     return self._loaded[3]
 
-  def checkpoint_params(self, folder: str):
+  def checkpoint_params(self, folder: str, step: int | None = None):
     """The base model with a checkpoint's subtree put in; the base model itself when `folder` is empty.
+
+    Args:
+      folder: of checkpoints.
+      step: which of them; the newest when None.
 
     Raises:
       UserError: no checkpoint there, or one of another model.
@@ -105,7 +109,7 @@ class Workbench:
       tuple(saved["layers"]), self.config.num_layers, tuple(saved["paths"]), tuple(saved["extras"])
     )
     sub, frozen = subtree.split(params, chosen)
-    return subtree.merge(finetune.load_sub(folder, sub), frozen, chosen)
+    return subtree.merge(finetune.load_sub(folder, sub, step), frozen, chosen)
 
   # ---- data --------------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ class Workbench:
   def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     """What the results of a stage depend on; the run folder refuses another one."""
     flags_ = settings.identity(*groups)
-    for name in (*_WHERE_AND_HOW_FAST, "checkpoint_every", "query_block"):
+    for name in (*_WHERE_AND_HOW_FAST, "checkpoint_every", "keep_checkpoints", "query_block"):
       flags_.pop(name, None)
     return {
       "stage": stage,

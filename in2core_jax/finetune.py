@@ -65,12 +65,17 @@ def steps_for(num_examples: int, batch_size: int, epochs: float) -> int:
   return max(1, round(epochs * -(-num_examples // batch_size)))
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019) behind global-norm clipping, with warm-up and cosine decay."""
+def make_schedule(recipe: Recipe) -> optax.Schedule:
+  """Learning rate of each step: linear warm-up, then cosine decay to 0."""
   warmup = max(1, round(recipe.warmup_ratio * recipe.steps)) if recipe.warmup_ratio else 0
-  schedule = optax.warmup_cosine_decay_schedule(
+  return optax.warmup_cosine_decay_schedule(
     0.0 if warmup else recipe.learning_rate, recipe.learning_rate, warmup, max(recipe.steps, warmup + 1)
   )
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019) behind global-norm clipping, with warm-up and cosine decay."""
+  schedule = make_schedule(recipe)
   matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 3, tree)  # noqa: E731
   adamw = optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=matrices if recipe.weight_decay else None)
   return optax.chain(optax.clip_by_global_norm(recipe.max_grad_norm), adamw) if recipe.max_grad_norm else adamw
@@ -193,6 +198,7 @@ class TrainLog:
     folder: of the checkpoints; None keeps nothing.
     metrics: JSONL file with step, loss, tokens, tokens_per_second.
     every: steps between checkpoints.
+    keep: checkpoints that stay, the newest ones; 0: all.
     meta: stored beside the checkpoint: what it depends on and how to use it.
     on_step: called with (step, steps, loss, tokens_per_second).
   """
@@ -200,6 +206,7 @@ class TrainLog:
   folder: pathlib.Path | None = None
   metrics: pathlib.Path | None = None
   every: int = 50
+  keep: int = 2
   meta: dict = dataclasses.field(default_factory=dict)
   on_step: Callable[[int, int, float, float], None] | None = None
 
@@ -208,7 +215,7 @@ class TrainLog:
     self._file = None
     self._clock = time.perf_counter()
     if self.folder is not None:
-      options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+      options = ocp.CheckpointManagerOptions(max_to_keep=self.keep or None, enable_async_checkpointing=False)
       self._manager = ocp.CheckpointManager(pathlib.Path(self.folder).absolute(), options=options)
 
   def restore(self, sub, state):
@@ -296,26 +303,53 @@ def checkpoint_meta(folder: str | pathlib.Path) -> dict:
   return found.meta["meta"] | {"step": step}
 
 
-def load_sub(folder: str | pathlib.Path, like) -> Any:
-  """The subtree of the newest checkpoint, shaped like `like` (the optimiser's state stays on disk).
+def kept_steps(folder: str | pathlib.Path) -> list[int]:
+  """Steps of the checkpoints in a folder, in order."""
+  with ocp.CheckpointManager(pathlib.Path(folder).absolute()) as manager:
+    return sorted(manager.all_steps())
+
+
+def step_weights(folder: str | pathlib.Path, steps: list[int]) -> dict[int, float]:
+  """Mean learning rate of the steps that led from the checkpoint before to each of `steps`: TracIn's eta_t."""
+  schedule, before, weights = make_schedule(Recipe(**checkpoint_meta(folder)["recipe"])), 0, {}
+  for step in steps:
+    weights[step] = float(np.mean([schedule(done) for done in range(before, step)]))
+    before = step
+  return weights
+
+
+def load_sub(folder: str | pathlib.Path, like, step: int | None = None) -> Any:
+  """The subtree of a checkpoint, the newest unless told, shaped like `like` (the optimiser's state stays on disk).
 
   Raises:
     UserError: the checkpoint's subtree has other shapes.
   """
+  restored = _restore(folder, step, {"sub": like})
+  return jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), restored["sub"], like)
+
+
+def load_state(folder: str | pathlib.Path, step: int, sub) -> Any:
+  """The optimiser's state at a checkpoint of the training of `sub`."""
+  state = jax.eval_shape(make_optimizer(Recipe(**checkpoint_meta(folder)["recipe"])).init, gradients.widen(sub))
+  state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+  return _restore(folder, step, {"optimizer": state})["optimizer"]
+
+
+def _restore(folder: str | pathlib.Path, step: int | None, target: dict) -> dict:
   folder = pathlib.Path(folder).absolute()
-  with ocp.CheckpointManager(folder) as manager:
-    step = manager.latest_step()
+  if step is None:
+    with ocp.CheckpointManager(folder) as manager:
+      step = manager.latest_step()
   path = folder / str(step) / "state"
   with ocp.PyTreeCheckpointer() as reader:
-    target = {"sub": jax.tree.map(jnp.asarray, like)}  # gives shapes, and the shardings to restore into
+    target = jax.tree.map(jnp.asarray, target)  # gives shapes, and the shardings to restore into
     how = ocp.checkpoint_utils.construct_restore_args(target)
     try:
-      restored = reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
+      return reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
     except (ValueError, KeyError) as error:
       raise UserError(
         f"--checkpoint={folder}: its subtree does not fit this model: {str(error).splitlines()[0]}"
       ) from error
-  return jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), restored["sub"], like)
 
 
 def subtree_meta(subtree: Subtree) -> dict:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, finetune, flags, select, workbench
+from experiments import evaluate, finetune, flags, scoring, select, workbench
 from experiments.workbench import choose, split_sources
-from in2core_jax import artifacts, data, sharding, subtree
+from in2core_jax import artifacts, data, evaluation, sharding, subtree
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
@@ -176,6 +176,48 @@ def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   assert np.abs(cosines).max() <= 1 and np.abs(cosines).max() > 0.01
 
 
+def test_a_store_estimates_the_scores_and_is_used_again(settings, bench, tmp_path, monkeypatch):
+  common = settings.replace(solver="identity", sketch_size=32)
+  exact = pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / "exact")), bench))
+  wide = common.replace(score_path="projected")
+  first = pathlib.Path(select.run(wide.replace(run_dir=str(tmp_path / "first")), bench))
+  a, b = (artifacts.read_scores(folder / "scores.parquet")["influence"] for folder in (exact, first))
+  assert evaluation.spearman(a, b) > 0.9  # 16 to 32 rows and columns, projected to 32: little is lost
+  (store,) = (tmp_path / "projected").iterdir()
+  assert json.loads((store / "self_agreement.json").read_text())["mean"] > 0.8
+  # Another command on the same training set computes no training gradient.
+  features = scoring.Projection.features
+  monkeypatch.setattr(
+    scoring.Projection, "features", lambda self, part, rows=None: {"eval": features}[part](self, part)
+  )
+  again = pathlib.Path(select.run(wide.replace(run_dir=str(tmp_path / "again"), policy="matching"), bench))
+  np.testing.assert_array_equal(artifacts.read_scores(again / "scores.parquet")["influence"], b)
+
+
+def test_sums_over_checkpoints(settings, bench, tmp_path):
+  full = settings.replace(run_dir=str(tmp_path / "full"), checkpoint_every=4, keep_checkpoints=0)
+  checkpoint = finetune.run(full, bench)
+  steps = finetune_lib.kept_steps(checkpoint)
+  assert steps == [4, 8, 10]
+  common = settings.replace(checkpoint=checkpoint, solver="identity", layers="last:2")
+  run = lambda name: artifacts.read_scores(  # noqa: E731
+    pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / name), trajectory=name), bench)) / "scores.parquet"
+  )["influence"]
+  weights = finetune_lib.step_weights(checkpoint, steps)
+  assert weights[4] > weights[10] > 0
+  by_hand = 0.0
+  for step in steps:
+    at = choose(bench, bench.checkpoint_params(checkpoint, step), "last:2", "all")
+    gradient = at.problem.mean_gradient(bench.stream(bench.batcher("eval", at.tree, at.params)))
+    train = bench.batcher("train", at.tree, at.params)
+    by_hand += weights[step] * at.problem.scores(bench.stream(train), len(train), gradient, "vmap")[0]
+  np.testing.assert_allclose(run("tracin"), by_hand, rtol=1e-3, atol=1e-5 * np.abs(by_hand).max())
+  cosines = run("less")
+  assert 0 < np.abs(cosines).max() <= sum(weights.values()) + 1e-6
+  with pytest.raises(UserError, match="choose the same"):
+    select.run(common.replace(run_dir=str(tmp_path / "other"), trajectory="less", layers="last:1"), bench)
+
+
 def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
   wrong = {
     "exact": {"solver": "exact", "layers": "all"},
@@ -184,6 +226,8 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
     "normalize=relatif": {"normalize": "relatif"},
     "per_layer": {"per_layer": True, "aggregate": "topic_max"},
     "layers=last:9": {"layers": "last:9"},
+    "trajectory=tracin": {"trajectory": "tracin"},
+    "sketch_size": {"score_path": "projected"},
   }
   for words, changes in wrong.items():
     folder = tmp_path / words.split(":")[0]

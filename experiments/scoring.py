@@ -1,0 +1,131 @@
+"""Scores beside one solve and one pass: a projected store on disk, sums over a training's checkpoints."""
+
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.flags import Settings
+from experiments.workbench import Chosen, Workbench, choose
+from in2core_jax import artifacts, finetune, influence, projected, subtree, trajectory
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
+  """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
+  topics = np.array(bench.parts["eval"].topics)
+  if s.aggregate == "mean":
+    return {"all": np.arange(len(topics))}
+  return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
+
+
+def queries(bench: Workbench, s: Settings, chosen: Chosen):
+  """The aggregated queries and their names: one for --aggregate=mean, else one for each evaluation topic."""
+  gradients, groups = [], topic_rows(bench, s)
+  for rows in groups.values():
+    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
+    gradients.append(chosen.problem.mean_gradient(stream))
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *gradients), list(groups)
+
+
+# ---- projected store -----------------------------------------------------------------
+
+
+class Projection:
+  """The training set's projected gradients at some parameters, kept beside the run folder and used again."""
+
+  def __init__(self, bench: Workbench, s: Settings, params, seed: int):
+    """Draws the projection; `params` are those at which gradients are taken."""
+    self.bench, self.params, self.settings = bench, params, s
+    small = s.sketch_size < projected.MIN_SIZE
+    self.sketch = projected.make_sketch(
+      params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small)
+    )
+    tree = self.sketch.tree
+    self.chosen = Chosen(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
+
+  def features(self, part: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Projected gradients of a part's examples, float32 [N, W]."""
+    batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
+    what = f"projected gradients ({part})"
+    return self.chosen.problem.adapter_features(self.bench.stream(batcher, what), len(batcher))
+
+  def store(self) -> projected.ProjectedStore:
+    """The training set's, computed where they are not on disk yet."""
+    s, bench = self.settings, self.bench
+    identity = {
+      "model": bench.model_hash,
+      "checkpoint": finetune.checkpoint_meta(s.checkpoint) if self.params is not bench.params else {},
+      "data": bench.data_identity("train"),
+      "loss_reduction": s.loss_reduction,
+      "dtype": s.dtype,
+    }
+    name = artifacts.hash_of([identity, self.sketch.identity()])[:16]
+    folder = pathlib.Path(s.run_dir).parent / "projected" / name
+    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.parts["train"]))
+    store.fill(lambda rows: self.features("train", rows))
+    return store
+
+
+def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> np.ndarray:
+  """Scores from the store, float32 [Q, N], with its agreement with another seed told once."""
+  ours = Projection(bench, s, chosen.params, s.seed)
+  store = ours.store()
+  queries_ = np.asarray(projected.project_direction(solution, ours.sketch))
+  if store.agreement is None:
+    other = Projection(bench, s, chosen.params, s.seed + 1)
+    again = np.asarray(projected.project_direction(solution, other.sketch))
+    features = lambda rows: other.features("train", rows)  # noqa: E731
+    projected.measure_self_agreement(store, queries_, projected.Again(other.sketch, again, features), 256)
+  outside = float(np.max(projected.uncovered_share(solution, ours.sketch)))
+  log.info("projected store: scores of another seed agree at %s (Spearman); it does not see %.2g of the directions",
+           store.agreement["mean"], outside)  # fmt: skip
+  return store.scores(queries_)
+
+
+# ---- sums over checkpoints -----------------------------------------------------------
+
+
+def trajectory_scores(bench: Workbench, s: Settings) -> tuple[np.ndarray, list[str]]:
+  """TracIn's or LESS's sums over the checkpoints in --checkpoint, float32 [Q, N], and the queries' names.
+
+  Raises:
+    UserError: no --checkpoint, or for LESS one of another subtree.
+  """
+  if not s.checkpoint:
+    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  total, names, like = 0.0, [], trained_subtree(bench, s) if s.trajectory == "less" else None
+  steps = finetune.kept_steps(s.checkpoint)
+  for step, weight in finetune.step_weights(s.checkpoint, steps).items():
+    log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
+    chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
+    make = bench.packer if s.trajectory == "tracin" else bench.batcher  # LESS needs a row for each example
+    train = make("train", chosen.tree, chosen.params)
+    stream = bench.stream(train, f"scores at step {step}")
+    state = finetune.load_state(s.checkpoint, step, like) if like is not None else None
+    at = [trajectory.Checkpoint(chosen.problem, weight, state)]
+    v, names = queries(bench, s, chosen)
+    if s.trajectory == "less":
+      total = total + trajectory.less(at, stream, len(train), lambda _, v=v: v)
+    else:
+      if influence.score_path(s.score_path, len(names)) == "vmap":
+        stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"scores at step {step}")
+      total = total + trajectory.tracin(at, stream, len(train), lambda _, v=v: v, s.score_path)
+  return total, names
+
+
+def trained_subtree(bench: Workbench, s: Settings):
+  """What the checkpoint's training changed, which must be what is scored: Adam's moments are of these numbers."""
+  params = bench.checkpoint_params(s.checkpoint)
+  saved = finetune.checkpoint_meta(s.checkpoint)["subtree"]
+  tree = subtree.make_subtree(params, s.layers, s.modules)
+  if finetune.subtree_meta(tree) != saved:
+    raise UserError(
+      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {s.checkpoint} trained layers "
+      f"{saved['layers']}, {', '.join(saved['paths'])}; choose the same, Adam's moments are theirs"
+    )
+  return subtree.split(params, tree)[0]
