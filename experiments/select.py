@@ -5,8 +5,6 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 
 import dataclasses
 import logging
-import math
-import pathlib
 import resource
 import time
 
@@ -17,26 +15,23 @@ import numpy as np
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.scoring import Projection, projected_scores, queries, trained_subtree, trajectory_scores
+from experiments.solving import announce, curvature_data, solve, solver_settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import __version__ as version
 from in2core_jax import (
   artifacts,
   breakdown,
   coreset,
   data,
-  ekfac_file,
   finetune,
   ihvp,
   influence,
   model,
-  packing,
   projected,
   report,
   subtree,
   variants,
 )
 from in2core_jax.errors import UserError
-from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -74,66 +69,6 @@ class Scored:
   self_influence: np.ndarray | None = None
 
 
-def solver_settings(s: Settings) -> influence.SolverSettings:
-  """The solver that the flags ask for."""
-  given = not math.isnan(s.damping)
-  return influence.SolverSettings(
-    s.solver,
-    s.curvature,
-    s.damping if given else None,
-    None if given else s.damping_ratio,
-    s.depth,
-    s.repeat,
-    None if math.isnan(s.scale) else s.scale,
-    s.acceleration,
-    s.solver_tol,
-    s.seed,
-    s.average,
-    s.precondition,
-  )
-
-
-def curvature_data(bench: Workbench, s: Settings, chosen: Chosen) -> influence.CurvatureData:
-  """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
-  dataset = bench.parts["train"]
-  usable = np.flatnonzero(dataset.num_response_tokens)
-  mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
-  # Half at most goes to the fixed set, so that a small data set leaves something to draw.
-  size = min(s.curvature_examples, max(1, len(usable) // 2))
-  fixed, drawn = np.sort(mixed[:size]), mixed[size:]
-  drawn = drawn if len(drawn) else fixed
-  drawn = drawn[np.argsort(-dataset.num_tokens[drawn], kind="stable")]
-  batch = min(s.curvature_batch, len(drawn))
-  # The fixed set comes in batches of a minibatch's size: one program serves both.
-  plain = bench.packer("train", rows=fixed, shapes=()), bench.packer("train", shapes=())
-  keys = jax.random.split(jax.random.key(0), 32)
-  shape = packing.curvature_shape(plain[0], plain[1], batch, [influence.even_rows(drawn, batch, key) for key in keys])
-  pool = bench.packer("train", chosen.tree, chosen.params, shapes=[shape])
-  some = bench.packer("train", chosen.tree, chosen.params, fixed, [shape])
-  draw = influence.even_draw(drawn, batch, lambda rows: bench.place(pool.sample(rows)[1]))
-  steady = lambda: ((rows, bench.place(part)) for rows, part in some.shuffled(batch, 0, 0))  # noqa: E731
-  every = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"{s.solver} over the training set")
-  if s.solver != "ekfac" and s.precondition == "none":
-    return influence.CurvatureData(every, steady, draw)
-  # From the other end of the order, so that the fixed set measures a fit that has not seen it where data allow that.
-  factors = np.sort(mixed[-s.ekfac_examples :])
-  return influence.CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, factors))
-
-
-def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray):
-  """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
-  stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params, rows), f"EK-FAC of {len(rows)} examples")
-  made_of = {
-    "config": dataclasses.asdict(bench.config),
-    "subtree": finetune.subtree_meta(chosen.tree),
-    "data": bench.data_identity("train"),
-    "rows": rows.tolist(),
-    "loss_reduction": s.loss_reduction,
-    "version": version,
-  }
-  return stream, ekfac_file.stored_fit(pathlib.Path(s.run_dir).parent / "ekfac", made_of)
-
-
 def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock = Clock()
@@ -143,7 +78,7 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   v, names = queries(bench, s, chosen)
   clock.lap("query gradients")
   result = solve(bench, s, chosen, v)
-  _announce(result)
+  announce(result)
   clock.lap("solver")
   itself = None
   if s.trajectory != "none":
@@ -222,27 +157,6 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
       )
   if (s.per_layer or s.per_token) and s.aggregate != "mean":
     raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
-
-
-def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
-  """The inverse Hessian product, with LiSSA's progress shown."""
-  source = curvature_data(bench, s, chosen)
-  if s.solver != "lissa":
-    return influence.solve(chosen.problem, v, solver_settings(s), source)
-  log.info("lissa: estimating the largest eigenvalue on %d examples", s.curvature_examples)
-  with Progress(s.depth * s.repeat, "lissa", "steps") as progress:
-
-    def show(state: ihvp.LissaState) -> None:
-      progress.update(state.done + state.step - progress.count, residual=float(np.max(state.curve[-1][1])))
-
-    return influence.solve(chosen.problem, v, solver_settings(s), source, on_state=show)
-
-
-def _announce(result: ihvp.SolveResult) -> None:
-  facts = {k: (f"{v:.4g}" if isinstance(v, float) else v) for k, v in result.info.items()}
-  log.info("solver: %s", ", ".join(f"{name}={value}" for name, value in facts.items()))
-  if np.all(np.isfinite(result.residual)):
-    log.info("solver: relative residual %.3g after %d steps", float(np.max(result.residual)), result.steps)
 
 
 def sketch_inputs(bench: Workbench, s: Settings, params) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import cli, flags, select
+from experiments import cli, flags, scoring, solving
 from experiments.finetune import recipe_of, start_params, trainable_rows
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
@@ -59,7 +59,7 @@ class Comparison:
     self.bench, self.settings = bench, s.replace(aggregate="mean")
     self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
-    self.data = select.curvature_data(bench, s.replace(solver="ekfac"), self.chosen)
+    self.data = solving.curvature_data(bench, s.replace(solver="ekfac"), self.chosen)
     self.curvature = self.problem.curvature(s.curvature)
     self.matvec = ihvp.fixed_matvec(self.curvature, lambda: (batch for _, batch in self.data.fixed()))
     self.key = jax.random.key(s.seed)
@@ -67,7 +67,7 @@ class Comparison:
   @functools.cached_property
   def v(self):
     """The aggregated query, leaves [1, ...]."""
-    return select.queries(self.bench, self.settings, self.chosen)[0]
+    return scoring.queries(self.bench, self.settings, self.chosen)[0]
 
   @functools.cached_property
   def lambda_max(self) -> float:
@@ -78,7 +78,7 @@ class Comparison:
   @functools.cached_property
   def factors(self) -> ekfac.Ekfac:
     """EK-FAC, fitted or read."""
-    return influence.fit_ekfac(self.problem, select.solver_settings(self.settings), self.data)
+    return influence.fit_ekfac(self.problem, solving.solver_settings(self.settings), self.data)
 
   @functools.cached_property
   def krylov(self) -> ihvp.LowRank:
@@ -97,7 +97,7 @@ class Comparison:
     if changes["solver"] == "identity":
       return ihvp.identity(self.v, self.matvec, damping)
     if changes["solver"] == "datainf":
-      return influence.solve(self.problem, self.v, select.solver_settings(s.replace(**changes)), self.data)
+      return influence.solve(self.problem, self.v, solving.solver_settings(s.replace(**changes)), self.data)
     if changes["solver"] == "ekfac":
       return ekfac.ekfac(self.v, self.factors, damping, matvec=self.matvec)
     if changes["solver"] == "low_rank":

@@ -262,7 +262,7 @@ def test_two_devices_give_the_scores_of_one(settings, bench):
   scores = []
   for each in (bench, wide):
     chosen = choose(each, each.params, "last:2", "all")
-    v, _ = select.queries(each, settings, chosen)
+    v, _ = scoring.queries(each, settings, chosen)
     train = each.batcher("train", chosen.tree, each.params)
     scores.append(chosen.problem.scores(each.stream(train), len(train), v))
   np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-5 * np.abs(scores[0]).max())
@@ -317,7 +317,7 @@ def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
     other.__dict__["_loaded"] = bench._loaded
     chosen = choose(other, other.params, "last:2", "all")
     assert (other.batcher("train", chosen.tree, other.params).hidden is None) == (cache == "off")
-    v, _ = select.queries(other, settings, chosen)
+    v, _ = scoring.queries(other, settings, chosen)
     train = other.batcher("train", chosen.tree, other.params)
     scores.append(chosen.problem.scores(other.stream(train), len(train), v))
   np.testing.assert_allclose(scores[0], scores[2], rtol=1e-4, atol=1e-5 * np.abs(scores[2]).max())
