@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | our bug (with a traceback), or no memory or disk left (one line) |
-| 2 | a mistake in flags, files or data (one line) |
+| 2 | a mistake in flags, files or data, or a place that may not be read or written (one line) |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; finished work is kept and the same command continues |
 """
 
@@ -56,6 +56,8 @@ def run(main_fn: Callable[[list[str]], int | None], help_fn: Callable[[], str] |
   except MemoryError as error:
     _exit(1, f"error: out of memory ({error or 'no size given'}); {_KEPT}, and smaller batches need less")
   except OSError as error:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+      _exit(2, f"error: {error.filename}: {error.strerror}; choose a place that this user may read and write; {_KEPT}")
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     _exit(1, f"error: disk full ({error}); {_KEPT} once there is space")

@@ -205,7 +205,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity["flags"] |= {name: getattr(s, name) for name in ("fraction", "num_examples", "token_budget")}
   identity["flags"] |= {name: getattr(s, name) for name in ("layers", "sketch_size")}  # of matching
   identity["select_runs"] = {
-    name: artifacts.hash_of([columns["influence"].tolist(), columns["selected"].tolist()])[:16]
+    name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs
   }
   budget_of(s).limit(bench.parts["train"].num_tokens[trainable_rows(bench)])  # told before there is a run folder

@@ -79,6 +79,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "seed": settings.seed,
     "steps": recipe.steps,
     "recipe": dataclasses.asdict(recipe),
+    "checkpoint_every": settings.checkpoint_every,
     "identity": run_dir.identity_sha256,
   }
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
@@ -91,13 +92,14 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     )
     trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
     result = trainer.train(sub, frozen, packer, log=train_log)
+  window = max(1, min(10, recipe.steps // 2))
   summary = {
     "steps": recipe.steps,
     "examples": len(rows),
     "trained_tokens": result.trained_tokens,
     "trained_response_tokens": result.trained_response_tokens,
-    "first_loss": float(result.losses[:10].mean()),
-    "last_loss": float(result.losses[-10:].mean()),
+    "first_loss": float(result.losses[:window].mean()),
+    "last_loss": float(result.losses[-window:].mean()),
     "seconds": round(result.seconds, 1),
   }
   run_dir.write_json("finetune.json", summary)

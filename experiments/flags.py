@@ -124,7 +124,7 @@ class Settings:
   num_examples: int = _flag("select", 0, "examples to keep; above 0 it replaces --fraction")
   token_budget: int = _flag("select", 0, "tokens to keep; above 0 it replaces --fraction")
   per_query: bool = _flag(
-    "select", False, "also write the score of every evaluation example with every training example"
+    "select", False, "also write the score of every evaluation example with every training example; before --normalize"
   )
   query_block: int = _flag("select", 8, "per_query: evaluation gradients that exist at the same time")
   score_path: str = _flag(

@@ -71,20 +71,20 @@ class Projection:
     return store
 
 
-def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> np.ndarray:
-  """Scores from the store, float32 [Q, N], with its agreement with another seed told once."""
+def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:
+  """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
   ours = Projection(bench, s, chosen.params, s.seed)
   store = ours.store()
   queries_ = np.asarray(projected.project_direction(solution, ours.sketch))
-  if store.agreement is None:
+  if store.agreement is None or store.agreement["queries_sha256"] != projected.queries_sha256(queries_):
     other = Projection(bench, s, chosen.params, s.seed + 1)
     again = np.asarray(projected.project_direction(solution, other.sketch))
     features = lambda rows: other.features("train", rows)  # noqa: E731
     projected.measure_self_agreement(store, queries_, projected.Again(other.sketch, again, features), 256)
   outside = float(np.max(projected.uncovered_share(solution, ours.sketch)))
-  log.info("projected store: scores of another seed agree at %s (Spearman); it does not see %.2g of the directions",
-           store.agreement["mean"], outside)  # fmt: skip
-  return store.scores(queries_)
+  facts = {"projected_agreement": store.agreement["mean"], "not_projected_share": outside}
+  log.info("projected store: %s", ", ".join(f"{name} {value}" for name, value in facts.items()))
+  return store.scores(queries_), facts
 
 
 # ---- sums over checkpoints -----------------------------------------------------------
@@ -99,8 +99,7 @@ def trajectory_scores(bench: Workbench, s: Settings) -> tuple[np.ndarray, list[s
   if not s.checkpoint:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
   total, names, like = 0.0, [], trained_subtree(bench, s) if s.trajectory == "less" else None
-  steps = finetune.kept_steps(s.checkpoint)
-  for step, weight in finetune.step_weights(s.checkpoint, steps).items():
+  for step, weight in trajectory_weights(s.checkpoint).items():
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
     chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
     make = bench.packer if s.trajectory == "tracin" else bench.batcher  # LESS needs a row for each example
@@ -116,6 +115,22 @@ def trajectory_scores(bench: Workbench, s: Settings) -> tuple[np.ndarray, list[s
         stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"scores at step {step}")
       total = total + trajectory.tracin(at, stream, len(train), lambda _, v=v: v, s.score_path)
   return total, names
+
+
+def trajectory_weights(folder: str) -> dict[int, float]:
+  """Mean learning rate of each checkpoint of a training that has kept all of them.
+
+  Raises:
+    UserError: some of them are gone.
+  """
+  meta, kept = finetune.checkpoint_meta(folder), finetune.kept_steps(folder)
+  wanted = sorted({*range(meta["checkpoint_every"], meta["steps"] + 1, meta["checkpoint_every"]), meta["steps"]})
+  if kept != wanted:
+    raise UserError(
+      f"--trajectory: {folder} has checkpoints of steps {kept} out of {wanted}: fine-tune again with "
+      "--keep_checkpoints=0 --overwrite"
+    )
+  return finetune.step_weights(folder, kept)
 
 
 def trained_subtree(bench: Workbench, s: Settings):

@@ -14,7 +14,14 @@ import numpy as np
 
 from experiments import cli, flags
 from experiments.flags import Settings
-from experiments.scoring import Projection, projected_scores, queries, trained_subtree, trajectory_scores
+from experiments.scoring import (
+  Projection,
+  projected_scores,
+  queries,
+  trained_subtree,
+  trajectory_scores,
+  trajectory_weights,
+)
 from experiments.solving import announce, curvature_data, solve, solver_settings
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
@@ -85,7 +92,8 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
     raw, names = trajectory_scores(bench, s)
     loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
   elif s.score_path == "projected":
-    raw = projected_scores(bench, s, chosen, result.solution)
+    raw, facts = projected_scores(bench, s, chosen, result.solution)
+    result = dataclasses.replace(result, info=result.info | facts)
     loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
   elif s.normalize != "none" or s.self_influence:
     found = measure(bench, s, chosen, result)
@@ -129,7 +137,7 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
   solver_settings(s)
   if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
     raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
-  other_ways = [name for name in ("self_influence", "per_query") if getattr(s, name)]
+  other_ways = [name for name in ("self_influence", "per_query", "per_layer", "per_token") if getattr(s, name)]
   other_ways += ["normalize"] if s.normalize != "none" else []
   if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
     way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
@@ -142,7 +150,14 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
   if s.trajectory == "less":
     trained_subtree(bench, s)
+  if s.score_path == "projected":
+    missing = [path for path in subtree.make_subtree(chosen.params, s.layers, "matrices").paths
+               if path not in chosen.tree.paths]  # fmt: skip
+    if missing:
+      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {missing[0]}")
   size = subtree.count(chosen.problem.sub)
+  if s.solver == "low_rank" and s.depth > size:
+    raise UserError(f"--solver=low_rank: --depth={s.depth} vectors of a subtree of {size} parameters: lower --depth")
   if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
     raise UserError(
       f"--solver=exact: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: choose fewer layers or "
@@ -225,6 +240,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = artifacts.hash_of(_checkpoint_identity(s.checkpoint))
+  if s.trajectory != "none":
+    identity["trajectory"] = {str(step): weight for step, weight in trajectory_weights(s.checkpoint).items()}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   if run_dir.file("summary.json").exists():
     log.info("%s is finished already", run_dir.path)

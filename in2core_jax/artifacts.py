@@ -257,7 +257,8 @@ def _make_folder(path: epath.Path) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+    known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+    if error.errno in known:
       raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --run_dir") from error
     raise
 

@@ -522,7 +522,7 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     if size <= 0.02 * pool.size:
       continue
     kept, share = int(np.sum(topics[rows] == topic)), size * rows.size / pool.size
-    if kept < 0.2 * share:
+    if share >= 1 and kept < 0.2 * share:
       found.append(
         f"Topic '{topic}' is almost dropped: {kept} of its {size} examples are selected where an even share would be "
         f"{share:.0f}. Use the policy topic_quota, matching or matching_quota."

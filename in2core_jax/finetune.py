@@ -66,10 +66,10 @@ def steps_for(num_examples: int, batch_size: int, epochs: float) -> int:
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:
-  """Learning rate of each step: linear warm-up, then cosine decay to 0."""
+  """Learning rate of each step: linear warm-up from lr / (warm-up steps + 1), then cosine decay to 0."""
   warmup = max(1, round(recipe.warmup_ratio * recipe.steps)) if recipe.warmup_ratio else 0
   return optax.warmup_cosine_decay_schedule(
-    0.0 if warmup else recipe.learning_rate, recipe.learning_rate, warmup, max(recipe.steps, warmup + 1)
+    recipe.learning_rate / (warmup + 1), recipe.learning_rate, warmup, max(recipe.steps, warmup + 1)
   )
 
 
@@ -229,7 +229,10 @@ class TrainLog:
           state=ocp.args.StandardRestore({"sub": sub, "optimizer": state}), meta=ocp.args.JsonRestore()
         ),
       )
-      if found.meta["meta"] != json.loads(json.dumps(self.meta)):
+      stored, ours = (
+        {**meta, "checkpoint_every": 0} for meta in (found.meta["meta"], json.loads(json.dumps(self.meta)))
+      )
+      if stored != ours:  # how often it was saved changes no number
         raise UserError(f"{self.folder} holds a training with other settings; use --overwrite or another --run_dir")
       sub, state, losses = found.state["sub"], found.state["optimizer"], list(found.meta["losses"])
     self._open_metrics(step or 0)

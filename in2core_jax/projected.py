@@ -327,6 +327,11 @@ def _checked(queries, width: int) -> np.ndarray:
   return queries
 
 
+def queries_sha256(queries: np.ndarray) -> str:
+  """Names projected queries."""
+  return hashlib.sha256(np.ascontiguousarray(queries, np.float32).tobytes()).hexdigest()
+
+
 def self_agreement(scores: np.ndarray, again: np.ndarray) -> np.ndarray:
   """Spearman's rank correlation between the scores of two independent seeds, for each query.
 
@@ -399,6 +404,7 @@ def measure_self_agreement(
     "size": ours["size"],
     "seeds": [ours["seed"], theirs["seed"]],
     "examples": len(rows),
+    "queries_sha256": queries_sha256(queries),
     "spearman": [float(each) if np.isfinite(each) else None for each in found],
     "mean": float(np.mean(known)) if known.size else None,
   }

@@ -29,7 +29,7 @@ class Checkpoint:
 
   Attributes:
     problem: at its parameters; `first.at(sub)` compiles nothing again.
-    weight: eta_t, the learning rate there (or its mean over the steps until the next checkpoint); 0 or more.
+    weight: eta_t, the learning rate there, or its mean over the steps since the checkpoint before; 0 or more.
     optimizer_state: the optax state that follows from the steps before it; `less` needs it.
   """
 

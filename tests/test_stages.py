@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained,
   lines = [json.loads(line) for line in (pathlib.Path(trained).parent / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 11))
   losses = [line["loss"] for line in lines]
-  assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
+  assert max(losses[-3:]) < losses[0] - 0.03  # only the first one was measured before any step
 
   class Killed(BaseException):
     pass
@@ -214,6 +215,10 @@ def test_sums_over_checkpoints(settings, bench, tmp_path):
   np.testing.assert_allclose(run("tracin"), by_hand, rtol=1e-3, atol=1e-5 * np.abs(by_hand).max())
   cosines = run("less")
   assert 0 < np.abs(cosines).max() <= sum(weights.values()) + 1e-6
+  # Scores of a trajectory that has lost a checkpoint are neither computed nor taken for those of the whole one.
+  shutil.rmtree(pathlib.Path(checkpoint) / "4")
+  with pytest.raises(UserError, match=r"steps \[8, 10\] out of \[4, 8, 10\]"):
+    run("tracin")
   with pytest.raises(UserError, match="choose the same"):
     select.run(common.replace(run_dir=str(tmp_path / "other"), trajectory="less", layers="last:1"), bench)
 
@@ -228,6 +233,9 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
     "layers=last:9": {"layers": "last:9"},
     "trajectory=tracin": {"trajectory": "tracin"},
     "sketch_size": {"score_path": "projected"},
+    "--modules=attention lacks": {"score_path": "projected", "sketch_size": 32, "modules": "attention"},
+    "lower --depth": {"solver": "low_rank", "depth": 50, "modules": "final_norm"},
+    "per_layer does not go with --trajectory": {"trajectory": "tracin", "solver": "identity", "per_layer": True},
   }
   for words, changes in wrong.items():
     folder = tmp_path / words.split(":")[0]
