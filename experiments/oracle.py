@@ -25,6 +25,8 @@ CONFIG = model.ModelConfig(
   vocab_size=29, hidden_size=8, intermediate_size=12, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=4
 )
 EXAMPLES, LENGTH, PROMPT, STEPS = 96, 12, 5, 300
+RATIOS = (1e-1, 1e-2, 1e-3)
+CURVATURES = ("ggn", "fisher", "hessian")
 # Row of the table -> what it changes of `SolverSettings`. LiSSA's minibatches hold a quarter of the examples.
 SOLVERS = {
   "lissa": {"solver": "lissa"},
@@ -110,12 +112,12 @@ def run(s: Settings) -> str:
   identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": artifacts.package_versions()}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   rows, spectra = [], {}
-  for curvature in ("ggn", "fisher", "hessian"):
+  for curvature in CURVATURES:
     kernel = case.problem.curvature(curvature)
     dense = ihvp.dense_matrix(ihvp.fixed_matvec(kernel, lambda: (b for _, b in case.data.fixed())), case.v)
     dense = (dense + dense.T) / 2
     spectra[curvature] = np.linalg.eigvalsh(dense)[[0, -1]].tolist()
-    for ratio in (1e-1, 1e-2, 1e-3):
+    for ratio in RATIOS:
       for name in SOLVERS:
         rows.append(measure(case, curvature, ratio, name, dense, s))
         log.info("%s", rows[-1])
