@@ -21,6 +21,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+  """Frees compiled programs after each module: they take memory maps, of which Linux allows a process 65,530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
   """Double precision inside one test."""
