@@ -17,6 +17,7 @@ from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, model, packing, report, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
+from in2core_jax.records import raw_lines
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
   train, rows = bench.parts["train"], np.flatnonzero(columns["selected"])
-  kept = "".join(train.records[row].raw + "\n" for row in rows).encode("utf-8", errors="backslashreplace")
+  kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
   coreset_file = path / "coreset.jsonl"
   if not coreset_file.exists() or coreset_file.read_bytes() != kept:
     raise UserError(
@@ -202,8 +203,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   bench = bench or Workbench(s)
   plan = plan_of(bench, s)
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
-  identity["flags"] |= {name: getattr(s, name) for name in ("fraction", "num_examples", "token_budget")}
-  identity["flags"] |= {name: getattr(s, name) for name in ("layers", "sketch_size")}  # of matching
+  of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
+  identity["flags"] |= {name: getattr(s, name) for name in of_policies}
   identity["select_runs"] = {
     name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs
@@ -216,7 +217,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   for candidate in chosen:
     name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
     run_dir.folder("coresets")
-    run_dir.write_text(name, "".join(records[row].raw + "\n" for row in candidate.rows))
+    run_dir.write_text(name, raw_lines(records, candidate.rows))
   folder = run_dir.folder("trainings")
   judge: Judge | None = None
   rows, base = [], run_dir.file("base.json")

@@ -3,13 +3,11 @@
 import logging
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import artifacts, finetune, influence, projected, subtree, trajectory
+from in2core_jax import algebra, artifacts, finetune, influence, projected, subtree, trajectory
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ def queries(bench: Workbench, s: Settings, chosen: Chosen):
   for rows in groups.values():
     stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
     gradients.append(chosen.problem.mean_gradient(stream))
-  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *gradients), list(groups)
+  return algebra.concatenate(gradients), list(groups)
 
 
 # ---- projected store -----------------------------------------------------------------
@@ -90,31 +88,32 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def trajectory_scores(bench: Workbench, s: Settings) -> tuple[np.ndarray, list[str]]:
-  """TracIn's or LESS's sums over the checkpoints in --checkpoint, float32 [Q, N], and the queries' names.
+def trajectory_scores(bench: Workbench, s: Settings):
+  """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   Raises:
     UserError: no --checkpoint, or for LESS one of another subtree.
   """
   if not s.checkpoint:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
-  total, names, like = 0.0, [], trained_subtree(bench, s) if s.trajectory == "less" else None
+  less = s.trajectory == "less"
+  packed = not less and influence.score_path(s.score_path, len(topic_rows(bench, s))) == "jvp"
+  make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
+  like = trained_subtree(bench, s) if less else None
+  total, v, names = 0.0, None, []
   for step, weight in trajectory_weights(s.checkpoint).items():
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
     chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
-    make = bench.packer if s.trajectory == "tracin" else bench.batcher  # LESS needs a row for each example
     train = make("train", chosen.tree, chosen.params)
     stream = bench.stream(train, f"scores at step {step}")
-    state = finetune.load_state(s.checkpoint, step, like) if like is not None else None
-    at = [trajectory.Checkpoint(chosen.problem, weight, state)]
     v, names = queries(bench, s, chosen)
-    if s.trajectory == "less":
-      total = total + trajectory.less(at, stream, len(train), lambda _, v=v: v)
+    state = finetune.load_state(s.checkpoint, step, like) if less else None
+    at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
+    if less:
+      total = total + trajectory.less(at, stream, len(train), of_step)
     else:
-      if influence.score_path(s.score_path, len(names)) == "vmap":
-        stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"scores at step {step}")
-      total = total + trajectory.tracin(at, stream, len(train), lambda _, v=v: v, s.score_path)
-  return total, names
+      total = total + trajectory.tracin(at, stream, len(train), of_step, s.score_path)
+  return total, v, names
 
 
 def trajectory_weights(folder: str) -> dict[int, float]:

@@ -34,6 +34,7 @@ from in2core_jax import (
   influence,
   model,
   projected,
+  records,
   report,
   subtree,
   variants,
@@ -82,14 +83,17 @@ def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
-  v, names = queries(bench, s, chosen)
-  clock.lap("query gradients")
-  result = solve(bench, s, chosen, v)
-  announce(result)
-  clock.lap("solver")
   itself = None
+  if s.trajectory == "none":
+    v, names = queries(bench, s, chosen)
+    clock.lap("query gradients")
+    result = solve(bench, s, chosen, v)
+    clock.lap("solver")
+  else:
+    raw, v, names = trajectory_scores(bench, s)
+    result = ihvp.identity(v)
+  announce(result)
   if s.trajectory != "none":
-    raw, names = trajectory_scores(bench, s)
     loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
   elif s.score_path == "projected":
     raw, facts = projected_scores(bench, s, chosen, result.solution)
@@ -151,10 +155,10 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
   if s.trajectory == "less":
     trained_subtree(bench, s)
   if s.score_path == "projected":
-    missing = [path for path in subtree.make_subtree(chosen.params, s.layers, "matrices").paths
-               if path not in chosen.tree.paths]  # fmt: skip
+    missing = set(subtree.make_subtree(chosen.params, s.layers, "matrices").paths) - set(chosen.tree.paths)
     if missing:
-      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {missing[0]}")
+      lacks = min(missing)
+      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
   size = subtree.count(chosen.problem.sub)
   if s.solver == "low_rank" and s.depth > size:
     raise UserError(f"--solver=low_rank: --depth={s.depth} vectors of a subtree of {size} parameters: lower --depth")
@@ -336,7 +340,7 @@ def write_results(
   }
   if scored.self_influence is not None:
     columns["self_influence"] = np.asarray(scored.self_influence, np.float32)
-  run_dir.write_text("coreset.jsonl", "".join(train.records[row].raw + "\n" for row in np.sort(rows)))
+  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
   result = scored.result
   images = {"Influence of the training examples": "plots/scores.png"}

@@ -10,7 +10,6 @@ import logging
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -123,7 +122,7 @@ class Comparison:
   def scores(self, solutions) -> np.ndarray:
     """Scores of the training examples along several solutions at once, float32 [Q, N]."""
     train = self.bench.batcher("train", self.chosen.tree, self.chosen.params)
-    directions = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *solutions)
+    directions = algebra.concatenate(solutions)
     stream = self.bench.stream(train, f"scores of {len(solutions)} estimators")
     return self.problem.scores(stream, len(train), directions, "vmap")
 
@@ -274,9 +273,7 @@ def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
     shared = Comparison(wrong_bench, own, Chosen(tree, params, problem.at(trained.sub, frozen)))
     damping = s.damping_ratio * shared.lambda_max
     names = ["identity", "ekfac", "lissa"]
-    directions = jax.tree.map(
-      lambda *leaves: jnp.concatenate(leaves), *[shared.solve(name, damping).solution for name in names]
-    )
+    directions = algebra.concatenate(shared.solve(name, damping).solution for name in names)
     train = wrong_bench.batcher("train", tree, params)
     inverse = variants.inverse_map("ekfac", shared.factors, damping)
     stream = wrong_bench.stream(train, "self-influence")

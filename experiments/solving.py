@@ -79,8 +79,10 @@ def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray
 
 def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
   """The inverse Hessian product, with its progress shown: counted in products with batches of curvature examples."""
+  if s.solver == "identity":
+    return ihvp.identity(v)
   source, settings = curvature_data(bench, s, chosen), solver_settings(s)
-  if s.solver in ("identity", "datainf"):  # no product, and a pass that shows itself
+  if s.solver == "datainf":  # no product, and a pass that shows itself
     return influence.solve(chosen.problem, v, settings, source)
   with Progress(_num_products(s, source, v), s.solver, "products") as progress:
 

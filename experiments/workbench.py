@@ -33,7 +33,11 @@ from in2core_jax.progress import Progress
 log = logging.getLogger(__name__)
 
 PARTS = ("train", "eval", "test")
-_WHERE_AND_HOW_FAST = ("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh")
+# Flags that change no number of a result.
+_WHERE_AND_HOW_FAST = (
+  *("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"),
+  *("checkpoint_every", "keep_checkpoints", "query_block"),
+)
 
 
 class Workbench:
@@ -144,7 +148,7 @@ class Workbench:
   def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     """What the results of a stage depend on; the run folder refuses another one."""
     flags_ = settings.identity(*groups)
-    for name in (*_WHERE_AND_HOW_FAST, "checkpoint_every", "keep_checkpoints", "query_block"):
+    for name in _WHERE_AND_HOW_FAST:
       flags_.pop(name, None)
     return {
       "stage": stage,
@@ -176,11 +180,7 @@ class Workbench:
       layout: batch sizes; those of scoring the training set when None, so that all parts run the same programs.
     """
     layout = self.layout if layout is None else layout
-    dataset, hidden = self.parts[part], None
-    if chosen is not None and self._uses_cache(chosen):
-      hidden = self._boundary(part, chosen, params)
-    if rows is not None:
-      dataset, hidden = dataset.take(rows), hidden.take(np.asarray(rows)) if hidden is not None else None
+    dataset, hidden = self._examples(part, chosen, params, rows)
     return batches.Batcher(
       dataset,
       self.shapes,
@@ -203,13 +203,18 @@ class Workbench:
       shapes: sizes of the batches; those of scoring any of the parts when None.
     """
     shapes = self.packed_shapes if shapes is None else shapes
+    dataset, hidden = self._examples(part, chosen, params, rows)
+    groups = sharding.batch_multiple(self.mesh)
+    return packing.Packer(dataset, self.settings.loss_reduction, hidden, groups, shapes)
+
+  def _examples(self, part: str, chosen: subtree.Subtree | None, params, rows):
+    """(data set, hidden states or None) of a part or some rows of it; arguments as in `batcher`."""
     dataset, hidden = self.parts[part], None
     if chosen is not None and self._uses_cache(chosen):
       hidden = self._boundary(part, chosen, params)
     if rows is not None:
       dataset, hidden = dataset.take(rows), hidden.take(np.asarray(rows)) if hidden is not None else None
-    groups = sharding.batch_multiple(self.mesh)
-    return packing.Packer(dataset, self.settings.loss_reduction, hidden, groups, shapes)
+    return dataset, hidden
 
   @functools.cached_property
   def packed_shapes(self) -> tuple[packing.PackedShape, ...]:

@@ -3,6 +3,7 @@
 Letters: Q queries. A "vector" here is a pytree with leaves [Q, ...]: one vector per query, combined leaf by leaf.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ def num_queries(v: Tree) -> int:
   if len(sizes) != 1 or sizes[0] < 1:
     raise UserError(f"leading axes {sizes} of the right-hand side differ or are empty: every leaf must be [Q, ...]")
   return sizes[0]
+
+
+def concatenate(trees: Iterable[Tree]) -> Tree:
+  """Puts the queries of several trees, leaves [Q_j, ...], into one, leaves [sum_j Q_j, ...]."""
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def promote(v: Tree) -> Tree:

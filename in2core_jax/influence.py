@@ -440,17 +440,22 @@ def _finite(scores: np.ndarray) -> np.ndarray:
   return scores
 
 
-def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> np.ndarray:
-  """Gathers kernel(batch) [..., B] into [..., N]; results are fetched one batch late to keep the device busy."""
-  out = np.zeros((size,) if queries is None else (queries, size), np.float32)
+def one_late(stream: Stream, kernel: Callable[[Any], Any]) -> Iterator[tuple[np.ndarray, Any]]:
+  """Yields (rows, kernel(batch)) one batch late: fetching the values leaves the device busy with the next ones."""
   waiting = None
   for rows, batch in stream():
-    values = kernel(batch)
-    if waiting is not None:
-      _put(out, *waiting)
-    waiting = (rows, values)
+    ready, waiting = waiting, (rows, kernel(batch))
+    if ready is not None:
+      yield ready
   if waiting is not None:
-    _put(out, *waiting)
+    yield waiting
+
+
+def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> np.ndarray:
+  """Gathers kernel(batch) [..., B] into [..., N]."""
+  out = np.zeros((size,) if queries is None else (queries, size), np.float32)
+  for rows, values in one_late(stream, kernel):
+    _put(out, rows, values)
   return out
 
 

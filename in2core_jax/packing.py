@@ -69,6 +69,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
   return bins
 
 
+def pack(members: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
+  """Rows of at most `capacity` tokens that hold the examples `members`; lengths are those of the whole data set."""
+  return [[int(members[item]) for item in row] for row in best_fit(lengths[members], capacity)]
+
+
 def row_lengths(lengths: np.ndarray, multiple: int = 16) -> dict[int, np.ndarray]:
   """Row length of each length class -> the examples in it: up to `SHORT_ROW`, and a class for each doubling above.
 
@@ -90,7 +95,7 @@ def packed_plan(lengths: np.ndarray, batch_tokens: int, multiple_of: int = 1) ->
   """
   plan = []
   for length, members in row_lengths(lengths).items():
-    rows = [[int(members[item]) for item in row] for row in best_fit(np.asarray(lengths)[members], length)]
+    rows = pack(members, np.asarray(lengths), length)
     height = -(-max(1, batch_tokens // length) // multiple_of) * multiple_of
     # Fewer rows than a batch holds: no more rows than there are.
     height = min(height, -(-len(rows) // multiple_of) * multiple_of)
@@ -208,7 +213,7 @@ class Packer:
       raise UserError(f"batch_tokens={batch_tokens} must be at least 1")
     plan = []
     for length, members in self._classes().items():
-      rows = [[int(members[item]) for item in row] for row in best_fit(self._lengths[members], length)]
+      rows = pack(members, self._lengths, length)
       height = max(1, batch_tokens // length // self.groups)
       count = -(-len(rows) // (height * self.groups)) * self.groups
       rows.sort(key=lambda row: -sum(self._responses[row]))
@@ -260,8 +265,7 @@ class Packer:
     ranked = examples[np.argsort(-self._lengths[examples], kind="stable")]
     turns = np.arange(len(ranked)) % (2 * self.groups)
     group = np.where(turns < self.groups, turns, 2 * self.groups - 1 - turns)
-    dealt = [ranked[group == g] for g in range(self.groups)]
-    return [[[int(part[i]) for i in row] for row in best_fit(self._lengths[part], length)] for part in dealt]
+    return [pack(ranked[group == g], self._lengths, length) for g in range(self.groups)]
 
   def _shaped(self, plan: list[tuple[int, Cells]]) -> list[tuple[PackedShape, Cells]]:
     """Gives each batch its shape: a given one that holds it, else one that holds all such batches of the plan."""

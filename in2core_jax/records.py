@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from in2core_jax.errors import UserError
@@ -238,6 +238,11 @@ def _chat(view: dict[str, Any], place: str) -> list[Message]:
 
 def _sharegpt(view: dict[str, Any], place: str) -> list[Message]:
   return _turns(view, "conversations", place, ("from", "value"))
+
+
+def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
+  """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
+  return "".join(records[row].raw + "\n" for row in rows)
 
 
 def _alpaca(view: dict[str, Any], place: str) -> list[Message]:

@@ -23,7 +23,7 @@ import numpy as np
 from in2core_jax import algebra, arnoldi, ekfac, gradients
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-from in2core_jax.influence import Problem, Stream
+from in2core_jax.influence import Problem, Stream, one_late
 from in2core_jax.operators import check_damping
 
 
@@ -143,22 +143,14 @@ def _kernel(objective, maps, microbatch, contexts, sub, frozen, batch, direction
 
 
 def _gather(stream: Stream, size: int, kernel) -> dict[str, np.ndarray]:
-  """Puts kernel(batch), leaves [B, ...], into float64 [N, ...]; fetched one batch late to keep the device busy."""
+  """Puts kernel(batch), leaves [B, ...], into float64 [N, ...]."""
   out: dict[str, np.ndarray] = {}
-  waiting: list = []
-
-  def put(rows, values):
+  for rows, values in one_late(stream, kernel):
     for name, part in values.items():
       into = out.setdefault(name, np.zeros((size, *part.shape[1:])))
       into[rows] = np.asarray(part)[: len(rows)]
-
-  for rows, batch in stream():
-    waiting.append((rows, kernel(batch)))
-    if len(waiting) > 1:
-      put(*waiting.pop(0))
-  if not waiting:
+  if not out:
     raise UserError("there is no training example to score: the stream of batches is empty")
-  put(*waiting.pop(0))
   return out
 
 
