@@ -12,16 +12,15 @@ Rules that hold for every policy:
 - Copies of one example are different rows and may all be chosen; `selection_warnings` tells.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
+from in2core_jax import matching
 from in2core_jax.errors import UserError
 
-_GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix is cheaper than its columns one by one
 _LENGTH_BINS = 20
 AGGREGATES = ("mean", "topic_max", "topic_quota")
 
@@ -276,94 +275,6 @@ def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
   return np.asarray(order)[np.argsort(place, kind="stable")]
 
 
-def greedy_matching(
-  features: np.ndarray, targets: np.ndarray, count: int, topics: Sequence[str] | None = None, rows=None
-) -> np.ndarray:
-  """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
-
-  Step m + 1 takes argmin_j |(s + f_j) / (m + 1) - t|^2, s the sum over the m rows taken (METHOD.md section 9), which is
-  argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step, in float64.
-  With G targets the steps go round: each target grows a set of its own out of the common pool.
-
-  Args:
-    features: f32 or f64 [N, d]; a f32 column is a f32 product when N is too large for a float64 Gram matrix.
-    targets: [d] or [G, d].
-    count: number of rows to take.
-    topics: N names; then each step is held to the topic (or tied topics) most behind its share, as in `topic_quota`.
-    rows: the pool, row numbers in order of preference among ties; all rows when None.
-
-  Returns:
-    int [count], row numbers of `features` in order of choice.
-  """
-  rows = np.arange(len(features)) if rows is None else np.asarray(rows)
-  targets = np.atleast_2d(np.asarray(targets, np.float64))
-  twin = _first_copies(features, rows)  # exact copies share their numbers, so that their tie is exact
-  norm, towards = _norms_and_products(features, targets)
-  norm, towards = norm[twin], towards[twin].T
-  column_fn = _column_fn(features, count)
-  overlap = np.zeros_like(towards)
-  free = np.ones(len(rows), bool)
-  shares = None if topics is None else _Shares(np.asarray(topics, dtype=np.str_)[rows])
-  chosen = np.empty(count, np.int64)
-  for step in range(count):
-    turn, size = step % len(targets), step // len(targets) + 1
-    distance = 2 * overlap[turn] + norm - 2 * size * towards[turn]
-    best = int(np.argmin(np.where(free if shares is None else free & shares.allowed(), distance, np.inf)))
-    chosen[step], free[best] = rows[best], False
-    overlap[turn] += column_fn(twin[best])[twin]
-    if shares is not None:
-      shares.take(best)
-  return chosen
-
-
-class _Shares:
-  """Which topic is most behind its share."""
-
-  def __init__(self, topics: np.ndarray):
-    self._codes = np.unique(topics, return_inverse=True)[1]
-    self._sizes = np.bincount(self._codes)
-    self._place = 1 / self._sizes
-    self._taken = np.zeros_like(self._sizes)
-
-  def allowed(self) -> np.ndarray:
-    return (self._place == self._place.min())[self._codes]
-
-  def take(self, row: int) -> None:
-    code = self._codes[row]
-    self._taken[code] += 1
-    full = self._taken[code] == self._sizes[code]
-    self._place[code] = np.inf if full else (2 * self._taken[code] + 1) / self._sizes[code]
-
-
-def _first_copies(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """For each of `rows`, the first of them with the same features, bit for bit."""
-  first: dict[bytes, int] = {}
-  digests = (hashlib.blake2b(np.ascontiguousarray(features[r]), digest_size=16).digest() for r in rows)
-  return np.array([first.setdefault(digest, row) for digest, row in zip(digests, rows, strict=True)], np.int64)
-
-
-def _norms_and_products(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """|f_j|^2 as f64 [N] and f_j.t as f64 [N, G], in blocks of rows so that no f64 copy of the features exists."""
-  norm, products = np.empty(len(features)), np.empty((len(features), len(targets)))
-  for start in range(0, len(features), 1024):
-    block = features[start : start + 1024].astype(np.float64)
-    norm[start : start + 1024] = np.einsum("nd,nd->n", block, block)
-    products[start : start + 1024] = block @ targets.T
-  return norm, products
-
-
-def _column_fn(features: np.ndarray, count: int) -> Callable[[int], np.ndarray]:
-  """row -> that column of F F^T, f64 [N]; from one matrix product when it fits and enough columns are wanted."""
-  size, width = features.shape
-  if size * size * 8 > _GRAM_BYTES or count * 8 < size:
-    return lambda row: (features @ features[row]).astype(np.float64)
-  gram = np.zeros((size, size))
-  for start in range(0, width, 4096):
-    block = features[:, start : start + 4096].astype(np.float64)
-    gram += block @ block.T
-  return lambda row: gram[row]
-
-
 # --------------------------------------------------------------------------------------------- the one entry
 
 
@@ -403,33 +314,12 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
       raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
     target = _topic_means(target, inputs.query_topics)
   if merge:
-    target = merged_target(target, inputs.target_weights) if by_topic else target.mean(axis=0)
-  rows = greedy_matching(features, target, task.budget.limit(task.tokens), inputs.topics if quota else None, task.pool)
+    target = matching.merged_target(target, inputs.target_weights) if by_topic else target.mean(axis=0)
+  count, topics = task.budget.limit(task.tokens), inputs.topics if quota else None
+  rows = matching.greedy_matching(features, target, count, topics, task.pool)
   position = np.empty(len(features), np.int64)
   position[task.pool] = np.arange(len(task.pool))
   return position[rows]
-
-
-def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-  """The one target that stands for several: sum_g w_g |m - t_g|^2 = (sum_g w_g) |m - t|^2 + constant, t their mean.
-
-  Args:
-    targets: [G, d].
-    weights: [G], positive; 1 / |t_g|^2 when None, so that a topic with large gradients does not drown the others.
-
-  Returns:
-    f64 [d], the weighted mean.
-
-  Raises:
-    UserError: not one weight for each topic, or one is not positive.
-  """
-  if weights is None:
-    squares = np.sum(targets**2, axis=1)
-    weights = 1.0 / np.where(squares > 0, squares, 1.0)
-  weights = np.asarray(weights, np.float64)
-  if weights.shape != (len(targets),) or not (weights > 0).all():
-    raise UserError(f"target_weights {weights.tolist()}: need {len(targets)} positive numbers, one for each topic")
-  return weights @ targets / weights.sum()
 
 
 def _length_matched_random(task: _Task) -> np.ndarray:
@@ -464,8 +354,9 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
     policy: one of `POLICIES`. proponents, opponents: highest, lowest score first. random. length_matched_random: random
       with the response lengths of the proponents. longest: most response tokens. highest_loss. topic_quota: proponents,
       every training topic keeping the same fraction. matching: greedy gradient matching to the mean target.
-      matching_topic: to the evaluation topics, weighted (`merged_target`). matching_round_robin: evaluation topics in
-      turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same fraction.
+      matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
+      topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
+      fraction.
     inputs: what to choose from.
     budget: how much.
     seed: of the random policies; the others do not look at it.

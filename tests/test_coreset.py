@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from in2core_jax import coreset
+from in2core_jax import coreset, matching
 from in2core_jax.coreset import Budget, PolicyInputs, aggregate, select_rows, selection_warnings
 from in2core_jax.errors import UserError
 
@@ -180,7 +180,7 @@ def test_topic_quota_keeps_the_fraction_of_every_topic_at_every_size():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("gram_bytes", [0, 2**28])
 def test_matching_equals_the_naive_greedy(dtype, gram_bytes, monkeypatch):
-  monkeypatch.setattr(coreset, "_GRAM_BYTES", gram_bytes)  # both ways of getting F F^T
+  monkeypatch.setattr(matching, "_GRAM_BYTES", gram_bytes)  # both ways of getting F F^T
   inputs = make_inputs(30, seed=7, features=np.random.default_rng(7).normal(size=(30, 6)).astype(dtype))
   rows = select_rows("matching", inputs, Budget(num_examples=25))
   expected = naive_greedy(inputs.features.astype(np.float64), inputs.target.mean(axis=0), 25, inputs.ids)
@@ -213,11 +213,11 @@ def test_matching_topic_minimises_the_weighted_sum_of_squared_distances():
 
 def test_matching_topic_default_weights_level_the_topics():
   targets = np.array([[100.0, 0.0], [0.0, 1.0]])
-  merged = coreset.merged_target(targets)
+  merged = matching.merged_target(targets)
   levelled = (targets / np.linalg.norm(targets, axis=1, keepdims=True) ** 2).sum(axis=0) / (1 / 100**2 + 1)
   np.testing.assert_allclose(merged, levelled)
   with pytest.raises(UserError, match="2 positive"):
-    coreset.merged_target(targets, np.array([1.0, 0.0]))
+    matching.merged_target(targets, np.array([1.0, 0.0]))
 
 
 def test_matching_round_robin_matches_each_topic_with_its_own_set():
