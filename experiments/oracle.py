@@ -7,12 +7,14 @@ import dataclasses
 import logging
 import time
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
+from experiments.cells import Cells
 from experiments.flags import Settings
 from in2core_jax import algebra, artifacts, ihvp, influence, model, packing, report, subtree
 from in2core_jax.batches import Batcher, Shape
@@ -85,9 +87,10 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
   # The same absolute damping for all, also for DataInf, whose ratio has another rule.
   damping = ratio * float(np.linalg.eigvalsh(dense)[-1])
   changes = {"depth": s.depth, "tol": 1e-8, "curvature": curvature, "seed": s.seed}
-  settings = SolverSettings(**changes | {"damping": damping, "damping_ratio": None} | SOLVERS[name])
+  changes |= {"damping": damping, "damping_ratio": None} | SOLVERS[name]
   row = {"curvature": curvature, "damping ratio": ratio, "solver": name}
   try:
+    settings = SolverSettings(**changes)
     influence.solve(case.problem, case.v, settings, case.data)
     began = time.perf_counter()
     result = influence.solve(case.problem, case.v, settings, case.data)
@@ -111,7 +114,7 @@ def run(s: Settings) -> str:
   case = make_case(s.seed)
   identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": artifacts.package_versions()}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  rows, spectra = [], {}
+  rows, spectra, cells = [], {}, Cells(run_dir)
   for curvature in CURVATURES:
     kernel = case.problem.curvature(curvature)
     dense = ihvp.dense_matrix(ihvp.fixed_matvec(kernel, lambda: (b for _, b in case.data.fixed())), case.v)
@@ -119,10 +122,12 @@ def run(s: Settings) -> str:
     spectra[curvature] = np.linalg.eigvalsh(dense)[[0, -1]].tolist()
     for ratio in RATIOS:
       for name in SOLVERS:
-        rows.append(measure(case, curvature, ratio, name, dense, s))
-        log.info("%s", rows[-1])
+        make = partial(measure, case, curvature, ratio, name, dense, s)
+        rows.append(cells.get(make, curvature, ratio, name))
       noiseless = dataclasses.replace(case, data=case.full)
-      rows.append(measure(noiseless, curvature, ratio, "lissa", dense, s) | {"solver": "lissa, all examples a step"})
+      make = partial(measure, noiseless, curvature, ratio, "lissa", dense, s)
+      name = "lissa, all examples a step"
+      rows.append(cells.get(make, curvature, ratio, name) | {"solver": name})
   size = subtree.count(case.problem.sub)
   number = lambda value: f"{value:.2g}" if isinstance(value, float) else value  # noqa: E731
   table = [

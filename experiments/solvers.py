@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import cli, flags, scoring, solving
+from experiments.cells import Cells
 from experiments.finetune import recipe_of, start_params, trainable_rows
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
@@ -125,28 +126,6 @@ class Comparison:
     directions = algebra.concatenate(solutions)
     stream = self.bench.stream(train, f"scores of {len(solutions)} estimators")
     return self.problem.scores(stream, len(train), directions, "vmap")
-
-
-class Cells:
-  """Results that are kept in the run folder, each under a hash of what it depends on."""
-
-  def __init__(self, run_dir: artifacts.RunDir):
-    self.folder, self.identity = run_dir.folder("cells"), run_dir.identity_sha256
-
-  def path(self, *name) -> tuple:
-    """(JSON file, file of a solution) of a cell."""
-    stem = artifacts.hash_of([self.identity, *name])[:16]
-    return self.folder / f"{stem}.json", self.folder / f"{stem}.npy"
-
-  def get(self, make, *name) -> dict:
-    """The stored cell, or make()'s, stored."""
-    file, _ = self.path(*name)
-    if not file.exists():
-      began = time.perf_counter()
-      cell = make() | {"name": list(name)}
-      artifacts.write_json(file, cell | {"seconds": round(time.perf_counter() - began, 2)})
-      log.info("%s: %.0f s", ", ".join(map(str, name)), time.perf_counter() - began)
-    return artifacts.read_json(file)
 
 
 def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> dict:
