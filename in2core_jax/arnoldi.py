@@ -46,12 +46,14 @@ class LowRank:
   Attributes:
     vectors: orthonormal Ritz vectors V, leaves [rank, ...].
     eigenvalues: float64 [rank], largest first.
-    errors: float64 [rank], |H v_i - eigenvalue_i v_i| as the recursion bounds it.
+    errors: float64 [rank], upper bounds of |H v_i - eigenvalue_i v_i|, up to rounding.
+    smallest: smallest eigenvalue of the whole Krylov space, also where `rank` cut it off.
   """
 
   vectors: Tree
   eigenvalues: np.ndarray
   errors: np.ndarray
+  smallest: float
 
 
 def _dots(basis: Tree, x: Tree) -> jax.Array:
@@ -110,7 +112,7 @@ def fit_low_rank(matvec: Matvec, like: Tree, key: jax.Array, settings: LowRankSe
     raise UserError(f"low rank with steps={steps} on a subtree of {size} parameters: give at most {size}")
   basis = algebra.zeros_like(algebra.random_normal(key, like, steps))
   eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(basis))
-  projected, last = np.zeros((steps, steps)), 0.0
+  projected, lost = np.zeros((steps, steps)), np.zeros(steps)
   w = algebra.random_normal(key, like)
   w, _, beta = _orthogonalize(basis, w)
   for step in range(steps):
@@ -118,20 +120,23 @@ def fit_low_rank(matvec: Matvec, like: Tree, key: jax.Array, settings: LowRankSe
     row = jax.tree.map(lambda leaf, step=step: leaf[step : step + 1], basis)
     w, column, beta = _orthogonalize(basis, algebra.promote(matvec(row)))
     projected[:, step] = np.asarray(column, np.float64)
-    last = float(beta)
-    if not np.isfinite(last):
+    lost[step] = float(beta)
+    if not np.isfinite(lost[step]):
       raise DivergenceError(f"low rank: H v is not finite at step {step + 1}: look for NaN in the weights or in a loss")
-    if last <= 10 * np.sqrt(size) * eps * np.abs(projected).max():
-      last = 0.0
-      if step + 1 < steps:
-        fresh = algebra.random_normal(jax.random.fold_in(key, step + 1), like)
-        w, _, beta = _orthogonalize(basis, fresh)
+    if step + 1 == steps:
+      break
+    if lost[step] > 100 * eps * np.abs(projected).max():
+      lost[step] = 0.0  # nothing is lost: this part becomes the next vector of the basis
+    else:
+      fresh = algebra.random_normal(jax.random.fold_in(key, step + 1), like)
+      w, _, beta = _orthogonalize(basis, fresh)
   # Only the part of column j up to row j was known at step j; the rest is its mirror image.
   upper = np.triu(projected)
   eigenvalues, y = np.linalg.eigh(upper + np.triu(upper, 1).T)
   order = np.argsort(eigenvalues)[::-1][: settings.rank]
   vectors = jax.jit(_combine)(y.T[order], basis)
-  return LowRank(vectors, eigenvalues[order], np.abs(last * y[-1, order]))
+  # H v_i - eigenvalue_i v_i = sum_j y_ji (what H b_j has outside of the basis), which has norm lost_j.
+  return LowRank(vectors, eigenvalues[order], lost @ np.abs(y[:, order]), float(eigenvalues[0]))
 
 
 @jax.jit
@@ -159,11 +164,11 @@ def low_rank(v: Tree, fitted: LowRank, damping: float, matvec: Matvec | None = N
   """
   queries, damping = algebra.num_queries(v), check_damping(damping, positive=True)
   v = algebra.promote(v)
-  smallest = float(fitted.eigenvalues.min())
+  smallest = fitted.smallest
   if smallest + damping <= 0:
     raise NegativeCurvatureError(
       f"low rank: H has the eigenvalue {smallest:.3g} with damping {damping:.3g}: "
-      f"use a damping above {-smallest:.3g} or --curvature=ggn"
+      f"use a damping well above {-smallest:.3g} or --curvature=ggn"
     )
   weights = 1 / (fitted.eigenvalues + damping) - 1 / damping
   solution = _apply(fitted.vectors, weights, v, damping)
@@ -175,9 +180,8 @@ def low_rank(v: Tree, fitted: LowRank, damping: float, matvec: Matvec | None = N
     "damping": damping,
     "rank": rank,
     "lambda_max": float(fitted.eigenvalues[0]),
-    "smallest_kept": smallest,
+    "smallest": smallest,
     "largest_error": float(fitted.errors.max()),
     "residual_measured": measured,
-    "converged": True,
   }
   return SolveResult(solution, residual, rank, [(rank, residual)] if measured else [], info)

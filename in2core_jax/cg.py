@@ -92,7 +92,7 @@ def _check_curvature(curvature, squared, active, step, damping) -> None:
     raise NegativeCurvatureError(
       f"cg: p.(H + damping I) p = {curvature[query]:.3g} (per unit length {quotient:.3g}) at step {step}, "
       f"query {query}, with damping {damping:.3g}: H is not positive definite; "
-      f"use a damping above {damping - quotient:.3g} or --curvature=ggn"
+      f"use a damping well above {damping - quotient:.3g} or --curvature=ggn"
     )
 
 

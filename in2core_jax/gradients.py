@@ -87,6 +87,7 @@ def adapter_gradients(objective: Objective, sub: Tree, frozen: Tree, batch: Tree
   backward pass over the whole batch gives every g_i. The frozen kernels keep their one large matrix product and the
   batch its flat response slots, both of which `vmap` of `grad` gives up.
   """
+  objective.separate(batch)  # refuses rows that hold several examples: a copy of the leaf belongs to a row
   size = batch.valid.shape[0]
   copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, None], (leaf.shape[0], size, *leaf.shape[1:])), sub)
   gradient = jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, batch)))(copies)

@@ -104,7 +104,7 @@ def identity(v: Tree, matvec: Matvec | None = None, damping: float = 0.0) -> Sol
   solution = algebra.promote(v)
   measured = matvec is not None
   residual = relative_residual(matvec, solution, v, damping) if measured else np.full(queries, np.nan)
-  info = {"solver": "identity", "damping": check_damping(damping), "residual_measured": measured, "converged": True}
+  info = {"solver": "identity", "damping": check_damping(damping), "residual_measured": measured}
   return SolveResult(solution, residual, 0, [(0, residual)] if measured else [], info)
 
 
@@ -152,6 +152,5 @@ def exact(matvec: Matvec, v: Tree, damping: float, limit: int = EXACT_LIMIT) -> 
     "condition": float(np.abs(eigenvalues).max() / np.abs(eigenvalues).min()),
     "positive_definite": bool(eigenvalues[0] > 0),
     "asymmetry": asymmetry,
-    "converged": True,
   }
   return SolveResult(solution, residual, size, [(size, residual)], info)

@@ -134,14 +134,21 @@ def choose_scale(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSetti
     if not largest + settings.damping > 0:
       raise UserError("H is 0 and so is the damping: nothing to invert; give a damping above 0")
     return settings.safety * (largest + settings.damping), known
-  least = (0.0 if known is None else known + settings.damping) / (2 if settings.acceleration == "none" else 1)
-  if settings.scale <= least:
+  if known is None:
+    return settings.scale, float("nan")
+  _check_scale(settings, known)
+  return settings.scale, known
+
+
+def _check_scale(settings: LissaSettings, largest: float) -> None:
+  """Refuses a given scale with which the recursion diverges."""
+  least = (largest + settings.damping) / (2 if settings.acceleration == "none" else 1)
+  if settings.scale is not None and settings.scale <= least:
     raise DivergenceError(
       f"LiSSA at step 0: scale {settings.scale:.3g} is not above {least:.3g}, where the recursion diverges "
-      f"(largest eigenvalue {known:.3g}, damping {settings.damping:.3g}, acceleration {settings.acceleration}); "
+      f"(largest eigenvalue {largest:.3g}, damping {settings.damping:.3g}, acceleration {settings.acceleration}); "
       + _advice(settings)
     )
-  return settings.scale, float("nan") if known is None else known
 
 
 def _largest(matvec: Matvec, v: Tree, key: jax.Array, settings: LissaSettings) -> tuple[float, Tree]:
@@ -176,7 +183,7 @@ class _Watch:
   def residuals(self, step: int, curve: list) -> None:
     """Above 1 the iterate is worse than zero. Noise and held-out batches may do that; geometric growth may not."""
     recent = [np.max(residual) for _, residual in curve[-4:]]
-    growing = len(recent) > 1 and recent[-1] > recent[-2]
+    growing = recent[-1] > (recent[-2] if len(recent) > 1 else 1.0)  # the answer zero has 1
     if not np.isfinite(recent[-1]) or (growing and recent[-1] > self.settings.max_residual):
       self.stop(step, f"the residual is {recent[-1]:.3g} and growing")
     if len(recent) == 4 and recent[-1] > 2 and np.all(np.divide(recent[1:], recent[:-1]) > 1.25):
@@ -333,6 +340,9 @@ def lissa(
   if settings.repeat > 1:
     residual = relative_residual(sampled.matvec, solution, v, settings.damping)
     curve.append((done, residual))
+  if np.max(residual) > 1 and np.isnan(state.lambda_max):
+    # A short run with too small a scale has not grown far enough to be noticed.
+    _check_scale(settings, _largest(sampled.matvec, v, jax.random.fold_in(key, _PROBE_KEY), settings)[0])
   return SolveResult(solution, residual, done, curve, _facts(settings, state, residual, runs) | {"queries": queries})
 
 
@@ -345,7 +355,7 @@ def _facts(settings: LissaSettings, state: LissaState, residual: np.ndarray, run
     "damping": settings.damping,
     "scale": state.scale,
     "lambda_max": state.lambda_max,
-    "effective_damping": effective_damping(settings, state.scale, state.step),
+    "effective_damping": effective_damping(settings, state.scale, state.step),  # of the last run
     "depth": settings.depth,
     "repeat": settings.repeat,
     "tol": settings.tol,

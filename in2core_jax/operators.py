@@ -213,7 +213,7 @@ class PowerResult:
     lambda_max: estimate of the largest (algebraic) eigenvalue of H; approaches it from below.
     curve: (step, estimate) of the eigenvalue that is largest in magnitude.
     dominant: estimate of the eigenvalue that is largest in magnitude; when negative, H is indefinite.
-    converged: whether the last relative change was below the tolerance.
+    converged: whether the last relative change was below the tolerance; no proof that no larger eigenvalue is left.
     vector: its eigenvector, leaves [1, ...], unit norm.
   """
 
@@ -235,8 +235,8 @@ def _rayleigh(q, hq):
   return algebra.vdot(q, hq)[0], algebra.norm(hq)[0]
 
 
-def _iterate(matvec: Matvec, vector: Tree, steps: int, tol: float):
-  """Plain power iteration from a unit vector -> (signed estimate, converged, curve, vector)."""
+def _iterate(matvec: Matvec, vector: Tree, steps: int, tol: float, shift: float = 0.0):
+  """Power iteration from a unit vector -> (signed estimate, converged, curve, vector); tol is of estimate - shift."""
   curve, estimate = [], 0.0
   for step in range(1, steps + 1):
     product = matvec(vector)
@@ -252,7 +252,7 @@ def _iterate(matvec: Matvec, vector: Tree, steps: int, tol: float):
     if size == 0:
       return 0.0, True, curve, vector
     vector = _normalized(product)
-    if step > 1 and abs(estimate - previous) <= tol * abs(estimate):
+    if step > 1 and abs(estimate - previous) <= tol * abs(estimate - shift):
       return estimate, True, curve, vector
   return estimate, False, curve, vector
 
@@ -287,7 +287,8 @@ def power_iteration(
     return PowerResult(dominant, curve, dominant, converged, vector)
   shift = abs(dominant)
   fresh = _normalized(algebra.random_normal(jax.random.fold_in(key, 1), like))
-  shifted, converged_too, _, _ = _iterate(lambda q: algebra.axpy(shift, q, matvec(q)), fresh, steps, tol)
+  moved = lambda q: algebra.axpy(shift, q, matvec(q))  # noqa: E731
+  shifted, converged_too, _, _ = _iterate(moved, fresh, steps, tol, shift)
   return PowerResult(shifted - shift, curve, dominant, converged and converged_too, vector)
 
 

@@ -228,6 +228,14 @@ def test_too_small_a_scale_is_an_error_within_a_few_steps(x64, fraction, acceler
   assert float(re.search(r"largest eigenvalue ([\d.]+)", message).group(1)) == pytest.approx(3, rel=0.02)
 
 
+@pytest.mark.parametrize("depth", [5, 10, 12])
+@pytest.mark.parametrize("fraction", [0.42, 0.44, 0.47])
+def test_too_small_a_scale_is_an_error_in_a_short_run_too(x64, fraction, depth):
+  h, v = np.diag([3.0] + [0.03] * (SIZE - 1)), queries()
+  with pytest.raises(ihvp.DivergenceError, match="largest eigenvalue 3"):
+    ihvp.lissa(whole(h), v, KEY, ihvp.LissaSettings(0.03, scale=fraction * 3.03, depth=depth))
+
+
 def test_slow_divergence_shows_in_the_residual(x64):
   # Growth by 2 % a step: far below the bound on |u| when the residual has already given it away.
   h, v = spectrum_matrix(np.geomspace(3, 0.03, SIZE)), queries()
@@ -453,7 +461,7 @@ def test_preconditioner_helps_and_changes_nothing_else(x64):
 
 def test_cg_refuses_negative_curvature(x64):
   h = spectrum_matrix(np.linspace(-0.5, 1, SIZE))
-  with pytest.raises(ihvp.NegativeCurvatureError, match=r"p\.\(H \+ damping I\) p = -.*damping above.*ggn"):
+  with pytest.raises(ihvp.NegativeCurvatureError, match=r"p\.\(H \+ damping I\) p = -.*damping well above.*ggn"):
     ihvp.cg(matrix_matvec(h), queries(), ihvp.CgSettings(0.1))
   assert ihvp.cg(matrix_matvec(h), queries(), ihvp.CgSettings(0.6)).info["converged"]
 
@@ -606,6 +614,10 @@ def test_power_iteration(x64):
   assert np.all(np.diff(estimates) > -1e-12) and estimates[-1] <= 4 * (1 + 1e-12)
   negative = ihvp.power_iteration(matrix_matvec(spectrum_matrix(np.linspace(-3, 2, SIZE))), v, KEY, 400, 1e-9)
   assert negative.dominant == pytest.approx(-3, rel=1e-5) and negative.lambda_max == pytest.approx(2, rel=1e-4)
+  few = ihvp.power_iteration(
+    matrix_matvec(spectrum_matrix(np.r_[-100, np.linspace(-90, 0.5, SIZE - 1)])), v, KEY, 10, 2e-2
+  )
+  assert not few.converged  # the largest one is lost in the rounding of the shift, and that is said
   zero = ihvp.power_iteration(matrix_matvec(np.zeros((SIZE, SIZE))), v, KEY)
   assert zero.lambda_max == 0 and zero.converged
   with pytest.raises(UserError, match="at least 1"):
@@ -776,11 +788,26 @@ def test_low_rank_with_repeated_eigenvalues_and_truncation(x64):
   assert error(ihvp.low_rank(v, top, 0.1).solution, dense_solve(truncated, v, 0.1)) < 1e-9
 
 
+def test_low_rank_bounds_its_errors_in_single_precision():
+  # Many small eigenvalues below a few large ones: what is small is not rounding yet.
+  size, steps = 200_000, 12
+  h = jnp.asarray(np.r_[1, 0.6, 0.3, np.random.default_rng(0).uniform(0, 2e-3, size - 3)], jnp.float32)
+  matvec = lambda v: {"x": h * v["x"]}  # noqa: E731
+  fitted = ihvp.fit_low_rank(matvec, {"x": jnp.zeros((1, size))}, KEY, ihvp.LowRankSettings(steps))
+  vectors = np.asarray(fitted.vectors["x"], np.float64)
+  true = np.linalg.norm(vectors * np.asarray(h, np.float64) - fitted.eigenvalues[:, None] * vectors, axis=1)
+  assert np.all(true <= 1.01 * fitted.errors + 2e-5) and true.max() > 1e-4
+  assert fitted.eigenvalues[3] > 0.0018 and np.all(np.diff(fitted.eigenvalues) < 0)
+
+
 def test_low_rank_refuses_what_it_cannot_invert(x64):
   v, h = queries(), spectrum_matrix(np.linspace(-1, 1, SIZE))
   fitted = ihvp.fit_low_rank(matrix_matvec(h), v, KEY, ihvp.LowRankSettings(SIZE))
   with pytest.raises(ihvp.NegativeCurvatureError, match="eigenvalue -1"):
     ihvp.low_rank(v, fitted, 0.5)
+  top = ihvp.fit_low_rank(matrix_matvec(h), v, KEY, ihvp.LowRankSettings(SIZE, rank=3))
+  with pytest.raises(ihvp.NegativeCurvatureError, match="eigenvalue -1"):  # cut off, and there all the same
+    ihvp.low_rank(v, top, 0.5)
   with pytest.raises(UserError, match="above 0"):
     ihvp.low_rank(v, fitted, 0.0)
   with pytest.raises(UserError, match="at most 12"):

@@ -19,6 +19,8 @@ def test_rows_measure_the_distance_to_the_dense_inverse(x64, tmp_path, monkeypat
   folder = pathlib.Path(oracle.run(flags.Settings(run_dir=str(tmp_path / "run"), depth=60)))
   rows = {row["solver"]: row for row in json.loads((folder / "oracle.json").read_text())["rows"]}
   assert rows["cg"]["error"] < 1e-6
+  assert rows["cg"]["reported residual"] == pytest.approx(rows["cg"]["residual"], abs=1e-9)
+  assert rows["lissa"]["reported residual"] == pytest.approx(rows["lissa"]["residual"], rel=1e-6)
   assert rows["lissa, all examples a step"]["error"] < 0.05 < rows["identity"]["error"]
   assert 1e-6 < rows["lissa"]["error"] < 1
   assert "| ggn |" in (folder / "oracle.md").read_text()

@@ -216,8 +216,8 @@ def test_low_rank_self_influence_is_that_of_its_dense_operator(dense):
   inverse = variants.inverse_map("low_rank", fitted, 0.1)
   found = variants.measure(dense.problem, make_stream(), N, dense.directions, inverse)
   assert_measures(found, dense, matrix)
-  bent = arnoldi.LowRank(fitted.vectors, np.array([3.0, 1.0, 0.5, -1.0]), fitted.errors)
-  with pytest.raises(UserError, match="eigenvalue -1.*use a damping above 1"):
+  bent = arnoldi.LowRank(fitted.vectors, np.array([3.0, 1.0, 0.5, -1.0]), fitted.errors, -1.0)
+  with pytest.raises(UserError, match="eigenvalue -1.*use a damping well above 1"):
     variants.self_influence(dense.problem, make_stream(), N, variants.inverse_map("low_rank", bent, 0.1))
 
 
