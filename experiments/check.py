@@ -21,7 +21,7 @@ import numpy as np
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import batches, gradients, sharding, subtree
+from in2core_jax import batches, gradients, processes, sharding, subtree
 from in2core_jax.gradients import Tree, tree_dot
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Subject:
 
   def measure(self, batch: batches.Batch) -> np.ndarray:
     """Losses and scores along the direction, [2, B]."""
-    return np.stack([sharding.to_host(values) for values in self.pair(*self.at, batch, self.direction)])
+    return np.stack([processes.to_host(values) for values in self.pair(*self.at, batch, self.direction)])
 
   @functools.cached_property
   def precision(self) -> str:
@@ -210,7 +210,7 @@ def modes(x: Subject) -> list[Row]:
 
 def by_examples(x: Subject, microbatch: int | None) -> np.ndarray:
   """Scores [B] along the direction from per-example gradients."""
-  return sum(sharding.to_host(leaf)[0].sum(-1) for leaf in jax.tree.leaves(_leaf_scores(x, microbatch)))
+  return sum(processes.to_host(leaf)[0].sum(-1) for leaf in jax.tree.leaves(_leaf_scores(x, microbatch)))
 
 
 def _leaf_scores(x: Subject, microbatch: int | None) -> Tree:
@@ -230,7 +230,7 @@ def finite_differences(x: Subject) -> list[Row]:
 
   def losses(step):
     moved = jax.tree.map(lambda leaf, d: leaf + jnp.asarray(step, leaf.dtype) * d, sub, x.direction)
-    return np.asarray(sharding.to_host(x.losses(moved, frozen, x.batch)), np.float64)
+    return np.asarray(processes.to_host(x.losses(moved, frozen, x.batch)), np.float64)
 
   rises = {k: losses(k * step) - losses(-k * step) for k in (1, 2, 4)}
   slopes = [(8 * rises[k] - rises[2 * k]) / (12 * k * step) for k in (1, 2)]
@@ -254,12 +254,12 @@ def layers(x: Subject) -> list[Row]:
   """The layers' scores add up to the total, and each is the score along its own part of the direction."""
   named = subtree.layer_sums(_leaf_scores(x, x.bench.settings.microbatch), x.chosen.tree)
   total = x.measure(x.batch)[1]
-  error = relative(sum(sharding.to_host(value)[0] for value in named.values()), total)
+  error = relative(sum(processes.to_host(value)[0] for value in named.values()), total)
   if x.chosen.tree.layers:
     first = x.direction | {"layers": jax.tree.map(lambda leaf: leaf.at[1:].set(0), x.direction["layers"])}
     first |= {name: jax.tree.map(jnp.zeros_like, x.direction[name]) for name in x.chosen.tree.extras}
-    part = sharding.to_host(x.pair(*x.at, x.batch, first)[1])
-    gap = part - sharding.to_host(named[f"layer {x.chosen.tree.layers[0]}"])[0]
+    part = processes.to_host(x.pair(*x.at, x.batch, first)[1])
+    gap = part - processes.to_host(named[f"layer {x.chosen.tree.layers[0]}"])[0]
     error = np.maximum(error, relative(total + gap, total))
   return [x.row("sum of layers = total", "relative difference of scores", error, "scores")]
 
@@ -296,10 +296,10 @@ def devices(x: Subject) -> list[Row]:
   if x.bench.mesh.size == 1:
     return [x.row(*names, None, "scores", "one device")]
   single = sharding.make_mesh("", jax.local_devices()[:1])
-  host = sharding.to_host((*x.at, x.direction))
+  host = processes.to_host((*x.at, x.direction))
   sub, frozen, direction = (sharding.place_params(tree, single) for tree in host)
   batch = sharding.place_batch(x.build(x.batcher), single)
-  one = [sharding.to_host(values) for values in x.pair(sub, frozen, batch, direction)]
+  one = [processes.to_host(values) for values in x.pair(sub, frozen, batch, direction)]
   error = np.max([relative(*pair) for pair in zip(x.measure(x.batch), one, strict=True)])
   return [x.row(*names, error, "scores")]
 
@@ -338,13 +338,13 @@ def run(settings: Settings) -> list[Row]:
   for check in CHECKS:
     rows += check(subject)
     log.info("%s: %s (%.0f s)", rows[-1].check, rows[-1].verdict, time.perf_counter() - began)
-  print(table(rows))
   failed, skipped = sum(row.failed for row in rows), sum(bool(row.skipped) for row in rows)
   done = len(rows) - skipped
+  verdict = f"all {done} checks passed" + (f", {skipped} skipped" if skipped else "")
   if failed:
-    print(f"{failed} of {done} checks failed: scores of this model, data and device are not to be trusted")
-  else:
-    print(f"all {done} checks passed" + (f", {skipped} skipped" if skipped else ""))
+    verdict = f"{failed} of {done} checks failed: scores of this model, data and device are not to be trusted"
+  if processes.is_writer():
+    print(f"{table(rows)}\n{verdict}")
   return rows
 
 

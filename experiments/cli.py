@@ -27,6 +27,7 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PROJECT_LOGGERS = ("in2core_jax", "experiments", "__main__")
 _KEPT = "finished work is kept: the same command continues"
 
 
@@ -115,7 +116,34 @@ def _help_text() -> str:
 def _prepare_and_call(main_fn: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
   set_up_logging()
   set_up_compilation_cache()
-  return main_fn(argv)
+  if "coordinator" not in flags.FLAGS:  # a command without the stages' flags is one process
+    return main_fn(argv)
+  joined = join_processes(flags.FLAGS.coordinator, flags.FLAGS.process_id, flags.FLAGS.num_processes)
+  code = main_fn(argv)
+  if joined:
+    from in2core_jax import processes
+
+    processes.leave()
+  return code
+
+
+def join_processes(coordinator: str, process_id: int, num_processes: int) -> bool:
+  """Joins the processes of one job, by flags, SLURM or TPU slice; all of them but process 0 tell warnings only.
+
+  Returns:
+    Whether there are several.
+
+  Raises:
+    UserError: some of the flags without the others, or processes that do not find each other.
+  """
+  from in2core_jax import processes  # which imports JAX; a command without these flags does not wait for it
+
+  said = (coordinator or None, None if process_id < 0 else process_id, num_processes or None)
+  joined = processes.initialize(*said)
+  if joined and not processes.is_writer():
+    for name in PROJECT_LOGGERS:
+      logging.getLogger(name).setLevel(logging.WARNING)
+  return joined
 
 
 class _Handler(logging.Handler):
@@ -133,8 +161,13 @@ def set_up_logging() -> None:
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
   logging.getLogger("absl").setLevel(logging.WARNING)  # which Orbax writes to
-  for name in ("in2core_jax", "experiments", "__main__"):
+  for name in PROJECT_LOGGERS:
     logging.getLogger(name).setLevel(logging.INFO)
+
+
+def cache_folder() -> Path:
+  """A place on a local disk for what can be made again: IN2CORE_CACHE, or ~/.cache/in2core_jax."""
+  return Path(os.environ.get("IN2CORE_CACHE") or os.path.join("~", ".cache", "in2core_jax")).expanduser()
 
 
 def set_up_compilation_cache() -> None:
@@ -144,8 +177,7 @@ def set_up_compilation_cache() -> None:
   """
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
-  base = os.environ.get("IN2CORE_CACHE") or os.path.join("~", ".cache", "in2core_jax")
-  folder = Path(base).expanduser() / "xla"
+  folder = cache_folder() / "xla"
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -180,10 +212,19 @@ def finish_on_sigterm() -> Iterator[Callable[[], bool]]:
           if stop_requested():
             break
 
-  Yields a function: whether SIGTERM has arrived. The command exits with 143 after the block; a second SIGTERM ends it
-  at once.
+  Yields a function: whether SIGTERM has arrived, in whichever process of the job; collective. The command exits with
+  143 after the block; a second SIGTERM ends it at once.
   """
+  from in2core_jax import processes
+
   requested = False
+
+  def stop_requested() -> bool:
+    nonlocal requested
+    stop = not processes.all_true(not requested)
+    if stop:  # and never back to False: the signal may arrive while the others are asked
+      requested = True
+    return stop
 
   def handle(number: int, frame: object) -> None:
     nonlocal requested
@@ -194,7 +235,7 @@ def finish_on_sigterm() -> Iterator[Callable[[], bool]]:
 
   before = signal.signal(signal.SIGTERM, handle)
   try:
-    yield lambda: requested
+    yield stop_requested
   finally:
     signal.signal(signal.SIGTERM, before)
   if requested:

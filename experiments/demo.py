@@ -6,7 +6,7 @@
 import logging
 import time
 
-from experiments import cli, evaluate, finetune, flags, select
+from experiments import cli, dry_run, evaluate, finetune, flags, select
 from experiments.workbench import Workbench
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 def main(_) -> None:
   """Runs the chain; each stage writes a folder under --run_dir and is skipped when it is finished there."""
   began = time.perf_counter()
-  settings = flags.read()
+  settings = flags.read(tells_costs=True)
+  if settings.dry_run:
+    dry_run.run(settings, "demo")
+    return
   root = settings.run_dir
   bench = Workbench(settings)
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)

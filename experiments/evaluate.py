@@ -5,11 +5,11 @@ python -m experiments.evaluate --select_runs=runs/a,runs/b --policies=full,rando
 
 import dataclasses
 import logging
-import pathlib
 
 import numpy as np
+from etils import epath
 
-from experiments import cli, flags
+from experiments import cli, dry_run, flags
 from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, integers
 from experiments.select import budget_of, sketch_inputs
@@ -37,7 +37,7 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
   Raises:
     UserError: not a finished select run, or one over other examples.
   """
-  path = pathlib.Path(folder)
+  path = epath.Path(folder)
   if not (path / "summary.json").exists():
     raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
   columns = artifacts.read_scores(path / "scores.parquet")
@@ -89,7 +89,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
       raise UserError(f"--policies={s.policies}: {policy} needs the scores of a select run: give --select_runs")
   names = [policy for policy, _ in runs]
   called = [
-    name if names.count(name) == 1 else f"{name} ({pathlib.Path(folder).name})"
+    name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
     for name, folder in zip(names, folders, strict=True)
   ]
   twice = sorted({name for name in wanted + called if (wanted + called).count(name) > 1})
@@ -123,14 +123,13 @@ def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidat
 
 def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:
   """`candidates`, chosen once and kept in the run folder: a run started again does not choose again."""
-  file = run_dir.file("candidates.json")
-  if not file.exists():
+  if not run_dir.holds("candidates.json"):
     found, warnings = candidates(bench, s, plan)
     for warning in warnings:
       log.warning("%s", warning)
     rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
-    run_dir.write_json(file.name, {"candidates": rows, "warnings": warnings})
-  kept = artifacts.read_json(file)["candidates"]
+    run_dir.write_json("candidates.json", {"candidates": rows, "warnings": warnings})
+  kept = run_dir.read_json("candidates.json")["candidates"]
   return [Candidate(item["policy"], item["seed"], np.array(item["rows"], np.int64)) for item in kept]
 
 
@@ -143,7 +142,8 @@ class Judge:
     self.params, self.chosen = start_params(bench, s)
     self.sub, self.frozen = subtree.split(self.params, self.chosen)
     self.recipe = recipe_of(s, len(trainable_rows(bench)))
-    self.trainer = finetune.Trainer(model.make_objective(bench.config, self.chosen), self.recipe, bench.place)
+    objective = model.make_objective(bench.config, self.chosen)
+    self.trainer = finetune.Trainer(objective, self.recipe, bench.place, bench.place_params)
     self.problem = bench.kernels(self.chosen)
     self.test = bench.packer("test", self.chosen, bench.params)
     sets = [bench.packer("train", rows=candidate.rows) for candidate in candidates]
@@ -161,7 +161,7 @@ class Judge:
     if candidate.policy == "full" and candidate.seed == self.settings.seed and self._checkpoint_is_full():
       log.info("%s: the checkpoint of --checkpoint is this very training", label)
       sub = finetune.load_sub(self.settings.checkpoint, self.sub)
-      stored = artifacts.read_json(pathlib.Path(self.settings.checkpoint).parent / "finetune.json")
+      stored = artifacts.read_json(artifacts.beside(self.settings.checkpoint, "finetune.json"))
       tokens = stored["trained_tokens"], stored["trained_response_tokens"]
       return self.row(candidate, finetune.TrainResult(sub, np.zeros(0), *tokens, 0.0), train, test)
     packer = self.bench.packer("train", self.chosen, self.bench.params, candidate.rows, [self.shape])
@@ -216,26 +216,24 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   records = bench.parts["train"].records
   for candidate in chosen:
     name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
-    run_dir.folder("coresets")
     run_dir.write_text(name, raw_lines(records, candidate.rows))
-  folder = run_dir.folder("trainings")
   judge: Judge | None = None
-  rows, base = [], run_dir.file("base.json")
-  if not base.exists():
+  rows = []
+  if not run_dir.holds("base.json"):
     judge = Judge(bench, s, chosen)
-    artifacts.write_json(base, {"losses": judge.test_losses(judge.sub).tolist()})
+    run_dir.write_json("base.json", {"losses": judge.test_losses(judge.sub).tolist()})
   for number, candidate in enumerate(chosen):
-    file = folder / f"{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
-    if not file.exists():
+    file = f"trainings/{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
+    if not run_dir.holds(file):
       judge = judge or Judge(bench, s, chosen)
       row = judge.retrain(candidate, f"train {number + 1}/{len(chosen)}: {candidate.policy}, seed {candidate.seed}")
       stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
-      artifacts.write_json(file, stored)
+      run_dir.write_json(file, stored)
       log.info("%s, seed %d: test perplexity %.3f", row.policy, row.seed, row.perplexity)
-    stored = artifacts.read_json(file)
+    stored = run_dir.read_json(file)
     stored["loss_per_test_example"] = np.array(stored["loss_per_test_example"])
     rows.append(evaluation.RetrainRow(**stored))
-  return write_table(run_dir, bench, s, rows, np.array(artifacts.read_json(base)["losses"]))
+  return write_table(run_dir, bench, s, rows, np.array(run_dir.read_json("base.json")["losses"]))
 
 
 def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.RetrainRow], base: np.ndarray) -> str:
@@ -245,8 +243,7 @@ def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.Re
   tokens = test.num_response_tokens[counted]
   base_perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
   table, words = evaluation.summarise(rows), evaluation.verdict(rows)
-  plots = run_dir.folder("plots")
-  artifacts.write_bytes(plots / "perplexity.png", report.figure_bytes(report.perplexity_plot(table)))
+  run_dir.write_bytes("plots/perplexity.png", report.figure_bytes(report.perplexity_plot(table)))
   recipe = {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(counted.sum()),
@@ -269,7 +266,11 @@ def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.Re
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  settings = flags.read(tells_costs=True)
+  if settings.dry_run:
+    dry_run.run(settings, "evaluate")
+  else:
+    run(settings)
 
 
 if __name__ == "__main__":

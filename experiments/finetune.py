@@ -8,7 +8,7 @@ import logging
 
 import jax
 
-from experiments import cli, flags
+from experiments import cli, dry_run, flags
 from experiments.flags import Settings
 from experiments.workbench import Workbench
 from in2core_jax import adapters, artifacts, finetune, model, packing, subtree
@@ -35,7 +35,8 @@ def start_params(bench: Workbench, settings: Settings):
   """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
   params, modules, layers = bench.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
-    params, modules = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed)), "lora"
+    with_lora = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed))
+    params, modules = bench.place_params(with_lora), "lora"
   return params, subtree.make_subtree(params, layers, modules, "trainable_")
 
 
@@ -58,7 +59,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
   run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
   folder = run_dir.file("checkpoint")
-  if run_dir.file("finetune.json").exists():
+  if run_dir.holds("finetune.json"):
     log.info("%s is finished already", run_dir.path)
     return str(folder)
   sub, frozen = subtree.split(params, chosen)
@@ -83,14 +84,20 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "identity": run_dir.identity_sha256,
   }
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
-  with Progress(recipe.steps, "finetune", "steps") as progress:
+  with Progress(recipe.steps, "finetune", "steps") as progress, cli.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
       step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
     )
     train_log = finetune.TrainLog(
-      folder, run_dir.file("metrics.jsonl"), settings.checkpoint_every, settings.keep_checkpoints, meta, report
+      folder,
+      run_dir.file("metrics.jsonl"),
+      settings.checkpoint_every,
+      settings.keep_checkpoints,
+      meta,
+      report,
+      stop_requested,
     )
-    trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place)
+    trainer = finetune.Trainer(model.make_objective(bench.config, chosen), recipe, bench.place, bench.place_params)
     result = trainer.train(sub, frozen, packer, log=train_log)
   window = max(1, min(10, recipe.steps // 2))
   summary = {
@@ -109,7 +116,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  settings = flags.read(tells_costs=True)
+  if settings.dry_run:
+    dry_run.run(settings, "finetune")
+  else:
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ GROUPS = {
   "evaluate": "stage 5: retraining and judging",
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
+  "benchmark": "seconds, memory, compilation",
+  "kill_test": "select runs, killed and started again",
 }
 
 
@@ -30,6 +32,10 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
   return dataclasses.field(
     default=default, metadata={"group": group, "help": text, "choices": choices, "kind": kind or type(default)}
   )
+
+
+# A flagfile repeats a run: it removes none, is the same in every process, and does the work.
+_NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +46,20 @@ class Settings:
   overwrite: bool = _flag("run", False, "start anew in a run folder that holds results of other flags")
   seed: int = _flag("run", 0, "seeds the order of the data, LiSSA's minibatches, random choices and sketches")
   mesh: str = _flag("run", "", "devices as data:4,fsdp:2; empty: all on data")
+  coordinator: str = _flag("run", "", "several processes: host:port of process 0; a TPU slice or srun needs no flag")
+  process_id: int = _flag("run", -1, "several processes: which one this is, from 0; -1: not said")
+  num_processes: int = _flag("run", 0, "several processes: how many; 1: work alone, whatever is found; 0: not said")
   boundary_cache: str = _flag(
     "run", "auto", "hidden states below the chosen layers are kept here", ("auto", "memory", "disk", "off")
   )
   boundary_cache_gb: float = _flag("run", 4.0, "auto: in memory up to so many GB, beyond that on disk")
-  batch_tokens: int = _flag("run", 2048, "padded token positions in a batch that is scored, not trained")
+  batch_tokens: int | str = _flag(
+    "run", 2048, "padded token positions in a batch that is scored, not trained; auto: the most that fits", kind=str
+  )
   microbatch: int = _flag("run", 8, "per-example gradients that exist at the same time")
+  shard_batches: int = _flag("run", 16, "batches whose scores are saved together: what a killed run computes again")
+  dry_run: bool = _flag("run", False, "only tell what it would take: FLOPs, memory, disk, seconds, what does not fit")
+  hardware: str = _flag("run", "", "of a dry run: devices that are not here, such as v5e-8, v5p-32, h100-8")
 
   train_data: str = _flag(
     "data", "chatterbot", "chatterbot[:topic,topic] | jsonl:PATH (.jsonl or .json) | tfds:NAME/SPLIT"
@@ -159,6 +173,21 @@ class Settings:
   mislabelled: float = _flag("solvers", 0.1, "share of the training examples whose answers are shuffled; 0: not at all")
   mislabelled_layers: str = _flag("solvers", "last:1", "layers that are trained and searched for mislabelled examples")
 
+  kills: int = _flag("kill_test", 10, "how often a select run is killed")
+
+  measure: str = _flag("benchmark", "times,compile,memory", "what is measured, of times, compile and memory")
+  scaling: bool = _flag("benchmark", False, "instead: the score pass over --device_counts (simulated on a CPU)")
+  rounds: int = _flag("benchmark", 5, "times every pass is measured; medians count")
+  score_layers: str = _flag("benchmark", "last:8,last:4,all", "layers of the score passes, words of --layers")
+  memory_examples: str = _flag("benchmark", "256,2048", "training examples whose score passes' memory is compared")
+  device_counts: str = _flag("benchmark", "1,2,4,8", "devices of --scaling")
+  synthetic_length: int = _flag(
+    "benchmark", 0, "above 0: random examples of so many tokens, the second half a response, in place of data"
+  )
+  alone: str = _flag(
+    "benchmark", "", "one measurement in this very process; the benchmark starts these itself", ("", "select", "score")
+  )
+
   def replace(self, **changes) -> "Settings":
     """A copy with other values."""
     return dataclasses.replace(self, **changes)
@@ -167,7 +196,7 @@ class Settings:
     """Every value that is not the default, as lines of a flagfile."""
     lines = []
     for field in dataclasses.fields(self):
-      if field.name == "overwrite":  # a flagfile repeats a run, it does not remove one
+      if field.name in _NOT_REPEATED:
         continue
       value = getattr(self, field.name)
       same = value == field.default or (isinstance(value, float) and math.isnan(value) and math.isnan(field.default))
@@ -181,7 +210,7 @@ class Settings:
     return {
       field.name: unset(getattr(self, field.name))
       for field in dataclasses.fields(self)
-      if field.metadata["group"] in groups and field.name not in ("run_dir", "overwrite")
+      if field.metadata["group"] in groups and field.name not in ("run_dir", *_NOT_REPEATED)
     }
 
 
@@ -207,22 +236,40 @@ def define(**defaults: Any) -> None:
       flags.DEFINE_enum(field.name, default, list(meta["choices"]), meta["help"], module_name=module)
     else:
       make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+      default = str(default) if meta["kind"] is str else default
       make[meta["kind"]](field.name, default, meta["help"], module_name=module)
 
 
-def read() -> Settings:
+def _batch_tokens(text: str) -> int | str:
+  """Reads --batch_tokens: "auto" or a whole number."""
+  if text == "auto":
+    return text
+  if not text.strip().isdecimal() or int(text) < 1:
+    raise UserError(f"--batch_tokens={text} is neither auto nor a whole number of at least 1, such as 2048")
+  return int(text)
+
+
+def read(tells_costs: bool = False) -> Settings:
   """The parsed flags.
 
+  Args:
+    tells_costs: whether the command knows --dry_run.
+
   Raises:
-    UserError: a value out of its range.
+    UserError: a value out of its range, or --dry_run of a command that would do its work nevertheless.
   """
   settings = Settings(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)})
   at_home = {name: os.path.expanduser(getattr(settings, name)) for name in ("run_dir", "checkpoint")}
   folders = [os.path.expanduser(folder.strip()) for folder in settings.select_runs.split(",")]
   settings = settings.replace(select_runs=",".join(folders), **at_home)  # what the shell leaves of ~ after a comma or =
+  settings = settings.replace(batch_tokens=_batch_tokens(settings.batch_tokens))
+  if settings.dry_run and not tells_costs:
+    raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
+  if settings.hardware and not settings.dry_run:
+    raise UserError(f"--hardware={settings.hardware} is for --dry_run: a run takes the devices that are here (--mesh)")
   if not 0 < settings.fraction <= 1:
     raise UserError(f"--fraction={settings.fraction} is outside (0, 1]: 0.5 keeps half of the training examples")
-  positive = ("max_length", "max_shapes", "batch_size", "batch_tokens", "microbatch", "depth", "repeat", "sketch_size")
+  positive = ("max_length", "max_shapes", "batch_size", "microbatch", "shard_batches", "depth", "repeat", "sketch_size")
   for name in (
     *positive,
     "curvature_examples",
@@ -234,11 +281,13 @@ def read() -> Settings:
     "curve_every",
     "cg_steps",
     "krylov",
+    "rounds",
+    "kills",
   ):
     if getattr(settings, name) < 1:
       raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
   limits = ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget")
-  for name in (*limits, "ekfac_examples", "keep_checkpoints"):
+  for name in (*limits, "ekfac_examples", "keep_checkpoints", "synthetic_length"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
   if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:

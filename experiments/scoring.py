@@ -1,16 +1,190 @@
-"""Scores beside one solve and one pass: a projected store on disk, sums over a training's checkpoints."""
+"""From queries to scores: one solve and one pass, a projected store on disk, sums over a training's checkpoints.
 
+Every computation keeps its finished pieces in a `Work`, so that a killed run goes on.
+"""
+
+import dataclasses
 import logging
-import pathlib
+import time
 
+import jax
 import numpy as np
 
+from experiments import cli
 from experiments.flags import Settings
+from experiments.resuming import NOTHING_KEPT, Work
+from experiments.solving import announce, curvature_data, solve, solver_settings
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import algebra, artifacts, finetune, influence, projected, subtree, trajectory
+from in2core_jax import (
+  algebra,
+  artifacts,
+  breakdown,
+  coreset,
+  finetune,
+  ihvp,
+  influence,
+  model,
+  passes,
+  processes,
+  projected,
+  sharding,
+  subtree,
+  trajectory,
+  variants,
+)
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class Clock:
+  """Seconds per phase."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, phase: str) -> None:
+    """Ends a phase."""
+    now = time.perf_counter()
+    self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 2)
+    self._last = now
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What scoring gives.
+
+  Attributes:
+    influence: float64 [N], on the aggregated query.
+    loss: float32 [N] of the training examples.
+    result: of the solver.
+    seconds: per phase.
+    self_influence: float64 [N], or None where nothing asked for it.
+    layers: {layer: influence [N]} with --per_layer, else None.
+    queries: float32 [Q, N], influence on each evaluation example with --per_query, else None.
+  """
+
+  influence: np.ndarray
+  loss: np.ndarray
+  result: ihvp.SolveResult
+  seconds: dict
+  self_influence: np.ndarray | None = None
+  layers: dict[str, np.ndarray] | None = None
+  queries: np.ndarray | None = None
+
+
+def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
+  """Losses, query gradients, inverse Hessian product and scores."""
+  clock = Clock()
+  train = bench.packer("train", chosen.tree, chosen.params)
+  bench.packer("eval", chosen.tree, chosen.params)
+  clock.lap("boundary")
+  itself = None
+  if s.trajectory == "none":
+    v, names = queries(bench, s, chosen, work)
+    clock.lap("query gradients")
+    result = solve(bench, s, chosen, v, work.pieces("solver", queries=passes.tree_sha256(v)))
+    clock.lap("solver")
+  else:
+    raw, v, names = trajectory_scores(bench, s, work)
+    result = ihvp.identity(v)
+  announce(result)
+  pieces = pieces_along(work, "scores", result.solution)
+  if s.trajectory != "none":
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.score_path == "projected":
+    raw, facts = projected_scores(bench, s, chosen, result.solution)
+    result = dataclasses.replace(result, info=result.info | facts)
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.normalize != "none" or s.self_influence:
+    found = measure(bench, s, chosen, result, pieces)
+    raw, loss = _NORMALIZE[s.normalize](found), found.losses
+    itself = found.self_influence if s.self_influence else None
+  else:
+    if influence.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
+      train = bench.batcher("train", chosen.tree, chosen.params)
+    stream = bench.stream(train, "losses and scores", pieces)
+    loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+  clock.lap("scores")
+  total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
+  return Scored(total, loss, result, clock.seconds, itself)
+
+
+def pieces_along(work: Work, name: str, directions) -> passes.Pieces | None:
+  """Where a pass along some directions is kept: the pieces of other directions are not taken for its own."""
+  return work.pieces(name, directions=passes.tree_sha256(directions))
+
+
+_NORMALIZE = {
+  "none": lambda found: found.scores,
+  "cosine": variants.cosine,
+  "relatif": variants.relatif,
+  "theta_relatif": variants.theta_relatif,
+}
+
+
+def measure(
+  bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult, pieces: passes.Pieces | None
+) -> variants.Measures:
+  """Scores with each example's norms and influence on itself."""
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  inverse = variants.IDENTITY
+  if s.solver == "ekfac":  # the fit that `solve` has kept
+    fitted = influence.fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
+    inverse = variants.inverse_map("ekfac", fitted, result.info["damping"])
+  stream = bench.stream(train, "scores and norms", pieces)
+  return variants.measure(chosen.problem, stream, len(train), result.solution, inverse)
+
+
+def query_scores(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> np.ndarray:
+  """Scores of every evaluation example with every training example, float32 [Q, N], `--query_block` at a time."""
+  size = len(bench.parts["eval"])
+  block, blocks = min(s.query_block, size), []
+  store = work.pieces("per_query").store("blocks", block=block)
+  for number, start in enumerate(range(0, size, block)):
+    rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
+    name = f"block-{number:06d}"
+    compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
+    blocks.append(passes.kept(store, number, compute)["scores"][: size - start])
+    work.remove(name)
+  return np.concatenate(blocks)
+
+
+def _scores_of_block(
+  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, work: Work, name: str
+) -> np.ndarray:
+  """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
+  batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
+  gradients = chosen.problem.gradients(bench.stream(batcher), len(rows))
+  v = sharding.place_vectors(gradients, bench.mesh, True)
+  result = solve(bench, s, chosen, v, work.pieces(name, queries=passes.tree_sha256(v)))
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.parts['eval'])}"
+  stream = bench.stream(train, what, pieces_along(work, name, result.solution))
+  return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
+
+
+def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult, work: Work) -> dict:
+  """Columns of layer_scores.parquet, which add up to the scores."""
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
+  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
+  found = breakdown.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
+  return breakdown.layer_columns(bench.parts["train"].ids, found)
+
+
+def token_table(bench: Workbench, chosen: Chosen, result: ihvp.SolveResult, work: Work) -> dict:
+  """Columns of token_scores.parquet, which add up to the scores."""
+  train = bench.packer("train", chosen.tree, chosen.params)
+  stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
+  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
+  losses = model.token_losses_fn(bench.config, chosen.tree)
+  found = breakdown.token_scores(chosen.problem, losses, stream, len(train), direction)
+  return breakdown.token_columns(bench.parts["train"], found, lambda token: bench.tokenizer.decode([token]))
+
+
+# ---- queries -------------------------------------------------------------------------
 
 
 def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
@@ -21,11 +195,20 @@ def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
 
 
-def queries(bench: Workbench, s: Settings, chosen: Chosen):
-  """The aggregated queries and their names: one for --aggregate=mean, else one for each evaluation topic."""
+def queries(bench: Workbench, s: Settings, chosen: Chosen, work: Work = NOTHING_KEPT, name: str = "queries"):
+  """The aggregated queries and their names: one for --aggregate=mean, else one for each evaluation topic.
+
+  Args:
+    bench: data and model.
+    s: how they are aggregated.
+    chosen: where gradients are taken.
+    work: where their sums are kept, under `name`.
+    name: another one at other parameters.
+  """
   gradients, groups = [], topic_rows(bench, s)
-  for rows in groups.values():
-    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient")
+  for number, (topic, rows) in enumerate(groups.items()):
+    pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
+    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient", pieces)
     gradients.append(chosen.problem.mean_gradient(stream))
   return algebra.concatenate(gradients), list(groups)
 
@@ -40,9 +223,8 @@ class Projection:
     """Draws the projection; `params` are those at which gradients are taken."""
     self.bench, self.params, self.settings = bench, params, s
     small = s.sketch_size < projected.MIN_SIZE
-    self.sketch = projected.make_sketch(
-      params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small)
-    )
+    drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
+    self.sketch = dataclasses.replace(drawn, params=bench.place_params(drawn.params))
     tree = self.sketch.tree
     self.chosen = Chosen(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
 
@@ -63,9 +245,10 @@ class Projection:
       "dtype": s.dtype,
     }
     name = artifacts.hash_of([identity, self.sketch.identity()])[:16]
-    folder = pathlib.Path(s.run_dir).parent / "projected" / name
+    folder = artifacts.beside(s.run_dir, "projected") / name
     store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.parts["train"]))
-    store.fill(lambda rows: self.features("train", rows))
+    with cli.finish_on_sigterm() as stop_requested:
+      store.fill(lambda rows: self.features("train", rows), stop_requested)
     return store
 
 
@@ -73,10 +256,10 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
   """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
   ours = Projection(bench, s, chosen.params, s.seed)
   store = ours.store()
-  queries_ = np.asarray(projected.project_direction(solution, ours.sketch))
+  queries_ = processes.to_host(projected.project_direction(solution, ours.sketch))
   if store.agreement is None or store.agreement["queries_sha256"] != projected.queries_sha256(queries_):
     other = Projection(bench, s, chosen.params, s.seed + 1)
-    again = np.asarray(projected.project_direction(solution, other.sketch))
+    again = processes.to_host(projected.project_direction(solution, other.sketch))
     features = lambda rows: other.features("train", rows)  # noqa: E731
     projected.measure_self_agreement(store, queries_, projected.Again(other.sketch, again, features), 256)
   outside = float(np.max(projected.uncovered_share(solution, ours.sketch)))
@@ -88,7 +271,7 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def trajectory_scores(bench: Workbench, s: Settings):
+def trajectory_scores(bench: Workbench, s: Settings, work: Work):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   Raises:
@@ -105,9 +288,9 @@ def trajectory_scores(bench: Workbench, s: Settings):
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
     chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
     train = make("train", chosen.tree, chosen.params)
-    stream = bench.stream(train, f"scores at step {step}")
-    v, names = queries(bench, s, chosen)
-    state = finetune.load_state(s.checkpoint, step, like) if less else None
+    v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}")
+    stream = bench.stream(train, f"scores at step {step}", pieces_along(work, f"scores-at-{step:08d}", v))
+    state = bench.place_params(finetune.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:
       total = total + trajectory.less(at, stream, len(train), of_step)
@@ -124,12 +307,12 @@ def trajectory_weights(folder: str) -> dict[int, float]:
   """
   meta, kept = finetune.checkpoint_meta(folder), finetune.kept_steps(folder)
   wanted = sorted({*range(meta["checkpoint_every"], meta["steps"] + 1, meta["checkpoint_every"]), meta["steps"]})
-  if kept != wanted:
+  if not set(wanted) <= set(kept):  # one more is there where SIGTERM stopped the training
     raise UserError(
       f"--trajectory: {folder} has checkpoints of steps {kept} out of {wanted}: fine-tune again with "
       "--keep_checkpoints=0 --overwrite"
     )
-  return finetune.step_weights(folder, kept)
+  return finetune.step_weights(folder, wanted)
 
 
 def trained_subtree(bench: Workbench, s: Settings):

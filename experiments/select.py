@@ -6,130 +6,41 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 import resource
-import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, flags
+from experiments import cli, dry_run, flags
 from experiments.flags import Settings
+from experiments.resuming import Work
 from experiments.scoring import (
+  Clock,
   Projection,
-  projected_scores,
-  queries,
+  Scored,
+  layer_table,
+  query_scores,
+  score,
+  token_table,
   trained_subtree,
-  trajectory_scores,
   trajectory_weights,
 )
-from experiments.solving import announce, curvature_data, solve, solver_settings
+from experiments.solving import solver_settings
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
   artifacts,
-  breakdown,
   coreset,
   data,
   finetune,
   ihvp,
-  influence,
-  model,
   projected,
   records,
   report,
+  report_facts,
+  report_html,
   subtree,
-  variants,
 )
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-class Clock:
-  """Seconds per phase."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = {}
-    self._last = time.perf_counter()
-
-  def lap(self, phase: str) -> None:
-    """Ends a phase."""
-    now = time.perf_counter()
-    self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 2)
-    self._last = now
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-  """What scoring gives.
-
-  Attributes:
-    influence: float64 [N], on the aggregated query.
-    loss: float32 [N] of the training examples.
-    result: of the solver.
-    seconds: per phase.
-    self_influence: float64 [N], or None where nothing asked for it.
-  """
-
-  influence: np.ndarray
-  loss: np.ndarray
-  result: ihvp.SolveResult
-  seconds: dict
-  self_influence: np.ndarray | None = None
-
-
-def score(bench: Workbench, s: Settings, chosen: Chosen) -> Scored:
-  """Losses, query gradients, inverse Hessian product and scores."""
-  clock = Clock()
-  train = bench.packer("train", chosen.tree, chosen.params)
-  bench.packer("eval", chosen.tree, chosen.params)
-  clock.lap("boundary")
-  itself = None
-  if s.trajectory == "none":
-    v, names = queries(bench, s, chosen)
-    clock.lap("query gradients")
-    result = solve(bench, s, chosen, v)
-    clock.lap("solver")
-  else:
-    raw, v, names = trajectory_scores(bench, s)
-    result = ihvp.identity(v)
-  announce(result)
-  if s.trajectory != "none":
-    loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
-  elif s.score_path == "projected":
-    raw, facts = projected_scores(bench, s, chosen, result.solution)
-    result = dataclasses.replace(result, info=result.info | facts)
-    loss = chosen.problem.losses(bench.stream(train, "losses"), len(train))
-  elif s.normalize != "none" or s.self_influence:
-    found = measure(bench, s, chosen, result)
-    raw, loss = _NORMALIZE[s.normalize](found), found.losses
-    itself = found.self_influence if s.self_influence else None
-  else:
-    if influence.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
-      train = bench.batcher("train", chosen.tree, chosen.params)
-    stream = bench.stream(train, "losses and scores")
-    loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
-  clock.lap("scores")
-  total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
-  return Scored(total, loss, result, clock.seconds, itself)
-
-
-_NORMALIZE = {
-  "none": lambda found: found.scores,
-  "cosine": variants.cosine,
-  "relatif": variants.relatif,
-  "theta_relatif": variants.theta_relatif,
-}
-
-
-def measure(bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult) -> variants.Measures:
-  """Scores with each example's norms and influence on itself."""
-  train = bench.batcher("train", chosen.tree, chosen.params)
-  inverse = variants.IDENTITY
-  if s.solver == "ekfac":  # the fit that `solve` has kept
-    fitted = influence.fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
-    inverse = variants.inverse_map("ekfac", fitted, result.info["damping"])
-  stream = bench.stream(train, "scores and norms")
-  return variants.measure(chosen.problem, stream, len(train), result.solution, inverse)
 
 
 def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
@@ -216,21 +127,6 @@ def budget_of(s: Settings) -> coreset.Budget:
   return coreset.Budget(fraction=s.fraction)
 
 
-def query_scores(bench: Workbench, s: Settings, chosen: Chosen) -> np.ndarray:
-  """Scores of every evaluation example with every training example, float32 [Q, N], `--query_block` at a time."""
-  size, train = len(bench.parts["eval"]), bench.batcher("train", chosen.tree, chosen.params)
-  block, blocks = min(s.query_block, size), []
-  for start in range(0, size, block):
-    rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
-    batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
-    v = jax.tree.map(jnp.asarray, chosen.problem.gradients(bench.stream(batcher), len(rows)))
-    result = solve(bench, s, chosen, v)
-    what = f"scores of evaluation examples {start}..{rows[-1]} of {size}"
-    found = chosen.problem.scores(bench.stream(train, what), len(train), result.solution, s.score_path)
-    blocks.append(found[: size - start])
-  return np.concatenate(blocks)
-
-
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   s = settings
@@ -247,28 +143,37 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if s.trajectory != "none":
     identity["trajectory"] = {str(step): weight for step, weight in trajectory_weights(s.checkpoint).items()}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  if run_dir.file("summary.json").exists():
+  work = Work(run_dir, s.shard_batches)
+  if run_dir.holds("summary.json"):
+    work.remove()  # what a run that was killed at its very end has left
     log.info("%s is finished already", run_dir.path)
     return str(run_dir.path)
   log.info("\n%s", data.format_summary(bench.summary))
   run_dir.write_json("data_summary.json", bench.summary)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
-  scored = score(bench, s, chosen)
+  scored = score(bench, s, chosen, work)
   clock = Clock()
   inputs = policy_inputs(bench, s, params, scored)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
   clock.lap("selection")
+  if s.per_layer:
+    table = layer_table(bench, s, chosen, scored.result, work)
+    run_dir.write_parquet("layer_scores.parquet", table)
+    scored = dataclasses.replace(scored, layers=report_facts.layers_of(table))
+  if s.per_token:
+    run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
   if s.per_layer or s.per_token:
-    _write_parts(run_dir, bench, s, chosen, scored.result)
     clock.lap("per layer and token")
   if s.per_query:
-    _write_query_scores(run_dir, bench, query_scores(bench, s, chosen))
+    scored = dataclasses.replace(scored, queries=query_scores(bench, s, chosen, work))
+    _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
   warnings = coreset.selection_warnings(rows, inputs, s.seed)
   for warning in warnings:
     log.warning("%s", warning)
   write_results(run_dir, bench, s, dataclasses.replace(scored, seconds=scored.seconds | clock.seconds), rows, warnings)
+  work.remove()
   kept, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
     "selected %d of %d examples by %s, %.0f %% of the response tokens: %s",
@@ -283,22 +188,6 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 def _checkpoint_identity(folder: str) -> dict:
   return finetune.checkpoint_meta(folder) if folder else {}
-
-
-def _write_parts(run_dir, bench: Workbench, s: Settings, chosen: Chosen, result: ihvp.SolveResult) -> None:
-  """layer_scores.parquet and token_scores.parquet, which add up to the scores."""
-  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
-  train = bench.parts["train"]
-  if s.per_layer:
-    stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params), "scores by layer")
-    by_layer = breakdown.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
-    run_dir.write_parquet("layer_scores.parquet", breakdown.layer_columns(train.ids, by_layer))
-  if s.per_token:
-    stream = bench.stream(bench.packer("train", chosen.tree, chosen.params), "scores by token")
-    losses = model.token_losses_fn(bench.config, chosen.tree)
-    by_token = breakdown.token_scores(chosen.problem, losses, stream, len(train), direction)
-    columns = breakdown.token_columns(train, by_token, lambda token: bench.tokenizer.decode([token]))
-    run_dir.write_parquet("token_scores.parquet", columns)
 
 
 def _write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
@@ -324,7 +213,7 @@ def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def write_results(
   run_dir, bench: Workbench, s: Settings, scored: Scored, rows: np.ndarray, warnings: list[str]
 ) -> None:
-  """coreset.jsonl, scores.parquet, plots, report.md, and at the very end summary.json, which marks the run as done."""
+  """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
   train = bench.parts["train"]
   selected = np.zeros(len(train), bool)
   selected[rows] = True
@@ -344,14 +233,14 @@ def write_results(
   run_dir.write_parquet("scores.parquet", columns)
   result = scored.result
   images = {"Influence of the training examples": "plots/scores.png"}
-  plots = run_dir.folder("plots")
   histogram = report.score_histogram_plot(scored.influence, selected)
-  artifacts.write_bytes(plots / "scores.png", report.figure_bytes(histogram))
+  run_dir.write_bytes("plots/scores.png", report.figure_bytes(histogram))
   if len(result.curve) > 1:
     steps, residuals = [step for step, _ in result.curve], [r for _, r in result.curve]
     figure = report.residual_plot(residuals, s.solver, steps)
-    artifacts.write_bytes(plots / "residual.png", report.figure_bytes(figure))
-    images["Residual of the solver on examples that it has not seen"] = "plots/residual.png"
+    run_dir.write_bytes("plots/residual.png", report.figure_bytes(figure))
+    where = "examples that it has not seen" if s.solver == "lissa" else "the fixed examples of its curvature"
+    images[f"Residual of the solver on {where}"] = "plots/residual.png"
   solver = {k: v for k, v in result.info.items() if isinstance(v, str | int | float | bool)}
   residual = float(np.max(result.residual)) if np.all(np.isfinite(result.residual)) else None
   empty = [train.ids[row] for row in np.flatnonzero(train.num_response_tokens == 0)]
@@ -372,6 +261,7 @@ def write_results(
     "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
     "warnings": warnings,
     "seconds": scored.seconds,
+    "batch_tokens": bench.batch_tokens,
     "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     "identity": run_dir.identity,
     "versions": artifacts.package_versions(),
@@ -380,10 +270,22 @@ def write_results(
   sections = {
     "Solver": solver | {"steps": result.steps, "residual": residual},
     "Data": _flat(bench.summary),
-    "Seconds": scored.seconds,
   }
   texts = [shown(record) for record in train.records]
   run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, warnings, images))
+  found = report_facts.SelectRun(
+    columns,
+    train.records,
+    train.truncated,
+    bench.summary,
+    summary,
+    scored.layers,
+    bench.parts["eval"].records,
+    scored.queries,
+  )
+  run_dir.write_text("report.html", report_html.select_page(found))
+  for name, figure in report_facts.figures(found).items():
+    run_dir.write_bytes(f"plots/{name}", report.figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
 
 
@@ -424,7 +326,11 @@ def _flat(summary: dict, prefix: str = "") -> dict:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  settings = flags.read(tells_costs=True)
+  if settings.dry_run:
+    dry_run.run(settings, "select")
+  else:
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> 
       "curve": _plain(result.curve),
       "residual": float(np.max(result.residual)),
       "steps": result.steps,
-      "damping": damping,
+      "damping": result.info.get("damping", damping),
       "info": {k: v for k, v in result.info.items() if isinstance(v, str | int | float | bool)},
       "fit_seconds": fit_seconds,  # 0 where an earlier cell has fitted already
       "solver_seconds": round(time.perf_counter() - began, 2),
@@ -383,7 +383,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict | None, found: dict | None) -> None:
   """Tables and plots; solvers.json last."""
   s = shared.settings
-  fixed, drawn = shared.examples(shared.data.fixed), min(s.curvature_batch, len(shared.bench.parts["train"]))
+  fixed, drawn = shared.examples(shared.data.fixed), solving.curvature_rows(shared.bench, s).batch
   per_step = {name: fixed if name.startswith("cg") else drawn for name in ITERATIVE}
   iterative = {ratio: {name: cells[name] for name in ITERATIVE} for ratio, cells in curves.items() if ratio}
   figure = residual_figure(iterative, per_step)

@@ -1,17 +1,18 @@
 """From flags to a solver: its settings, the examples behind its curvature, its progress."""
 
 import dataclasses
+import json
 import logging
 import math
-import pathlib
 
 import jax
 import numpy as np
 
+from experiments import cli
 from experiments.flags import Settings
 from experiments.workbench import Chosen, Workbench
 from in2core_jax import __version__ as version
-from in2core_jax import ekfac_file, finetune, ihvp, influence, packing, subtree
+from in2core_jax import artifacts, costs, ekfac_file, finetune, ihvp, influence, packing, passes, sharding, subtree
 from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,26 @@ def solver_settings(s: Settings) -> influence.SolverSettings:
   )
 
 
-def curvature_data(bench: Workbench, s: Settings, chosen: Chosen) -> influence.CurvatureData:
+@dataclasses.dataclass(frozen=True)
+class CurvatureRows:
+  """Which training rows the curvature is taken from, and in batches of which size.
+
+  Attributes:
+    fixed: the fixed set, in order.
+    drawn: what LiSSA's minibatches are drawn from, by falling length.
+    factors: what EK-FAC is fitted to, in order.
+    batch: examples of a batch.
+    shape: that serves all of them.
+  """
+
+  fixed: np.ndarray
+  drawn: np.ndarray
+  factors: np.ndarray
+  batch: int
+  shape: packing.PackedShape
+
+
+def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
   dataset = bench.parts["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
@@ -51,21 +71,31 @@ def curvature_data(bench: Workbench, s: Settings, chosen: Chosen) -> influence.C
   plain = bench.packer("train", rows=fixed, shapes=()), bench.packer("train", shapes=())
   keys = jax.random.split(jax.random.key(0), 32)
   shape = packing.curvature_shape(plain[0], plain[1], batch, [influence.even_rows(drawn, batch, key) for key in keys])
-  pool = bench.packer("train", chosen.tree, chosen.params, shapes=[shape])
-  some = bench.packer("train", chosen.tree, chosen.params, fixed, [shape])
-  draw = influence.even_draw(drawn, batch, lambda rows: bench.place(pool.sample(rows)[1]))
-  steady = lambda: ((rows, bench.place(part)) for rows, part in some.shuffled(batch, 0, 0))  # noqa: E731
-  every = bench.stream(bench.batcher("train", chosen.tree, chosen.params), f"{s.solver} over the training set")
+  # Fewer than all come from the other end of the order: then the fixed set measures a fit that has not seen it.
+  return CurvatureRows(fixed, drawn, np.sort(mixed[-s.ekfac_examples :]), batch, shape)
+
+
+def curvature_data(
+  bench: Workbench, s: Settings, chosen: Chosen, pieces: passes.Pieces | None = None
+) -> influence.CurvatureData:
+  """The curvature's examples as the solvers take them; sums over all of them are kept in `pieces`."""
+  rows = curvature_rows(bench, s)
+  pool = bench.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
+  some = bench.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
+  draw = influence.even_draw(rows.drawn, rows.batch, lambda picked: bench.place(pool.sample(picked)[1]))
+  steady = lambda: ((own, bench.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
+  answered = np.flatnonzero(bench.parts["train"].num_response_tokens)  # the others would add 0 to every mean
+  everything = bench.batcher("train", chosen.tree, chosen.params, answered)
+  every = bench.stream(everything, f"{s.solver} over the training set", pieces)
   if s.solver != "ekfac" and s.precondition == "none":
     return influence.CurvatureData(every, steady, draw)
-  # From the other end of the order, so that the fixed set measures a fit that has not seen it where data allow that.
-  factors = np.sort(mixed[-s.ekfac_examples :])
-  return influence.CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, factors))
+  return influence.CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, rows.factors, pieces))
 
 
-def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray):
+def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, pieces: passes.Pieces | None = None):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
-  stream = bench.stream(bench.batcher("train", chosen.tree, chosen.params, rows), f"EK-FAC of {len(rows)} examples")
+  batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
+  stream = bench.stream(batcher, f"EK-FAC of {len(rows)} examples", pieces)
   made_of = {
     "config": dataclasses.asdict(bench.config),
     "subtree": finetune.subtree_meta(chosen.tree),
@@ -74,14 +104,29 @@ def ekfac_source(bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray
     "loss_reduction": s.loss_reduction,
     "version": version,
   }
-  return stream, ekfac_file.stored_fit(pathlib.Path(s.run_dir).parent / "ekfac", made_of)
+  return stream, ekfac_file.stored_fit(artifacts.beside(s.run_dir, "ekfac"), made_of)
 
 
-def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
-  """The inverse Hessian product, with its progress shown: counted in products with batches of curvature examples."""
+def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: passes.Pieces) -> ihvp.SolveResult:
+  """The inverse Hessian product, or what an earlier run has kept of it.
+
+  Args:
+    bench: data and model.
+    s: the solver.
+    chosen: where.
+    v: right-hand side, leaves [Q, ...].
+    pieces: of this very v: the answer, LiSSA's state, sums over the training set.
+  """
   if s.solver == "identity":
     return ihvp.identity(v)
-  source, settings = curvature_data(bench, s, chosen), solver_settings(s)
+  compute = lambda: _result_to_arrays(_solve(bench, s, chosen, v, pieces))  # noqa: E731
+  # Also a fresh result takes the road over the file, so that a resumed run goes on from the same numbers and types.
+  return _result_from_arrays(passes.kept(pieces.store("solution"), 0, compute), v, bench.mesh)
+
+
+def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: passes.Pieces) -> ihvp.SolveResult:
+  """Solves with progress shown: counted in products with batches of curvature examples."""
+  source, settings = curvature_data(bench, s, chosen, pieces), solver_settings(s)
   if s.solver == "datainf":  # no product, and a pass that shows itself
     return influence.solve(chosen.problem, v, settings, source)
   with Progress(_num_products(s, source, v), s.solver, "products") as progress:
@@ -95,21 +140,56 @@ def solve(bench: Workbench, s: Settings, chosen: Chosen, v) -> ihvp.SolveResult:
       progress.update(1)
       return source.draw(key)
 
-    def show(state: ihvp.LissaState) -> None:
-      progress.update(0, step=state.done + state.step, residual=float(np.max(state.curve[-1][1])))
-
     counted = dataclasses.replace(source, fixed=fixed, draw=draw)
-    return influence.solve(chosen.problem, v, settings, counted, on_state=show if s.solver == "lissa" else None)
+    if s.solver != "lissa":
+      return influence.solve(chosen.problem, v, settings, counted)
+    snapshot = passes.Snapshot(pieces.store("lissa"))
+    state = _saved_state(snapshot, v, bench.mesh)
+    if state is not None:
+      done = state.done + state.step
+      log.info("lissa: goes on from step %d", done)
+      progress.skip(costs.num_products("lissa", sum(1 for _ in source.fixed()), done, 1, 0))
+    with pieces.hold() as stop_requested:
+
+      def on_state(state: ihvp.LissaState) -> None:
+        progress.update(0, step=state.done + state.step, residual=float(np.max(state.curve[-1][1])))
+        stop = stop_requested()
+        snapshot.save(lambda: ihvp.state_to_arrays(state), now=stop)
+        if stop:
+          raise cli.Terminated
+
+      return influence.solve(chosen.problem, v, settings, counted, on_state, state)
+
+
+def _saved_state(snapshot: passes.Snapshot, v, mesh) -> ihvp.LissaState | None:
+  """LiSSA's state as an earlier run has left it, on the devices; None where there is none."""
+  saved = snapshot.load()
+  if saved is None:
+    return None
+  state = ihvp.state_from_arrays(saved, v)
+  vectors = {name: getattr(state, name) for name in ("u", "momentum", "mean", "total")}
+  placed = {name: sharding.place_vectors(tree, mesh, True) for name, tree in vectors.items() if tree is not None}
+  return dataclasses.replace(state, **placed)
+
+
+def _result_to_arrays(result: ihvp.SolveResult) -> dict[str, np.ndarray]:
+  """A result as named host arrays; what is no vector as JSON."""
+  facts = {"residual": result.residual, "steps": result.steps, "curve": result.curve, "info": result.info}
+  text = json.dumps(facts, default=lambda value: value.tolist())
+  return passes.leaves(result.solution) | {"facts": np.frombuffer(text.encode(), np.uint8)}
+
+
+def _result_from_arrays(arrays: dict[str, np.ndarray], v, mesh) -> ihvp.SolveResult:
+  """Inverse of `_result_to_arrays`, with the solution on the devices."""
+  facts = json.loads(arrays["facts"].tobytes())
+  solution = sharding.place_vectors(passes.from_leaves(arrays, v), mesh, True)
+  curve = [(step, np.array(residual)) for step, residual in facts["curve"]]
+  return ihvp.SolveResult(solution, np.array(facts["residual"]), facts["steps"], curve, facts["info"])
 
 
 def _num_products(s: Settings, source: influence.CurvatureData, v) -> int:
   """How many products a solve takes at most, about: the largest eigenvalue, the steps, the residuals."""
-  fixed = sum(1 for _ in source.fixed())
-  if s.solver == "lissa":
-    return 10 * fixed + s.repeat * (s.depth + -(-s.depth // 10) * fixed)
-  if s.solver == "exact":
-    return (11 + -(-subtree.count(v) // 64)) * fixed
-  return (11 + (0 if s.solver == "ekfac" else s.depth)) * fixed
+  return costs.num_products(s.solver, sum(1 for _ in source.fixed()), s.depth, s.repeat, subtree.count(v))
 
 
 def announce(result: ihvp.SolveResult) -> None:
@@ -118,3 +198,7 @@ def announce(result: ihvp.SolveResult) -> None:
   log.info("solver: %s", ", ".join(f"{name}={value}" for name, value in facts.items()))
   if np.all(np.isfinite(result.residual)):
     log.info("solver: relative residual %.3g after %d steps", float(np.max(result.residual)), result.steps)
+  else:
+    log.info("solver: residual not measured")
+  if "warning" in result.info:
+    log.warning("solver: %s", result.info["warning"])

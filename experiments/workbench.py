@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli, fitting
 from experiments.flags import Settings
 from in2core_jax import __version__ as version
 from in2core_jax import (
@@ -23,6 +24,8 @@ from in2core_jax import (
   influence,
   model,
   packing,
+  passes,
+  processes,
   sharding,
   subtree,
   weights,
@@ -36,7 +39,7 @@ PARTS = ("train", "eval", "test")
 # Flags that change no number of a result.
 _WHERE_AND_HOW_FAST = (
   *("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"),
-  *("checkpoint_every", "keep_checkpoints", "query_block"),
+  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches"),
 )
 
 
@@ -62,7 +65,7 @@ class Workbench:
     config, params, tokenizer, model_hash = weights.load_model(
       self.settings.model, self.settings.dtype, self.settings.seed
     )
-    return config, sharding.place_params(params, self.mesh), tokenizer, model_hash
+    return config, self.place_params(params), tokenizer, model_hash
 
   @property
   def config(self) -> model.ModelConfig:
@@ -107,7 +110,7 @@ class Workbench:
       raise UserError(f"--checkpoint={folder} stopped at step {done}: run that finetune command again first")
     params = self.params
     if meta["lora_rank"]:
-      params = adapters.add_lora(params, meta["lora_rank"], jax.random.key(meta["seed"]))
+      params = self.place_params(adapters.add_lora(params, meta["lora_rank"], jax.random.key(meta["seed"])))
     saved = meta["subtree"]
     chosen = subtree.Subtree(
       tuple(saved["layers"]), self.config.num_layers, tuple(saved["paths"]), tuple(saved["extras"])
@@ -210,40 +213,58 @@ class Workbench:
   def _examples(self, part: str, chosen: subtree.Subtree | None, params, rows):
     """(data set, hidden states or None) of a part or some rows of it; arguments as in `batcher`."""
     dataset, hidden = self.parts[part], None
-    if chosen is not None and self._uses_cache(chosen):
+    if chosen is not None and self.uses_cache(chosen):
       hidden = self._boundary(part, chosen, params)
     if rows is not None:
       dataset, hidden = dataset.take(rows), hidden.take(np.asarray(rows)) if hidden is not None else None
     return dataset, hidden
 
   @functools.cached_property
+  def batch_tokens(self) -> int:
+    """`--batch_tokens`, or for `auto` the most that fits (`fitting.largest_batch`)."""
+    given = self.settings.batch_tokens
+    return fitting.largest_batch(self) if given == "auto" else given
+
+  @functools.cached_property
   def packed_shapes(self) -> tuple[packing.PackedShape, ...]:
     """Packed sizes that serve all three parts when they are scored."""
+    return self.packed_shapes_for(self.batch_tokens)
+
+  def packed_shapes_for(self, batch_tokens: int) -> tuple[packing.PackedShape, ...]:
+    """The same, for batches of so many tokens."""
     plain = [self.packer(part, shapes=()) for part in PARTS]
-    return packing.sequential_shapes(plain, self.settings.batch_tokens)
+    return packing.sequential_shapes(plain, batch_tokens)
 
   @functools.cached_property
   def layout(self) -> dict[batches.Shape, batches.Layout]:
     """Batch sizes and response slots of each shape when the training set is scored."""
     multiple = sharding.batch_multiple(self.mesh)
     plain = batches.Batcher(self.parts["train"], self.shapes, self.settings.loss_reduction, multiple_of=multiple)
-    return plain.layout_of(plain.sequential_plan(self.settings.batch_tokens))
+    return plain.layout_of(plain.sequential_plan(self.batch_tokens))
 
   def place(self, batch: batches.Batch) -> batches.Batch:
     """Puts a batch onto the devices."""
     return sharding.place_batch(batch, self.mesh)
 
-  def stream(self, batcher: batches.Batcher | packing.Packer, what: str = "") -> influence.Stream:
-    """A function that yields (rows, batch on the devices), with a progress display when `what` names the work."""
-    tokens = self.settings.batch_tokens
-    plan_size = len(batcher.sequential_plan(tokens))
+  def place_params(self, params):
+    """Puts parameters, or what is shaped like some of them, onto the devices; what is there already stays."""
+    return sharding.place_params(params, self.mesh)
 
-    def walk() -> Iterator:
-      source = batcher.sequential(tokens)
-      for rows, batch in track(source, plan_size, what) if what else source:
-        yield rows, self.place(batch)
+  def stream(
+    self, batcher: batches.Batcher | packing.Packer, what: str = "", pieces: passes.Pieces | None = None
+  ) -> passes.Stream:
+    """A function that yields (rows, batch on the devices).
 
-    return walk
+    Args:
+      batcher: of the examples.
+      what: names the work in a progress display; empty shows none.
+      pieces: where passes over the stream keep what a killed run goes on from; None keeps nothing.
+    """
+    plan = batcher.sequential_plan(self.batch_tokens)
+    build = lambda part: ((rows, self.place(batch)) for rows, batch in batcher.planned(part))  # noqa: E731
+    if pieces is not None:
+      return passes.KeptStream(plan, build, pieces, lambda: Progress(len(plan), what, "batches"))
+    return lambda: track(build(plan), len(plan), what) if what else build(plan)
 
   def kernels(self, chosen: subtree.Subtree) -> influence.Problem:
     """Compiled kernels for a subtree; bind parameters with `.at(sub, frozen)`."""
@@ -253,7 +274,8 @@ class Workbench:
       self._caches[chosen] = influence.Problem(objective, None, None, self.settings.microbatch, relabel)
     return self._caches[chosen]
 
-  def _uses_cache(self, chosen: subtree.Subtree) -> bool:
+  def uses_cache(self, chosen: subtree.Subtree) -> bool:
+    """Whether hidden states below a subtree are kept."""
     return self.settings.boundary_cache != "off" and "embed" not in chosen.extras
 
   def _boundary(self, part: str, chosen: subtree.Subtree, params) -> boundary.BoundaryCache:
@@ -263,20 +285,17 @@ class Workbench:
       s = self.settings
       dtype = jnp.dtype(s.dtype)
       size = boundary.cache_bytes(self.parts[part].num_tokens, self.config.hidden_size, dtype)
-      on_disk = s.boundary_cache == "disk" or (s.boundary_cache == "auto" and size > s.boundary_cache_gb * 1e9)
       file = None
-      if on_disk:
+      if cache_on_disk(s, size):
         name = artifacts.hash_of([key, self.model_hash, self.data_identity(part), s.dtype, version])[:16]
-        folder = pathlib.Path(s.run_dir).parent / "boundary"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{part}-{name}.bin"
+        file = _scratch_file(s.run_dir, f"{part}-{name}")
       # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
       below = subtree.Subtree(tuple(range(chosen.boundary, chosen.num_layers)), chosen.num_layers, ())
       job = boundary.BoundaryJob(
         self.config,
         below,
         params,
-        s.batch_tokens,
+        self.batch_tokens,
         dtype,
         lambda rows: sharding.place_batch(rows, self.mesh),
         sharding.batch_multiple(self.mesh),
@@ -284,6 +303,25 @@ class Workbench:
       )
       self._hidden[key] = boundary.compute_boundary(job, self.parts[part], file)
     return self._hidden[key]
+
+
+def cache_on_disk(s: Settings, size: int) -> bool:
+  """Whether a boundary cache of so many bytes goes to disk."""
+  return s.boundary_cache == "disk" or (s.boundary_cache == "auto" and size > s.boundary_cache_gb * 1e9)
+
+
+def _scratch_file(run_dir: str, name: str) -> pathlib.Path:
+  """Where this process keeps hidden states: beside the run folder, or on the local disk when that is gs://.
+
+  They are memory-mapped, and every process of a job has a file of its own, with all examples.
+  """
+  folder = pathlib.Path(run_dir).parent / "boundary"
+  if artifacts.is_remote(run_dir):
+    folder = cli.cache_folder() / "boundary"
+    log.info("hidden states are kept in %s: they are read at random, which needs a local disk", folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  count = jax.process_count()
+  return folder / (f"{name}.bin" if count == 1 else f"{name}-{jax.process_index()}of{count}.bin")
 
 
 def track(source, total: int, what: str) -> Iterator:
@@ -344,7 +382,7 @@ def _below_hash(params, chosen: subtree.Subtree, base) -> str:
     return "base"
   digest = hashlib.sha256()
   for leaf in ours:
-    digest.update(np.asarray(leaf).tobytes())
+    digest.update(processes.to_host(leaf).tobytes())
   return digest.hexdigest()
 
 

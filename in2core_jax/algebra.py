@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from in2core_jax import processes
 from in2core_jax.errors import UserError
 
 Tree = Any
@@ -122,9 +124,17 @@ def random_normal(key: jax.Array, like: Tree, size: int = 1) -> Tree:
   keys = jax.random.split(key, len(leaves))
   dtypes = [jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves]
   draws = [
-    jax.random.normal(k, (size, *leaf.shape[1:]), dtype) for k, leaf, dtype in zip(keys, leaves, dtypes, strict=True)
+    _normal_fn(leaf)(k, (size, *leaf.shape[1:]), dtype) for k, leaf, dtype in zip(keys, leaves, dtypes, strict=True)
   ]
   return jax.tree.unflatten(structure, draws)
+
+
+def _normal_fn(like: jax.Array):
+  """`jax.random.normal`, drawn where `like` is when that is cut over devices: no device holds all of it."""
+  sharding = getattr(like, "sharding", None)
+  if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
+    return jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=sharding)
+  return jax.random.normal
 
 
 def ravel(x: Tree) -> np.ndarray:
@@ -136,7 +146,7 @@ def ravel(x: Tree) -> np.ndarray:
   Returns:
     float64 [Q, P], leaves in the order of `jax.tree.leaves`.
   """
-  leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(x)]
+  leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(processes.to_host(x))]
   return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 

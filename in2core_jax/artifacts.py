@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from in2core_jax import files
+from in2core_jax import files, processes
 from in2core_jax.errors import UserError
 
 # The file layer's words, so that callers need one import.
@@ -95,7 +95,7 @@ class RunDir:
     path: the folder.
     identity: JSON object: all that the results depend on.
     entries: names in the folder that this project wrote, in the manifest so that `overwrite` removes these, no others.
-    writer: whether this process writes shared files; one process of a run does (shards are written by all).
+    writer: whether this process writes shared files; process 0 of a job does (shards are written by all).
     resumed: whether the folder was there already, of the same identity.
   """
 
@@ -106,20 +106,37 @@ class RunDir:
   resumed: bool = False
 
   @classmethod
-  def open(
-    cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False, writer: bool = True
-  ) -> RunDir:
-    """Makes the folder, or continues one of the same identity.
+  def open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False) -> RunDir:
+    """Makes the folder, or continues one of the same identity; collective: the writer of a job comes first.
 
     Args:
-      path: the folder, local or gs://.
+      path: the folder, local or gs://; the processes of a job must all see it.
       identity: JSON object: flags and hashes that the results depend on; not what only says where or how fast.
       overwrite: start anew where another run's results are; removes the files that the manifest names, never others.
-      writer: False on all processes of a run but one; they open the folder after that one did.
 
     Raises:
-      UserError: the folder belongs to a run of another identity, or to no run at all.
+      UserError: the folder belongs to a run of another identity, or to no run at all, or a process does not see it.
+        Raised in all processes, so that none waits for one that has stopped.
     """
+    opened, refusal = None, None
+    if processes.is_writer():
+      try:
+        opened = cls._open(path, identity, overwrite, writer=True)
+      except UserError as error:
+        refusal = str(error)
+    refusal = processes.from_writer(refusal)
+    if refusal is not None:
+      raise UserError(refusal)
+    if not processes.all_true(processes.is_writer() or cls._read(_folder_path(path)) is not None):
+      raise UserError(
+        f"{path}: not all processes see the folder that process 0 has made there: give --run_dir a place that all "
+        "machines share, gs:// or a shared file system"
+      )
+    return opened or cls._open(path, identity, False, writer=False)
+
+  @classmethod
+  def _open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, writer: bool) -> RunDir:
+    """`open` in one process; the others open the folder after the writer did."""
     path = _folder_path(path)
     identity = json.loads(canonical_json(identity))
     old = cls._read(path)
@@ -133,7 +150,9 @@ class RunDir:
     run_dir = cls(path, identity, old.entries if old else [], writer, old is not None)
     if writer:
       _make_folder(path)
-      files.remove_leftovers(path)
+      for folder in (path, *(path / name for name in run_dir.entries)):
+        if folder.is_dir() and not _is_link(folder):
+          files.remove_leftovers(folder)
       if old is None:
         run_dir._write_manifest()
     return run_dir
@@ -203,6 +222,10 @@ class RunDir:
       self._write_manifest()
     return self.path / name
 
+  def holds(self, name: str) -> bool:
+    """Whether a file is there, for all processes as the writer sees it; collective."""
+    return processes.from_writer((self.path / name).exists())
+
   def folder(self, name: str) -> epath.Path:
     """Like `file`, and makes the folder."""
     path = self.file(name)
@@ -231,7 +254,13 @@ class RunDir:
       write_flags(self.file(name), flags, header)
 
   def read_json(self, name: str) -> Any:
-    return read_json(self.path / name)
+    """A file of the folder in every process, as the writer reads it; collective."""
+    return processes.from_writer(read_json(self.path / name) if processes.is_writer() else None)
+
+
+def beside(run_dir: epath.PathLike, name: str) -> epath.Path:
+  """A folder beside a run folder, for what several runs use: local or gs://, as the run folder is."""
+  return files.absolute(run_dir).parent / name
 
 
 def _folder_path(path: epath.PathLike) -> epath.Path:

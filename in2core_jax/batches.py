@@ -352,5 +352,9 @@ class Batcher:
     Yields:
       rows: int64 [b], the real examples, in batch order (the batch may have padding rows after them), and the batch.
     """
-    for rows, shape, size in self.sequential_plan(batch_tokens):
+    yield from self.planned(self.sequential_plan(batch_tokens))
+
+  def planned(self, plan: Sequence[tuple[np.ndarray, Shape, int]]) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields (rows, batch) of the batches of a plan, or of a part of one."""
+    for rows, shape, size in plan:
       yield rows, self.batch(rows, shape, size)

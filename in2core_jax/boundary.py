@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from in2core_jax import model as model_lib
-from in2core_jax import packing
+from in2core_jax import packing, processes
 from in2core_jax.errors import UserError
 from in2core_jax.subtree import Subtree
 
@@ -121,7 +121,8 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
   shape = (int(lengths.sum()), job.config.hidden_size)
   dtype = np.dtype(job.dtype)
-  if file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize:
+  whole = file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize
+  if processes.all_true(whole):
     return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
   part = _part_file(file) if file is not None else None
   values = np.memmap(part, dtype, "w+", shape=shape) if part is not None else np.empty(shape, dtype)
@@ -129,7 +130,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
   for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
     tokens, offsets = job.place((packed.tokens, packed.offsets))
-    hidden = _below(job.config, job.subtree, job.frozen, tokens, offsets)
+    hidden = processes.settle(_below(job.config, job.subtree, job.frozen, tokens, offsets))
     if waiting is not None:
       _store(values, starts, lengths, *waiting)
     waiting = (packed, hidden)
@@ -158,7 +159,7 @@ _below = jax.jit(model_lib.run_below, static_argnums=(0, 1))
 
 
 def _store(values, starts, lengths, packed: packing.PackedRows, hidden) -> None:
-  host = np.asarray(hidden).reshape(-1, hidden.shape[-1])
+  host = processes.to_host(hidden).reshape(-1, hidden.shape[-1])
   for example, place in zip(packed.examples, packed.places, strict=True):
     start, length = starts[example], lengths[example]
     values[start : start + length] = host[place : place + length]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import gradients, subtree
+from in2core_jax import gradients, passes, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 from in2core_jax.influence import Problem, Stream
@@ -83,10 +83,9 @@ def layer_scores(
     return {names[0]: problem.scores(stream, size, jax.tree.map(lambda leaf: leaf[None], direction), "jvp")[0]}
   kernel = partial(_layer_products, problem.objective, tree, microbatch, problem.sub, problem.frozen)
   found = None
-  for rows, batch in stream():
-    values = np.asarray(kernel(batch, direction))[:, : len(rows)]
+  for rows, values in passes.results(stream, "layers", lambda batch: kernel(batch, direction)):
     found = np.zeros((len(names), size), values.dtype) if found is None else found
-    found[:, rows] = values  # every row has an example: packed batches cannot be mapped over examples
+    found[:, rows] = values[:, : len(rows)]  # every row has an example: packed batches cannot be mapped over examples
   found = np.zeros((len(names), size), np.float32) if found is None else found
   _refuse_infinite(found, np.arange(size))
   return dict(zip(names, found, strict=True))
@@ -122,12 +121,16 @@ def token_scores(
   Raises:
     UserError: a contribution that is not finite.
   """
+
+  def kernel(batch):
+    products = _token_products(token_losses, problem.sub, problem.frozen, batch, direction)
+    return {"products": products, "filled": batch.weight > 0}
+
   nothing = np.zeros(0, np.float32)
   pieces = [nothing] * size
-  for rows, batch in stream():
-    values = np.asarray(_token_products(token_losses, problem.sub, problem.frozen, batch, direction))
-    filled = np.asarray(batch.weight) > 0
-    for row, value, slots in zip(rows, values, filled, strict=False):  # what comes after the rows is padding
+  for rows, values in passes.results(stream, "tokens", kernel):
+    # What comes after the rows is padding.
+    for row, value, slots in zip(rows, values["products"], values["filled"], strict=False):
       if row >= 0:
         pieces[row] = value[slots]  # the slots of an example are its response tokens in order
   found = TokenScores(np.array([len(piece) for piece in pieces], np.int64), np.concatenate([nothing, *pieces]))

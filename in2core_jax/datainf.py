@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import algebra
+from in2core_jax import algebra, passes
 from in2core_jax.algebra import Tree
 from in2core_jax.errors import UserError
 from in2core_jax.operators import Matvec, SolveResult, check_damping, safe_ratio
@@ -230,8 +230,8 @@ def block_damping(v: Tree, source: ExampleGradients, settings: DataInfSettings, 
   if settings.damping is not None:
     return [jnp.full(leaf.shape[1:2], settings.damping, leaf.dtype) for leaf in rows]
   carry = ([jnp.zeros(leaf.shape[1:2], leaf.dtype) for leaf in rows], jnp.zeros((), rows[0].dtype))
-  for batch in source.batches():
-    carry = _norm_pass(source.function, blocks, source.context, carry, batch)
+  add = lambda carry, batch: _norm_pass(source.function, blocks, source.context, carry, batch)  # noqa: E731
+  carry = passes.total(source.batches, "norms", add, carry)
   count = _require_examples(carry[1])
   sizes = _join([np.float64(leaf.shape[2]) for leaf in rows], blocks)
   wanted = _join([np.asarray(jnp.max(jnp.abs(leaf), axis=(0, 2)), np.float64) for leaf in rows], blocks)
@@ -277,16 +277,19 @@ def datainf(v: Tree, source: ExampleGradients, settings: DataInfSettings, matvec
   v = algebra.promote(v)
   blocks = make_blocks(v, settings.granularity, settings.stacked_under)
   damping = block_damping(v, source, settings, blocks)
-  state, steps = datainf_start(v, blocks), 0
-  for batch in source.batches():
-    state, steps = _pass(source.function, blocks, source.context, state, v, damping, batch), steps + 1
+
+  def add(found, batch):
+    state, steps = found
+    return _pass(source.function, blocks, source.context, state, v, damping, batch), steps + 1
+
+  state, steps = passes.total(source.batches, "sums", add, (datainf_start(v, blocks), jnp.zeros((), jnp.int32)))
   count = _require_examples(state[1])
   solution = _finish(state, v, damping, blocks)
   residual = np.full(queries, np.nan)
   if matvec is not None:
     residual = safe_ratio(*_residual_parts(matvec(solution), solution, v, damping, blocks))
-  curve = [] if matvec is None else [(steps, residual)]
-  return SolveResult(solution, residual, steps, curve, _facts(settings, blocks, damping, count, residual))
+  curve = [] if matvec is None else [(int(steps), residual)]
+  return SolveResult(solution, residual, int(steps), curve, _facts(settings, blocks, damping, count, residual))
 
 
 def _facts(settings: DataInfSettings, blocks: Blocks, damping: list, count: float, residual) -> dict[str, Any]:
@@ -295,6 +298,7 @@ def _facts(settings: DataInfSettings, blocks: Blocks, damping: list, count: floa
   every = [x for row in values.values() for x in row]
   return {
     "solver": "datainf",
+    "curvature": "fisher",
     "granularity": settings.granularity,
     "damping": settings.damping if settings.damping is not None else float(np.median(every)),
     "damping_ratio": settings.damping_ratio,
@@ -303,5 +307,4 @@ def _facts(settings: DataInfSettings, blocks: Blocks, damping: list, count: floa
     "block_damping": values,
     "examples": int(count),
     "residual_measured": bool(np.all(np.isfinite(residual))),
-    "converged": True,
   }

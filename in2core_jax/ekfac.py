@@ -8,11 +8,12 @@ For a matrix W [in, out], y_t = a_t W, with g_t = dl_i/dy_t and G_i = sum_t a_t 
 
 George et al. 2018 (arXiv 1806.03884); for influence Grosse et al. 2023 (arXiv 2308.03296). The *basis* is that of K-FAC
 (tokens taken as independent, a independent of g); the *eigenvalues* are exact second moments of whole examples'
-gradients, so that lambda is the true diagonal of H in that basis. Blocks between matrices are dropped. Leaves that are
-no matrix (norm scales, biases, embeddings) are diagonal: lambda = mean_i g_i^2.
+gradients: lambda is the true diagonal of the fitted examples' mean of g_i g_i^T in that basis. Blocks between matrices
+are dropped. Leaves that are no matrix (norm scales, biases, embeddings) are diagonal: lambda = mean_i g_i^2.
 
 Unit: H is a mean over *examples*, as everywhere; damping is absolute, in the unit of H. curvature="ggn" draws labels
-from the model (true Fisher), which makes the mean of g_i g_i^T the Gauss-Newton matrix of the loss in expectation;
+from the model (true Fisher), which makes the mean of g_i g_i^T the Gauss-Newton matrix of the loss in expectation over
+the labels: one draw an example, the same in both passes, so a lambda may be above or below the matrix's own diagonal;
 curvature="fisher" takes the labels of the data (empirical Fisher). This room knows no model: it adds probes beside
 matrices (`probes.observe`) and the objective gives the moments as gradients.
 
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from in2core_jax import algebra, gradients, probes
+from in2core_jax import algebra, gradients, passes, probes, processes
 from in2core_jax.algebra import Tree
 from in2core_jax.errors import UserError
 from in2core_jax.operators import (
@@ -133,7 +134,7 @@ class Ekfac:
 
   @property
   def lambda_max(self) -> float:
-    """The largest lambda: a lower bound of H's largest eigenvalue, as any diagonal entry is."""
+    """The largest lambda; for fisher a lower bound of H's largest eigenvalue, as any diagonal entry is."""
     return float(self.info["lambda_max"])
 
 
@@ -162,15 +163,16 @@ def fit(source: Source, key: jax.Array, settings: EkfacSettings = EkfacSettings(
   factors, diagonals = {}, {}
   if paths:
     zeros = {path: probes.covariance_probe(leaves[path]) for path in paths}
-    moments, examples = _sum_over(source, key, settings, _probe_step, zeros, {})
+    moments, examples = _sum_over(source, key, settings, ("moments", _probe_step), zeros, {})
     bases = {path: _basis(path, moment, examples, settings.eigen_dtype) for path, moment in moments.items()}
     zeros = {path: probes.square_probe(base["left"], base["right"]) for path, base in bases.items()}
     fixed = {path: {name: probe.pop(name) for name in ("left", "right")} for path, probe in zeros.items()}
-    squares, examples = _sum_over(source, key, settings, _probe_step, zeros, fixed)
+    squares, examples = _sum_over(source, key, settings, ("squares", _probe_step), zeros, fixed)
     factors = {path: Factor(values=squares[path]["squares"] / examples, **bases[path]) for path in paths}
   if len(paths) < len(leaves):
     zeros = {path: jnp.zeros(leaf.shape, _wide(leaf)) for path, leaf in leaves.items() if path not in factors}
-    squares, examples = _sum_over(source, key, settings, partial(_diagonal_step, settings.microbatch), zeros, {})
+    step = partial(_diagonal_step, settings.microbatch)
+    squares, examples = _sum_over(source, key, settings, ("diagonals", step), zeros, {})
     diagonals = {path: leaf / examples for path, leaf in squares.items()}
   every = {path: factor.values for path, factor in factors.items()} | diagonals
   for path, values in every.items():
@@ -230,7 +232,7 @@ def ekfac(
   solution = preconditioner(fitted, damping)(v)
   measured = matvec is not None
   residual = relative_residual(matvec, solution, v, damping) if measured else np.full(queries, np.nan)
-  info = fitted.info | {"damping": damping, "residual_measured": measured, "converged": True}
+  info = fitted.info | {"damping": damping, "residual_measured": measured}
   return SolveResult(solution, residual, 1, [(1, residual)] if measured else [], info)
 
 
@@ -295,21 +297,26 @@ def _matrix_paths(leaves: dict, pattern: str | None) -> list[str]:
   return found
 
 
-def _sum_over(source: Source, key, settings: EkfacSettings, step, zeros, fixed) -> tuple[dict, float]:
-  """Adds step's sums over all batches and draws -> (sums, examples counted in them)."""
+def _sum_over(source: Source, key, settings: EkfacSettings, named_step, zeros, fixed) -> tuple[dict, float]:
+  """Adds a step's sums over all batches and draws -> (sums, examples counted in them)."""
+  name, step = named_step
   sampled = settings.curvature == "ggn"
   functions = (source.objective, source.relabel if sampled else None)
-  total, examples = jax.tree.map(jnp.copy, zeros), 0.0
+  found = (jax.tree.map(jnp.copy, zeros), jnp.zeros(()))
   for draw in range(settings.draws):
     draw_key = jax.random.fold_in(key, draw)
-    for rows, batch in source.stream():
+
+    def add(found, item, draw_key=draw_key):
+      (total, examples), (rows, batch) = found, item
       padded = np.zeros(batch.valid.shape[0], np.uint32)
       padded[: len(rows)] = rows
       total = step(functions, source.sub, source.frozen, batch, (draw_key, padded), zeros, fixed, total)
-      examples += float(jnp.sum(batch.valid))
-  if not examples > 0:
+      return total, examples + jnp.sum(batch.valid)
+
+    found = passes.total(source.stream, f"{name}-{draw:04d}", add, found)
+  if not float(found[1]) > 0:
     raise UserError("EK-FAC got no example: give at least one training example with a response")
-  return total, examples
+  return found[0], float(found[1])
 
 
 def _relabelled(relabel, sub, frozen, batch, labels):
@@ -323,6 +330,7 @@ def _relabelled(relabel, sub, frozen, batch, labels):
 def _probe_step(functions, sub, frozen, batch, labels, zeros, fixed, total):
   """Adds the moments of one batch: gradients in the probes' zeros (`fixed`: the probes' other parts)."""
   objective, relabel = functions
+  objective.separate(batch)  # refuses rows that hold several examples: squares are taken of whole rows
   batch = _relabelled(relabel, sub, frozen, batch, labels)
   flat = traverse_util.flatten_dict(sub, sep="/")
 
@@ -387,7 +395,7 @@ def _eigen(name: str, matrix: jax.Array, eigen_dtype: str) -> tuple[jax.Array, j
   if eigen_dtype == "float32":
     values, vectors = jnp.linalg.eigh(matrix.astype(jnp.float32))
   else:
-    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+    values, vectors = np.linalg.eigh(np.asarray(processes.to_host(matrix), np.float64))
   return jnp.maximum(jnp.asarray(values, matrix.dtype), 0), jnp.asarray(vectors, matrix.dtype)
 
 

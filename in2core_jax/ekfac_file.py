@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from in2core_jax import ekfac, files
+from in2core_jax import ekfac, files, processes
 from in2core_jax.ekfac import FIELDS, Ekfac, EkfacSettings, Factor, Source
 from in2core_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def identity_of(source: Source, key: jax.Array, settings: EkfacSettings, data: M
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path((source.sub, source.frozen)):
-    values = np.ascontiguousarray(leaf)
+    values = np.ascontiguousarray(processes.to_host(leaf))
     digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
     digest.update(values.reshape(-1).view(np.uint8))
   return files.hash_of(
@@ -49,10 +49,12 @@ def identity_of(source: Source, key: jax.Array, settings: EkfacSettings, data: M
 
 
 def save(path: epath.PathLike, fitted: Ekfac, identity: str) -> None:
-  """Writes a fit, whole or not at all; the same fit gives the same bytes."""
-  arrays = {f"{leaf}|diagonal": np.asarray(values) for leaf, values in fitted.diagonals.items()}
+  """Writes a fit, whole or not at all; the same fit gives the same bytes. Collective: the writer writes."""
+  arrays = {f"{leaf}|diagonal": processes.to_host(values) for leaf, values in fitted.diagonals.items()}
   for leaf, factor in fitted.factors.items():
-    arrays |= {f"{leaf}|{name}": np.asarray(getattr(factor, name)) for name in FIELDS}
+    arrays |= {f"{leaf}|{name}": processes.to_host(getattr(factor, name)) for name in FIELDS}
+  if not processes.is_writer():
+    return
   header = files.canonical_json({"format": FORMAT, "identity": identity, "info": fitted.info})
   buffer = io.BytesIO()
   np.savez(buffer, header=np.frombuffer(header.encode(), np.uint8), **dict(sorted(arrays.items())))
@@ -105,7 +107,7 @@ def stored_fit(folder: epath.PathLike, data: Mapping[str, Any]) -> Callable[[Sou
   def fit(source: Source, key: jax.Array, settings: EkfacSettings) -> Ekfac:
     identity = identity_of(source, key, settings, data)
     path = epath.Path(folder) / f"{identity[:16]}.npz"
-    if path.exists():
+    if processes.from_writer(path.exists()):
       try:
         fitted = load(path, identity)
       except UserError as error:
@@ -114,7 +116,6 @@ def stored_fit(folder: epath.PathLike, data: Mapping[str, Any]) -> Callable[[Sou
         log.info("EK-FAC: factors of an earlier fit, %s", path)
         return fitted
     fitted = ekfac.fit(source, key, settings)
-    epath.Path(folder).mkdir(parents=True, exist_ok=True)
     save(path, fitted, identity)
     return fitted
 

@@ -70,6 +70,11 @@ def is_remote(path: epath.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path whatever folder the process is in, with ~ replaced; remote paths are so already."""
+  return epath.Path(path) if is_remote(path) else epath.Path(path).expanduser().absolute()
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Writes a file whole or not at all; its folder is made when missing.
 
@@ -156,14 +161,16 @@ def _column(values: Any) -> pa.Array:
   return pa.array(values)
 
 
-def read_parquet(path: epath.PathLike, required: Sequence[str] = ()) -> dict[str, np.ndarray]:
-  """Reads a table as name -> array [N], or [N, K] for columns of lists.
+def read_parquet(
+  path: epath.PathLike, required: Sequence[str] = (), only: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+  """Reads a table as name -> array [N], or [N, K] for columns of lists; `only` some of its columns when given.
 
   Raises:
     UserError: no such file, not Parquet, or a required column is missing.
   """
   try:
-    table = pq.read_table(io.BytesIO(epath.Path(path).read_bytes()))
+    table = pq.read_table(io.BytesIO(epath.Path(path).read_bytes()), columns=only and list(only))
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file") from error
   except pa.ArrowInvalid as error:

@@ -8,7 +8,6 @@ Orbax, so a killed run started again ends with the same numbers.
 import dataclasses
 import itertools
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from in2core_jax import gradients
+from in2core_jax import files, gradients, processes
 from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
 from in2core_jax.packing import Packer
@@ -106,9 +106,22 @@ class Trainer:
   Compiles once per batch shape; data, starting point and seed may differ between calls of `train`.
   """
 
-  def __init__(self, objective: gradients.Objective, recipe: Recipe, place: Callable[[Batch], Batch] = lambda b: b):
-    """Prepares the step; `recipe.seed` is only the default of `train`."""
-    self.recipe, self.place = recipe, place
+  def __init__(
+    self,
+    objective: gradients.Objective,
+    recipe: Recipe,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+    place_params: Callable[[Any], Any] = lambda tree: tree,
+  ):
+    """Prepares the step.
+
+    Args:
+      objective: the loss.
+      recipe: how to train; its seed is only the default of `train`.
+      place: puts a batch onto the devices.
+      place_params: puts parameters and the optimiser's state onto the devices.
+    """
+    self.recipe, self.place, self.place_params = recipe, place, place_params
     self.optimizer = make_optimizer(recipe)
 
     def step(sub, state, frozen, batch):
@@ -129,7 +142,7 @@ class Trainer:
     1e-4 would vanish in the rounding of a bfloat16 weight.
     """
     wide = jax.tree.map(jnp.array, gradients.widen(sub))
-    return wide, self.optimizer.init(wide)
+    return self.place_params((wide, self.optimizer.init(wide)))
 
   def train(self, sub, frozen, batcher: Packer, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
     """Trains from `sub` for `recipe.steps` steps, walking through the data as many times as that takes.
@@ -158,14 +171,17 @@ class Trainer:
       tokens, responses = tokens + seen, responses + answered
       if step < first:
         continue
-      sub, state, loss = self._step(sub, state, frozen, self.place(batch))
+      sub, state, loss = processes.settle(self._step(sub, state, frozen, self.place(batch)))
       pending.append((step, loss, seen, rows))
       if len(pending) > 2:  # keep two steps in flight: the host builds the next batch while the device works
         self._settle(pending.pop(0), batcher, losses, log)
-      if log.due(step + 1, self.recipe.steps):
+      stop = log.stop_requested()
+      if stop or log.due(step + 1, self.recipe.steps):
         while pending:
           self._settle(pending.pop(0), batcher, losses, log)
         log.save(step + 1, sub, state, losses)
+      if stop:
+        break
     while pending:
       self._settle(pending.pop(0), batcher, losses, log)
     log.close()
@@ -196,27 +212,29 @@ class TrainLog:
 
   Attributes:
     folder: of the checkpoints; None keeps nothing.
-    metrics: JSONL file with step, loss, tokens, tokens_per_second.
+    metrics: JSONL file with step, loss, tokens, tokens_per_second; written with every checkpoint and at the end.
     every: steps between checkpoints.
     keep: checkpoints that stay, the newest ones; 0: all.
     meta: stored beside the checkpoint: what it depends on and how to use it.
     on_step: called with (step, steps, loss, tokens_per_second).
+    stop_requested: asked after every step; True ends the training there, with a checkpoint to go on from.
   """
 
-  folder: pathlib.Path | None = None
-  metrics: pathlib.Path | None = None
+  folder: epath.Path | None = None
+  metrics: epath.Path | None = None
   every: int = 50
   keep: int = 2
   meta: dict = dataclasses.field(default_factory=dict)
   on_step: Callable[[int, int, float, float], None] | None = None
+  stop_requested: Callable[[], bool] = lambda: False
 
   def __post_init__(self):
     self._manager = None
-    self._file = None
+    self._lines: list[str] = []
     self._clock = time.perf_counter()
     if self.folder is not None:
       options = ocp.CheckpointManagerOptions(max_to_keep=self.keep or None, enable_async_checkpointing=False)
-      self._manager = ocp.CheckpointManager(pathlib.Path(self.folder).absolute(), options=options)
+      self._manager = ocp.CheckpointManager(files.absolute(self.folder), options=options)
 
   def restore(self, sub, state):
     """(steps done, sub, state, losses) of the newest checkpoint, or the start."""
@@ -235,27 +253,17 @@ class TrainLog:
       if stored != ours:  # how often it was saved changes no number
         raise UserError(f"{self.folder} holds a training with other settings; use --overwrite or another --run_dir")
       sub, state, losses = found.state["sub"], found.state["optimizer"], list(found.meta["losses"])
-    self._open_metrics(step or 0)
+    if step and self.metrics is not None and self.metrics.exists():
+      # Lines after the checkpoint belong to work that is done again.
+      self._lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
     return step or 0, sub, state, losses
-
-  def _open_metrics(self, step: int) -> None:
-    if self.metrics is None:
-      return
-    kept = []
-    if self.metrics.exists():  # lines after the checkpoint belong to work that is done again
-      lines = self.metrics.read_text().splitlines()
-      kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    self._file = self.metrics.open("w")
-    self._file.writelines(line + "\n" for line in kept)
 
   def step(self, step: int, steps: int, loss: float, tokens: int) -> None:
     """Reports one finished step."""
     now = time.perf_counter()
     rate, self._clock = tokens / max(now - self._clock, 1e-9), now
-    if self._file:
-      line = {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": round(rate, 1)}
-      self._file.write(json.dumps(line) + "\n")
-      self._file.flush()
+    line = {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": round(rate, 1)}
+    self._lines.append(json.dumps(line))
     if self.on_step:
       self.on_step(step, steps, loss, rate)
 
@@ -264,7 +272,8 @@ class TrainLog:
     return self._manager is not None and (step == steps or step % self.every == 0)
 
   def save(self, step: int, sub, state, losses) -> None:
-    """Writes a checkpoint; Orbax renames it into place when it is whole."""
+    """Writes a checkpoint, each process its own part; Orbax puts it into place when it is whole."""
+    self._write_metrics()  # first: a checkpoint has the lines of all its steps
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -273,25 +282,28 @@ class TrainLog:
       ),
     )
 
+  def _write_metrics(self) -> None:
+    if self.metrics is not None and processes.is_writer():
+      files.write_text(self.metrics, "".join(line + "\n" for line in self._lines))
+
   def close(self) -> None:
     """Waits for writes and closes files."""
     if self._manager:
       self._manager.wait_until_finished()
       self._manager.close()
-    if self._file:
-      self._file.close()
+    self._write_metrics()
 
 
-def checkpoint_meta(folder: str | pathlib.Path) -> dict:
+def checkpoint_meta(folder: epath.PathLike) -> dict:
   """The `meta` of the newest checkpoint in a folder.
 
   Raises:
     UserError: no checkpoint there.
   """
-  folder = pathlib.Path(folder)
+  folder = files.absolute(folder)
   if not folder.is_dir():
     raise UserError(f"--checkpoint={folder}: there is no such folder; give the `checkpoint` folder of a finetune run")
-  with ocp.CheckpointManager(folder.absolute()) as manager:
+  with ocp.CheckpointManager(folder) as manager:
     step = manager.latest_step()
     if step is None:
       raise UserError(
@@ -306,13 +318,13 @@ def checkpoint_meta(folder: str | pathlib.Path) -> dict:
   return found.meta["meta"] | {"step": step}
 
 
-def kept_steps(folder: str | pathlib.Path) -> list[int]:
+def kept_steps(folder: epath.PathLike) -> list[int]:
   """Steps of the checkpoints in a folder, in order."""
-  with ocp.CheckpointManager(pathlib.Path(folder).absolute()) as manager:
+  with ocp.CheckpointManager(files.absolute(folder)) as manager:
     return sorted(manager.all_steps())
 
 
-def step_weights(folder: str | pathlib.Path, steps: list[int]) -> dict[int, float]:
+def step_weights(folder: epath.PathLike, steps: list[int]) -> dict[int, float]:
   """Mean learning rate of the steps that led from the checkpoint before to each of `steps`: TracIn's eta_t."""
   schedule, before, weights = make_schedule(Recipe(**checkpoint_meta(folder)["recipe"])), 0, {}
   for step in steps:
@@ -321,7 +333,7 @@ def step_weights(folder: str | pathlib.Path, steps: list[int]) -> dict[int, floa
   return weights
 
 
-def load_sub(folder: str | pathlib.Path, like, step: int | None = None) -> Any:
+def load_sub(folder: epath.PathLike, like, step: int | None = None) -> Any:
   """The subtree of a checkpoint, the newest unless told, shaped like `like` (the optimiser's state stays on disk).
 
   Raises:
@@ -331,15 +343,15 @@ def load_sub(folder: str | pathlib.Path, like, step: int | None = None) -> Any:
   return jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), restored["sub"], like)
 
 
-def load_state(folder: str | pathlib.Path, step: int, sub) -> Any:
+def load_state(folder: epath.PathLike, step: int, sub) -> Any:
   """The optimiser's state at a checkpoint of the training of `sub`."""
   state = jax.eval_shape(make_optimizer(Recipe(**checkpoint_meta(folder)["recipe"])).init, gradients.widen(sub))
   state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
   return _restore(folder, step, {"optimizer": state})["optimizer"]
 
 
-def _restore(folder: str | pathlib.Path, step: int | None, target: dict) -> dict:
-  folder = pathlib.Path(folder).absolute()
+def _restore(folder: epath.PathLike, step: int | None, target: dict) -> dict:
+  folder = files.absolute(folder)
   if step is None:
     with ocp.CheckpointManager(folder) as manager:
       step = manager.latest_step()

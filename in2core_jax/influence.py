@@ -7,7 +7,7 @@ Letters: B batch, N training examples, Q queries, P size of the subtree.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import ekfac, gradients, ihvp
+from in2core_jax import ekfac, gradients, ihvp, passes, processes
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-
-# Yields (rows of the data set, batch on the devices), the same at every call.
-Stream = Callable[[], Iterator[tuple[np.ndarray, Any]]]
+from in2core_jax.passes import Stream
 
 SOLVERS = ("lissa", "cg", "datainf", "identity", "ekfac", "low_rank", "exact")
 PRECONDITIONERS = ("none", "ekfac", "diagonal")
@@ -128,7 +126,7 @@ class Problem:
 
   def losses(self, stream: Stream, size: int) -> np.ndarray:
     """l_i of every example, float32 [N]."""
-    return _collect(stream, size, lambda batch: self._losses(self.sub, self.frozen, batch))
+    return _collect(stream, "losses", size, lambda batch: self._losses(self.sub, self.frozen, batch))
 
   def mean_gradient(self, stream: Stream) -> Tree:
     """The aggregated query: mean of g_q over the data, leaves [1, ...].
@@ -136,14 +134,17 @@ class Problem:
     Raises:
       UserError: no example, or a gradient that is not finite.
     """
-    total, count = None, 0
-    for rows, batch in stream():
-      part = self._gradient(self.sub, self.frozen, batch)
-      total = part if total is None else _add(total, part)
-      count += np.count_nonzero(rows >= 0)
-    if total is None:
+
+    def step(found, item):
+      (total, count), (rows, batch) = found, item
+      part = processes.settle(self._gradient(self.sub, self.frozen, batch))
+      return _add(total, part), count + np.count_nonzero(rows >= 0)
+
+    zeros = jax.tree.map(jnp.zeros_like, gradients.widen(self.sub))
+    total, count = passes.total(stream, "gradient", step, (zeros, jnp.zeros((), jnp.int32)))
+    if not int(count):
       raise UserError("the evaluation set is empty: there is nothing to have influence on")
-    mean = jax.tree.map(lambda leaf: leaf[None] / count, total)
+    mean = jax.tree.map(lambda leaf: leaf[None] / int(count), total)
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(mean)):
       raise UserError("the evaluation gradient is not finite: look for NaN in the weights or in the evaluation losses")
     return mean
@@ -160,7 +161,7 @@ class Problem:
   def _gather(self, stream: Stream, size: int, kernel) -> Tree:
     store = jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), np.float32), self.sub)
     for rows, batch in stream():
-      part = jax.device_get(kernel(self.sub, self.frozen, batch))
+      part = processes.to_host(kernel(self.sub, self.frozen, batch))
       jax.tree.map(lambda out, new, rows=rows: out.__setitem__(rows, new[: len(rows)]), store, part)
     return store
 
@@ -169,7 +170,7 @@ class Problem:
     if score_path(path, _num_queries(directions)) == "jvp":
       return self.losses_and_scores(stream, size, directions, path)[1]
     kernel = lambda batch: self._vmap(self.sub, self.frozen, batch, directions)  # noqa: E731
-    return _finite(_collect(stream, size, kernel, _num_queries(directions)))
+    return _finite(_collect(stream, "scores", size, kernel, _num_queries(directions)))
 
   def losses_and_scores(
     self, stream: Stream, size: int, directions: Tree, path: str = "auto"
@@ -195,7 +196,7 @@ class Problem:
       pairs = [self._jvp(self.sub, self.frozen, batch, r) for r in single]
       return jnp.stack([pairs[0][0], *(scores for _, scores in pairs)])
 
-    found = _collect(stream, size, kernel, queries + 1)
+    found = _collect(stream, "losses_and_scores", size, kernel, queries + 1)
     return found[0], _finite(found[1:])
 
   def curvature(self, kind: str) -> ihvp.Curvature:
@@ -238,7 +239,7 @@ def solve(
     return ihvp.identity(v)
   if settings.solver == "datainf":
     options = ihvp.DataInfSettings(damping=settings.damping, damping_ratio=settings.damping_ratio)
-    result = ihvp.datainf(v, problem.example_gradients(lambda: (batch for _, batch in data.all())), options)
+    result = ihvp.datainf(v, problem.example_gradients(passes.without_rows(data.all)), options)
     # Not relative to an eigenvalue, unlike the other solvers' damping_ratio: said in its own words.
     rule = "absolute, the same in every block l" if settings.damping_ratio is None else _DATAINF_RULE
     return dataclasses.replace(result, info=result.info | {"damping_rule": rule})
@@ -267,6 +268,8 @@ def solve(
     "damping_ratio": damping / lambda_max if lambda_max > 0 else None,
     "damping_rule": "absolute" if settings.damping_ratio is None else "damping_ratio * lambda_max",
   }
+  if settings.solver in ("exact", "low_rank"):  # better than the estimate that the damping is relative to
+    facts["solver_lambda_max"] = result.info["lambda_max"]
   return dataclasses.replace(result, info=result.info | facts)
 
 
@@ -323,18 +326,32 @@ def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: 
   """(largest eigenvalue of H on the fixed set, damping, eigenvector); refuses what LiSSA and CG cannot solve."""
   if state is not None:  # the same numbers, so that the resumed run ends in the same bytes
     return state.lambda_max, ihvp.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max), None
+  if settings.curvature == "hessian":
+    return *_both_ends(matvec, v, key, settings), None
   power = ihvp.power_iteration(matvec, v, jax.random.fold_in(key, 7), steps=10, tol=2e-2)
-  damping = settings.damping
-  if damping is None:
-    damping = settings.damping_ratio * max(power.lambda_max, 0.0)
-  if settings.solver != "exact" and power.dominant + damping < 0:
-    raise ihvp.NegativeCurvatureError(
-      f"--solver={settings.solver}: H ({settings.curvature}) has the eigenvalue {power.dominant:.3g}, negative and "
-      f"larger in size than its largest positive one, so H + damping I with damping {damping:.3g} is not positive "
-      f"definite; use --damping well above {-power.dominant:.3g} or --curvature=ggn"
-    )
   damping = ihvp.resolve_damping(settings.damping, settings.damping_ratio, power.lambda_max)
   return power.lambda_max, damping, power.vector
+
+
+def _both_ends(matvec, v: Tree, key: jax.Array, settings: SolverSettings) -> tuple[float, float]:
+  """(largest eigenvalue, damping) of a Hessian, which may be indefinite, from a small Krylov space.
+
+  Its smallest eigenvalue is an upper bound of H's: below -damping it proves that H + damping I is not positive
+  definite. Above, nothing is proved, and CG and LiSSA look on.
+  """
+  steps = min(_HESSIAN_STEPS, sum(leaf[0].size for leaf in jax.tree.leaves(v)))
+  found = ihvp.fit_low_rank(matvec, v, jax.random.fold_in(key, 7), ihvp.LowRankSettings(steps))
+  largest, smallest = float(found.eigenvalues[0]), found.smallest
+  damping = settings.damping if settings.damping is not None else settings.damping_ratio * max(largest, 0.0)
+  if settings.solver != "exact" and smallest + damping < 0:
+    raise ihvp.NegativeCurvatureError(
+      f"--solver={settings.solver}: H (hessian) has the eigenvalue {smallest:.3g}, so H + damping I with damping "
+      f"{damping:.3g} is not positive definite; use --damping well above {-smallest:.3g} or --curvature=ggn"
+    )
+  return largest, ihvp.resolve_damping(settings.damping, settings.damping_ratio, largest)
+
+
+_HESSIAN_STEPS = 12  # products, and vectors of the subtree's size in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,28 +457,17 @@ def _finite(scores: np.ndarray) -> np.ndarray:
   return scores
 
 
-def one_late(stream: Stream, kernel: Callable[[Any], Any]) -> Iterator[tuple[np.ndarray, Any]]:
-  """Yields (rows, kernel(batch)) one batch late: fetching the values leaves the device busy with the next ones."""
-  waiting = None
-  for rows, batch in stream():
-    ready, waiting = waiting, (rows, kernel(batch))
-    if ready is not None:
-      yield ready
-  if waiting is not None:
-    yield waiting
-
-
-def _collect(stream: Stream, size: int, kernel, queries: int | None = None) -> np.ndarray:
+def _collect(stream: Stream, name: str, size: int, kernel, queries: int | None = None) -> np.ndarray:
   """Gathers kernel(batch) [..., B] into [..., N]."""
   out = np.zeros((size,) if queries is None else (queries, size), np.float32)
-  for rows, values in one_late(stream, kernel):
+  for rows, values in passes.results(stream, name, kernel):
     _put(out, rows, values)
   return out
 
 
 def _put(out, rows, values) -> None:
   there = np.flatnonzero(rows >= 0)  # packed batches have padding between the examples of their groups
-  out[..., rows[there]] = np.asarray(values)[..., there]
+  out[..., rows[there]] = values[..., there]
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from in2core_jax import algebra
+from in2core_jax import algebra, processes
 from in2core_jax.algebra import Tree
 from in2core_jax.errors import UserError
 from in2core_jax.operators import Curvature, Matvec, check_damping
@@ -130,7 +130,7 @@ def state_to_arrays(state: LissaState) -> dict[str, np.ndarray]:
   arrays = {}
   for name in ("u", "momentum", "mean", "total"):
     for index, leaf in enumerate(jax.tree.leaves(getattr(state, name))):
-      arrays[f"{name}_{index}"] = np.asarray(leaf)
+      arrays[f"{name}_{index}"] = processes.to_host(leaf)
   arrays["counts"] = np.array([state.run, state.step, state.done], np.int64)
   arrays["spectrum"] = np.array([state.damping, state.scale, state.lambda_max], np.float64)
   arrays["key_data"] = state.key_data

@@ -25,6 +25,11 @@ from in2core_jax.gradients import Objective
 # mapped element, so there the microbatch bounds the memory: microbatch x min(R, HEAD_CHUNK) x V.
 HEAD_CHUNK = 512
 
+# Each run of queries looks only at the keys up to its own end: what the causal mask would throw away is mostly not
+# computed, 3/8 of the scores with four runs. More and shorter runs save little more and take longer to compile.
+ATTENTION_RUNS = 4
+SHORTEST_RUN = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -111,6 +116,20 @@ class Projection(nn.Module):
     return y
 
 
+def _runs(length: int) -> list[tuple[int, int]]:
+  """Cuts T positions into at most `ATTENTION_RUNS` stretches (start, stop)."""
+  size = max(SHORTEST_RUN, -(-length // ATTENTION_RUNS))
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _attend(q, k, v, mask):
+  """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim]."""
+  wide = accumulation_dtype(q.dtype)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * (q.shape[-1] ** -0.5)
+  weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+
+
 class Attention(nn.Module):
   """Causal grouped-query attention with rotary positions (half-rotation form)."""
 
@@ -130,10 +149,10 @@ class Attention(nn.Module):
     )
     q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
     k = _rotate(k, rotary)
-    wide = accumulation_dtype(x.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * (c.head_dim**-0.5)
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(x.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, c.num_heads * c.head_dim)
+    runs = [
+      _attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop]) for start, stop in _runs(length)
+    ]
+    mixed = jnp.concatenate(runs, axis=1).reshape(batch, length, c.num_heads * c.head_dim)
     return Projection(c.hidden_size, name="o_proj")(mixed)
 
 

@@ -298,13 +298,16 @@ class Packer:
       rows: int64 [b], b <= E, which example stands where; -1 where none does, nor does any after the last. And the
         batch.
     """
-    for shape, cells in self.sequential_plan(batch_tokens):
+    yield from self.planned(self.sequential_plan(batch_tokens))
+
+  def planned(self, plan: Sequence[tuple[PackedShape, Cells]]) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields (rows, batch) of the batches of a plan, or of a part of one."""
+    for shape, cells in plan:
       yield self.batch(cells, shape)
 
   def shuffled(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yields (rows, batch) with each example exactly once, in an order given by (seed, epoch) alone."""
-    for shape, cells in self.shuffled_plan(batch_size, seed, epoch):
-      yield self.batch(cells, shape)
+    yield from self.planned(self.shuffled_plan(batch_size, seed, epoch))
 
   def sample(self, examples: np.ndarray) -> tuple[np.ndarray, Batch]:
     """One batch of the given examples, in the first given shape that holds them."""

@@ -54,6 +54,14 @@ class Progress:
       self._last_line, self._last_count = time.monotonic(), self.count
       log.info("%s", self.line())
 
+  def skip(self, count: int) -> None:
+    """Counts units that an earlier run has done: they are none of this run's rate."""
+    self.count += count
+    self._initial += count
+    if self._bar is not None:
+      self._bar.initial += count
+      self._bar.update(count)
+
   def line(self) -> str:
     """The state in one line: `scores: 120/1000 examples, 35.2 examples/s, 0:25 left, loss 1.73`."""
     seconds = time.monotonic() - self._start

@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from in2core_jax import adapters, evaluation, subtree
+from in2core_jax import adapters, evaluation, passes, processes, subtree
 from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import HIGHEST, Tree, widen
@@ -116,7 +116,7 @@ class Sketch:
     digest = hashlib.sha256()
     for module in self.modules:
       for side in self.sides(module):
-        digest.update(np.ascontiguousarray(np.asarray(side, np.float32)).tobytes())
+        digest.update(np.ascontiguousarray(processes.to_host(side), np.float32).tobytes())
     return {
       "size": self.settings.size,
       "seed": self.settings.seed,
@@ -184,7 +184,7 @@ def uncovered_share(direction: Tree, sketch: Sketch) -> np.ndarray:
   """
   covered = {f"layers/{module}/kernel" for module in sketch.modules}
   flat = traverse_util.flatten_dict(direction, sep="/")
-  squares = {path: np.asarray(_squares(leaf), np.float64) for path, leaf in flat.items()}
+  squares = {path: np.asarray(processes.to_host(_squares(leaf)), np.float64) for path, leaf in flat.items()}
   total = sum(squares.values())
   outside = sum((square for path, square in squares.items() if path not in covered), np.zeros_like(total))
   return np.divide(outside, total, out=np.zeros_like(total), where=total > 0)
@@ -249,17 +249,21 @@ class ProjectedStore:
       for start in range(0, self.num_examples, self.shard_examples)
     ]
 
-  def fill(self, features: Features) -> int:
-    """Computes and writes the shards that are not there, or not to be trusted; returns how many those were.
+  def fill(self, features: Features, stop_requested: Callable[[], bool] = lambda: False) -> int:
+    """Computes and writes the shards that are not there, or not to be trusted; returns how many. Collective.
 
     A killed run loses the shard in work; the same call goes on, to the same bytes. Reads what is there, to check it.
+
+    Args:
+      features: of some rows.
+      stop_requested: whether to stop after a shard, which leaves the store unfinished.
 
     Raises:
       UserError: a projected gradient is not finite.
     """
     computed = 0
     for index, rows in enumerate(self.slices()):
-      if self._shards.read(index) is not None:
+      if passes.read(self._shards, index) is not None:
         continue
       found = np.asarray(features(rows))
       if found.shape != (len(rows), self.width):
@@ -270,8 +274,11 @@ class ProjectedStore:
           f"projected gradients of {bad.size} examples are not finite (first rows {rows[bad[:5]].tolist()}): "
           "look at their losses"
         )
-      self._shards.write(index, {"features": found.astype(self._dtype)})
+      passes.write(self._shards, index, {"features": found.astype(self._dtype)})
       computed += 1
+      if stop_requested():
+        break
+    processes.barrier("store filled")  # every process reads what the others have written
     return computed
 
   def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -311,7 +318,7 @@ class ProjectedStore:
   @property
   def agreement(self) -> dict[str, Any] | None:
     """What `measure_self_agreement` wrote, or None."""
-    return self.run_dir.read_json(AGREEMENT) if (self.run_dir.path / AGREEMENT).exists() else None
+    return self.run_dir.read_json(AGREEMENT) if self.run_dir.holds(AGREEMENT) else None
 
 
 def _checked(queries, width: int) -> np.ndarray:

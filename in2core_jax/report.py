@@ -207,7 +207,7 @@ def save_figure(figure: Figure, path: str) -> None:
 def score_histogram_plot(scores: np.ndarray, selected: np.ndarray, unit: str = "influence") -> Figure:
   """Stacked histogram of the scores [N], the selected (bool [N]) apart; the few values beyond 99 % are at the edges."""
   scores, selected = np.asarray(scores, np.float64), np.asarray(selected, bool)
-  edges = _edges(scores, 50)
+  edges = score_edges(scores, 50)
   inside = np.clip(scores, edges[0], edges[-1])
   figure, axes = _figure()
   labels = [f"selected ({int(selected.sum()):,})", f"left out ({int((~selected).sum()):,})"]
@@ -247,6 +247,26 @@ def curve_plot(
   axes.grid(alpha=0.3)
   if len(series) > 1:
     axes.legend(frameon=False)
+  return figure
+
+
+def bar_plot(labels: Sequence[str], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+  """Lying bars, the first label on top, the series of each stacked; labels are shown as they are, shortened.
+
+  Args:
+    labels: n names. series: name -> n values, none negative. xlabel: of the axis of values.
+  """
+  figure, axes = _figure(height=1.4 + 0.26 * len(labels))
+  places, left = np.arange(len(labels)), np.zeros(len(labels))
+  for color, (name, values) in zip(_CYCLE, series.items(), strict=False):
+    axes.barh(places, values, left=left, color=color, label=name)
+    left += np.asarray(values, np.float64)
+  axes.set_yticks(places, [plain_line(label, 40) for label in labels], parse_math=False)
+  axes.invert_yaxis()
+  axes.set_xlabel(xlabel)
+  axes.grid(axis="x", alpha=0.3)
+  if len(series) > 1:
+    axes.legend(frameon=False, loc="lower right")
   return figure
 
 
@@ -293,7 +313,7 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
 # ------------------------------------------------------------------------------------------- Markdown reports
 
 
-def _edges(scores: np.ndarray, bins: int) -> np.ndarray:
+def score_edges(scores: np.ndarray, bins: int) -> np.ndarray:
   """Edges between the 0.5th and 99.5th percentile, so that a few extreme scores do not flatten the picture."""
   low, high = np.quantile(scores, [0.005, 0.995])
   if not high > low:
@@ -304,7 +324,7 @@ def _edges(scores: np.ndarray, bins: int) -> np.ndarray:
 def score_histogram_text(scores: np.ndarray, selected: np.ndarray, bins: int = 15, width: int = 50) -> str:
   """Bars of characters: # selected, . left out; the outer bars hold what lies beyond."""
   scores, selected = np.asarray(scores, np.float64), np.asarray(selected, bool)
-  edges = _edges(scores, bins)
+  edges = score_edges(scores, bins)
   inside = np.clip(scores, edges[0], edges[-1])
   every, kept = np.histogram(inside, edges)[0], np.histogram(inside[selected], edges)[0]
   lines = []

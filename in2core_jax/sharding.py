@@ -1,4 +1,4 @@
-"""Where numbers live on several devices: the mesh, the partition rules, batches, and the start of several processes.
+"""Where numbers live on several devices: the mesh, the partition rules, batches.
 
 Axes of the mesh, outermost (slowest links) first
   data     examples only: every group of devices along it holds the same parameters
@@ -10,19 +10,16 @@ like the subtree (queries, iHVPs, LiSSA states, optimizer moments) have the same
 code knows nothing of all this: the axes are of type Auto, so `jax.jit` propagates the shardings of its arguments.
 
 With several processes every process runs the same programs on the same global arrays; it holds its own devices' part.
-A process that shall work alone makes its mesh from `jax.local_devices()` and takes its `process_slice` of the work.
+A process that shall work alone makes its mesh from `jax.local_devices()` and takes its `processes.process_slice`.
 """
 
-import importlib.util
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from in2core_jax.errors import UserError
@@ -74,20 +71,25 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     make_mesh("fsdp:2,data:-1").shape == {"data": 4, "fsdp": 2, "tensor": 1} on eight devices
   """
   devices = list(jax.devices() if devices is None else devices)
+  processes = len({device.process_index for device in devices})
+  found = f"{len(devices)} {devices[0].platform} devices in {processes} process(es)"
+  shape = mesh_shape(spec, len(devices), found)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(spec: str, num_devices: int, found: str) -> tuple[int, ...]:
+  """Sizes of the axes `AXES` for so many devices; `found` names them in messages. Raises as `make_mesh` does."""
   sizes = _parse_mesh(spec)
   rest = [axis for axis, size in sizes.items() if size == -1]
   given = int(np.prod([size for size in sizes.values() if size != -1]))
-  if rest and len(devices) % given == 0:
-    sizes[rest[0]] = len(devices) // given
-  elif rest or given != len(devices):
-    processes = len({device.process_index for device in devices})
+  if rest and num_devices % given == 0:
+    sizes[rest[0]] = num_devices // given
+  elif rest or given != num_devices:
     asked = f"a multiple of {given} devices" if rest else f"{given} devices"
     raise UserError(
-      f"--mesh={spec} needs {asked}, but there are {len(devices)} {devices[0].platform} devices in {processes} "
-      f"process(es); use for example --mesh={_fitting_spec(sizes, len(devices))}"
+      f"--mesh={spec} needs {asked}, but there are {found}; use for example --mesh={_fitting_spec(sizes, num_devices)}"
     )
-  shape = tuple(sizes[axis] for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return tuple(sizes[axis] for axis in AXES)
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
@@ -295,133 +297,3 @@ def place_batch(batch: Tree, mesh: Mesh, per_process: bool = False) -> Tree:
   if per_process:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
   return jax.tree.map(lambda leaf: _put(leaf, sharding), batch)
-
-
-def to_host(tree: Tree) -> Tree:
-  """Whole leaves as NumPy arrays in every process; a collective when the arrays span processes: all must call it."""
-
-  def fetch(leaf):
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-      return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-
-  for leaf in jax.tree.leaves(tree):  # start all copies before waiting for the first
-    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
-      leaf.copy_to_host_async()
-  return jax.tree.map(fetch, tree)
-
-
-# ---- several processes ---------------------------------------------------------------
-
-
-def initialize(
-  coordinator: str | None = None, process_id: int | None = None, num_processes: int | None = None, timeout: int = 300
-) -> bool:
-  """Joins the processes of one job; the first thing that a program does, before it touches a device.
-
-  By flags; else as SLURM started us (`srun`); else as a TPU pod slice is laid out; else nothing: one process.
-
-  Args:
-    coordinator: host:port of process 0, the same in all processes.
-    process_id: 0 .. num_processes - 1.
-    num_processes: how many processes; 1 alone switches detection off.
-    timeout: seconds to wait for the others.
-
-  Returns:
-    Whether there are several processes (or JAX was already told so).
-
-  Raises:
-    UserError: some flags without the others, values out of range, or processes that do not find each other.
-  """
-  if jax.distributed.is_initialized():
-    return True
-  settings = start_settings(coordinator, process_id, num_processes, os.environ)
-  if settings is None:
-    return False
-  try:
-    jax.distributed.initialize(**settings, initialization_timeout=timeout)
-  except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:
-    where = settings.get("coordinator_address", "detected TPU pod slice")
-    raise UserError(
-      f"the processes did not find each other ({where}): {error}; start all of them with the same --coordinator and "
-      "--num_processes and a --process_id each, or give --num_processes=1 to work alone"
-    ) from error
-  return True
-
-
-def start_settings(
-  coordinator: str | None, process_id: int | None, num_processes: int | None, environ: Mapping[str, str]
-) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`, or None for a single process; see `initialize`."""
-  given = {"coordinator": coordinator, "process_id": process_id, "num_processes": num_processes}
-  named = ", ".join(f"--{name}={value}" for name, value in given.items() if value not in (None, ""))
-  if num_processes is not None and num_processes < 1:
-    raise UserError(f"{named}: num_processes must be at least 1")
-  if num_processes == 1 and not process_id:
-    return None
-  if named:
-    missing = [f"--{name}" for name, value in given.items() if value in (None, "")]
-    if missing:
-      raise UserError(f"{named} without {' and '.join(missing)}: several processes need all three, in every process")
-    if not 0 <= process_id < num_processes:
-      raise UserError(f"{named}: process_id must be between 0 and {num_processes - 1}")
-    if not re.fullmatch(r".+:\d+", coordinator):
-      raise UserError(f"{named}: the coordinator must be host:port of process 0, for example 10.0.0.1:8476")
-    return _exact(coordinator, process_id, num_processes, None)
-  if _slurm_tasks(environ) > 1:
-    return _slurm_settings(environ)
-  return {} if _is_tpu_pod(environ) else None
-
-
-def _exact(coordinator, process_id, num_processes, local_device_ids):
-  # "deactivate": left to itself JAX gives every process of a SLURM step one GPU only, even one process per node.
-  return {
-    "coordinator_address": coordinator,
-    "process_id": process_id,
-    "num_processes": num_processes,
-    "local_device_ids": local_device_ids,
-    "cluster_detection_method": "deactivate",
-  }
-
-
-def _slurm_tasks(environ: Mapping[str, str]) -> int:
-  """Tasks of the `srun` step that started us; 1 outside of a step: a batch script alone is one process of its job."""
-  inside = "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ
-  return int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) if inside else 1
-
-
-def _slurm_settings(environ: Mapping[str, str]) -> dict[str, Any]:
-  head, number, tail = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", environ["SLURM_STEP_NODELIST"]).groups()
-  job, step = int(environ.get("SLURM_JOB_ID", "0")), environ.get("SLURM_STEP_ID", "0")
-  port = 61440 + (job + 131 * (int(step) if step.isdigit() else 0)) % 4096  # steps of one job may run side by side
-  here = _slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1")))
-  local_tasks = here[min(int(environ.get("SLURM_NODEID", "0")), len(here) - 1)]
-  visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-  local = None  # one process a node, or a task that sees only its own GPU: all that is visible
-  if local_tasks > 1 and len(visible) != 1:
-    share, rank = max(1, len(visible) // local_tasks), int(environ.get("SLURM_LOCALID", "0"))
-    local = list(range(rank * share, (rank + 1) * share))
-  coordinator = f"{head}{number or ''}{tail}:{port}"
-  return _exact(coordinator, int(environ["SLURM_PROCID"]), _slurm_tasks(environ), local)
-
-
-def _slurm_tasks_per_node(text: str) -> list[int]:
-  """Expands SLURM's "4(x2),3" to [4, 4, 3]."""
-  counts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
-  return [int(count[1]) for count in counts if count for _ in range(int(count[2] or 1))] or [1]
-
-
-def _is_tpu_pod(environ: Mapping[str, str]) -> bool:
-  """Whether this is one of several hosts of a TPU slice; JAX itself knows how to find the others."""
-  if "tpu" not in environ.get("JAX_PLATFORMS", "tpu") or importlib.util.find_spec("libtpu") is None:
-    return False
-  hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
-  if hosts is not None:
-    return "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
-  return "TPU_SKIP_MDS_QUERY" not in environ  # JAX sets it on import where it sees no TPU chip
-
-
-def process_slice(n: int) -> slice:
-  """This process's share of n pieces of work: contiguous, sizes differ by at most one, nothing twice or left out."""
-  index, count = jax.process_index(), jax.process_count()
-  return slice(n * index // count, n * (index + 1) // count)

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import algebra, arnoldi, ekfac, gradients
+from in2core_jax import algebra, arnoldi, ekfac, gradients, passes
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-from in2core_jax.influence import Problem, Stream, one_late
+from in2core_jax.influence import Problem, Stream
 from in2core_jax.operators import check_damping
 
 
@@ -145,10 +145,10 @@ def _kernel(objective, maps, microbatch, contexts, sub, frozen, batch, direction
 def _gather(stream: Stream, size: int, kernel) -> dict[str, np.ndarray]:
   """Puts kernel(batch), leaves [B, ...], into float64 [N, ...]."""
   out: dict[str, np.ndarray] = {}
-  for rows, values in one_late(stream, kernel):
+  for rows, values in passes.results(stream, "measures", kernel):
     for name, part in values.items():
       into = out.setdefault(name, np.zeros((size, *part.shape[1:])))
-      into[rows] = np.asarray(part)[: len(rows)]
+      into[rows] = part[: len(rows)]
   if not out:
     raise UserError("there is no training example to score: the stream of batches is empty")
   return out

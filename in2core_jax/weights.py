@@ -81,12 +81,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   Raises:
     UserError: unknown form, or whatever the readers find wrong.
   """
-  kind, _, rest = spec.partition(":")
-  if spec == "smollm2":
-    kind, rest = "gguf", str(assets.asset_path(EMBEDDED_MODEL))
-  if kind not in ("hf", "gguf", "random") or not rest:
-    raise UserError(f"--model={spec} is not understood; use {SPECS}")
-  path = pathlib.Path(rest).expanduser()
+  kind, path = _parse_spec(spec)
   if kind == "gguf":
     config, params = load_gguf(path, _dtype(dtype))
     return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
@@ -94,13 +89,40 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
     config, params = load_hf_dir(path, _dtype(dtype))
     return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
   config, params = load_random(path, seed, _dtype(dtype))
+  digest = hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
+  return config, params, _embedded_tokenizer(path, config), digest
+
+
+def describe_model(spec: str) -> tuple[ModelConfig, Any]:
+  """(config, tokenizer) of what `--model` says, without reading its weights; arguments and errors of `load_model`."""
+  kind, path = _parse_spec(spec)
+  if kind == "gguf":
+    return _gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
+  if kind == "hf":
+    return hf_config.read_config(path / "config.json"), tokenizer_lib.tokenizer_from_dir(path)
+  config = hf_config.read_config(path)
+  return config, _embedded_tokenizer(path, config)
+
+
+def _parse_spec(spec: str) -> tuple[str, pathlib.Path]:
+  """(hf, gguf or random; its folder or file)."""
+  kind, _, rest = spec.partition(":")
+  if spec == "smollm2":
+    kind, rest = "gguf", str(assets.asset_path(EMBEDDED_MODEL))
+  if kind not in ("hf", "gguf", "random") or not rest:
+    raise UserError(f"--model={spec} is not understood; use {SPECS}")
+  return kind, pathlib.Path(rest).expanduser()
+
+
+def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
+  """The tokenizer that `random:` uses, refused where the model has too few vocabulary entries for it."""
   tokenizer = tokenizer_lib.tokenizer_from_gguf(assets.asset_path(EMBEDDED_MODEL))
   if config.vocab_size < len(tokenizer):
     raise UserError(
       f"{path}: vocab_size {config.vocab_size} is smaller than the {len(tokenizer)} entries of the embedded tokenizer, "
       f"which random: uses; write vocab_size {len(tokenizer)} or more"
     )
-  return config, params, tokenizer, hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
+  return tokenizer
 
 
 def load_gguf(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from fsspec.registry import _registry as fsspec_registry
 
-from in2core_jax import artifacts, files
+from in2core_jax import artifacts, files, processes
 from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
@@ -133,13 +133,18 @@ def test_leftovers_of_a_killed_first_write_do_not_block(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_other_processes_write_no_shared_files(tmp_path):
-  RunDir.open(tmp_path, IDENTITY)
-  other = RunDir.open(tmp_path, IDENTITY, writer=False)
+def test_other_processes_write_no_shared_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, "is_writer", lambda: False)
+  with pytest.raises(UserError, match="not all processes see the folder that process 0 has made"):
+    RunDir.open(tmp_path / "elsewhere", IDENTITY)
+  with monkeypatch.context() as patch:
+    patch.setattr(processes, "is_writer", lambda: True)
+    RunDir.open(tmp_path / "run", IDENTITY)
+  other = RunDir.open(tmp_path / "run", IDENTITY)
   other.write_text("report.md", "x")
-  assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["manifest.json"]
   with pytest.raises(UserError, match="other settings"):
-    RunDir.open(tmp_path, {"layers": "all"}, overwrite=True, writer=False)
+    RunDir.open(tmp_path / "run", {"layers": "all"}, overwrite=True)
 
 
 # --- writing ---

@@ -207,7 +207,7 @@ def test_low_rank_solves_its_krylov_space_and_damps_the_rest(x64):
   correction = rows / damping - x
   assert np.linalg.matrix_rank(correction, tol=1e-8 * np.linalg.norm(correction)) == 2
   least, largest = np.linalg.eigvalsh(h)[[0, -1]]
-  assert least < found.info["smallest_kept"] < largest
+  assert least < found.info["smallest"] < largest
   error = np.linalg.norm(x @ (h + damping * np.eye(FEATURES)) - rows, axis=1) / np.linalg.norm(rows, axis=1)
   np.testing.assert_allclose(found.residual, error, rtol=1e-6)
   assert np.all(error > 1e-3)
@@ -276,6 +276,21 @@ def test_a_dominant_negative_eigenvalue_is_refused(solver, damping, x64):
   with pytest.raises(ihvp.NegativeCurvatureError, match=rf"--solver={solver}.*--curvature=ggn") as caught:
     solve(problem, v, SolverSettings(solver, "hessian", **damping), linear.data)
   assert float(re.search(r"eigenvalue (\S+),", str(caught.value))[1]) == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg", "low_rank"])
+def test_a_small_negative_eigenvalue_is_refused(solver, x64):
+  # Growth of 1 % a step: a recursion of 50 steps would end, with the wrong sign in that direction.
+  linear = make_linear("ridge")
+  curved = jnp.asarray([1.0, 0.5, 0.2, -0.02])
+  objective = gradients.Objective(
+    lambda sub, _, batch: jnp.concatenate([sub["a"], sub["b"]]),
+    lambda z, _, batch: jnp.sum(curved * z**2) / 2 * batch.valid,
+  )
+  problem = Problem(objective, linear.problem.sub, ())
+  settings = SolverSettings(solver, "hessian", damping=0.01, damping_ratio=None, depth=4)
+  with pytest.raises(ihvp.NegativeCurvatureError, match="eigenvalue -0.02.*well above 0.02"):
+    solve(problem, random_queries(linear), settings, linear.data)
 
 
 def test_enough_damping_makes_negative_curvature_solvable(x64):

@@ -53,7 +53,8 @@ def test_best_fit_finds_the_perfect_packing():
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_packed_examples_see_only_themselves(x64, window):
+def test_packed_examples_see_only_themselves(x64, window, monkeypatch):
+  monkeypatch.setattr(model, "SHORTEST_RUN", 2)  # rows of nine in three runs of queries
   config = tiny.make_config(sliding_window=window)
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.make_params(config))
   tokens = [np.random.default_rng(i).integers(0, config.vocab_size, n) for i, n in enumerate([5, 3, 8, 1, 6])]

@@ -5,7 +5,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from in2core_jax import gradients, model, sharding, subtree
+from in2core_jax import gradients, model, processes, sharding, subtree
 from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
 
@@ -86,7 +85,7 @@ def reference(modules, dtype):
   """The single-device answers, computed once per kind."""
   if (modules, dtype) not in _REFERENCES:
     objective, *args = make_problem(modules, dtype)
-    _REFERENCES[modules, dtype] = sharding.to_host(everything_fn(objective)(*args))
+    _REFERENCES[modules, dtype] = processes.to_host(everything_fn(objective)(*args))
   return _REFERENCES[modules, dtype]
 
 
@@ -102,7 +101,7 @@ def assert_same(got, want, tolerance):
 def run_on_mesh(spec, modules, dtype):
   objective, sub, frozen, batch, vectors = make_problem(modules, dtype)
   mesh = sharding.make_mesh(spec)
-  return sharding.to_host(
+  return processes.to_host(
     everything_fn(objective)(
       sharding.place_params(sub, mesh),
       sharding.place_params(frozen, mesh),
@@ -191,7 +190,7 @@ def test_params_are_cut_as_the_rules_say():
     held = leaf.addressable_shards[0].data.size
     assert held == (leaf.size if "norm" in name else leaf.size // 4), name  # a quarter on every device, norms whole
   assert all(
-    np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (sharding.to_host(placed), params)), strict=True)
+    np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (processes.to_host(placed), params)), strict=True)
   )
 
 
@@ -295,7 +294,7 @@ def test_place_batch():
   assert placed.tokens.addressable_shards[0].data.shape == (4, 12)
   held = {tuple(shard.index[0].indices(16)[:2]) for shard in placed.tokens.addressable_shards}
   assert held == {(0, 4), (4, 8), (8, 12), (12, 16)}  # tensor replicates, data and fsdp cut
-  assert np.array_equal(sharding.to_host(placed.tokens), batch.tokens)
+  assert np.array_equal(processes.to_host(placed.tokens), batch.tokens)
   same = sharding.place_batch(batch, mesh, per_process=True)  # one process holds all rows
   assert same.tokens.sharding == placed.tokens.sharding and np.array_equal(same.tokens, batch.tokens)
 
@@ -314,7 +313,7 @@ def test_replicate_and_to_host():
   placed = sharding.replicate(tree, mesh)
   assert len(placed["a"].addressable_shards) == 8
   assert all(np.array_equal(shard.data, tree["a"]) for shard in placed["a"].addressable_shards)
-  host = sharding.to_host(placed)
+  host = processes.to_host(placed)
   assert host["b"] is None and isinstance(host["a"], np.ndarray) and host["c"] == 3
 
 
@@ -326,85 +325,7 @@ def test_arrays_on_one_device_are_moved():
   assert np.array_equal(placed, leaf["embed"]["embedding"])
 
 
-# ---- start of several processes
-
-
-def test_one_process_needs_no_start():
-  assert sharding.initialize() is False
-  assert sharding.initialize(num_processes=1) is False
-  assert sharding.process_slice(7) == slice(0, 7)
-
-
-def test_process_slices_cover_all_work(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 3)
-  parts = []
-  for index in range(3):
-    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-    parts.append(range(10)[sharding.process_slice(10)])
-  assert [list(part) for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
-
-
-@pytest.mark.parametrize(
-  "flags, words",
-  [
-    (("localhost:1234", None, 2), "without --process_id"),
-    ((None, 1, None), "without --coordinator and --num_processes"),
-    ((None, None, 4), "without --coordinator and --process_id"),
-    (("localhost:1234", 2, 2), "between 0 and 1"),
-    (("localhost", 0, 2), "must be host:port"),
-    (("localhost:1234", 0, 0), "at least 1"),
-    (("localhost:1234", 1, 1), "between 0 and 0"),
-  ],
-)
-def test_initialize_refuses(flags, words):
-  with pytest.raises(UserError, match=words):
-    sharding.initialize(*flags)
-
-
-SLURM = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
-
-
-@pytest.mark.parametrize(
-  "more, coordinator, local",
-  [
-    ({"SLURM_STEP_NODELIST": "node[007-010,12]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, "node007", [1]),
-    ({"SLURM_STEP_NODELIST": "a1,b2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "0"}, "a1", None),
-    ({"SLURM_STEP_NODELIST": "gpu[3-6]-ib", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, "gpu3-ib", None),
-    (
-      {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
-      "n1",
-      [2, 3],
-    ),
-  ],
-)
-def test_slurm(more, coordinator, local):
-  settings = sharding.start_settings(None, None, None, SLURM | {"SLURM_STEP_NUM_TASKS": "4"} | more)
-  assert settings["coordinator_address"] == f"{coordinator}:61445"
-  assert (settings["process_id"], settings["num_processes"]) == (3, 4)
-  assert settings["local_device_ids"] == local
-
-
-def test_slurm_outside_a_step_is_one_process():
-  assert sharding.start_settings(None, None, None, SLURM | {"SLURM_NTASKS": "4", "JAX_PLATFORMS": "cpu"}) is None
-  one = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1", "JAX_PLATFORMS": "cpu"}
-  assert sharding.start_settings(None, None, None, one) is None
-
-
-@pytest.mark.parametrize(
-  "environ, several",
-  [
-    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-    ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, True),
-    ({}, True),  # a TPU VM: JAX asks the machine
-    ({"TPU_SKIP_MDS_QUERY": "1"}, False),
-    ({"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}, False),
-  ],
-)
-def test_tpu_pod(environ, several, monkeypatch):
-  monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
-  sys.modules["libtpu"].__spec__ = object()
-  assert sharding.start_settings(None, None, None, environ) == ({} if several else None)
+# ---- several processes
 
 
 def free_port():
@@ -415,9 +336,9 @@ def free_port():
 
 def work(coordinator, process_id, num_processes, out):
   """One of two processes; run as a program."""
-  assert sharding.initialize(coordinator, process_id, num_processes, timeout=60)
+  assert processes.initialize(coordinator, process_id, num_processes, timeout=60)
   assert (jax.process_index(), jax.process_count(), jax.local_device_count()) == (process_id, num_processes, 4)
-  rows = sharding.process_slice(16)
+  rows = processes.process_slice(16)
   results = {"rows": np.arange(16)[rows]}
   objective, sub, frozen, batch, vectors = make_problem("attention")
   for spec in ("data:8", "fsdp:8"):  # the last: parameters cut across the processes
@@ -432,8 +353,8 @@ def work(coordinator, process_id, num_processes, out):
     assert not placed[2].tokens.is_fully_addressable
     one = jax.tree.map(lambda leaf: leaf[0], placed[3])
     score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v), compiler_options=QUICK)
-    results[spec] = sharding.to_host(score(*placed[:3], one))
-    back = sharding.to_host(placed[0])
+    results[spec] = processes.to_host(score(*placed[:3], one))
+    back = processes.to_host(placed[0])
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (back, sub)), strict=True))
   np.savez(out, **results)
 

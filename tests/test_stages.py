@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, finetune, flags, scoring, select, workbench
+from experiments import evaluate, finetune, flags, scoring, select, solving, workbench
 from experiments.workbench import choose, split_sources
-from in2core_jax import artifacts, data, evaluation, sharding, subtree
+from in2core_jax import artifacts, data, evaluation, report_facts, report_html, sharding, subtree
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
@@ -140,6 +140,9 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert summary["solver"]["solver"] == "lissa" and np.isfinite(summary["solver_residual"])
   assert {"boundary", "query gradients", "solver", "scores"} <= set(summary["seconds"])
   assert "Strongest proponents" in (folder / "report.md").read_text()
+  found = report_facts.SelectRun.load(folder, train, bench.parts["eval"])  # from the files alone: the same page
+  assert (folder / "report.html").read_text() == report_html.select_page(found)
+  assert {path.name for path in (folder / "plots").glob("*.svg")} >= {"scores.svg", "kept-by-topic.svg", "coverage.svg"}
   queries = artifacts.read_parquet(folder / "query_scores.parquet")
   assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.parts["eval"].ids)
   # the flagfile repeats the run: same flags, same folder, nothing to do
@@ -248,12 +251,23 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
     evaluate.run(settings.replace(run_dir=str(tmp_path / "e"), policies="proponents"), bench)
 
 
+@pytest.mark.parametrize("curvature_examples", [1, 8, 500])
+def test_lissa_never_draws_the_examples_of_its_residual(settings, bench, curvature_examples):
+  changed = settings.replace(curvature_examples=curvature_examples)
+  rows = solving.curvature_rows(bench, changed)
+  answered = np.flatnonzero(bench.parts["train"].num_response_tokens)
+  assert sorted([*rows.fixed, *rows.drawn]) == answered.tolist()  # each once: no example is on both sides
+  chosen = choose(bench, bench.params, settings.layers, settings.modules)
+  shown = [own[own >= 0] for own, _ in solving.curvature_data(bench, changed, chosen).fixed()]
+  assert sorted(rows.fixed[np.concatenate(shown)]) == rows.fixed.tolist()
+
+
 def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   files = []
   for name in ("a", "b"):
     fresh = Workbench(settings) if name == "b" else bench
     folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / name)), fresh))
-    files.append([(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")][:2])
+    files.append([(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")])
   assert files[0] == files[1]
 
 

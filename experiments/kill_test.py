@@ -1,0 +1,160 @@
+"""Kills `select` runs at random moments, starts them again and compares their results with those of a run left alone.
+
+python -m experiments.kill_test --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
+
+Two runs are left alone: they must give the same bytes, and the second, which finds the programs compiled, says how long
+a run takes. The moments of the kills are spread evenly over that time, at random within each stretch, in random order.
+A killed run is started again and perhaps killed again; when it ends, its files must be those of the first run, byte by
+byte. Only seconds and peak memory in summary.json may differ.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from experiments import cli, flags
+from experiments.flags import Settings
+from experiments.resuming import FOLDER
+from in2core_jax import artifacts, report
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MAY_DIFFER = ("seconds", "peak_memory_gb")  # of summary.json: no result of the run
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+  """One kill.
+
+  Attributes:
+    run: number of the run folder.
+    seconds: after the start of the process.
+    last_line: of the process's log.
+    kept: what the next process finds, piece counts by name.
+  """
+
+  run: int
+  seconds: float
+  last_line: str
+  kept: str
+
+
+class Run:
+  """A `select` command with a folder of its own; caches beside the run folder are not shared between runs."""
+
+  def __init__(self, settings: Settings, place: pathlib.Path):
+    """Writes the flagfile into `place`; the run folder is made below it."""
+    self.folder, self._log = place / "select", place / "select.log"
+    flagfile = place / "select.flags"
+    artifacts.write_flags(flagfile, settings.replace(run_dir=str(self.folder)).as_flags())
+    self._command = [sys.executable, "-P", "-m", "experiments.select", f"--flagfile={flagfile}"]
+
+  def start(self, moment: float | None = None) -> float | None:
+    """Runs the command to its end, or kills it after `moment` seconds.
+
+    Returns:
+      Seconds that it took, or None when it was killed.
+
+    Raises:
+      UserError: the command failed by itself.
+    """
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    began = time.perf_counter()
+    with self._log.open("w") as sink:
+      environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+      process = subprocess.Popen(self._command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+      try:
+        code = process.wait(moment)
+      except subprocess.TimeoutExpired:
+        return None
+      finally:
+        process.kill()
+        process.wait()
+    if code:
+      raise UserError(f"the select command failed by itself (exit code {code}): {self.last_line()}; see {self._log}")
+    return time.perf_counter() - began
+
+  def last_line(self) -> str:
+    """The last line that the command has logged."""
+    lines = self._log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+  def kept(self) -> str:
+    """Pieces of unfinished work, counted."""
+    pieces = self.folder / FOLDER
+    counts = {str(path.parent.relative_to(pieces)): 0 for path in sorted(pieces.rglob("*.shard"))}
+    for path in pieces.rglob("*.shard"):
+      counts[str(path.parent.relative_to(pieces))] += 1
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing"
+
+
+def results_of(folder: pathlib.Path) -> dict[str, bytes]:
+  """Name -> bytes of all files of a finished run folder, without what may differ: times, and the folder's own name."""
+  found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  summary = json.loads(found["summary.json"])
+  kept = {name: value for name, value in summary.items() if name not in _MAY_DIFFER}
+  repeat = [line for line in found["flags.txt"].splitlines() if not line.startswith(b"--run_dir=")]
+  return found | {"summary.json": json.dumps(kept).encode(), "flags.txt": b"\n".join(repeat)}
+
+
+def differences(wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+  """Names of files that are missing, too many, or not equal."""
+  return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+
+
+def moments(kills: int, seconds: float, seed: int) -> list[float]:
+  """A moment in each of `kills` equal stretches of the run's time, in random order."""
+  rng = np.random.default_rng((seed, 17))
+  return list((rng.permutation(kills) + rng.random(kills)) * seconds / kills)
+
+
+def run(s: Settings) -> bool:
+  """Runs, kills, compares; whether every run ended in the same bytes."""
+  identity = {"stage": "kill_test", "flags": s.identity("run", "data", "model", "select", "kill_test")}
+  root = artifacts.RunDir.open(s.run_dir, identity, overwrite=True)  # an earlier test is no use: it starts anew
+  make = lambda name: Run(s, pathlib.Path(root.folder(name)))  # noqa: E731
+  alone, again = make("alone"), make("alone_again")
+  alone.start()
+  seconds = again.start()
+  wanted = results_of(alone.folder)
+  wrong = {"alone_again": differences(wanted, results_of(again.folder))}
+  log.info("a run left alone takes %.1f s; two of them: %s", seconds, _verdict(wrong["alone_again"]))
+  left, kills, number = moments(s.kills, seconds, s.seed), [], 0
+  while left:
+    number += 1
+    each, before = make(f"run-{number:02d}"), len(kills)
+    while (took := each.start(left[0] if left else None)) is None:
+      kills.append(Kill(number, left.pop(0), each.last_line(), each.kept()))
+      log.info("run %d: killed after %.1f s, kept: %s", number, kills[-1].seconds, kills[-1].kept)
+    if len(kills) == before:  # faster than the one that was measured: over before its moment
+      left[0] = 0.9 * took
+    wrong[f"run-{number:02d}"] = differences(wanted, results_of(each.folder))
+    log.info("run %d: %s", number, _verdict(wrong[f"run-{number:02d}"]))
+  rows = [dataclasses.asdict(kill) | {"result": _verdict(wrong[f"run-{kill.run:02d}"])} for kill in kills]
+  print(report.markdown_table(rows), end="")
+  same = sum(not wrong[f"run-{kill.run:02d}"] for kill in kills)
+  print(f"two runs left alone: {_verdict(wrong['alone_again'])}; killed and resumed: {same} of {len(kills)} identical")
+  return not any(wrong.values())
+
+
+def _verdict(names: list[str]) -> str:
+  return f"other bytes in {', '.join(names)}" if names else "same bytes"
+
+
+def main(_) -> int:
+  """Entry point; exit code 1 when a byte differs."""
+  return 0 if run(flags.read()) else 1
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/kill_test")
+  cli.run(main)

@@ -1,0 +1,238 @@
+"""The phases of every stage, as the run would go through them, with what each computes and holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import fitting, solving
+from experiments.flags import Settings, integers
+from experiments.pricing import FLOAT, Described, Phase, Pricer
+from experiments.scoring import topic_rows, trajectory_weights
+from in2core_jax import adapters, coreset, costs, finetune, influence, memory, packing, subtree
+
+
+def finetune_phases(bench: Described, s: Settings) -> list[Phase]:
+  """Fine-tuning on the full training set."""
+  params, tree = trained_shapes(bench, s)
+  price = Pricer(bench, "finetune", params, tree)
+  rows = bench.parts["train"].num_response_tokens.nonzero()[0]
+  steps = num_steps(s, len(rows))
+  kept = s.keep_checkpoints or -(-steps // s.checkpoint_every)
+  # float32 weights and Adam's two moments; the newest is written before the oldest goes.
+  disk = 3 * FLOAT * price.sizes.subtree * (kept + 1)
+  return [*price.boundary("train"), dataclasses.replace(training(price, s, rows, steps), disk=disk)]
+
+
+def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
+  """Optimiser steps on some rows of the training set, in the shape that the run would choose."""
+  shape = packing.training_shape([price.bench.packer("train", rows=rows)], s.batch_size, [s.seed])
+  step = shape_work(shape, price.groups, s.batch_size)
+  flops = steps * costs.pass_flops(price.sizes, "gradient", step, price.cached)
+  # Weights in float32, two moments, the gradient and the update.
+  device = price.device(price.program("gradient", (shape,)), 5)
+  return price.phase(f"training, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
+
+
+def select_phases(bench: Described, s: Settings) -> list[Phase]:
+  """Influence of every training example, and the coreset."""
+  price = Pricer(bench, "select", *fitting.scored_shapes(bench.config, s))
+  groups = topic_rows(bench, s)
+  inverse = fitting.inverse_of(s, len(groups))
+  held = memory.num_vectors(inverse)
+  evals = functools.reduce(costs.Work.plus, (price.packed("eval", rows) for rows in groups.values()))
+  times = len(trajectory_weights(s.checkpoint)) if s.trajectory != "none" else 1
+  found = [*price.boundary("train"), *price.boundary("eval")]
+  found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
+  found += solver_phases(price, s, inverse)
+  found += score_phases(price, s, inverse, times)
+  if s.policy in coreset.FEATURE_POLICIES:
+    found += projection_phases(price, s, ("train", "eval"))
+  if s.per_layer:
+    work = price.by_row("train")
+    more = costs.contraction_flops(price.sizes, work.examples, 1)
+    found.append(price.mapped_pass("scores by layer", work, more, held))
+  if s.per_token:
+    found.append(price.packed_pass("scores by token", "jvp", price.packed("train"), 1, held))
+  if s.per_query:
+    found += per_query_phases(price, s, inverse)
+  return [*found, results_phase(bench, s, len(groups))]
+
+
+def solver_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list[Phase]:
+  """The inverse Hessian product: products with curvature batches, EK-FAC's fit, DataInf's passes."""
+  if inverse.solver == "identity":
+    return []
+  sizes, held = price.sizes, memory.num_vectors(inverse, s.acceleration != "none")
+  if inverse.solver == "datainf":
+    rows = price.by_row("train")
+    phase = price.mapped_pass("datainf", rows, 0.0, held, whole_batch=True)
+    return [dataclasses.replace(phase, flops=costs.datainf_flops(sizes, inverse, rows, price.cached))]
+  curvature = solving.curvature_rows(price.bench, s)
+  batch = shape_work(curvature.shape, price.groups, curvature.batch)
+  fixed = -(-len(curvature.fixed) // curvature.batch)
+  count = costs.num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree)
+  flops = costs.products_flops(sizes, inverse, batch, fixed, price.cached)
+  queries = 64 if inverse.solver == "exact" else inverse.queries
+  device = price.device(price.program(inverse.curvature, (curvature.shape,), queries), held)
+  found = [price.phase(f"{inverse.solver}, {count} products of {curvature.batch} examples", flops, device, 3.0 * count)]
+  if s.solver != "ekfac" and s.precondition == "none":
+    return found
+  rows = price.by_row("train", curvature.factors, every_slot=False)
+  every = price.by_row("train", curvature.factors)
+  flops = costs.ekfac_fit_flops(sizes, rows, every, s.curvature != "fisher", price.cached)
+  flops += costs.ekfac_apply_flops(sizes, inverse.queries) * (s.depth if s.precondition != "none" else 1)
+  size = memory.ekfac_bytes(sizes)
+  device = price.device(price.mapped() + 2 * size, inverse.queries)
+  fit = price.phase(f"EK-FAC of {len(curvature.factors)} examples", flops, device, 6 * rows.batches, disk=size)
+  return [fit, *found]
+
+
+def score_phases(price: Pricer, s: Settings, inverse: costs.Inverse, times: int) -> list[Phase]:
+  """Losses and scores of the training set, by the path that `select.score` takes."""
+  sizes, queries = price.sizes, inverse.queries
+  train, held = price.packed("train"), 2 * queries
+  losses = price.packed_pass("losses", "losses", train)
+  if s.score_path == "projected":
+    return [losses, *projection_phases(price, s, ("train",))]
+  if s.normalize != "none" or s.self_influence:
+    rows = price.by_row("train")
+    a_row = costs.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
+    more = rows.examples * a_row + costs.contraction_flops(sizes, rows.examples, queries + 2)
+    return [price.mapped_pass("scores and norms, per-example gradients", rows, more, held)]
+  less = s.trajectory == "less"
+  if not less and influence.score_path(s.score_path, queries) == "jvp":
+    name = f"losses and scores, jvp{f' of {queries} queries' if queries > 1 else ''}"
+    return [price.packed_pass(name, "jvp", train, times * queries, held), *([losses] if s.trajectory != "none" else [])]
+  rows = price.by_row("train").times(times)
+  more = costs.contraction_flops(sizes, rows.examples, queries)
+  return [losses, price.mapped_pass("scores, per-example gradients", rows, more, held)]
+
+
+def per_query_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list[Phase]:
+  """Scores of every evaluation example, a block of them at a time."""
+  block = min(s.query_block, len(price.bench.parts["eval"]))
+  blocks = -(-len(price.bench.parts["eval"]) // block)
+  each = inverse._replace(queries=block)
+  evals, rows = price.by_row("eval"), price.by_row("train")
+  vmap = influence.score_path(s.score_path, block) == "vmap"
+  scores = costs.pass_flops(price.sizes, "gradient" if vmap else "jvp", rows, price.cached) * (1 if vmap else block)
+  scores += costs.contraction_flops(price.sizes, rows.examples, block)
+  more = blocks * scores
+  found = [price.mapped_pass(f"per query: gradients and scores, {blocks} blocks", evals, more, 3 * block, True)]
+  for phase in solver_phases(price, s, each):
+    flops = phase.flops if phase.name.startswith("EK-FAC") else phase.flops * blocks
+    found.append(
+      dataclasses.replace(phase, name=f"per query: {phase.name}", flops=flops, gathered=phase.gathered * blocks)
+    )
+  return found
+
+
+def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...]) -> list[Phase]:
+  """Projected gradients, of the training set kept on disk; at the parameters that are scored."""
+  bench = price.bench
+  base = fitting.param_shapes(bench.config, bench.settings.dtype)
+  params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
+  other = Pricer(bench, price.stage, params, subtree.make_subtree(params, s.layers, "sketch"))
+  found = []
+  for part in parts:
+    work = other.by_row(part, every_slot=False)
+    flops = costs.pass_flops(other.sizes, "gradient", work, other.cached)
+    rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.layout.items())
+    program = memory.Program("gradient", rows[0] // other.groups, rows[1], rows[2])
+    size = memory.program_bytes(bench.config, other.sizes, program, bench.settings.dtype)
+    size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
+    disk = FLOAT * other.sizes.subtree * len(bench.parts[part]) if part == "train" else 0.0
+    name = f"projected gradients ({part})"
+    found.append(other.phase(name, flops, other.device(size), 2 * work.batches, disk=disk))
+  return found
+
+
+def results_phase(bench: Described, s: Settings, queries: int) -> Phase:
+  """Files of a select run; scores are also kept in pieces while they are computed."""
+  train, evals = bench.parts["train"], bench.parts["eval"]
+  numbers = len(train) * (20 + 2 * (queries + 1))
+  numbers += len(train) * (len(evals) + 2) if s.per_query else 0
+  numbers += int(train.num_response_tokens.sum()) * 8 if s.per_token else 0
+  numbers += len(train) * bench.config.num_layers * 2 if s.per_layer else 0
+  texts = sum(len(record.raw) for record in train.records)
+  return Phase("select", "scores and coreset", disk=FLOAT * numbers + texts)
+
+
+def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase]:
+  """Retraining on every compared set, and the test losses; all of them take the steps of the full set.
+
+  Args:
+    known: trainings that are there already.
+  """
+  params, tree = trained_shapes(bench, s)
+  price = Pricer(bench, "evaluate", params, tree)
+  rows = bench.parts["train"].num_response_tokens.nonzero()[0]
+  one, count = training(price, s, rows, num_steps(s, len(rows))), num_candidates(s) - known
+  test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
+  found = [*price.boundary("train"), *price.boundary("test")]
+  if any(name in coreset.FEATURE_POLICIES for name in names_in(s.policies)):
+    found += projection_phases(price, s, ("train", "eval"))
+  name = f"{count} trainings: {one.name.removeprefix('training, ')}"
+  return [*found, dataclasses.replace(one, name=name, flops=count * one.flops, gathered=count * one.gathered), test]
+
+
+def demo_phases(bench: Described, s: Settings) -> list[Phase]:
+  """All three; a boundary cache that serves several of them is filled once."""
+  found: dict[tuple, Phase] = {}
+  # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.
+  known = int("full" in names_in(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
+  stages = [
+    *finetune_phases(bench, s),
+    *select_phases(bench, s.replace(policy="proponents")),
+    *evaluate_phases(bench, s.replace(select_runs="proponents"), known),
+  ]
+  for phase in stages:
+    shared = phase.name.startswith("hidden states")
+    found.setdefault((phase.name, "" if shared else phase.stage), phase)
+  return list(found.values())
+
+
+STAGES = {
+  "finetune": finetune_phases,
+  "select": select_phases,
+  "evaluate": evaluate_phases,
+  "demo": demo_phases,
+}
+
+
+# ---- small parts ---------------------------------------------------------------------
+
+
+def trained_shapes(bench: Described, s: Settings) -> tuple[Any, subtree.Subtree]:
+  """(shapes of the trained model's parameters, what is trained), as `finetune.start_params`."""
+  lora = s.trainable == "lora"
+  params = fitting.param_shapes(bench.config, s.dtype, s.lora_rank if lora else 0)
+  return params, subtree.make_subtree(params, s.trainable_layers, "lora" if lora else s.trainable_modules, "trainable_")
+
+
+def num_steps(s: Settings, examples: int) -> int:
+  """Optimiser steps of a training, as `finetune.recipe_of`."""
+  return s.steps or finetune.steps_for(examples, s.batch_size, s.epochs)
+
+
+def num_candidates(s: Settings) -> int:
+  """How many trainings an evaluation compares: every policy with its seeds, every select run with the fixed ones."""
+  seeds, fixed = integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
+  each = [len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds) for name in names_in(s.policies)]
+  return sum(each) + len(names_in(s.select_runs)) * len(fixed or seeds)
+
+
+def names_in(text: str) -> list[str]:
+  """The names in a list separated by commas."""
+  return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def shape_work(shape: packing.PackedShape, groups: int, examples: int) -> costs.Work:
+  """One batch of a packed shape."""
+  tokens = groups * shape.height * shape.num_tokens
+  return costs.Work(tokens, tokens * shape.num_tokens, groups * shape.num_slots, examples, 1)

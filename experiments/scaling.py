@@ -1,0 +1,156 @@
+"""The table of docs/scaling.md: what `select` would take with an 8B model on machines that are not here, on paper.
+
+python -m experiments.scaling
+
+It runs no model: lengths of examples follow a formula, and every row is what `select --dry_run` says of such data.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments import cli, dry_run, hardware, planning
+from experiments.flags import Settings
+from experiments.pricing import Described, Phase
+from experiments.workbench import PARTS
+from in2core_jax import data, hf_config, report
+from in2core_jax.records import Record
+
+MODEL = pathlib.Path(__file__).parent / "flags" / "llama-3.1-8b.json"
+EXAMPLES = (52_000, 1_000_000)
+# Lengths as in 5,000 examples of Alpaca with a chat template: median 74 tokens, mean 87, two thirds of them a response.
+MEDIAN, SPREAD, RESPONSE_SHARE = 74, 0.58, 0.68
+# Every cost is linear in the number of training examples from a few batches on: two samples give start and slope.
+SAMPLES = (26_000, 52_000)
+OTHERS = 500  # evaluation and test examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A row of the table.
+
+  Attributes:
+    hardware: as `--hardware` takes it.
+    flags: of select, by name.
+  """
+
+  hardware: str
+  flags: tuple[tuple[str, object], ...]
+
+
+def _case(name: str, **flags) -> Case:
+  return Case(name, tuple(flags.items()))
+
+
+CASES = (
+  _case("v5e-8", mesh="fsdp:8", layers="last:4"),
+  _case("v5e-8", mesh="fsdp:8", layers="last:8", modules="attention"),
+  _case("v5p-32", mesh="fsdp:16", layers="last:8"),
+  _case("v5p-32", mesh="fsdp:16", layers="all", modules="attention"),
+  _case("h100-8", mesh="fsdp:8", layers="last:8"),
+  _case("h100-8", mesh="fsdp:8", layers="all", modules="attention"),
+)
+
+
+def lengths(count: int, most: int) -> np.ndarray:
+  """Tokens of each of `count` examples: evenly spaced quantiles of a log-normal distribution, 16 to `most`, int64."""
+  normal = statistics.NormalDist()
+  quantiles = np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+  return np.clip(np.rint(MEDIAN * np.exp(SPREAD * quantiles)), 16, most).astype(np.int64)
+
+
+class OnPaper(Described):
+  """A workbench whose examples have lengths, but no words."""
+
+  def __init__(self, settings: Settings, elsewhere: hardware.Hardware, train: int):
+    """Keeps how many training examples there are."""
+    super().__init__(settings, elsewhere)
+    self.train = train
+
+  @functools.cached_property
+  def config(self):
+    """The model's shape; there is no text, so no tokenizer."""
+    return hf_config.read_config(MODEL)
+
+  @functools.cached_property
+  def parts(self) -> dict[str, data.TokenizedDataset]:
+    """Examples of the formula's lengths; the response stands at the end."""
+    counts = {"train": self.train, "eval": OTHERS, "test": OTHERS}
+    return {part: _examples(part, counts[part], self.settings.max_length) for part in PARTS}
+
+
+@functools.cache
+def _examples(part: str, count: int, most: int) -> data.TokenizedDataset:
+  found = lengths(count, most)
+  responses = np.maximum(1, np.rint(RESPONSE_SHARE * found).astype(np.int64))
+  tokens, mask = np.zeros(most, np.int32), np.arange(2 * most) >= most
+  records = tuple(Record(f"{part}-{i}", (), "", "", "formula", i + 1) for i in range(count))
+  masks = tuple(mask[most - length + response :][:length] for length, response in zip(found, responses, strict=True))
+  return data.TokenizedDataset(part, records, tuple(tokens[:length] for length in found), masks, np.zeros(count, bool))
+
+
+def settings_of(case: Case) -> Settings:
+  """The flags of a row."""
+  fixed = {"model": f"random:{MODEL}", "dtype": "bfloat16", "batch_tokens": "auto", "boundary_cache": "off"}
+  return Settings(**(fixed | dict(case.flags)))
+
+
+@functools.cache
+def sampled(case: Case, examples: int) -> list[Phase]:
+  """The phases of `select` with so many training examples, one by one."""
+  s, where = settings_of(case), hardware.on_paper(case.hardware, "bfloat16")
+  return planning.select_phases(OnPaper(s, where, examples), s)
+
+
+def phases(case: Case, examples: int) -> list[Phase]:
+  """The phases of `select` with so many training examples, extended from two samples."""
+  factor = (examples - SAMPLES[0]) / (SAMPLES[1] - SAMPLES[0])
+  few, more = (sampled(case, size) for size in SAMPLES)
+  return [_extended(a, b, factor) for a, b in zip(few, more, strict=True)]
+
+
+def _extended(a: Phase, b: Phase, factor: float) -> Phase:
+  """a + factor (b - a) in all that grows with the examples."""
+  grown = {name: getattr(a, name) + factor * (getattr(b, name) - getattr(a, name)) for name in _GROWING}
+  return dataclasses.replace(b, **grown)
+
+
+_GROWING = ("flops", "host", "disk", "gathered")
+
+
+def rows(cases: Sequence[Case] = CASES) -> list[dict]:
+  """The table."""
+  found = []
+  for case in cases:
+    for examples in EXAMPLES:
+      where = hardware.on_paper(case.hardware, "bfloat16")
+      estimate = dry_run.Estimate(phases(case, examples), where, float("inf"))
+      least, usual, most = estimate.seconds
+      found.append(
+        {
+          "devices": f"{case.hardware} ({where.count} x {where.memory / 1e9:.0f} GB usable)",
+          "examples": f"{examples:,}",
+          "flags": ", ".join(f"{name}={value}" for name, value in case.flags),
+          "TFLOP": round(estimate.flops / 1e12),
+          "seconds": round(usual),
+          "from": round(least),
+          "to": round(most),
+          "GB a device": round(max(phase.device_bytes for phase in estimate.phases) / 1e9, 1),
+          "disk GB": round(sum(phase.disk for phase in estimate.phases) / 1e9, 3),
+          "fits": not estimate.too_large(),
+        }
+      )
+  return found
+
+
+def main(_) -> None:
+  """Prints the table."""
+  print(report.markdown_table(rows()))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,276 @@
+"""--dry_run and --batch_tokens=auto: what they say is what the run has, and what does not fit is told with a flag."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+from absl import flags as absl_flags
+from test_stages import CONFIG
+
+from experiments import dry_run, fitting, flags, hardware, planning, scaling, solving, workbench
+from experiments.pricing import Described, Pricer
+from in2core_jax import costs, packing, sharding, weights
+from in2core_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class OneDevice:
+  """On one of the simulated devices."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+class Bench(OneDevice, Described):
+  """Reads no weight."""
+
+
+class Workbench(OneDevice, workbench.Workbench):
+  """Reads weights."""
+
+
+def settings_of(folder, **changes):
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  small = {
+    "model": f"random:{folder / 'config.json'}",
+    "run_dir": str(folder / "run"),
+    "system_prompt": "none",
+    "max_length": 48,
+    "max_shapes": 1,
+    "train_limit": 40,
+    "eval_limit": 10,
+    "test_limit": 10,
+    "trainable_layers": "last:2",
+    "layers": "last:2",
+    "batch_size": 8,
+    "batch_tokens": 480,
+    "depth": 6,
+    "curvature_examples": 8,
+    "curvature_batch": 8,
+    "checkpoint_every": 3,
+    "seeds": "0,1",
+    "fixed_seeds": "0",
+    "policies": "full,random",
+  }
+  return flags.Settings(**(small | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("dry")
+
+
+@pytest.fixture(scope="module")
+def bench(folder):
+  """With its data read; tests take it with other settings through `varied`."""
+  made = Bench(settings_of(folder))
+  assert made.parts
+  return made
+
+
+def named(phases, start):
+  (found,) = [phase for phase in phases if phase.name.startswith(start)]
+  return found
+
+
+# ---- the same numbers as in the run --------------------------------------------------
+
+
+def test_select_is_priced_by_the_batches_that_it_runs(bench):
+  real = Workbench(bench.settings)
+  real.__dict__ |= {"_loaded": (bench.config, None, bench.tokenizer, ""), "parts": bench.parts}
+  phases = planning.select_phases(bench, bench.settings)
+  sizes = Pricer(bench, "", *fitting.scored_shapes(bench.config, bench.settings)).sizes
+  work = costs.packed_work(real.packer("train").sequential_plan(480))
+  assert named(phases, "losses and scores").flops == costs.pass_flops(sizes, "jvp", work, True)
+  work = costs.packed_work(real.packer("eval").sequential_plan(480))
+  assert named(phases, "query gradients").flops == costs.pass_flops(sizes, "gradient", work, True)
+  rows = solving.curvature_rows(real, bench.settings)
+  packer = real.packer("train", rows=rows.fixed, shapes=[rows.shape])
+  ((_, batch),) = packer.shuffled(rows.batch, 0, 0)
+  product = costs.pass_flops(
+    sizes,
+    "ggn",
+    costs.Work(batch.tokens.size, batch.tokens.size * batch.tokens.shape[1], batch.slots.size, 8, 1),
+    True,
+  )
+  assert named(phases, "lissa").flops == (10 + 6 + 1) * product
+  cache = named(phases, "hidden states below layer 2 (train)")
+  assert cache.host == int(bench.parts["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
+  on_disk = planning.select_phases(bench.varied(boundary_cache="disk"), bench.settings)
+  assert named(on_disk, "hidden states below layer 2 (train)").disk == cache.host
+
+
+def test_training_takes_the_steps_of_the_recipe(bench):
+  s = bench.settings
+  phases = planning.finetune_phases(bench, s)
+  shape = packing.training_shape([bench.packer("train")], 8, [0])
+  price = Pricer(bench, "", *planning.trained_shapes(bench, s))
+  steps = planning.num_steps(s, 40)
+  assert steps == 10
+  work = planning.shape_work(shape, 1, 8).times(steps)
+  assert named(phases, "training").flops == costs.pass_flops(price.sizes, "gradient", work, True)
+  assert named(phases, "training").disk == 3 * 4 * price.sizes.subtree * 3  # two kept, one being written
+  lora = planning.finetune_phases(bench, s.replace(trainable="lora", lora_rank=2))
+  assert named(lora, "training").disk < named(phases, "training").disk
+
+
+def test_a_demo_is_its_stages_without_what_they_share(bench):
+  s = bench.settings
+  demo = planning.demo_phases(bench, s)
+  names = [phase.name for phase in demo]
+  assert len([name for name in names if name.startswith("hidden states")]) == 3  # train, eval, test: once each
+  # full by fine-tuning; random twice and the selection once by evaluate
+  assert "3 trainings: 10 steps of 8 examples" in names and planning.num_candidates(s) == 3
+  alone = planning.evaluate_phases(bench, s)
+  assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
+
+
+@pytest.mark.parametrize(
+  ("changes", "phase"),
+  [
+    ({"score_path": "vmap"}, "scores, per-example gradients"),
+    ({"policy": "matching", "sketch_size": 4}, "projected gradients (train)"),
+    ({"solver": "ekfac"}, "EK-FAC of"),
+    ({"solver": "datainf"}, "datainf"),
+    ({"per_query": True, "query_block": 4}, "per query: gradients and scores, 3 blocks"),
+    ({"self_influence": True, "solver": "identity"}, "scores and norms"),
+  ],
+)
+def test_other_ways_have_phases_of_their_own(bench, changes, phase):
+  found = named(planning.select_phases(bench.varied(**changes), bench.settings.replace(**changes)), phase)
+  assert found.flops > 0 and found.device["program"] > 0
+
+
+# ---- what is printed -----------------------------------------------------------------
+
+
+def test_it_reads_no_weight_and_makes_no_folder(folder, monkeypatch, capsys):
+  def refuse(*_):
+    raise AssertionError("a dry run read weights")
+
+  monkeypatch.setattr(weights, "load_model", refuse)
+  dry_run.run(settings_of(folder), "demo")
+  text = capsys.readouterr().out
+  assert not (folder / "run").exists()
+  assert "scored: 4,672 parameters, 0.59 %, 2 layers (layers 2 to 3)" in text
+  assert "train 40 examples" in text and "Everything fits." in text and "measured here just now" in text
+  for name in ("hidden states below layer 2 (train)", "training, 10 steps", "lissa, 17 products", "test losses"):
+    assert name in text
+
+
+def test_what_does_not_fit_is_told_with_the_flags_that_help(bench):
+  where = hardware.Hardware("small", 1, 60_000_000, (1e9, 2e9, 3e9))
+  found = dry_run.estimate(bench.varied(max_shapes=1), "select", where)
+  (line, *_) = found.too_large()
+  assert "select, " in line and "of 0.06 GB on each device" in line and "program" in line
+  helpful = dry_run.fixes(bench, "select", found)
+  assert any("--batch_tokens=" in flag for flag in helpful)
+  for flag in helpful:  # every one of them does what it says
+    changes = dict(part.removeprefix("--").split("=") for part in flag.split())
+    changes = {name: int(value) if value.isdecimal() else value for name, value in changes.items()}
+    assert not dry_run.estimate(bench.varied(**changes), "select", where).too_large(), flag
+  none = dry_run.estimate(bench, "select", dataclasses.replace(where, memory=1000))
+  assert none.too_large() and "choose fewer --layers or --modules." in dry_run.advice(bench, "select", none)
+  full = dry_run.Estimate(planning.finetune_phases(bench, bench.settings), where, disk_free=1e4)
+  assert any(line.startswith("disk: ") and "finetune, training" in line for line in full.too_large())
+
+
+def test_more_devices_hold_less_each(bench):
+  s = bench.settings.replace(mesh="fsdp:8", dtype="bfloat16")
+  eight = Described(s, hardware.on_paper("v5e-8", "bfloat16"))
+  one = Described(s.replace(mesh=""), hardware.on_paper("v5e-1", "bfloat16"))
+  eight.__dict__["parts"] = one.__dict__["parts"] = bench.parts
+  vectors = [named(planning.select_phases(b, b.settings), "lissa").device["vectors"] for b in (eight, one)]
+  assert vectors[0] < 0.2 * vectors[1]  # norm scales are whole everywhere
+  phase = named(planning.select_phases(eight, s), "losses and scores")
+  assert phase.gathered > 0 and named(planning.select_phases(one, s), "losses and scores").gathered == 0
+
+
+def test_hardware_by_name():
+  assert hardware.on_paper("v5p-32", "bfloat16").count == 16  # the name counts cores
+  assert hardware.on_paper("h100-8", "float32").rates[2] == hardware.on_paper("h100-8", "bfloat16").rates[2] / 2
+  assert hardware.on_paper("v5e-8", "bfloat16").seconds(8 * 197e12 * 0.4)[1] == pytest.approx(1)
+  for name in ("v5e", "z9-4", "v5e-0"):
+    with pytest.raises(UserError, match="use a chip and a number"):
+      hardware.on_paper(name, "bfloat16")
+
+
+# ---- the flags -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def parse():
+  """Parses a command line into settings."""
+  before = set(absl_flags.FLAGS)
+  flags.define()
+  yield lambda *line, **options: absl_flags.FLAGS(["command", *line]) and flags.read(**options)
+  for name in set(absl_flags.FLAGS) - before:
+    delattr(absl_flags.FLAGS, name)
+
+
+def test_batch_tokens_is_a_number_or_auto(parse):
+  assert parse().batch_tokens == flags.Settings().batch_tokens == 2048
+  assert parse("--batch_tokens=1024").batch_tokens == 1024
+  assert parse("--batch_tokens=1024").as_flags() == ["--batch_tokens=1024"]
+  assert parse("--batch_tokens=auto").batch_tokens == "auto"
+  for nonsense in ("many", "0", "-1", "1e3", ""):
+    with pytest.raises(UserError, match=f"--batch_tokens={nonsense} is neither auto nor a whole number"):
+      parse(f"--batch_tokens={nonsense}")
+
+
+def test_dry_run_is_refused_where_work_would_begin(parse):
+  assert parse("--dry_run", "--hardware=v5e-8", tells_costs=True).as_flags() == []
+  with pytest.raises(UserError, match="this command cannot"):
+    parse("--dry_run")
+  with pytest.raises(UserError, match="is for --dry_run"):
+    parse("--hardware=v5e-8", "--nodry_run")
+
+
+# ---- the largest batch ---------------------------------------------------------------
+
+
+def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(bench, monkeypatch, caplog):
+  real = Workbench(bench.settings.replace(batch_tokens="auto", max_length=48))
+  real.__dict__ |= {"_loaded": (bench.config, None, bench.tokenizer, ""), "parts": bench.parts}
+  with caplog.at_level("INFO"):
+    assert real.batch_tokens == min(2048, 2 ** (bench_tokens(bench) - 1).bit_length())
+  assert "compiled programs take" in caplog.text
+  params, tree = fitting.scored_shapes(bench.config, bench.settings)
+  large, small = (
+    max(fitting.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(tokens))
+    for tokens in (2048, 256)
+  )
+  assert small < large
+  monkeypatch.setattr(fitting, "PROGRAMS", {"gradient": fitting.PROGRAMS["gradient"]})  # the larger one
+  resident = fitting.resident_bytes(params, tree, fitting.inverse_of(bench.settings), real.mesh)
+  monkeypatch.setattr(fitting, "usable_bytes", lambda device: resident + (small + large) // 2)
+  found = fitting.largest_batch(real)
+  assert 256 <= found < 2048
+  used = [fitting.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(found)]
+  assert max(used) <= (small + large) // 2
+  monkeypatch.setattr(fitting, "usable_bytes", lambda device: resident + 1000)
+  with pytest.raises(UserError, match="choose fewer --layers"):
+    fitting.largest_batch(real)
+
+
+def bench_tokens(bench):
+  return sum(int(part.num_tokens.sum()) for part in bench.parts.values())
+
+
+# ---- the page ------------------------------------------------------------------------
+
+
+def test_the_page_on_scaling_has_what_the_functions_say():
+  lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+  case = scaling.CASES[0]
+  for row in scaling.rows([case]):
+    start = f"| {row['devices']} | {row['examples']} | {row['flags']} | "
+    (line,) = [line for line in lines if line.startswith(start)]
+    written = [float(cell) for cell in line.removeprefix(start).split(" | ")[:6]]
+    ours = [row[name] for name in ("TFLOP", "seconds", "from", "to", "GB a device", "disk GB")]
+    assert written == pytest.approx(ours, rel=0.03) and row["fits"]
+  direct = sum(phase.flops for phase in scaling.sampled(case, 39_000))
+  assert sum(phase.flops for phase in scaling.phases(case, 39_000)) == pytest.approx(direct, rel=0.01)

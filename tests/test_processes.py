@@ -1,0 +1,359 @@
+"""Several processes as one job, and stages on 1, 2, 4 and 8 devices: the numbers of one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+from fsspec.registry import _registry as fsspec_registry
+
+from experiments import evaluate, finetune, select, workbench
+from experiments import flags as flags_lib
+from experiments.resuming import Work
+from experiments.scoring import score
+from experiments.workbench import choose
+from in2core_jax import artifacts, files, ihvp, processes, sharding
+from in2core_jax import finetune as finetune_lib
+from in2core_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Nothing divides: a width of 20 not by 8, 37 examples by no number of devices.
+CONFIG = {
+  "model_type": "llama",
+  "vocab_size": 49152,
+  "hidden_size": 20,
+  "intermediate_size": 36,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 6,
+  "tie_word_embeddings": True,
+}
+FLAGS = {
+  "system_prompt": "none",
+  "max_length": 40,
+  "max_shapes": 1,
+  "train_limit": 37,
+  "eval_limit": 9,
+  "test_limit": 9,
+  "batch_tokens": 480,
+  "layers": "last:2",
+  "depth": 3,
+  "curvature_examples": 7,
+  "curvature_batch": 7,
+  "trainable_layers": "last:1",
+  "steps": 4,
+  "checkpoint_every": 2,
+  "batch_size": 5,
+  "policies": "random",
+  "seeds": "0",
+}
+
+
+# ---- start
+
+
+def test_one_process_needs_no_start():
+  assert processes.initialize() is False
+  assert processes.initialize(num_processes=1) is False
+  assert processes.process_slice(7) == slice(0, 7)
+
+
+def test_process_slices_cover_all_work(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  parts = []
+  for index in range(3):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    parts.append(range(10)[processes.process_slice(10)])
+  assert [list(part) for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (("localhost:1234", None, 2), "without --process_id"),
+    ((None, 1, None), "without --coordinator and --num_processes"),
+    ((None, None, 4), "without --coordinator and --process_id"),
+    (("localhost:1234", 2, 2), "between 0 and 1"),
+    (("localhost", 0, 2), "must be host:port"),
+    (("localhost:1234", 0, 0), "at least 1"),
+    (("localhost:1234", 1, 1), "between 0 and 0"),
+  ],
+)
+def test_initialize_refuses(flags, words):
+  with pytest.raises(UserError, match=words):
+    processes.initialize(*flags)
+
+
+def test_a_coordinator_that_is_not_there_is_named():
+  with pytest.raises(
+    UserError, match=r"--coordinator=localhost:\d+: nobody listens there after 0 s .*is process 0 running"
+  ):
+    processes.initialize(f"localhost:{free_port()}", 1, 2, timeout=0)
+
+
+SLURM = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+
+
+@pytest.mark.parametrize(
+  "more, coordinator, local",
+  [
+    ({"SLURM_STEP_NODELIST": "node[007-010,12]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, "node007", [1]),
+    ({"SLURM_STEP_NODELIST": "a1,b2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "0"}, "a1", None),
+    ({"SLURM_STEP_NODELIST": "gpu[3-6]-ib", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, "gpu3-ib", None),
+    (
+      {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
+      "n1",
+      [2, 3],
+    ),
+  ],
+)
+def test_slurm(more, coordinator, local):
+  settings = processes.start_settings(None, None, None, SLURM | {"SLURM_STEP_NUM_TASKS": "4"} | more)
+  assert settings["coordinator_address"] == f"{coordinator}:61445"
+  assert (settings["process_id"], settings["num_processes"]) == (3, 4)
+  assert settings["local_device_ids"] == local
+
+
+def test_slurm_outside_a_step_is_one_process():
+  assert processes.start_settings(None, None, None, SLURM | {"SLURM_NTASKS": "4", "JAX_PLATFORMS": "cpu"}) is None
+  one = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1", "JAX_PLATFORMS": "cpu"}
+  assert processes.start_settings(None, None, None, one) is None
+
+
+@pytest.mark.parametrize(
+  "environ, several",
+  [
+    ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ({}, True),  # a TPU VM: JAX asks the machine
+    ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}, False),
+  ],
+)
+def test_tpu_pod(environ, several, monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+  sys.modules["libtpu"].__spec__ = object()
+  assert processes.start_settings(None, None, None, environ) == ({} if several else None)
+
+
+# ---- values that all processes need
+
+
+def test_one_process_agrees_with_itself():
+  assert processes.is_writer() and processes.from_writer({"a": (1, 2.5)}) == {"a": [1, 2.5]}
+  assert processes.all_true(True) and not processes.all_true(False)
+  processes.barrier("nothing to wait for")
+
+
+# ---- stages on several devices
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("processes")
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  return flags_lib.Settings(model=f"random:{folder / 'config.json'}", run_dir=str(folder / "run"), **FLAGS)
+
+
+class Workbench(workbench.Workbench):
+  """On as many of the simulated devices as `--mesh` says."""
+
+  @property
+  def mesh(self):
+    spec = self.settings.mesh or "data:1"
+    size = np.prod([int(part.split(":")[1]) for part in spec.split(",")])
+    return sharding.make_mesh(spec, jax.devices()[:size])
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+def on_mesh(bench, spec):
+  """The same model and data on other devices."""
+  wide = Workbench(bench.settings.replace(mesh=spec))
+  config, params, *rest = bench._loaded
+  wide.__dict__ |= {"parts": bench.parts, "_loaded": (config, sharding.place_params(params, wide.mesh), *rest)}
+  return wide
+
+
+def scored_on(bench, folder):
+  chosen = choose(bench, bench.params, bench.settings.layers, bench.settings.modules)
+  return chosen, score(bench, bench.settings, chosen, Work(artifacts.RunDir.open(folder, {})))
+
+
+def bytes_on_first_device(tree):
+  first = jax.devices()[0]
+  shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+  return sum(shard.data.nbytes for shard in shards if shard.device == first)
+
+
+@pytest.fixture(scope="module")
+def alone(bench, tmp_path_factory):
+  """Scores on one device."""
+  return scored_on(bench, tmp_path_factory.mktemp("alone"))[1]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("spec", ["data:2,fsdp:2", "fsdp:8"])
+def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, monkeypatch):
+  wide = on_mesh(bench, spec)
+  to_arrays, states = ihvp.state_to_arrays, []
+  monkeypatch.setattr(ihvp, "state_to_arrays", lambda state: states.append(state) or to_arrays(state))
+  chosen, found = scored_on(wide, tmp_path)
+  scale = np.abs(alone.influence).max()
+  np.testing.assert_allclose(found.influence, alone.influence, rtol=0, atol=1e-5 * scale)
+  np.testing.assert_allclose(found.loss, alone.loss, rtol=1e-5, atol=1e-6)
+  fsdp = wide.mesh.shape["fsdp"] if CONFIG["hidden_size"] % wide.mesh.shape["fsdp"] == 0 else 1
+  # Weights and iHVP vectors are cut over fsdp, but for the norms; nothing more lies on each device than on one.
+  vectors = (found.result.solution, *((state.u, state.mean) for state in states))
+  assert len(vectors) > 1
+  for tree in (chosen.problem.sub, chosen.problem.frozen, *vectors):
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert bytes_on_first_device(tree) <= whole / fsdp + 0.02 * whole
+
+
+# ---- run folders on an object store
+
+
+@pytest.mark.real
+def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path, caplog):
+  """fsspec's store in memory stands for the one behind gs://; only what is read at random stays on the local disk."""
+  memory = fsspec.get_filesystem_class("memory")
+  for scheme in ("gs", "gcs"):
+    monkeypatch.setitem(fsspec_registry, scheme, memory)
+  memory.store.clear()
+  monkeypatch.setenv("IN2CORE_CACHE", str(tmp_path))
+  remote = settings.replace(run_dir="gs://bucket/runs/a", boundary_cache="disk", solver="ekfac", policy="matching")
+  cloudy = Workbench(remote.replace(sketch_size=4))
+  cloudy.__dict__ |= {"parts": bench.parts, "_loaded": bench._loaded}
+  with caplog.at_level("INFO"):
+    folder = select.run(cloudy.settings, cloudy)
+  assert folder == "gs://bucket/runs/a" and str(tmp_path / "boundary") in caplog.text
+  assert {path.name.split("-")[0] for path in (tmp_path / "boundary").iterdir()} == {"train", "eval"}
+  there = {path.split("bucket/runs/")[1].rsplit("/", 1)[0] for path in memory.store}
+  stores = {path for path in there if path.startswith("projected/")}
+  assert {"a", "a/plots", "ekfac"} <= there and stores and not [path for path in there if "boundary" in path]
+  assert len(artifacts.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.parts["train"])
+  written = dict(memory.store)
+  select.run(cloudy.settings, cloudy)  # finished already
+  assert memory.store.keys() == written.keys() and all(memory.store[path] is written[path] for path in written)
+
+
+# ---- stages in two processes
+
+
+def environment(devices: int) -> dict:
+  flags_ = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+  return os.environ | {
+    "XLA_FLAGS": " ".join([*flags_, f"--xla_force_host_platform_device_count={devices}"]),
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "IN2CORE_CACHE": str(ROOT / ".cache"),
+  }
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def run_processes(arguments: list[str], more: list[list[str]], timeout: int = 1500) -> list[tuple[int, str]]:
+  """Runs a command once for each item of `more`, side by side; (exit code, output) of each."""
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  started = [
+    subprocess.Popen([sys.executable, *arguments, *own], env=environment(4), cwd=ROOT, **pipes) for own in more
+  ]
+  try:
+    outputs = [process.communicate(timeout=timeout)[0] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+class Killed(BaseException):
+  """Stops a training in the middle."""
+
+
+def stages(s, bench) -> None:
+  """Select from the base model, a fine-tuning that is killed and goes on, a comparison; as one of the processes."""
+  folder, step = Path(s.run_dir), finetune_lib.TrainLog.step
+
+  def die_at_three(self, number, *rest):
+    step(self, number, *rest)
+    if number == 3:
+      raise Killed
+
+  selected = select.run(s.replace(run_dir=str(folder / "select")), bench)
+  training = s.replace(run_dir=str(folder / "finetune"))
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(finetune_lib.TrainLog, "step", die_at_three)
+    finetune.run(training, bench)
+  tuned = bench.checkpoint_params(finetune.run(training, bench))
+  before, after = (jax.tree.leaves(processes.to_host(params)) for params in (bench.params, tuned))
+  moved = [np.any(a != b) for a, b in zip(before, after, strict=True)]
+  assert 0 < sum(moved) < len(moved)  # the chosen layer's leaves, and none of the embedding and the last norm
+  judged = s.replace(
+    run_dir=str(folder / "evaluate"), select_runs=selected, policies="random", seeds="0", fixed_seeds="0"
+  )
+  evaluate.run(judged, bench)
+
+
+def main(_) -> None:
+  """One of two processes; `cli.run` has joined them by then."""
+  assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
+  if not processes.is_writer():
+    write = files.write_bytes
+
+    def only_shards(path, data):
+      assert str(path).endswith(".shard"), f"process 1 writes {path}"
+      write(path, data)
+
+    files.write_bytes = artifacts.write_bytes = only_shards
+  s = flags_lib.read()
+  stages(s, workbench.Workbench(s))
+
+
+def worker() -> None:
+  """The program that two processes run."""
+  from experiments import cli
+
+  flags_lib.define()
+  cli.run(main)
+
+
+@pytest.mark.real
+def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
+  job = settings.replace(run_dir=str(tmp_path / "two"), mesh="data:4,fsdp:2")
+  where = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+  command = ["-c", "import test_processes; test_processes.worker()", *job.as_flags(), *where]
+  done = run_processes(command, [["--process_id=0"], ["--process_id=1"]])
+  assert [code for code, _ in done] == [0, 0], "\n".join(output[-3000:] for _, output in done)
+  assert "loading model" in done[0][1] and "loading model" not in done[1][1]
+  stages(settings.replace(run_dir=str(tmp_path / "one")), bench)
+  folders = {name: tmp_path / name for name in ("one", "two")}
+  one, two = (artifacts.read_scores(folder / "select/scores.parquet") for folder in folders.values())
+  scale = np.abs(one["influence"]).max()
+  np.testing.assert_allclose(two["influence"], one["influence"], rtol=0, atol=1e-5 * scale)
+  np.testing.assert_array_equal(two["selected"], one["selected"])
+  one, two = ((f / "finetune/metrics.jsonl").read_text().splitlines() for f in folders.values())
+  assert [json.loads(line)["step"] for line in two] == [1, 2, 3, 4]
+  losses = [[json.loads(line)["loss"] for line in lines] for lines in (one, two)]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+  one, two = (artifacts.read_json(folder / "evaluate/evaluation.json") for folder in folders.values())
+  assert two["base_perplexity"] == pytest.approx(one["base_perplexity"], rel=1e-5)
+  for row, other in zip(one["table"], two["table"], strict=True):
+    assert other["perplexity"] == pytest.approx(row["perplexity"], rel=1e-3)
+  assert artifacts.read_json(tmp_path / "two/select/summary.json")["devices"]["num_processes"] == 2

@@ -1,0 +1,218 @@
+"""What a report says: near copies, kept and dropped, coverage, findings, the geometry of pictures, figures."""
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from in2core_jax import near_copies, report, report_charts, report_facts
+from in2core_jax.errors import UserError
+from tests.made_run import make_record, make_records, make_run, make_summary
+
+# ------------------------------------------------------------------------------------------------- near copies
+
+
+def test_similarity_is_the_jaccard_of_runs_of_five_words():
+  texts = ["a b c d e f g h", "A, b; c d e f? g x", "a b c", "a B c!", "...", "", "p q r s t"]
+  found = near_copies.similarities(texts)
+  # abcde bcdef cdefg defgh against abcde bcdef cdefg defgx: 3 shared of 5
+  assert found[0, 1] == pytest.approx(3 / 5) and found[1, 0] == found[0, 1]
+  assert found[2, 3] == 1 and found[0, 2] == 0 and found[0, 6] == 0
+  assert not found[4].any() and not found[5].any()  # no words: like nothing, not even each other
+  sets = [near_copies.shingles(text) for text in texts]
+  for i, a in enumerate(sets):
+    for j, b in enumerate(sets):
+      assert found[i, j] == pytest.approx(len(a & b) / max(len(a | b), 1))
+
+
+def test_groups_are_chains_of_similar_pairs():
+  words = [f"w{i}" for i in range(40)]
+  chain = [
+    " ".join(words[start : start + 25]) for start in (0, 5, 10)
+  ]  # neighbours share 16 of 26 shingles, ends 11 of 31
+  texts = ["something else that is long enough", chain[2], "more of it to read here", chain[0], chain[1], chain[0]]
+  (group,) = near_copies.near_copies(texts)
+  assert group.rows.tolist() == [1, 3, 4, 5]
+  np.testing.assert_allclose(group.similarity, [16 / 26, 1, 16 / 26, 1])
+  pairs = near_copies.near_copies(texts, threshold=0.9)
+  assert [group.rows.tolist() for group in pairs] == [[3, 5]]
+  assert near_copies.near_copies([]) == near_copies.near_copies(["a"]) == near_copies.near_copies(["a", "b"]) == []
+
+
+def test_top_copies_are_rows_of_the_table(monkeypatch):
+  monkeypatch.setattr(report_facts, "TOP", 10)
+  records = make_records(60)
+  order = make_run(records).order
+  for row in (order[4], order[9], order[10]):  # the last one is not among the top
+    records[row] = make_record(row, records[order[2]].messages[0]["content"], records[order[2]].messages[1]["content"])
+  (group,) = make_run(records).top_copies
+  assert group.rows.tolist() == [order[2], order[4], order[9]] and group.similarity.tolist() == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60))
+def test_length_classes_part_the_examples(lengths):
+  run = make_run([make_record(i, "p", " ".join(["w"] * n)) for i, n in enumerate(lengths)])
+  rows = report_facts.length_rows(run)
+  assert 1 <= len(rows) <= 8 and sum(row["examples"] for row in rows) == len(lengths)
+  assert sum(row["selected"] for row in rows) == run.selected.sum()
+  end = -1
+  for row in rows:
+    low, high = (int(part) for part in (row["response tokens"].split(" to ") * 2)[:2])
+    if " to " in row["response tokens"]:
+      high = int(row["response tokens"].split(" to ")[1])
+    inside = (run.response_tokens >= low) & (run.response_tokens <= high)
+    assert low > end and row["examples"] == inside.sum() and row["selected"] == run.selected[inside].sum()
+    assert row["left out"] == row["examples"] - row["selected"]
+    end = high
+
+
+def test_coverage_by_hand():
+  selected = [True, False, True]
+  made = make_run([make_record(i, "p", "r") for i in range(3)], 2)
+  scores = np.array([[3.0, -1.0, 1.0], [-2.0, -4.0, -3.0]], np.float32)
+  run = make_run(made.records, 2, columns=dict(made.columns) | {"selected": selected}, queries=scores)
+  found = {name: values.tolist() for name, values in report_facts.coverage(run).items()}
+  assert found["mean"] == [1, -3] and found["selected_mean"] == [2, -2.5] and found["highest"] == [3, -2]
+  assert found["positive"] == [4, 0] and found["positive_selected"][0] == 1 and np.isnan(found["positive_selected"][1])
+
+
+def test_layers_by_hand():
+  made = make_run([make_record(i, "p", "r") for i in range(4)])
+  layers = {"layer 0": np.array([3.0, 1.0, -1.0, -3.0]), "layer 1": np.array([-0.5, 0.5, 1.0, -2.0])}
+  first, second = report_facts.layer_rows(make_run(made.records, layers=layers))
+  assert first["mean size of contribution"] == 2 and first["share %"] == 66.7 and second["share %"] == 33.3
+  assert first["Spearman with all"] == pytest.approx(1) and second["Spearman with all"] == pytest.approx(0.2)
+  assert first["top-half overlap with all"] == 1 and second["top-half overlap with all"] == 0.5
+  assert report_facts.layer_rows(made) == []
+
+
+# ----------------------------------------------------------------------------------------------------- findings
+
+
+def minded(run):
+  return [finding.text for finding in report_facts.findings(run) if finding.mind]
+
+
+def fine_run(records=None, **changes):
+  """Nothing truncated, no warnings, a converged solver, lengths and losses without relation to the scores."""
+  records = records or [make_record(i, f"p{i}", f"r{i} " * (1 + (i * 7) % 5)) for i in range(200)]
+  summary = make_summary(warnings=[], solver={"solver": "cg", "converged": True}, solver_residual=0.001)
+  return make_run(records, **({"summary": summary, "truncated": np.zeros(len(records), bool)} | changes))
+
+
+def test_an_honest_run_has_nothing_to_mind():
+  run = fine_run()
+  assert minded(run) == []
+  assert len(report_facts.findings(run)) == 8
+
+
+def test_each_trouble_is_said_with_its_numbers():
+  records = list(fine_run().records)
+  order = fine_run().order
+  same = records[order[0]].messages
+  records[order[1]] = make_record(order[1], same[0]["content"], same[1]["content"])
+  assert minded(fine_run(records)) == ["1 training examples repeat an earlier one; 1 of the selected repeat another."]
+  records = list(fine_run().records)
+  records[3] = make_record(3, "p", "")
+  assert minded(fine_run(records)) == ["1 training examples have no response token: influence 0, never selected."]
+  made = fine_run()
+  overlap = {"train/eval": {"same_messages": 2, "same_prompt": 3}}
+  assert minded(fine_run(data=made.data | {"overlap": overlap})) == [
+    "2 examples of eval are copies of one in train, 3 have a prompt that occurs there."
+  ]
+  lengths = dict(made.columns) | {"num_response_tokens": 300 - made.columns["rank"]}
+  (text,) = minded(fine_run(columns=lengths))
+  assert text == "Influence and response length: Spearman +1.00. The selection is partly one by response length."
+  (text,) = minded(fine_run(truncated=np.arange(200) < 20))
+  cut = int(made.selected[:20].sum())
+  assert text.startswith(f"20 training examples (10.0%) were truncated, {cut} of them are selected")
+  few = dict(made.columns) | {"influence": np.where(made.columns["rank"] <= 2, 100.0, made.influence)}
+  (text,) = minded(fine_run(columns=few))
+  share = 200 / (200 + np.maximum(made.influence, 0)[made.columns["rank"] > 2].sum())
+  assert text == f"The strongest 1 % of the examples (2) bring {share:.0%} of all positive influence."
+
+
+def test_the_solver_s_trouble_comes_after_the_warnings():
+  run = fine_run(summary=make_summary(warnings=["First."]))
+  assert minded(run) == [
+    "First.",
+    "Residual of the solver: 0.2 after 30 steps, above the tolerance that was asked for.",
+  ]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "datainf"}, solver_residual=None))
+  assert minded(run) == ["Nobody measured the residual of the solver."]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "identity"}, solver_residual=None))
+  assert minded(run) == []
+
+
+def test_a_run_that_does_not_fit_together_is_refused():
+  made = make_run(make_records(6), 2)
+  with pytest.raises(UserError, match="no column rank, topic"):
+    make_run(made.records, columns={k: v for k, v in made.columns.items() if k not in ("rank", "topic")})
+  with pytest.raises(UserError, match="differ in length or are empty: .*'records': 5"):
+    make_run(made.records, records=made.records[:5])
+  with pytest.raises(UserError, match=r"have shape \(2, 5\), not \(2, 6\)"):
+    make_run(made.records, 2, queries=made.queries[:, :5])
+  with pytest.raises(UserError, match="'layer 0': 4"):
+    make_run(made.records, layers={"layer 0": np.zeros(4)})
+
+
+# ------------------------------------------------------------------------------------------- pictures, figures
+
+
+def test_histogram_counts_every_example():
+  run = make_run(make_records(300))
+  chart = report_charts.histogram(run.influence, run.selected)
+  unit = (report_charts.BOTTOM - report_charts.TOP) / float(chart.y_ticks[-1]["text"])
+  counts = [sum(bar["height"] for bar in chart.bars if bar["series"] == series) / unit for series in (0, 1)]
+  assert counts == pytest.approx([150, 150], rel=1e-2)
+  edges = report.score_edges(run.influence, 50)
+  assert chart.zero == pytest.approx(1 - 98 * edges[0] / (edges[-1] - edges[0]), abs=0.01)
+  assert [tick["anchor"] for tick in chart.x_ticks] == ["start", "middle", "middle", "middle", "end"]
+  assert float(chart.x_ticks[0]["text"]) == pytest.approx(edges[0], rel=0.05)
+  flat = report_charts.histogram(np.zeros(4), np.array([True, False, False, False]))
+  assert sum(bar["height"] for bar in flat.bars) > 0
+
+
+def test_bars_stack_from_the_floor():
+  chart = report_charts.bars(["a", "b"], {"selected": [3, 0], "left out": [1, 2]})
+  a_selected, a_left, b_left = chart.bars
+  assert a_selected["y"] + a_selected["height"] == report_charts.BOTTOM
+  assert a_left["y"] + a_left["height"] == a_selected["y"] and a_left["y"] == report_charts.TOP  # 4 is the top tick
+  assert b_left["height"] == pytest.approx(2 * a_left["height"]) and b_left["text"] == "b: 0 selected, 2 left out"
+  assert [tick["text"] for tick in chart.y_ticks] == ["1", "2", "3", "4"]
+  assert report_charts.bars(["a"], {"x": [0]}).bars == ()
+
+
+@given(st.floats(1e-12, 1e12))
+def test_ticks_are_round_and_reach_the_highest_value(highest):
+  ticks = report_charts._round_ticks(highest)
+  assert 3 <= len(ticks) <= 6 and ticks[0] == 0
+  assert ticks[-1] >= highest * (1 - 1e-9) and ticks[-2] < highest
+
+
+def test_curve_runs_from_the_first_to_the_last_step():
+  chart = report_charts.curve([1, 10, 31], np.array([[0.1], [0.01], [0.001]]))
+  assert [(p["x"], p["y"]) for p in chart.points] == [(1, 14), (30.4, 99), (99, 184)]
+  assert chart.points[1]["text"] == "step 10: residual 0.01" and len(chart.lines) == 2
+  assert {tick["text"] for tick in chart.y_ticks} == {"0.1", "0.01", "0.001"}
+  level = report_charts.curve([1, 2], np.array([[1.0], [1.0]]))
+  assert level.points[0]["y"] == level.points[1]["y"]
+
+
+def test_figures_are_svg_files_with_equal_bytes():
+  records = [make_record(i, "p", "r " * (i % 5), "$x^2$ <b>&" if i % 2 else "") for i in range(30)]
+  figures = report_facts.figures(make_run(records, 3))
+  files = {name: report.figure_bytes(figure, "svg") for name, figure in figures.items()}
+  plain = {"scores.svg", "residual.svg", "kept-by-topic.svg", "kept-by-length.svg"}
+  assert set(files) == plain | {"layers.svg", "coverage.svg"}
+  for data in files.values():
+    assert ElementTree.fromstring(data).tag == "{http://www.w3.org/2000/svg}svg"
+  again = report_facts.figures(make_run(records, 3))["kept-by-topic.svg"]
+  assert report.figure_bytes(again, "svg") == files["kept-by-topic.svg"]
+  short = make_run(records, summary=make_summary(solver_curve=[[4, [0.3]]]))
+  assert set(report_facts.figures(short)) == plain - {"residual.svg"}

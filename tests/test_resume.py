@@ -1,0 +1,327 @@
+"""Killed and started again: what is kept, what is trusted, and the same bytes in the end."""
+
+import json
+import logging
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from experiments import cli, finetune, flags, kill_test, resuming, select, workbench
+from in2core_jax import artifacts, passes, sharding
+from in2core_jax import finetune as finetune_lib
+from in2core_jax.progress import Progress
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL inside one process: nothing may catch it."""
+
+
+# ---- passes --------------------------------------------------------------------------
+
+
+class Numbers:
+  """A kept stream of ten small batches, in shards of three unless told, that notes which batches it builds."""
+
+  def __init__(self, path, at=None, action=None, hold=passes._never_stop, size=3, **depends_on):
+    self.built, self.at, self.action = [], at, action
+    run_dir = artifacts.RunDir.open(path, {"numbers": 10})
+    pieces = passes.Pieces(run_dir, "unfinished/numbers", depends_on, size, hold)
+    self.stream = passes.KeptStream(list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches"))
+
+  def build(self, plan):
+    for number in plan:
+      if number == self.at:
+        self.action()
+      self.built.append(number)
+      yield np.array([2 * number, 2 * number + 1]), jnp.asarray([number, number + 0.5], jnp.float32)
+
+  def results(self):
+    """Values by row, as a kernel with two outputs gives them."""
+    kernel = jax.jit(lambda batch: {"root": jnp.sqrt(batch), "pair": jnp.stack([batch, -batch], 1)})
+    found = {}
+    for rows, values in passes.results(self.stream, "roots", kernel):
+      found |= dict(zip(rows.tolist(), zip(values["root"].tolist(), values["pair"].tolist(), strict=True), strict=True))
+    return dict(sorted(found.items()))
+
+  def total(self):
+    """A sum in which the order of the additions shows, and a count."""
+    step = jax.jit(lambda found, batch: (found[0] * 1.1 + jnp.sum(jnp.sin(batch)), found[1] + 1), donate_argnums=0)
+    found = passes.total(self.stream, "sum", lambda found, item: step(found, item[1]), (jnp.zeros(()), jnp.int32(0)))
+    return float(found[0]), int(found[1])
+
+
+def kill():
+  raise Killed
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_finished_shards_are_read_back_and_not_even_built(tmp_path):
+  wanted = Numbers(tmp_path / "alone")
+  expected = wanted.results()
+  assert (
+    wanted.built == list(range(10))
+    and len(expected) == 20
+    and expected[6] == (float(np.sqrt(np.float32(3))), [3.0, -3.0])
+  )
+  killed = Numbers(tmp_path / "run", 8, kill)
+  with pytest.raises(Killed):
+    killed.results()
+  resumed = Numbers(tmp_path / "run")
+  assert resumed.results() == expected and resumed.built == [6, 7, 8, 9]
+  finished = Numbers(tmp_path / "run")
+  assert finished.results() == expected and finished.built == []
+
+
+def test_at_most_one_shard_is_lost_wherever_the_kill_falls(tmp_path):
+  for at in range(1, 10):
+    killed = Numbers(tmp_path / str(at), at, kill)
+    with pytest.raises(Killed):
+      killed.results()
+    resumed = Numbers(tmp_path / str(at))
+    assert len(resumed.results()) == 20
+    # One shard, and the batch that was under way on the device when the one before it was fetched.
+    assert at - resumed.built[0] <= 3 + 1
+
+
+def test_damaged_and_foreign_shards_are_named_and_computed_again(tmp_path, caplog):
+  expected = Numbers(tmp_path / "run").results()
+  folder = tmp_path / "run" / "unfinished" / "numbers" / "roots"
+  damaged = bytearray((folder / "000001.shard").read_bytes())
+  damaged[-3] ^= 1
+  (folder / "000001.shard").write_bytes(damaged)
+  (folder / "000003.shard").write_bytes((folder / "000000.shard").read_bytes())
+  with caplog.at_level(logging.WARNING):
+    resumed = Numbers(tmp_path / "run")
+    assert resumed.results() == expected and resumed.built == [3, 4, 5, 9]
+  assert "000001.shard: damaged" in caplog.text and "000003.shard: a copy of shard 0" in caplog.text
+  other = Numbers(tmp_path / "run", direction="another")
+  assert other.results() == expected and other.built == list(range(10))
+  assert "000000.shard: written for other settings" in caplog.text
+
+
+def test_shards_that_were_cut_in_another_way_are_foreign(tmp_path):
+  expected = Numbers(tmp_path / "run", size=5).results()
+  other = Numbers(tmp_path / "run", size=6)  # two shards as well: batch 5 is in the first now
+  assert other.results() == expected and other.built == list(range(10))
+
+
+def test_a_sum_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+  monkeypatch.setattr(passes, "_SAVING_SHARE", math.inf)  # save after every shard
+  expected = Numbers(tmp_path / "alone").total()
+  assert expected[1] == 10
+  killed = Numbers(tmp_path / "run", 8, kill)
+  with pytest.raises(Killed):
+    killed.total()
+  resumed = Numbers(tmp_path / "run")
+  assert resumed.total() == expected and resumed.built == [6, 7, 8, 9]
+  finished = Numbers(tmp_path / "run")
+  assert finished.total() == expected and finished.built == []
+
+
+def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
+  run_dir = artifacts.RunDir.open(tmp_path / "run", {})
+  snapshot = passes.Snapshot(passes.Pieces(run_dir, "unfinished").store("state"))
+  saved = []
+
+  def state():
+    saved.append(len(saved))
+    return {"number": np.array(len(saved))}
+
+  for _ in range(3):
+    snapshot.save(state)
+  assert saved == [0]  # the second comes too early for what the first one took
+  snapshot.save(state, now=True)
+  assert saved == [0, 1] and snapshot.load()["number"] == 2
+
+
+@pytest.mark.parametrize("way", ["results", "total"])
+def test_sigterm_waits_for_the_shard(tmp_path, way):
+  expected = getattr(Numbers(tmp_path / "alone"), way)()
+  before = signal.getsignal(signal.SIGTERM)
+  stopped = Numbers(tmp_path / "run", 4, terminate, cli.finish_on_sigterm)
+  with pytest.raises(cli.Terminated):
+    getattr(stopped, way)()
+  assert signal.getsignal(signal.SIGTERM) is before
+  resumed = Numbers(tmp_path / "run")
+  assert getattr(resumed, way)() == expected and resumed.built == [6, 7, 8, 9]
+
+
+# ---- select --------------------------------------------------------------------------
+
+
+class Bench(workbench.Workbench):
+  """On one simulated device, counting the batches that go there; `action` is called before number `at`."""
+
+  placed, at, action = 0, None, None
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+  def place(self, batch):
+    if self.placed == self.at:
+      self.at = None
+      self.action()
+    self.placed += 1
+    return super().place(batch)
+
+  def until(self, at, action=kill):
+    """Counts anew."""
+    self.placed, self.at, self.action = 0, at, action
+    return self
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("resume")
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  return flags.Settings(
+    model=f"random:{folder / 'config.json'}",
+    run_dir=str(folder / "run"),
+    system_prompt="none",
+    max_length=48,
+    max_shapes=1,
+    train_limit=40,
+    eval_limit=8,
+    test_limit=8,
+    trainable_layers="last:2",
+    layers="last:2",
+    learning_rate=1e-2,
+    steps=3,
+    batch_size=8,
+    batch_tokens=144,
+    shard_batches=2,
+    depth=12,
+    solver_tol=1e-9,
+    curvature_examples=8,
+    curvature_batch=4,
+    checkpoint_every=2,
+    keep_checkpoints=0,
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Bench(settings)
+
+
+@pytest.fixture
+def commands_handler():
+  """SIGTERM where no piece is under way, as in a command: it stops at once, and does not end the tests' process."""
+  before = signal.signal(signal.SIGTERM, cli._terminate)
+  yield
+  signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(settings, bench, tmp_path_factory):
+  """A training that SIGTERM has stopped at step 1 and that went on; and one that was left alone, to compare with."""
+  root = tmp_path_factory.mktemp("trained")
+  alone = finetune.run(settings.replace(run_dir=str(root / "alone")), bench)
+  chosen = settings.replace(run_dir=str(root / "stopped"))
+  with pytest.raises(cli.Terminated):
+    finetune.run(chosen, bench.until(0, terminate))
+  assert finetune_lib.kept_steps(f"{chosen.run_dir}/checkpoint") == [1]
+  resumed = finetune.run(chosen, bench.until(None))
+  assert bench.placed == 2 and finetune_lib.kept_steps(resumed) == [1, 2, 3]
+  ours, theirs = (jax.tree.leaves(bench.checkpoint_params(folder)) for folder in (resumed, alone))
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  return resumed
+
+
+@pytest.fixture(scope="module")
+def alone(settings, bench, tmp_path_factory):
+  """(results, batches placed) of a run with the plain settings that is left alone."""
+  folder = tmp_path_factory.mktemp("alone") / "run"
+  select.run(settings.replace(run_dir=str(folder)), bench.until(None))
+  return kill_test.results_of(folder), bench.placed
+
+
+PATHS = {
+  "lissa": {},
+  "ekfac": {"solver": "ekfac", "normalize": "relatif", "self_influence": True, "aggregate": "topic_max"},
+  "datainf": {"solver": "datainf", "per_layer": True, "per_token": True, "per_query": True, "query_block": 4},
+  "trajectory": {"solver": "identity", "trajectory": "tracin"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, bench, alone, tmp_path, monkeypatch, request, path):
+  monkeypatch.setattr(passes, "_SAVING_SHARE", math.inf)
+  chosen = settings.replace(**PATHS[path])
+  if path == "trajectory":
+    chosen = chosen.replace(checkpoint=request.getfixturevalue("checkpoint"))
+  wanted, batches = alone
+  if PATHS[path]:
+    select.run(chosen.replace(run_dir=str(tmp_path / "alone" / "run")), bench.until(None))
+    wanted, batches = kill_test.results_of(tmp_path / "alone" / "run"), bench.placed
+  resumed = tmp_path / "killed" / "run"  # caches lie beside a run folder
+  again = chosen.replace(run_dir=str(resumed))
+  done = 0
+  for share in (0.35, 0.8):  # of the work of a run that is left alone
+    with pytest.raises(Killed):
+      select.run(again, bench.until(max(1, int(share * batches) - done)))
+    done = int(share * batches)
+    assert (resumed / resuming.FOLDER).exists() and not (resumed / "summary.json").exists()
+  select.run(again, bench.until(None))
+  assert not (resumed / resuming.FOLDER).exists()
+  assert kill_test.differences(wanted, kill_test.results_of(resumed)) == []
+  assert {"scores.parquet", "coreset.jsonl", "report.md", "summary.json"} <= wanted.keys()
+
+
+def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, alone, tmp_path, caplog):
+  wanted, batches = alone
+  again, folder = settings.replace(run_dir=str(tmp_path / "run")), tmp_path / "run"
+  with pytest.raises(Killed):
+    select.run(again, bench.until(batches - 1))  # before the last batch of the last pass
+  shards = sorted((folder / resuming.FOLDER / "scores" / "losses_and_scores").glob("*.shard"))
+  assert len(shards) >= 2
+  damaged = shards[1].read_bytes()
+  shards[1].write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+  with caplog.at_level(logging.WARNING):
+    select.run(again, bench.until(None))
+  assert f"{shards[1].name}: damaged (its checksum does not fit); it is recomputed" in caplog.text
+  chosen = workbench.choose(bench, bench.params, "last:2", "all")
+  plan = bench.packer("train", chosen.tree, bench.params).sequential_plan(settings.batch_tokens)
+  assert bench.placed == len(plan) - 2 * (len(shards) - 1)  # the batches of the shards that are not there, no others
+  assert kill_test.differences(wanted, kill_test.results_of(folder)) == []
+
+
+def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, bench, alone, tmp_path, commands_handler):
+  wanted, batches = alone
+  again = settings.replace(run_dir=str(tmp_path / "run"))
+  for at in (batches // 2, 3):  # in the solver's recursion, then in the score pass of what is left
+    with pytest.raises(cli.Terminated):
+      select.run(again, bench.until(at, terminate))
+  select.run(again, bench.until(None))
+  assert kill_test.differences(wanted, kill_test.results_of(tmp_path / "run")) == []
+
+
+# ---- processes -----------------------------------------------------------------------
+
+
+def test_differences_are_seen():
+  wanted = {"a": b"1", "b": b"2"}
+  assert kill_test.differences(wanted, dict(wanted)) == []
+  assert kill_test.differences(wanted, {"a": b"0", "c": b"2"}) == ["a", "b", "c"]
+
+
+def test_moments_cover_the_run():
+  found = kill_test.moments(10, 50.0, 0)
+  assert sorted(int(moment // 5) for moment in found) == list(range(10)) and found != sorted(found)
+
+
+@pytest.mark.real
+def test_a_process_that_is_killed_ends_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")  # one device: quicker to compile
+  monkeypatch.setenv("IN2CORE_CACHE", str(tmp_path / "cache"))
+  assert kill_test.run(settings.replace(run_dir=str(tmp_path / "kills"), kills=1, seed=7))
+  assert "killed and resumed: 1 of 1 identical" in capsys.readouterr().out
