@@ -27,7 +27,7 @@ def main(_) -> None:
   # Greedy matching, one of --policies, is done by evaluate: it needs gradients of the base model, but no influence.
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
-  log.info("done in %.0f s; open %s/evaluation.md and %s/report.md", time.perf_counter() - began, result, selected)
+  log.info("done in %.0f s; open %s/evaluation.md and %s/report.html", time.perf_counter() - began, result, selected)
 
 
 if __name__ == "__main__":
