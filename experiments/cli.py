@@ -238,5 +238,5 @@ def finish_on_sigterm() -> Iterator[Callable[[], bool]]:
     yield stop_requested
   finally:
     signal.signal(signal.SIGTERM, before)
-  if requested:
+  if stop_requested():  # asked of all once more: one process must not leave alone when the signal came late
     raise Terminated

@@ -43,7 +43,7 @@ class Settings:
   """All flags with their defaults; field names are flag names."""
 
   run_dir: str = _flag("run", "runs/run", "folder that a run writes into; the same command started again resumes there")
-  overwrite: bool = _flag("run", False, "start anew in a run folder that holds results of other flags")
+  overwrite: bool = _flag("run", False, "remove what the run folder holds, of these or other flags, and start anew")
   seed: int = _flag("run", 0, "seeds the order of the data, LiSSA's minibatches, random choices and sketches")
   mesh: str = _flag("run", "", "devices as data:4,fsdp:2; empty: all on data")
   coordinator: str = _flag("run", "", "several processes: host:port of process 0; a TPU slice or srun needs no flag")
@@ -57,7 +57,9 @@ class Settings:
     "run", 2048, "padded token positions in a batch that is scored, not trained; auto: the most that fits", kind=str
   )
   microbatch: int = _flag("run", 8, "per-example gradients that exist at the same time")
-  shard_batches: int = _flag("run", 16, "batches whose scores are saved together: what a killed run computes again")
+  shard_batches: int = _flag(
+    "run", 16, "batches, at least, whose scores are saved together: what a killed run computes again"
+  )
   dry_run: bool = _flag("run", False, "only tell what it would take: FLOPs, memory, disk, seconds, what does not fit")
   hardware: str = _flag("run", "", "of a dry run: devices that are not here, such as v5e-8, v5p-32, h100-8")
 

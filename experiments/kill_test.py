@@ -22,7 +22,7 @@ import numpy as np
 from experiments import cli, flags
 from experiments.flags import Settings
 from experiments.resuming import FOLDER
-from in2core_jax import artifacts, report
+from in2core_jax import artifacts, files, report
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Run:
     self.folder, self._log = place / "select", place / "select.log"
     flagfile = place / "select.flags"
     artifacts.write_flags(flagfile, settings.replace(run_dir=str(self.folder)).as_flags())
-    self._command = [sys.executable, "-P", "-m", "experiments.select", f"--flagfile={flagfile}"]
+    self._command = [sys.executable, "-P", "-m", "experiments.select", f"--flagfile={flagfile}", "--num_processes=1"]
 
   def start(self, moment: float | None = None) -> float | None:
     """Runs the command to its end, or kills it after `moment` seconds.
@@ -120,7 +120,7 @@ def moments(kills: int, seconds: float, seed: int) -> list[float]:
 def run(s: Settings) -> bool:
   """Runs, kills, compares; whether every run ended in the same bytes."""
   identity = {"stage": "kill_test", "flags": s.identity("run", "data", "model", "select", "kill_test")}
-  root = artifacts.RunDir.open(s.run_dir, identity, overwrite=True)  # an earlier test is no use: it starts anew
+  root = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite or _is_kill_test(s.run_dir))
   make = lambda name: Run(s, pathlib.Path(root.folder(name)))  # noqa: E731
   alone, again = make("alone"), make("alone_again")
   alone.start()
@@ -144,6 +144,12 @@ def run(s: Settings) -> bool:
   same = sum(not wrong[f"run-{kill.run:02d}"] for kill in kills)
   print(f"two runs left alone: {_verdict(wrong['alone_again'])}; killed and resumed: {same} of {len(kills)} identical")
   return not any(wrong.values())
+
+
+def _is_kill_test(folder: str) -> bool:
+  """Whether an earlier test is there: it is no use, a test starts anew. Results of anything else are not touched."""
+  file = files.absolute(folder) / artifacts.MANIFEST
+  return file.exists() and artifacts.RunDir.load(folder).identity.get("stage") == "kill_test"
 
 
 def _verdict(names: list[str]) -> str:

@@ -107,14 +107,15 @@ def stored_fit(folder: epath.PathLike, data: Mapping[str, Any]) -> Callable[[Sou
   def fit(source: Source, key: jax.Array, settings: EkfacSettings) -> Ekfac:
     identity = identity_of(source, key, settings, data)
     path = epath.Path(folder) / f"{identity[:16]}.npz"
+    fitted = None
     if processes.from_writer(path.exists()):
       try:
         fitted = load(path, identity)
       except UserError as error:
         log.warning("EK-FAC is fitted again: %s", error)
-      else:
-        log.info("EK-FAC: factors of an earlier fit, %s", path)
-        return fitted
+    if processes.all_true(fitted is not None):  # fitting is a collective: all do it, or none
+      log.info("EK-FAC: factors of an earlier fit, %s", path)
+      return fitted
     fitted = ekfac.fit(source, key, settings)
     save(path, fitted, identity)
     return fitted

@@ -64,8 +64,9 @@ class Pieces:
   hold: Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]] = _never_stop
 
   def store(self, name: str, **depends_on: Any) -> ShardStore:
-    """Opens the store of a part of the computation."""
-    return ShardStore(self.run_dir, f"{self.folder}/{name}", dict(self.depends_on) | depends_on)
+    """Opens the store of a part of the computation; other devices or another JAX round differently."""
+    where = {"jax": jax.__version__, "devices": [jax.default_backend(), jax.devices()[0].device_kind]}
+    return ShardStore(self.run_dir, f"{self.folder}/{name}", where | dict(self.depends_on) | depends_on)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -167,9 +167,14 @@ def _is_tpu_pod(environ: Mapping[str, str]) -> bool:
 # ---- one job -------------------------------------------------------------------------
 
 
+def _alone() -> bool:
+  """Whether there is one process; tells without looking for devices where none were joined, which would take them."""
+  return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def is_writer() -> bool:
   """Whether this process writes the files that the processes share, and tells people what happens."""
-  return jax.process_index() == 0
+  return _alone() or jax.process_index() == 0
 
 
 def process_slice(n: int) -> slice:
@@ -180,7 +185,7 @@ def process_slice(n: int) -> slice:
 
 def barrier(name: str) -> None:
   """Returns when all processes have come here; collective. What they wrote before is there afterwards."""
-  if jax.process_count() > 1:
+  if not _alone():
     multihost_utils.sync_global_devices(name)
 
 
@@ -194,7 +199,7 @@ def from_writer(value: Any) -> Any:
     The writer's value, read back from JSON (tuples become lists).
   """
   text = np.frombuffer(json.dumps(value if is_writer() else None).encode(), np.uint8)
-  if jax.process_count() > 1:
+  if not _alone():
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = np.pad(text, (0, max(0, size - len(text))))[:size]  # all processes must pass the same shape
     text = np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)
@@ -203,7 +208,7 @@ def from_writer(value: Any) -> Any:
 
 def all_true(value: bool) -> bool:
   """Whether `value` is true in every process; collective."""
-  if jax.process_count() == 1:
+  if _alone():
     return bool(value)
   return bool(np.all(multihost_utils.process_allgather(np.array([value], np.int32))))
 

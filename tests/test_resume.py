@@ -16,6 +16,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 from experiments import cli, finetune, flags, kill_test, resuming, select, workbench
 from in2core_jax import artifacts, passes, sharding
 from in2core_jax import finetune as finetune_lib
+from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
 
@@ -306,6 +307,13 @@ def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, bench, alone, t
 
 
 # ---- processes -----------------------------------------------------------------------
+
+
+def test_kill_test_touches_no_other_results(settings, tmp_path):
+  artifacts.RunDir.open(tmp_path / "mine", {"stage": "select"}).write_text("coreset.jsonl", "mine")
+  with pytest.raises(UserError, match="mine"):
+    kill_test.run(settings.replace(run_dir=str(tmp_path / "mine")))
+  assert (tmp_path / "mine/coreset.jsonl").read_text() == "mine"
 
 
 def test_differences_are_seen():
