@@ -614,9 +614,7 @@ def test_power_iteration(x64):
   assert np.all(np.diff(estimates) > -1e-12) and estimates[-1] <= 4 * (1 + 1e-12)
   negative = ihvp.power_iteration(matrix_matvec(spectrum_matrix(np.linspace(-3, 2, SIZE))), v, KEY, 400, 1e-9)
   assert negative.dominant == pytest.approx(-3, rel=1e-5) and negative.lambda_max == pytest.approx(2, rel=1e-4)
-  few = ihvp.power_iteration(
-    matrix_matvec(spectrum_matrix(np.r_[-100, np.linspace(-90, 0.5, SIZE - 1)])), v, KEY, 10, 2e-2
-  )
+  few = ihvp.power_iteration(matrix_matvec(spectrum_matrix(np.linspace(-100, 0.5, SIZE))), v, KEY, 10, 2e-2)
   assert not few.converged  # the largest one is lost in the rounding of the shift, and that is said
   zero = ihvp.power_iteration(matrix_matvec(np.zeros((SIZE, SIZE))), v, KEY)
   assert zero.lambda_max == 0 and zero.converged
@@ -790,13 +788,14 @@ def test_low_rank_with_repeated_eigenvalues_and_truncation(x64):
 
 def test_low_rank_bounds_its_errors_in_single_precision():
   # Many small eigenvalues below a few large ones: what is small is not rounding yet.
-  size, steps = 200_000, 12
+  size, steps = 1_000_000, 12
   h = jnp.asarray(np.r_[1, 0.6, 0.3, np.random.default_rng(0).uniform(0, 2e-3, size - 3)], jnp.float32)
   matvec = lambda v: {"x": h * v["x"]}  # noqa: E731
   fitted = ihvp.fit_low_rank(matvec, {"x": jnp.zeros((1, size))}, KEY, ihvp.LowRankSettings(steps))
   vectors = np.asarray(fitted.vectors["x"], np.float64)
   true = np.linalg.norm(vectors * np.asarray(h, np.float64) - fitted.eigenvalues[:, None] * vectors, axis=1)
-  assert np.all(true <= 1.01 * fitted.errors + 2e-5) and true.max() > 1e-4
+  rounding = np.finfo(np.float32).eps * np.sqrt(size)  # of a scalar product of unit vectors
+  assert np.all(true <= 1.01 * fitted.errors + rounding) and true.max() > 2e-4
   assert fitted.eigenvalues[3] > 0.0018 and np.all(np.diff(fitted.eigenvalues) < 0)
 
 
