@@ -10,25 +10,16 @@ import numpy as np
 from etils import epath
 
 from experiments import cli, dry_run, flags
-from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
+from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers
+from experiments.retraining import Candidate, Judge
 from experiments.select import budget_of, sketch_inputs
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, evaluation, finetune, model, packing, report, subtree
+from in2core_jax import artifacts, coreset, evaluation, report
 from in2core_jax.errors import UserError
-from in2core_jax.progress import Progress
 from in2core_jax.records import raw_lines
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A set of training rows to retrain on."""
-
-  policy: str
-  seed: int
-  rows: np.ndarray
 
 
 def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.ndarray]]:
@@ -133,70 +124,6 @@ def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, pl
   return [Candidate(item["policy"], item["seed"], np.array(item["rows"], np.int64)) for item in kept]
 
 
-class Judge:
-  """Retrains and measures; compiled once for all candidates."""
-
-  def __init__(self, bench: Workbench, s: Settings, candidates: list[Candidate]):
-    """Prepares one training step and one batch shape for all candidates."""
-    self.bench, self.settings = bench, s
-    self.params, self.chosen = start_params(bench, s)
-    self.sub, self.frozen = subtree.split(self.params, self.chosen)
-    self.recipe = recipe_of(s, len(trainable_rows(bench)))
-    objective = model.make_objective(bench.config, self.chosen)
-    self.trainer = finetune.Trainer(objective, self.recipe, bench.place, bench.place_params)
-    self.problem = bench.kernels(self.chosen)
-    self.test = bench.packer("test", self.chosen, bench.params)
-    sets = [bench.packer("train", rows=candidate.rows) for candidate in candidates]
-    self.shape = packing.training_shape(sets, s.batch_size)
-
-  def test_losses(self, sub) -> np.ndarray:
-    """Mean nats per response token of each test example, float64 [N]."""
-    counts = np.maximum(self.bench.parts["test"].num_response_tokens, 1)
-    losses = self.problem.at(sub, self.frozen).losses(self.bench.stream(self.test), len(self.test)).astype(np.float64)
-    return losses / counts if self.bench.settings.loss_reduction == "sum" else losses
-
-  def retrain(self, candidate: Candidate, label: str) -> evaluation.RetrainRow:
-    """Trains from the base model on the candidate's rows and measures the test set."""
-    train, test = self.bench.parts["train"], self.bench.parts["test"]
-    if candidate.policy == "full" and candidate.seed == self.settings.seed and self._checkpoint_is_full():
-      log.info("%s: the checkpoint of --checkpoint is this very training", label)
-      sub = finetune.load_sub(self.settings.checkpoint, self.sub)
-      stored = artifacts.read_json(artifacts.beside(self.settings.checkpoint, "finetune.json"))
-      tokens = stored["trained_tokens"], stored["trained_response_tokens"]
-      return self.row(candidate, finetune.TrainResult(sub, np.zeros(0), *tokens, 0.0), train, test)
-    packer = self.bench.packer("train", self.chosen, self.bench.params, candidate.rows, [self.shape])
-    with Progress(self.recipe.steps, label, "steps") as progress:
-      on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
-      result = self.trainer.train(self.sub, self.frozen, packer, candidate.seed, finetune.TrainLog(on_step=on_step))
-    return self.row(candidate, result, train, test)
-
-  def _checkpoint_is_full(self) -> bool:
-    """Whether --checkpoint was fine-tuned on this full training set with this recipe, start and seed."""
-    if not self.settings.checkpoint:
-      return False
-    identity = artifacts.hash_of(identity_of(self.bench, self.settings))
-    return finetune.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
-
-  def row(self, candidate: Candidate, result: finetune.TrainResult, train, test) -> evaluation.RetrainRow:
-    """Measures a trained subtree."""
-    losses = self.test_losses(result.sub)
-    counted = test.num_response_tokens > 0
-    tokens = test.num_response_tokens[counted]
-    nll = losses[counted] * tokens
-    return evaluation.RetrainRow(
-      candidate.policy,
-      candidate.seed,
-      len(candidate.rows),
-      int(train.num_tokens[candidate.rows].sum()),
-      int(train.num_response_tokens[candidate.rows].sum()),
-      self.recipe.steps,
-      result.trained_response_tokens,
-      evaluation.perplexity(nll, tokens),
-      evaluation.example_perplexity(nll, tokens),
-      losses[counted],
-    )
-
-
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   s = settings
@@ -218,14 +145,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
     run_dir.write_text(name, raw_lines(records, candidate.rows))
   judge: Judge | None = None
+  sets = [candidate.rows for candidate in chosen]
   rows = []
   if not run_dir.holds("base.json"):
-    judge = Judge(bench, s, chosen)
-    run_dir.write_json("base.json", {"losses": judge.test_losses(judge.sub).tolist()})
+    judge = Judge(bench, s, sets)
+    run_dir.write_json("base.json", {"losses": judge.losses(judge.sub).tolist()})
   for number, candidate in enumerate(chosen):
     file = f"trainings/{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
     if not run_dir.holds(file):
-      judge = judge or Judge(bench, s, chosen)
+      judge = judge or Judge(bench, s, sets)
       row = judge.retrain(candidate, f"train {number + 1}/{len(chosen)}: {candidate.policy}, seed {candidate.seed}")
       stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
       run_dir.write_json(file, stored)

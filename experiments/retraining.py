@@ -1,0 +1,128 @@
+"""Retrains on sets of examples with one recipe and measures the result: what every table of perplexities rests on."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
+from experiments.flags import Settings
+from experiments.workbench import Workbench
+from in2core_jax import artifacts, evaluation, finetune, model, packing, subtree
+from in2core_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A set of training rows to retrain on.
+
+  Attributes:
+    policy: what chose them.
+    seed: of the order of the data, and of a random policy.
+    rows: of the training set.
+  """
+
+  policy: str
+  seed: int
+  rows: np.ndarray
+
+
+class Judge:
+  """Trains from the base model and measures losses; one program for all sets that are trained for the same steps."""
+
+  def __init__(self, bench: Workbench, s: Settings, row_sets: Sequence[np.ndarray]):
+    """Prepares one start and one batch shape for all sets.
+
+    Args:
+      bench: data and model.
+      s: the recipe; its steps are those of the full training set.
+      row_sets: every set that will be trained on.
+    """
+    self.bench, self.settings = bench, s
+    self.params, self.chosen = start_params(bench, s)
+    self.sub, self.frozen = subtree.split(self.params, self.chosen)
+    self.recipe = recipe_of(s, len(trainable_rows(bench)))
+    self.problem = bench.kernels(self.chosen)
+    sets = [bench.packer("train", rows=rows) for rows in row_sets]
+    self.shape = packing.training_shape(sets, s.batch_size)
+
+  @functools.cache  # noqa: B019, a judge lives as long as its programs
+  def _trainer(self, steps: int) -> finetune.Trainer:
+    objective = model.make_objective(self.bench.config, self.chosen)
+    recipe = dataclasses.replace(self.recipe, steps=steps)
+    return finetune.Trainer(objective, recipe, self.bench.place, self.bench.place_params)
+
+  @functools.cache  # noqa: B019
+  def _packer(self, part: str) -> packing.Packer:
+    return self.bench.packer(part, self.chosen, self.bench.params)
+
+  def losses(self, sub, part: str = "test") -> np.ndarray:
+    """Mean nats per response token of each example of a part at a trained subtree, float64 [N]."""
+    packer, dataset = self._packer(part), self.bench.parts[part]
+    found = self.problem.at(sub, self.frozen).losses(self.bench.stream(packer), len(packer)).astype(np.float64)
+    by_sum = self.bench.settings.loss_reduction == "sum"
+    return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found
+
+  def train(self, rows: np.ndarray, seed: int, label: str, steps: int = 0) -> finetune.TrainResult:
+    """Trains from the base model on some rows.
+
+    Args:
+      rows: of the training set.
+      seed: of the order of the data.
+      label: names the training in a progress display.
+      steps: of the optimiser; the recipe's when 0.
+    """
+    steps = steps or self.recipe.steps
+    packer = self.bench.packer("train", self.chosen, self.bench.params, rows, [self.shape])
+    with Progress(steps, label, "steps") as progress:
+      on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
+      return self._trainer(steps).train(self.sub, self.frozen, packer, seed, finetune.TrainLog(on_step=on_step))
+
+  def retrain(self, candidate: Candidate, label: str, steps: int = 0) -> evaluation.RetrainRow:
+    """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""
+    of_recipe = steps in (0, self.recipe.steps) and candidate.seed == self.settings.seed
+    if candidate.policy == "full" and of_recipe and self._checkpoint_is_full():
+      log.info("%s: the checkpoint of --checkpoint is this very training", label)
+      sub = finetune.load_sub(self.settings.checkpoint, self.sub)
+      stored = artifacts.read_json(artifacts.beside(self.settings.checkpoint, "finetune.json"))
+      return self.row(candidate, sub, stored["trained_response_tokens"], self.recipe.steps)
+    result = self.train(candidate.rows, candidate.seed, label, steps)
+    return self.row(candidate, result.sub, result.trained_response_tokens, steps or self.recipe.steps)
+
+  def _checkpoint_is_full(self) -> bool:
+    """Whether --checkpoint was fine-tuned on this full training set with this recipe, start and seed."""
+    if not self.settings.checkpoint:
+      return False
+    identity = artifacts.hash_of(identity_of(self.bench, self.settings))
+    return finetune.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
+
+  def row(self, candidate: Candidate, sub, trained_response_tokens: int, steps: int) -> evaluation.RetrainRow:
+    """A trained subtree, measured on the test set.
+
+    Args:
+      candidate: what it was trained on.
+      sub: the subtree.
+      trained_response_tokens: seen in training, repeats counted.
+      steps: of the optimiser.
+    """
+    train, test = self.bench.parts["train"], self.bench.parts["test"]
+    losses = self.losses(sub)
+    counted = test.num_response_tokens > 0
+    tokens = test.num_response_tokens[counted]
+    nll = losses[counted] * tokens
+    return evaluation.RetrainRow(
+      candidate.policy,
+      candidate.seed,
+      len(candidate.rows),
+      int(train.num_tokens[candidate.rows].sum()),
+      int(train.num_response_tokens[candidate.rows].sum()),
+      steps,
+      trained_response_tokens,
+      evaluation.perplexity(nll, tokens),
+      evaluation.example_perplexity(nll, tokens),
+      losses[counted],
+    )
