@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments import benchmark_alone, cli, flags
 from experiments.benchmark_rows import FORWARD, Bench, make_rows
-from experiments.flags import Settings
+from experiments.flags import Settings, listed
 from in2core_jax import artifacts, report, timing
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
@@ -200,7 +200,7 @@ def markdown(found: Found, measured_on: dict, asked: list[dict]) -> str:
 
 def words(text: str, name: str) -> list[str]:
   """Reads a comma-separated list of different words."""
-  found = [word.strip() for word in text.split(",") if word.strip()]
+  found = listed(text)
   if not found or len(set(found)) < len(found):
     raise UserError(f"--{name}={text} is not a list of different words, separated by commas")
   return found

@@ -11,7 +11,7 @@ from etils import epath
 
 from experiments import cli, dry_run, flags
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers
+from experiments.flags import Settings, integers, listed
 from experiments.retraining import Candidate, Judge
 from experiments.select import budget_of, sketch_inputs
 from experiments.workbench import Workbench
@@ -70,9 +70,9 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   if not seeds:
     raise UserError("--seeds is empty: give at least one, such as 0,1,2")
   fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
-  folders = [folder for folder in s.select_runs.split(",") if folder]
+  folders = listed(s.select_runs)
   runs = [read_selection(folder, bench) for folder in folders]
-  wanted = [name.strip() for name in s.policies.split(",") if name.strip()]
+  wanted = listed(s.policies)
   for policy in wanted:
     if policy != "full" and policy not in coreset.POLICIES:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")

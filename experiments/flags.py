@@ -43,7 +43,11 @@ class Settings:
   """All flags with their defaults; field names are flag names."""
 
   run_dir: str = _flag("run", "runs/run", "folder that a run writes into; the same command started again resumes there")
-  overwrite: bool = _flag("run", False, "remove what the run folder holds, of these or other flags, and start anew")
+  overwrite: bool = _flag(
+    "run",
+    False,
+    "remove what the run folder holds, of these or other flags, and start anew; not for a job that is to be resumed",
+  )
   seed: int = _flag("run", 0, "seeds the order of the data, LiSSA's minibatches, random choices and sketches")
   mesh: str = _flag("run", "", "devices as data:4,fsdp:2; empty: all on data")
   coordinator: str = _flag("run", "", "several processes: host:port of process 0; a TPU slice or srun needs no flag")
@@ -216,6 +220,11 @@ class Settings:
     }
 
 
+def listed(text: str) -> list[str]:
+  """The names in a list separated by commas."""
+  return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def integers(text: str, name: str) -> tuple[int, ...]:
   """Reads a comma-separated list of integers.
 
@@ -223,7 +232,7 @@ def integers(text: str, name: str) -> tuple[int, ...]:
     UserError: names the flag and the text.
   """
   try:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    return tuple(int(part) for part in listed(text))
   except ValueError:
     raise UserError(f"--{name}={text} is not a list of whole numbers such as 0,1,2") from None
 

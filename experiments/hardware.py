@@ -101,10 +101,10 @@ def here(config: model.ModelConfig, dtype: str, rows: int, length: int) -> Hardw
   work, flops = timing.matrix_product(PRODUCT_SIZE, 1 if on_cpu else 16, jnp.dtype(dtype))
   product = flops / _best_seconds(work) / share
   layer = layer_rate(config, dtype, rows, length) / share
-  memory = fitting.device_bytes(device)
-  usable = memory if on_cpu else int(memory * fitting.ACCELERATOR_SHARE)
   rates = (0.5 * layer, layer, max(layer, product))
-  return Hardware(device.device_kind, len(jax.devices()), usable, rates, 0.0, True, on_cpu)
+  # On a CPU it is asked whether things fit at all, not how large a batch may grow beside others.
+  memory = fitting.device_bytes(device) if on_cpu else fitting.usable_bytes(device)
+  return Hardware(device.device_kind, len(jax.devices()), memory, rates, 0.0, True, on_cpu)
 
 
 def layer_rate(config: model.ModelConfig, dtype: str, rows: int, length: int) -> float:

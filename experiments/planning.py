@@ -10,10 +10,12 @@ import jax
 import numpy as np
 
 from experiments import fitting, solving
-from experiments.flags import Settings, integers
+from experiments.flags import Settings, integers, listed
 from experiments.pricing import FLOAT, Described, Phase, Pricer
 from experiments.scoring import topic_rows, trajectory_weights
 from in2core_jax import adapters, coreset, costs, finetune, influence, memory, packing, subtree
+
+_FIT = "EK-FAC"  # begins the name of its phase
 
 
 def finetune_phases(bench: Described, s: Settings) -> list[Phase]:
@@ -74,21 +76,26 @@ def solver_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list[Ph
     return [dataclasses.replace(phase, flops=costs.datainf_flops(sizes, inverse, rows, price.cached))]
   curvature = solving.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
-  fixed = -(-len(curvature.fixed) // curvature.batch)
+  fixed = curvature.num_fixed
   count = costs.num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree)
   flops = costs.products_flops(sizes, inverse, batch, fixed, price.cached)
   queries = 64 if inverse.solver == "exact" else inverse.queries
   device = price.device(price.program(inverse.curvature, (curvature.shape,), queries), held)
-  found = [price.phase(f"{inverse.solver}, {count} products of {curvature.batch} examples", flops, device, 3.0 * count)]
-  if s.solver != "ekfac" and s.precondition == "none":
+  with_ekfac = s.solver == "ekfac" or s.precondition == "ekfac"
+  if with_ekfac:
+    flops += costs.ekfac_apply_flops(sizes, inverse.queries) * (s.depth if s.precondition == "ekfac" else 1)
+  # Until the run is finished: the queries' gradients, the solution, and LiSSA's state (its iterate and three sums).
+  disk = FLOAT * sizes.subtree * inverse.queries * (2 + (4 if inverse.solver == "lissa" else 0))
+  name = f"{inverse.solver}, {count} products of {curvature.batch} examples"
+  found = [price.phase(name, flops, device, 3.0 * count, disk=disk)]
+  if not with_ekfac:
     return found
   rows = price.by_row("train", curvature.factors, every_slot=False)
   every = price.by_row("train", curvature.factors)
   flops = costs.ekfac_fit_flops(sizes, rows, every, s.curvature != "fisher", price.cached)
-  flops += costs.ekfac_apply_flops(sizes, inverse.queries) * (s.depth if s.precondition != "none" else 1)
   size = memory.ekfac_bytes(sizes)
   device = price.device(price.mapped() + 2 * size, inverse.queries)
-  fit = price.phase(f"EK-FAC of {len(curvature.factors)} examples", flops, device, 6 * rows.batches, disk=size)
+  fit = price.phase(f"{_FIT} of {len(curvature.factors)} examples", flops, device, 6 * rows.batches, disk=size)
   return [fit, *found]
 
 
@@ -125,10 +132,10 @@ def per_query_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list
   more = blocks * scores
   found = [price.mapped_pass(f"per query: gradients and scores, {blocks} blocks", evals, more, 3 * block, True)]
   for phase in solver_phases(price, s, each):
-    flops = phase.flops if phase.name.startswith("EK-FAC") else phase.flops * blocks
-    found.append(
-      dataclasses.replace(phase, name=f"per query: {phase.name}", flops=flops, gathered=phase.gathered * blocks)
-    )
+    if phase.name.startswith(_FIT):  # made for the aggregated query, and read back
+      continue
+    flops, gathered = phase.flops * blocks, phase.gathered * blocks
+    found.append(dataclasses.replace(phase, name=f"per query: {phase.name}", flops=flops, gathered=gathered))
   return found
 
 
@@ -175,7 +182,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   one, count = training(price, s, rows, num_steps(s, len(rows))), num_candidates(s) - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
-  if any(name in coreset.FEATURE_POLICIES for name in names_in(s.policies)):
+  if any(name in coreset.FEATURE_POLICIES for name in listed(s.policies)):
     found += projection_phases(price, s, ("train", "eval"))
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
   return [*found, dataclasses.replace(one, name=name, flops=count * one.flops, gathered=count * one.gathered), test]
@@ -185,7 +192,7 @@ def demo_phases(bench: Described, s: Settings) -> list[Phase]:
   """All three; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.
-  known = int("full" in names_in(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
+  known = int("full" in listed(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
   stages = [
     *finetune_phases(bench, s),
     *select_phases(bench, s.replace(policy="proponents")),
@@ -223,13 +230,8 @@ def num_steps(s: Settings, examples: int) -> int:
 def num_candidates(s: Settings) -> int:
   """How many trainings an evaluation compares: every policy with its seeds, every select run with the fixed ones."""
   seeds, fixed = integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
-  each = [len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds) for name in names_in(s.policies)]
-  return sum(each) + len(names_in(s.select_runs)) * len(fixed or seeds)
-
-
-def names_in(text: str) -> list[str]:
-  """The names in a list separated by commas."""
-  return [name.strip() for name in text.split(",") if name.strip()]
+  each = [len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds) for name in listed(s.policies)]
+  return sum(each) + len(listed(s.select_runs)) * len(fixed or seeds)
 
 
 def shape_work(shape: packing.PackedShape, groups: int, examples: int) -> costs.Work:

@@ -275,10 +275,8 @@ def trajectory_scores(bench: Workbench, s: Settings, work: Work):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   Raises:
-    UserError: no --checkpoint, or for LESS one of another subtree.
+    UserError: for LESS, a checkpoint of another subtree.
   """
-  if not s.checkpoint:
-    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
   less = s.trajectory == "less"
   packed = not less and influence.score_path(s.score_path, len(topic_rows(bench, s))) == "jvp"
   make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example

@@ -167,12 +167,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     clock.lap("per layer and token")
   if s.per_query:
     scored = dataclasses.replace(scored, queries=query_scores(bench, s, chosen, work))
-    _write_query_scores(run_dir, bench, scored.queries)
+    if run_dir.writer:
+      _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
   warnings = coreset.selection_warnings(rows, inputs, s.seed)
   for warning in warnings:
     log.warning("%s", warning)
-  write_results(run_dir, bench, s, dataclasses.replace(scored, seconds=scored.seconds | clock.seconds), rows, warnings)
+  if run_dir.writer:
+    scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
+    write_results(run_dir, bench, s, scored, rows, warnings)
   work.remove()
   kept, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
@@ -217,60 +220,15 @@ def write_results(
   train = bench.parts["train"]
   selected = np.zeros(len(train), bool)
   selected[rows] = True
-  columns = {
-    "example_id": np.array(train.ids, dtype=object),
-    "influence": np.asarray(scored.influence, np.float32),
-    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
-    "selected": selected,
-    "loss": np.asarray(scored.loss, np.float32),
-    "num_tokens": train.num_tokens,
-    "num_response_tokens": train.num_response_tokens,
-    "topic": np.array(train.topics, dtype=object),
-  }
-  if scored.self_influence is not None:
-    columns["self_influence"] = np.asarray(scored.self_influence, np.float32)
+  columns = score_columns(train, scored, selected)
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
-  result = scored.result
-  images = {"Influence of the training examples": "plots/scores.png"}
-  histogram = report.score_histogram_plot(scored.influence, selected)
-  run_dir.write_bytes("plots/scores.png", report.figure_bytes(histogram))
-  if len(result.curve) > 1:
-    steps, residuals = [step for step, _ in result.curve], [r for _, r in result.curve]
-    figure = report.residual_plot(residuals, s.solver, steps)
-    run_dir.write_bytes("plots/residual.png", report.figure_bytes(figure))
-    where = "examples that it has not seen" if s.solver == "lissa" else "the fixed examples of its curvature"
-    images[f"Residual of the solver on {where}"] = "plots/residual.png"
-  solver = {k: v for k, v in result.info.items() if isinstance(v, str | int | float | bool)}
-  residual = float(np.max(result.residual)) if np.all(np.isfinite(result.residual)) else None
-  empty = [train.ids[row] for row in np.flatnonzero(train.num_response_tokens == 0)]
-  summary = {
-    "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
-    "unit": _unit(s),
-    "divided_by_number_of_examples": False,
-    "loss_reduction": s.loss_reduction,
-    "policy": s.policy,
-    "examples": len(train),
-    "selected": int(selected.sum()),
-    "response_tokens": int(train.num_response_tokens.sum()),
-    "selected_response_tokens": int(train.num_response_tokens[selected].sum()),
-    "without_response": empty,
-    "solver": solver,
-    "solver_steps": result.steps,
-    "solver_residual": residual,
-    "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
-    "warnings": warnings,
-    "seconds": scored.seconds,
-    "batch_tokens": bench.batch_tokens,
-    "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    "identity": run_dir.identity,
-    "versions": artifacts.package_versions(),
-    "devices": artifacts.device_summary(),
-  }
+  summary = _summary(run_dir, bench, s, scored, selected, warnings)
   sections = {
-    "Solver": solver | {"steps": result.steps, "residual": residual},
+    "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
     "Data": _flat(bench.summary),
   }
+  images = _write_plots(run_dir, s, scored, selected)
   texts = [shown(record) for record in train.records]
   run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, warnings, images))
   found = report_facts.SelectRun(
@@ -287,6 +245,72 @@ def write_results(
   for name, figure in report_facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", report.figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
+
+
+def score_columns(train: data.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:
+  """The columns of scores.parquet, in source order.
+
+  Args:
+    train: N examples.
+    scored: their influence and losses.
+    selected: bool [N].
+  """
+  columns = {
+    "example_id": np.array(train.ids, dtype=object),
+    "influence": np.asarray(scored.influence, np.float32),
+    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
+    "selected": selected,
+    "loss": np.asarray(scored.loss, np.float32),
+    "num_tokens": train.num_tokens,
+    "num_response_tokens": train.num_response_tokens,
+    "topic": np.array(train.topics, dtype=object),
+  }
+  if scored.self_influence is not None:
+    columns["self_influence"] = np.asarray(scored.self_influence, np.float32)
+  return columns
+
+
+def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> dict[str, str]:
+  """Pictures of scores and solver; {caption: file} for the report."""
+  images = {"Influence of the training examples": "plots/scores.png"}
+  histogram = report.score_histogram_plot(scored.influence, selected)
+  run_dir.write_bytes("plots/scores.png", report.figure_bytes(histogram))
+  curve = scored.result.curve
+  if len(curve) > 1:
+    figure = report.residual_plot([residual for _, residual in curve], s.solver, [step for step, _ in curve])
+    run_dir.write_bytes("plots/residual.png", report.figure_bytes(figure))
+    where = "examples that it has not seen" if s.solver == "lissa" else "the fixed examples of its curvature"
+    images[f"Residual of the solver on {where}"] = "plots/residual.png"
+  return images
+
+
+def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
+  """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
+  train, result = bench.parts["train"], scored.result
+  known = np.all(np.isfinite(result.residual))
+  return {
+    "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
+    "unit": _unit(s),
+    "divided_by_number_of_examples": False,
+    "loss_reduction": s.loss_reduction,
+    "policy": s.policy,
+    "examples": len(train),
+    "selected": int(selected.sum()),
+    "response_tokens": int(train.num_response_tokens.sum()),
+    "selected_response_tokens": int(train.num_response_tokens[selected].sum()),
+    "without_response": [train.ids[row] for row in np.flatnonzero(train.num_response_tokens == 0)],
+    "solver": {k: v for k, v in result.info.items() if isinstance(v, str | int | float | bool)},
+    "solver_steps": result.steps,
+    "solver_residual": float(np.max(result.residual)) if known else None,
+    "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
+    "warnings": warnings,
+    "seconds": scored.seconds,
+    "batch_tokens": bench.batch_tokens,
+    "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    "identity": run_dir.identity,
+    "versions": artifacts.package_versions(),
+    "devices": artifacts.device_summary(),
+  }
 
 
 def _unit(s: Settings) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments import cli, flags, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, start_params, trainable_rows
-from experiments.flags import Settings
+from experiments.flags import Settings, listed
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
   algebra,
@@ -343,7 +343,7 @@ def agreement_tables(scores: dict[str, list], ratio: float) -> tuple[str, list[d
 def ratios(text: str, name: str) -> list[float]:
   """Reads a comma-separated list of positive numbers."""
   try:
-    found = [float(part) for part in text.split(",") if part.strip()]
+    found = [float(part) for part in listed(text)]
   except ValueError:
     found = []
   if not found or not all(0 < value < np.inf for value in found) or len(set(found)) < len(found):

@@ -55,6 +55,11 @@ class CurvatureRows:
   batch: int
   shape: packing.PackedShape
 
+  @property
+  def num_fixed(self) -> int:
+    """Batches of the fixed set."""
+    return -(-len(self.fixed) // self.batch)
+
 
 def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
@@ -72,14 +77,15 @@ def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
   keys = jax.random.split(jax.random.key(0), 32)
   shape = packing.curvature_shape(plain[0], plain[1], batch, [influence.even_rows(drawn, batch, key) for key in keys])
   # Fewer than all come from the other end of the order: then the fixed set measures a fit that has not seen it.
-  return CurvatureRows(fixed, drawn, np.sort(mixed[-s.ekfac_examples :]), batch, shape)
+  factors = mixed[-s.ekfac_examples :] if s.ekfac_examples else mixed
+  return CurvatureRows(fixed, drawn, np.sort(factors), batch, shape)
 
 
 def curvature_data(
-  bench: Workbench, s: Settings, chosen: Chosen, pieces: passes.Pieces | None = None
+  bench: Workbench, s: Settings, chosen: Chosen, pieces: passes.Pieces | None = None, rows: CurvatureRows | None = None
 ) -> influence.CurvatureData:
   """The curvature's examples as the solvers take them; sums over all of them are kept in `pieces`."""
-  rows = curvature_rows(bench, s)
+  rows = rows or curvature_rows(bench, s)
   pool = bench.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
   some = bench.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
   draw = influence.even_draw(rows.drawn, rows.batch, lambda picked: bench.place(pool.sample(picked)[1]))
@@ -126,10 +132,12 @@ def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: passes.Piece
 
 def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: passes.Pieces) -> ihvp.SolveResult:
   """Solves with progress shown: counted in products with batches of curvature examples."""
-  source, settings = curvature_data(bench, s, chosen, pieces), solver_settings(s)
+  rows, settings = curvature_rows(bench, s), solver_settings(s)
+  source = curvature_data(bench, s, chosen, pieces, rows)
   if s.solver == "datainf":  # no product, and a pass that shows itself
     return influence.solve(chosen.problem, v, settings, source)
-  with Progress(_num_products(s, source, v), s.solver, "products") as progress:
+  count = lambda depth, repeat: costs.num_products(s.solver, rows.num_fixed, depth, repeat, subtree.count(v))  # noqa: E731
+  with Progress(count(s.depth, s.repeat), s.solver, "products") as progress:
 
     def fixed():
       for item in source.fixed():
@@ -148,7 +156,7 @@ def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: passes.Piec
     if state is not None:
       done = state.done + state.step
       log.info("lissa: goes on from step %d", done)
-      progress.skip(costs.num_products("lissa", sum(1 for _ in source.fixed()), done, 1, 0))
+      progress.skip(count(done, 1))
     with pieces.hold() as stop_requested:
 
       def on_state(state: ihvp.LissaState) -> None:
@@ -185,11 +193,6 @@ def _result_from_arrays(arrays: dict[str, np.ndarray], v, mesh) -> ihvp.SolveRes
   solution = sharding.place_vectors(passes.from_leaves(arrays, v), mesh, True)
   curve = [(step, np.array(residual)) for step, residual in facts["curve"]]
   return ihvp.SolveResult(solution, np.array(facts["residual"]), facts["steps"], curve, facts["info"])
-
-
-def _num_products(s: Settings, source: influence.CurvatureData, v) -> int:
-  """How many products a solve takes at most, about: the largest eigenvalue, the steps, the residuals."""
-  return costs.num_products(s.solver, sum(1 for _ in source.fixed()), s.depth, s.repeat, subtree.count(v))
 
 
 def announce(result: ihvp.SolveResult) -> None:

@@ -25,7 +25,6 @@ from in2core_jax import (
   model,
   packing,
   passes,
-  processes,
   sharding,
   subtree,
   weights,
@@ -373,17 +372,14 @@ def _dataset_hash(dataset: data.TokenizedDataset) -> str:
 
 
 def _below_hash(params, chosen: subtree.Subtree, base) -> str:
-  """Names the weights under the boundary: "base" when they are the base model's, else a hash of sums of theirs."""
+  """Names the weights under the boundary: "base" when they are the base model's, else their hash."""
   if params is base:
     return "base"
   below = lambda tree: [tree["embed"], jax.tree.map(lambda leaf: leaf[: chosen.boundary], tree["layers"])]  # noqa: E731
   ours, theirs = jax.tree.leaves(below(params)), jax.tree.leaves(below(base))
   if len(ours) == len(theirs) and all(bool(jnp.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True)):
     return "base"
-  digest = hashlib.sha256()
-  for leaf in ours:
-    digest.update(processes.to_host(leaf).tobytes())
-  return digest.hexdigest()
+  return passes.tree_sha256(ours)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A fitted EK-FAC on disk: one .npz of plain arrays, tied to what it was fitted from by a hash."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from in2core_jax import ekfac, files, processes
+from in2core_jax import ekfac, files, passes, processes
 from in2core_jax.ekfac import FIELDS, Ekfac, EkfacSettings, Factor, Source
 from in2core_jax.errors import UserError
 
@@ -32,17 +31,12 @@ def identity_of(source: Source, key: jax.Array, settings: EkfacSettings, data: M
     settings: given to `fit`.
     data: what names model and examples, with a JSON form: model config, subtree, hash of the data file, example ids.
   """
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path((source.sub, source.frozen)):
-    values = np.ascontiguousarray(processes.to_host(leaf))
-    digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
-    digest.update(values.reshape(-1).view(np.uint8))
   return files.hash_of(
     {
       "format": FORMAT,
       "settings": dataclasses.asdict(settings),
       "key": np.asarray(jax.random.key_data(key)),
-      "parameters": digest.hexdigest(),
+      "parameters": passes.tree_sha256((source.sub, source.frozen)),
       "data": dict(data),
     }
   )

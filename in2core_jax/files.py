@@ -11,7 +11,10 @@ import io
 import json
 import math
 import os
+import platform
+import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from etils import epath
 from in2core_jax.errors import UserError
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
+# In these names, beside a process number, which means something on its own machine only.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -87,7 +92,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     path.write_bytes(data)
     return
   # Several processes may write the same name: each has a temporary file of its own, and the last rename wins.
-  temporary = Path(path.parent, f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+  temporary = Path(path.parent, f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
   try:
     with temporary.open("xb") as file:
       file.write(data)
@@ -205,8 +210,25 @@ def read_scores(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def remove_leftovers(path: epath.Path) -> None:
-  """Removes what killed writes left in a folder. Only for the one writer, before others start."""
+  """Removes what killed writes left in a folder, and nothing that another process is writing just now."""
   if not is_remote(path):
-    for item in path.iterdir():
-      if item.name.endswith(TEMPORARY):
+    for item in Path(path).iterdir():
+      if item.name.endswith(TEMPORARY) and _is_abandoned(item):
         item.unlink(missing_ok=True)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+  """Whether nobody can be writing it any more: its process is gone, or, on another machine, an hour has passed."""
+  written_by = re.search(rf"\.([0-9a-f]+)-(\d+)-[0-9a-f]+{re.escape(TEMPORARY)}$", temporary.name)
+  if written_by is None:
+    return True
+  machine, process = written_by[1], int(written_by[2])
+  try:
+    if machine != _MACHINE:
+      return time.time() - temporary.stat().st_mtime > 3600
+    os.kill(process, 0)  # sends nothing, only asks
+  except ProcessLookupError:
+    return True
+  except (PermissionError, FileNotFoundError):  # somebody else's process; renamed meanwhile
+    return False
+  return process == os.getpid()

@@ -304,8 +304,8 @@ class Snapshot:
 def tree_sha256(tree: Tree) -> str:
   """sha256 (hex) of a pytree's arrays, bit for bit, with their paths, dtypes and shapes."""
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(processes.to_host(tree)):
-    values = np.ascontiguousarray(leaf)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    values = np.ascontiguousarray(processes.to_host(leaf))
     digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
     digest.update(values.reshape(-1).view(np.uint8))
   return digest.hexdigest()

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _MAGIC = b"in2core_jax shard 1 "
 _HEAD = len(_MAGIC) + 64 + 1  # the magic, the checksum in hex, the line's end
 _SUFFIX = ".shard"
+_FOREIGN = "written for other settings, such as other --batch_tokens, --microbatch, --mesh or devices"
 
 
 class ShardStore:
@@ -52,6 +53,7 @@ class ShardStore:
     """
     self.path = run_dir.folder(name)
     self.identity_sha256 = files.hash_of({"run": run_dir.identity, "store": name, "identity": identity})
+    self._told_foreign = False
     if run_dir.writer:
       files.remove_leftovers(self.path)
 
@@ -89,6 +91,11 @@ class ShardStore:
     except FileNotFoundError:
       return None
     reason = self._distrust(index, data)
+    if reason == _FOREIGN:
+      if not self._told_foreign:  # once: the others of the store will be so too
+        log.warning("%s: %s; shards like it are recomputed", path, reason)
+      self._told_foreign = True
+      return None
     if reason:
       log.warning("%s: %s; it is recomputed", path, reason)
       return None
@@ -103,7 +110,7 @@ class ShardStore:
       return "damaged (its checksum does not fit)"
     header, _ = _header(data)
     if header["identity_sha256"] != self.identity_sha256:
-      return "written for other settings"
+      return _FOREIGN
     if header["index"] != index:
       return f"a copy of shard {header['index']}"
     return None

@@ -133,6 +133,23 @@ def test_leftovers_of_a_killed_first_write_do_not_block(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+  machine = files._MACHINE
+  gone = subprocess.Popen([sys.executable, "-c", ""])
+  gone.wait()
+  names = {
+    "alive": f".scores.{machine}-{os.getppid()}-0a1b2c3d{files.TEMPORARY}",
+    "killed": f".scores.{machine}-{gone.pid}-0a1b2c3d{files.TEMPORARY}",
+    "elsewhere": f".scores.00000000-1-0a1b2c3d{files.TEMPORARY}",
+    "elsewhere, long ago": f".old.00000000-1-0a1b2c3d{files.TEMPORARY}",
+  }
+  for name in names.values():
+    (tmp_path / name).write_bytes(b"")
+  os.utime(tmp_path / names["elsewhere, long ago"], (0, 0))
+  files.remove_leftovers(tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {names["alive"], names["elsewhere"]}
+
+
 def test_other_processes_write_no_shared_files(tmp_path, monkeypatch):
   monkeypatch.setattr(processes, "is_writer", lambda: False)
   with pytest.raises(UserError, match="not all processes see the folder that process 0 has made"):
