@@ -1,6 +1,7 @@
 """Stage 5: retrains from the base model on each selection with one recipe and compares perplexities on the test set.
 
 python -m experiments.evaluate --select_runs=runs/a,runs/b --policies=full,random,opponents --seeds=0,1,2
+python -m experiments.evaluate --select_runs=runs/a --fractions=0.05,0.1,0.25,0.5,0.75 --equal=steps,epochs
 """
 
 import dataclasses
@@ -10,12 +11,12 @@ import numpy as np
 from etils import epath
 
 from experiments import cli, dry_run, flags
-from experiments.finetune import trainable_rows
+from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, integers, listed
-from experiments.retraining import Candidate, Judge
-from experiments.select import budget_of, sketch_inputs
+from experiments.retraining import EQUAL, Candidate, Judge
+from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, evaluation, report
+from in2core_jax import artifacts, coreset, evaluation, report, report_facts, report_html
 from in2core_jax.errors import UserError
 from in2core_jax.records import raw_lines
 
@@ -53,11 +54,15 @@ class Plan:
     runs: (name, columns of scores.parquet) of each of --select_runs.
     policies: (policy, seed) of this call, in order.
     seeds: of the selections of `runs`.
+    fractions: budgets of a sweep, growing; empty where there is one budget.
+    equal: what trainings that are compared have in common, words of `EQUAL`.
   """
 
   runs: list[tuple[str, dict[str, np.ndarray]]]
   policies: list[tuple[str, int]]
   seeds: tuple[int, ...]
+  fractions: tuple[float, ...]
+  equal: list[str]
 
 
 def plan_of(bench: Workbench, s: Settings) -> Plan:
@@ -70,7 +75,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   if not seeds:
     raise UserError("--seeds is empty: give at least one, such as 0,1,2")
   fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
-  folders = listed(s.select_runs)
+  folders, fractions = listed(s.select_runs), _fractions(s)
   runs = [read_selection(folder, bench) for folder in folders]
   wanted = listed(s.policies)
   for policy in wanted:
@@ -83,33 +88,69 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
     name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
     for name, folder in zip(names, folders, strict=True)
   ]
+  if fractions:  # the runs give scores; what they have chosen is one budget only
+    wanted += [name for name in dict.fromkeys(names) if name not in wanted]
+    called = []
   twice = sorted({name for name in wanted + called if (wanted + called).count(name) > 1})
   if twice:
     raise UserError(f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}")
+  equal = listed(s.equal)
+  if not equal or len(set(equal)) < len(equal) or not set(equal) <= set(EQUAL):
+    raise UserError(f"--equal={s.equal}: use one or several of {', '.join(EQUAL)}")
   policies = [(name, seed) for name in wanted for seed in (seeds if name in coreset.SEEDED_POLICIES else fixed)]
-  return Plan([(name, columns) for name, (_, columns) in zip(called, runs, strict=True)], policies, fixed)
+  columns = [columns for _, columns in runs]
+  return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal)
+
+
+def _fractions(s: Settings) -> tuple[float, ...]:
+  """The budgets of --fractions; 1 is the policy `full`."""
+  try:
+    found = tuple(float(word) for word in listed(s.fractions))
+  except ValueError:
+    found = (0.0,)
+  if any(not 0 < fraction <= 1 for fraction in found) or len(set(found)) < len(found):
+    raise UserError(f"--fractions={s.fractions} is not a list of different shares in (0, 1], such as 0.05,0.25,0.5")
+  if found and (s.num_examples or s.token_budget):
+    raise UserError("--fractions with --num_examples or --token_budget: give one of them")
+  return tuple(sorted(fraction for fraction in found if fraction < 1))
 
 
 def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidate], list[str]]:
-  """Every (policy, seed) to retrain, with its rows; and what looks risky about the sets chosen here."""
-  train, usable = bench.parts["train"], trainable_rows(bench)
-  scores = plan.runs[0][1] if plan.runs else {}
+  """Every (budget, policy, seed) to retrain, with its rows; and what looks risky about the sets chosen here."""
+  inputs = _inputs(bench, s, plan)
+  found, warnings = [], []
+  if plan.fractions:
+    budgets = [(fraction, coreset.Budget(fraction=fraction)) for fraction in plan.fractions]
+  elif plan.runs:  # as many examples as the selections that they are compared with
+    budgets = [(None, coreset.Budget(num_examples=int(plan.runs[0][1]["selected"].sum())))]
+  else:
+    budgets = [(None, budget_of(s))]
+  for policy, seed in plan.policies:
+    if policy == "full":
+      found.append(Candidate(policy, seed, trainable_rows(bench)))
+      continue
+    for fraction, budget in budgets:
+      rows = np.sort(coreset.select_rows(policy, inputs, budget, seed))
+      found.append(Candidate(policy, seed, rows, fraction))
+      if policy in coreset.FEATURE_POLICIES:
+        where = policy if fraction is None else f"{policy}, {fraction:.0%}"
+        warnings += [f"{where}: {warning}" for warning in coreset.selection_warnings(rows, inputs, seed)]
+  if not plan.fractions:
+    for name, columns in plan.runs:
+      found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
+  return found, warnings
+
+
+def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
+  """What the policies of this call choose from; scores are those of the first select run."""
+  train, scores = bench.parts["train"], plan.runs[0][1] if plan.runs else {}
   inputs = coreset.PolicyInputs(
     scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
   )
-  if any(policy in coreset.FEATURE_POLICIES for policy, _ in plan.policies):
+  names = {policy for policy, _ in plan.policies}
+  if names & set(coreset.FEATURE_POLICIES):
     inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
-  # The policies of this call keep as many examples as the selections that they are compared with.
-  budget = coreset.Budget(num_examples=int(scores["selected"].sum())) if plan.runs else budget_of(s)
-  found, warnings = [], []
-  for policy, seed in plan.policies:
-    rows = usable if policy == "full" else np.sort(coreset.select_rows(policy, inputs, budget, seed))
-    found.append(Candidate(policy, seed, rows))
-    if policy in coreset.FEATURE_POLICIES:
-      warnings += [f"{policy}: {warning}" for warning in coreset.selection_warnings(rows, inputs, seed)]
-  for name, columns in plan.runs:
-    found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
-  return found, warnings
+  return dataclasses.replace(inputs, **text_inputs(bench, names))
 
 
 def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:
@@ -121,7 +162,40 @@ def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, pl
     rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
     run_dir.write_json("candidates.json", {"candidates": rows, "warnings": warnings})
   kept = run_dir.read_json("candidates.json")["candidates"]
-  return [Candidate(item["policy"], item["seed"], np.array(item["rows"], np.int64)) for item in kept]
+  return [Candidate(**item | {"rows": np.array(item["rows"], np.int64)}) for item in kept]
+
+
+class Trainings:
+  """The retrained models of a run folder: a file for each, and a judge where one is missing."""
+
+  def __init__(self, run_dir: artifacts.RunDir, bench: Workbench, s: Settings, chosen: list[Candidate]):
+    self._run_dir, self._bench, self._settings, self._chosen = run_dir, bench, s, chosen
+    self._judge: Judge | None = None
+
+  @property
+  def judge(self) -> Judge:
+    """Made when it is first needed: a finished run compiles nothing."""
+    if self._judge is None:
+      self._judge = Judge(self._bench, self._settings, [candidate.rows for candidate in self._chosen])
+    return self._judge
+
+  def base_losses(self) -> np.ndarray:
+    """Of the base model on the test set, float64 [N]."""
+    if not self._run_dir.holds("base.json"):
+      self._run_dir.write_json("base.json", {"losses": self.judge.losses(self.judge.sub).tolist()})
+    return np.array(self._run_dir.read_json("base.json")["losses"])
+
+  def row(self, candidate: Candidate, steps: int, label: str) -> evaluation.RetrainRow:
+    """The candidate's training over so many steps, done now unless it was."""
+    name = [candidate.policy, candidate.seed, candidate.fraction, steps]
+    file = f"trainings/{artifacts.hash_of(name)[:12]}.json"
+    if not self._run_dir.holds(file):
+      row = self.judge.retrain(candidate, label, steps)
+      stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
+      self._run_dir.write_json(file, stored)
+      log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
+    stored = self._run_dir.read_json(file)
+    return evaluation.RetrainRow(**stored | {"loss_per_test_example": np.array(stored["loss_per_test_example"])})
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -140,38 +214,67 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   chosen = kept_candidates(run_dir, bench, s, plan)
-  records = bench.parts["train"].records
   for candidate in chosen:
-    name = f"coresets/{candidate.policy.replace(' ', '_').replace('/', '_')}-{candidate.seed}.jsonl"
-    run_dir.write_text(name, raw_lines(records, candidate.rows))
-  judge: Judge | None = None
-  sets = [candidate.rows for candidate in chosen]
-  rows = []
-  if not run_dir.holds("base.json"):
-    judge = Judge(bench, s, sets)
-    run_dir.write_json("base.json", {"losses": judge.losses(judge.sub).tolist()})
-  for number, candidate in enumerate(chosen):
-    file = f"trainings/{artifacts.hash_of([candidate.policy, candidate.seed])[:12]}.json"
-    if not run_dir.holds(file):
-      judge = judge or Judge(bench, s, sets)
-      row = judge.retrain(candidate, f"train {number + 1}/{len(chosen)}: {candidate.policy}, seed {candidate.seed}")
-      stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
-      run_dir.write_json(file, stored)
-      log.info("%s, seed %d: test perplexity %.3f", row.policy, row.seed, row.perplexity)
-    stored = run_dir.read_json(file)
-    stored["loss_per_test_example"] = np.array(stored["loss_per_test_example"])
-    rows.append(evaluation.RetrainRow(**stored))
-  return write_table(run_dir, bench, s, rows, np.array(run_dir.read_json("base.json")["losses"]))
+    run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(bench.parts["train"].records, candidate.rows))
+  trainings = Trainings(run_dir, bench, s, chosen)
+  base, groups = trainings.base_losses(), []
+  for number, equal in enumerate(plan.equal):
+    rows = {}
+    for place, candidate in enumerate(chosen):
+      label = f"train {number * len(chosen) + place + 1}/{len(plan.equal) * len(chosen)}: {candidate}"
+      rows[candidate.name] = trainings.row(candidate, trainings_steps(bench, s, candidate.rows, equal), label)
+    for fraction in plan.fractions or (None,):
+      ours = [rows[candidate.name] for candidate in chosen if candidate.fraction in (None, fraction)]
+      groups.append(Group(equal, fraction, ours))
+  return write_tables(run_dir, bench, s, groups, base)
 
 
-def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.RetrainRow], base: np.ndarray) -> str:
-  """The table as Markdown and JSON, the verdict, the plot."""
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Trainings that are compared with each other.
+
+  Attributes:
+    equal: what they have in common, a word of `EQUAL`.
+    fraction: share of the training examples that the policies kept; None where there is one budget.
+    rows: of all candidates, full data among them.
+  """
+
+  equal: str
+  fraction: float | None
+  rows: list[evaluation.RetrainRow]
+
+  @property
+  def title(self) -> str:
+    """In words."""
+    share = "" if self.fraction is None else f", {self.fraction:.3g} of the examples"
+    return f"equal {self.equal}{share}"
+
+  def table(self) -> list[dict]:
+    """A dictionary for each policy: the group, then what `evaluation.summarise` says."""
+    return [{"equal": self.equal, "fraction": self.fraction} | row for row in evaluation.summarise(self.rows)]
+
+
+def trainings_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
+  """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
+  every = trainable_rows(bench)
+  steps = recipe_of(s, len(every)).steps
+  responses = bench.parts["train"].num_response_tokens
+  share = {
+    "steps": 1.0,
+    "epochs": len(rows) / len(every),
+    "tokens": responses[every].mean() / responses[rows].mean(),
+  }
+  return max(1, round(steps * share[equal]))
+
+
+def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
+  """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
   test = bench.parts["test"]
   counted = test.num_response_tokens > 0
   tokens = test.num_response_tokens[counted]
   base_perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
-  table, words = evaluation.summarise(rows), evaluation.verdict(rows)
-  run_dir.write_bytes("plots/perplexity.png", report.figure_bytes(report.perplexity_plot(table)))
+  tables = [group.table() for group in groups]
+  verdicts = [evaluation.verdict(group.rows) for group in groups]
   recipe = {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(counted.sum()),
@@ -179,17 +282,54 @@ def write_table(run_dir, bench: Workbench, s: Settings, rows: list[evaluation.Re
     "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
     "learning rate": s.learning_rate,
     "batch size": s.batch_size,
-    "steps": rows[0].steps,
+    "steps of full data": recipe_of(s, len(trainable_rows(bench))).steps,
   }
-  images = {"Test perplexity": "plots/perplexity.png"}
-  text = report.retrain_report_markdown(table, words, recipe, images)
-  run_dir.write_text("evaluation.md", text)
-  run_dir.write_json(
-    "evaluation.json",
-    {"base_perplexity": base_perplexity, "table": table, "verdict": words.splitlines(), "recipe": recipe},
-  )
-  log.info("\n%s\n%s", report.markdown_table(report.retrain_rows(table)), words)
+  many = len(groups) > 1
+  sections = {
+    group.title if many else "": (table, words) for group, table, words in zip(groups, tables, verdicts, strict=True)
+  }
+  images = _write_plots(run_dir, groups, tables)
+  every = [row for table in tables for row in table]
+  printed = report.retrain_rows(every)
+  run_dir.write_text("evaluation.md", report.retrain_report_markdown(sections, recipe, images))
+  run_dir.write_text("evaluation.csv", report.csv_table(every))
+  run_dir.write_text("evaluation.tex", report.latex_table(printed))
+  lines = [
+    f"{group.title}: {line}" if many else line
+    for group, words in zip(groups, verdicts, strict=True)
+    for line in words.splitlines()
+  ]
+  found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines, "recipe": recipe}
+  _write_reports(run_dir, bench, s, found)
+  run_dir.write_json("evaluation.json", found)
+  log.info("\n%s\n%s", report.markdown_table(printed), "" if many else "\n".join(lines))
   return str(run_dir.path)
+
+
+def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict[str, str]:
+  """Pictures, as PNG and SVG; {caption: PNG file}. A sweep has a curve for what is equal, else a picture a group."""
+  figures = {}
+  if groups[0].fraction is not None:
+    for equal in dict.fromkeys(group.equal for group in groups):
+      rows = [row for table in tables for row in table if row["equal"] == equal]
+      figures[f"Test perplexity at equal {equal}"] = (f"sweep-{equal}", report.sweep_plot(rows))
+  else:
+    for group, table in zip(groups, tables, strict=True):
+      name = "perplexity" if len(groups) == 1 else f"perplexity-{group.equal}"
+      figures[f"Test perplexity at equal {group.equal}"] = (name, report.perplexity_plot(table))
+  for name, figure in figures.values():
+    for kind in ("png", "svg"):
+      run_dir.write_bytes(f"plots/{name}.{kind}", report.figure_bytes(figure, kind))
+  return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
+
+
+def _write_reports(run_dir, bench: Workbench, s: Settings, found: dict) -> None:
+  """The select runs' reports once more, with the table of this comparison."""
+  if not run_dir.writer:
+    return
+  for folder in listed(s.select_runs):
+    selected = report_facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
+    run_dir.write_text(f"report-{epath.Path(folder).name}.html", report_html.select_page(selected))
 
 
 def main(_) -> None:

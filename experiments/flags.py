@@ -68,7 +68,9 @@ class Settings:
   hardware: str = _flag("run", "", "of a dry run: devices that are not here, such as v5e-8, v5p-32, h100-8")
 
   train_data: str = _flag(
-    "data", "chatterbot", "chatterbot[:topic,topic] | jsonl:PATH (.jsonl or .json) | tfds:NAME/SPLIT"
+    "data",
+    "chatterbot",
+    "chatterbot[:topic,topic] | jsonl:PATH (.jsonl or .json) | tfds:NAME/SPLIT; several are joined by +",
   )
   eval_data: str = _flag("data", "", "source that guides the selection; empty: a part of --train_data")
   test_data: str = _flag("data", "", "source that judges it; empty: a part of --train_data, or half of --eval_data")
@@ -76,6 +78,7 @@ class Settings:
   split: str = _flag(
     "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the id)"
   )
+  eval_topics: str = _flag("data", "", "keep only these topics, separated by commas, in evaluation and test set")
   train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
   eval_limit: int = _flag("data", 0, "the same for the evaluation set")
   test_limit: int = _flag("data", 0, "the same for the test set")
@@ -167,6 +170,10 @@ class Settings:
   policies: str = _flag("evaluate", "full,random,opponents", "what is compared besides the selections of --select_runs")
   seeds: str = _flag("evaluate", "0,1,2", "seeds of the random subsets and of the order of the data")
   fixed_seeds: str = _flag("evaluate", "", "seeds for policies that choose one set; empty: --seeds")
+  fractions: str = _flag("evaluate", "", "several budgets in place of one, such as 0.05,0.1,0.25,0.5,0.75: a sweep")
+  equal: str = _flag(
+    "evaluate", "steps", "what compared trainings have in common: steps, epochs, tokens (of responses), or a list"
+  )
 
   check_examples: int = _flag("check", 4, "training examples that a self-check looks at")
 

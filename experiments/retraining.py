@@ -15,6 +15,8 @@ from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
+EQUAL = ("steps", "epochs", "tokens")  # what trainings on sets of different sizes can have in common
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -24,11 +26,28 @@ class Candidate:
     policy: what chose them.
     seed: of the order of the data, and of a random policy.
     rows: of the training set.
+    fraction: budget of a sweep; None where there is one budget.
   """
 
   policy: str
   seed: int
   rows: np.ndarray
+  fraction: float | None = None
+
+  @property
+  def name(self) -> tuple[str, int, float | None]:
+    """Different for different candidates."""
+    return self.policy, self.seed, self.fraction
+
+  @property
+  def file_name(self) -> str:
+    """The same as a name for a file, without its ending."""
+    share = "" if self.fraction is None else f"-{self.fraction:g}"
+    return f"{self.policy.replace(' ', '_').replace('/', '_')}{share}-{self.seed}"
+
+  def __str__(self) -> str:
+    share = "" if self.fraction is None else f" {self.fraction:.3g}"
+    return f"{self.policy}{share}, seed {self.seed}"
 
 
 class Judge:

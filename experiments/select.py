@@ -6,6 +6,7 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 import resource
+from collections.abc import Collection
 
 import numpy as np
 
@@ -29,8 +30,10 @@ from in2core_jax import (
   artifacts,
   coreset,
   data,
+  embeddings,
   finetune,
   ihvp,
+  lexical,
   projected,
   records,
   report,
@@ -113,7 +116,25 @@ def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> core
     train.topics,
     train.ids,
     **sketched,
+    **text_inputs(bench, {s.policy}),
   )
+
+
+def text_inputs(bench: Workbench, policies: Collection[str]) -> dict[str, np.ndarray]:
+  """What policies that look at texts alone choose from, as `coreset.PolicyInputs` takes it; at the base model.
+
+  Args:
+    bench: data and model.
+    policies: those that are wanted; others have no entry in the result.
+  """
+  train, evals = bench.parts["train"], bench.parts["eval"]
+  found = {}
+  if "embedding" in policies:
+    found["embedding"] = embeddings.cosine_to(bench.embeddings("eval"), bench.embeddings("train")).mean(axis=0)
+  if "bm25" in policies:
+    texts = [[shown(record) for record in part.records] for part in (evals, train)]
+    found["bm25"] = lexical.bm25(*texts).mean(axis=0)
+  return found
 
 
 def budget_of(s: Settings) -> coreset.Budget:

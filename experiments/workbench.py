@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, fitting
-from experiments.flags import Settings
+from experiments.flags import Settings, listed
 from in2core_jax import __version__ as version
 from in2core_jax import (
   adapters,
@@ -126,6 +126,8 @@ class Workbench:
     s = self.settings
     records = split_sources(s)
     for part in PARTS:
+      if part != "train" and s.eval_topics:
+        records[part] = _of_topics(records[part], part, listed(s.eval_topics))
       records[part] = _limit(records[part], getattr(s, f"{part}_limit"))
       if not records[part]:
         raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
@@ -370,6 +372,20 @@ def split_sources(s: Settings) -> dict[str, list[data.Record]]:
     first, second, _ = data.split_records(train, (keep, 1 - keep, 0.0))
     return {"train": first, "eval": second, "test": read(s.test_data)}
   return dict(zip(PARTS, data.split_records(train, shares), strict=True))
+
+
+def _of_topics(records: list, part: str, topics: list[str]) -> list:
+  """The records of some topics.
+
+  Raises:
+    UserError: a topic that none of them has.
+  """
+  known = {record.topic for record in records}
+  missing = [topic for topic in topics if topic not in known]
+  if missing:
+    there = ", ".join(sorted(known - {""})) or "none"
+    raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; its topics: {there}")
+  return [record for record in records if record.topic in topics]
 
 
 def _limit(records: list, limit: int) -> list:

@@ -23,6 +23,7 @@ from in2core_jax.errors import UserError
 
 _LENGTH_BINS = 20
 AGGREGATES = ("mean", "topic_max", "topic_quota")
+SIMILARITIES = ("embedding", "bm25")  # policies that look at texts alone, and the inputs that they choose from
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class PolicyInputs:
     target: [d] or [Q, d], the same features of the queries.
     query_topics: Q names, for the policies that work by evaluation topic.
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
+    embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
+    bm25: f64 [N], mean BM25 of the queries with the example's text.
 
   Raises:
     UserError: lengths or shapes differ, or there are no examples.
@@ -116,16 +119,19 @@ class PolicyInputs:
   target: np.ndarray | None = None
   query_topics: Sequence[str] | None = None
   target_weights: np.ndarray | None = None
+  embedding: np.ndarray | None = None
+  bm25: np.ndarray | None = None
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
+    types |= dict.fromkeys(SIMILARITIES, np.float64)
     for name, dtype in types.items():
       if getattr(self, name) is not None:
         object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
     size = len(self.ids)
     if size == 0:
       raise UserError("there are no examples to select from; check the training data")
-    for name in ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features"):
+    for name in ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", *SIMILARITIES):
       value = getattr(self, name)
       if value is not None and len(value) != size:
         raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
@@ -334,6 +340,8 @@ _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
   "length_matched_random": _length_matched_random,
   "longest": lambda task: longest(task.inputs.num_response_tokens[task.pool], task.tokens),
   "highest_loss": lambda task: proponents(task.values("loss")),
+  "embedding": lambda task: proponents(task.values("embedding")),
+  "bm25": lambda task: proponents(task.values("bm25")),
   "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
   "matching": _matching,
   "matching_topic": lambda task: _matching(task, by_topic=True),
@@ -352,8 +360,9 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
 
   Args:
     policy: one of `POLICIES`. proponents, opponents: highest, lowest score first. random. length_matched_random: random
-      with the response lengths of the proponents. longest: most response tokens. highest_loss. topic_quota: proponents,
-      every training topic keeping the same fraction. matching: greedy gradient matching to the mean target.
+      with the response lengths of the proponents. longest: most response tokens. highest_loss. embedding, bm25: closest
+      to the queries by mean cosine of embeddings, by mean BM25 of the texts. topic_quota: proponents, every training
+      topic keeping the same fraction. matching: greedy gradient matching to the mean target.
       matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
       topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
       fraction.

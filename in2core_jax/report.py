@@ -310,6 +310,35 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
   return figure
 
 
+def sweep_plot(table: Sequence[Mapping]) -> Figure:
+  """Perplexity of each policy against the share of the examples that it kept, with its interval over seeds as a band.
+
+  Args:
+    table: dicts as for `perplexity_plot`, with `fraction` besides; full data is drawn as a level.
+  """
+  figure, axes = _figure(7.2, 4.6)
+  names = [name for name in dict.fromkeys(row["policy"] for row in table) if name != "full"]
+  for number, name in enumerate(names):
+    rows = sorted((row for row in table if row["policy"] == name), key=lambda row: row["fraction"])
+    x, y = [row["fraction"] for row in rows], [row["perplexity"] for row in rows]
+    color = VERMILION if name == "random" else _CYCLE[number % len(_CYCLE)]
+    style = "-" if number < len(_CYCLE) else "--"
+    axes.plot(x, y, style, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=5, label=name)
+    low, high = ([row[f"perplexity_{side}"] for row in rows] for side in ("low", "high"))
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)  # NaN draws nothing
+  full = [row["perplexity"] for row in table if row["policy"] == "full"]
+  if full:
+    axes.axhline(full[0], color="black", linestyle=":", label="full")
+  ticks = sorted({row["fraction"] for row in table})
+  axes.set_xscale("log")
+  axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+  axes.minorticks_off()
+  axes.set(xlabel="training examples kept", ylabel="test perplexity (lower is better)")
+  axes.grid(alpha=0.3)
+  axes.legend(frameon=False, fontsize="small", ncols=2)
+  return figure
+
+
 # ------------------------------------------------------------------------------------------- Markdown reports
 
 
@@ -439,8 +468,7 @@ def _examples_table(scores: Mapping[str, Sequence], texts: Sequence[str], rows: 
 
 
 def retrain_report_markdown(
-  table: Sequence[Mapping],
-  verdict: str,
+  sections: Mapping[str, tuple[Sequence[Mapping], str]],
   settings: Mapping[str, object] | None = None,
   images: Mapping[str, str] | None = None,
   level: float = 0.95,
@@ -448,8 +476,8 @@ def retrain_report_markdown(
   """The report of retraining on each policy's set.
 
   Args:
-    table: the output of `evaluation.summarise`.
-    verdict: the output of `evaluation.verdict`, one line for each policy.
+    sections: title -> (the output of `evaluation.summarise`, that of `evaluation.verdict`, one line for each policy) of
+      trainings that are compared with each other; a single one may have an empty title.
     settings: names and values of the recipe, such as steps and learning rate.
     images: caption -> path relative to the report.
     level: of the intervals in the table.
@@ -457,9 +485,11 @@ def retrain_report_markdown(
   Returns:
     Markdown, ending in a newline.
   """
-  rows = retrain_rows(table)
-  lines = "\n".join(f"- {escape_markdown(line, 1000)}" for line in verdict.splitlines() if line.strip())
-  parts = ["# Retrain and compare", lines, markdown_table(rows).rstrip()]
+  parts = ["# Retrain and compare"]
+  for title, (table, verdict) in sections.items():
+    lines = "\n".join(f"- {escape_markdown(line, 1000)}" for line in verdict.splitlines() if line.strip())
+    parts += [f"## {escape_markdown(title).capitalize()}"] if title else []
+    parts += [lines, markdown_table(retrain_rows(table)).rstrip()]
   parts += [
     f"In brackets: {level:.0%} interval over seeds (Student t). Perplexity is on the test set, lower is better."
   ]
@@ -471,12 +501,15 @@ def retrain_report_markdown(
 
 
 def retrain_rows(table: Sequence[Mapping]) -> list[dict]:
-  """`evaluation.summarise` as rows to print: the two perplexities with their intervals in one cell each."""
-  rows = []
+  """`evaluation.summarise` as rows to print: the two perplexities with their intervals in one cell each.
+
+  Keys `equal` and `fraction`, where rows have them, are shown when they differ.
+  """
+  rows, several = [], {name for name in ("equal", "fraction") if len({row.get(name) for row in table}) > 1}
   for summary in table:
-    row = {
-      name: summary[name] for name in ("policy", "seeds", "examples", "response_tokens", "steps", "trained_tokens")
-    }
+    row = {name: summary[name] for name in ("equal", "fraction") if name in several}
+    names = ("policy", "seeds", "examples", "response_tokens", "steps", "trained_tokens")
+    row |= {name: summary[name] for name in names}
     for name in ("perplexity", "example_perplexity"):
       low, high = summary[f"{name}_low"], summary[f"{name}_high"]
       row[name] = f"{summary[name]:.3f}" + ("" if math.isnan(low) else f" ({low:.3f} to {high:.3f})")

@@ -1,4 +1,4 @@
-"""A data source named in one word (`chatterbot`, `jsonl:PATH`, `tfds:NAME/SPLIT`) -> records.
+"""A data source named in one word (`chatterbot`, `jsonl:PATH`, `tfds:NAME/SPLIT`), or several, -> records.
 
 To add a source: a function that yields `Item`s, and its word in `load_records`.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -16,7 +17,8 @@ from in2core_jax.assets import asset_path
 from in2core_jax.errors import UserError
 from in2core_jax.records import Item, Record, parse_fields, shorten, to_records
 
-_KNOWN_SOURCES = "chatterbot[:topic,topic], jsonl:PATH, tfds:NAME/SPLIT[@DATA_DIR]"
+_KNOWN_SOURCES = "chatterbot[:topic,topic], jsonl:PATH, tfds:NAME/SPLIT[@DATA_DIR], or several of them joined by +"
+_JOINED = re.compile(r"\+(?=chatterbot(?:[:+]|$)|jsonl:|tfds:)")
 
 
 def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
@@ -24,7 +26,8 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
 
   Args:
     spec: `chatterbot[:topic,topic]` (the installed corpus), `jsonl:PATH` (JSON lines or one JSON array) or
-      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow).
+      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow). Several of them
+      are joined by `+`: `chatterbot+jsonl:PATH` is a mixed pool.
     data_fields: columns by role, `prompt=question,response=answer,id=key,topic=kind`, for records of another shape.
 
   Returns:
@@ -34,19 +37,9 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
     UserError: unknown source, missing or broken file, unknown column or record shape, wrong types, one given id for
       two different conversations, no record at all, or no response in any record.
   """
-  kind, _, rest = spec.partition(":")
   fields = parse_fields(data_fields)
-  if kind == "chatterbot":
-    if fields:
-      raise UserError(f"data_fields={data_fields!r}: the chatterbot source has no columns; leave data_fields out")
-    items = _chatterbot_items(rest)
-  elif kind == "jsonl" and rest:
-    items = _json_items(pathlib.Path(rest).expanduser())
-  elif kind == "tfds" and rest:
-    items = _tfds_items(rest)
-  else:
-    raise UserError(f"unknown data source {spec!r}; use one of {_KNOWN_SOURCES}")
-  records = to_records(list(items), fields)
+  items = [item for part in _JOINED.split(spec) for item in _items(part, fields)]
+  records = to_records(items, fields)
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
   if not any(record.has_response for record in records):
@@ -55,6 +48,20 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
       f"learn from; the first is {records[0].source}:{records[0].line} {shorten(records[0].raw)}"
     )
   return records
+
+
+def _items(spec: str, fields: Mapping[str, str]) -> Iterator[Item]:
+  """Yields what one source holds."""
+  kind, _, rest = spec.partition(":")
+  if kind == "chatterbot":
+    if fields:
+      raise UserError(f"data_fields={dict(fields)}: the chatterbot source has no columns; leave data_fields out")
+    return _chatterbot_items(rest)
+  if kind == "jsonl" and rest:
+    return _json_items(pathlib.Path(rest).expanduser())
+  if kind == "tfds" and rest:
+    return _tfds_items(rest)
+  raise UserError(f"unknown data source {spec!r}; use one of {_KNOWN_SOURCES}")
 
 
 def _chatterbot_items(topics: str) -> Iterator[Item]:

@@ -23,6 +23,8 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "features": rng.normal(size=(size, width)),
     "target": rng.normal(size=(5, width)),
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
+    "embedding": rng.uniform(-1, 1, size),
+    "bm25": rng.gamma(1.0, size=size),
   }
   return PolicyInputs(**{**values, **changes})
 
@@ -102,7 +104,7 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
   responses[empty] = 0
   scores = inputs.scores.copy()
   scores[empty] = np.nan  # what cannot be chosen must not matter
-  names = ("loss", "num_tokens", "topics", "ids", "features")
+  names = ("loss", "num_tokens", "topics", "ids", "features", "embedding", "bm25")
   shuffle = np.random.default_rng(1).permutation(40)
 
   def at(order):
@@ -117,6 +119,15 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
   assert len(select_rows(policy, here, Budget(fraction=1.0))) == 37
   with pytest.raises(UserError, match="more than the 37 examples with response tokens"):
     select_rows(policy, here, Budget(num_examples=38))
+
+
+def test_similarities_choose_the_closest_first():
+  inputs = make_inputs()
+  for name in ("embedding", "bm25"):
+    values = getattr(inputs, name)
+    assert select_rows(name, inputs, Budget(num_examples=7)).tolist() == np.argsort(-values)[:7].tolist()
+    with pytest.raises(UserError, match=f"policy {name} needs {name}"):
+      select_rows(name, make_inputs(**{name: None}), Budget(num_examples=7))
 
 
 def test_ties_go_by_id():
