@@ -23,6 +23,7 @@ GROUPS = {
   "evaluate": "stage 5: retraining and judging",
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
+  "study": "rules of selection, retrained",
   "benchmark": "seconds, memory, compilation",
   "kill_test": "select runs, killed and started again",
 }
@@ -185,6 +186,8 @@ class Settings:
   compare_bfloat16: bool = _flag("solvers", True, "also score with bfloat16 weights")
   mislabelled: float = _flag("solvers", 0.1, "share of the training examples whose answers are shuffled; 0: not at all")
   mislabelled_layers: str = _flag("solvers", "last:1", "layers that are trained and searched for mislabelled examples")
+
+  variants: str = _flag("study", "", "rules that are compared, separated by semicolons; empty: all")
 
   kills: int = _flag("kill_test", 10, "how often a select run is killed")
 

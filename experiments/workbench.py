@@ -1,5 +1,6 @@
 """What every stage needs, made once and shared: data, model, devices, batch shapes, boundary caches, kernels."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +52,21 @@ class Workbench:
     self.settings = settings
     self._caches: dict = {}
     self._hidden: dict = {}
+
+  def with_settings(self, **changes) -> "Workbench":
+    """The same model and data under other settings of how losses are made; itself when nothing changes.
+
+    Raises:
+      ValueError: a change that would need another model or other data.
+    """
+    other = self.settings.replace(**changes)
+    if other == self.settings:
+      return self
+    if set(changes) != {"loss_reduction"}:
+      raise ValueError(f"a workbench of its own is needed for {sorted(changes)}")
+    bench = copy.copy(self)
+    bench.settings = other
+    return bench
 
   # ---- model -------------------------------------------------------------------------
 

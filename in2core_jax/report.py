@@ -321,7 +321,7 @@ def sweep_plot(table: Sequence[Mapping]) -> Figure:
   for number, name in enumerate(names):
     rows = sorted((row for row in table if row["policy"] == name), key=lambda row: row["fraction"])
     x, y = [row["fraction"] for row in rows], [row["perplexity"] for row in rows]
-    color = VERMILION if name == "random" else _CYCLE[number % len(_CYCLE)]
+    color = "black" if name == "random" else _CYCLE[number % len(_CYCLE)]
     style = "-" if number < len(_CYCLE) else "--"
     axes.plot(x, y, style, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=5, label=name)
     low, high = ([row[f"perplexity_{side}"] for row in rows] for side in ("low", "high"))
@@ -329,6 +329,9 @@ def sweep_plot(table: Sequence[Mapping]) -> Figure:
   full = [row["perplexity"] for row in table if row["policy"] == "full"]
   if full:
     axes.axhline(full[0], color="black", linestyle=":", label="full")
+  means = [row["perplexity"] for row in table]
+  room = 0.15 * (max(means) - min(means)) or 1.0
+  axes.set_ylim(min(means) - room, max(means) + room)  # the band of a few seeds may be far wider
   ticks = sorted({row["fraction"] for row in table})
   axes.set_xscale("log")
   axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])

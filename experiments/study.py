@@ -1,0 +1,277 @@
+"""Which rule of selection can be trusted: many of them on one pool, each retrained and held against random halves.
+
+python -m experiments.study --flagfile=experiments/flags/study.flags --run_dir=runs/study-chatterbot
+
+Every variant changes one thing of a rule: the parameters at which gradients are taken, the solver, the layers, the
+length bias, quotas, the size of the evaluation set. All are trained by one recipe; a selection's seeds change the order
+of its data, a random set's the set too.
+"""
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from experiments import cli, finetune, flags
+from experiments.cells import Cells
+from experiments.evaluate import Group, trainings_steps
+from experiments.finetune import trainable_rows
+from experiments.flags import Settings, integers, listed
+from experiments.resuming import Work
+from experiments.retraining import Candidate, Judge
+from experiments.scoring import score
+from experiments.select import budget_of, sketch_inputs, text_inputs
+from experiments.workbench import Workbench, choose
+from in2core_jax import artifacts, coreset, evaluation, report
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FULL, RANDOM = evaluation.FULL, evaluation.RANDOM
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A rule of selection.
+
+  Attributes:
+    policy: word of `coreset.POLICIES`.
+    changes: flags that it changes.
+    trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
+    unit: gradients of length 1, so that no example counts more than another (matching).
+    drop: only the worst share is left out, whatever the budget; 0: the budget counts.
+    queries: only the first so many evaluation examples; 0: all.
+  """
+
+  policy: str
+  changes: tuple[tuple[str, object], ...] = ()
+  trained: bool = False
+  unit: bool = False
+  drop: float = 0.0
+  queries: int = 0
+
+
+def _variant(policy: str, trained: bool = False, unit: bool = False, drop: float = 0.0, queries: int = 0, **changes):
+  return Variant(policy, tuple(changes.items()), trained, unit, drop, queries)
+
+
+# Name -> what it is; the first of each family is the rule itself, the others change one thing.
+VARIANTS = {
+  "proponents": _variant("proponents", trained=True),
+  "proponents, base model": _variant("proponents"),
+  "proponents, no curvature": _variant("proponents", trained=True, solver="identity"),
+  "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
+  "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
+  "proponents, cosine": _variant("proponents", trained=True, solver="identity", normalize="cosine"),
+  "proponents, quota": _variant("topic_quota", trained=True),
+  "proponents, worst 10 % left out": _variant("proponents", trained=True, drop=0.1),
+  "opponents": _variant("opponents", trained=True),
+  "matching": _variant("matching"),
+  "matching, trained model": _variant("matching", trained=True),
+  "matching, summed losses": _variant("matching", loss_reduction="sum"),
+  "matching, unit gradients": _variant("matching", unit=True),
+  "matching, quota": _variant("matching_quota"),
+  "matching, by topic": _variant("matching_topic"),
+  "matching, topics in turn": _variant("matching_round_robin"),
+  "matching, last layer": _variant("matching", layers="last:1"),
+  "matching, all layers": _variant("matching", layers="all"),
+  "matching, 16 queries": _variant("matching", queries=16),
+  "embedding": _variant("embedding"),
+  "bm25": _variant("bm25"),
+  "length-matched random": _variant("length_matched_random"),
+  "longest": _variant("longest"),
+  "highest loss": _variant("highest_loss", solver="identity"),
+}
+
+
+class Study:
+  """One pool of examples, and the rows that each variant chooses of it."""
+
+  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, work: Work):
+    """Keeps what all variants share.
+
+    Args:
+      bench: data and model.
+      s: the flags that variants change.
+      checkpoint: of the training on all examples.
+      work: where the scores of the variant at hand are kept while they are computed.
+    """
+    self.bench, self.settings, self.checkpoint, self._work = bench, s, checkpoint, work
+
+  def rows(self, variant: Variant, seed: int) -> np.ndarray:
+    """The rows that a variant chooses, int64 [S], sorted."""
+    s = self.settings.replace(policy=variant.policy, **dict(variant.changes))
+    s = s.replace(checkpoint=self.checkpoint if variant.trained else "")
+    bench = self.bench.with_settings(loss_reduction=s.loss_reduction)
+    budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
+    return np.sort(coreset.select_rows(variant.policy, self._inputs(bench, s, variant), budget, seed))
+
+  def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> coreset.PolicyInputs:
+    """What the variant chooses from."""
+    train, policy = bench.parts["train"], variant.policy
+    params = bench.checkpoint_params(s.checkpoint)
+    influence = loss = None
+    if policy in coreset.SCORE_POLICIES:
+      scored = score(bench, s, choose(bench, params, s.layers, s.modules), self._work)
+      self._work.remove()
+      influence, loss = scored.influence, scored.loss
+    more = text_inputs(bench, {policy})
+    if policy in coreset.FEATURE_POLICIES:
+      more |= sketch_inputs(bench, s, params)
+    if variant.queries:
+      more |= {name: more[name][: variant.queries] for name in ("target", "query_topics")}
+    if variant.unit:
+      more |= {name: _unit(more[name]) for name in ("features", "target")}
+    return coreset.PolicyInputs(
+      influence, loss, train.num_tokens, train.num_response_tokens, train.topics, train.ids, **more
+    )
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+  lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+  return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def variants_of(s: Settings) -> dict[str, Variant]:
+  """The variants that the flags ask for.
+
+  Raises:
+    UserError: a name that is unknown.
+  """
+  wanted = [name.strip() for name in s.variants.split(";") if name.strip()] or list(VARIANTS)
+  unknown = [name for name in wanted if name not in VARIANTS]
+  if unknown:
+    raise UserError(f"--variants: unknown {unknown[0]!r}; separated by semicolons: {'; '.join(VARIANTS)}")
+  return {name: VARIANTS[name] for name in wanted}
+
+
+def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
+  """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
+  usable, seeds, fixed = trainable_rows(study.bench), integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
+  found = [Candidate(FULL, seed, usable) for seed in fixed]
+  found += [Candidate(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
+  for name, variant in variants_of(s).items():
+    seeded = variant.policy in coreset.SEEDED_POLICIES
+    for seed in seeds if seeded else fixed:
+      choose_rows = lambda variant=variant, seed=seed: {"rows": study.rows(variant, seed).tolist()}  # noqa: E731
+      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0)
+      found.append(Candidate(name, seed, np.array(kept["rows"], np.int64)))
+  return found
+
+
+def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, label: str) -> evaluation.RetrainRow:
+  """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
+
+  def train() -> dict:
+    row = judge.retrain(candidate, label, steps)
+    return dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
+
+  stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
+  fields = {field.name: stored[field.name] for field in dataclasses.fields(evaluation.RetrainRow)}
+  fields |= {"policy": candidate.policy, "loss_per_test_example": np.array(stored["loss_per_test_example"])}
+  return evaluation.RetrainRow(**fields)
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Chooses, retrains, compares; returns the run folder. Finished cells are kept."""
+  s = settings
+  bench = bench or Workbench(s)
+  variants_of(s)
+  identity = bench.identity(
+    "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
+  )  # not the lists of variants and seeds: more of them go on in the same folder
+  run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
+  # Beside the tables: a run folder of its own, as `experiments.finetune` makes it.
+  checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir}-full"), bench)
+  cells, study = Cells(run_dir), Study(bench, s, checkpoint, Work(run_dir, s.shard_batches))
+  chosen = candidates(study, s, cells)
+  judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
+  base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
+  groups = []
+  for equal in listed(s.equal):
+    rows = []
+    for number, candidate in enumerate(chosen):
+      steps = trainings_steps(bench, s, candidate.rows, equal)
+      label = f"equal {equal}, {number + 1}/{len(chosen)}: {candidate}"
+      rows.append(retrained(judge, cells, candidate, steps, label))
+    groups.append(Group(equal, None, rows))
+  write_tables(run_dir, bench, s, groups, np.array(base))
+  return str(run_dir.path)
+
+
+# ---- tables --------------------------------------------------------------------------
+
+
+def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
+  """A row for each rule: perplexities, their ratios to random sets' and full data's, how many random sets it beats.
+
+  Args:
+    rows: trainings that have something in common, full data and random sets among them.
+  """
+  by_rule: dict[str, list[evaluation.RetrainRow]] = {}
+  for row in rows:
+    by_rule.setdefault(row.policy, []).append(row)
+  random = np.array([row.perplexity for row in by_rule[RANDOM]])
+  found = []
+  for name, own in by_rule.items():
+    mean = lambda field, own=own: float(np.mean([getattr(row, field) for row in own]))  # noqa: E731
+    line = {
+      "rule": name,
+      "seeds": len(own),
+      "examples": round(mean("examples")),
+      "steps": round(mean("steps")),
+      "trained tokens": round(mean("trained_tokens")),
+      "perplexity": round(mean("perplexity"), 3),
+      "by example": round(mean("example_perplexity"), 3),
+    }
+    for other in (RANDOM, FULL):
+      line[f"to {other}"] = "" if name == other else _ratio(own, by_rule[other])
+    beaten = int(np.sum(mean("perplexity") < random))
+    line["random sets beaten"] = "" if name == RANDOM else f"{beaten} of {len(random)}"
+    found.append(line)
+  return found
+
+
+def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow]) -> str:
+  logs = (np.log([row.perplexity for row in rows]) for rows in (ours, theirs))
+  found = evaluation.difference_interval(*logs).map(np.exp)
+  return f"{found.mean:.3f}" if np.isnan(found.low) else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> None:
+  """study.md, .csv, .tex, .json and the pictures."""
+  test = bench.parts["test"]
+  counted = test.num_response_tokens > 0
+  tokens = test.num_response_tokens[counted]
+  perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
+  parts = [
+    "# Rules of selection, retrained",
+    f"{len(trainable_rows(bench)):,} training examples of {s.train_data.split('/')[-1]}, {s.model}, layers "
+    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; {counted.sum()} test "
+    f"examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals over seeds.",
+  ]
+  every = []
+  for group in groups:
+    table = comparison(group.rows)
+    every += [{"equal": group.equal} | row for row in table]
+    figure = report.perplexity_plot(evaluation.summarise(group.rows))
+    for kind in ("png", "svg"):
+      run_dir.write_bytes(f"plots/study-{group.equal}.{kind}", report.figure_bytes(figure, kind))
+    parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip()]
+    parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
+  run_dir.write_text("study.md", "\n\n".join(parts) + "\n")
+  run_dir.write_text("study.csv", report.csv_table(every))
+  run_dir.write_text("study.tex", report.latex_table(every))
+  run_dir.write_json("study.json", {"base_perplexity": perplexity, "table": every})
+  log.info("\n%s", "\n\n".join(parts))
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/study", seeds="0,1,2,3,4", fixed_seeds="0,1,2")
+  cli.run(main)
