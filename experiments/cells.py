@@ -26,5 +26,6 @@ class Cells:
       began = time.perf_counter()
       cell = make() | {"name": list(name)}
       artifacts.write_json(file, {"seconds": round(time.perf_counter() - began, 2)} | cell)
-      log.info("%s: %.0f s", ", ".join(map(str, name)), time.perf_counter() - began)
+      shown = ", ".join(word for word in map(str, name) if len(word) < 60)  # the rest are lists and settings
+      log.info("%s: %.0f s", shown, time.perf_counter() - began)
     return artifacts.read_json(file)

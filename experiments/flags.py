@@ -24,6 +24,7 @@ GROUPS = {
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
+  "paper": "all experiments in one command",
   "benchmark": "seconds, memory, compilation",
   "kill_test": "select runs, killed and started again",
 }
@@ -188,6 +189,11 @@ class Settings:
   mislabelled_layers: str = _flag("solvers", "last:1", "layers that are trained and searched for mislabelled examples")
 
   variants: str = _flag("study", "", "rules that are compared, separated by semicolons; empty: all")
+
+  preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
+  alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")
+  only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all")
+  results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
 
   kills: int = _flag("kill_test", 10, "how often a select run is killed")
 

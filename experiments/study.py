@@ -87,16 +87,17 @@ VARIANTS = {
 class Study:
   """One pool of examples, and the rows that each variant chooses of it."""
 
-  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, work: Work):
+  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, run_dir: artifacts.RunDir):
     """Keeps what all variants share.
 
     Args:
       bench: data and model.
       s: the flags that variants change.
       checkpoint: of the training on all examples.
-      work: where the scores of the variant at hand are kept while they are computed.
+      run_dir: where scores are kept, also while they are computed.
     """
-    self.bench, self.settings, self.checkpoint, self._work = bench, s, checkpoint, work
+    self.bench, self.settings, self.checkpoint = bench, s, checkpoint
+    self._cells, self._work = Cells(run_dir), Work(run_dir, s.shard_batches)
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
@@ -112,9 +113,7 @@ class Study:
     params = bench.checkpoint_params(s.checkpoint)
     influence = loss = None
     if policy in coreset.SCORE_POLICIES:
-      scored = score(bench, s, choose(bench, params, s.layers, s.modules), self._work)
-      self._work.remove()
-      influence, loss = scored.influence, scored.loss
+      influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
     more = text_inputs(bench, {policy})
     if policy in coreset.FEATURE_POLICIES:
       more |= sketch_inputs(bench, s, params)
@@ -125,6 +124,17 @@ class Study:
     return coreset.PolicyInputs(
       influence, loss, train.num_tokens, train.num_response_tokens, train.topics, train.ids, **more
     )
+
+  def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
+    """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
+
+    def compute() -> dict:
+      scored = score(bench, s, choose(bench, params, s.layers, s.modules), self._work)
+      self._work.remove()
+      return {"influence": scored.influence.tolist(), "loss": scored.loss.tolist()}
+
+    kept = self._cells.get(compute, "scores", s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)})
+    return np.array(kept["influence"]), np.array(kept["loss"])
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -184,7 +194,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `experiments.finetune` makes it.
   checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir}-full"), bench)
-  cells, study = Cells(run_dir), Study(bench, s, checkpoint, Work(run_dir, s.shard_batches))
+  cells, study = Cells(run_dir), Study(bench, s, checkpoint, run_dir)
   chosen = candidates(study, s, cells)
   judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]

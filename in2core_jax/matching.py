@@ -11,10 +11,16 @@ import numpy as np
 from in2core_jax.errors import UserError
 
 _GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix is cheaper than its columns one by one
+_MOST_PRODUCTS = 2000  # of all features with one vector, where there is no Gram matrix: each reads all of them
 
 
 def greedy_matching(
-  features: np.ndarray, targets: np.ndarray, count: int, topics: Sequence[str] | None = None, rows=None
+  features: np.ndarray,
+  targets: np.ndarray,
+  count: int,
+  topics: Sequence[str] | None = None,
+  rows: np.ndarray | None = None,
+  block: int | None = None,
 ) -> np.ndarray:
   """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
 
@@ -28,6 +34,8 @@ def greedy_matching(
     count: number of rows to take.
     topics: N names; then each step is held to the topic (or tied topics) most behind its share, as in `topic_quota`.
     rows: the pool, row numbers in order of preference among ties; all rows when None.
+    block: rows that a target takes between two updates of f_j.s; 1 is the rule above. When None: 1 for a pool whose
+      Gram matrix fits, else so many that the features are read 2,000 times in all, not once a row.
 
   Returns:
     int [count], row numbers of `features` in order of choice.
@@ -37,8 +45,10 @@ def greedy_matching(
   twin = _first_copies(features, rows)  # exact copies share their numbers, so that their tie is exact
   norm, towards = _norms_and_products(features, targets)
   norm, towards = norm[twin], towards[twin].T
-  column_fn = _column_fn(features, count)
-  overlap = np.zeros_like(towards)
+  small = len(features) ** 2 * 8 <= _GRAM_BYTES
+  products_fn = _products_fn(features, hold=small and count * 8 >= len(features))
+  block = block or (1 if small else -(-count // _MOST_PRODUCTS))
+  overlap, waiting = np.zeros_like(towards), [[] for _ in targets]
   free = np.ones(len(rows), bool)
   shares = None if topics is None else _Shares(np.asarray(topics, dtype=np.str_)[rows])
   chosen = np.empty(count, np.int64)
@@ -47,7 +57,10 @@ def greedy_matching(
     distance = 2 * overlap[turn] + norm - 2 * size * towards[turn]
     best = int(np.argmin(np.where(free if shares is None else free & shares.allowed(), distance, np.inf)))
     chosen[step], free[best] = rows[best], False
-    overlap[turn] += column_fn(twin[best])[twin]
+    waiting[turn].append(twin[best])
+    if len(waiting[turn]) == block:
+      overlap[turn] += products_fn(waiting[turn])[twin]
+      waiting[turn] = []
     if shares is not None:
       shares.take(best)
   return chosen
@@ -89,16 +102,16 @@ def _norms_and_products(features: np.ndarray, targets: np.ndarray) -> tuple[np.n
   return norm, products
 
 
-def _column_fn(features: np.ndarray, count: int) -> Callable[[int], np.ndarray]:
-  """row -> that column of F F^T, f64 [N]; from one matrix product when it fits and enough columns are wanted."""
+def _products_fn(features: np.ndarray, hold: bool) -> Callable[[list[int]], np.ndarray]:
+  """Some rows -> the sum of those columns of F F^T, f64 [N]; `hold`: from the whole F F^T, made once."""
   size, width = features.shape
-  if size * size * 8 > _GRAM_BYTES or count * 8 < size:
-    return lambda row: (features @ features[row]).astype(np.float64)
+  if not hold:
+    return lambda rows: (features @ features[rows].sum(axis=0)).astype(np.float64)
   gram = np.zeros((size, size))
   for start in range(0, width, 4096):
     block = features[:, start : start + 4096].astype(np.float64)
     gram += block @ block.T
-  return lambda row: gram[row]
+  return lambda rows: gram[rows].sum(axis=0)
 
 
 def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

@@ -371,3 +371,17 @@ def test_warning_of_copies():
   inputs = make_inputs(40, ids=["same"] * 3 + [f"id{i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
   assert found == ["2 of the 40 selected examples repeat an example id: remove copies from the data."]
+
+
+def test_matching_in_blocks_comes_nearly_as_close():
+  rng = np.random.default_rng(3)
+  features, target = rng.normal(size=(400, 30)) + 0.3, rng.normal(size=30) * 0.3
+  distance = lambda rows: np.linalg.norm(features[rows].mean(axis=0) - target)  # noqa: E731
+  exact = distance(matching.greedy_matching(features, target, 100))
+  blocks = matching.greedy_matching(features, target, 100, block=10)
+  random = np.mean([distance(rng.permutation(400)[:100]) for _ in range(20)])
+  assert len(set(blocks.tolist())) == 100
+  assert distance(blocks) < 1.1 * exact < 0.6 * random
+  # One row a target between two updates is the rule itself, also without the Gram matrix.
+  by_one = matching.greedy_matching(features.astype(np.float32), target, 10)
+  assert by_one.tolist() == matching.greedy_matching(features, target, 10).tolist()
