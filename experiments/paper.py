@@ -41,7 +41,7 @@ class Step:
     table: name of its files without ending; the .md marks it as finished.
     flagfile: in experiments/flags/.
     about: what it shows, in a line.
-    changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca.
+    changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.
   """
 
   name: str
@@ -58,6 +58,15 @@ class Step:
 
 
 STEPS = (
+  Step("scores", "select", "report", "sweep.flags", "scores of the training examples, who is kept"),
+  Step(
+    "sweep",
+    "evaluate",
+    "evaluation",
+    "sweep.flags",
+    "how much data is enough, by policy, at equal steps and at equal epochs",
+    ("--select_runs={runs}/scores",),
+  ),
   Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus"),
   Step(
     "study-alpaca",
@@ -99,11 +108,12 @@ def steps_of(s: Settings) -> list[Step]:
 def command(step: Step, s: Settings) -> list[str]:
   """The step's command line; what is given here (where, how fast, the model) wins over its flagfile."""
   full = [f"--flagfile={_FLAGS / 'paper-full.flags'}"] if s.preset == "full" else []
-  changes = [change.format(alpaca=os.path.abspath(s.alpaca)) for change in step.changes]
+  runs = pathlib.Path(s.run_dir).absolute()
+  changes = [change.format(alpaca=os.path.abspath(s.alpaca), runs=runs) for change in step.changes]
   given = [f"--{name}={getattr(s, name)}" for name in ("mesh", "dtype") if getattr(s, name) != getattr(Settings, name)]
   return [
     *(sys.executable, "-P", "-m", f"experiments.{step.module}", f"--flagfile={_FLAGS / step.flagfile}"),
-    *(*full, *changes, *given, f"--run_dir={pathlib.Path(s.run_dir).absolute() / step.name}"),
+    *(*full, *changes, *given, f"--run_dir={runs / step.name}"),
   ]
 
 
@@ -152,7 +162,7 @@ def publish(step: Step, s: Settings, folder: pathlib.Path, note: dict) -> None:
   """Copies tables and pictures, the Markdown with the command, machine, date and commit at its end."""
   target = pathlib.Path(s.results_dir) / s.preset / step.name
   shown = " ".join(["python -m", f"experiments.{step.module}", f"--flagfile=experiments/flags/{step.flagfile}"])
-  shown += "".join(f" {change.format(alpaca='ALPACA.json')}" for change in step.changes)
+  shown += "".join(f" {change.format(alpaca='ALPACA.json', runs='runs/paper')}" for change in step.changes)
   text = (folder / f"{step.table}.md").read_text(encoding="utf-8")
   text = re.sub(r"\]\((plots/[\w.-]+)\.png\)", r"](\1.svg)", text)
   facts = f"`{shown}`, {machine()}, {note['date']}, commit {note['commit']}, {note['seconds']:,.0f} seconds."

@@ -199,6 +199,20 @@ def test_data_fields(tmp_path):
     load_records("chatterbot", fields)
 
 
+def test_joined_sources_are_one_pool(tmp_path):
+  path = tmp_path / "a+b.jsonl"  # a + that no source follows belongs to the name
+  path.write_text('{"prompt": "p", "response": "r", "topic": "mine"}\n')
+  food, own = load_records("chatterbot:food"), load_records(f"jsonl:{path}")
+  for spec in (f"chatterbot:food+jsonl:{path}", f"jsonl:{path}+chatterbot:food"):
+    joined = load_records(spec)
+    assert sorted(r.example_id for r in joined) == sorted(r.example_id for r in food + own)
+    assert {r.topic for r in joined} == {"food", "mine"}
+  twice = load_records(f"jsonl:{path}+jsonl:{path}")
+  assert len({r.example_id for r in twice}) == 2  # ids stay unique
+  with pytest.raises(UserError, match="jsonl: *'"):
+    load_records("chatterbot:food+jsonl:")
+
+
 OK = '{"prompt": "p", "response": "r"}\n'
 MISTAKES = [
   (OK + '{"prompt": "p", "respo\n', r"d.jsonl:2: broken JSON .*Unterminated string"),

@@ -1,0 +1,200 @@
+"""Tables of many trainings: the fraction sweep of evaluate, the study of selection rules, and all of them in one command."""
+
+import csv
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
+
+from experiments import evaluate, paper, select, study, workbench
+from experiments.retraining import Judge
+from in2core_jax.errors import UserError
+
+
+class Workbench(OneDevice, workbench.Workbench):
+  """On one of the simulated devices."""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  return run_settings(tmp_path_factory.mktemp("sweep"), solver="identity", sketch_size=4, epochs=1.0, train_limit=32)
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+def table_of(folder, name):
+  with (pathlib.Path(folder) / name).open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def no_training(monkeypatch):
+  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+
+
+# ---- evaluate --fractions ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(settings, bench, tmp_path_factory):
+  """(flags, run folder) of a finished sweep."""
+  folder = tmp_path_factory.mktemp("runs")
+  selected = select.run(settings.replace(run_dir=str(folder / "select")), bench)
+  chosen = settings.replace(
+    run_dir=str(folder / "sweep"),
+    select_runs=selected,
+    fractions="0.5,0.25,1",
+    equal="steps,epochs,tokens",
+    policies="full,random,bm25,embedding",
+  )
+  return chosen, evaluate.run(chosen, bench)
+
+
+def test_a_sweep_has_every_policy_at_every_budget(sweep):
+  _, folder = sweep
+  rows = table_of(folder, "evaluation.csv")
+  assert {(row["equal"], row["fraction"]) for row in rows} == {
+    (equal, fraction) for equal in ("steps", "epochs", "tokens") for fraction in ("0.25", "0.5")
+  }
+  for row in rows:
+    assert row["policy"] in ("full", "random", "bm25", "embedding", "proponents")
+    size = 32 if row["policy"] == "full" else 32 * float(row["fraction"])
+    assert int(row["examples"]) == size
+    if row["equal"] == "steps":
+      assert int(row["steps"]) == 4
+    if row["equal"] == "epochs":
+      assert int(row["steps"]) == max(1, round(4 * size / 32))
+  assert sum(row["policy"] == "random" and row["seeds"] == "2" for row in rows) == 6
+  page = (pathlib.Path(folder) / "evaluation.md").read_text()
+  assert "## Equal epochs, 0.25 of the examples" in page and "](plots/sweep-tokens.png)" in page
+
+
+def test_equal_tokens_are_equal_within_a_step(sweep, bench):
+  _, folder = sweep
+  responses = bench.parts["train"].num_response_tokens
+  full = 4 * 8 * responses.mean()
+  for row in table_of(folder, "evaluation.csv"):
+    if row["equal"] == "tokens":
+      per_step = 8 * int(row["response_tokens"]) / int(row["examples"])
+      assert abs(int(row["steps"]) * per_step - full) <= per_step / 2 + 8  # a random row is a mean of two sets
+
+
+def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
+  chosen, folder = sweep
+  files = list((pathlib.Path(folder) / "trainings").iterdir())
+  kept = {json.loads(path.read_text())["policy"] for path in files}
+  assert kept == {"full", "random", "bm25", "embedding", "proponents"}
+  # Full data once, whatever is equal; of the others one for each number of steps.
+  assert sum(json.loads(path.read_text())["policy"] == "full" for path in files) == 1
+  no_training(monkeypatch)
+  evaluate.run(chosen, bench)
+
+
+def test_similar_texts_are_chosen(sweep, bench):
+  _, folder = sweep
+  inputs = select.text_inputs(bench, {"bm25", "embedding"})
+  ids = np.array(bench.parts["train"].ids)
+  for name in ("bm25", "embedding"):
+    kept = {json.loads(line)["messages"][0]["content"] for line in coreset_lines(folder, f"{name}-0.25-0")}
+    best = np.argsort(-inputs[name], kind="stable")[:8]
+    assert len(kept) <= 8 and set(ids[best]) <= set(ids)
+    assert kept == {bench.parts["train"].records[row].messages[0]["content"] for row in best}
+
+
+def coreset_lines(folder, name):
+  return (pathlib.Path(folder) / "coresets" / f"{name}.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list of different shares"),
+    ({"fractions": "half"}, "--fractions=half is not a list"),
+    ({"fractions": "0.5", "num_examples": 3}, "--fractions with --num_examples"),
+    ({"equal": "cost"}, "--equal=cost: use one or several of steps, epochs, tokens"),
+    ({"fractions": "0.5", "policies": "proponents"}, "proponents needs the scores of a select run"),
+  ],
+)
+def test_sweeps_that_cannot_be_are_refused(settings, bench, tmp_path, changes, words):
+  with pytest.raises(UserError, match=words):
+    evaluate.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_topics(settings, bench):
+  topics = set(bench.parts["eval"].topics) & set(bench.parts["test"].topics)
+  topic = sorted(topics)[0]
+  some = Workbench(settings.replace(eval_topics=topic, eval_limit=0, test_limit=0))
+  some.__dict__["_loaded"] = bench._loaded
+  assert set(some.parts["eval"].topics) == set(some.parts["test"].topics) == {topic}
+  assert some.parts["train"].ids == bench.parts["train"].ids
+  with pytest.raises(UserError, match="the eval set has nothing of 'cars'; its topics: "):
+    _ = Workbench(settings.replace(eval_topics=f"{topic},cars")).parts
+
+
+# ---- study ---------------------------------------------------------------------------
+
+
+def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_path, monkeypatch):
+  names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 16 queries"
+  chosen = settings.replace(run_dir=str(tmp_path / "study"), variants=names, eval_limit=10)
+  folder = study.run(chosen, bench)
+  rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
+  assert list(rows) == ["full", "random", *[name.strip() for name in names.split(";")]]
+  assert all(int(row["examples"]) == (32 if name == "full" else 16) for name, row in rows.items())
+  for row in rows.values():
+    assert 1 < float(row["perplexity"])
+  ratio = float(rows["matching"]["perplexity"]) / float(rows["full"]["perplexity"])
+  assert float(rows["matching"]["to full"]) == pytest.approx(ratio, abs=1e-3)
+  # Ten evaluation examples are fewer than 16, so the same are chosen, and the same training is not done again.
+  assert rows["matching"]["perplexity"] == rows["matching, 16 queries"]["perplexity"]
+  assert "## Equal steps" in (tmp_path / "study" / "study.md").read_text()
+  no_training(monkeypatch)
+  study.run(chosen, bench)
+  study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
+  with pytest.raises(UserError, match="unknown 'best'"):
+    study.run(chosen.replace(variants="best"), bench)
+
+
+def test_unit_gradients_have_length_1():
+  vectors = np.array([[3.0, 4.0], [0.0, 0.0], [0.1, 0.0]])
+  np.testing.assert_allclose(study._unit(vectors), [[0.6, 0.8], [0, 0], [1, 0]])
+
+
+# ---- paper ---------------------------------------------------------------------------
+
+
+def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
+  flagfile = tmp_path / "tiny.flags"
+  flagfile.write_text("\n".join(settings.as_flags()))
+  steps = (
+    paper.Step("first", "study", "study", str(flagfile), "a study", ("--variants=matching",)),
+    paper.Step("broken", "study", "study", str(flagfile), "a mistake", ("--variants=best",)),
+  )
+  monkeypatch.setattr(paper, "STEPS", steps)
+  s = settings.replace(run_dir=str(tmp_path / "paper"), results_dir=str(tmp_path / "results"))
+  assert paper.run(s) == 1  # the second step fails, the first is there
+  page = (tmp_path / "results" / "quick" / "first" / "study.md").read_text()
+  assert "python -m experiments.study --flagfile=" in page and "cores of" in page and "plots/study-steps.svg" in page
+  assert (tmp_path / "results" / "quick" / "first" / "plots" / "study-steps.svg").exists()
+  assert table_of(tmp_path / "results" / "quick" / "first", "study.csv")[0]["rule"] == "full"
+  index = (tmp_path / "results" / "quick" / "README.md").read_text()
+  assert "first/study.md" in index and "broken" not in index
+  seconds = json.loads((tmp_path / "paper" / "first.json").read_text())["seconds"]
+  monkeypatch.setattr(paper, "STEPS", steps[:1])
+  assert paper.run(s) == 0
+  assert json.loads((tmp_path / "paper" / "first.json").read_text())["seconds"] == seconds  # not run again
+
+
+def test_paper_knows_its_steps(settings):
+  assert [step.name for step in paper.steps_of(settings)] == [s.name for s in paper.STEPS if not s.needs_alpaca]
+  with pytest.raises(UserError, match="there is no 'x'"):
+    paper.steps_of(settings.replace(only="x"))
+  with pytest.raises(UserError, match="needs --alpaca"):
+    paper.steps_of(settings.replace(only="study-alpaca"))
+  for step in paper.STEPS:
+    assert (paper._FLAGS / step.flagfile).exists(), step.name
