@@ -1,4 +1,4 @@
-"""Tables of many trainings: the fraction sweep of evaluate, the study of selection rules, all of them in one command."""
+"""Tables of many trainings: the sweep of evaluate, the study of selection rules, all of them in one command."""
 
 import csv
 import json
