@@ -72,7 +72,7 @@ def solver_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list[Ph
   sizes, held = price.sizes, memory.num_vectors(inverse, s.acceleration != "none")
   if inverse.solver == "datainf":
     rows = price.by_row("train")
-    phase = price.mapped_pass("datainf", rows, 0.0, held, whole_batch=True)
+    phase = price.mapped_pass("datainf", rows, 0.0, held)
     return [dataclasses.replace(phase, flops=costs.datainf_flops(sizes, inverse, rows, price.cached))]
   curvature = solving.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax import algebra, passes
+from in2core_jax import algebra, gradients, passes
 from in2core_jax.algebra import Tree
 from in2core_jax.errors import UserError
 from in2core_jax.operators import Matvec, SolveResult, check_damping, safe_ratio
@@ -56,11 +56,21 @@ class ExampleGradients:
     function: function(context, batch) -> (gradients, leaves [B, ...]; valid [B], 0 on padding rows); pure.
     batches: gives a fresh iterator over all examples' batches each time it is called.
     context: pytree handed through: parameters.
+    separate: batch -> the same with a leading example axis on every leaf, so that it can be cut.
+    microbatch: gradients that exist at the same time; None: those of a batch. A part of it is filled up with zeros, on
+      which `function` must give `valid` 0.
   """
 
   function: Callable[[Tree, Tree], tuple[Tree, jax.Array]]
   batches: Callable[[], Iterable[Tree]]
   context: Tree = ()
+  separate: Callable[[Tree], Tree] = lambda batch: batch
+  microbatch: int | None = None
+
+  @property
+  def kernel(self) -> tuple[Callable, Callable, int | None]:
+    """What steers compilation."""
+    return self.function, self.separate, self.microbatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,18 +197,24 @@ def datainf_finish(state, v: Tree, damping: list[jax.Array], blocks: Blocks) -> 
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _pass(function, blocks, context, state, v, damping, batch):
-  return datainf_accumulate(state, v, *function(context, batch), damping, blocks)
+def _pass(kernel, blocks, context, state, v, damping, batch):
+  function, separate, microbatch = kernel
+  step = lambda state, part: datainf_accumulate(state, v, *function(context, part), damping, blocks)  # noqa: E731
+  return gradients.fold_examples(step, state, separate(batch), microbatch)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _norm_pass(function, blocks, context, carry, batch):
-  sums, count = carry
-  grads, valid = function(context, batch)
-  norms = squared_norms(grads, valid, blocks)
-  return [s + jnp.sum(n, axis=0) for s, n in zip(sums, norms, strict=True)], count + jnp.sum(valid > 0).astype(
-    count.dtype
-  )
+def _norm_pass(kernel, blocks, context, carry, batch):
+  function, separate, microbatch = kernel
+
+  def step(carry, part):
+    sums, count = carry
+    grads, valid = function(context, part)
+    norms = squared_norms(grads, valid, blocks)
+    sums = [total + jnp.sum(norm, axis=0) for total, norm in zip(sums, norms, strict=True)]
+    return sums, count + jnp.sum(valid > 0).astype(count.dtype)
+
+  return gradients.fold_examples(step, carry, separate(batch), microbatch)
 
 
 _finish = partial(jax.jit, static_argnums=(3,))(datainf_finish)
@@ -230,7 +246,7 @@ def block_damping(v: Tree, source: ExampleGradients, settings: DataInfSettings, 
   if settings.damping is not None:
     return [jnp.full(leaf.shape[1:2], settings.damping, leaf.dtype) for leaf in rows]
   carry = ([jnp.zeros(leaf.shape[1:2], leaf.dtype) for leaf in rows], jnp.zeros((), rows[0].dtype))
-  add = lambda carry, batch: _norm_pass(source.function, blocks, source.context, carry, batch)  # noqa: E731
+  add = lambda carry, batch: _norm_pass(source.kernel, blocks, source.context, carry, batch)  # noqa: E731
   carry = passes.total(source.batches, "norms", add, carry)
   count = _require_examples(carry[1])
   sizes = _join([np.float64(leaf.shape[2]) for leaf in rows], blocks)
@@ -280,7 +296,7 @@ def datainf(v: Tree, source: ExampleGradients, settings: DataInfSettings, matvec
 
   def add(found, batch):
     state, steps = found
-    return _pass(source.function, blocks, source.context, state, v, damping, batch), steps + 1
+    return _pass(source.kernel, blocks, source.context, state, v, damping, batch), steps + 1
 
   state, steps = passes.total(source.batches, "sums", add, (datainf_start(v, blocks), jnp.zeros((), jnp.int32)))
   count = _require_examples(state[1])

@@ -208,5 +208,27 @@ def map_examples(fn: Callable[[Tree], Tree], batch: Tree, microbatch: int | None
   return jax.tree.map(lambda leaf: leaf[:size], out)
 
 
+def fold_examples(step: Callable[[Tree, Tree], Tree], start: Tree, batch: Tree, microbatch: int | None) -> Tree:
+  """step(... step(step(start, part), part) ..., part) over parts of `microbatch` examples, one after the other.
+
+  Args:
+    step: (state, part of the batch) -> state; rows whose `valid` is 0 must add nothing.
+    start: the first state, a pytree of arrays.
+    batch: leaves with a leading example axis.
+    microbatch: examples of a part; None: all of them. A part takes every (B / microbatch)-th example, as in
+      `map_examples`; a batch of another size is filled up with zeros.
+  """
+  size = jax.tree.leaves(batch)[0].shape[0]
+  if microbatch is None or microbatch >= size:
+    return step(start, batch)
+  count = -(-size // microbatch)
+
+  def cut(leaf):
+    short = jnp.zeros((count * microbatch - size, *leaf.shape[1:]), leaf.dtype)
+    return jnp.swapaxes(jnp.concatenate([leaf, short]).reshape(microbatch, count, *leaf.shape[1:]), 0, 1)
+
+  return jax.lax.scan(lambda state, part: (step(state, part), None), start, jax.tree.map(cut, batch))[0]
+
+
 def _example_gradient(objective, sub, frozen, one):
   return jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, one)))(sub)

@@ -106,7 +106,7 @@ class Problem:
     # The solvers compile by the identity of these functions, so they are made once.
     self._products = {kind: self._product_fn(kind) for kind in gradients.CURVATURE_PRODUCTS}
     self._example_gradients = lambda context, batch: (
-      gradients.per_example_gradients(objective, *context, batch, microbatch=microbatch),
+      gradients.per_example_gradients(objective, *context, batch),
       batch.valid,
     )
 
@@ -205,7 +205,8 @@ class Problem:
 
   def example_gradients(self, batches) -> ihvp.ExampleGradients:
     """Per-example gradients as DataInf takes them."""
-    return ihvp.ExampleGradients(self._example_gradients, batches, (self.sub, self.frozen))
+    context = self.sub, self.frozen
+    return ihvp.ExampleGradients(self._example_gradients, batches, context, self.objective.separate, self.microbatch)
 
 
 def solve(

@@ -721,6 +721,23 @@ def test_datainf_equals_its_dense_definition(x64, granularity, damping):
   assert result.steps == 3 and result.info["examples"] == 7 and not result.info["residual_measured"]
 
 
+@pytest.mark.parametrize("microbatch", [1, 3, 7, 8])
+def test_datainf_does_not_depend_on_the_microbatch(x64, microbatch):
+  g, v = layered(7, 1), layered(3, 2)
+  seen = []
+
+  def function(context, part):
+    seen.append(part[1].shape[0])
+    return part
+
+  batches = lambda: iter([(g, jnp.ones(7))])  # noqa: E731
+  settings = ihvp.DataInfSettings(damping_ratio=0.1)
+  whole = ihvp.datainf(v, ihvp.ExampleGradients(lambda context, batch: batch, batches), settings)
+  found = ihvp.datainf(v, ihvp.ExampleGradients(function, batches, microbatch=microbatch), settings)
+  np.testing.assert_allclose(algebra.ravel(found.solution), algebra.ravel(whole.solution), rtol=1e-12)
+  assert found.info["examples"] == 7 and max(seen) == min(microbatch, 7)
+
+
 def test_datainf_residual_uses_each_blocks_damping(x64):
   g, v = layered(7, 1), layered(3, 2)
   rows = algebra.ravel(g)
