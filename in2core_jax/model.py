@@ -21,9 +21,9 @@ from in2core_jax.errors import UserError
 from in2core_jax.gradients import Objective
 from in2core_jax.model_config import ModelConfig, causal_mask, rotary_tables
 
-# Positions whose [*, V] logits exist at the same time, and how many logits these may be: 512 x 49152 x 4 bytes = 100 MB,
-# of a vocabulary of 262144 in 96 positions. Under `vmap` this holds for each mapped element, so there the microbatch
-# bounds the memory: microbatch x min(R, head_chunk(V)) x V.
+# Positions whose [*, V] logits exist at the same time, and how many logits these may be: 512 x 49152 x 4 bytes are
+# 100 MB; a vocabulary of 262144 gets 96 positions. Under `vmap` this holds for each mapped element, so there the
+# microbatch bounds the memory: microbatch x min(R, head_chunk(V)) x V.
 HEAD_CHUNK = 512
 HEAD_LOGITS = 512 * 49152
 

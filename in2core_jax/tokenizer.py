@@ -14,11 +14,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from in2core_jax.errors import UserError
 from in2core_jax.gguf_file import Place, read_gguf
 
-# tokenizer.ggml.token_type: control and user-defined tokens are never made by merging, but matched in the text as a whole.
+# tokenizer.ggml.token_type: control and user-defined tokens are never made by merging, but matched in the text as they
+# are.
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 
-# Gemma 3's own turn format, for files of its vocabulary that carry no template (those of pre-trained models): the system
-# message is folded into the first user turn.
+# Gemma 3's own turn format, for files of its vocabulary that carry no template (those of pre-trained models): the
+# system message is folded into the first user turn.
 GEMMA_TEMPLATE = (
   "{{ bos_token }}"
   "{% if messages[0].role == 'system' %}"

@@ -68,7 +68,7 @@ HF_NAMES = {
   "layers/attention/q_norm/scale": "model.layers.{i}.self_attn.q_norm.weight",
   "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
 }
-# With norms behind attention and MLP, the name that is Llama's for the norm before the MLP means the one after attention.
+# With norms behind attention and MLP, Llama's name for the norm before the MLP means the one behind attention.
 HF_POST_NORM_NAMES = HF_NAMES | {
   "layers/attention_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
   "layers/mlp_norm/scale": "model.layers.{i}.pre_feedforward_layernorm.weight",

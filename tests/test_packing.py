@@ -52,10 +52,10 @@ def test_best_fit_finds_the_perfect_packing():
   assert packing.best_fit([3, 7, 5, 5, 8, 2], 10) == [[4, 5], [1, 0], [2, 3]]
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_packed_examples_see_only_themselves(x64, window, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, tiny.GEMMA3], ids=["plain", "window", "gemma 3"])
+def test_packed_examples_see_only_themselves(x64, changes, monkeypatch):
   monkeypatch.setattr(model, "SHORTEST_RUN", 2)  # rows of nine in three runs of queries
-  config = tiny.make_config(sliding_window=window)
+  config = tiny.make_config(**changes)
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.make_params(config))
   tokens = [np.random.default_rng(i).integers(0, config.vocab_size, n) for i, n in enumerate([5, 3, 8, 1, 6])]
   plan = [(9, 3, [[2, 3], [0, 1], [4]])]
