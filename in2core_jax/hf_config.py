@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from in2core_jax.errors import UserError
-from in2core_jax.model import ModelConfig
+from in2core_jax.model_config import ModelConfig
 
 # What a config.json of that type means when the key is absent (transformers' own defaults), as far as we read it.
 DEFAULTS: dict[str, dict[str, Any]] = {

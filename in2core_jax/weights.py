@@ -23,7 +23,7 @@ from in2core_jax import assets, hf_config, model
 from in2core_jax import tokenizer as tokenizer_lib
 from in2core_jax.errors import UserError
 from in2core_jax.gguf_file import GgufFile, Place, parts_of, read_gguf
-from in2core_jax.model import ModelConfig
+from in2core_jax.model_config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"

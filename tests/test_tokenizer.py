@@ -102,7 +102,7 @@ def test_a_gemma_vocabulary_without_template_gets_gemmas(pieces):
   assert pieces.apply_chat_template(turns[:3], tokenize=False) == expected
   question = "<start_of_turn>user\nuser<end_of_turn>\n<start_of_turn>model\n"
   assert pieces.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected + question
-  for wrong in (turns[2:], turns[1:2] * 2, [turns[1], turns[0]]):
+  for wrong in (turns[2:], turns[1:2] * 2):
     with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
       pieces.apply_chat_template(wrong, tokenize=False)
 

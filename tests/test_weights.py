@@ -495,6 +495,7 @@ def test_assets_are_what_the_manifest_says():
   corpus = assets.asset_path("chatterbot-english")
   assert len(list(corpus.glob("*.yml"))) == len(manifest["chatterbot-english"]["files"]) == 21
   assert assets.asset_path("smollm2-135m-instruct-q4_1").stat().st_size > 90_000_000
+  assert sum(part.stat().st_size for part in assets.asset_parts("gemma-3-270m-q4_k_m")) == 253_113_024
   with pytest.raises(
     UserError, match="'smollm3' is not in manifest.json; known: chatterbot-english, gemma-3-270m-q4_k_m, smollm2"
   ):
@@ -513,7 +514,9 @@ def small_asset(tmp_path, monkeypatch):
     files[name] = {"bytes": 13, "sha256": hashlib.sha256(f"text of {name}".encode()).hexdigest()}
   asset = {"kind": "directory", "package": data.parent.name, "path": "data", "files": files}
   absent = asset | {"package": "in2core_asset_that_is_not_there"}
-  (tmp_path / "manifest.json").write_text(json.dumps({"assets": {"small": asset, "absent": absent}}))
+  whole = {"kind": "parts", "files": {f"{data.parent.name}/data/{name}": files[name] for name in ("b.yml", "a.yml")}}
+  entries = {"small": asset, "absent": absent, "whole": whole}
+  (tmp_path / "manifest.json").write_text(json.dumps({"assets": entries}))
   monkeypatch.setattr(assets, "MANIFEST", tmp_path / "manifest.json")
   monkeypatch.syspath_prepend(tmp_path)
   return data
@@ -533,12 +536,36 @@ def test_altered_assets_are_refused(small_asset):
     assets.asset_path("small")
 
 
+def test_parts_come_in_the_order_of_the_manifest_and_checked(small_asset):
+  assert assets.asset_parts("whole") == (small_asset / "b.yml", small_asset / "a.yml")
+  with pytest.raises(UserError, match="comes in parts"):
+    assets.asset_path("whole")
+  (small_asset / "a.yml").write_text("text of z.yml")
+  os.utime(small_asset / "a.yml", ns=(2, 2))
+  with pytest.raises(UserError, match=r"'whole': .*a\.yml has sha256 .* altered"):
+    assets.asset_parts("whole")
+  with pytest.raises(UserError, match="'lost' is not in manifest"):
+    assets.asset_parts("lost")
+
+
 def test_unlisted_and_absent_assets_are_refused(small_asset):
   (small_asset / "c.yml").write_text("not ours")
   with pytest.raises(UserError, match=r"does not list: c\.yml"):
     assets.asset_path("small")
   with pytest.raises(UserError, match=r"not installed: run \./run\.sh setup"):
     assets.asset_path("absent")
+
+
+@pytest.mark.real
+def test_embedded_gemma3():
+  config, params, tokenizer, digest = weights.load_model("gemma3", "bfloat16")
+  assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (18, 640, 4, 1)
+  assert (config.head_dim, config.intermediate_size, config.vocab_size) == (256, 2048, 262144)
+  assert (config.rope_theta, config.local_rope_theta, config.sliding_window, config.global_every) == (1e6, 1e4, 512, 6)
+  assert (config.rms_eps, config.query_scalar, config.tie_embeddings) == (1e-6, 256.0, True)
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 268_098_176
+  assert digest in json.loads(assets.MANIFEST.read_text())["assets"]["gemma-3-270m-q4_k_m"]["origin"]
+  assert (config, len(tokenizer)) == (weights.describe_model("gemma3")[0], 262144)
 
 
 @pytest.mark.real
