@@ -89,7 +89,7 @@ class Settings:
   max_shapes: int = _flag("data", 4, "batch shapes to compile at most")
   loss_reduction: str = _flag("data", "mean", "loss of an example over its response tokens", ("mean", "sum"))
 
-  model: str = _flag("model", "smollm2", "smollm2 | hf:DIR | gguf:FILE | random:CONFIG.json")
+  model: str = _flag("model", "smollm2", "smollm2 | gemma3 | hf:DIR | gguf:FILE | random:CONFIG.json")
   dtype: str = _flag("model", "float32", "of the weights; reductions are float32 at least", ("float32", "bfloat16"))
 
   trainable: str = _flag("finetune", "full", "full weights or LoRA factors", ("full", "lora"))

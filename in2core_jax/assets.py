@@ -31,11 +31,35 @@ def asset_path(name: str) -> pathlib.Path:
   if name not in assets:
     raise UserError(f"asset {name!r} is not in {MANIFEST.name}; known: {', '.join(sorted(assets))}")
   asset = assets[name]
+  if asset["kind"] == "parts":
+    raise UserError(f"asset {name!r} comes in parts: read it with asset_parts")
   root = _package_dir(asset["package"], name) / asset["path"]
   _refuse_unlisted(root, asset["files"], name)
   for relative, expected in asset["files"].items():
     _check_file(root / relative if asset["kind"] == "directory" else root, expected, name)
   return root
+
+
+def asset_parts(name: str) -> tuple[pathlib.Path, ...]:
+  """Paths of an embedded file that comes in parts, in order, after checking each; the file is all of them in a row.
+
+  Args:
+    name: an asset of kind "parts" of the manifest, whose files are paths below the folder of installed packages, or
+      of kind "file", which is one part.
+
+  Raises:
+    UserError: as `asset_path`.
+  """
+  asset = _manifest()["assets"].get(name, {})
+  if asset.get("kind") != "parts":
+    return (asset_path(name),)
+  paths = []
+  for relative, expected in asset["files"].items():
+    package, _, inside = relative.partition("/")
+    path = _package_dir(package, name) / inside
+    _check_file(path, expected, name)
+    paths.append(path)
+  return tuple(paths)
 
 
 def _manifest() -> dict:

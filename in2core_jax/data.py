@@ -168,10 +168,12 @@ class _Renderer:
       alone, together = self._apply(empty, False), self._apply((*empty, *probe), False)
     except jinja2.TemplateError:
       return
-    if not alone or not together.startswith(alone):
+    bos = getattr(self.tokenizer, "bos_token", None) or ""
+    # Where a system message renders as nothing by itself it is ignored, or folded into the first user turn (Gemma),
+    # which an empty one would still change.
+    if not alone.removeprefix(bos) or not together.startswith(alone):
       return
     self.system, self.strip = empty, alone
-    bos = getattr(self.tokenizer, "bos_token", None) or ""
     # Some templates write a beginning-of-sequence token before the system message: that one has to stay.
     if bos and alone.startswith(bos) and not together[len(alone) :].startswith(bos):
       self.prepend = bos

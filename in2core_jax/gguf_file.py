@@ -19,6 +19,9 @@ from in2core_jax.errors import UserError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
+# A file, or the parts that it was cut into, in order.
+Place = str | pathlib.Path | tuple[pathlib.Path, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
@@ -34,7 +37,7 @@ class GgufFile:
   """The header of a GGUF file, and access to its tensors.
 
   Attributes:
-    path: the file.
+    path: the file, or its first part.
     metadata: key -> value; arrays are lists.
     tensors: name -> where it lies.
   """
@@ -68,18 +71,29 @@ class GgufFile:
       ) from None
 
 
-def read_gguf(path: str | pathlib.Path) -> GgufFile:
+def parts_of(place: Place) -> tuple[pathlib.Path, ...]:
+  """The parts of a file; a file in one piece is its only part."""
+  return place if isinstance(place, tuple) else (pathlib.Path(place),)
+
+
+def read_gguf(place: Place) -> GgufFile:
   """Reads the header of a GGUF file; tensors are memory-mapped and read on demand.
+
+  Args:
+    place: the file; one that comes in parts is held in memory as a whole.
 
   Raises:
     UserError: no such file, not a GGUF file, an unsupported version, or a header that is cut off.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"{path}: no such GGUF file; give the path of a .gguf file")
-  if path.stat().st_size < 24:
-    raise UserError(f"{path}: {path.stat().st_size} bytes are too few for a GGUF file; fetch it again")
-  data = np.memmap(path, np.uint8, mode="r")
+  parts = parts_of(place)
+  for part in parts:
+    if not part.is_file():
+      raise UserError(f"{part}: no such GGUF file; give the path of a .gguf file")
+  path, size = parts[0], sum(part.stat().st_size for part in parts)
+  if size < 24:
+    raise UserError(f"{path}: {size} bytes are too few for a GGUF file; fetch it again")
+  mapped = [np.memmap(part, np.uint8, mode="r") for part in parts]
+  data = mapped[0] if len(parts) == 1 else np.concatenate(mapped)
   if data[:4].tobytes() != b"GGUF":
     raise UserError(f"{path}: starts with {data[:4].tobytes()!r}, not with b'GGUF': not a GGUF file")
   try:

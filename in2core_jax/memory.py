@@ -129,7 +129,7 @@ class Program(NamedTuple):
   queries: int = 1
 
 
-# Layers' working sets, copies of what reverse mode keeps, chunks of logits [HEAD_CHUNK, V] in float32.
+# Layers' working sets, copies of what reverse mode keeps, chunks of logits [head_chunk(V), V] in float32.
 _LIVE = {
   "losses": (1, 0, 2),
   "jvp": (2, 0, 4),
@@ -144,7 +144,7 @@ _LIVE = {
 def program_bytes(config: model.ModelConfig, sizes: Sizes, program: Program, dtype: str) -> int:
   """Bytes that a program needs beside its arguments and results, about.
 
-    kept * residuals * L_above  +  the larger of working * layer and chunks * min(M, HEAD_CHUNK) V in float32
+    kept * residuals * L_above  +  the larger of working * layer and chunks * min(M, head_chunk(V)) V in float32
 
   Args:
     config: the model's shape.
@@ -155,7 +155,7 @@ def program_bytes(config: model.ModelConfig, sizes: Sizes, program: Program, dty
   working, kept, chunks = _LIVE[program.kind]
   itemsize = np.dtype(jnp.dtype(dtype)).itemsize
   layer = layer_bytes(config, program.rows, program.length, itemsize)
-  rows = program.slots if sizes.head_chosen else min(program.slots, model.HEAD_CHUNK)
+  rows = program.slots if sizes.head_chosen else min(program.slots, model.head_chunk(config.vocab_size))
   head = 4 * chunks * rows * config.vocab_size
   saved = 0
   if kept:

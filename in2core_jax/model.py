@@ -1,4 +1,4 @@
-"""One Flax decoder for the Llama family, cut in two at the boundary.
+"""One Flax decoder for the Llama family and Gemma 3, cut in two at the boundary.
 
 Linen modules describe one layer; `jax.lax.scan` runs a stack of them whose parameters share a leading axis, so that
 compile time does not grow with depth and "the chosen layers" are a slice of that axis. Parameters are plain nested
@@ -9,7 +9,6 @@ Weights may be float32 or bfloat16; norms, rotary angles, softmax, logits and lo
 (float64 when given float64).
 """
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -20,40 +19,18 @@ from in2core_jax import probes
 from in2core_jax import subtree as subtree_lib
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Objective
+from in2core_jax.model_config import ModelConfig, causal_mask, rotary_tables
 
-# Positions whose [*, V] logits exist at the same time: 512 x 49152 x 4 bytes = 100 MB. Under `vmap` this holds for each
-# mapped element, so there the microbatch bounds the memory: microbatch x min(R, HEAD_CHUNK) x V.
+# Positions whose [*, V] logits exist at the same time, and how many logits these may be: 512 x 49152 x 4 bytes are
+# 100 MB; a vocabulary of 262144 gets 96 positions. Under `vmap` this holds for each mapped element, so there the
+# microbatch bounds the memory: microbatch x min(R, head_chunk(V)) x V.
 HEAD_CHUNK = 512
+HEAD_LOGITS = 512 * 49152
 
 # Each run of queries looks only at the keys up to its own end: what the causal mask would throw away is mostly not
 # computed, 3/8 of the scores with four runs. More and shorter runs save little more and take longer to compile.
 ATTENTION_RUNS = 4
 SHORTEST_RUN = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Shape of a decoder; field names follow Hugging Face's Llama configuration where one exists there."""
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float = 10000.0
-  rms_eps: float = 1e-5
-  tie_embeddings: bool = True
-  rope_scaling: tuple[tuple[str, object], ...] | None = None
-  attention_bias: bool = False
-  sliding_window: int | None = None
-
-  def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
-      raise UserError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
-    if self.head_dim % 2:
-      raise UserError(f"model config: head_dim {self.head_dim} is odd, rotary embeddings need pairs")
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
@@ -62,16 +39,23 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 
 
 class Norm(nn.Module):
-  """RMS norm: x / sqrt(mean(x^2) + eps) * scale, reduced in float32 at least."""
+  """RMS norm: x / sqrt(mean(x^2) + eps) * (offset + scale), reduced in float32 at least."""
 
   eps: float
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
     wide = x.astype(accumulation_dtype(x.dtype))
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    if self.offset:
+      scale = self.offset + scale.astype(wide.dtype)  # in the wide dtype: half precision would round 1 + scale
     return (wide * scale).astype(x.dtype)
+
+
+def _norm(config: ModelConfig, name: str | None = None) -> Norm:
+  return Norm(config.rms_eps, config.norm_offset, name=name)
 
 
 class Projection(nn.Module):
@@ -122,16 +106,16 @@ def _runs(length: int) -> list[tuple[int, int]]:
   return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _attend(q, k, v, mask):
+def _attend(config, q, k, v, mask):
   """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim]."""
   wide = accumulation_dtype(q.dtype)
-  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * (q.shape[-1] ** -0.5)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * config.score_scale
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, v)
 
 
 class Attention(nn.Module):
-  """Causal grouped-query attention with rotary positions (half-rotation form)."""
+  """Causal grouped-query attention with rotary positions (half-rotation form); each head's q and k may be normed."""
 
   config: ModelConfig
 
@@ -147,17 +131,23 @@ class Attention(nn.Module):
     v = Projection(c.num_kv_heads * c.head_dim, bias, name="v_proj")(x).reshape(
       batch, length, c.num_kv_heads, c.head_dim
     )
+    if c.query_key_norms:
+      q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
     q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
     k = _rotate(k, rotary)
     runs = [
-      _attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop]) for start, stop in _runs(length)
+      _attend(c, q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop])
+      for start, stop in _runs(length)
     ]
     mixed = jnp.concatenate(runs, axis=1).reshape(batch, length, c.num_heads * c.head_dim)
     return Projection(c.hidden_size, name="o_proj")(mixed)
 
 
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+
+
 class Mlp(nn.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x))."""
+  """Gated MLP: down(act(gate(x)) * up(x)), act one of `ACTIVATIONS`."""
 
   config: ModelConfig
 
@@ -165,39 +155,21 @@ class Mlp(nn.Module):
   def __call__(self, x):
     gate = Projection(self.config.intermediate_size, name="gate_proj")(x)
     up = Projection(self.config.intermediate_size, name="up_proj")(x)
-    return Projection(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
+    return Projection(self.config.hidden_size, name="down_proj")(ACTIVATIONS[self.config.activation](gate) * up)
 
 
 class Block(nn.Module):
-  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h))."""
+  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)); what is added may be normed once more."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, h, rotary, mask):
-    eps = self.config.rms_eps
-    h = h + Attention(self.config, name="attention")(Norm(eps, name="attention_norm")(h), rotary, mask)
-    return h + Mlp(self.config, name="mlp")(Norm(eps, name="mlp_norm")(h))
-
-
-def rotary_tables(config: ModelConfig, length: int, dtype) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [T, head_dim / 2] of the rotary angles, with Llama 3's frequency scaling when configured."""
-  exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
-  frequency = 1.0 / (config.rope_theta**exponent)
-  scaling = dict(config.rope_scaling or ())
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind == "linear":
-    frequency = frequency / scaling["factor"]
-  elif kind == "llama3":
-    wavelength = 2 * jnp.pi / frequency
-    original = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
-  elif kind != "default":
-    raise UserError(f"model config: rope scaling {kind!r} is not supported; known: default, linear, llama3")
-  angle = jnp.arange(length, dtype=dtype)[:, None] * frequency[None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+    c = self.config
+    added = Attention(c, name="attention")(_norm(c, "attention_norm")(h), rotary, mask)
+    h = h + (_norm(c, "attention_post_norm")(added) if c.post_norms else added)
+    added = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(h))
+    return h + (_norm(c, "mlp_post_norm")(added) if c.post_norms else added)
 
 
 def _rotate(x, rotary):
@@ -206,20 +178,24 @@ def _rotate(x, rotary):
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _causal_mask(config: ModelConfig, length: int):
-  # Padding stands on the right, so a real token never looks at it: the causal mask is all that is needed.
-  row, column = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
-  mask = column <= row
-  return mask & (row - column < config.sliding_window) if config.sliding_window else mask
-
-
 def _packed_mask(offsets, mask):
   """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
   example = jnp.cumsum(offsets == 0, axis=1)
   return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]
 
 
-def run_layers(config: ModelConfig, layer_params, h: jax.Array, offsets: jax.Array | None = None) -> jax.Array:
+def _surroundings(config: ModelConfig, h, offsets, local: bool):
+  """(rotary tables, mask) of a layer over h [B,T,D]: what it knows of positions."""
+  rotary = rotary_tables(config, h.shape[1], accumulation_dtype(h.dtype), local)
+  mask = causal_mask(config, h.shape[1], local)
+  if offsets is not None:
+    rotary, mask = tuple(table[offsets] for table in rotary), _packed_mask(offsets, mask)
+  return rotary, mask
+
+
+def run_layers(
+  config: ModelConfig, layer_params, h: jax.Array, offsets: jax.Array | None = None, first: int = 0
+) -> jax.Array:
   """Runs stacked layers (leading axis of every leaf) over hidden states h [B,T,D].
 
   Args:
@@ -228,22 +204,30 @@ def run_layers(config: ModelConfig, layer_params, h: jax.Array, offsets: jax.Arr
     h: [B,T,D].
     offsets: int32 [B,T], position of each token in its own example where rows hold several (`packing`); None: one
       example a row.
+    first: which layer of the model the first one is; it matters where local and global layers take turns.
   """
-  length = h.shape[1]
-  rotary = rotary_tables(config, length, accumulation_dtype(h.dtype))
-  mask = _causal_mask(config, length)
-  if offsets is not None:
-    rotary, mask = tuple(table[offsets] for table in rotary), _packed_mask(offsets, mask)
+  everywhere = _surroundings(config, h, offsets, local=False)
+  is_local = config.local_layers(first, jax.tree.leaves(layer_params)[0].shape[0])
+  nearby = None if is_local is None else _surroundings(config, h, offsets, local=True)
 
-  def body(carry, params):
-    return Block(config).apply({"params": params}, carry, rotary, mask), None
+  def body(carry, layer):
+    params, local = layer
+    around = everywhere
+    if local is not None:  # one program for both kinds of layers: which one it is comes with the layer's parameters
+      around = jax.tree.map(lambda near, far: jnp.where(local, near, far), nearby, everywhere)
+    return Block(config).apply({"params": params}, carry, *around), None
 
-  return jax.lax.scan(body, h, layer_params)[0]
+  return jax.lax.scan(body, h, (layer_params, is_local))[0]
 
 
-def embed(params, tokens: jax.Array) -> jax.Array:
-  """Token embeddings [B,T,D]."""
-  return jnp.take(params["embed"]["embedding"], tokens, axis=0)
+def embed(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
+  """Token embeddings [B,T,D], times sqrt(D) where the model has it so."""
+  return _scaled(config, jnp.take(params["embed"]["embedding"], tokens, axis=0))
+
+
+def _scaled(config: ModelConfig, h):
+  # The factor is rounded to the dtype of the weights, as the model was trained.
+  return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scaled_embeddings else h
 
 
 def head_matrix(params) -> jax.Array:
@@ -256,8 +240,8 @@ def run_below(
 ) -> jax.Array:
   """Hidden states [B,T,D] that enter the lowest chosen layer; constant while the subtree changes."""
   if subtree.boundary == 0:
-    return embed(frozen, tokens)
-  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(frozen, tokens), offsets)
+    return embed(config, frozen, tokens)
+  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(config, frozen, tokens), offsets)
 
 
 def run_above(
@@ -265,27 +249,27 @@ def run_above(
 ) -> jax.Array:
   """Runs the layers from the boundary up, a scan for each run of chosen or not chosen layers."""
   for start, stop, _ in subtree.segments():
-    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h, offsets)
+    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h, offsets, start)
   return h
 
 
 def logits(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
   """Logits of all positions, float32 [B,T,V]; for parity checks and small inputs."""
-  h = run_layers(config, params["layers"], embed(params, tokens))
-  return _logits(Norm(config.rms_eps).apply({"params": params["final_norm"]}, h), head_matrix(params))
+  h = run_layers(config, params["layers"], embed(config, params, tokens))
+  return _logits(_norm(config).apply({"params": params["final_norm"]}, h), head_matrix(params))
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
-  """Random parameters: normal with deviation 0.02, norms at one."""
+  """Random parameters: normal with deviation 0.02, factors of norms at one."""
   embed_key, layer_key, head_key = jax.random.split(key, 3)
   h = jnp.zeros((1, 2, config.hidden_size), dtype)
-  rotary, mask = rotary_tables(config, 2, accumulation_dtype(dtype)), _causal_mask(config, 2)
-  init = lambda k: Block(config).init(k, h, rotary, mask)["params"]  # noqa: E731
+  around = _surroundings(config, h, None, local=False)
+  init = lambda k: Block(config).init(k, h, *around)["params"]  # noqa: E731
   shape = (config.vocab_size, config.hidden_size)
   params = {
     "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)},
     "layers": jax.vmap(init)(jax.random.split(layer_key, config.num_layers)),
-    "final_norm": {"scale": jnp.ones(config.hidden_size)},
+    "final_norm": {"scale": jnp.full(config.hidden_size, 1 - config.norm_offset)},
   }
   if not config.tie_embeddings:
     params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape[::-1])}
@@ -303,7 +287,7 @@ def _nll_of_logits(logits_, target):
 
 @jax.custom_jvp
 def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
-  """Negative log-likelihood of `target` under softmax(z matrix^T), with logits alive for `HEAD_CHUNK` rows at a time.
+  """Negative log-likelihood of `target` under softmax(z matrix^T), with logits alive for `head_chunk` rows at a time.
 
   The derivative rule forms (p - onehot) matrix beside the value, so that forward mode, reverse mode and
   forward-over-reverse all cost two vocabulary products a row and no [rows, V] array outlives its chunk. `matrix` is a
@@ -317,7 +301,7 @@ def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
   Returns:
     [M], float32 at least, nats.
   """
-  return _by_chunk(lambda zc, tc: _nll_of_logits(_logits(zc, matrix), tc), z, target)
+  return _by_chunk(len(matrix), lambda zc, tc: _nll_of_logits(_logits(zc, matrix), tc), z, target)
 
 
 @token_nll.defjvp
@@ -332,15 +316,20 @@ def _token_nll_jvp(primals, tangents):
     slope = jnp.einsum("mv,vd->md", residual.astype(matrix.dtype), matrix, preferred_element_type=chunk.dtype)
     return _nll_of_logits(chunk, tc), slope
 
-  value, slope = _by_chunk(value_and_slope, z, target)
+  value, slope = _by_chunk(len(matrix), value_and_slope, z, target)
   return value, jnp.sum(slope * dz.astype(slope.dtype), axis=-1)
 
 
-def _by_chunk(fn, z, *rest):
-  rows = z.shape[0]
-  if rows <= HEAD_CHUNK:
+def head_chunk(vocab_size: int) -> int:
+  """Positions whose logits exist at the same time."""
+  return min(HEAD_CHUNK, max(1, HEAD_LOGITS // vocab_size))
+
+
+def _by_chunk(vocab_size: int, fn, z, *rest):
+  rows, chunk = z.shape[0], head_chunk(vocab_size)
+  if rows <= chunk:
     return fn(z, *rest)
-  chunks = -(-rows // HEAD_CHUNK)
+  chunks = -(-rows // chunk)
   size = -(-rows // chunks)
   pad = chunks * size - rows
   cut = [jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:]) for a in (z, *rest)]
@@ -381,8 +370,8 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
         )
       matrix = sub["embed"]["embedding"]
       # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
-      wide = {"embed": {"embedding": matrix.astype(accumulation_dtype(matrix.dtype))}}
-      h = embed(wide, batch.tokens).astype(matrix.dtype)
+      wide = matrix.astype(accumulation_dtype(matrix.dtype))
+      h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
     elif batch.hidden is not None:
       h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
     else:
@@ -390,7 +379,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
     h = run_above(config, subtree, sub, frozen, h, batch.offsets)
     picked = _pick(h, batch)
     norm = sub if "final_norm" in subtree.extras else frozen
-    z = Norm(config.rms_eps).apply({"params": norm["final_norm"]}, picked)
+    z = _norm(config).apply({"params": norm["final_norm"]}, picked)
     return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
 
   def losses(z, frozen, batch):
@@ -399,7 +388,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
   def output_hvp(z, dz, frozen, batch):
     flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
     matrix = head_matrix(frozen)
-    product = _by_chunk(lambda zc, dzc: _head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
+    product = _by_chunk(len(matrix), lambda zc, dzc: _head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
     return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
 
   def separate(batch):
@@ -483,7 +472,7 @@ def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
       below = jnp.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
       return jnp.minimum(below, total.shape[-1] - 1).astype(batch.target.dtype)
 
-    target = _by_chunk(invert, z.reshape(-1, z.shape[-1]), jax.vmap(draw)(keys).reshape(-1))
+    target = _by_chunk(config.vocab_size, invert, z.reshape(-1, z.shape[-1]), jax.vmap(draw)(keys).reshape(-1))
     return batch._replace(target=target.reshape(batch.target.shape), weight=jnp.sqrt(batch.weight))
 
   return relabel

@@ -48,7 +48,7 @@ PARTITION_RULES: Rules = (
   (r"layers/.*/core$", _P(None, "fsdp", None)),
   (rf"layers/.*{_INTO}/bias$", _P(None, "tensor")),
   (rf"layers/.*{_OUT_OF}/bias$", _P()),
-  (r"(layers/\w+|final)_norm/scale$", _P()),
+  (r"(layers/(attention/)?\w+|final)_norm/scale$", _P()),
   (r"embed/embedding$", _P("tensor", "fsdp")),
   (r"lm_head/kernel$", _P("fsdp", "tensor")),
 )

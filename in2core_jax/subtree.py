@@ -26,11 +26,11 @@ Params = Mapping[str, Any]
 
 # Words that --modules takes -> pattern over leaf paths inside one layer, or over top-level names (second table).
 MODULE_PATTERNS = {
-  "all": r"(attention|mlp)/\w+/(kernel|bias)|\w+_norm/scale",
+  "all": r"(attention|mlp)/\w+/(kernel|bias)|(attention/)?\w+_norm/scale",
   "matrices": r"(attention|mlp)/\w+/kernel",
-  "attention": r"attention/\w+/(kernel|bias)",
+  "attention": r"attention/\w+/(kernel|bias|scale)",
   "mlp": r"mlp/\w+/(kernel|bias)",
-  "norms": r"\w+_norm/scale",
+  "norms": r"(attention/)?\w+_norm/scale",
   "lora": r"(attention|mlp)/\w+/lora_[ab]",
   "sketch": r"(attention|mlp)/\w+/core",
 }

@@ -9,12 +9,30 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from in2core_jax.errors import UserError
-from in2core_jax.gguf_file import read_gguf
+from in2core_jax.gguf_file import Place, read_gguf
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type: never made by merging, but matched in the text as a whole
+# tokenizer.ggml.token_type: control and user-defined tokens are never made by merging, but matched in the text as they
+# are.
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+
+# Gemma 3's own turn format, for files of its vocabulary that carry no template (those of pre-trained models): the
+# system message is folded into the first user turn.
+GEMMA_TEMPLATE = (
+  "{{ bos_token }}"
+  "{% if messages[0].role == 'system' %}"
+  "{% set prefix = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}"
+  "{% else %}{% set prefix = '' %}{% set turns = messages %}{% endif %}"
+  "{% for turn in turns %}"
+  "{% if (turn.role == 'user') != (loop.index0 % 2 == 0) %}"
+  "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+  "{{ '<start_of_turn>' + ('model' if turn.role == 'assistant' else turn.role) + '\n' }}"
+  "{{ (prefix if loop.first else '') + (turn.content | trim) + '<end_of_turn>\n' }}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 
 
 def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -40,34 +58,43 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
-def tokenizer_from_gguf(path: str | pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-  """Builds the byte-level BPE tokenizer that a GGUF file describes.
+def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
+  """Builds the tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE with scores.
 
   Args:
-    path: a `.gguf` file with `tokenizer.ggml.model` "gpt2" and a known `tokenizer.ggml.pre`.
+    place: a `.gguf` file with `tokenizer.ggml.model` "gpt2" and a known `tokenizer.ggml.pre`, or with "llama" and no
+      space put in front.
 
   Returns:
-    The tokenizer, with the file's chat template and bos, eos, pad and unk tokens. Control tokens in a text are
-    recognised as such; they are never added by themselves.
+    The tokenizer, with the file's chat template (Gemma's, where the vocabulary is Gemma's and the file has none) and
+    bos, eos, pad and unk tokens. Control tokens in a text are recognised as such; they are never added by themselves.
 
   Raises:
     UserError: no such file, not a GGUF file, no vocabulary in it, or a tokenizer of an unknown kind.
   """
-  metadata = read_gguf(path).metadata
+  file = read_gguf(place)
+  path, metadata = file.path, file.metadata
   kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-  if kind != "gpt2":
+  if kind not in ("gpt2", "llama"):
     raise UserError(
-      f"{path}: tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) can be read from GGUF; "
-      "use the model's Hugging Face folder"
+      f"{path}: tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) can be read "
+      "from GGUF; use the model's Hugging Face folder"
     )
-  if cut not in _PRE_TOKENIZERS:
+  if kind == "gpt2" and cut not in _PRE_TOKENIZERS:
     raise UserError(
       f"{path}: tokenizer.ggml.pre is {cut!r}; known: {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder"
     )
-  missing = [key for key in ("tokens", "merges", "token_type") if not metadata.get(f"tokenizer.ggml.{key}")]
+  if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True):
+    raise UserError(
+      f"{path}: its SentencePiece vocabulary wants a space in front of every text, which is not supported; use the "
+      "model's Hugging Face folder"
+    )
+  needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
+  missing = [key for key in needed if not metadata.get(f"tokenizer.ggml.{key}")]
   if missing:
     raise UserError(f"{path}: the file has no tokenizer.ggml.{missing[0]}, so no tokenizer; use another file")
-  backend = _byte_level_bpe(metadata, _PRE_TOKENIZERS[cut]())
+  backend = _byte_level_bpe(metadata, _PRE_TOKENIZERS[cut]()) if kind == "gpt2" else _scored_bpe(metadata)
+  _add_whole_tokens(backend, metadata)
   names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
   vocabulary = metadata["tokenizer.ggml.tokens"]
   named = {
@@ -75,9 +102,10 @@ def tokenizer_from_gguf(path: str | pathlib.Path) -> transformers.PreTrainedToke
     for role, key in names.items()
     if f"tokenizer.ggml.{key}_token_id" in metadata
   }
+  is_gemma = kind == "llama" and {"<start_of_turn>", "<end_of_turn>"} <= set(vocabulary)
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend,
-    chat_template=metadata.get("tokenizer.chat_template"),
+    chat_template=metadata.get("tokenizer.chat_template", GEMMA_TEMPLATE if is_gemma else None),
     clean_up_tokenization_spaces=False,
     **named,
   )
@@ -90,7 +118,39 @@ def _byte_level_bpe(metadata: dict[str, Any], pre_tokenizer: pre_tokenizers.PreT
   backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
   backend.pre_tokenizer = pre_tokenizer
   backend.decoder = decoders.ByteLevel()
-  kinds = zip(vocabulary, metadata["tokenizer.ggml.token_type"], strict=True)
+  return backend
+
+
+def _scored_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+  """SentencePiece's BPE: of all neighbours whose union is a token, those of the highest score are merged first.
+
+  The same as a list of merges: every cut of a token in two tokens, in the order of the token's score. Spaces are
+  written as U+2581; a character that is no token becomes the tokens of its UTF-8 bytes.
+  """
+  vocabulary, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+  scored = zip(vocabulary, kinds, metadata["tokenizer.ggml.scores"], strict=True)
+  scores = {token: score for token, kind, score in scored if kind == _NORMAL}
+  merges = []
+  for token, score in scores.items():
+    for i in range(1, len(token)):
+      if token[:i] in scores and token[i:] in scores:
+        merges.append((score, i, token[:i], token[i:]))
+  merges.sort(key=lambda merge: merge[:2], reverse=True)
+  model = models.BPE(
+    {token: i for i, token in enumerate(vocabulary)},
+    [merge[2:] for merge in merges],
+    unk_token=vocabulary[metadata["tokenizer.ggml.unknown_token_id"]],
+    fuse_unk=True,
+    byte_fallback=_BYTE in kinds,
+  )
+  backend = tokenizers.Tokenizer(model)
+  backend.normalizer = normalizers.Replace(" ", "\u2581")
+  backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+  return backend
+
+
+def _add_whole_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any]) -> None:
+  kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
   whole = [(token, kind) for token, kind in kinds if kind in (_CONTROL, _USER_DEFINED)]
   backend.add_special_tokens(
     [tokenizers.AddedToken(t, special=True, normalized=False) for t, k in whole if k == _CONTROL]
@@ -98,7 +158,6 @@ def _byte_level_bpe(metadata: dict[str, Any], pre_tokenizer: pre_tokenizers.PreT
   backend.add_tokens(
     [tokenizers.AddedToken(t, special=False, normalized=False) for t, k in whole if k == _USER_DEFINED]
   )
-  return backend
 
 
 def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedTokenizerFast:

@@ -22,12 +22,13 @@ from flax import traverse_util
 from in2core_jax import assets, hf_config, model
 from in2core_jax import tokenizer as tokenizer_lib
 from in2core_jax.errors import UserError
-from in2core_jax.gguf_file import GgufFile, read_gguf
-from in2core_jax.model import ModelConfig
+from in2core_jax.gguf_file import GgufFile, Place, parts_of, read_gguf
+from in2core_jax.model_config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
-SPECS = "smollm2, hf:DIR, gguf:FILE or random:CONFIG.json"
+EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
+SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE or random:CONFIG.json"
 
 # Leaf path in the parameter tree -> tensor name; {i} is the layer.
 GGUF_NAMES = {
@@ -43,6 +44,10 @@ GGUF_NAMES = {
   "layers/mlp/gate_proj/kernel": "blk.{i}.ffn_gate.weight",
   "layers/mlp/up_proj/kernel": "blk.{i}.ffn_up.weight",
   "layers/mlp/down_proj/kernel": "blk.{i}.ffn_down.weight",
+  "layers/attention/q_norm/scale": "blk.{i}.attn_q_norm.weight",
+  "layers/attention/k_norm/scale": "blk.{i}.attn_k_norm.weight",
+  "layers/attention_post_norm/scale": "blk.{i}.post_attention_norm.weight",
+  "layers/mlp_post_norm/scale": "blk.{i}.post_ffw_norm.weight",
 }
 HF_NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
@@ -60,6 +65,14 @@ HF_NAMES = {
   "layers/mlp/gate_proj/kernel": "model.layers.{i}.mlp.gate_proj.weight",
   "layers/mlp/up_proj/kernel": "model.layers.{i}.mlp.up_proj.weight",
   "layers/mlp/down_proj/kernel": "model.layers.{i}.mlp.down_proj.weight",
+  "layers/attention/q_norm/scale": "model.layers.{i}.self_attn.q_norm.weight",
+  "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
+}
+# With norms behind attention and MLP, Llama's name for the norm before the MLP means the one behind attention.
+HF_POST_NORM_NAMES = HF_NAMES | {
+  "layers/attention_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
+  "layers/mlp_norm/scale": "model.layers.{i}.pre_feedforward_layernorm.weight",
+  "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 # Tensors that old exports carry and that follow from the configuration.
 HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -70,7 +83,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 (embedded, nothing is downloaded), hf:DIR, gguf:FILE or random:CONFIG.json.
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE or random:CONFIG.json.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
 
@@ -104,11 +117,11 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
   return config, _embedded_tokenizer(path, config)
 
 
-def _parse_spec(spec: str) -> tuple[str, pathlib.Path]:
-  """(hf, gguf or random; its folder or file)."""
+def _parse_spec(spec: str) -> tuple[str, Any]:
+  """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  if spec in EMBEDDED_MODELS:
+    return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
   kind, _, rest = spec.partition(":")
-  if spec == "smollm2":
-    kind, rest = "gguf", str(assets.asset_path(EMBEDDED_MODEL))
   if kind not in ("hf", "gguf", "random") or not rest:
     raise UserError(f"--model={spec} is not understood; use {SPECS}")
   return kind, pathlib.Path(rest).expanduser()
@@ -125,14 +138,15 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
   return tokenizer
 
 
-def load_gguf(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
-  """Reads a Llama-architecture GGUF file, dequantised.
+def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
+  """Reads a GGUF file of the architecture llama or gemma3, dequantised.
 
-  The format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates the
-  halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+  Of llama the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates
+  the halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+  Of gemma3 it stores the factors of norms, 1 + scale.
 
   Args:
-    path: the .gguf file.
+    place: the .gguf file.
     dtype: float32 or bfloat16, of the returned arrays.
 
   Returns:
@@ -142,17 +156,19 @@ def load_gguf(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, 
     UserError: unknown architecture, tensors missing, left over, misshapen or with NaN; each is named.
   """
   dtype = _dtype(dtype)
-  file = read_gguf(path)
+  file = read_gguf(place)
   config = _gguf_config(file)
 
   def read(name: str, leaf: str) -> np.ndarray:
     array = file.read(name)
-    if leaf not in GGUF_ROTARY:
+    if leaf.endswith("_norm/scale"):
+      return array - np.float32(config.norm_offset)
+    if leaf not in GGUF_ROTARY or file.metadata["general.architecture"] != "llama":
       return array
     heads = getattr(config, GGUF_ROTARY[leaf])
     return array.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
-  return config, _assemble(config, GGUF_NAMES, set(file.tensors), read, dtype, str(path))
+  return config, _assemble(config, GGUF_NAMES, set(file.tensors), read, dtype, str(file.path))
 
 
 def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
@@ -186,7 +202,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
   ignored = {name for name in where if re.fullmatch(HF_IGNORED, name)}
   if config.tie_embeddings:
     ignored.add(HF_NAMES["lm_head/kernel"])  # some exports write the tied matrix twice
-  return config, _assemble(config, HF_NAMES, set(where) - ignored, read, dtype, str(folder))
+  return config, _assemble(config, _hf_names(config), set(where) - ignored, read, dtype, str(folder))
 
 
 def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tuple[ModelConfig, Any]:
@@ -210,8 +226,8 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
     UserError: a configuration that no known Hugging Face model type expresses, or leaves that have no place there.
   """
   folder = pathlib.Path(path)
-  leaves = traverse_util.flatten_dict(_fold_lora(params), sep="/")
-  absent = sorted(set(leaves) - set(HF_NAMES))
+  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), _hf_names(config)
+  absent = sorted(set(leaves) - set(names))
   if absent:
     raise UserError(
       f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
@@ -221,7 +237,7 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
     array = np.asarray(stacked)
     rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
     for i, row in rows:
-      tensors[HF_NAMES[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
+      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
   values = hf_config.write_config(config, tensors[HF_NAMES["embed/embedding"]].dtype.name)
   folder.mkdir(parents=True, exist_ok=True)
   if tokenizer is not None:
@@ -266,9 +282,18 @@ def _dtype(dtype) -> np.dtype:
   return found
 
 
-def _file_hash(path: pathlib.Path) -> str:
-  with path.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+def _hf_names(config: ModelConfig) -> dict[str, str]:
+  return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
+
+
+def _file_hash(place: Place) -> str:
+  """SHA-256 of a file's content, however many parts it comes in."""
+  digest = hashlib.sha256()
+  for part in parts_of(place):
+    with part.open("rb") as stream:
+      while piece := stream.read(1 << 20):
+        digest.update(piece)
+  return digest.hexdigest()
 
 
 def _assemble(
@@ -317,31 +342,37 @@ def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
 
 
 def _gguf_config(file: GgufFile) -> ModelConfig:
-  """The shape that a Llama GGUF file states in its metadata."""
+  """The shape that a GGUF file of a known architecture states in its metadata."""
   values, origin = file.metadata, str(file.path)
   architecture = values.get("general.architecture")
-  if architecture != "llama":
-    raise UserError(f"{origin}: architecture {architecture!r} is not supported; known: llama (Llama, Mistral, SmolLM2)")
+  if architecture not in ("llama", "gemma3"):
+    raise UserError(
+      f"{origin}: architecture {architecture!r} is not supported; known: llama (Llama, Mistral, SmolLM2), gemma3"
+    )
   embedding = file.tensors.get(GGUF_NAMES["embed/embedding"])
   if embedding is None:
     raise UserError(f"{origin}: tensor {GGUF_NAMES['embed/embedding']} is missing; the file is incomplete")
 
   def get(key: str, default=None):
-    value = values.get(f"llama.{key}", default)
+    value = values.get(f"{architecture}.{key}", default)
     if value is None:
-      raise UserError(f"{origin}: metadata llama.{key} is missing; the file is incomplete")
+      raise UserError(f"{origin}: metadata {architecture}.{key} is missing; the file is incomplete")
     # The file holds float32: 9.99999975e-06 was written as 1e-05.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   heads = get("attention.head_count")
   head_dim = get("attention.key_length", get("embedding_length") // heads)
-  scaling = values.get("llama.rope.scaling.type", "none")
+  scaling = values.get(f"{architecture}.rope.scaling.type", "none")
   partial_rotary = get("rope.dimension_count", head_dim) != head_dim
   if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors or partial_rotary:
     raise UserError(
       f"{origin}: its rotary frequencies are scaled in a way that is not read from GGUF; use the model's hf: folder"
     )
   factor = (("factor", get("rope.scaling.factor")), ("rope_type", "linear")) if scaling == "linear" else None
+  if architecture == "llama":
+    family = {"sliding_window": values.get("llama.attention.sliding_window")}
+  else:
+    family = _gemma3_traits(get, origin)
   return ModelConfig(
     vocab_size=embedding.shape[0],
     hidden_size=get("embedding_length"),
@@ -354,8 +385,23 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
     rms_eps=get("attention.layer_norm_rms_epsilon"),
     tie_embeddings=GGUF_NAMES["lm_head/kernel"] not in file.tensors,
     rope_scaling=factor,
-    sliding_window=values.get("llama.attention.sliding_window"),
+    **family,
   )
+
+
+def _gemma3_traits(get: Callable, origin: str) -> dict[str, Any]:
+  """What files of the architecture gemma3 leave to the program that reads them (llama.cpp holds the same constants)."""
+  if get("block_count") == 62 or get("final_logit_softcapping", 0.0) or get("attention.sliding_window_pattern", 6) != 6:
+    raise UserError(
+      f"{origin}: Gemma 3 27B, capped logits and other turns of local and global layers than five to one are not read "
+      "from GGUF; use the model's hf: folder"
+    )
+  return hf_config.GEMMA3 | {
+    "sliding_window": get("attention.sliding_window"),
+    "global_every": 6,
+    "local_rope_theta": get("rope.freq_base_swa", 10000.0),
+    "query_scalar": float(get("attention.key_length")),
+  }
 
 
 def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

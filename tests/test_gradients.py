@@ -44,8 +44,9 @@ def whole_loss_gradients(t):
     ("0,3,4", "all,final_norm", {"attention_bias": True}, {}),
     ("3", "lora,embed", {}, {"lora": 2}),
     ("2,3", "mlp,embed,lm_head", {"tie_embeddings": False, "sliding_window": 4}, {}),
+    ("1,3", "all,embed", tiny.GEMMA3, {}),
   ],
-  ids=["not contiguous", "lora and tied embedding", "untied head"],
+  ids=["not contiguous", "lora and tied embedding", "untied head", "gemma 3"],
 )
 def test_per_example_gradients_are_a_loop_of_grad(layers, modules, changes, extra, x64):
   t = tiny.make_tiny(layers, modules, jnp.float64, tiny.make_config(**changes), **extra)
@@ -238,8 +239,9 @@ def dense_by_products(product, t, unravel, size):
   [
     ("0,2", "attention/q_proj,mlp/down_proj,norms,final_norm", {}),
     ("2", "mlp/up_proj,lm_head", {"tie_embeddings": False}),
+    ("1,2", "attention/k_proj,norms", tiny.GEMMA3),
   ],
-  ids=["hidden states as outputs", "logits as outputs"],
+  ids=["hidden states as outputs", "logits as outputs", "gemma 3"],
 )
 def test_products_are_the_columns_of_dense_matrices(layers, modules, changes, x64):
   t, flat, unravel, logits, losses = flat_problem(layers, modules, **changes)

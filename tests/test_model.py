@@ -1,5 +1,6 @@
 """The decoder against one written again in plain NumPy, and what padding, prompts and dtypes may and may not change."""
 
+import dataclasses
 import types
 
 import jax
@@ -28,15 +29,16 @@ CONFIGS = {
   "sliding window": {"sliding_window": 3},
   "llama3 rope": {"rope_scaling": LLAMA3, "head_dim": 8, "rope_theta": 500.0},
   "linear rope": {"rope_scaling": (("factor", 4.0), ("rope_type", "linear"))},
+  "gemma 3": tiny.GEMMA3,
 }
 
 
-def frequencies_in_numpy(config):
+def frequencies_in_numpy(config, local=False):
   """Angular frequency of each rotary pair; the three cases of Llama 3 written as three cases."""
-  scaling = dict(config.rope_scaling or ())
+  scaling = {} if local else dict(config.rope_scaling or ())
   found = []
   for pair in range(config.head_dim // 2):
-    frequency = config.rope_theta ** (-2 * pair / config.head_dim)
+    frequency = (config.local_rope_theta if local else config.rope_theta) ** (-2 * pair / config.head_dim)
     if scaling.get("rope_type") == "linear":
       frequency /= scaling["factor"]
     if scaling.get("rope_type") == "llama3":
@@ -51,15 +53,15 @@ def frequencies_in_numpy(config):
   return np.array(found)
 
 
-def rotate_in_numpy(config, x, position):
+def rotate_in_numpy(config, x, position, local=False):
   """Half-rotation form: entry i and entry i + head_dim / 2 are one complex number, turned by position * frequency."""
   half = config.head_dim // 2
-  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequencies_in_numpy(config))
+  turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * frequencies_in_numpy(config, local))
   return np.concatenate([turned.real, turned.imag])
 
 
 def norm_in_numpy(config, x, scale):
-  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_eps) * scale
+  return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_eps) * (config.norm_offset + scale)
 
 
 def project_in_numpy(module, x):
@@ -71,33 +73,44 @@ def project_in_numpy(module, x):
   return y
 
 
-def attention_in_numpy(config, module, x):
+def attention_in_numpy(config, module, x, layer):
   """One query head and one position at a time: x [T,D] -> [T,D]."""
+  local = config.global_every is not None and (layer + 1) % config.global_every != 0
+  window = config.sliding_window if local or config.global_every is None else None
   length, dim, group = len(x), config.head_dim, config.num_heads // config.num_kv_heads
   q, k, v = (project_in_numpy(module[f"{name}_proj"], x).reshape(length, -1, dim) for name in "qkv")
+  if config.query_key_norms:
+    q, k = (norm_in_numpy(config, y, module[f"{name}_norm"]["scale"]) for name, y in (("q", q), ("k", k)))
   mixed = np.zeros((length, config.num_heads, dim))
   for head in range(config.num_heads):
     for t in range(length):
-      first = max(0, t - config.sliding_window + 1) if config.sliding_window else 0
-      query = rotate_in_numpy(config, q[t, head], t)
-      keys = [rotate_in_numpy(config, k[s, head // group], s) for s in range(first, t + 1)]
-      weights = np.exp(np.array(keys) @ query / np.sqrt(dim))
+      first = max(0, t - window + 1) if window else 0
+      query = rotate_in_numpy(config, q[t, head], t, local)
+      keys = [rotate_in_numpy(config, k[s, head // group], s, local) for s in range(first, t + 1)]
+      weights = np.exp(np.array(keys) @ query / np.sqrt(config.query_scalar or dim))
       mixed[t, head] = weights / weights.sum() @ v[first : t + 1, head // group]
   return project_in_numpy(module["o_proj"], mixed.reshape(length, -1))
+
+
+def activation_in_numpy(config, x):
+  if config.activation == "silu":
+    return x / (1 + np.exp(-x))
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def logits_in_numpy(config, params, tokens):
   """The whole decoder for one example: ids [T] -> logits [T,V], float64."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-  h = params["embed"]["embedding"][tokens]
+  h = params["embed"]["embedding"][tokens] * (np.sqrt(config.hidden_size) if config.scaled_embeddings else 1)
+  again = lambda p, name, y: norm_in_numpy(config, y, p[name]["scale"]) if config.post_norms else y  # noqa: E731
   for layer in range(config.num_layers):
     p = jax.tree.map(lambda leaf, row=layer: leaf[row], params["layers"])
-    h = h + attention_in_numpy(config, p["attention"], norm_in_numpy(config, h, p["attention_norm"]["scale"]))
+    x = norm_in_numpy(config, h, p["attention_norm"]["scale"])
+    h = h + again(p, "attention_post_norm", attention_in_numpy(config, p["attention"], x, layer))
     x = norm_in_numpy(config, h, p["mlp_norm"]["scale"])
-    gate = project_in_numpy(p["mlp"]["gate_proj"], x)
-    h = h + project_in_numpy(
-      p["mlp"]["down_proj"], gate / (1 + np.exp(-gate)) * project_in_numpy(p["mlp"]["up_proj"], x)
-    )
+    gate = activation_in_numpy(config, project_in_numpy(p["mlp"]["gate_proj"], x))
+    inner = gate * project_in_numpy(p["mlp"]["up_proj"], x)
+    h = h + again(p, "mlp_post_norm", project_in_numpy(p["mlp"]["down_proj"], inner))
   h = norm_in_numpy(config, h, params["final_norm"]["scale"])
   return h @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
 
@@ -115,6 +128,20 @@ def test_logits_are_those_of_the_plain_decoder(name, x64, monkeypatch):
   plain = tiny.make_config(**{key: value for key, value in CONFIGS[name].items() if key in ("head_dim", "rope_theta")})
   if name in ("sliding window", "llama3 rope", "linear rope"):  # the option matters at these lengths
     assert np.abs(found - model.logits(plain, params, tokens)).max() > 1e-3
+
+
+@pytest.mark.parametrize("field", tiny.GEMMA3)
+def test_every_trait_of_gemma3_matters(field, x64):
+  config = tiny.make_config(**tiny.GEMMA3)
+  plain = {"norm_offset": 0.5, "sliding_window": 5}.get(field, getattr(tiny.make_config(), field))
+  params = tiny.make_params(config, jnp.float64)
+  tokens = tiny.make_batch(config).tokens[:1]
+  other = dataclasses.replace(config, **{field: plain})
+  assert np.abs(model.logits(config, params, tokens) - model.logits(other, params, tokens)).max() > 1e-3
+
+
+def test_a_vocabulary_of_a_quarter_million_gets_shorter_chunks():
+  assert [model.head_chunk(size) for size in (37, 49152, 262144)] == [512, 512, 96]
 
 
 def test_llama3_frequencies_have_all_three_cases(x64):

@@ -52,19 +52,21 @@ def test_best_fit_finds_the_perfect_packing():
   assert packing.best_fit([3, 7, 5, 5, 8, 2], 10) == [[4, 5], [1, 0], [2, 3]]
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_packed_examples_see_only_themselves(x64, window, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, tiny.GEMMA3], ids=["plain", "window", "gemma 3"])
+def test_packed_examples_see_only_themselves(x64, changes, monkeypatch):
   monkeypatch.setattr(model, "SHORTEST_RUN", 2)  # rows of nine in three runs of queries
-  config = tiny.make_config(sliding_window=window)
+  config = tiny.make_config(**changes)
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.make_params(config))
   tokens = [np.random.default_rng(i).integers(0, config.vocab_size, n) for i, n in enumerate([5, 3, 8, 1, 6])]
   plan = [(9, 3, [[2, 3], [0, 1], [4]])]
   (rows,) = packing.packed_batches(tokens, plan, pad_id=1)
-  hidden = model.run_layers(config, params["layers"], model.embed(params, rows.tokens), jnp.asarray(rows.offsets))
+  hidden = model.run_layers(
+    config, params["layers"], model.embed(config, params, rows.tokens), jnp.asarray(rows.offsets)
+  )
   assert jnp.all(jnp.isfinite(hidden))
   flat = hidden.reshape(-1, config.hidden_size)
   for example, place in zip(rows.examples, rows.places, strict=True):
-    alone = model.run_layers(config, params["layers"], model.embed(params, tokens[example][None]))[0]
+    alone = model.run_layers(config, params["layers"], model.embed(config, params, tokens[example][None]))[0]
     np.testing.assert_allclose(flat[place : place + len(alone)], alone, rtol=1e-10, atol=1e-12)
 
 

@@ -215,12 +215,14 @@ def test_every_leaf_of_the_tree_has_a_rule():
     "core": shape(3, 16, 16),
     "right": shape(3, 16, 32),
   }
+  params["layers"]["attention"]["q_norm"] = params["layers"]["mlp_post_norm"] = {"scale": shape(3, 8)}
   params["lm_head"] = {"kernel": shape(32, 96)}
   specs = sharding.param_specs(params, sharding.make_mesh("fsdp:8"), strict=True)
   assert specs["layers"]["attention"]["q_proj"]["core"] == P(None, "fsdp")
   assert specs["layers"]["attention"]["q_proj"]["left"] == P(None, "fsdp")
   assert specs["lm_head"]["kernel"] == P("fsdp")
   assert specs["layers"]["attention"]["q_proj"]["bias"] == P()
+  assert specs["layers"]["attention"]["q_norm"]["scale"] == specs["layers"]["mlp_post_norm"]["scale"] == P()
 
 
 def test_optimizer_state_follows_the_parameters():

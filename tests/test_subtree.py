@@ -70,6 +70,17 @@ def test_modules_name_leaves(modules, wanted):
   assert subtree.make_subtree(PARAMS, "last:1", modules).paths == tuple(sorted(wanted))
 
 
+def test_norms_of_queries_and_keys_belong_to_attention_and_to_the_norms():
+  params = tiny.make_params(tiny.make_config(**tiny.GEMMA3))
+  head = ["attention/k_norm/scale", "attention/q_norm/scale"]
+  around = [f"{where}_norm/scale" for where in ("attention", "attention_post", "mlp", "mlp_post")]
+  paths = lambda modules: list(subtree.make_subtree(params, "all", modules).paths)  # noqa: E731
+  assert paths("norms") == sorted(head + around)
+  assert paths("attention") == sorted([*head, *(f"attention/{m}_proj/kernel" for m in "qkvo")])
+  assert paths("all") == list(subtree.leaf_paths(params))
+  assert not any("norm" in path for path in paths("matrices"))
+
+
 def test_all_takes_every_weight_and_lora_every_factor():
   paths = subtree.leaf_paths(PARAMS)
   factors = {path for path in paths if "lora_" in path}

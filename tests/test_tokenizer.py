@@ -1,6 +1,7 @@
 """Tokenizers: a GGUF file written here, a Hugging Face folder, the embedded file; round trips and refusals."""
 
 import gguf
+import jinja2
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -12,6 +13,34 @@ from in2core_jax.errors import UserError
 from in2core_jax.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+PIECES = ["▁", "h", "e", "l", "o", "he", "ll", "llo", "▁he", "hello", "▁hello"]
+
+
+def _write_sentencepiece_gguf(path, model="llama", leave_out=(), space_prefix=False):
+  """Writes a vocabulary with scores: control tokens, two that are matched as they are, all bytes, a few pieces."""
+  control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+  whole, single = ["\n", "  "], [f"<0x{byte:02X}>" for byte in range(256)]
+  tokens = [*control, *whole, *single, *PIECES]
+  # "llo" comes before "he": hello is he + llo, and hell would be he + ll.
+  scores = {"llo": -1.0, "he": -2.0, "ll": -0.5, "▁he": -3.0, "hello": -4.0, "▁hello": -5.0}
+  writer = gguf.GGUFWriter(str(path), "gemma3")
+  writer.add_tokenizer_model(model)
+  writer.add_token_list(tokens)
+  if "scores" not in leave_out:
+    writer.add_token_scores([scores.get(token, -1000.0) for token in tokens])
+  writer.add_token_types([3] * len(control) + [4] * len(whole) + [6] * len(single) + [1] * len(PIECES))
+  writer.add_bos_token_id(2)
+  writer.add_eos_token_id(1)
+  writer.add_unk_token_id(3)
+  writer.add_pad_token_id(0)
+  writer.add_add_space_prefix(space_prefix)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
 
 
 def _write_gguf(path, pre="smollm", model="gpt2", leave_out=()):
@@ -42,6 +71,40 @@ def _write_gguf(path, pre="smollm", model="gpt2", leave_out=()):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
   return tokenizer_from_gguf(_write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf"))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+  return tokenizer_from_gguf(_write_sentencepiece_gguf(tmp_path_factory.mktemp("gguf") / "pieces.gguf"))
+
+
+def test_scores_decide_what_is_merged_first(pieces):
+  cut = lambda text: pieces.convert_ids_to_tokens(pieces(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+  assert cut("hello hello") == ["hello", "▁hello"]
+  # The score of ll is above that of he, so ll is merged first; helo has neither, so he is.
+  assert cut("hell") == ["he", "ll"] and cut(" helo") == ["▁he", "l", "o"]
+  assert cut("  hello\n") == ["  ", "hello", "\n"]  # matched in the text as they are, before anything is merged
+  assert cut("é") == ["<0xC3>", "<0xA9>"]
+  assert cut("<end_of_turn>h") == ["<end_of_turn>", "h"]
+  assert pieces("é h", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (0, 1), (1, 2), (2, 3)]
+  assert (pieces.bos_token, pieces.eos_token, pieces.pad_token_id, pieces.unk_token_id) == ("<bos>", "<eos>", 0, 3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁"), max_size=40))
+def test_round_trip_of_any_text_in_pieces(pieces, text):
+  assert pieces.decode(pieces(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_gemma_vocabulary_without_template_gets_gemmas(pieces):
+  turns = [{"role": r, "content": f" {r} "} for r in ("system", "user", "assistant", "user")]
+  expected = "<bos><start_of_turn>user\n system \n\nuser<end_of_turn>\n<start_of_turn>model\nassistant<end_of_turn>\n"
+  assert pieces.apply_chat_template(turns[:3], tokenize=False) == expected
+  question = "<start_of_turn>user\nuser<end_of_turn>\n<start_of_turn>model\n"
+  assert pieces.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected + question
+  for wrong in (turns[2:], turns[1:2] * 2):
+    with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
+      pieces.apply_chat_template(wrong, tokenize=False)
 
 
 def test_merges_digits_and_control_tokens(small):
@@ -78,7 +141,8 @@ def test_chat_template_comes_from_the_file(small):
   [
     ({"pre": "tekken"}, r"pre is 'tekken'; known: smollm, gpt-2"),
     ({"pre": None}, r"pre is None; known: smollm"),
-    ({"model": "llama"}, r"model is 'llama'; only 'gpt2'"),
+    ({"model": "bert"}, r"model is 'bert'; only 'gpt2' .* and 'llama'"),
+    ({"model": "llama"}, "wants a space in front of every text"),
     ({"leave_out": ("tokens",)}, r"no tokenizer.ggml.tokens"),
     ({"leave_out": ("merges",)}, r"no tokenizer.ggml.merges"),
   ],
@@ -86,6 +150,18 @@ def test_chat_template_comes_from_the_file(small):
 def test_unknown_kinds_are_refused(tmp_path, change, message):
   with pytest.raises(UserError, match=message):
     tokenizer_from_gguf(_write_gguf(tmp_path / "g.gguf", **change))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"space_prefix": True}, "wants a space in front of every text"),
+    ({"leave_out": ("scores",)}, r"no tokenizer.ggml.scores"),
+  ],
+)
+def test_unknown_kinds_of_pieces_are_refused(tmp_path, change, message):
+  with pytest.raises(UserError, match=message):
+    tokenizer_from_gguf(_write_sentencepiece_gguf(tmp_path / "g.gguf", **change))
 
 
 def test_not_a_gguf_file(tmp_path):

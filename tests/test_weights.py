@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 from flax import traverse_util
 
 from in2core_jax import assets, gguf_file, hf_config, model, weights
@@ -44,6 +45,7 @@ VARIANTS = {
       ("rope_type", "llama3"),
     ),
   ),
+  "gemma3": dataclasses.replace(CONFIG, **tiny.GEMMA3, tie_embeddings=True, rms_eps=1e-6),
 }
 
 
@@ -160,7 +162,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path, change, message):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"model_type": "gemma3_text"}, r"'gemma3_text' is not supported; known: llama, mistral, qwen2"),
+    ({"model_type": "gemma3"}, r"'gemma3' is not supported; known: llama, mistral, qwen2, gemma3_text"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"attention_bias": True}, "attention_bias True"),
     ({"mlp_bias": True}, "mlp_bias True"),
@@ -177,6 +179,47 @@ def test_configurations_that_do_not_map_are_refused(tmp_path, values, message):
   edit_config(tmp_path, **values)
   with pytest.raises(UserError, match=message):
     weights.load_hf_dir(tmp_path)
+
+
+GEMMA3 = hf_config.write_config(VARIANTS["gemma3"], "float32")
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+    ({"attention_bias": True}, "attention_bias True"),
+    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th of 3 layers"),
+    ({"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters .* is not supported"),
+    (
+      {"rope_scaling": None, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+      "sliding_attention, unscaled",
+    ),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "no rope_scaling beside it"),
+    ({"sliding_window": None}, "local layers need a sliding_window"),
+  ],
+)
+def test_gemma3_configurations_that_do_not_map_are_refused(values, message):
+  with pytest.raises(UserError, match=message):
+    hf_config.parse_config(GEMMA3 | values, "config.json")
+
+
+def test_gemma3_configurations_are_read_in_every_spelling():
+  old = {key: GEMMA3[key] for key in GEMMA3 if key not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
+  far = {"rope_type": "linear", "factor": 4.0, "rope_theta": CONFIG.rope_theta}
+  new = old | {"rope_parameters": {"sliding_attention": {"rope_theta": 50.0}, "full_attention": far}}
+  assert hf_config.parse_config(new, "new") == hf_config.parse_config(GEMMA3, "old") == VARIANTS["gemma3"]
+  named = {key: value for key, value in GEMMA3.items() if key != "layer_types"} | {"num_hidden_layers": 14}
+  config = hf_config.parse_config(named, "config")
+  assert config.local_layers(0, 14).tolist() == [*[True] * 5, False, *[True] * 5, False, True, True]
+  assert config.local_layers(4, 3).tolist() == [True, False, True]  # a run of layers knows its place
+  bare = {key: GEMMA3[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+  config = hf_config.parse_config(bare | {"num_hidden_layers": 2, "num_attention_heads": 8}, "config")
+  assert (config.head_dim, config.num_kv_heads, config.query_scalar, config.sliding_window) == (256, 4, 256.0, 4096)
+  assert (config.rope_theta, config.local_rope_theta, config.tie_embeddings) == (1e6, 1e4, True)
 
 
 def test_both_spellings_of_the_rotary_keys_are_read(tmp_path):
@@ -238,6 +281,9 @@ def test_export_refuses_what_hugging_face_has_no_place_for(tmp_path):
   both = dataclasses.replace(CONFIG, attention_bias=True, sliding_window=4)
   with pytest.raises(UserError, match="both attention biases and a sliding window"):
     weights.save_hf_dir(tmp_path / "both", both, make_params(both))
+  half = dataclasses.replace(CONFIG, query_key_norms=True)
+  with pytest.raises(UserError, match="no known model type has query_key_norms without activation, norm_offset"):
+    hf_config.write_config(half, "float32")
 
 
 def test_folder_hash_follows_the_content(tmp_path):
@@ -268,12 +314,16 @@ def write_gguf(path, config, params, change=lambda tensors: None, architecture="
   writer.add_layer_norm_rms_eps(config.rms_eps)
   writer.add_token_list([f"token {i} é" for i in range(config.vocab_size)])
   for key, value in metadata.items():
-    writer.add_string(key.replace("__", "."), value)
+    {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
+      key.replace("__", "."), value
+    )
   tensors = {}
   for leaf, value in traverse_util.flatten_dict(params, sep="/").items():
     for i, row in enumerate(value if leaf.startswith("layers/") else [value]):
       row = row.T if leaf.endswith("/kernel") else row
-      if leaf in weights.GGUF_ROTARY:
+      if leaf.endswith("_norm/scale"):
+        row = row + np.float32(config.norm_offset)
+      if leaf in weights.GGUF_ROTARY and architecture == "llama":
         heads = getattr(config, weights.GGUF_ROTARY[leaf])
         row = row.reshape(heads, 2, -1, row.shape[1]).swapaxes(1, 2).reshape(row.shape)
       tensors[weights.GGUF_NAMES[leaf].format(i=i)] = np.ascontiguousarray(row)
@@ -300,6 +350,43 @@ def test_gguf_gives_back_what_was_written(tmp_path, tied):
   up, loaded_up = params["layers"]["mlp"].pop("up_proj")["kernel"], loaded["layers"]["mlp"].pop("up_proj")["kernel"]
   assert_same(loaded, params)
   assert 0 < np.abs(up - loaded_up).max() <= np.abs(up).max() / 127  # Q8_0: half a step of the block's scale
+
+
+GEMMA3_IN_GGUF = {"query_scalar": 8.0, "global_every": 6, "local_rope_theta": 10000.0, "rope_scaling": None}
+
+
+def write_gemma3_gguf(path, config, **metadata):
+  values = {"gemma3.attention.sliding_window": config.sliding_window, "gemma3.attention.key_length": config.head_dim}
+  params = make_params(config)
+  noise = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: (leaf + 0.125 * noise.integers(-4, 4, leaf.shape)).astype(np.float32), params)
+  return write_gguf(path, config, params, architecture="gemma3", **(values | metadata)), params
+
+
+def test_gguf_of_gemma3_gives_back_what_was_written(tmp_path):
+  config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF)
+  path, params = write_gemma3_gguf(tmp_path / "m.gguf", config)
+  cut = tmp_path / "first", tmp_path / "second"
+  cut[0].write_bytes(path.read_bytes()[:5000])
+  cut[1].write_bytes(path.read_bytes()[5000:])
+  params["layers"]["mlp"].pop("up_proj")
+  for place in (path, cut):
+    loaded_config, loaded = weights.load_gguf(place)
+    assert loaded_config == config
+    loaded["layers"]["mlp"].pop("up_proj")  # Q8_0
+    assert_same(loaded, params)
+  assert weights._file_hash(cut) == weights._file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+  with pytest.raises(UserError, match="ends inside tensor"):
+    weights.load_gguf(cut[:1])
+
+
+@pytest.mark.parametrize(
+  "metadata", [{"gemma3.final_logit_softcapping": 30.0}, {"gemma3.attention.sliding_window_pattern": 4}]
+)
+def test_gguf_of_gemma3_that_would_not_map_is_refused(tmp_path, metadata):
+  config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF)
+  with pytest.raises(UserError, match="capped logits and other turns"):
+    weights.load_gguf(write_gemma3_gguf(tmp_path / "m.gguf", config, **metadata)[0])
 
 
 def test_gguf_dtype(tmp_path):
@@ -381,7 +468,7 @@ def test_random_weights_follow_the_seed(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", "gpt2", "hf:", "gguf", "torch:x", "smollm2:x"])
 def test_unknown_model_specs_list_the_forms(spec):
-  with pytest.raises(UserError, match="use smollm2, hf:DIR, gguf:FILE or random:CONFIG.json"):
+  with pytest.raises(UserError, match="use smollm2, gemma3, hf:DIR, gguf:FILE or random:CONFIG.json"):
     weights.load_model(spec)
 
 
@@ -408,7 +495,10 @@ def test_assets_are_what_the_manifest_says():
   corpus = assets.asset_path("chatterbot-english")
   assert len(list(corpus.glob("*.yml"))) == len(manifest["chatterbot-english"]["files"]) == 21
   assert assets.asset_path("smollm2-135m-instruct-q4_1").stat().st_size > 90_000_000
-  with pytest.raises(UserError, match="'smollm3' is not in manifest.json; known: chatterbot-english, smollm2"):
+  assert sum(part.stat().st_size for part in assets.asset_parts("gemma-3-270m-q4_k_m")) == 253_113_024
+  with pytest.raises(
+    UserError, match="'smollm3' is not in manifest.json; known: chatterbot-english, gemma-3-270m-q4_k_m, smollm2"
+  ):
     assets.asset_path("smollm3")
 
 
@@ -424,7 +514,9 @@ def small_asset(tmp_path, monkeypatch):
     files[name] = {"bytes": 13, "sha256": hashlib.sha256(f"text of {name}".encode()).hexdigest()}
   asset = {"kind": "directory", "package": data.parent.name, "path": "data", "files": files}
   absent = asset | {"package": "in2core_asset_that_is_not_there"}
-  (tmp_path / "manifest.json").write_text(json.dumps({"assets": {"small": asset, "absent": absent}}))
+  whole = {"kind": "parts", "files": {f"{data.parent.name}/data/{name}": files[name] for name in ("b.yml", "a.yml")}}
+  entries = {"small": asset, "absent": absent, "whole": whole}
+  (tmp_path / "manifest.json").write_text(json.dumps({"assets": entries}))
   monkeypatch.setattr(assets, "MANIFEST", tmp_path / "manifest.json")
   monkeypatch.syspath_prepend(tmp_path)
   return data
@@ -444,12 +536,36 @@ def test_altered_assets_are_refused(small_asset):
     assets.asset_path("small")
 
 
+def test_parts_come_in_the_order_of_the_manifest_and_checked(small_asset):
+  assert assets.asset_parts("whole") == (small_asset / "b.yml", small_asset / "a.yml")
+  with pytest.raises(UserError, match="comes in parts"):
+    assets.asset_path("whole")
+  (small_asset / "a.yml").write_text("text of z.yml")
+  os.utime(small_asset / "a.yml", ns=(2, 2))
+  with pytest.raises(UserError, match=r"'whole': .*a\.yml has sha256 .* altered"):
+    assets.asset_parts("whole")
+  with pytest.raises(UserError, match="'lost' is not in manifest"):
+    assets.asset_parts("lost")
+
+
 def test_unlisted_and_absent_assets_are_refused(small_asset):
   (small_asset / "c.yml").write_text("not ours")
   with pytest.raises(UserError, match=r"does not list: c\.yml"):
     assets.asset_path("small")
   with pytest.raises(UserError, match=r"not installed: run \./run\.sh setup"):
     assets.asset_path("absent")
+
+
+@pytest.mark.real
+def test_embedded_gemma3():
+  config, params, tokenizer, digest = weights.load_model("gemma3", "bfloat16")
+  assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (18, 640, 4, 1)
+  assert (config.head_dim, config.intermediate_size, config.vocab_size) == (256, 2048, 262144)
+  assert (config.rope_theta, config.local_rope_theta, config.sliding_window, config.global_every) == (1e6, 1e4, 512, 6)
+  assert (config.rms_eps, config.query_scalar, config.tie_embeddings) == (1e-6, 256.0, True)
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 268_098_176
+  assert digest in json.loads(assets.MANIFEST.read_text())["assets"]["gemma-3-270m-q4_k_m"]["origin"]
+  assert (config, len(tokenizer)) == (weights.describe_model("gemma3")[0], 262144)
 
 
 @pytest.mark.real

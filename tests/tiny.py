@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from in2core_jax import batches, gradients, model, subtree
+from in2core_jax import batches, gradients, hf_config, model, subtree
 
 # (role of each token: P prompt, r response). Odd lengths, one response token only, several turns, a prompt at the end,
 # one prompt token before a long response, no response at all.
@@ -29,6 +29,16 @@ def quick_compile():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+# What makes the decoder a Gemma 3: of five layers the third is global, the window is shorter than the examples.
+GEMMA3 = hf_config.GEMMA3 | {
+  "query_scalar": 5.0,
+  "global_every": 3,
+  "sliding_window": 3,
+  "local_rope_theta": 50.0,
+  "rope_scaling": (("factor", 4.0), ("rope_type", "linear")),
+}
 
 
 class Tiny(NamedTuple):
@@ -64,7 +74,7 @@ def smaller_config(**changes) -> model.ModelConfig:
 
 
 def make_params(config: model.ModelConfig, dtype=jnp.float32, seed: int = 0, lora: int = 0, sketch: int = 0):
-  """Parameters of natural scale: norms around one, biases and both LoRA factors not zero, `core` zero."""
+  """Parameters of natural scale: factors of norms around one, biases and both LoRA factors not zero, `core` zero."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
 
@@ -73,10 +83,11 @@ def make_params(config: model.ModelConfig, dtype=jnp.float32, seed: int = 0, lor
     values = rng.standard_normal(leaf.shape)
     if name == "kernel":
       return values / np.sqrt(leaf.shape[-2])
-    return {"scale": 1 + 0.2 * values, "bias": 0.3 * values, "embedding": 0.7 * values}[name]
+    return {"scale": 1 - config.norm_offset + 0.2 * values, "bias": 0.3 * values, "embedding": 0.7 * values}[name]
 
   params = jax.tree_util.tree_map_with_path(draw, shapes)
-  for module in [*params["layers"]["attention"].values(), *params["layers"]["mlp"].values()]:
+  modules = [*params["layers"]["attention"].values(), *params["layers"]["mlp"].values()]
+  for module in (module for module in modules if "kernel" in module):
     layers, inner, outer = module["kernel"].shape
     if lora:
       module["lora_a"] = rng.standard_normal((layers, inner, lora)) / np.sqrt(inner)

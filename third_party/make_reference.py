@@ -4,14 +4,20 @@ Nothing of the package is imported: the GGUF file is dequantised by `gguf`, the 
 vocabulary, and the numbers are those of transformers' own models in float32. Run it in an environment of its own,
 never in the project's (which has no torch):
 
-    python3.11 -m venv /tmp/reference && /tmp/reference/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0
-    /tmp/reference/bin/python third_party/make_reference.py --gguf=SmolLM2-135M-Instruct.Q4_1.gguf
+    python3.11 -m venv /tmp/reference
+    /tmp/reference/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sentencepiece==0.2.3 protobuf==7.36.2
+    cat gemma-3-270m-q4_k_m.gguf.part0? > gemma-3-270m-q4_k_m.gguf
+    /tmp/reference/bin/python third_party/make_reference.py --gguf=SmolLM2-135M-Instruct.Q4_1.gguf \\
+      --gemma=gemma-3-270m-q4_k_m.gguf
 
-The committed values were made with these versions on a CPU (about half a minute). Written into third_party/reference/:
+The committed values were made with these versions on a CPU (about a minute); what is not given is not made. Written
+into third_party/reference/:
 
     prompts.json   rendered conversations, token ids, response mask, NLL of every token (nats), mean over the response,
                    greedy continuations
     logits.npz     for each conversation: positions [P], indices [P, K] into the vocabulary, logits [P, K]
+    gemma3_prompts.json, gemma3_logits.npz   the same of Gemma 3; token ids are those of SentencePiece and of
+                   transformers' GemmaTokenizer, which must agree
     tiny.json      small configurations, the shapes and the seed of their weights, token ids
     tiny.npz       their logits [B, T, V]
 """
@@ -25,6 +31,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import generate_merges
 
 OUT = pathlib.Path(__file__).resolve().parent / "reference"
 TOP, SAMPLED = 50, 200
@@ -109,6 +116,21 @@ TINY_CONFIGS = {
   "mistral": _TINY
   | {"model_type": "mistral", "head_dim": 8, "sliding_window": 7, "tie_word_embeddings": False, "rope_theta": 10000.0},
   "qwen2": _TINY | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1000000.0},
+  # Local, local, global, local: the window is shorter than the text, and only global layers have scaled angles.
+  "gemma3": _TINY
+  | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 24,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+  },
 }
 TINY_SEED, TINY_BATCH, TINY_LENGTH = 7, 2, 48
 
@@ -151,6 +173,103 @@ def encode(tokenizer, messages) -> tuple[str, list[int], list[bool]]:
       text, ids, mask = text + piece, ids + new, mask + [is_response] * len(new)
   assert ids == tokenizer.encode(text, add_special_tokens=False).ids, "the pieces must not merge across their borders"
   return text, ids, mask
+
+
+class GemmaPieces:
+  """SentencePiece itself on the vocabulary of a GGUF file; control tokens are put in by id, never read from a text."""
+
+  def __init__(self, fields):
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    read = lambda key: fields[f"tokenizer.ggml.{key}"].contents()  # noqa: E731
+    self.tokens, kinds, scores = read("tokens"), read("token_type"), read("scores")
+    model = proto.ModelProto()
+    for token, kind, score in zip(self.tokens, kinds, scores, strict=True):
+      kind = 2 if token == "<unk>" else kind  # the file calls it a control token
+      model.pieces.add(piece=token.replace(" ", "\u2581") if kind == 4 else token, score=score, type=kind)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True  # BPE
+    model.trainer_spec.vocab_size = len(self.tokens)
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id = 3, 2
+    model.trainer_spec.eos_id, model.trainer_spec.pad_id = 1, 0
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    vocabulary = {token: i for i, token in enumerate(self.tokens)}
+    normal = [row for row in zip(self.tokens, scores, kinds, strict=True) if row[2] == 1]
+    merges = generate_merges({t: vocabulary[t] for t, _, _ in normal}, {t: score for t, score, _ in normal})
+    self.transformers = transformers.GemmaTokenizer(vocab=vocabulary, merges=merges)
+    whole = [(t, kind) for t, kind in zip(self.tokens, kinds, strict=True) if kind in (3, 4)]
+    self.transformers.add_tokens([tokenizers.AddedToken(t, special=k == 3, normalized=False) for t, k in whole])
+
+  def id(self, token: str) -> int:
+    return self.tokens.index(token)
+
+  def encode_turns(self, messages) -> tuple[str, list[int], list[bool]]:
+    """Rendered text, token ids and response mask: the model's text with its <end_of_turn>."""
+    text, ids, mask = "<bos>", [self.id("<bos>")], [False]
+    prefix = ""
+    for message in messages:
+      if message["role"] == "system":
+        prefix = message["content"] + "\n\n"
+        continue
+      answer = message["role"] == "assistant"
+      header = f"{'model' if answer else 'user'}\n"
+      body = prefix + message["content"].strip()
+      inside, prefix = self.sentencepiece.encode(header + body), ""
+      front = len(self.sentencepiece.encode(header))
+      ids += [self.id("<start_of_turn>"), *inside, self.id("<end_of_turn>"), self.id("\n")]
+      mask += [False] + [answer and t >= front for t in range(len(inside))] + [answer, False]
+      text += f"<start_of_turn>{header}{body}<end_of_turn>\n"
+    assert ids == self.transformers.encode(text, add_special_tokens=False), "SentencePiece and transformers disagree"
+    return text, ids, mask
+
+
+def load_gemma3(reader) -> transformers.Gemma3ForCausalLM:
+  """transformers' Gemma 3 with the dequantised weights of the file, which stores 1 + weight of every norm."""
+  get = lambda key: reader.fields[f"gemma3.{key}"].contents()  # noqa: E731
+  config = transformers.Gemma3TextConfig(
+    vocab_size=262144,
+    hidden_size=get("embedding_length"),
+    intermediate_size=get("feed_forward_length"),
+    num_hidden_layers=get("block_count"),
+    num_attention_heads=get("attention.head_count"),
+    num_key_value_heads=get("attention.head_count_kv"),
+    head_dim=get("attention.key_length"),
+    max_position_embeddings=get("context_length"),
+    rms_norm_eps=1e-6,
+    sliding_window=get("attention.sliding_window"),
+    query_pre_attn_scalar=256,
+    rope_theta=get("rope.freq_base"),
+    rope_local_base_freq=10000.0,
+    attn_implementation="eager",
+  )
+  model = transformers.Gemma3ForCausalLM(config).float().eval()
+  state = {}
+  for tensor in reader.tensors:
+    value = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+    name = gemma3_name(tensor.name.split("."))
+    state[name] = torch.from_numpy(value - 1 if "norm" in name else value)
+  missing, unexpected = model.load_state_dict(state, strict=False)
+  assert not unexpected and missing == ["lm_head.weight"], (missing, unexpected)  # tied
+  assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+  return model
+
+
+def gemma3_name(part: list[str]) -> str:
+  """blk.3.post_ffw_norm.weight -> model.layers.3.post_feedforward_layernorm.weight."""
+  inside = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+  }
+  if part[0] == "blk" and part[2] in inside:
+    return f"model.layers.{part[1]}.{inside[part[2]]}.weight"
+  return hf_name(part)
 
 
 def load_llama(reader) -> transformers.LlamaForCausalLM:
@@ -219,14 +338,38 @@ def greedy(model, ids: list[int], steps: int, stop: int) -> list[int]:
   return new
 
 
-def make_prompts(path: pathlib.Path) -> None:
+def make_smollm2(path: pathlib.Path) -> None:
   """Writes prompts.json and logits.npz."""
   reader = gguf.GGUFReader(path)
-  tokenizer, model = make_tokenizer(reader.fields), load_llama(reader)
+  tokenizer = make_tokenizer(reader.fields)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+  encoded = {name: (messages, *encode(tokenizer, messages)) for name, messages in CONVERSATIONS.items()}
+  make_prompts("", load_llama(reader), encoded, (tokenizer.token_to_id("<|im_end|>"), decode), path)
+
+
+def make_gemma3(path: pathlib.Path) -> None:
+  """Writes gemma3_prompts.json and gemma3_logits.npz."""
+  reader = gguf.GGUFReader(path)
+  pieces = GemmaPieces(reader.fields)
+  encoded = {name: (messages, *pieces.encode_turns(messages)) for name, messages in CONVERSATIONS.items()}
+  decode = lambda ids: pieces.transformers.decode(ids, skip_special_tokens=True)  # noqa: E731
+  make_prompts("gemma3_", load_gemma3(reader), encoded, (pieces.id("<end_of_turn>"), decode), path)
+
+
+def make_prompts(prefix: str, model, encoded: dict, ending: tuple, path: pathlib.Path) -> None:
+  """Writes PREFIXprompts.json and PREFIXlogits.npz.
+
+  Args:
+    prefix: of the file names.
+    model: gives logits.
+    encoded: name -> messages, text, token ids, response mask.
+    ending: the token that ends a turn, and the function that decodes ids.
+    path: the file of the model.
+  """
   rng = np.random.default_rng(0)
   prompts, arrays = [], {}
-  for i, (name, messages) in enumerate(CONVERSATIONS.items()):
-    text, ids, mask = encode(tokenizer, messages)
+  for i, (name, (messages, text, ids, mask)) in enumerate(encoded.items()):
     logits = model(torch.tensor([ids]), use_cache=False).logits[0]
     nll = -torch.log_softmax(logits.double(), -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
     mean = float(nll[np.array(mask[1:])].mean())
@@ -247,17 +390,15 @@ def make_prompts(path: pathlib.Path) -> None:
     entry |= {"nll": [round(float(x), 9) for x in nll], "response_mean_nll": mean}
     if name in GREEDY:
       start = ids[: mask.index(True)]
-      new = greedy(model, start, GREEDY[name], tokenizer.token_to_id("<|im_end|>"))
-      vocabulary = tokenizers.decoders.ByteLevel()
-      tokenizer.decoder = vocabulary
-      entry["greedy"] = {"prompt_ids": start, "new_ids": new, "text": tokenizer.decode(new, skip_special_tokens=True)}
+      new = greedy(model, start, GREEDY[name], ending[0])
+      entry["greedy"] = {"prompt_ids": start, "new_ids": new, "text": ending[1](new)}
     prompts.append(entry)
     print(name, len(ids), sum(mask), round(mean, 4), entry.get("greedy", {}).get("text", ""))
   made_with = {"torch": torch.__version__, "transformers": transformers.__version__, "file": path.name}
   lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in prompts)
   body = f'{{"made_with": {json.dumps(made_with)},\n"prompts": [\n{lines}\n]}}\n'
-  (OUT / "prompts.json").write_text(body, encoding="utf-8")
-  np.savez_compressed(OUT / "logits.npz", **arrays)
+  (OUT / f"{prefix}prompts.json").write_text(body, encoding="utf-8")
+  np.savez_compressed(OUT / f"{prefix}logits.npz", **arrays)
 
 
 def make_tiny() -> None:
@@ -286,12 +427,16 @@ def make_tiny() -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--gguf", type=pathlib.Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+  parser.add_argument("--gguf", type=pathlib.Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+  parser.add_argument("--gemma", type=pathlib.Path, help="gemma-3-270m-q4_k_m.gguf, its parts put together")
   arguments = parser.parse_args()
   OUT.mkdir(exist_ok=True)
   torch.set_grad_enabled(False)
   make_tiny()
-  make_prompts(arguments.gguf)
+  if arguments.gguf:
+    make_smollm2(arguments.gguf)
+  if arguments.gemma:
+    make_gemma3(arguments.gemma)
 
 
 if __name__ == "__main__":
