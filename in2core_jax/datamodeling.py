@@ -44,14 +44,14 @@ class Measured:
   @functools.cached_property
   def subsets(self) -> Interval:
     """Percentile bootstrap over the M models: other subsets, the same queries."""
-    return self._interval(np.nanmean(self.drawn, axis=1))
+    return self._interval(_mean(self.drawn))
 
   @functools.cached_property
   def both(self) -> Interval:
     """Percentile bootstrap that redraws models and queries together; the one to judge by."""
     size = self.by_query.size
     columns = np.random.default_rng((self.seed, 1)).integers(0, size, (len(self.drawn), size))
-    return self._interval(np.nanmean(np.take_along_axis(self.drawn, columns, axis=1), axis=1))
+    return self._interval(_mean(np.take_along_axis(self.drawn, columns, axis=1)))
 
   def minus(self, other: "Measured") -> "Measured":
     """The paired difference by query and by draw.
@@ -115,6 +115,14 @@ def _bootstrap(by_query: np.ndarray, first: np.ndarray, second: np.ndarray, seed
   rows = np.random.default_rng(seed).integers(0, len(first), (draws, len(first)))
   drawn = np.stack([_spearman(first[some][:, known], second[some][:, known]) for some in rows])
   return Measured(by_query[known], drawn, seed)
+
+
+def _mean(drawn: np.ndarray) -> np.ndarray:
+  """Mean over queries of each draw, f64 [draws]; NaN for a draw that is one subset again and again."""
+  known = ~np.isnan(drawn)
+  counts = known.sum(axis=1)
+  sums = np.where(known, drawn, 0).sum(axis=1)
+  return np.divide(sums, counts, out=np.full(len(drawn), np.nan), where=counts > 0)
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401
 
 from experiments import fidelity, fidelity_report, flags, workbench
 from experiments.resuming import Work
@@ -184,7 +185,7 @@ def test_measure_is_evaluation_lds_and_its_intervals_widen_in_order():
   assert width(found.both) > max(width(found.queries), width(found.subsets))
   assert found.both.low < found.mean < found.both.high
   perfect = datamodeling.measure(scores, masks, made(0.0)[3])
-  assert perfect.mean == perfect.both.low == pytest.approx(1)
+  assert perfect.mean == pytest.approx(1) and perfect.both.low == pytest.approx(1)
 
 
 def test_redrawn_correlations_are_those_of_scipy_on_the_redrawn_subsets():
