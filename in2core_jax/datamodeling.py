@@ -22,36 +22,38 @@ class Measured:
   """Rank correlations by query, with what other draws of the subsets would have given.
 
   Attributes:
-    by_query: f64 [Q], only queries with an order.
+    by_query: f64 [Q], NaN for a query without an order, which no mean counts.
     drawn: f64 [draws, Q], the same on redrawn subsets.
+    models: M.
     seed: of the draws; equal seeds redraw the same subsets and queries, so that differences are paired.
   """
 
   by_query: np.ndarray
   drawn: np.ndarray
+  models: int
   seed: int = 0
 
   @functools.cached_property
   def mean(self) -> float:
     """Mean over queries."""
-    return float(self.by_query.mean())
+    return float(np.nanmean(self.by_query))
 
   @functools.cached_property
   def queries(self) -> Interval:
     """Student t over queries: other queries, the same M models. The queries share the models, so it is too narrow."""
-    return evaluation.confidence_interval(self.by_query)
+    return evaluation.confidence_interval(self.by_query[~np.isnan(self.by_query)])
 
   @functools.cached_property
   def subsets(self) -> Interval:
     """Percentile bootstrap over the M models: other subsets, the same queries."""
-    return self._interval(_mean(self.drawn))
+    return self._interval(self.drawn)
 
   @functools.cached_property
   def both(self) -> Interval:
     """Percentile bootstrap that redraws models and queries together; the one to judge by."""
     size = self.by_query.size
     columns = np.random.default_rng((self.seed, 1)).integers(0, size, (len(self.drawn), size))
-    return self._interval(_mean(np.take_along_axis(self.drawn, columns, axis=1)))
+    return self._interval(np.take_along_axis(self.drawn, columns, axis=1))
 
   def minus(self, other: "Measured") -> "Measured":
     """The paired difference by query and by draw.
@@ -59,13 +61,17 @@ class Measured:
     Raises:
       UserError: the two are not of the same subsets and queries.
     """
-    if self.drawn.shape != other.drawn.shape or self.seed != other.seed:
-      raise UserError(f"difference of LDS: draws {self.drawn.shape} against {other.drawn.shape}; they cannot be paired")
-    return Measured(self.by_query - other.by_query, self.drawn - other.drawn, self.seed)
+    ours, theirs = ((one.models, *one.drawn.shape, one.seed) for one in (self, other))
+    if ours != theirs:
+      raise UserError(f"models, draws, queries and seed are {ours} and {theirs}: these LDS cannot be paired")
+    return Measured(self.by_query - other.by_query, self.drawn - other.drawn, self.models, self.seed)
 
-  def _interval(self, means: np.ndarray) -> Interval:
+  def _interval(self, drawn: np.ndarray) -> Interval:
+    known = ~np.isnan(drawn)  # neither a query without an order nor a draw that is one subset again and again
+    counts = known.sum(axis=1)
+    means = np.divide(np.where(known, drawn, 0).sum(axis=1), counts, out=np.full(len(drawn), np.nan), where=counts > 0)
     low, high = np.nanquantile(means, [0.025, 0.975])
-    return Interval(self.mean, float(low), float(high), self.by_query.size)
+    return Interval(self.mean, float(low), float(high), int(np.sum(~np.isnan(self.by_query))))
 
 
 def measure(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Measured:
@@ -111,18 +117,9 @@ def ceiling(repeated: Measured) -> float:
 
 
 def _bootstrap(by_query: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int, draws: int) -> Measured:
-  known = ~np.isnan(by_query)
   rows = np.random.default_rng(seed).integers(0, len(first), (draws, len(first)))
-  drawn = np.stack([_spearman(first[some][:, known], second[some][:, known]) for some in rows])
-  return Measured(by_query[known], drawn, seed)
-
-
-def _mean(drawn: np.ndarray) -> np.ndarray:
-  """Mean over queries of each draw, f64 [draws]; NaN for a draw that is one subset again and again."""
-  known = ~np.isnan(drawn)
-  counts = known.sum(axis=1)
-  sums = np.where(known, drawn, 0).sum(axis=1)
-  return np.divide(sums, counts, out=np.full(len(drawn), np.nan), where=counts > 0)
+  drawn = np.stack([_spearman(first[some], second[some]) for some in rows])
+  return Measured(by_query, drawn, len(first), seed)
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -60,6 +60,7 @@ def folder(settings, bench):
   return pathlib.Path(transfer.run(settings, bench))
 
 
+@pytest.mark.real
 def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   result = json.loads((folder / "transfer.json").read_text())
   own, same, half = result["table"]
@@ -80,6 +81,7 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert all((folder / name).stat().st_size > 100 for name in names)
 
 
+@pytest.mark.real
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, artifacts.RunDir.load(str(folder)))
   cell = task.scored(transfer.scorers_of(settings)[0])
@@ -96,6 +98,7 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   )
 
 
+@pytest.mark.real
 def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder, monkeypatch):
   before = (folder / "transfer.md").read_bytes()
   (folder / "transfer.json").unlink()
@@ -104,7 +107,7 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
     patch.setattr(transfer, "score", lambda *_: pytest.fail("finished scores were computed again"))
     transfer.run(settings, bench)
   assert (folder / "transfer.md").read_bytes() == before and (folder / "transfer.json").exists()
-  with pytest.raises(UserError, match="solver is identity there and cg now"):
+  with pytest.raises(UserError, match="solver is 'identity' there and 'cg' now"):
     transfer.run(settings.replace(solver="cg"), bench)
   with pytest.raises(UserError, match="leave it out"):
     transfer.run(settings.replace(checkpoint=str(folder)), bench)
