@@ -25,6 +25,8 @@ GROUPS = {
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
   "paper": "all experiments in one command",
+  "fidelity": "do the scores foretell what retraining gives: linear datamodeling score, leave-out curves",
+  "transfer": "one model selects, another one is trained",
   "benchmark": "seconds, memory, compilation",
   "kill_test": "select runs, killed and started again",
 }
@@ -89,7 +91,9 @@ class Settings:
   max_shapes: int = _flag("data", 4, "batch shapes to compile at most")
   loss_reduction: str = _flag("data", "mean", "loss of an example over its response tokens", ("mean", "sum"))
 
-  model: str = _flag("model", "smollm2", "smollm2 | gemma3 | hf:DIR | gguf:FILE | random:CONFIG.json")
+  model: str = _flag(
+    "model", "smollm2", "smollm2 | gemma3 | hf:DIR | gguf:FILE | random:CONFIG.json | truncated:MODEL:LAYERS"
+  )
   dtype: str = _flag("model", "float32", "of the weights; reductions are float32 at least", ("float32", "bfloat16"))
 
   trainable: str = _flag("finetune", "full", "full weights or LoRA factors", ("full", "lora"))
@@ -194,6 +198,30 @@ class Settings:
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")
   only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all")
   results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
+
+  halves: int = _flag("fidelity", 64, "random halves of the training set that are retrained")
+  halves_again: int = _flag("fidelity", 16, "so many of them once more with another seed: the noise ceiling; 0: none")
+  lds_solvers: str = _flag("fidelity", "identity,datainf,ekfac,low_rank,cg,lissa", "solvers compared; --solver is one")
+  lds_layers: str = _flag(
+    "fidelity", "last:2;last:1", "layers compared, words of --layers separated by semicolons; the first is the default"
+  )
+  lds_ratios: str = _flag("fidelity", "0.1,0.01", "damping ratios compared; the first is the default")
+  lds_at: str = _flag(
+    "fidelity", "full,base", "where gradients are taken: base model, trained on the full set; the first is the default"
+  )
+  curve_solvers: str = _flag("fidelity", "lissa,identity", "solvers whose top examples are left out; empty: no curves")
+  left_out: str = _flag("fidelity", "0.05,0.1,0.2,0.3", "shares of the training examples that are left out")
+
+  score_models: str = _flag("transfer", "smollm2", "models that select, words of --model; semicolons between them")
+  model_layers: str = _flag(
+    "transfer", "", "--layers of each of them, semicolons between; one word for all; empty: same"
+  )
+  model_trains: str = _flag(
+    "transfer", "", "--trainable_layers of each before it scores, semicolons between; one for all; empty: same"
+  )
+  score_at: str = _flag(
+    "transfer", "full", "where they score: fine-tuned on the full set, or as given", ("full", "base")
+  )
 
   kills: int = _flag("kill_test", 10, "how often a select run is killed")
 
@@ -310,11 +338,12 @@ def read(tells_costs: bool = False) -> Settings:
     "krylov",
     "rounds",
     "kills",
+    "halves",
   ):
     if getattr(settings, name) < 1:
       raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
   limits = ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget")
-  for name in (*limits, "ekfac_examples", "keep_checkpoints", "synthetic_length"):
+  for name in (*limits, "ekfac_examples", "keep_checkpoints", "synthetic_length", "halves_again"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
   if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:

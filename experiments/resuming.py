@@ -18,10 +18,12 @@ class Work:
   Attributes:
     run_dir: the run folder; None keeps nothing.
     shard_batches: as in `passes.Pieces`.
+    folder: in the run folder; one of its own for each of several computations that would name their pieces alike.
   """
 
   run_dir: artifacts.RunDir | None
   shard_batches: int = 16
+  folder: str = FOLDER
 
   def pieces(self, name: str, **depends_on: Any) -> passes.Pieces | None:
     """Where a computation keeps its pieces; SIGTERM waits for the end of a piece.
@@ -32,13 +34,13 @@ class Work:
     """
     if self.run_dir is None:
       return None
-    return passes.Pieces(self.run_dir, f"{FOLDER}/{name}", depends_on, self.shard_batches, cli.finish_on_sigterm)
+    return passes.Pieces(self.run_dir, f"{self.folder}/{name}", depends_on, self.shard_batches, cli.finish_on_sigterm)
 
   def remove(self, name: str = "") -> None:
     """Removes the pieces of a computation, or all of them; collective."""
     processes.barrier(f"remove {name}")
     if self.run_dir.writer:
-      path = self.run_dir.path / FOLDER / name
+      path = self.run_dir.path / self.folder / name
       if path.exists():
         path.rmtree()
 

@@ -92,15 +92,17 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
     raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
 
 
-def sketch_inputs(bench: Workbench, s: Settings, params) -> dict:
+def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) -> dict:
   """Projected gradients as `coreset.PolicyInputs` takes them: of the N training examples, of the queries, their topics.
 
-  Evaluation examples without a response have no gradient and are left out.
+  Evaluation examples without a response have no gradient and are left out. Only gradients of the base model or of
+  --checkpoint can be `stored` beside the run folder: others have no name there.
   """
   projection = Projection(bench, s, params, s.seed)
   evals = bench.parts["eval"]
   keep = np.flatnonzero(evals.num_response_tokens)
-  features, target = projection.store().features(), projection.features("eval")[keep]
+  features = projection.store().features() if stored else projection.features("train")
+  target = projection.features("eval")[keep]
   return {"features": features, "target": target, "query_topics": [evals.topics[row] for row in keep]}
 
 

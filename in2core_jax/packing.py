@@ -254,7 +254,9 @@ class Packer:
     order = order[np.argsort(-(self._lengths + self._responses)[order], kind="stable")]
     full, rest = divmod(len(self), batch_size)
     taken = np.zeros(len(self), bool)
-    taken[np.floor((np.arange(rest) + rng.random(rest)) * len(self) / max(rest, 1)).astype(np.int64)] = True
+    some = np.floor((np.arange(rest) + rng.random(rest)) * len(self) / max(rest, 1)).astype(np.int64)
+    # Two stretches share the row on their border: the second draw of it moves on by one.
+    taken[np.maximum.accumulate(some - np.arange(rest)) + np.arange(rest)] = True
     chosen = list(rng.permuted(order[~taken].reshape(batch_size, full), axis=1).T)
     chosen += [order[taken]] if rest else []
     plan = [(length, self._cells(chosen[number], length)) for number in rng.permutation(len(chosen))]

@@ -5,6 +5,7 @@ store [out, in] per layer. A reader takes every tensor of the file or refuses: a
 that the decoder computes something else than the file's author did.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -28,7 +29,7 @@ from in2core_jax.model_config import ModelConfig
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
 EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
-SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE or random:CONFIG.json"
+SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, random:CONFIG.json or truncated:MODEL:LAYERS"
 
 # Leaf path in the parameter tree -> tensor name; {i} is the layer.
 GGUF_NAMES = {
@@ -83,17 +84,20 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE or random:CONFIG.json.
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, random:CONFIG.json, or truncated:MODEL:LAYERS,
+      the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
 
   Returns:
     (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
-    `hf_hash` of a folder; configuration and seed of random weights.
+    `hf_hash` of a folder; configuration and seed of random weights; whole model and layers of a truncated one.
 
   Raises:
     UserError: unknown form, or whatever the readers find wrong.
   """
+  if spec.startswith("truncated:"):
+    return _load_truncated(spec, dtype, seed)
   kind, path = _parse_spec(spec)
   if kind == "gguf":
     config, params = load_gguf(path, _dtype(dtype))
@@ -108,6 +112,10 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
 
 def describe_model(spec: str) -> tuple[ModelConfig, Any]:
   """(config, tokenizer) of what `--model` says, without reading its weights; arguments and errors of `load_model`."""
+  if spec.startswith("truncated:"):
+    whole, layers = _parse_truncated(spec)
+    config, tokenizer = describe_model(whole)
+    return _fewer_layers(spec, config, layers), tokenizer
   kind, path = _parse_spec(spec)
   if kind == "gguf":
     return _gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
@@ -115,6 +123,29 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
     return hf_config.read_config(path / "config.json"), tokenizer_lib.tokenizer_from_dir(path)
   config = hf_config.read_config(path)
   return config, _embedded_tokenizer(path, config)
+
+
+def _load_truncated(spec: str, dtype: str, seed: int) -> tuple[ModelConfig, Any, Any, str]:
+  """The first layers of another model below its own final norm and vocabulary; as `load_model`."""
+  whole, layers = _parse_truncated(spec)
+  config, params, tokenizer, digest = load_model(whole, dtype, seed)
+  config = _fewer_layers(spec, config, layers)
+  params = params | {"layers": jax.tree.map(lambda leaf: leaf[:layers], params["layers"])}
+  return config, params, tokenizer, hashlib.sha256(f"truncated {digest} layers {layers}".encode()).hexdigest()
+
+
+def _parse_truncated(spec: str) -> tuple[str, int]:
+  """truncated:MODEL:LAYERS -> (MODEL, LAYERS)."""
+  whole, _, layers = spec.removeprefix("truncated:").rpartition(":")
+  if not whole or not layers.isdecimal():
+    raise UserError(f"--model={spec} is not understood; write truncated:MODEL:LAYERS, such as truncated:smollm2:15")
+  return whole, int(layers)
+
+
+def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
+  if not 0 < layers <= config.num_layers:
+    raise UserError(f"--model={spec}: the whole model has {config.num_layers} layers; keep 1 to {config.num_layers}")
+  return dataclasses.replace(config, num_layers=layers)
 
 
 def _parse_spec(spec: str) -> tuple[str, Any]:

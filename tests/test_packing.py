@@ -168,6 +168,22 @@ def test_shuffled_depends_on_seed_and_epoch_only():
   assert order(1, 0) != order(2, 0)
 
 
+def test_any_number_of_examples_can_be_cut_into_batches():
+  """The rest that fills no batch is drawn evenly, and no example twice: also where two stretches share a row."""
+  for size, batch_size in ((15, 8), (23, 8), (7, 8), (101, 34)):
+    dataset = types.SimpleNamespace(
+      tokens=[np.zeros(3 + i % 9, np.int32) for i in range(size)],
+      response_mask=[np.zeros(3 + i % 9, bool) for i in range(size)],
+      ids=list(range(size)),
+    )
+    packer = Packer(dataset)
+    for seed in range(20):
+      plan = packer.shuffled_plan(batch_size, seed, 1)
+      assert sorted(i for _, cells in plan for row in cells[0] for i in row) == list(range(size))
+      sizes = sorted(sum(len(row) for row in cells[0]) for _, cells in plan)
+      assert sizes == sorted([size % batch_size] * (size % batch_size > 0) + [batch_size] * (size // batch_size))
+
+
 def test_shuffled_is_the_same_in_another_process():
   code = (
     "import types, numpy as np\nfrom in2core_jax.packing import Packer\n"

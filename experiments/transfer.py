@@ -1,0 +1,293 @@
+"""One model selects, another one is trained: does a small model's choice serve a larger one, or one of another family?
+
+python -m experiments.transfer --flagfile=experiments/flags/transfer.flags
+"""
+
+import dataclasses
+import functools
+import logging
+
+import numpy as np
+
+from experiments import cli, flags
+from experiments.cells import Cells
+from experiments.finetune import recipe_of, trainable_rows
+from experiments.flags import Settings, integers
+from experiments.resuming import Work
+from experiments.retraining import Candidate, Judge
+from experiments.scoring import score
+from experiments.select import budget_of, check_settings, sketch_inputs
+from experiments.solvers import spearman_interval
+from experiments.workbench import Workbench, choose
+from in2core_jax import artifacts, coreset, evaluation, report, subtree
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_OF_SCORERS = ("score_models", "model_layers", "model_trains", "layers")  # in the names of the cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A model that selects.
+
+  Attributes:
+    model: word of --model.
+    layers: word of --layers, of its own layers.
+    trains: word of --trainable_layers, for the training before it scores.
+  """
+
+  model: str
+  layers: str
+  trains: str
+
+
+def scorers_of(s: Settings) -> list[Scorer]:
+  """The models that select; the one that is trained comes first, whether it is named or not.
+
+  Raises:
+    UserError: a model given twice, or lists of different lengths.
+  """
+  read = lambda text: [word.strip() for word in text.split(";") if word.strip()]  # noqa: E731
+  models = read(s.score_models)
+  if len(set(models)) < len(models):
+    raise UserError(f"--score_models={s.score_models}: a model is given twice")
+  lists = {}
+  for name, default in (("model_layers", s.layers), ("model_trains", s.trainable_layers)):
+    words = read(getattr(s, name)) or [default]
+    words = words * len(models) if len(words) == 1 else words
+    if len(words) != len(models):
+      raise UserError(
+        f"--{name}={getattr(s, name)} has {len(words)} words for {len(models)} models: give one, or as many"
+      )
+    lists[name] = words
+  found = [Scorer(*three) for three in zip(models, lists["model_layers"], lists["model_trains"], strict=True)]
+  own = [scorer for scorer in found if scorer.model == s.model] or [Scorer(s.model, s.layers, s.trainable_layers)]
+  return own + [scorer for scorer in found if scorer.model != s.model]
+
+
+class Transfer:
+  """The trained model's bench and judge, and what each scorer makes of the same examples."""
+
+  def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir):
+    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
+    self.train = bench.parts["train"]
+
+  def bench_of(self, scorer: Scorer) -> Workbench:
+    """A bench with the same data flags and another model.
+
+    Raises:
+      UserError: its examples are others, which equal data flags do not allow.
+    """
+    if scorer.model == self.settings.model:
+      return self.bench
+    # Its class, so that whatever is particular about the bench is so for all models.
+    other = type(self.bench)(self.settings.replace(model=scorer.model))
+    for part in ("train", "eval"):
+      if other.parts[part].ids != self.bench.parts[part].ids:
+        raise UserError(f"--score_models: {scorer.model} read other {part} examples than {self.settings.model}")
+    return other
+
+  def scored(self, scorer: Scorer) -> dict:
+    """The cell of a scorer: influence [N] by example_id, the chosen ids, facts of the model."""
+
+    def make() -> dict:
+      s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
+      bench = self.bench_of(scorer)
+      params, losses = self.params_of(bench, s)
+      chosen = choose(bench, params, s.layers, s.modules)
+      check_settings(bench, s, chosen)
+      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(dataclasses.astuple(scorer))[:16]}")
+      found = score(bench, s, chosen, work)
+      work.remove()
+      train = bench.parts["train"]
+      more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
+      # Where the other tokenizer cuts a response off, the example is still there for the model that is trained.
+      inputs = coreset.PolicyInputs(
+        found.influence, found.loss, train.num_tokens, self.train.num_response_tokens, train.topics, train.ids, **more
+      )
+      rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
+      return {
+        "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
+        "selected": [train.ids[row] for row in rows],
+        "layers in all": bench.config.num_layers,
+        "parameters": subtree.count(bench.params),
+        "eval loss": losses,
+      }
+
+    return self.cells.get(make, "scores", *dataclasses.astuple(scorer))
+
+  def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float]:
+    """(parameters at which a scorer takes gradients, its mean loss there over the evaluation examples)."""
+    rows = trainable_rows(bench)
+    judge = Judge(bench, s, [rows])
+    sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
+    counted = bench.parts["eval"].num_response_tokens > 0
+    loss = float(judge.losses(sub, "eval")[counted].mean())
+    return subtree.merge(sub, judge.frozen, judge.chosen), loss
+
+  def rows_of(self, ids: list[str]) -> np.ndarray:
+    """Rows of the training set of the model that is trained."""
+    place = {example: row for row, example in enumerate(self.train.ids)}
+    return np.sort([place[example] for example in ids])
+
+  def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
+    """Every set to retrain on, with its seeds: full, random of the same size, each scorer's choice."""
+    s, rows = self.settings, trainable_rows(self.bench)
+    seeds = integers(s.seeds, "seeds")
+    fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
+    found = [Candidate("full", seed, rows) for seed in fixed]
+    size = len(next(iter(chosen.values())))
+    inputs = coreset.PolicyInputs(
+      None, None, self.train.num_tokens, self.train.num_response_tokens, self.train.topics, self.train.ids
+    )
+    for seed in seeds:
+      picked = coreset.select_rows("random", inputs, coreset.Budget(num_examples=size), seed)
+      found.append(Candidate("random", seed, np.sort(picked)))
+    return found + [Candidate(f"chosen by {name}", seed, rows) for name, rows in chosen.items() for seed in fixed]
+
+  def retrained(self, candidates: list[Candidate]) -> list[evaluation.RetrainRow]:
+    """The trained model's test results for each set."""
+    judge = functools.cache(lambda: Judge(self.bench, self.settings, [candidate.rows for candidate in candidates]))
+    found = []
+    for number, candidate in enumerate(candidates):
+      label = f"train {number + 1}/{len(candidates)}: {candidate.policy}, seed {candidate.seed}"
+
+      def make(candidate=candidate, label=label) -> dict:
+        row = dataclasses.asdict(judge().retrain(candidate, label))
+        return row | {"loss_per_test_example": row["loss_per_test_example"].tolist()}
+
+      which = artifacts.hash_of(candidate.rows.tolist())[:16]
+      cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
+      fields = {field.name: cell[field.name] for field in dataclasses.fields(evaluation.RetrainRow)}
+      found.append(evaluation.RetrainRow(**fields | {"loss_per_test_example": np.array(cell["loss_per_test_example"])}))
+    return found
+
+
+def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[evaluation.RetrainRow]) -> list[dict]:
+  """One row a scorer: agreement with the trained model's own scores and choice, perplexity against its own choice."""
+  own = next(iter(cells.values()))
+  ids = sorted(own["influence"])
+  values = lambda cell: np.array([cell["influence"][example] for example in ids])  # noqa: E731
+  perplexities = lambda name: [row.perplexity for row in rows if row.policy == f"chosen by {name}"]  # noqa: E731
+  table = []
+  for number, scorer in enumerate(scorers):
+    cell = cells[scorer.model]
+    row = {"scores by": scorer.model, "layers": f"{scorer.layers} of {cell['layers in all']}"}
+    row |= {"parameters": cell["parameters"], "its evaluation loss": cell["eval loss"]}
+    rank = spearman_interval(values(cell), values(own))
+    row |= {"Spearman": rank.mean, "Spearman low": rank.low, "Spearman high": rank.high}
+    row["top-half overlap"] = evaluation.top_overlap(values(cell), values(own), 0.5)
+    row["overlap of the choices"] = len(set(cell["selected"]) & set(own["selected"])) / len(own["selected"])
+    ours, theirs = perplexities(scorer.model), perplexities(scorers[0].model)
+    row["perplexity"] = float(np.mean(ours))
+    if number:
+      ratio = evaluation.difference_interval(np.log(ours), np.log(theirs)).map(lambda value: float(np.exp(value)))
+      row |= {"ratio to own": ratio.mean, "ratio low": ratio.low, "ratio high": ratio.high}
+    table.append(row)
+  return table
+
+
+def sentences(table: list[dict]) -> list[str]:
+  """For each other model: is its choice as good for the trained model as the trained model's own?"""
+  lines = []
+  for row in table[1:]:
+    bounds = f"{row['ratio to own']:.3f} times, 95 % interval {row['ratio low']:.3f} to {row['ratio high']:.3f}"
+    if np.isnan(row["ratio low"]):
+      said = f"one seed each cannot tell it from the model's own choice ({row['ratio to own']:.3f} times)"
+    elif row["ratio low"] > 1 or row["ratio high"] < 1:
+      said = f"perplexity {'above' if row['ratio low'] > 1 else 'below'} that of the model's own choice ({bounds})"
+    else:
+      said = f"perplexity not to be told apart from that of the model's own choice ({bounds})"
+    lines.append(f"Chosen by {row['scores by']} (Spearman {row['Spearman']:.2f} with own scores): {said}.")
+  return lines
+
+
+def printed(table: list[dict]) -> list[dict]:
+  """`agreement_rows` with an interval in one cell."""
+  show = lambda row, *names: "{:.3f} ({:.3f} to {:.3f})".format(*(row[name] for name in names))  # noqa: E731
+  lines = []
+  for row in table:
+    line = {name: row[name] for name in ("scores by", "layers", "parameters", "its evaluation loss")}
+    line["Spearman with own scores"] = show(row, "Spearman", "Spearman low", "Spearman high")
+    line |= {name: row[name] for name in ("top-half overlap", "overlap of the choices")}
+    line["perplexity"] = f"{row['perplexity']:.3f}"
+    line["ratio to own choice"] = show(row, "ratio to own", "ratio low", "ratio high") if "ratio low" in row else "1"
+    lines.append(line)
+  return lines
+
+
+def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list, recipe: dict) -> None:
+  """transfer.md, .csv, .tex, retrained.csv, .tex, the figure; transfer.json last."""
+  summary, words = evaluation.summarise(rows), evaluation.verdict(rows)
+  lines = [*sentences(table), *(line for line in words.splitlines() if line.strip())]
+  run_dir.folder("plots")
+  for kind in ("svg", "png"):
+    run_dir.write_bytes(f"plots/transfer.{kind}", report.figure_bytes(report.perplexity_plot(summary), kind))
+  columns = list(dict.fromkeys(name for row in table for name in row))
+  run_dir.write_text("transfer.csv", report.csv_table(table, columns))
+  run_dir.write_text("transfer.tex", report.latex_table(printed(table), caption=f"Who selects for {s.model}"))
+  run_dir.write_text("retrained.csv", report.csv_table(summary))
+  run_dir.write_text("retrained.tex", report.latex_table(report.retrain_rows(summary), caption="Retrained"))
+  named = [{"name": name, "value": report.format_value(value)} for name, value in recipe.items()]
+  parts = [f"# Who selects for {report.escape_markdown(s.model)}"]
+  parts += ["\n".join(f"- {report.escape_markdown(line, 1000)}" for line in lines)]
+  parts += ["![Test perplexity](plots/transfer.svg)", report.markdown_table(printed(table)).rstrip()]
+  parts += [
+    "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
+    "training examples. Chance is 0 and the share that is kept. The ratio's interval is over seeds of the training."
+  ]
+  parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
+  parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]
+  text = "\n\n".join(parts)
+  run_dir.write_text("transfer.md", text)
+  facts = {"table": table, "retrained": summary, "conclusions": lines, "recipe": recipe}
+  run_dir.write_json("transfer.json", facts | {"devices": artifacts.device_summary()})
+  log.info("\n%s", text)
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
+  s = settings
+  scorers = scorers_of(s)
+  if not integers(s.seeds, "seeds"):
+    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
+  if s.checkpoint:
+    raise UserError(f"--checkpoint={s.checkpoint}: transfer fine-tunes every model itself (--score_at); leave it out")
+  bench = bench or Workbench(s)
+  groups = ("data", "model", "finetune", "select", "transfer", "run")
+  identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
+  for name in _OF_SCORERS:
+    identity["flags"].pop(name)
+  run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
+  task = Transfer(bench, s, run_dir)
+  cells = {scorer.model: task.scored(scorer) for scorer in scorers}
+  chosen = {name: task.rows_of(cell["selected"]) for name, cell in cells.items()}
+  rows = task.retrained(task.candidates(chosen))
+  plan = recipe_of(s, len(trainable_rows(bench)))
+  recipe = {
+    "trained model": s.model,
+    "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
+    "policy": s.policy,
+    "solver": s.solver,
+    "scores at": {"full": "each model fine-tuned on the full training set", "base": "each model as given"}[s.score_at],
+    "training examples": len(trainable_rows(bench)),
+    "evaluation examples": len(bench.parts["eval"]),
+    "test examples": len(bench.parts["test"]),
+    "steps": plan.steps,
+    "batch size": plan.batch_size,
+    "learning rate": plan.learning_rate,
+  }
+  write(run_dir, s, agreement_rows(scorers, cells, rows), rows, recipe)
+  return str(run_dir.path)
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/transfer")
+  cli.run(main)

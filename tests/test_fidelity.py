@@ -1,0 +1,295 @@
+"""LDS and leave-out curves on a small random model: what is written, that it resumes, that the numbers fit together."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401
+
+from experiments import fidelity, fidelity_report, flags, workbench
+from experiments.resuming import Work
+from experiments.retraining import Judge
+from experiments.scoring import query_scores
+from experiments.workbench import choose
+from in2core_jax import artifacts, datamodeling, evaluation, sharding
+from in2core_jax.errors import UserError
+
+
+class Workbench(workbench.Workbench):
+  """On one of the simulated devices: quick to compile."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("fidelity")
+  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+  return flags.Settings(
+    model=f"random:{folder / 'config.json'}",
+    run_dir=str(folder / "run"),
+    system_prompt="none",
+    max_length=32,
+    max_shapes=1,
+    train_limit=30,
+    eval_limit=8,
+    test_limit=6,
+    trainable_layers="last:1",
+    batch_tokens=480,
+    batch_size=8,
+    learning_rate=1e-2,
+    steps=4,
+    depth=4,
+    cg_steps=4,
+    krylov=3,
+    curvature_examples=8,
+    curvature_batch=8,
+    query_block=8,
+    halves=6,
+    halves_again=4,
+    solver="cg",
+    lds_solvers="identity,cg",
+    lds_layers="last:1",
+    lds_ratios="0.5,0.1",
+    lds_at="full,base",
+    curve_solvers="cg",
+    left_out="0.2",
+    seeds="0,1",
+    fixed_seeds="0",
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+@pytest.mark.real
+def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
+  """A small step along an example's gradient changes Judge's losses by the step times its identity scores."""
+  rows = np.arange(len(bench.parts["train"]))
+  judge = Judge(bench, settings, [rows])
+  chosen = choose(bench, bench.params, "last:1", "all")
+  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
+  scores = query_scores(bench, settings.replace(solver="identity"), chosen, Work(run_dir))
+  example, step = int(np.argmax(np.abs(scores).sum(axis=0))), 1e-2
+  batcher = bench.batcher("train", chosen.tree, chosen.params, [example])
+  gradient = chosen.problem.gradients(bench.stream(batcher), 1)
+  moved = [jax.tree.map(lambda x, g, t=t: x - t * g[0], judge.sub, gradient) for t in (step, -step)]
+  change = (judge.losses(moved[1], "eval") - judge.losses(moved[0], "eval")) / (2 * step)
+  np.testing.assert_allclose(change, scores[:, example], atol=0.02 * np.abs(scores[:, example]).max())
+  assert np.abs(scores[:, example]).max() > 1e-3
+
+
+def test_mean_loss_weighs_as_the_gradients_do(settings, bench):
+  tokens = bench.parts["eval"].num_response_tokens
+  losses = np.arange(1.0, len(tokens) + 1)
+  losses[tokens == 0] = 0
+  assert fidelity.mean_loss(bench, "eval", losses) == pytest.approx(losses[tokens > 0].mean())
+  by_sum = Workbench(settings.replace(loss_reduction="sum"))
+  assert fidelity.mean_loss(by_sum, "eval", losses) == pytest.approx((losses * tokens).sum() / tokens.sum())
+
+
+def test_variants_change_one_thing_at_a_time(settings):
+  found = fidelity.variants_of(settings.replace(lds_layers="last:1;0,1", lds_ratios="0.5,0.1"))
+  assert found[0] == fidelity.Variant("cg", "last:1", 0.5, "full") and len(found) == len(set(found)) == 7
+  assert all(len(variant.differs(found[0])) <= 2 for variant in found)
+  assert [v.name for v in found if v.solver == "identity"] == [
+    "identity, last:1, full",
+    "identity, 0,1, full",
+    "identity, last:1, base",
+  ]
+  assert found[1].differs(found[0]) == ["ratio"]
+  for changes, text in (
+    ({"lds_solvers": "identity"}, "lacks it"),
+    ({"lds_solvers": "cg,newton"}, "unknown 'newton'"),
+    ({"lds_at": "full,full"}, "given twice"),
+    ({"lds_layers": ""}, "at least one word"),
+    ({"lds_ratios": "0"}, "above 0"),
+  ):
+    with pytest.raises(UserError, match=text):
+      fidelity.variants_of(settings.replace(**changes))
+
+
+def test_half_of_is_a_half_and_does_not_depend_on_the_others():
+  rows = np.arange(3, 34)
+  first, second = (fidelity.half_of(rows, 0, number) for number in (0, 1))
+  assert len(first) == len(set(first)) == 15 and set(first) <= set(rows) and set(first) != set(second)
+  np.testing.assert_array_equal(first, fidelity.half_of(rows, 0, 0))
+  assert set(fidelity.half_of(rows, 1, 0)) != set(first)
+
+
+@pytest.mark.real
+def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, monkeypatch):
+  folder = pathlib.Path(fidelity.run(settings, bench))
+  result = json.loads((folder / "fidelity.json").read_text())
+  assert [(row["solver"], row["gradients at"]) for row in result["lds"]] == [
+    *[("cg", "full"), ("cg", "full"), ("cg", "base"), ("identity", "full"), ("identity", "base")]
+  ]
+  assert all(-1 <= row["both low"] <= row["LDS"] <= row["both high"] <= 1 for row in result["lds"])
+  assert len({row["LDS"] for row in result["lds"]}) > 2  # each with scores of its own
+  assert [row["minus that of"] for row in result["differences"]] == ["identity, last:1, full"] * 2 + [
+    "identity, last:1, base"
+  ]
+  assert [(row["left out"], row["seeds"]) for row in result["curves"]] == [
+    *[("nothing", 1), ("top, cg", 1), ("opponents, cg", 1), ("random", 2)]
+  ]
+  assert [row["examples"] for row in result["curves"]] == [0, 6, 6, 6]
+  assert -1 <= result["ceiling"]["mean"] <= 1
+  text = (folder / "fidelity.md").read_text()
+  assert "Solver: " in text and "Damping ratio: " in text and "random halves" in text and "Without top, cg" in text
+  names = ["fidelity.csv", "fidelity.tex", "curves.csv", "curves.tex", "plots/lds.svg", "plots/curve-eval.png"]
+  assert all((folder / name).stat().st_size > 100 for name in names)
+  # The cells hold what the table was made of: the first half, trained again by hand.
+  task = fidelity.Task(bench, settings, artifacts.RunDir.load(str(folder)))
+  judge = Judge(bench, settings, [task.rows, *task.halves])
+  again = judge.losses(judge.train(task.halves[0], 0, "again").sub, "eval")
+  np.testing.assert_allclose(task.losses()[0][0], again, rtol=1e-6)
+  assert not np.allclose(task.losses()[1][0], again, rtol=1e-6)  # the other seed
+  # Again: the same files, and nothing is trained or solved.
+  (folder / "fidelity.json").unlink()
+  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(fidelity, "query_scores", lambda *_: pytest.fail("finished scores were computed again"))
+  fidelity.run(settings, bench)
+  assert json.loads((folder / "fidelity.json").read_text()) == result and (folder / "fidelity.md").read_text() == text
+  fewer = settings.replace(halves=5, lds_ratios="0.5", curve_solvers="")  # shows fewer of the same cells
+  fidelity.run(fewer, bench)
+  assert json.loads((folder / "fidelity.json").read_text())["curves"] == []
+  with pytest.raises(UserError, match="cg_steps is 4 there and 5 now"):
+    fidelity.run(settings.replace(cg_steps=5), bench)
+  with pytest.raises(UserError, match="at most as many"):
+    fidelity.run(settings.replace(halves_again=7), bench)
+
+
+# ---- intervals -----------------------------------------------------------------------
+
+
+def made(noise: float, seed: int = 0, subsets: int = 64, queries: int = 12, examples: int = 40):
+  """True scores, masks, and losses that the scores foretell up to noise."""
+  rng = np.random.default_rng(seed)
+  scores = rng.standard_normal((queries, examples))
+  masks = rng.random((subsets, examples)).argsort(axis=1) < examples // 2
+  clean = -(masks @ scores.T)
+  return scores, masks, clean, clean + noise * clean.std() * rng.standard_normal(clean.shape)
+
+
+def test_measure_is_evaluation_lds_and_its_intervals_widen_in_order():
+  scores, masks, _, losses = made(1.0)
+  found = datamodeling.measure(scores, masks, losses)
+  interval, by_query = evaluation.lds(scores, masks, losses)
+  np.testing.assert_array_equal(found.by_query, by_query)
+  assert found.queries == interval and found.mean == interval.mean and 0.5 < found.mean < 0.8
+  width = lambda interval: interval.high - interval.low  # noqa: E731
+  assert width(found.both) > max(width(found.queries), width(found.subsets))
+  assert found.both.low < found.mean < found.both.high
+  perfect = datamodeling.measure(scores, masks, made(0.0)[3])
+  assert perfect.mean == pytest.approx(1) and perfect.both.low == pytest.approx(1)
+
+
+def test_redrawn_correlations_are_those_of_scipy_on_the_redrawn_subsets():
+  scores, masks, _, losses = made(1.0, subsets=9, queries=3)
+  found = datamodeling.measure(scores, masks, losses, seed=5, draws=20)
+  rows = np.random.default_rng(5).integers(0, 9, (20, 9))
+  predicted = masks @ scores.T
+  wanted = [[evaluation.spearman(predicted[some, q], -losses[some, q]) for q in range(3)] for some in rows]
+  np.testing.assert_allclose(found.drawn, wanted, atol=1e-12)
+
+
+def test_the_interval_over_models_covers_other_models():
+  """The mean over queries of LDS on fresh subsets falls into `both` nearly always; what all queries share is noise."""
+  inside = []
+  for seed in range(30):
+    scores, masks, clean, _ = made(0.0, seed, subsets=40, queries=6)
+    rng = np.random.default_rng((seed, 1))
+    shared = 1.5 * clean.std(axis=0) * rng.standard_normal((len(masks), 1))  # a training's luck hits all queries alike
+    found = datamodeling.measure(scores, masks, clean + shared, seed, draws=150)
+    truth = 6 / np.pi * np.arcsin(1 / np.sqrt(1 + 1.5**2) / 2)  # of two normal variables with that correlation
+    inside.append((found.both.low <= truth <= found.both.high, found.queries.low <= truth <= found.queries.high))
+  both, queries = np.mean(inside, axis=0)
+  assert both >= 0.85 and queries < both - 0.1
+
+
+def test_differences_are_paired():
+  scores, masks, _, losses = made(1.0)
+  worse = scores + 0.7 * np.random.default_rng(3).standard_normal(scores.shape)
+  good, bad = (datamodeling.measure(values, masks, losses) for values in (scores, worse))
+  change = good.minus(bad)
+  assert change.mean == pytest.approx(good.mean - bad.mean) and change.both.low > 0
+  assert change.both.high - change.both.low < good.both.high - good.both.low
+  assert good.minus(good).both.high == 0
+  with pytest.raises(UserError, match="cannot be paired"):
+    good.minus(datamodeling.measure(scores, masks[:9], losses[:9]))
+  with pytest.raises(UserError, match="cannot be paired"):
+    good.minus(datamodeling.measure(scores, masks, losses, seed=1))
+
+
+def test_a_query_without_order_is_left_out():
+  scores, masks, _, losses = made(1.0)
+  losses[:, 4] = 0
+  found = datamodeling.measure(scores, masks, losses)
+  rest = datamodeling.measure(np.delete(scores, 4, 0), masks, np.delete(losses, 4, 1))
+  assert np.isnan(found.by_query).tolist() == [query == 4 for query in range(12)] and found.both.count == 11
+  assert (found.mean, found.queries) == (pytest.approx(rest.mean), rest.queries)
+  assert found.subsets.low == pytest.approx(rest.subsets.low) and np.isfinite(found.both.low)
+  with pytest.raises(UserError, match="nothing can be correlated"):
+    datamodeling.agreement(np.zeros((4, 2)), np.zeros((4, 2)))
+  with pytest.raises(UserError, match="at least 3"):
+    datamodeling.agreement(losses[:2], losses[:2])
+
+
+def test_the_ceiling_is_what_the_true_scores_reach():
+  scores, masks, clean, first = made(1.0, subsets=400)
+  second = clean + clean.std() * np.random.default_rng(9).standard_normal(clean.shape)
+  repeated = datamodeling.agreement(first, second, draws=10)
+  reached = datamodeling.measure(scores, masks, first, draws=10).mean
+  assert repeated.mean < 0.6 and datamodeling.ceiling(repeated) == pytest.approx(reached, abs=0.05)
+  assert np.isnan(datamodeling.ceiling(datamodeling.agreement(first, -first, draws=10)))
+
+
+# ---- sentences -----------------------------------------------------------------------
+
+
+def test_conclusions_say_no_more_than_the_intervals():
+  scores, masks, _, losses = made(0.5)
+  rng = np.random.default_rng(2)
+  blurred = lambda much: scores + much * rng.standard_normal(scores.shape)  # noqa: E731
+  name = fidelity.Variant
+  values = {
+    name("cg", "last:1", 0.1, "full"): blurred(1.0),
+    name("cg", "last:1", 0.01, "full"): blurred(1.0),
+    name("identity", "last:1", np.nan, "full"): blurred(3.0),
+    name("ekfac", "last:1", 0.1, "full"): scores,
+    name("ekfac", "last:1", 0.01, "full"): scores,
+  }
+  measured = {variant: datamodeling.measure(each, masks, losses) for variant, each in values.items()}
+  solver, damping = fidelity_report.conclusions(measured)
+  assert solver.startswith("Solver: ekfac has the highest LDS") and "above cg, identity by more" in solver
+  assert solver.endswith("It follows: ekfac rather than cg.")
+  assert damping.startswith("Damping ratio: 0.") and damping.endswith("Nothing here speaks against 0.1.")
+  rows = fidelity_report.difference_rows(measured)
+  assert [(row["LDS of"], row["minus that of"]) for row in rows] == [
+    ("cg, last:1, damping 0.1, full", "identity, last:1, full"),
+    ("cg, last:1, damping 0.01, full", "identity, last:1, full"),
+  ]
+
+
+def test_curves_are_compared_with_random_sets_of_the_same_size():
+  row = lambda what, seed, loss: {  # noqa: E731
+    "what": what,
+    "share": 0.1,
+    "seed": seed,
+    "examples": 3,
+    "response_tokens": 9,
+    "eval": loss,
+    "test": 1.0 + seed,
+  }
+  curves = [row("top, cg", 0, 2.0), row("opponents, cg", 0, 1.05)]
+  curves += [row("random", seed, 1.0 + 0.1 * seed) for seed in range(3)]
+  rows = fidelity_report.curve_rows(curves)
+  assert rows[0]["eval minus random"] == pytest.approx(0.9) and rows[0]["eval change low"] > 0
+  lines = fidelity_report.curve_sentences(rows)
+  assert lines[0] == "Without top, cg: eval loss above random's at 10%."
+  assert lines[2] == "Without opponents, cg: eval loss not to be told apart from random's at any share."

@@ -1,0 +1,171 @@
+"""One model selects, another is trained, on small random models; truncated models."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401
+
+from experiments import flags, scoring, transfer, workbench
+from experiments.retraining import Judge
+from in2core_jax import artifacts, model, sharding, subtree, weights
+from in2core_jax.errors import UserError
+
+
+class Workbench(workbench.Workbench):
+  """On one of the simulated devices: quick to compile."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("transfer")
+  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+  spec = f"random:{folder / 'config.json'}"
+  return flags.Settings(
+    model=spec,
+    run_dir=str(folder / "run"),
+    system_prompt="none",
+    max_length=32,
+    max_shapes=1,
+    train_limit=24,
+    eval_limit=6,
+    test_limit=6,
+    trainable_layers="last:1",
+    layers="last:1",
+    batch_tokens=480,
+    batch_size=8,
+    learning_rate=1e-2,
+    steps=3,
+    solver="identity",
+    seeds="0,1",
+    fixed_seeds="0",
+    sketch_size=4,
+    # The whole of it under another name, and half of it.
+    score_models=f"truncated:{spec}:2;truncated:{spec}:1",
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+@pytest.fixture(scope="module")
+def folder(settings, bench):
+  return pathlib.Path(transfer.run(settings, bench))
+
+
+@pytest.mark.real
+def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
+  result = json.loads((folder / "transfer.json").read_text())
+  own, same, half = result["table"]
+  assert own["scores by"] == settings.model and [row["layers"] for row in (own, same, half)] == [
+    *["last:1 of 2", "last:1 of 2", "last:1 of 1"]
+  ]
+  for name in ("Spearman", "top-half overlap", "overlap of the choices", "ratio to own"):
+    assert same[name] == pytest.approx(1, abs=1e-9)
+  assert same["perplexity"] == own["perplexity"] and same["its evaluation loss"] == own["its evaluation loss"]
+  assert half["Spearman"] < 0.99 and half["parameters"] < own["parameters"]
+  assert half["its evaluation loss"] != own["its evaluation loss"]
+  policies = {row["policy"]: (row["seeds"], row["examples"]) for row in result["retrained"]}
+  chosen = {f"chosen by {row['scores by']}": (1, 12) for row in (own, same, half)}
+  assert policies == {"full": (1, 24), "random": (2, 12)} | chosen
+  text = (folder / "transfer.md").read_text()
+  assert "one seed each cannot tell it" in text and "plots/transfer.svg" in text
+  names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
+  assert all((folder / name).stat().st_size > 100 for name in names)
+
+
+@pytest.mark.real
+def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
+  task = transfer.Transfer(bench, settings, artifacts.RunDir.load(str(folder)))
+  cell = task.scored(transfer.scorers_of(settings)[0])
+  judge = Judge(bench, settings, [np.arange(24)])
+  tuned = judge.train(np.flatnonzero(bench.parts["train"].num_response_tokens), 0, "again").sub
+  losses = judge.losses(tuned, "eval")[bench.parts["eval"].num_response_tokens > 0]
+  assert cell["eval loss"] == pytest.approx(losses.mean(), rel=1e-6) and losses.mean() < judge.losses(judge.sub).mean()
+  chosen = workbench.choose(bench, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
+  wanted = scoring.score(bench, settings, chosen, scoring.Work(artifacts.RunDir.open(str(folder) + "-w", {}))).influence
+  found = [cell["influence"][example] for example in bench.parts["train"].ids]
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+  assert [bench.parts["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
+    cell["selected"], key=bench.parts["train"].ids.index
+  )
+
+
+@pytest.mark.real
+def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder, monkeypatch):
+  before = (folder / "transfer.md").read_bytes()
+  (folder / "transfer.json").unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+    patch.setattr(transfer, "score", lambda *_: pytest.fail("finished scores were computed again"))
+    transfer.run(settings, bench)
+  assert (folder / "transfer.md").read_bytes() == before and (folder / "transfer.json").exists()
+  with pytest.raises(UserError, match="solver is 'identity' there and 'cg' now"):
+    transfer.run(settings.replace(solver="cg"), bench)
+  with pytest.raises(UserError, match="leave it out"):
+    transfer.run(settings.replace(checkpoint=str(folder)), bench)
+
+
+@pytest.mark.real
+def test_matching_selects_by_each_models_own_gradients(settings, bench, tmp_path):
+  matching = settings.replace(policy="matching", score_at="base", run_dir=str(tmp_path / "run"))
+  found = json.loads((pathlib.Path(transfer.run(matching, bench)) / "transfer.json").read_text())["table"]
+  assert found[1]["overlap of the choices"] == 1 and found[1]["Spearman"] == pytest.approx(1)
+  assert 0 <= found[2]["overlap of the choices"] < 1
+  assert not (tmp_path / "projected").exists()
+
+
+def test_scorers_are_read_with_their_layers():
+  s = flags.Settings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
+  assert transfer.scorers_of(s) == [
+    transfer.Scorer("smollm2", "last:8", "last:2"),
+    transfer.Scorer("hf:x", "last:8", "last:2"),
+  ]
+  named = transfer.scorers_of(s.replace(score_models="hf:x", model_layers="0,1", model_trains="all"))
+  assert named == [transfer.Scorer("smollm2", "last:8", "last:2"), transfer.Scorer("hf:x", "0,1", "all")]
+  with pytest.raises(UserError, match="3 words for 2 models"):
+    transfer.scorers_of(s.replace(model_layers="all;all;all"))
+  with pytest.raises(UserError, match="given twice"):
+    transfer.scorers_of(s.replace(score_models="hf:x;hf:x"))
+
+
+def test_sentences_follow_the_intervals():
+  row = {"scores by": "a", "Spearman": 0.5, "ratio to own": 1.1, "ratio low": 1.01, "ratio high": 1.2}
+  said = lambda **changes: transfer.sentences([{}, row | changes])[0]  # noqa: E731
+  assert "perplexity above that" in said()
+  assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})
+  assert "not to be told apart" in said(**{"ratio low": 0.9})
+  assert "one seed each" in said(**{"ratio low": np.nan, "ratio high": np.nan})
+
+
+# ---- truncated models ----------------------------------------------------------------
+
+
+def test_a_truncated_model_is_the_first_layers(settings):
+  config, params, _, digest = weights.load_model(settings.model)
+  less, cut, tokenizer, other = weights.load_model(f"truncated:{settings.model}:1")
+  assert (less.num_layers, less.hidden_size) == (1, config.hidden_size) and other != digest
+  assert other == weights.load_model(f"truncated:{settings.model}:1")[3]
+  assert other != weights.load_model(f"truncated:{settings.model}:2")[3] != digest
+  for whole, part in zip(jax.tree.leaves(params["layers"]), jax.tree.leaves(cut["layers"]), strict=True):
+    np.testing.assert_array_equal(part, whole[:1])
+  np.testing.assert_array_equal(cut["embed"]["embedding"], params["embed"]["embedding"])
+  tokens = np.arange(12).reshape(2, 6)
+  assert np.isfinite(np.asarray(model.logits(less, cut, tokens))).all()
+  assert weights.describe_model(f"truncated:{settings.model}:1")[0] == less and len(tokenizer)
+  assert less == weights.load_model(f"truncated:truncated:{settings.model}:2:1")[0]
+
+
+@pytest.mark.parametrize("layers", ["0", "3", "x", ""])
+def test_truncated_refuses_layers_that_are_not_there(settings, layers):
+  spec = f"truncated:{settings.model}:{layers}"
+  for load in (weights.load_model, weights.describe_model):
+    with pytest.raises(UserError, match="keep 1 to 2" if layers.isdecimal() else "is not understood"):
+      load(spec)
