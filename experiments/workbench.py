@@ -20,6 +20,7 @@ from in2core_jax import (
   batches,
   boundary,
   data,
+  embeddings,
   finetune,
   influence,
   model,
@@ -291,18 +292,36 @@ class Workbench:
         file = _scratch_file(s.run_dir, f"{part}-{name}")
       # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
       below = subtree.Subtree(tuple(range(chosen.boundary, chosen.num_layers)), chosen.num_layers, ())
-      job = boundary.BoundaryJob(
-        self.config,
-        below,
-        params,
-        self.batch_tokens,
-        dtype,
-        lambda rows: sharding.place_batch(rows, self.mesh),
-        sharding.batch_multiple(self.mesh),
-        lambda source, total: track(source, total, f"hidden states below layer {chosen.boundary} ({part})"),
-      )
+      what = f"hidden states below layer {chosen.boundary} ({part})"
+      job = self._below_job(below, params, what)
       self._hidden[key] = boundary.compute_boundary(job, self.parts[part], file)
     return self._hidden[key]
+
+  def _below_job(self, tree: subtree.Subtree, params, what: str) -> boundary.BoundaryJob:
+    """How the layers below a boundary are run over packed rows, with progress shown."""
+    return boundary.BoundaryJob(
+      self.config,
+      tree,
+      params,
+      self.batch_tokens,
+      jnp.dtype(self.settings.dtype),
+      lambda rows: sharding.place_batch(rows, self.mesh),
+      sharding.batch_multiple(self.mesh),
+      lambda source, total: track(source, total, what),
+    )
+
+  def embeddings(self, part: str, params=None, rows=None) -> np.ndarray:
+    """Mean-pooled last hidden states of a part's examples, float32 [N, D].
+
+    Args:
+      part: train, eval or test.
+      params: of the model; the base model's when None.
+      rows: only these examples.
+    """
+    dataset = self.parts[part] if rows is None else self.parts[part].take(rows)
+    tree = embeddings.above_all(self.config.num_layers)
+    job = self._below_job(tree, self.params if params is None else params, f"embeddings ({part})")
+    return embeddings.mean_pooled(job, dataset)
 
 
 def cache_on_disk(s: Settings, size: int) -> bool:

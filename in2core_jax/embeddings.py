@@ -1,0 +1,88 @@
+"""Embeddings of examples by the model itself: what influence is compared with where texts alone are looked at.
+
+  e_i = mean over the tokens t of example i, prompt and response, of norm(h_it)     h: hidden states above the top layer
+
+Padding counts nothing, and examples that share a packed row do not see each other. Two embeddings are compared by
+their cosine.
+
+Letters: N and Q examples, D width, W rows of a batch, T tokens of a row.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from in2core_jax import model, packing, processes
+from in2core_jax.boundary import BoundaryJob
+from in2core_jax.errors import UserError
+from in2core_jax.subtree import Subtree
+
+
+def above_all(num_layers: int) -> Subtree:
+  """The choice of no parameter, whose boundary is above the top layer: all layers run."""
+  return Subtree((), num_layers, ())
+
+
+def mean_pooled(job: BoundaryJob, dataset: Any) -> np.ndarray:
+  """Mean of each example's last hidden states, after the final norm.
+
+  Args:
+    job: the model and how to run it; `job.subtree` is `above_all`, `job.frozen` are all parameters.
+    dataset: has `tokens`, int32 [T_i] for each of N examples.
+
+  Returns:
+    float32 [N, D].
+
+  Raises:
+    UserError: a subtree whose boundary is below a layer (its hidden states are not the last), or an example without
+      tokens.
+  """
+  if job.subtree.boundary != job.subtree.num_layers:
+    raise UserError(f"embeddings need all layers below the boundary, which is {job.subtree.boundary}: use above_all")
+  lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
+  if not lengths.all():
+    raise UserError(f"example {dataset.ids[int(np.argmin(lengths))]!r} has no token, so there is nothing to embed")
+  found = np.zeros((len(lengths), job.config.hidden_size), np.float32)
+  plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
+  for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
+    tokens, offsets = job.place((packed.tokens, packed.offsets))
+    hidden = processes.to_host(_last_hidden(job.config, job.subtree, job.frozen, tokens, offsets))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    for example, place in zip(packed.examples, packed.places, strict=True):
+      found[example] = flat[place : place + lengths[example]].mean(axis=0, dtype=np.float64)
+  return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _last_hidden(config, subtree, params, tokens, offsets):
+  """[W,T,D]."""
+  h = model.run_below(config, subtree, params, tokens, offsets)
+  return model.Norm(config.rms_eps).apply({"params": params["final_norm"]}, h)
+
+
+def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """a_q . b_i / (|a_q| |b_i|) of every pair.
+
+  Args:
+    a: [Q, D].
+    b: [N, D].
+
+  Returns:
+    float32 [Q, N], within [-1, 1]; 0 with a vector of zeros.
+
+  Raises:
+    UserError: vectors of different widths, or not finite.
+  """
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+    raise UserError(f"cosines of embeddings {a.shape} and {b.shape}: both must be [examples, width] of one width")
+  if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    raise UserError("cosines of embeddings that are not finite: look for NaN in the weights")
+  return np.clip(_unit(a) @ _unit(b).T, -1, 1).astype(np.float32)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+  lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+  return vectors / np.where(lengths > 0, lengths, 1)

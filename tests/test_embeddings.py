@@ -1,0 +1,92 @@
+"""Embeddings against hidden states taken apart by hand, and BM25 against its formula with numbers worked out."""
+
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from in2core_jax import boundary, embeddings, lexical, model, subtree
+from in2core_jax.errors import UserError
+
+CONFIG = tiny.make_config()
+
+
+def job_of(params, batch_tokens, tree=None):
+  tree = embeddings.above_all(CONFIG.num_layers) if tree is None else tree
+  return boundary.BoundaryJob(CONFIG, tree, params, batch_tokens)
+
+
+def one_by_one(params, dataset):
+  """Each example alone in its row, by the model's own layers and RMS norm written out."""
+  found = []
+  for tokens in dataset.tokens:
+    h = np.asarray(model.run_layers(CONFIG, params["layers"], model.embed(params, tokens[None]))[0], np.float64)
+    h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + CONFIG.rms_eps) * np.asarray(params["final_norm"]["scale"])
+    found.append(h.sum(axis=0) / len(tokens))
+  return np.array(found)
+
+
+def test_embeddings_are_means_over_the_examples_own_tokens():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  wanted = one_by_one(params, dataset)
+  found = embeddings.mean_pooled(job_of(params, 26), dataset)
+  assert found.dtype == np.float32 and found.shape == (len(tiny.ROLES), CONFIG.hidden_size)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_embeddings_depend_neither_on_the_batches_nor_on_the_neighbours():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  whole = embeddings.mean_pooled(job_of(params, 1000), dataset)
+  cut = embeddings.mean_pooled(job_of(params, 1), dataset)
+  np.testing.assert_allclose(whole, cut, rtol=1e-4, atol=1e-5)
+  others = types.SimpleNamespace(ids=dataset.ids[:2], tokens=dataset.tokens[:2])
+  np.testing.assert_allclose(embeddings.mean_pooled(job_of(params, 1000), others), whole[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_need_all_layers_and_a_token():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  with pytest.raises(UserError, match="all layers below the boundary, which is 2: use above_all"):
+    embeddings.mean_pooled(job_of(params, 26, subtree.make_subtree(params, "2,3")), dataset)
+  dataset.tokens = (*dataset.tokens[:1], np.zeros(0, np.int32), *dataset.tokens[2:])
+  with pytest.raises(UserError, match="'example-1' has no token"):
+    embeddings.mean_pooled(job_of(params, 26), dataset)
+  assert not jax.tree.leaves(subtree.split(params, embeddings.above_all(CONFIG.num_layers))[0])
+
+
+def test_cosines_are_those_of_the_definition():
+  a, b = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[4.0, 3.0], [-3.0, -4.0], [8.0, -6.0]])
+  np.testing.assert_allclose(embeddings.cosine_to(a, b), [[0.96, -1.0, 0.0], [0.0, 0.0, 0.0]], atol=1e-7)
+  assert np.abs(embeddings.cosine_to(1e-20 * a, a)).max() <= 1
+  with pytest.raises(UserError, match="of one width"):
+    embeddings.cosine_to(a, np.ones((3, 4)))
+  with pytest.raises(UserError, match="not finite"):
+    embeddings.cosine_to(a * np.nan, b)
+
+
+def test_bm25_is_its_formula():
+  documents = ["The cat sat.", "the dog; the dog barked at the cat", "birds"]
+  found = lexical.bm25(["Cat dog dog", "birds", "nothing here", ""], documents)
+  idf = lambda n: math.log(1 + (3 - n + 0.5) / (n + 0.5))  # noqa: E731
+  lengths = [3, 8, 1]
+  tf = lambda f, i: f * 2.2 / (f + 1.2 * (0.25 + 0.75 * lengths[i] / 4))  # noqa: E731
+  wanted = np.zeros((4, 3))
+  wanted[0, 0] = idf(2) * tf(1, 0)
+  wanted[0, 1] = idf(2) * tf(1, 1) + 2 * idf(1) * tf(2, 1)
+  wanted[1, 2] = idf(1) * tf(1, 2)
+  np.testing.assert_allclose(found, wanted, rtol=1e-12)
+  assert found.dtype == np.float64
+
+
+def test_bm25_ranks_as_it_should_and_takes_what_is_empty():
+  # A rare word beats a common one, a short document a long one, and no word counts against a document.
+  documents = ["apple pie", "apple tart", "apple cake zebra", "apple apple apple " + "crust " * 30]
+  scores = lexical.bm25(["apple zebra", "apple"], documents)
+  assert scores[0].argmax() == 2 and scores[1, 0] > scores[1, 2] and (scores[1] > 0).all()
+  assert lexical.bm25([], ["a"]).shape == (0, 1) and lexical.bm25(["a"], []).shape == (1, 0)
+  assert not lexical.bm25(["a"], ["", "?!"]).any()
+  # Words beyond ASCII are words.
+  assert lexical.bm25(["Füße 犬"], ["füße", "犬 猫", "fusse"])[0].tolist()[2] == 0
