@@ -21,7 +21,18 @@ from experiments.flags import Settings
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import artifacts, coverage, embeddings, evaluation, lexical, passes, sharding, subtree, variants
+from in2core_jax import (
+  artifacts,
+  boundary,
+  coverage,
+  embeddings,
+  evaluation,
+  lexical,
+  passes,
+  sharding,
+  subtree,
+  variants,
+)
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +40,7 @@ log = logging.getLogger(__name__)
 POINTS = coverage_report.POINTS
 AGGREGATES = ("mean", "maximum", "positive mass")
 BASE, TRAINED = "base", "trained"
+_DRAWS = 300  # of the bootstrap of each correlation; there are dozens
 INFLUENCE = tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in ("", " cosine") for name in AGGREGATES)
 EMBEDDING = ("embedding, mean", "embedding, maximum", "centred embedding, mean", "centred embedding, maximum")
 
@@ -41,7 +53,11 @@ class Fold(Workbench):
     for name in ("_loaded", "mesh", "batch_tokens", "shapes", "packed_shapes", "layout"):
       self.__dict__[name] = getattr(bench, name)
     self.__dict__["parts"] = bench.parts | {"train": bench.parts["train"].take(rows)}
-    self._caches = bench._caches
+    self._caches, self._whole, self._rows = bench._caches, bench, rows
+
+  def _boundary(self, part: str, chosen: subtree.Subtree, params) -> boundary.BoundaryCache:
+    found = self._whole._boundary(part, chosen, params)  # an example's hidden states do not depend on the others
+    return found.take(self._rows) if part == "train" else found
 
 
 def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
@@ -235,7 +251,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
 
 def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> evaluation.Interval:
   """Spearman's correlation with its interval over redrawn test points."""
-  return coverage.by_point(lambda rows: evaluation.spearman(signal[rows], outcome[rows]), points)
+  return coverage.by_point(lambda rows: evaluation.spearman(signal[rows], outcome[rows]), points, draws=_DRAWS)
 
 
 def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]:

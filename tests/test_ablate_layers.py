@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import ablate_layers, ablation_report, flags, scoring, solving, workbench
 from experiments.ablate_layers import Choice

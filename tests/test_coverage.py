@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import coverage as experiment
 from experiments import flags, scoring, workbench
@@ -40,7 +41,7 @@ def test_folds_are_whole_topics_each_once():
 def test_area_is_high_where_low_signals_are_uncovered():
   uncovered = np.array([True, True, False, False])
   assert coverage.area([0.0, 1.0, 2.0, 3.0], uncovered) == 1
-  assert coverage.area([3.0, 1.0, 2.0, 3.0], uncovered) == 1 / 8 + 1 / 4
+  assert coverage.area([3.0, 1.0, 2.0, 3.0], uncovered) == 2.5 / 4  # 3 ties one, 1 is below both
 
 
 def test_points_are_redrawn_with_all_their_observations():
