@@ -28,6 +28,8 @@ GROUPS = {
   "fidelity": "do the scores foretell what retraining gives: linear datamodeling score, leave-out curves",
   "transfer": "one model selects, another one is trained",
   "benchmark": "seconds, memory, compilation",
+  "ablate_layers": "how many layers are enough",
+  "coverage": "which test points the training set does not cover",
   "kill_test": "select runs, killed and started again",
 }
 
@@ -223,6 +225,40 @@ class Settings:
     "transfer", "full", "where they score: fine-tuned on the full set, or as given", ("full", "base")
   )
 
+  ablate_counts: str = _flag("ablate_layers", "1,2,4,8,16", "numbers of layers; all layers are always there")
+  ablate_positions: str = _flag(
+    "ablate_layers", "last,first,middle,spread", "where they are, of last, first, middle and spread (evenly)"
+  )
+  ablate_modules: str = _flag("ablate_layers", "all,attention,mlp", "words of --modules, each alone")
+  ablate_solvers: str = _flag(
+    "ablate_layers",
+    "identity,datainf",
+    "solvers; choices of these two share one pass, any other is run for each choice",
+  )
+  ablate_retrain: str = _flag(
+    "ablate_layers",
+    "last:1,last:8",
+    "choices to retrain, as last:8 or spread:4/attention, besides all layers and the cheapest that agree; "
+    "empty: nothing is retrained",
+  )
+  ablate_measure: str = _flag(
+    "ablate_layers",
+    "last:8",
+    "choices whose score pass is measured in a process of its own, besides all layers and the one that is enough; "
+    "empty: none",
+  )
+  ablate_examples: int = _flag("ablate_layers", 64, "training examples of such a measured score pass")
+
+  hold_out_topics: str = _flag(
+    "coverage",
+    "3",
+    "topics that a fold removes from the training set: how many, or names separated by commas (one fold)",
+  )
+  folds: int = _flag("coverage", 3, "sets of held-out topics")
+  coverage_signal: str = _flag(
+    "coverage", "maximum cosine, trained", "the signal by which test points are listed and influence is judged"
+  )
+
   kills: int = _flag("kill_test", 10, "how often a select run is killed")
 
   measure: str = _flag("benchmark", "times,compile,memory", "what is measured, of times, compile and memory")
@@ -337,6 +373,8 @@ def read(tells_costs: bool = False) -> Settings:
     "cg_steps",
     "krylov",
     "rounds",
+    "ablate_examples",
+    "folds",
     "kills",
     "halves",
   ):

@@ -1,12 +1,14 @@
-"""A score apart: what each chosen layer and what each response token adds to an example's influence.
+"""A score apart: what each chosen layer, leaf and response token adds to an example's influence.
 
   g_i . r = sum_l g_il . r_l                    l: a chosen layer, or a chosen module outside of the layers
+  g_i . r = sum_lm g_ilm . r_lm                 m: a leaf of a layer, such as its query projection
   g_i . r = sum_t d(w_t nll_t)/dsub . r         t: a response token of example i, w_t its weight in the example's loss
 
-Both sums are the score of `Problem.scores` to rounding: they cut one number up, they do not estimate another one. A
+The sums are the score of `Problem.scores` to rounding: they cut one number up, they do not estimate another one. A
 token's contribution is that of the *prediction of* this token from all before it; a prompt token has none.
 
-Letters: B batch, R response slots, N examples, M response tokens of all examples, k chosen layers.
+Letters: B batch, R response slots, N examples, k chosen layers, M response tokens of all
+examples, or chosen leaves of a layer.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from in2core_jax import gradients, passes, subtree
 from in2core_jax.errors import UserError
@@ -98,6 +101,68 @@ def _layer_products(objective, tree, microbatch, sub, frozen, batch, direction):
   leaves = gradients.leaf_scores(objective, sub, frozen, batch, one_query, microbatch)
   sums = subtree.layer_sums(leaves, tree)
   return jnp.stack([sums[name][0] for name in part_names(tree)])
+
+
+def leaf_table(
+  problem: Problem, tree: subtree.Subtree, stream: Stream, size: int, directions: Tree, microbatch: int | None = 8
+) -> np.ndarray:
+  """g_ilm . r_qlm for every query q, example i, chosen layer l and leaf m: one pass for every smaller choice.
+
+  Where the inverse has no entry between two leaves of two layers (the identity, DataInf), r_q of a smaller choice of
+  layers and leaves is a part of r_q, so that its scores are sums over a part of this table (`sum_over`).
+
+  Args:
+    problem: where the gradients are taken; its `sub` is what `split` gives for `tree`.
+    tree: the chosen parameters, none outside of the layers.
+    stream: batches of the examples, one example a row.
+    size: N.
+    directions: r, like `problem.sub`, leaves [Q, ...].
+    microbatch: examples whose gradients exist at the same time.
+
+  Returns:
+    float32 at least [Q, N, k, M], in the order of `tree.layers` and `tree.paths`.
+
+  Raises:
+    UserError: a chosen module outside of the layers, or a contribution that is not finite.
+  """
+  if tree.extras:
+    raise UserError(f"{', '.join(tree.extras)} is in no layer: leave it out to see the scores by layer and module")
+  kernel = partial(_leaf_products, problem.objective, tree, microbatch, problem.sub, problem.frozen)
+  queries = jax.tree.leaves(directions)[0].shape[0]
+  found = np.zeros((queries, size, len(tree.layers), len(tree.paths)), np.float32)
+  for rows, values in passes.results(stream, "leaves", lambda batch: kernel(batch, directions)):
+    found = found.astype(np.promote_types(found.dtype, values.dtype), copy=False)
+    found[:, rows] = values[:, : len(rows)]
+  _refuse_infinite(found.transpose(0, 2, 3, 1).reshape(-1, size), np.arange(size))
+  return found
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _leaf_products(objective, tree, microbatch, sub, frozen, batch, directions):
+  """g_ilm . r_qlm, [Q, B, k, M]."""
+  leaves = gradients.leaf_scores(objective, sub, frozen, batch, directions, microbatch)
+  flat = traverse_util.flatten_dict(leaves["layers"], sep="/")
+  return jnp.stack([flat[path] for path in tree.paths], axis=-1)
+
+
+def sum_over(table: np.ndarray, whole: subtree.Subtree, part: subtree.Subtree) -> np.ndarray:
+  """Scores of a part of the chosen parameters, float64 [Q, N]: the sum over its layers and leaves.
+
+  Args:
+    table: of `leaf_table` for `whole`.
+    whole: what the table was made for.
+    part: layers and leaves that are all in `whole`.
+
+  Raises:
+    UserError: a layer or leaf that is not in `whole`.
+  """
+  absent = [f"layer {layer}" for layer in part.layers if layer not in whole.layers]
+  absent += [path for path in (*part.paths, *part.extras) if path not in whole.paths]
+  if absent:
+    raise UserError(f"the table of scores by layer and module does not have {', '.join(absent[:5])}")
+  rows = [whole.layers.index(layer) for layer in part.layers]
+  columns = [whole.paths.index(path) for path in part.paths]
+  return table[:, :, rows][..., columns].sum(axis=(2, 3), dtype=np.float64)
 
 
 def token_scores(

@@ -84,8 +84,8 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, random:CONFIG.json, or truncated:MODEL:LAYERS,
-      the first layers of another one.
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, random:CONFIG.json, or
+      truncated:MODEL:LAYERS, the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
 

@@ -1,0 +1,345 @@
+"""How many layers are enough: agreement, retrained perplexity and cost of every choice of layers and modules.
+
+python -m experiments.ablate_layers --flagfile=experiments/flags/ablate_layers.flags
+"""
+
+import dataclasses
+import io
+import logging
+import pathlib
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from experiments import ablation_report, benchmark_alone, cli, flags, planning, scoring, solving
+from experiments.cells import Cells
+from experiments.finetune import trainable_rows
+from experiments.flags import Settings, integers
+from experiments.pricing import Described
+from experiments.resuming import Work
+from experiments.retraining import Candidate, Judge
+from experiments.select import budget_of
+from experiments.workbench import Chosen, Workbench, choose
+from in2core_jax import algebra, artifacts, breakdown, coreset, evaluation, finetune, influence, passes, subtree
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Their inverses have no entry between two leaves of two layers: scores of a choice are sums over its leaves.
+ADDITIVE = ("identity", "datainf")
+POSITIONS = ("last", "first", "middle", "spread")
+ALL = "all"
+# The cheapest choices that agree with all layers are retrained, so many of them, to see whether one is enough.
+_TRIED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Layers and modules.
+
+  Attributes:
+    position: all, last, first, middle or spread.
+    modules: a word of --modules.
+    layers: indices, ascending.
+  """
+
+  position: str
+  modules: str
+  layers: tuple[int, ...]
+
+  @property
+  def name(self) -> str:
+    """As flags name it: last:8, or spread:4/attention."""
+    where = self.position if self.position == ALL else f"{self.position}:{len(self.layers)}"
+    return where if self.modules == ALL else f"{where}/{self.modules}"
+
+  @property
+  def flag(self) -> str:
+    """The value of --layers."""
+    return ",".join(map(str, self.layers))
+
+
+def spread(count: int, num_layers: int) -> tuple[int, ...]:
+  """The middles of `count` stretches of equal length: spread(2, 8) == (2, 6)."""
+  return tuple(int((i + 0.5) * num_layers / count) for i in range(count))
+
+
+def choices_of(s: Settings, num_layers: int) -> list[Choice]:
+  """Every choice that the flags ask for; the first is all layers with all modules.
+
+  Raises:
+    UserError: an unknown position, or counts that are none.
+  """
+  counts, positions, modules = (
+    integers(s.ablate_counts, "ablate_counts"),
+    words(s.ablate_positions),
+    words(s.ablate_modules),
+  )
+  unknown = [word for word in positions if word not in POSITIONS]
+  if unknown or min(counts, default=1) < 1:
+    raise UserError(
+      f"--ablate_positions={s.ablate_positions} --ablate_counts={s.ablate_counts}: positions are "
+      f"{', '.join(POSITIONS)}, counts are at least 1"
+    )
+  chosen = [(ALL, tuple(range(num_layers)))]
+  for position in positions:
+    for count in sorted(set(counts)):
+      if count < num_layers:
+        layers = spread(count, num_layers) if position == "spread" else None
+        chosen.append((position, layers or subtree.parse_layers(f"{position}:{count}", num_layers)))
+  return [Choice(position, word, layers) for position, layers in chosen for word in dict.fromkeys((ALL, *modules))]
+
+
+def words(text: str) -> list[str]:
+  """The parts of a comma-separated list."""
+  return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def named(text: str, choices: Iterable[Choice], flag: str) -> list[Choice]:
+  """The choices that a flag names.
+
+  Raises:
+    UserError: one that is not among them.
+  """
+  known = {choice.name: choice for choice in choices}
+  unknown = [word for word in words(text) if word not in known]
+  if unknown:
+    raise UserError(f"--{flag}={text}: {unknown[0]!r} is none of the choices {', '.join(known)}")
+  return [known[word] for word in words(text)]
+
+
+class Ablation:
+  """Scores, costs and trainings of all choices, each kept in a cell."""
+
+  def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir):
+    self.bench, self.settings, self.cells = bench, s.replace(aggregate="mean"), Cells(run_dir)
+    self.work = Work(run_dir, s.shard_batches)
+    self.params = bench.checkpoint_params(s.checkpoint)
+    self.choices = choices_of(s, bench.config.num_layers)
+    self.solvers = words(s.ablate_solvers)
+    unknown = [name for name in self.solvers if name not in influence.SOLVERS]
+    if unknown or not self.solvers:
+      raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")
+    self.trees = {choice: subtree.make_subtree(self.params, choice.layers, choice.modules) for choice in self.choices}
+
+  # ---- scores
+
+  def scores(self) -> dict[str, dict[Choice, np.ndarray]]:
+    """Scores float64 [N] by solver and choice; the sums of one pass for the solvers that allow it."""
+    additive = [name for name in self.solvers if name in ADDITIVE]
+    found: dict = {name: {} for name in self.solvers}
+    if additive:
+      whole, table = self.trees[self.choices[0]], self.contributions(additive)
+      for choice in self.choices:
+        sums = breakdown.sum_over(table, whole, self.trees[choice])
+        found |= {name: found[name] | {choice: row} for name, row in zip(additive, sums, strict=True)}
+    for name in self.solvers:
+      if name not in ADDITIVE:
+        found[name] = {choice: np.array(self.run_alone(name, choice)["scores"]) for choice in self.choices}
+    return found
+
+  def contributions(self, solvers: Sequence[str]) -> np.ndarray:
+    """`breakdown.leaf_table` of all layers along the answer of each solver, float32 [solvers, N, L, M]."""
+    file = self.cells.path("contributions", *solvers)[1]
+
+    def make() -> dict:
+      chosen = choose(self.bench, self.params, ALL, ALL)
+      answers, seconds = zip(*(self.answer(name, chosen) for name in solvers), strict=True)
+      directions = algebra.concatenate(answers)
+      train = self.bench.batcher("train", chosen.tree, chosen.params)
+      pieces = scoring.pieces_along(self.work, "leaves", directions)
+      stream = self.bench.stream(train, "scores by layer and module", pieces)
+      table = breakdown.leaf_table(
+        chosen.problem, chosen.tree, stream, len(train), directions, self.settings.microbatch
+      )
+      buffer = io.BytesIO()
+      np.save(buffer, table)
+      artifacts.write_bytes(file, buffer.getvalue())
+      return {"solver_seconds": dict(zip(solvers, seconds, strict=True))}
+
+    self.cells.get(make, "contributions", *solvers)
+    if not file.exists():
+      raise UserError(f"{file} is gone, so the scores of the choices cannot be added up: start again with --overwrite")
+    self.work.remove()
+    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+
+  def answer(self, solver: str, chosen: Chosen):
+    """((H + damping I)^-1 g_q of the mean query, seconds with the query's gradient)."""
+    clock, s = scoring.Clock(), self.settings.replace(solver=solver)
+    own = f"queries-{artifacts.hash_of(finetune.subtree_meta(chosen.tree))[:12]}"
+    v, _ = scoring.queries(self.bench, s, chosen, self.work, own)
+    pieces = self.work.pieces(f"solver-{solver}", queries=passes.tree_sha256(v))
+    result = solving.solve(self.bench, s, chosen, v, pieces)
+    clock.lap("solver")
+    return result.solution, clock.seconds["solver"]
+
+  def run_alone(self, solver: str, choice: Choice) -> dict:
+    """Scores of one choice, by a solve and a score pass of its own, and their seconds."""
+
+    def make() -> dict:
+      chosen = choose(self.bench, self.params, choice.flag, choice.modules)
+      direction, seconds = self.answer(solver, chosen)
+      train = self.bench.packer("train", chosen.tree, chosen.params)
+      stream = self.bench.stream(train, f"scores, {choice.name}")
+      scores = chosen.problem.scores(stream, len(train), direction, "jvp")[0]
+      self.work.remove()
+      return {"scores": scores.astype(float).tolist(), "solver_seconds": seconds}
+
+    return self.cells.get(make, "scores", solver, choice.flag, choice.modules)
+
+  # ---- costs
+
+  def on_paper(self, solver: str) -> dict[Choice, dict[str, float]]:
+    """FLOPs and bytes of a whole `select` run with each choice, as --dry_run tells them."""
+    described = Described(self.bench.settings)
+    described.__dict__ |= {"parts": self.bench.parts, "mesh": self.bench.mesh, "batch_tokens": self.bench.batch_tokens}
+    found = {}
+    for choice in self.choices:
+      own = {"layers": choice.flag, "modules": choice.modules, "solver": solver, "policy": "proponents"}
+      plain = {"per_query": False, "per_layer": False, "per_token": False, "trajectory": "none"}
+      phases = planning.select_phases(described, self.settings.replace(**own, **plain))
+      found[choice] = {
+        "flops": sum(phase.flops for phase in phases),
+        "bytes": max(phase.device_bytes for phase in phases) + max(phase.host for phase in phases),
+      }
+    return found
+
+  def measured(self, choice: Choice) -> dict:
+    """Seconds and peak memory of the score pass through the whole model, in a process of its own."""
+
+    def make() -> dict:
+      own = self.settings.replace(
+        alone="score", layers=choice.flag, modules=choice.modules, device_counts="1", checkpoint=""
+      )
+      limit = min(self.settings.ablate_examples, len(self.bench.parts["train"]))
+      with tempfile.TemporaryDirectory() as temporary:
+        return benchmark_alone.start(own.replace(train_limit=limit), pathlib.Path(temporary) / "score", {})
+
+    return self.cells.get(make, "measured", choice.flag, choice.modules, self.settings.ablate_examples)
+
+  # ---- trainings
+
+  def top(self, scores: np.ndarray) -> np.ndarray:
+    """Rows that the plain policy keeps."""
+    train = self.bench.parts["train"]
+    inputs = coreset.PolicyInputs(scores, None, train.num_tokens, train.num_response_tokens, train.topics, train.ids)
+    return np.sort(coreset.select_rows("proponents", inputs, budget_of(self.settings)))
+
+  def yardsticks(self, seeds: Sequence[int]) -> dict[str, list[np.ndarray]]:
+    """Full data and random sets of the same budget, a set for each seed."""
+    train = self.bench.parts["train"]
+    inputs = coreset.PolicyInputs(None, None, train.num_tokens, train.num_response_tokens, train.topics, train.ids)
+    draw = lambda seed: np.sort(coreset.select_rows("random", inputs, budget_of(self.settings), seed))  # noqa: E731
+    return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
+
+  def retrained(self, sets: dict[str, list[np.ndarray]], seeds: Sequence[int]) -> dict[str, evaluation.Interval]:
+    """Test perplexity after training on each of the sets, with its interval over seeds.
+
+    Args:
+      sets: rows by name, one for each seed; equal rows are trained once.
+      seeds: of the order of the data.
+    """
+    every = [rows for one in sets.values() for rows in one]
+    judges: list[Judge] = []
+    found: dict[str, list[float]] = {}
+    for name, one in sets.items():
+      for seed, rows in zip(seeds, one, strict=True):
+
+        def make(name=name, seed=seed, rows=rows) -> dict:
+          if not judges:
+            judges.append(Judge(self.bench, self.settings, every))
+          row = judges[0].retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
+          return {"perplexity": row.perplexity, "response_tokens": row.response_tokens, "steps": row.steps}
+
+        cell = self.cells.get(make, "retrained", artifacts.hash_of(rows.tolist())[:16], seed)
+        found.setdefault(name, []).append(cell["perplexity"])
+    return {name: evaluation.confidence_interval(values) for name, values in found.items()}
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
+  s = settings
+  bench = bench or Workbench(s)
+  identity = bench.identity(
+    "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
+  )
+  for name in ("layers", "modules", "solver"):  # each cell has its own
+    identity["flags"].pop(name)
+  identity["checkpoint"] = finetune.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
+  seeds = integers(s.seeds, "seeds")
+  choices = choices_of(s, bench.config.num_layers)
+  asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
+  run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])
+  ablation = Ablation(bench, s, run_dir)
+  found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}
+  intervals = retrain(ablation, found, asked[0], seeds) if asked[0] else {}
+  answers = {name: ablation_report.enough(rows) for name, rows in found.items()}
+  if asked[1]:
+    winners = {row["name"] for row in answers.values() if row}
+    wanted = [choices[0], *asked[1], *(choice for choice in choices if choice.name in winners)]
+    measured = {choice.name: ablation.measured(choice) for choice in dict.fromkeys(wanted)}
+    for row in (row for rows in found.values() for row in rows if row["name"] in measured):
+      row |= {"seconds": measured[row["name"]]["seconds"], "peak": measured[row["name"]]["peak memory"]}
+  ablation_report.write(run_dir, ablation.settings, bench, found, intervals)
+  return str(run_dir.path)
+
+
+def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) -> list[dict]:
+  """One row a choice: agreement with all layers, and cost on paper."""
+  s, paper = ablation.settings, ablation.on_paper(solver)
+  whole = ablation.choices[0]
+  usable = trainable_rows(ablation.bench)  # the others score 0, and are never selected
+  rows = []
+  for choice, own in scores.items():
+    rows.append(
+      {
+        "solver": solver,
+        "name": choice.name,
+        "position": choice.position,
+        "count": len(choice.layers),
+        "modules": choice.modules,
+        "layers": choice.flag,
+        "spearman": evaluation.spearman(own[usable], scores[whole][usable]),
+        "overlap": evaluation.top_overlap(scores[whole][usable], own[usable], s.fraction),
+        "flops": paper[choice]["flops"] / paper[whole]["flops"],
+        "bytes": paper[choice]["bytes"],
+        "top": ablation.top(own),
+        "perplexity": None,
+        "seconds": None,
+        "peak": None,
+      }
+    )
+  return rows
+
+
+def retrain(
+  ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Choice], seeds: Sequence[int]
+) -> dict[str, evaluation.Interval]:
+  """Retrains on the top sets of all layers, of the choices asked for and of the cheapest that agree; fills the rows.
+
+  Returns:
+    Intervals of full data and random sets.
+  """
+  sets = ablation.yardsticks(seeds)
+  wanted = {choice.name for choice in asked} | {ablation.choices[0].name}
+  for rows in found.values():
+    tried = [row["name"] for row in ablation_report.agreeing(rows)[:_TRIED]]
+    for row in rows:
+      if row["name"] in wanted or row["name"] in tried:
+        sets[f"{row['solver']}, {row['name']}"] = [row["top"]] * len(seeds)
+  intervals = ablation.retrained(sets, seeds)
+  for row in (row for rows in found.values() for row in rows):
+    row["perplexity"] = intervals.get(f"{row['solver']}, {row['name']}")
+  return {name: intervals[name] for name in ("full", "random")}
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/ablate_layers")
+  cli.run(main)

@@ -1,0 +1,185 @@
+"""What `ablate_layers` says: which choice is enough, tables and a figure."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.flags import Settings
+from experiments.workbench import Workbench
+from in2core_jax import artifacts, evaluation, report
+
+log = logging.getLogger(__name__)
+
+AGREES = 0.9  # overlap of the selected sets from which on a choice agrees with all layers
+_COLORS = {"all": "black", "last": report.BLUE, "first": report.ORANGE, "middle": report.GREEN, "spread": report.PURPLE}
+_MARKERS = "osD^vPX"
+
+
+def agreeing(rows: Sequence[dict]) -> list[dict]:
+  """Choices other than all layers and modules that agree with these, the cheapest by FLOPs first."""
+  others = [row for row in rows[1:] if row["overlap"] >= AGREES and row["flops"] < rows[0]["flops"]]
+  return sorted(others, key=lambda row: row["flops"])
+
+
+def enough(rows: Sequence[dict]) -> dict | None:
+  """The cheapest choice that agrees with all layers and, if retrained, is as good: its mean within their interval.
+
+  Args:
+    rows: of one solver, all layers and modules first; perplexity is an `evaluation.Interval` over seeds or None.
+  """
+  whole = rows[0]["perplexity"]
+  for row in agreeing(rows):
+    own = row["perplexity"]
+    if own is None or whole is None or np.isnan(whole.low) or whole.low <= own.mean <= whole.high:
+      return row
+  return None
+
+
+def sentence(rows: Sequence[dict]) -> str:
+  """How many layers are enough for one solver, with what they save; or that no choice is."""
+  whole, row = rows[0], enough(rows)
+  if row is None:
+    others = agreeing(rows)
+    if others:
+      tried = ", ".join(one["name"] for one in others if one["perplexity"] is not None)
+      return (
+        f"With {whole['solver']}, no choice is enough: those that agree with all layers and were retrained ({tried}) "
+        f"are outside of all layers' interval of perplexity, {whole['perplexity']}."
+      )
+    best = max(rows[1:], key=lambda one: one["overlap"])
+    return (
+      f"With {whole['solver']}, no choice is enough: none that is cheaper than all layers and modules shares "
+      f"{AGREES:.0%} of the selected set with them; the nearest, {best['name']}, shares {best['overlap']:.0%}."
+    )
+  said = (
+    f"With {row['solver']}, {row['name']} is enough: it shares {row['overlap']:.0%} of the selected set with all "
+    f"layers and takes {row['flops']:.0%} of the FLOPs and {row['bytes'] / whole['bytes']:.0%} of the memory on paper"
+  )
+  if row["perplexity"] is None or whole["perplexity"] is None:
+    said += "; it was not retrained"
+  else:
+    said += f"; retrained perplexity {row['perplexity'].mean:.4g}, all layers' {whole['perplexity']}"
+  if row["seconds"] is not None and whole["seconds"] is not None:
+    said += (
+      f"; its score pass was measured at {row['seconds']:.3g} s instead of {whole['seconds']:.3g} s and "
+      f"{row['peak'] / 1e6:.0f} MB instead of {whole['peak'] / 1e6:.0f} MB"
+    )
+  return said + "."
+
+
+def table_rows(rows: Sequence[dict]) -> list[dict]:
+  """Rows as a reader sees them."""
+  return [
+    {
+      "solver": row["solver"],
+      "choice": row["name"],
+      "Spearman": row["spearman"],
+      "overlap": row["overlap"],
+      "FLOPs, share of all": row["flops"],
+      "memory on paper, MB": round(row["bytes"] / 1e6),
+      "test perplexity": None if row["perplexity"] is None else row["perplexity"].mean,
+      "interval": None if row["perplexity"] is None else f"{row['perplexity'].low:.4g} to {row['perplexity'].high:.4g}",
+      "score pass, s": row["seconds"],
+      "its peak memory, MB": None if row["peak"] is None else round(row["peak"] / 1e6),
+    }
+    for row in rows
+  ]
+
+
+def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluation.Interval]) -> Figure:
+  """Cost against agreement (left) and against retrained perplexity (right); a row of plots for each solver."""
+  made = Figure(figsize=(10, 0.9 + 3.6 * len(found)), layout="constrained")
+  FigureCanvasAgg(made)
+  axes = made.subplots(len(found), 2, squeeze=False)
+  for (left, right), (solver, rows) in zip(axes, found.items(), strict=True):
+    modules = list(dict.fromkeys(row["modules"] for row in rows))
+    for row in rows:
+      style = {
+        "color": _COLORS[row["position"]],
+        "marker": _MARKERS[modules.index(row["modules"]) % len(_MARKERS)],
+        "linestyle": "",
+        "markersize": 6,
+        "alpha": 0.8,
+      }
+      left.plot(row["flops"], row["overlap"], **style)
+      if row["perplexity"] is not None:
+        right.plot(row["flops"], row["perplexity"].mean, **style)
+        name = row["name"]
+        right.annotate(name, (row["flops"], row["perplexity"].mean), (4, 4), textcoords="offset points", fontsize=7)
+    for position in _COLORS:
+      for name in modules:
+        line = [row for row in rows if row["position"] == position and row["modules"] == name]
+        left.plot([row["flops"] for row in line], [row["overlap"] for row in line], _COLORS[position], linewidth=0.7)
+    left.axhline(AGREES, color="grey", linestyle="--", linewidth=1)
+    left.set(title=f"{solver}: agreement", ylabel="overlap of the selected sets")
+    right.set(title=f"{solver}: retrained", ylabel="test perplexity")
+    whole = rows[0]["perplexity"]
+    if whole is not None and not np.isnan(whole.low):
+      right.axhspan(whole.low, whole.high, color="grey", alpha=0.2, linewidth=0)
+    for name, color in (("full", "black"), ("random", report.VERMILION)):
+      if name in yardsticks:
+        right.axhline(yardsticks[name].mean, color=color, linestyle=":", linewidth=1.2)
+        right.annotate(name, (0.01, yardsticks[name].mean), xycoords=("axes fraction", "data"), fontsize=8, color=color)
+    if whole is None:
+      right.text(0.5, 0.5, "nothing was retrained", ha="center", transform=right.transAxes)
+  for plot in axes.flat:
+    plot.set(xlabel="FLOPs of a select run, share of all layers and modules", xlim=(0, 1.06))
+    plot.grid(alpha=0.3)
+  _legend(axes[0, 0], [row for rows in found.values() for row in rows])
+  return made
+
+
+def _legend(plot, rows: Sequence[dict]) -> None:
+  for position, color in _COLORS.items():
+    plot.plot([], [], "s", color=color, label=position)
+  for number, name in enumerate(dict.fromkeys(row["modules"] for row in rows)):
+    plot.plot([], [], _MARKERS[number % len(_MARKERS)], color="grey", markerfacecolor="none", label=f"modules: {name}")
+  plot.legend(frameon=False, fontsize=7, loc="lower right")
+
+
+def write(
+  run_dir: artifacts.RunDir,
+  s: Settings,
+  bench: Workbench,
+  found: Mapping[str, Sequence[dict]],
+  yardsticks: Mapping[str, evaluation.Interval],
+) -> None:
+  """Table as Markdown, CSV and LaTeX, figure as SVG and PNG; ablate_layers.json last."""
+  rows = table_rows([row for each in found.values() for row in each])
+  sentences = [sentence(each) for each in found.values()]
+  drawn = figure(found, yardsticks)
+  run_dir.folder("plots")
+  for kind in ("svg", "png"):
+    run_dir.write_bytes(f"plots/ablate_layers.{kind}", report.figure_bytes(drawn, kind))
+  run_dir.write_text("ablate_layers.csv", report.csv_table(rows))
+  run_dir.write_text("ablate_layers.tex", report.latex_table(rows, caption="Layers and modules against all of them."))
+  text = [f"# Layers\n\n{explanation(s, bench)}\n\n![Cost](plots/ablate_layers.svg)\n\n{report.markdown_table(rows)}\n"]
+  text += [f"- {name}: test perplexity {interval}\n" for name, interval in yardsticks.items()]
+  text.append("\n" + "\n\n".join(sentences) + "\n")
+  run_dir.write_text("ablate_layers.md", "".join(text))
+  run_dir.write_json(
+    "ablate_layers.json",
+    {
+      "rows": rows,
+      "yardsticks": {name: str(interval) for name, interval in yardsticks.items()},
+      "sentences": sentences,
+      "training_examples": len(bench.parts["train"]),
+      "devices": artifacts.device_summary(),
+    },
+  )
+  log.info("\n%s", "".join(text))
+
+
+def explanation(s: Settings, bench: Workbench) -> str:
+  """What the columns are."""
+  return (
+    f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
+    f"{s.checkpoint or 'the base model'}. Spearman and overlap (of the {s.fraction:.0%} with the highest scores) are "
+    "with all layers and modules of the same solver. FLOPs and memory on paper are those that --dry_run tells for a "
+    "whole select run with the choice, boundary cache included. Seconds and peak memory were measured for some only: "
+    f"a score pass (jvp, no boundary cache) over {s.ablate_examples} training examples in a process of its own. "
+    f"Retrained: layers {s.trainable_layers}, seeds {s.seeds}, equal steps, with the interval over seeds."
+  )

@@ -1,0 +1,312 @@
+"""Which test points the training set does not cover: influence received, against topics held out of the training set.
+
+python -m experiments.coverage --flagfile=experiments/flags/coverage.flags
+
+The test points are the evaluation examples. Each fold removes whole topics from the training set, whose test points are
+then known not to be covered. One more training set, the whole one, gives the lists of points.
+"""
+
+import dataclasses
+import functools
+import io
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments import cli, coverage_report, flags, solving
+from experiments.cells import Cells
+from experiments.finetune import trainable_rows
+from experiments.flags import Settings
+from experiments.resuming import Work
+from experiments.retraining import Judge
+from experiments.workbench import Chosen, Workbench, choose
+from in2core_jax import (
+  artifacts,
+  boundary,
+  coverage,
+  embeddings,
+  evaluation,
+  lexical,
+  passes,
+  sharding,
+  subtree,
+  variants,
+)
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+POINTS = coverage_report.POINTS
+AGGREGATES = ("mean", "maximum", "positive mass")
+BASE, TRAINED = "base", "trained"
+_DRAWS = 300  # of the bootstrap of each correlation; there are dozens
+INFLUENCE = tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in ("", " cosine") for name in AGGREGATES)
+EMBEDDING = ("embedding, mean", "embedding, maximum", "centred embedding, mean", "centred embedding, maximum")
+
+
+class Fold(Workbench):
+  """The same model and test points with some of the training examples only; compiled programs are shared."""
+
+  def __init__(self, bench: Workbench, rows: np.ndarray):
+    super().__init__(bench.settings)
+    for name in ("_loaded", "mesh", "batch_tokens", "shapes", "packed_shapes", "layout"):
+      self.__dict__[name] = getattr(bench, name)
+    self.__dict__["parts"] = bench.parts | {"train": bench.parts["train"].take(rows)}
+    self._caches, self._whole, self._rows = bench._caches, bench, rows
+
+  def _boundary(self, part: str, chosen: subtree.Subtree, params) -> boundary.BoundaryCache:
+    found = self._whole._boundary(part, chosen, params)  # an example's hidden states do not depend on the others
+    return found.take(self._rows) if part == "train" else found
+
+
+def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
+  """The topics that each fold holds out.
+
+  Raises:
+    UserError: topics without a test point or training example, or too few of them.
+  """
+  evals = bench.parts[POINTS]
+  there = {topic for topic, tokens in zip(evals.topics, evals.num_response_tokens, strict=True) if tokens}
+  known = sorted(there & set(bench.parts["train"].topics))
+  if s.hold_out_topics.strip().isdecimal():
+    return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
+  names = [name.strip() for name in s.hold_out_topics.split(",") if name.strip()]
+  absent = [name for name in names if name not in known]
+  if absent or not 0 < len(set(names)) < len(known):
+    what = f"there is no test point and training example of {absent[0]!r}" if absent else "hold out some, not all"
+    raise UserError(f"--hold_out_topics={s.hold_out_topics}: {what}; topics with both are {', '.join(known)}")
+  return [tuple(sorted(set(names)))]
+
+
+def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> variants.Measures:
+  """Scores of every test point with every training example, and norms for cosines; `--query_block` at a time."""
+  size, found = len(bench.parts[POINTS]), []
+  block = min(s.query_block, size)
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  for start in range(0, size, block):
+    rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
+    points = bench.batcher(POINTS, chosen.tree, chosen.params, rows)
+    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.mesh, True)
+    pieces = work.pieces(f"solver-{start}", queries=passes.tree_sha256(v))
+    result = solving.solve(bench, s, chosen, v, pieces)
+    stream = bench.stream(train, f"influence on test points {start}..{rows[-1]} of {size}")
+    part = variants.measure(chosen.problem, stream, len(train), result.solution)
+    kept = slice(0, size - start)
+    found.append(dataclasses.replace(part, scores=part.scores[kept], direction_norms=part.direction_norms[kept]))
+  return dataclasses.replace(
+    found[0],
+    scores=np.concatenate([part.scores for part in found]),
+    direction_norms=np.concatenate([part.direction_norms for part in found]),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+  """The test points under one training set.
+
+  Attributes:
+    topics: held out of it; none for the whole training set.
+    rows: of the whole training set, those that it has.
+    signals: name -> float64 [Q], high where it covers.
+    before: mean nats of each test point at the base model, float64 [Q].
+    after: the same after fine-tuning on it.
+    nearest: name -> int [Q, 3], rows of the whole training set that cover the point best by cosine.
+  """
+
+  topics: tuple[str, ...]
+  rows: np.ndarray
+  signals: dict[str, np.ndarray]
+  before: np.ndarray
+  after: np.ndarray
+  nearest: dict[str, np.ndarray]
+
+
+class Study:
+  """Trains and scores under each training set; what is finished is kept in cells."""
+
+  def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir):
+    self.bench, self.settings, self.cells = bench, s, Cells(run_dir)
+    self.work = Work(run_dir, s.shard_batches)
+    self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
+
+  def observe(self, topics: tuple[str, ...]) -> Observed:
+    """All signals and losses with some topics held out."""
+    rows = np.flatnonzero([topic not in topics for topic in self.bench.parts["train"].topics])
+    cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, *topics)
+    tables = {BASE: self._base_scores(topics, rows), TRAINED: self._load(TRAINED, *topics)}
+    signals, nearest = {}, {}
+    for at, (scores, cosines) in tables.items():
+      for kind, table in (("", scores), (" cosine", cosines)):
+        signals |= {f"{name}{kind}, {at}": value for name, value in coverage.received(table).items()}
+      nearest[at] = rows[np.argsort(-cosines, axis=1, kind="stable")[:, :3]]
+    before, after = np.array(cell["before"]), np.array(cell["after"])
+    signals |= self._texts_and_embeddings(rows) | {"loss before": -before}
+    return Observed(topics, rows, signals, before, after, nearest)
+
+  def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray) -> dict:
+    s, fold = self.settings, Fold(self.bench, rows)
+    usable = trainable_rows(fold)
+    judge = Judge(fold, s, [usable])
+    result = judge.train(usable, s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
+    params = subtree.merge(result.sub, judge.frozen, judge.chosen)
+    self._save(measured(fold, s, choose(fold, params, s.layers, s.modules), self.work), TRAINED, *topics)
+    self.work.remove()
+    return {
+      "before": judge.losses(judge.sub, POINTS).tolist(),
+      "after": judge.losses(result.sub, POINTS).tolist(),
+      "steps": judge.recipe.steps,
+    }
+
+  def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
+    """(scores, cosines) at the base model, [2, Q, N]: without a curvature, columns of those of the whole set."""
+    s = self.settings
+    if topics and s.solver == "identity":
+      return self._base_scores((), np.arange(len(self.bench.parts["train"])))[:, :, rows]
+
+    def make() -> dict:
+      fold = Fold(self.bench, rows) if topics else self.bench
+      self._save(measured(fold, s, choose(fold, fold.params, s.layers, s.modules), self.work), BASE, *topics)
+      self.work.remove()
+      return {}
+
+    self.cells.get(make, BASE, *topics)
+    return self._load(BASE, *topics)
+
+  def _save(self, found: variants.Measures, *name: str) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([found.scores, variants.cosine(found)]).astype(np.float32))
+    artifacts.write_bytes(self.cells.path(*name)[1], buffer.getvalue())
+
+  def _load(self, *name: str) -> np.ndarray:
+    file = self.cells.path(*name)[1]
+    if not file.exists():
+      raise UserError(f"{file} is gone, so the influence on the test points is not known: start again with --overwrite")
+    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+
+  @functools.cached_property
+  def _embedded(self) -> dict[str, np.ndarray]:
+    return {part: self.bench.embeddings(part) for part in ("train", POINTS)}
+
+  def _texts_and_embeddings(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
+    train, points = self._embedded["train"][rows], self._embedded[POINTS]
+    center = train.mean(axis=0)
+    found = {}
+    for name, offset in (("embedding", 0.0), ("centred embedding", center)):
+      cosines = embeddings.cosine_to(points - offset, train - offset).astype(np.float64)
+      found |= {f"{name}, mean": cosines.mean(axis=1), f"{name}, maximum": cosines.max(axis=1)}
+    words = lexical.bm25(self.texts[POINTS], [self.texts["train"][row] for row in rows])
+    return found | {"BM25, mean": words.mean(axis=1), "BM25, maximum": words.max(axis=1)}
+
+
+def text_of(record) -> str:
+  """All messages of a record."""
+  return " ".join(message["content"] for message in record.messages)
+
+
+# ---- what the signals tell -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+  """Observations of all folds: each test point once in each.
+
+  Attributes:
+    signals: name -> float64 [M].
+    uncovered: bool [M], whether the point's topic is held out.
+    after: float64 [M], mean nats after fine-tuning.
+    drop: float64 [M], by how much fine-tuning lowers it.
+    points: int [M], which test point.
+    fold: int [M], which fold.
+  """
+
+  signals: dict[str, np.ndarray]
+  uncovered: np.ndarray
+  after: np.ndarray
+  drop: np.ndarray
+  points: np.ndarray
+  fold: np.ndarray
+
+
+def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarray) -> Pooled:
+  """Puts the folds together.
+
+  Args:
+    observed: one a fold.
+    topics: of the test points.
+    counted: int, the test points that have a response.
+  """
+  named = np.array(topics, dtype=object)[counted]
+  join = lambda values: np.concatenate([np.asarray(value)[counted] for value in values])  # noqa: E731
+  return Pooled(
+    {name: join([one.signals[name] for one in observed]) for name in observed[0].signals},
+    np.concatenate([np.isin(named, one.topics) for one in observed]),
+    join([one.after for one in observed]),
+    join([one.before - one.after for one in observed]),
+    np.tile(counted, len(observed)),
+    np.repeat(np.arange(len(observed)), len(counted)),
+  )
+
+
+def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> evaluation.Interval:
+  """Spearman's correlation with its interval over redrawn test points."""
+  return coverage.by_point(lambda rows: evaluation.spearman(signal[rows], outcome[rows]), points, draws=_DRAWS)
+
+
+def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]:
+  """One row a signal: how it tells held-out topics, and how it goes with the loss after fine-tuning."""
+  rows = []
+  for name, signal in pooled.signals.items():
+    auc = evaluation.roc_auc(-signal, pooled.uncovered)
+    by_fold = [
+      coverage.area(signal[pooled.fold == fold], pooled.uncovered[pooled.fold == fold])
+      for fold in np.unique(pooled.fold)
+    ]
+    alone = correlation(whole.signals[name][counted], whole.after[counted], counted)
+    rows.append(
+      {
+        "signal": name,
+        "AUC": auc.mean,
+        "low": auc.low,
+        "high": auc.high,
+        "AUC by fold": f"{min(by_fold):.2f} to {max(by_fold):.2f}",
+        "with loss after": str(correlation(signal, pooled.after, pooled.points)),
+        "with loss drop": str(correlation(signal, pooled.drop, pooled.points)),
+        "with loss after, whole set": str(alone),
+      }
+    )
+  return rows
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
+  s = settings
+  bench = bench or Workbench(s)
+  if s.coverage_signal not in INFLUENCE:
+    raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
+  if s.checkpoint:
+    raise UserError(
+      f"--checkpoint={s.checkpoint}: coverage itself fine-tunes the base model, without the held-out topics"
+    )
+  folds = folds_of(bench, s)
+  identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
+  run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
+  study = Study(bench, s, run_dir)
+  whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
+  counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
+  pooled = pool(observed, bench.parts[POINTS].topics, counted)
+  found = coverage_report.Findings(table_of(pooled, whole, counted), pooled, whole, observed, counted)
+  coverage_report.write(run_dir, s, bench, study.texts, found)
+  return str(run_dir.path)
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())
+
+
+if __name__ == "__main__":
+  flags.define(run_dir="runs/coverage", layers="last:2", trainable_layers="last:2", solver="identity")
+  cli.run(main)

@@ -1,0 +1,199 @@
+"""The layer ablation: sums over the table against scores of the choice alone, files, resuming, what is said."""
+
+import csv
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from experiments import ablate_layers, ablation_report, flags, scoring, solving, workbench
+from experiments.ablate_layers import Choice
+from experiments.resuming import Work
+from in2core_jax import artifacts, breakdown, evaluation, sharding, subtree
+from in2core_jax.errors import UserError
+from in2core_jax.influence import Problem
+
+
+class Workbench(workbench.Workbench):
+  """On one of the simulated devices: quick to compile."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("ablation")
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  return flags.Settings(
+    model=f"random:{folder / 'config.json'}",
+    run_dir=str(folder / "run"),
+    system_prompt="none",
+    max_length=32,
+    max_shapes=1,
+    train_limit=24,
+    eval_limit=6,
+    test_limit=6,
+    trainable_layers="last:1",
+    learning_rate=1e-2,
+    steps=3,
+    batch_size=8,
+    batch_tokens=480,
+    seeds="0,1",
+    ablate_counts="1,2,8",
+    ablate_modules="all,mlp",
+    ablate_retrain="last:1",
+    ablate_measure="",
+    depth=3,
+    curvature_examples=8,
+    curvature_batch=8,
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+@pytest.fixture(scope="module")
+def finished(settings, bench):
+  """The folder of a finished ablation."""
+  return pathlib.Path(ablate_layers.run(settings, bench))
+
+
+def alone(bench, s, choice, solver, folder):
+  """Scores of a choice by the road of `select`, which knows no table."""
+  own = s.replace(solver=solver, layers=choice.flag, modules=choice.modules, run_dir=str(folder))
+  chosen = workbench.choose(bench, bench.params, own.layers, own.modules)
+  work = Work(artifacts.RunDir.open(str(folder), {"stage": "alone"}), 16)
+  return scoring.score(bench, own, chosen, work).influence
+
+
+@pytest.mark.parametrize("solver", ablate_layers.ADDITIVE)
+def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_path, solver):
+  run_dir = artifacts.RunDir.load(str(finished))
+  scores = ablate_layers.Ablation(bench, settings, run_dir).scores()[solver]
+  for name in ("last:1", "spread:2/mlp"):
+    (choice,) = ablate_layers.named(name, scores, "ablate_retrain")
+    wanted = alone(bench, settings, choice, solver, tmp_path / name.replace("/", "-"))
+    assert np.ptp(wanted) > 0
+    np.testing.assert_allclose(scores[choice], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
+  result = json.loads((finished / "ablate_layers.json").read_text())
+  with open(finished / "ablate_layers.csv") as file:
+    rows = {(row["solver"], row["choice"]): row for row in csv.DictReader(file)}
+  names = [choice.name for choice in ablate_layers.choices_of(settings, 4)]
+  assert len(names) == len(set(names)) == 2 + 4 * 2 * 2  # eight layers are more than there are
+  assert set(rows) == {(solver, name) for solver in ablate_layers.ADDITIVE for name in names}
+  for solver in ablate_layers.ADDITIVE:
+    whole = rows[solver, "all"]
+    assert float(whole["Spearman"]) == float(whole["overlap"]) == float(whole["FLOPs, share of all"]) == 1
+    assert (
+      float(rows[solver, "last:1"]["FLOPs, share of all"]) < float(rows[solver, "first:1"]["FLOPs, share of all"]) < 1
+    )
+    assert all(-1 <= float(rows[solver, name]["Spearman"]) <= 1 for name in names)
+    assert float(whole["test perplexity"]) > 1 and float(rows[solver, "last:1"]["test perplexity"]) > 1
+  assert rows["identity", "first:2/mlp"]["score pass, s"] == ""
+  text = (finished / "ablate_layers.md").read_text()
+  assert text.rstrip().endswith(result["sentences"][-1]) and len(result["sentences"]) == 2
+  assert "random: test perplexity" in text
+  assert (finished / "ablate_layers.tex").read_text().count("last:2/mlp") == 2
+  for name in ("svg", "png"):
+    assert (finished / f"plots/ablate_layers.{name}").stat().st_size > 1000
+  assert not (finished / "unfinished").exists() or not any((finished / "unfinished").iterdir())
+
+
+def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, finished, monkeypatch):
+  before = (finished / "ablate_layers.csv").read_text()
+  monkeypatch.setattr(breakdown, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
+  monkeypatch.setattr(solving, "solve", lambda *_: pytest.fail("solved again"))
+  monkeypatch.setattr(ablate_layers, "Judge", lambda *_: pytest.fail("trained again"))
+  ablate_layers.run(settings, bench)
+  assert (finished / "ablate_layers.csv").read_text() == before
+  monkeypatch.undo()
+  # Another module and a solver that does not add up, in the same folder.
+  more = settings.replace(
+    ablate_modules="attention", ablate_counts="", ablate_positions="last", ablate_solvers="lissa", ablate_retrain=""
+  )
+  ablate_layers.run(more, bench)
+  result = json.loads((finished / "ablate_layers.json").read_text())
+  assert [row["choice"] for row in result["rows"]] == ["all", "all/attention"]
+  assert {row["solver"] for row in result["rows"]} == {"lissa"} and result["rows"][0]["Spearman"] == 1
+  assert result["rows"][1]["Spearman"] < 1
+
+
+def test_the_table_of_leaves_is_the_score_apart():
+  t = tiny.make_tiny("1,3", "attention,mlp")
+  direction = tiny.direction(t.sub, queries=2)
+  problem = Problem(t.objective, t.sub, t.frozen, microbatch=3)
+  size = len(tiny.ROLES)
+  stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
+  table = breakdown.leaf_table(problem, t.subtree, stream, size, direction, 3)
+  assert table.shape == (2, size, 2, len(t.subtree.paths))
+  whole = problem.scores(stream, size, direction, "vmap")
+  np.testing.assert_allclose(breakdown.sum_over(table, t.subtree, t.subtree), whole, rtol=1e-5, atol=1e-5)
+  part = subtree.make_subtree(t.params, "3", "mlp")
+  cut = {"layers": {"mlp": jax.tree.map(lambda leaf: leaf[:, 1:], direction["layers"]["mlp"])}}
+  other = Problem(tiny.make_tiny("3", "mlp").objective, *subtree.split(t.params, part), microbatch=3)
+  wanted = other.scores(stream, size, cut, "vmap")
+  np.testing.assert_allclose(breakdown.sum_over(table, t.subtree, part), wanted, rtol=1e-5, atol=1e-5)
+  assert not table[:, tiny.NO_RESPONSE].any()
+  with pytest.raises(UserError, match="does not have layer 2, attention_norm/scale"):
+    breakdown.sum_over(table, t.subtree, subtree.make_subtree(t.params, "2,3", "attention_norm"))
+  with pytest.raises(UserError, match="final_norm is in no layer"):
+    breakdown.leaf_table(problem, subtree.make_subtree(t.params, "3", "mlp,final_norm"), stream, size, direction)
+
+
+def test_spread_layers_are_even():
+  assert ablate_layers.spread(1, 30) == (15,) and ablate_layers.spread(2, 8) == (2, 6)
+  assert ablate_layers.spread(4, 30) == (3, 11, 18, 26) and ablate_layers.spread(8, 8) == tuple(range(8))
+
+
+def made(name, overlap, flops, perplexity=None):
+  row = {"solver": "identity", "name": name, "overlap": overlap, "flops": flops, "bytes": 1e6 * flops, "seconds": None}
+  return row | {"perplexity": None if perplexity is None else evaluation.confidence_interval(perplexity), "peak": None}
+
+
+def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
+  rows = [made("all", 1.0, 1.0, [5.0, 5.2]), made("cheap", 0.7, 0.1, [5.1, 5.1]), made("last:8", 0.95, 0.4, [9.0, 9.1])]
+  assert ablation_report.enough(rows) is None
+  assert "no choice is enough" in ablation_report.sentence(rows) and "(last:8)" in ablation_report.sentence(rows)
+  rows += [made("spread:8", 0.9, 0.6, [5.1, 5.3]), made("first:16", 0.99, 0.9, [5.1, 5.1]), made("last:9", 0.9, 0.65)]
+  assert ablation_report.enough(rows)["name"] == "spread:8"
+  assert "spread:8 is enough" in ablation_report.sentence(rows)
+  rows[3]["overlap"] = 0.89
+  assert ablation_report.enough(rows)["name"] == "last:9"
+  assert "it was not retrained" in ablation_report.sentence(rows)
+  few = [rows[0], rows[1]]
+  assert "none that is cheaper" in ablation_report.sentence(few) and "cheap, shares 70%" in ablation_report.sentence(
+    few
+  )
+  rows[1] |= {"overlap": 0.93, "seconds": 1.0, "peak": 2e8}
+  rows[0] |= {"seconds": 4.0, "peak": 3e8}
+  assert "1 s instead of 4 s and 200 MB instead of 300 MB" in ablation_report.sentence(rows)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"ablate_positions": "top"}, "positions are last, first, middle, spread"),
+    ({"ablate_counts": "0"}, "counts are at least 1"),
+    ({"ablate_retrain": "last:3"}, "'last:3' is none of the choices all, all/mlp, last:1"),
+    ({"ablate_modules": "heads"}, "no 'heads'"),
+    ({"ablate_solvers": "newton"}, "must name some of"),
+  ],
+)
+def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+
+
+def test_a_choice_is_named_as_flags_name_it():
+  assert Choice("all", "all", (0, 1)).name == "all" and Choice("last", "mlp", (2, 3)).name == "last:2/mlp"
+  assert Choice("spread", "all", (0, 3)).flag == "0,3"

@@ -1,0 +1,179 @@
+"""Coverage: aggregates and bootstrap against numbers worked out, folds, and the experiment on a small random model."""
+
+import csv
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_stages import CONFIG
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from experiments import coverage as experiment
+from experiments import flags, scoring, workbench
+from in2core_jax import coverage, evaluation, sharding, variants
+from in2core_jax.errors import UserError
+
+
+def test_received_influence_is_its_definition():
+  found = coverage.received(np.array([[1.0, -3.0, 0.0, 4.0], [-1.0, -1.0, -2.0, 0.0]]))
+  np.testing.assert_allclose(found["mean"], [0.5, -1.0])
+  np.testing.assert_allclose(found["maximum"], [4.0, 0.0])
+  np.testing.assert_allclose(found["positive mass"], [1.25, 0.0])
+  with pytest.raises(UserError, match="one or more"):
+    coverage.received(np.zeros((3, 0)))
+  with pytest.raises(UserError, match="not finite"):
+    coverage.received(np.array([[np.nan]]))
+
+
+def test_folds_are_whole_topics_each_once():
+  topics = ["d", "a", "c", "b", "a", "e", "f"]
+  folds = coverage.deal_topics(topics, 2, 3, seed=0)
+  assert sorted(name for fold in folds for name in fold) == list("abcdef")
+  assert folds == coverage.deal_topics(topics[::-1], 2, 3, seed=0)
+  assert any(coverage.deal_topics(topics, 2, 3, seed=seed) != folds for seed in range(1, 4))
+  for size, count in ((2, 4), (6, 1), (0, 1)):
+    with pytest.raises(UserError, match="there are 6 with training examples and test points: a, b"):
+      coverage.deal_topics(topics, size, count, seed=0)
+
+
+def test_area_is_high_where_low_signals_are_uncovered():
+  uncovered = np.array([True, True, False, False])
+  assert coverage.area([0.0, 1.0, 2.0, 3.0], uncovered) == 1
+  assert coverage.area([3.0, 1.0, 2.0, 3.0], uncovered) == 2.5 / 4  # 3 ties one, 1 is below both
+
+
+def test_points_are_redrawn_with_all_their_observations():
+  rng = np.random.default_rng(0)
+  effect = rng.standard_normal(60)
+  once = coverage.by_point(lambda rows: effect[rows].mean(), np.arange(60))
+  copied, points = np.repeat(effect, 4), np.repeat(np.arange(60), 4)
+  four_times = coverage.by_point(lambda rows: copied[rows].mean(), points)
+  # Copies of the same points say nothing new; taken as independent they would halve the interval.
+  assert four_times.high - four_times.low == pytest.approx(once.high - once.low, rel=1e-9)
+  assert once.count == four_times.count == 60
+  width = 2 * 1.96 * effect.std(ddof=1) / np.sqrt(60)
+  assert once.high - once.low == pytest.approx(width, rel=0.15)
+
+
+def test_difference_of_areas_tells_a_better_signal():
+  rng = np.random.default_rng(1)
+  uncovered = rng.random(200) < 0.3
+  points = np.arange(200) // 2
+  good = -2.0 * uncovered + rng.standard_normal(200)
+  found = coverage.area_difference(good, rng.standard_normal(200), uncovered, points, draws=300)
+  assert found.low > 0.1 and found.low < found.mean < found.high
+  assert coverage.area_difference(good, good, uncovered, points, draws=20).high == 0
+
+
+class Workbench(workbench.Workbench):
+  """On one of the simulated devices: quick to compile."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("coverage")
+  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+  return flags.Settings(
+    model=f"random:{folder / 'config.json'}",
+    run_dir=str(folder / "run"),
+    train_data="chatterbot:food,sports,movies,humor",
+    system_prompt="none",
+    split="0.5,0.3,0.2",
+    max_length=32,
+    max_shapes=1,
+    test_limit=6,
+    trainable_layers="last:1",
+    layers="last:1",
+    solver="identity",
+    learning_rate=1e-2,
+    steps=3,
+    batch_size=8,
+    batch_tokens=480,
+    query_block=64,
+    hold_out_topics="1",
+    folds=2,
+  )
+
+
+@pytest.fixture(scope="module")
+def bench(settings):
+  return Workbench(settings)
+
+
+@pytest.fixture(scope="module")
+def finished(settings, bench):
+  """The folder of a finished run."""
+  return pathlib.Path(experiment.run(settings, bench))
+
+
+def test_the_tables_hold_every_signal(finished, bench):
+  result = json.loads((finished / "coverage.json").read_text())
+  with open(finished / "coverage.csv") as file:
+    rows = {row["signal"]: row for row in csv.DictReader(file)}
+  signals = {
+    f"{name}{kind}, {at}"
+    for name in ("mean", "maximum", "positive mass")
+    for kind in ("", " cosine")
+    for at in ("base", "trained")
+  }
+  assert signals < set(rows) and {"embedding, maximum", "BM25, maximum", "loss before"} < set(rows)
+  assert all(0 <= float(row["AUC"]) <= 1 for row in rows.values())
+  folds = result["folds"]
+  assert len(folds) == 2 and not set(folds[0]["topics"]) & set(folds[1]["topics"])
+  train, evals = bench.parts["train"], bench.parts["eval"]
+  for fold in folds:
+    assert fold["training_examples"] == sum(topic not in fold["topics"] for topic in train.topics)
+    assert fold["uncovered"] == sum(topic in fold["topics"] for topic in evals.topics) > 0
+  assert result["observations"] == 2 * int((evals.num_response_tokens > 0).sum())
+  for name in ("coverage.md", "coverage.tex", "points.csv", "plots/coverage.svg", "plots/coverage.png"):
+    assert (finished / name).stat().st_size > 300, name
+  text = (finished / "coverage.md").read_text()
+  assert evals.records[0].messages[0]["content"][:15] in (finished / "points.csv").read_text()
+  assert text.rstrip().endswith(result["sentence"])
+
+
+def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
+  rows = np.flatnonzero(np.array(bench.parts["train"].topics) != "food")
+  fold = experiment.Fold(bench, rows)
+  assert "food" not in fold.parts["train"].topics and len(fold.parts["train"]) == len(rows)
+  assert fold.parts["eval"] is bench.parts["eval"]
+  chosen = workbench.choose(fold, fold.params, settings.layers, settings.modules)
+  found = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
+  whole = experiment.measured(
+    bench, settings, workbench.choose(bench, bench.params, "last:1", "all"), scoring.NOTHING_KEPT
+  )
+  np.testing.assert_allclose(found.scores, whole.scores[:, rows], rtol=1e-4, atol=1e-5 * np.abs(whole.scores).max())
+  wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.artifacts.RunDir.load(str(finished))))
+  np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+  np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
+
+
+def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
+  before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
+  monkeypatch.setattr(experiment, "Judge", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(experiment, "measured", lambda *_: pytest.fail("scored again"))
+  experiment.run(settings, bench)
+  assert before == {name: (finished / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"hold_out_topics": "opera"}, "no test point and training example of 'opera'"),
+    ({"folds": 9}, "need 9 topics"),
+    ({"coverage_signal": "vibes"}, "is none of mean, base"),
+  ],
+)
+def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+
+
+def test_pooled_statistics_are_those_of_the_definition():
+  signal, loss = np.array([3.0, 1.0, 2.0, 0.0]), np.array([0.1, 0.9, 0.4, 2.0])
+  found = experiment.correlation(signal, loss, np.arange(4))
+  assert found.mean == evaluation.spearman(signal, loss) == -1
