@@ -6,7 +6,6 @@ The benchmark starts itself again with `--alone=select` or `--alone=score`, and 
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments import scoring, select
+from experiments import children, scoring, select
 from experiments.benchmark_rows import Bench
 from experiments.flags import Settings
 from experiments.workbench import choose
@@ -22,7 +21,6 @@ from in2core_jax import artifacts, timing
 from in2core_jax.errors import UserError
 
 _RESULT = "alone.json"
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 # ---- inside the process --------------------------------------------------------------
@@ -99,12 +97,8 @@ def start(s: Settings, folder: pathlib.Path, environment: Mapping[str, str]) -> 
     UserError: the process failed; its own messages stand above.
   """
   folder.mkdir(parents=True)
-  flagfile = folder / "alone.flags"
-  artifacts.write_flags(flagfile, s.replace(run_dir=str(folder)).as_flags())
-  paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-  command = [sys.executable, "-m", "experiments.benchmark", f"--flagfile={flagfile}", "--num_processes=1"]
-  variables = {name: value for name, value in (os.environ | {"PYTHONPATH": paths} | environment).items() if value}
-  done = subprocess.run(command, env=variables, check=False)
+  command = children.command("benchmark", s.replace(run_dir=str(folder)), folder / "alone.flags")
+  done = subprocess.run(command, env=children.environment(environment), check=False)
   if done.returncode:
     raise UserError(f"--alone={s.alone} ended with {done.returncode} in a process of its own: see its messages above")
   return artifacts.read_json(folder / _RESULT)

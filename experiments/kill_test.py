@@ -11,15 +11,13 @@ byte. Only seconds and peak memory in summary.json may differ.
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import subprocess
-import sys
 import time
 
 import numpy as np
 
-from experiments import cli, flags
+from experiments import children, cli, flags
 from experiments.flags import Settings
 from experiments.resuming import FOLDER
 from in2core_jax import artifacts, files, report
@@ -28,7 +26,6 @@ from in2core_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAY_DIFFER = ("seconds", "peak_memory_gb")  # of summary.json: no result of the run
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +51,8 @@ class Run:
   def __init__(self, settings: Settings, place: pathlib.Path):
     """Writes the flagfile into `place`; the run folder is made below it."""
     self.folder, self._log = place / "select", place / "select.log"
-    flagfile = place / "select.flags"
-    artifacts.write_flags(flagfile, settings.replace(run_dir=str(self.folder)).as_flags())
-    self._command = [sys.executable, "-P", "-m", "experiments.select", f"--flagfile={flagfile}", "--num_processes=1"]
+    own = settings.replace(run_dir=str(self.folder))
+    self._command = children.command("select", own, place / "select.flags")
 
   def start(self, moment: float | None = None) -> float | None:
     """Runs the command to its end, or kills it after `moment` seconds.
@@ -67,11 +63,10 @@ class Run:
     Raises:
       UserError: the command failed by itself.
     """
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     began = time.perf_counter()
     with self._log.open("w") as sink:
-      environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-      process = subprocess.Popen(self._command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+      own = {"stdout": sink, "stderr": subprocess.STDOUT, "env": children.environment()}
+      process = subprocess.Popen(self._command, **own)
       try:
         code = process.wait(moment)
       except subprocess.TimeoutExpired:

@@ -20,8 +20,17 @@ import pytest  # noqa: E402
 
 _CACHE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache", "xla")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A file goes to one worker as a whole, so that what its tests share is made once; the longest ones must not come last.
+_LONGEST_FIRST = ("test_processes.py", "test_stages.py", "test_resume.py", "test_solvers.py", "test_influence.py")
+
+
+def pytest_collection_modifyitems(items):
+  """Long files first, the others as they are collected."""
+  places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+  items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 """The benchmark: order of measuring, operation counts against the traced programs, verdicts, its fresh processes."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,30 +10,23 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import benchmark, benchmark_alone, benchmark_rows, flags
+from experiments import benchmark, benchmark_alone, benchmark_rows
 from in2core_jax import costs, gradients, timing
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
 
 quick_compile = tiny.quick_compile
 
-CONFIG = {
-  "model_type": "llama",
-  "vocab_size": 49152,
-  "hidden_size": 8,
-  "intermediate_size": 16,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 2,
-  "num_key_value_heads": 1,
-}
+CONFIG = dataclasses.replace(
+  tiny.CONFIG, hidden_size=8, intermediate_size=16, num_layers=3, num_heads=2, num_kv_heads=1
+)
 
 
 @pytest.fixture
 def settings(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-  return flags.Settings(
-    model=f"random:{tmp_path / 'config.json'}",
-    run_dir=str(tmp_path / "run"),
+  return tiny.run_settings(
+    tmp_path,
+    CONFIG,
     synthetic_length=24,
     train_limit=10,
     eval_limit=2,
@@ -223,7 +217,7 @@ def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys
     *("LiSSA last:1, boundary cache", "training last:1, boundary cache"),
   ]
   assert all(row["seconds"] > 0 for row in rows.values()) and rows["forward only"]["to forward only"] == 1
-  layer, head, tokens, responses = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 16, 49152 * 8, 10 * 24, 10 * 12
+  layer, head, tokens, responses = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 16, CONFIG.vocab_size * 8, 10 * 24, 10 * 12
   forward = 2 * 3 * layer * tokens + 2 * head * responses
   by_operations = {name: row["by operations"] for name, row in rows.items()}
   assert by_operations["score last:2"] == pytest.approx(
@@ -257,6 +251,8 @@ def test_several_devices_score_like_one(settings, tmp_path):
 
 
 @pytest.mark.real
-def test_memory_is_measured_in_processes_of_their_own(settings):
+def test_memory_is_measured_in_processes_of_their_own(settings, monkeypatch):
+  for name, value in tiny.child_environment(devices=1).items():
+    monkeypatch.setenv(name, value)
   (row,) = benchmark_alone.measure_memory(settings, "last:1", [6])
   assert row["examples"] == 6 and row["growth, %"] == 0 and row["peak memory"] > 50e6

@@ -1,9 +1,9 @@
 """The self-check passes on a sound model, and each of its rows fails when what it looks at is broken."""
 
 import copy
+import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +11,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import check, workbench
 from experiments.flags import Settings
 from in2core_jax import sharding
 
-pytestmark = pytest.mark.real  # a vocabulary of 49152, and a tokenizer for it
-CONFIG = {
-  "model_type": "llama",
-  "vocab_size": 49152,
-  "hidden_size": 32,
-  "intermediate_size": 48,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 2,
-  "num_key_value_heads": 1,
-  "tie_word_embeddings": True,
-}
+pytestmark = pytest.mark.real  # a tokenizer, and a process of its own
+CONFIG = dataclasses.replace(
+  tiny.CONFIG, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16
+)
 TALK = [
   ("Hi", "Hello there"),
   ("What is two and two?", "Four."),
@@ -48,13 +42,13 @@ def two_devices():
 
 def write_inputs(folder: Path) -> list[str]:
   """A random model and ten conversations, one without an answer; returns the flags."""
-  (folder / "config.json").write_text(json.dumps(CONFIG))
   lines = [
     json.dumps({"id": f"{i}-{j}", "prompt": f"{p} {j}", "response": r}) for i, (p, r) in enumerate(TALK) for j in "ab"
   ]
   (folder / "talk.jsonl").write_text("\n".join(lines) + "\n")
   source = f"jsonl:{folder}/talk.jsonl"
-  return [f"model=random:{folder}/config.json", *(f"{part}_data={source}" for part in ("train", "eval", "test"))]
+  model = tiny.write_model(folder / "model", CONFIG)
+  return [f"model={model}", *(f"{part}_data={source}" for part in ("train", "eval", "test"))]
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +151,7 @@ def test_a_failed_check_is_exit_code_1(tmp_path):
     "check.CHECKS = (lambda x: [check.Row('a', 'gap', 0.2, 0.1), check.Row('b', 'gap', 0.0, 0.1)],)\n"
     "flags.define()\ncli.run(check.main)\n"
   )
-  root = Path(__file__).resolve().parents[1]
-  environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
+  environment = tiny.child_environment(devices=1)
   command = [sys.executable, "-c", body, *(f"--{flag}" for flag in write_inputs(tmp_path)), "--layers=last:1"]
   done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
   assert done.returncode == 1, done.stderr

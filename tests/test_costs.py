@@ -13,6 +13,7 @@ import tiny
 from in2core_jax import costs, gradients, ihvp, memory, model, packing, sharding, subtree
 from in2core_jax.batches import Batcher, Shape
 
+quick_compile = tiny.quick_compile
 # Wide enough for matrices to matter, every chosen layer a run of its own: XLA counts the body of a loop once, and a
 # loop of one turn is no loop.
 CONFIG = model.ModelConfig(512, 48, 128, 3, 4, 2, 12)

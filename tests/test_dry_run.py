@@ -1,60 +1,33 @@
 """--dry_run and --batch_tokens=auto: what they say is what the run has, and what does not fit is told with a flag."""
 
 import dataclasses
-import json
 import pathlib
 
-import jax
 import pytest
+import tiny
 from absl import flags as absl_flags
-from test_stages import CONFIG
 
 from experiments import dry_run, fitting, flags, hardware, planning, scaling, solving, workbench
 from experiments.pricing import Described, Pricer
-from in2core_jax import costs, packing, sharding, weights
+from in2core_jax import costs, packing, weights
 from in2core_jax.errors import UserError
 
+quick_compile = tiny.quick_compile
+# As large a vocabulary as in real models, of which memory is a matter.
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=49152)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-class OneDevice:
-  """On one of the simulated devices."""
-
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
-
-
-class Bench(OneDevice, Described):
+class Bench(tiny.OneDevice, Described):
   """Reads no weight."""
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(tiny.OneDevice, workbench.Workbench):
   """Reads weights."""
 
 
 def settings_of(folder, **changes):
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  small = {
-    "model": f"random:{folder / 'config.json'}",
-    "run_dir": str(folder / "run"),
-    "system_prompt": "none",
-    "max_length": 48,
-    "max_shapes": 1,
-    "train_limit": 40,
-    "eval_limit": 10,
-    "test_limit": 10,
-    "trainable_layers": "last:2",
-    "layers": "last:2",
-    "batch_size": 8,
-    "batch_tokens": 480,
-    "depth": 6,
-    "curvature_examples": 8,
-    "curvature_batch": 8,
-    "checkpoint_every": 3,
-    "seeds": "0,1",
-    "fixed_seeds": "0",
-    "policies": "full,random",
-  }
-  return flags.Settings(**(small | changes))
+  return tiny.run_settings(folder, CONFIG, policies="full,random", **changes)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from in2core_jax import algebra, ihvp
 from in2core_jax.errors import UserError

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from in2core_jax import algebra, ihvp
 

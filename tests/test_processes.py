@@ -1,9 +1,7 @@
 """Several processes as one job, and stages on 1, 2, 4 and 8 devices: the numbers of one device."""
 
+import dataclasses
 import json
-import os
-import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +10,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+import tiny
 from fsspec.registry import _registry as fsspec_registry
 
 from experiments import evaluate, finetune, select, workbench
@@ -20,31 +19,16 @@ from experiments.resuming import Work
 from experiments.scoring import score
 from experiments.workbench import choose
 from in2core_jax import artifacts, files, ihvp, processes, sharding
-from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+quick_compile = tiny.quick_compile
 # Nothing divides: a width of 20 not by 8, 37 examples by no number of devices.
-CONFIG = {
-  "model_type": "llama",
-  "vocab_size": 49152,
-  "hidden_size": 20,
-  "intermediate_size": 36,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 6,
-  "tie_word_embeddings": True,
-}
+CONFIG = dataclasses.replace(tiny.CONFIG, hidden_size=20, intermediate_size=36, num_layers=3, head_dim=6)
 FLAGS = {
-  "system_prompt": "none",
   "max_length": 40,
-  "max_shapes": 1,
   "train_limit": 37,
   "eval_limit": 9,
   "test_limit": 9,
-  "batch_tokens": 480,
-  "layers": "last:2",
   "depth": 3,
   "curvature_examples": 7,
   "curvature_batch": 7,
@@ -96,7 +80,7 @@ def test_a_coordinator_that_is_not_there_is_named():
   with pytest.raises(
     UserError, match=r"--coordinator=localhost:\d+: nobody listens there after 0 s .*is process 0 running"
   ):
-    processes.initialize(f"localhost:{free_port()}", 1, 2, timeout=0)
+    processes.initialize(f"localhost:{tiny.free_port()}", 1, 2, timeout=0)
 
 
 SLURM = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
@@ -159,9 +143,7 @@ def test_one_process_agrees_with_itself():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("processes")
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  return flags_lib.Settings(model=f"random:{folder / 'config.json'}", run_dir=str(folder / "run"), **FLAGS)
+  return tiny.run_settings(tmp_path_factory.mktemp("processes"), CONFIG, **FLAGS)
 
 
 class Workbench(workbench.Workbench):
@@ -214,7 +196,7 @@ def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, m
   scale = np.abs(alone.influence).max()
   np.testing.assert_allclose(found.influence, alone.influence, rtol=0, atol=1e-5 * scale)
   np.testing.assert_allclose(found.loss, alone.loss, rtol=1e-5, atol=1e-6)
-  fsdp = wide.mesh.shape["fsdp"] if CONFIG["hidden_size"] % wide.mesh.shape["fsdp"] == 0 else 1
+  fsdp = wide.mesh.shape["fsdp"] if CONFIG.hidden_size % wide.mesh.shape["fsdp"] == 0 else 1
   # Weights and iHVP vectors are cut over fsdp, but for the norms; nothing more lies on each device than on one.
   vectors = (found.result.solution, *((state.u, state.mean) for state in states))
   assert len(vectors) > 1
@@ -253,53 +235,12 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
 # ---- stages in two processes
 
 
-def environment(devices: int) -> dict:
-  flags_ = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-  return os.environ | {
-    "XLA_FLAGS": " ".join([*flags_, f"--xla_force_host_platform_device_count={devices}"]),
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    "IN2CORE_CACHE": str(ROOT / ".cache"),
-  }
-
-
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-def run_processes(arguments: list[str], more: list[list[str]], timeout: int = 1500) -> list[tuple[int, str]]:
-  """Runs a command once for each item of `more`, side by side; (exit code, output) of each."""
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  started = [
-    subprocess.Popen([sys.executable, *arguments, *own], env=environment(4), cwd=ROOT, **pipes) for own in more
-  ]
-  try:
-    outputs = [process.communicate(timeout=timeout)[0] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
-
-
-class Killed(BaseException):
-  """Stops a training in the middle."""
-
-
 def stages(s, bench) -> None:
   """Select from the base model, a fine-tuning that is killed and goes on, a comparison; as one of the processes."""
-  folder, step = Path(s.run_dir), finetune_lib.TrainLog.step
-
-  def die_at_three(self, number, *rest):
-    step(self, number, *rest)
-    if number == 3:
-      raise Killed
-
+  folder = Path(s.run_dir)
   selected = select.run(s.replace(run_dir=str(folder / "select")), bench)
   training = s.replace(run_dir=str(folder / "finetune"))
-  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(finetune_lib.TrainLog, "step", die_at_three)
+  with tiny.killed_after_step(3):
     finetune.run(training, bench)
   tuned = bench.checkpoint_params(finetune.run(training, bench))
   before, after = (jax.tree.leaves(processes.to_host(params)) for params in (bench.params, tuned))
@@ -337,9 +278,9 @@ def worker() -> None:
 @pytest.mark.real
 def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
   job = settings.replace(run_dir=str(tmp_path / "two"), mesh="data:4,fsdp:2")
-  where = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-  command = ["-c", "import test_processes; test_processes.worker()", *job.as_flags(), *where]
-  done = run_processes(command, [["--process_id=0"], ["--process_id=1"]])
+  flags_ = [*job.as_flags(), f"--coordinator=localhost:{tiny.free_port()}", "--num_processes=2"]
+  program = "import test_processes; test_processes.worker()"
+  done = tiny.run_processes(program, [[*flags_, "--process_id=0"], [*flags_, "--process_id=1"]])
   assert [code for code, _ in done] == [0, 0], "\n".join(output[-3000:] for _, output in done)
   assert "loading model" in done[0][1] and "loading model" not in done[1][1]
   stages(settings.replace(run_dir=str(tmp_path / "one")), bench)

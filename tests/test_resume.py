@@ -1,6 +1,5 @@
 """Killed and started again: what is kept, what is trusted, and the same bytes in the end."""
 
-import json
 import logging
 import math
 import os
@@ -10,19 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_stages import CONFIG
-from tiny import quick_compile  # noqa: F401, an autouse fixture
+import tiny
+from tiny import Killed, quick_compile  # noqa: F401, an autouse fixture
 
-from experiments import cli, finetune, flags, kill_test, resuming, select, workbench
-from in2core_jax import artifacts, passes, sharding
+from experiments import cli, finetune, kill_test, resuming, select, workbench
+from in2core_jax import artifacts, passes
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
-
-
-class Killed(BaseException):
-  """Stands for SIGKILL inside one process: nothing may catch it."""
-
 
 # ---- passes --------------------------------------------------------------------------
 
@@ -66,6 +60,15 @@ def terminate():
   os.kill(os.getpid(), signal.SIGTERM)
 
 
+def assert_a_killed_pass_goes_on(path, way, expected):
+  """Killed in its third shard it computes that one and the last; finished, nothing."""
+  with pytest.raises(Killed):
+    getattr(Numbers(path, 8, kill), way)()
+  for built in ([6, 7, 8, 9], []):
+    again = Numbers(path)
+    assert getattr(again, way)() == expected and again.built == built
+
+
 def test_finished_shards_are_read_back_and_not_even_built(tmp_path):
   wanted = Numbers(tmp_path / "alone")
   expected = wanted.results()
@@ -74,13 +77,7 @@ def test_finished_shards_are_read_back_and_not_even_built(tmp_path):
     and len(expected) == 20
     and expected[6] == (float(np.sqrt(np.float32(3))), [3.0, -3.0])
   )
-  killed = Numbers(tmp_path / "run", 8, kill)
-  with pytest.raises(Killed):
-    killed.results()
-  resumed = Numbers(tmp_path / "run")
-  assert resumed.results() == expected and resumed.built == [6, 7, 8, 9]
-  finished = Numbers(tmp_path / "run")
-  assert finished.results() == expected and finished.built == []
+  assert_a_killed_pass_goes_on(tmp_path / "run", "results", expected)
 
 
 def test_at_most_one_shard_is_lost_wherever_the_kill_falls(tmp_path):
@@ -120,13 +117,7 @@ def test_a_sum_goes_on_to_the_same_bits(tmp_path, monkeypatch):
   monkeypatch.setattr(passes, "_SAVING_SHARE", math.inf)  # save after every shard
   expected = Numbers(tmp_path / "alone").total()
   assert expected[1] == 10
-  killed = Numbers(tmp_path / "run", 8, kill)
-  with pytest.raises(Killed):
-    killed.total()
-  resumed = Numbers(tmp_path / "run")
-  assert resumed.total() == expected and resumed.built == [6, 7, 8, 9]
-  finished = Numbers(tmp_path / "run")
-  assert finished.total() == expected and finished.built == []
+  assert_a_killed_pass_goes_on(tmp_path / "run", "total", expected)
 
 
 def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
@@ -160,11 +151,10 @@ def test_sigterm_waits_for_the_shard(tmp_path, way):
 # ---- select --------------------------------------------------------------------------
 
 
-class Bench(workbench.Workbench):
-  """On one simulated device, counting the batches that go there; `action` is called before number `at`."""
+class Bench(tiny.OneDevice, workbench.Workbench):
+  """Counts the batches that go to the device; `action` is called before number `at`."""
 
   placed, at, action = 0, None, None
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
 
   def place(self, batch):
     if self.placed == self.at:
@@ -181,27 +171,15 @@ class Bench(workbench.Workbench):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("resume")
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  return flags.Settings(
-    model=f"random:{folder / 'config.json'}",
-    run_dir=str(folder / "run"),
-    system_prompt="none",
-    max_length=48,
-    max_shapes=1,
-    train_limit=40,
+  return tiny.run_settings(
+    tmp_path_factory.mktemp("resume"),
     eval_limit=8,
     test_limit=8,
-    trainable_layers="last:2",
-    layers="last:2",
-    learning_rate=1e-2,
     steps=3,
-    batch_size=8,
     batch_tokens=144,
     shard_batches=2,
     depth=12,
     solver_tol=1e-9,
-    curvature_examples=8,
     curvature_batch=4,
     checkpoint_every=2,
     keep_checkpoints=0,
@@ -329,7 +307,7 @@ def test_moments_cover_the_run():
 
 @pytest.mark.real
 def test_a_process_that_is_killed_ends_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", "")  # one device: quicker to compile
-  monkeypatch.setenv("IN2CORE_CACHE", str(tmp_path / "cache"))
+  for name, value in tiny.child_environment(devices=1).items():
+    monkeypatch.setenv(name, value)
   assert kill_test.run(settings.replace(run_dir=str(tmp_path / "kills"), kills=1, seed=7))
   assert "killed and resumed: 1 of 1 identical" in capsys.readouterr().out

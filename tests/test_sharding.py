@@ -1,25 +1,20 @@
 """Eight simulated devices, and two processes with four each, compute what one device computes."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import AxisType, PartitionSpec
 
 from in2core_jax import gradients, model, processes, sharding, subtree
 from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
 
+quick_compile = tiny.quick_compile
 P = PartitionSpec
 CONFIG = model.ModelConfig(96, 32, 64, 3, 4, 2, 8)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # seconds less per program
 MESHES = ("data:8", "data:4,fsdp:2", "data:2,fsdp:4")
 
 
@@ -75,7 +70,7 @@ def everything_fn(objective):
       "ggn": gradients.ggn_product(*args, one),
     }
 
-  return jax.jit(everything, compiler_options=QUICK)
+  return jax.jit(everything)
 
 
 _REFERENCES = {}
@@ -330,12 +325,6 @@ def test_arrays_on_one_device_are_moved():
 # ---- several processes
 
 
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
 def work(coordinator, process_id, num_processes, out):
   """One of two processes; run as a program."""
   assert processes.initialize(coordinator, process_id, num_processes, timeout=60)
@@ -354,7 +343,7 @@ def work(coordinator, process_id, num_processes, out):
     )
     assert not placed[2].tokens.is_fully_addressable
     one = jax.tree.map(lambda leaf: leaf[0], placed[3])
-    score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v), compiler_options=QUICK)
+    score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v))
     results[spec] = processes.to_host(score(*placed[:3], one))
     back = processes.to_host(placed[0])
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (back, sub)), strict=True))
@@ -364,36 +353,16 @@ def work(coordinator, process_id, num_processes, out):
 def jvp_on_one_device():
   objective, sub, frozen, batch, vectors = make_problem("attention")
   one = jax.tree.map(lambda leaf: leaf[0], vectors)
-  score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v), compiler_options=QUICK)
+  score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v))
   return np.asarray(score(sub, frozen, batch, one))
 
 
 @pytest.mark.real
 def test_two_processes_equal_one(tmp_path):
-  coordinator = f"localhost:{free_port()}"
-  root = pathlib.Path(__file__).resolve().parents[1]
-  environ = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-  }
-  command = "import sys, test_sharding as t; t.work(sys.argv[1], int(sys.argv[2]), 2, sys.argv[3])"
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", command, coordinator, str(index), str(tmp_path / f"{index}.npz")],
-      env=environ,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)[-4000:]
+  coordinator, out = f"localhost:{tiny.free_port()}", [str(tmp_path / f"{index}.npz") for index in range(2)]
+  program = "import sys, test_sharding as t; t.work(sys.argv[1], int(sys.argv[2]), 2, sys.argv[3])"
+  done = tiny.run_processes(program, [[coordinator, str(index), out[index]] for index in range(2)])
+  assert [code for code, _ in done] == [0, 0], "\n".join(output for _, output in done)[-4000:]
   found = [np.load(tmp_path / f"{index}.npz") for index in range(2)]
   want = jvp_on_one_device()
   for results in found:

@@ -1,44 +1,34 @@
 """The comparison of the solvers on a small random model: what it writes, that it resumes, that divergence is told."""
 
+import dataclasses
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-from test_stages import CONFIG
+import tiny
 
-from experiments import flags, solvers, workbench
-from in2core_jax import evaluation, ihvp, sharding
+from experiments import solvers, workbench
+from in2core_jax import evaluation, ihvp
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
 
+quick_compile = tiny.quick_compile
 
-class Workbench(workbench.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+class Workbench(tiny.OneDevice, workbench.Workbench):
+  """On one device."""
 
 
 def settings_of(folder, **changes):
-  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
   small = {
-    "model": f"random:{folder / 'config.json'}",
-    "run_dir": str(folder / "run"),
-    "system_prompt": "none",
     "max_length": 32,
-    "max_shapes": 1,
     "train_limit": 30,
     "eval_limit": 6,
     "test_limit": 6,
     "layers": "last:1",
-    "batch_tokens": 480,
-    "batch_size": 8,
-    "depth": 6,
     "curve_every": 2,
     "solver_tol": 1e-3,
-    "curvature_examples": 8,
-    "curvature_batch": 8,
     "cg_steps": 30,
     "krylov": 3,
     "steps": 3,
@@ -47,7 +37,7 @@ def settings_of(folder, **changes):
     "compare_bfloat16": False,
     "mislabelled": 0.2,
   }
-  return flags.Settings(**(small | changes))
+  return tiny.run_settings(folder, dataclasses.replace(tiny.CONFIG, num_layers=2), **(small | changes))
 
 
 @pytest.mark.real

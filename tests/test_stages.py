@@ -1,5 +1,6 @@
 """The stages end to end on a small random model and real conversations: files, resuming, refusals."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -7,59 +8,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from experiments import evaluate, finetune, flags, scoring, select, solving, workbench
+from experiments import evaluate, finetune, scoring, select, solving, workbench
 from experiments.workbench import choose, split_sources
 from in2core_jax import artifacts, data, evaluation, report_facts, report_html, sharding, subtree
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
-CONFIG = {
-  "model_type": "llama",
-  "vocab_size": 49152,
-  "hidden_size": 16,
-  "intermediate_size": 32,
-  "num_hidden_layers": 4,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "tie_word_embeddings": True,
-}
+quick_compile = tiny.quick_compile
 
 
-class Workbench(workbench.Workbench):
-  """On one of the simulated devices: quick to compile. One test below uses two."""
-
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+class Workbench(tiny.OneDevice, workbench.Workbench):
+  """One test below uses two devices."""
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-  """Flags of a run that takes seconds."""
-  folder = tmp_path_factory.mktemp("stages")
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  return flags.Settings(
-    model=f"random:{folder / 'config.json'}",
-    run_dir=str(folder / "run"),
-    system_prompt="none",
-    max_length=48,
-    max_shapes=1,
-    train_limit=40,
-    eval_limit=10,
-    test_limit=10,
-    trainable_layers="last:2",
-    layers="last:2",
-    learning_rate=1e-2,
-    epochs=2.0,
-    batch_size=8,
-    batch_tokens=480,
-    depth=6,
-    curvature_examples=8,
-    curvature_batch=8,
-    sketch_size=4,
-    checkpoint_every=3,
-    seeds="0,1",
-    fixed_seeds="0",
-  )
+  return tiny.run_settings(tmp_path_factory.mktemp("stages"), epochs=2.0, sketch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +43,15 @@ def leaves(tree):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained, tmp_path, monkeypatch):
+def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained, tmp_path):
   lines = [json.loads(line) for line in (pathlib.Path(trained).parent / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 11))
   losses = [line["loss"] for line in lines]
   assert max(losses[-3:]) < losses[0] - 0.03  # only the first one was measured before any step
 
-  class Killed(BaseException):
-    pass
-
-  original = finetune_lib.TrainLog.step
-
-  def stop_at_five(self, step, steps, loss, tokens):
-    original(self, step, steps, loss, tokens)
-    if step == 5:
-      raise Killed
-
   again = settings.replace(run_dir=str(tmp_path / "run"))
-  with monkeypatch.context() as patch:
-    patch.setattr(finetune_lib.TrainLog, "step", stop_at_five)
-    with pytest.raises(Killed):
-      finetune.run(again, bench)
+  with tiny.killed_after_step(5):
+    finetune.run(again, bench)
   resumed = finetune.run(again, bench)
   relined = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [(line["step"], line["loss"]) for line in relined] == [(line["step"], line["loss"]) for line in lines]
@@ -116,8 +70,8 @@ def test_only_the_chosen_layers_are_trained(bench, trained):
 
 
 def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 32}))
-  other = Workbench(settings.replace(model=f"random:{tmp_path / 'config.json'}"))
+  wider = dataclasses.replace(tiny.CONFIG, hidden_size=32)
+  other = Workbench(settings.replace(model=tiny.write_model(tmp_path, wider)))
   with pytest.raises(UserError, match="give the model that the checkpoint started from"):
     other.checkpoint_params(trained)
   with pytest.raises(UserError, match="no such folder"):

@@ -1,8 +1,16 @@
 """A tiny decoder, a few examples of awkward shapes and their batch, for every test that needs a model.
 
-The same numbers in any dtype: everything is drawn in float64 by NumPy and then cast.
+The same numbers in any dtype: everything is drawn in float64 by NumPy and then cast. At the end, what runs of whole
+stages need: a model with a tokenizer, flags for it, a training that is killed, processes of their own.
 """
 
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import types
 from typing import Any, NamedTuple
 
@@ -10,8 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
-from in2core_jax import batches, gradients, hf_config, model, subtree
+from experiments import children
+from experiments.flags import Settings
+from in2core_jax import assets, batches, finetune, gradients, hf_config, model, sharding, subtree, weights
+from in2core_jax.tokenizer import tokenizer_from_gguf
 
 # (role of each token: P prompt, r response). Odd lengths, one response token only, several turns, a prompt at the end,
 # one prompt token before a long response, no response at all.
@@ -157,3 +170,132 @@ def assert_trees_equal(found, wanted):
   for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+# ---- runs of whole stages ------------------------------------------------------------
+
+# The embedded tokenizer has 49,152 entries, and products with so many would be most of such a run.
+CONFIG = model.ModelConfig(2048, 16, 32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4)
+
+
+class OneDevice:
+  """Beside a workbench: on one of the simulated devices, which is quick to compile."""
+
+  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+
+def make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+  """The embedded tokenizer with its first entries only; whatever text it gets, it writes longer."""
+  whole = tokenizer_from_gguf(assets.asset_path(weights.EMBEDDED_MODEL))
+  content = json.loads(whole.backend_tokenizer.to_str())
+  kept = {token: i for token, i in content["model"]["vocab"].items() if i < size}
+  merges = [pair for pair in content["model"]["merges"] if "".join(pair) in kept]
+  content["model"] |= {"vocab": kept, "merges": merges}
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(content)),
+    chat_template=whole.chat_template,
+    clean_up_tokenization_spaces=False,
+    **whole.special_tokens_map,
+  )
+
+
+def write_model(folder: pathlib.Path, config: model.ModelConfig = CONFIG) -> str:
+  """Writes a random model and its tokenizer into `folder`; returns the --model that names it."""
+  rng = np.random.default_rng(0)
+  # The embeddings are large enough for logits that training can change.
+  deviations = {"kernel": 0.02, "embedding": 0.1}
+
+  def draw(path, leaf):
+    name = path[-1].key
+    return np.ones(leaf.shape, "f4") if name == "scale" else deviations[name] * rng.standard_normal(leaf.shape, "f4")
+
+  shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+  params = jax.tree_util.tree_map_with_path(draw, shapes)
+  weights.save_hf_dir(folder, config, params, make_tokenizer(config.vocab_size))
+  return f"hf:{folder}"
+
+
+def run_settings(folder: pathlib.Path, config: model.ModelConfig = CONFIG, **changes) -> Settings:
+  """Flags of a run that takes seconds, on a model that is written into `folder`, with real conversations."""
+  small = {
+    "model": write_model(folder / "model", config),
+    "run_dir": str(folder / "run"),
+    "system_prompt": "none",
+    "max_length": 48,
+    "max_shapes": 1,
+    "train_limit": 40,
+    "eval_limit": 10,
+    "test_limit": 10,
+    "trainable_layers": "last:2",
+    "layers": "last:2",
+    "learning_rate": 1e-2,
+    "batch_size": 8,
+    "batch_tokens": 480,
+    "depth": 6,
+    "curvature_examples": 8,
+    "curvature_batch": 8,
+    "checkpoint_every": 3,
+    "seeds": "0,1",
+    "fixed_seeds": "0",
+  }
+  return Settings(**(small | changes))
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL inside one process: nothing may catch it."""
+
+
+@contextlib.contextmanager
+def killed_after_step(number: int):
+  """The training inside is killed when it has logged that step."""
+  log_step = finetune.TrainLog.step
+
+  def step_and_die(self, step, *rest):
+    log_step(self, step, *rest)
+    if step == number:
+      raise Killed
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(finetune.TrainLog, "step", step_and_die)
+    yield
+
+
+def child_environment(devices: int) -> dict[str, str]:
+  """Variables of a process of its own, with so many simulated devices; it shares the tests' compiled programs.
+
+  What it compiles is kept however quick it was: the next process does not compile it again.
+  """
+  ours = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+  return children.environment(
+    {
+      "XLA_FLAGS": " ".join([*ours, f"--xla_force_host_platform_device_count={devices}"]),
+      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+  )
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def run_processes(program: str, arguments: list[list[str]]) -> list[tuple[int, str]]:
+  """Runs a Python program, which may import test modules, once for each list of arguments, side by side.
+
+  Each process has four devices. Returns (exit code, output) of each.
+  """
+  variables = child_environment(devices=4)
+  variables["PYTHONPATH"] += f"{os.pathsep}{pathlib.Path(__file__).parent}"
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": variables}
+  started = [subprocess.Popen([sys.executable, "-c", program, *own], **pipes) for own in arguments]
+  try:
+    outputs = [process.communicate(timeout=1500)[0] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
