@@ -115,7 +115,7 @@ def coreset_lines(folder, name):
     ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list of different shares"),
     ({"fractions": "half"}, "--fractions=half is not a list"),
     ({"fractions": "0.5", "num_examples": 3}, "--fractions with --num_examples"),
-    ({"equal": "cost"}, "--equal=cost: use one or several of steps, epochs, tokens"),
+    ({"equal": "cost", "policies": "full"}, "--equal=cost: use one or several of steps, epochs, tokens"),
     ({"fractions": "0.5", "policies": "proponents"}, "proponents needs the scores of a select run"),
   ],
 )
