@@ -15,7 +15,7 @@ import numpy as np
 from experiments import ablation_report, benchmark_alone, cli, flags, planning, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers
+from experiments.flags import Settings, integers, listed
 from experiments.pricing import Described
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
@@ -73,8 +73,8 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
   """
   counts, positions, modules = (
     integers(s.ablate_counts, "ablate_counts"),
-    words(s.ablate_positions),
-    words(s.ablate_modules),
+    listed(s.ablate_positions),
+    listed(s.ablate_modules),
   )
   unknown = [word for word in positions if word not in POSITIONS]
   if unknown or min(counts, default=1) < 1:
@@ -91,11 +91,6 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
   return [Choice(position, word, layers) for position, layers in chosen for word in dict.fromkeys((ALL, *modules))]
 
 
-def words(text: str) -> list[str]:
-  """The parts of a comma-separated list."""
-  return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def named(text: str, choices: Iterable[Choice], flag: str) -> list[Choice]:
   """The choices that a flag names.
 
@@ -103,10 +98,10 @@ def named(text: str, choices: Iterable[Choice], flag: str) -> list[Choice]:
     UserError: one that is not among them.
   """
   known = {choice.name: choice for choice in choices}
-  unknown = [word for word in words(text) if word not in known]
+  unknown = [word for word in listed(text) if word not in known]
   if unknown:
     raise UserError(f"--{flag}={text}: {unknown[0]!r} is none of the choices {', '.join(known)}")
-  return [known[word] for word in words(text)]
+  return [known[word] for word in listed(text)]
 
 
 class Ablation:
@@ -117,7 +112,7 @@ class Ablation:
     self.work = Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
     self.choices = choices_of(s, bench.config.num_layers)
-    self.solvers = words(s.ablate_solvers)
+    self.solvers = listed(s.ablate_solvers)
     unknown = [name for name in self.solvers if name not in influence.SOLVERS]
     if unknown or not self.solvers:
       raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments import benchmark_alone, cli, flags
 from experiments.benchmark_rows import FORWARD, Bench, make_rows
-from experiments.flags import Settings, listed
+from experiments.flags import Settings, words
 from in2core_jax import artifacts, report, timing
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
@@ -198,14 +198,6 @@ def markdown(found: Found, measured_on: dict, asked: list[dict]) -> str:
 # ---- command -------------------------------------------------------------------------
 
 
-def words(text: str, name: str) -> list[str]:
-  """Reads a comma-separated list of different words."""
-  found = listed(text)
-  if not found or len(set(found)) < len(found):
-    raise UserError(f"--{name}={text} is not a list of different words, separated by commas")
-  return found
-
-
 def counts(text: str, name: str) -> list[int]:
   """Reads a comma-separated list of growing numbers above 0."""
   found = list(flags.integers(text, name))
@@ -216,10 +208,9 @@ def counts(text: str, name: str) -> list[int]:
 
 def measure(s: Settings) -> Found:
   """Everything that `--measure` or `--scaling` asks for; processes of their own first, while this one has no device."""
-  wanted, score_layers = words(s.measure, "measure"), words(s.score_layers, "score_layers")
-  unknown = set(wanted) - set(MEASURES)
-  if unknown:
-    raise UserError(f"--measure={s.measure}: {min(unknown)!r} is unknown; use {', '.join(MEASURES)}")
+  wanted, score_layers = words(s.measure, "measure", MEASURES), words(s.score_layers, "score_layers")
+  if not wanted or not score_layers:
+    raise UserError(f"--measure={s.measure} --score_layers={s.score_layers}: give at least one word each")
   examples, devices = counts(s.memory_examples, "memory_examples"), counts(s.device_counts, "device_counts")
   found = Found()
   if s.scaling:

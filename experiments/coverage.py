@@ -17,7 +17,7 @@ import numpy as np
 from experiments import cli, coverage_report, flags, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings
+from experiments.flags import Settings, listed
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.workbench import Chosen, Workbench, choose
@@ -71,7 +71,7 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   known = sorted(there & set(bench.parts["train"].topics))
   if s.hold_out_topics.strip().isdecimal():
     return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
-  names = [name.strip() for name in s.hold_out_topics.split(",") if name.strip()]
+  names = listed(s.hold_out_topics)
   absent = [name for name in names if name not in known]
   if absent or not 0 < len(set(names)) < len(known):
     what = f"there is no test point and training example of {absent[0]!r}" if absent else "hold out some, not all"

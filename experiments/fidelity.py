@@ -14,7 +14,7 @@ import numpy as np
 from experiments import cli, fidelity_report, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers
+from experiments.flags import Settings, integers, words
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
@@ -71,21 +71,6 @@ class Variant:
     undamped = math.isnan(self.ratio) or math.isnan(other.ratio)
     names = ("solver", "layers", *(() if undamped else ("ratio",)), "at")
     return [name for name in names if getattr(self, name) != getattr(other, name)]
-
-
-def words(text: str, name: str, known: tuple[str, ...] = (), separator: str = ",") -> list[str]:
-  """Reads a list of different words.
-
-  Raises:
-    UserError: one that is unknown, or given twice.
-  """
-  found = [word.strip() for word in text.split(separator) if word.strip()]
-  wrong = [word for word in found if known and word not in known]
-  if wrong:
-    raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {', '.join(known)}")
-  if len(set(found)) < len(found):
-    raise UserError(f"--{name}={text}: a word is given twice")
-  return found
 
 
 def variants_of(s: Settings) -> list[Variant]:

@@ -7,6 +7,7 @@ frozen `Settings` back. Stages take `Settings`, so that one script can run a sta
 import dataclasses
 import math
 import os
+from collections.abc import Collection
 from typing import Any
 
 from absl import flags
@@ -300,9 +301,24 @@ class Settings:
     }
 
 
-def listed(text: str) -> list[str]:
-  """The names in a list separated by commas."""
-  return [name.strip() for name in text.split(",") if name.strip()]
+def listed(text: str, separator: str = ",") -> list[str]:
+  """The parts of a list."""
+  return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def words(text: str, name: str, known: Collection[str] = (), separator: str = ",") -> list[str]:
+  """Reads a list of different words; `known`: the ones that there are, if they are few.
+
+  Raises:
+    UserError: one that is unknown, or given twice.
+  """
+  found = listed(text, separator)
+  wrong = [word for word in found if known and word not in known]
+  if wrong:
+    raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {', '.join(known)}")
+  if len(set(found)) < len(found):
+    raise UserError(f"--{name}={text}: a word is given twice")
+  return found
 
 
 def integers(text: str, name: str) -> tuple[int, ...]:

@@ -16,14 +16,13 @@ from experiments import cli, finetune, flags
 from experiments.cells import Cells
 from experiments.evaluate import Group, trainings_steps
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers, listed
+from experiments.flags import Settings, integers, listed, words
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench, choose
 from in2core_jax import artifacts, coreset, evaluation, report
-from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +147,7 @@ def variants_of(s: Settings) -> dict[str, Variant]:
   Raises:
     UserError: a name that is unknown.
   """
-  wanted = [name.strip() for name in s.variants.split(";") if name.strip()] or list(VARIANTS)
-  unknown = [name for name in wanted if name not in VARIANTS]
-  if unknown:
-    raise UserError(f"--variants: unknown {unknown[0]!r}; separated by semicolons: {'; '.join(VARIANTS)}")
+  wanted = words(s.variants, "variants", VARIANTS, ";") or list(VARIANTS)
   return {name: VARIANTS[name] for name in wanted}
 
 

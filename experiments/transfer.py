@@ -12,7 +12,7 @@ import numpy as np
 from experiments import cli, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers
+from experiments.flags import Settings, integers, listed
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
@@ -48,7 +48,7 @@ def scorers_of(s: Settings) -> list[Scorer]:
   Raises:
     UserError: a model given twice, or lists of different lengths.
   """
-  read = lambda text: [word.strip() for word in text.split(";") if word.strip()]  # noqa: E731
+  read = lambda text: listed(text, ";")  # noqa: E731
   models = read(s.score_models)
   if len(set(models)) < len(models):
     raise UserError(f"--score_models={s.score_models}: a model is given twice")

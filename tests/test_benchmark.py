@@ -180,8 +180,8 @@ def test_verdicts():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"measure": "times,speed"}, "'speed' is unknown; use times, compile, memory"),
-    ({"score_layers": "all,all"}, "not a list of different words"),
+    ({"measure": "times,speed"}, "unknown 'speed'; use some of times, compile, memory"),
+    ({"score_layers": "all,all"}, "a word is given twice"),
     ({"device_counts": "2,1"}, "not a list of growing numbers"),
     ({"memory_examples": "0"}, "not a list of growing numbers"),
     ({"synthetic_length": 1}, "needs 2 or more tokens"),
