@@ -22,7 +22,6 @@ class Workbench(tiny.OneDevice, workbench.Workbench):
 
 def settings_of(folder, **changes):
   small = {
-    "max_length": 32,
     "train_limit": 30,
     "eval_limit": 6,
     "test_limit": 6,
