@@ -8,49 +8,35 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_stages import CONFIG
-from tiny import quick_compile  # noqa: F401, an autouse fixture
+from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import ablate_layers, ablation_report, flags, scoring, solving, workbench
+from experiments import ablate_layers, ablation_report, scoring, solving, workbench
 from experiments.ablate_layers import Choice
 from experiments.resuming import Work
-from in2core_jax import artifacts, breakdown, evaluation, sharding, subtree
+from in2core_jax import artifacts, breakdown, evaluation, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.influence import Problem
 
 
-class Workbench(workbench.Workbench):
+class Workbench(OneDevice, workbench.Workbench):
   """On one of the simulated devices: quick to compile."""
-
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
   folder = tmp_path_factory.mktemp("ablation")
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  return flags.Settings(
-    model=f"random:{folder / 'config.json'}",
-    run_dir=str(folder / "run"),
-    system_prompt="none",
-    max_length=32,
-    max_shapes=1,
+  return run_settings(
+    folder,
     train_limit=24,
     eval_limit=6,
     test_limit=6,
     trainable_layers="last:1",
-    learning_rate=1e-2,
     steps=3,
-    batch_size=8,
-    batch_tokens=480,
-    seeds="0,1",
     ablate_counts="1,2,8",
     ablate_modules="all,mlp",
     ablate_retrain="last:1",
     ablate_measure="",
     depth=3,
-    curvature_examples=8,
-    curvature_batch=8,
   )
 
 

@@ -1,18 +1,17 @@
 """Coverage: aggregates and bootstrap against numbers worked out, folds, and the experiment on a small random model."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-from test_stages import CONFIG
-from tiny import quick_compile  # noqa: F401, an autouse fixture
+from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments import coverage as experiment
-from experiments import flags, scoring, workbench
-from in2core_jax import coverage, evaluation, sharding, variants
+from experiments import scoring, workbench
+from in2core_jax import coverage, evaluation, variants
 from in2core_jax.errors import UserError
 
 
@@ -67,32 +66,23 @@ def test_difference_of_areas_tells_a_better_signal():
   assert coverage.area_difference(good, good, uncovered, points, draws=20).high == 0
 
 
-class Workbench(workbench.Workbench):
+class Workbench(OneDevice, workbench.Workbench):
   """On one of the simulated devices: quick to compile."""
-
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
   folder = tmp_path_factory.mktemp("coverage")
-  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
-  return flags.Settings(
-    model=f"random:{folder / 'config.json'}",
-    run_dir=str(folder / "run"),
+  return run_settings(
+    folder,
+    dataclasses.replace(CONFIG, num_layers=2),
     train_data="chatterbot:food,sports,movies,humor",
-    system_prompt="none",
     split="0.5,0.3,0.2",
-    max_length=32,
-    max_shapes=1,
     test_limit=6,
     trainable_layers="last:1",
     layers="last:1",
     solver="identity",
-    learning_rate=1e-2,
     steps=3,
-    batch_size=8,
-    batch_tokens=480,
     query_block=64,
     hold_out_topics="1",
     folds=2,

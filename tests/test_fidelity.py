@@ -1,52 +1,41 @@
 """LDS and leave-out curves on a small random model: what is written, that it resumes, that the numbers fit together."""
 
+import dataclasses
 import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
-from test_stages import CONFIG
-from tiny import quick_compile  # noqa: F401
+from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import fidelity, fidelity_report, flags, workbench
+from experiments import fidelity, fidelity_report, workbench
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
 from experiments.workbench import choose
-from in2core_jax import artifacts, datamodeling, evaluation, sharding
+from in2core_jax import artifacts, datamodeling, evaluation
 from in2core_jax.errors import UserError
 
 
-class Workbench(workbench.Workbench):
+class Workbench(OneDevice, workbench.Workbench):
   """On one of the simulated devices: quick to compile."""
-
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
   folder = tmp_path_factory.mktemp("fidelity")
-  (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
-  return flags.Settings(
-    model=f"random:{folder / 'config.json'}",
-    run_dir=str(folder / "run"),
-    system_prompt="none",
-    max_length=32,
-    max_shapes=1,
+  return run_settings(
+    folder,
+    dataclasses.replace(CONFIG, num_layers=2),
     train_limit=30,
     eval_limit=8,
     test_limit=6,
     trainable_layers="last:1",
-    batch_tokens=480,
-    batch_size=8,
-    learning_rate=1e-2,
     steps=4,
     depth=4,
     cg_steps=4,
     krylov=3,
-    curvature_examples=8,
-    curvature_batch=8,
     query_block=8,
     halves=6,
     halves_again=4,
@@ -57,8 +46,6 @@ def settings(tmp_path_factory):
     lds_at="full,base",
     curve_solvers="cg",
     left_out="0.2",
-    seeds="0,1",
-    fixed_seeds="0",
   )
 
 
