@@ -68,6 +68,17 @@ STEPS = (
     ("--select_runs={runs}/scores",),
   ),
   Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus"),
+  Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
+  Step("fidelity", "fidelity", "fidelity", "fidelity.flags", "do scores foretell what retraining gives (LDS)"),
+  Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
+  Step(
+    "transfer",
+    "transfer",
+    "transfer",
+    "transfer.flags",
+    "one model selects, another one is trained",
+    ("--score_models=smollm2;truncated:smollm2:15;gemma3",),
+  ),
   Step(
     "study-alpaca",
     "study",
@@ -167,7 +178,8 @@ def publish(step: Step, s: Settings, folder: pathlib.Path, note: dict) -> None:
   text = re.sub(r"\]\((plots/[\w.-]+)\.png\)", r"](\1.svg)", text)
   facts = f"`{shown}`, {machine()}, {note['date']}, commit {note['commit']}, {note['seconds']:,.0f} seconds."
   artifacts.write_text(target / f"{step.table}.md", f"{text}\n---\n\n{facts}\n")
-  for path in [folder / f"{step.table}.csv", folder / f"{step.table}.tex", *sorted((folder / "plots").glob("*.svg"))]:
+  tables = [path for kind in ("csv", "tex") for path in sorted(folder.glob(f"*.{kind}"))]
+  for path in [*tables, *sorted((folder / "plots").glob("*.svg"))]:
     if path.exists() and path.stat().st_size <= _MOST_BYTES:
       artifacts.write_bytes(target / path.relative_to(folder), path.read_bytes())
 

@@ -193,7 +193,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  warnings = coreset.selection_warnings(rows, inputs, s.seed)
+  warnings = [*risky_settings(s), *coreset.selection_warnings(rows, inputs, s.seed)]
   for warning in warnings:
     log.warning("%s", warning)
   if run_dir.writer:
@@ -210,6 +210,23 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     run_dir.path / "coreset.jsonl",
   )
   return str(run_dir.path)
+
+
+def risky_settings(s: Settings) -> list[str]:
+  """What made the plain rule lose to random halves where it was measured (docs/selection.md), one sentence each."""
+  found = []
+  if s.policy in ("proponents", "topic_quota"):
+    if not s.checkpoint:
+      found.append(
+        "The scores are those of the base model, where short responses rank high. Give --checkpoint, the fine-tuned "
+        "model, or use the policy matching."
+      )
+    if s.solver == "identity" and s.normalize == "none" and s.trajectory == "none":
+      found.append(
+        "The scores are plain products of gradients, in which large gradients decide. Use --solver=lissa or the policy "
+        "matching."
+      )
+  return found
 
 
 def _checkpoint_identity(folder: str) -> dict:

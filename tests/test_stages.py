@@ -109,6 +109,18 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
     select.run(chosen.replace(depth=5), bench)
 
 
+def test_risky_settings_are_told(settings, bench, tmp_path):
+  risky = settings.replace(solver="identity", run_dir=str(tmp_path / "run"))
+  folder = pathlib.Path(select.run(risky, bench))
+  told = json.loads((folder / "summary.json").read_text())["warnings"]
+  assert told[:2] == select.risky_settings(risky)
+  assert (
+    "--checkpoint" in told[0] and "--solver=lissa" in told[1] and told[0][:40] in (folder / "report.md").read_text()
+  )
+  assert select.risky_settings(risky.replace(policy="matching")) == []
+  assert select.risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
+
+
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   common = settings.replace(checkpoint=trained, solver="ekfac", damping_ratio=0.5, curvature="fisher")
   run = lambda name, **changes: pathlib.Path(  # noqa: E731
