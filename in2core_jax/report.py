@@ -290,7 +290,8 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
   if not table:
     raise UserError("no retrained models to plot; run the evaluate stage with at least one policy")
   table = sorted(table, key=lambda row: -row["perplexity"])
-  figure, axes = _figure(height=1.4 + 0.36 * len(table))
+  names = max(len(row["policy"]) for row in table)
+  figure, axes = _figure(5.4 + 0.09 * names, 1.4 + 0.36 * len(table))
   for place, row in enumerate(table):
     color = {"random": VERMILION, "full": "black"}.get(row["policy"], BLUE)
     if not math.isnan(row["perplexity_low"]):
@@ -305,7 +306,7 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
       axes.legend(frameon=False, loc="upper right")
   axes.set_yticks(range(len(table)), [row["policy"] for row in table])
   axes.set_ylim(-0.6, len(table) - 0.3)
-  axes.set_xlabel(f"test perplexity, mean and {level:.0%} interval over seeds (lower is better)")
+  axes.set_xlabel(f"test perplexity (lower is better)\nmean and {level:.0%} interval over seeds")
   axes.grid(axis="x", alpha=0.3)
   return figure
 
