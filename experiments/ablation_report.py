@@ -122,7 +122,9 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluat
     for name, color in (("full", "black"), ("random", report.VERMILION)):
       if name in yardsticks:
         right.axhline(yardsticks[name].mean, color=color, linestyle=":", linewidth=1.2)
-        right.annotate(name, (0.01, yardsticks[name].mean), xycoords=("axes fraction", "data"), fontsize=8, color=color)
+        place = (0.01, yardsticks[name].mean)
+        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8, "color": color}
+        right.annotate(name, place, (0, 3), **style)
     if whole is None:
       right.text(0.5, 0.5, "nothing was retrained", ha="center", transform=right.transAxes)
   for plot in axes.flat:
