@@ -14,6 +14,7 @@ from in2core_jax.evaluation import Interval
 log = logging.getLogger(__name__)
 
 BASELINES = ("identity", "datainf")
+_COLORS = (report.BLUE, report.ORANGE, report.GREEN, report.VERMILION, report.SKY, report.PURPLE, report.GREY)
 _FACTORS = {"solver": "Solver", "layers": "Layers", "ratio": "Damping ratio", "at": "Where gradients are taken"}
 
 
@@ -201,7 +202,7 @@ def lds_figure(found: Found) -> Figure:
   solvers = list(dict.fromkeys(variant.solver for variant in names))
   for place, variant in enumerate(names):
     both, inner = found.measured[variant].both, found.measured[variant].queries
-    color = report._CYCLE[solvers.index(variant.solver) % len(report._CYCLE)]
+    color = _COLORS[solvers.index(variant.solver) % len(_COLORS)]
     axes.hlines(place, both.low, both.high, color=color, linewidth=1.2)
     axes.hlines(place, inner.low, inner.high, color=color, linewidth=3.5)
     axes.plot(both.mean, place, "o", color=color, markersize=6)
@@ -212,7 +213,7 @@ def lds_figure(found: Found) -> Figure:
   axes.axvline(0, color=report.GREY, linewidth=1)
   axes.set_yticks(range(len(names)), [variant.name for variant in names])
   axes.invert_yaxis()
-  axes.set_xlabel("LDS; thick: 95 % over queries alone, thin: over retrained models and queries")
+  axes.set_xlabel("LDS\n95 % interval, thick: queries alone, thin: retrained models and queries")
   axes.grid(axis="x", alpha=0.3)
   return figure
 
@@ -224,8 +225,10 @@ def curve_figure(rows: list[dict], part: str, title: str) -> Figure:
   for what in dict.fromkeys(row["left out"] for row in rows if row["left out"] != "nothing"):
     group = [nothing, *(row for row in rows if row["left out"] == what)]
     lines = [[row[name] for row in group] for name in ("share", f"{part} loss", f"{part} low", f"{part} high")]
-    keep = 4 if what == "random" and nothing["seeds"] > 1 and group[1]["seeds"] > 1 else 2
-    series[what] = (np.array(lines[0]) * 100, *lines[1:keep])
+    share, loss, low, high = (np.array(values, np.float64) for values in lines)
+    # Where one seed has no interval, the band has no width.
+    band = [np.where(np.isnan(edge), loss, edge) for edge in (low, high)] if what == "random" else []
+    series[what] = (100 * share, loss, *band)
   return report.curve_plot(series, "left out, % of the training examples", title)
 
 
@@ -272,7 +275,8 @@ def markdown(found: Found, rows: list[dict], differences: list[dict], curves: li
     "Spearman, for each evaluation example, between the summed scores of random halves and minus its loss after "
     "retraining on them; mean over the evaluation examples. In brackets: 95 % bootstrap that redraws the retrained "
     "models and the evaluation examples together. It decides above; the columns beside it redraw one of the two and "
-    "are too narrow. Each interval stands for itself: with many rows some differ by chance."
+    "are too narrow. Each interval stands for itself: with many rows some differ by chance. DataInf's damping ratio is "
+    "relative to something else, so equal ratios are not equal dampings."
   ]
   if differences:
     parts += ["## The default against the baselines", report.markdown_table(differences).rstrip()]
