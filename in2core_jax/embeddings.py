@@ -59,7 +59,7 @@ def mean_pooled(job: BoundaryJob, dataset: Any) -> np.ndarray:
 def _last_hidden(config, subtree, params, tokens, offsets):
   """[W,T,D]."""
   h = model.run_below(config, subtree, params, tokens, offsets)
-  return model.Norm(config.rms_eps).apply({"params": params["final_norm"]}, h)
+  return model.final_norm(config, params, h)
 
 
 def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -253,10 +253,15 @@ def run_above(
   return h
 
 
+def final_norm(config: ModelConfig, params, h: jax.Array) -> jax.Array:
+  """The norm above the top layer, of hidden states [..., D]; `params` has at least "final_norm"."""
+  return _norm(config).apply({"params": params["final_norm"]}, h)
+
+
 def logits(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
   """Logits of all positions, float32 [B,T,V]; for parity checks and small inputs."""
   h = run_layers(config, params["layers"], embed(config, params, tokens))
-  return _logits(_norm(config).apply({"params": params["final_norm"]}, h), head_matrix(params))
+  return _logits(final_norm(config, params, h), head_matrix(params))
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
@@ -378,8 +383,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
       h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
     h = run_above(config, subtree, sub, frozen, h, batch.offsets)
     picked = _pick(h, batch)
-    norm = sub if "final_norm" in subtree.extras else frozen
-    z = _norm(config).apply({"params": norm["final_norm"]}, picked)
+    z = final_norm(config, sub if "final_norm" in subtree.extras else frozen, picked)
     return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
 
   def losses(z, frozen, batch):

@@ -15,25 +15,28 @@ from in2core_jax.errors import UserError
 CONFIG = tiny.make_config()
 
 
-def job_of(params, batch_tokens, tree=None):
-  tree = embeddings.above_all(CONFIG.num_layers) if tree is None else tree
-  return boundary.BoundaryJob(CONFIG, tree, params, batch_tokens)
+def job_of(params, batch_tokens, tree=None, config=CONFIG):
+  tree = embeddings.above_all(config.num_layers) if tree is None else tree
+  return boundary.BoundaryJob(config, tree, params, batch_tokens)
 
 
-def one_by_one(params, dataset):
+def one_by_one(params, dataset, config=CONFIG):
   """Each example alone in its row, by the model's own layers and RMS norm written out."""
   found = []
   for tokens in dataset.tokens:
-    h = np.asarray(model.run_layers(CONFIG, params["layers"], model.embed(params, tokens[None]))[0], np.float64)
-    h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + CONFIG.rms_eps) * np.asarray(params["final_norm"]["scale"])
+    h = np.asarray(model.run_layers(config, params["layers"], model.embed(config, params, tokens[None]))[0], np.float64)
+    scale = config.norm_offset + np.asarray(params["final_norm"]["scale"])
+    h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + config.rms_eps) * scale
     found.append(h.sum(axis=0) / len(tokens))
   return np.array(found)
 
 
-def test_embeddings_are_means_over_the_examples_own_tokens():
-  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
-  wanted = one_by_one(params, dataset)
-  found = embeddings.mean_pooled(job_of(params, 26), dataset)
+@pytest.mark.parametrize("norm_offset", [0.0, 1.0])
+def test_embeddings_are_means_over_the_examples_own_tokens(norm_offset):
+  config = tiny.make_config(norm_offset=norm_offset)
+  params, dataset = tiny.make_params(config), tiny.make_dataset(config.vocab_size)
+  wanted = one_by_one(params, dataset, config)
+  found = embeddings.mean_pooled(job_of(params, 26, config=config), dataset)
   assert found.dtype == np.float32 and found.shape == (len(tiny.ROLES), CONFIG.hidden_size)
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
