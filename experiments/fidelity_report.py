@@ -213,7 +213,7 @@ def lds_figure(found: Found) -> Figure:
   axes.axvline(0, color=report.GREY, linewidth=1)
   axes.set_yticks(range(len(names)), [variant.name for variant in names])
   axes.invert_yaxis()
-  axes.set_xlabel("LDS\n95 % interval, thick: queries alone, thin: retrained models and queries")
+  axes.set_xlabel("LDS, 95 % intervals\nthick: queries alone, thin: models and queries")
   axes.grid(axis="x", alpha=0.3)
   return figure
 
