@@ -291,7 +291,7 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
     raise UserError("no retrained models to plot; run the evaluate stage with at least one policy")
   table = sorted(table, key=lambda row: -row["perplexity"])
   names = max(len(row["policy"]) for row in table)
-  figure, axes = _figure(5.4 + 0.09 * names, 1.4 + 0.36 * len(table))
+  figure, axes = _figure(max(6.4, 5.4 + 0.09 * names), 1.4 + 0.36 * len(table))
   for place, row in enumerate(table):
     color = {"random": VERMILION, "full": "black"}.get(row["policy"], BLUE)
     if not math.isnan(row["perplexity_low"]):

@@ -172,18 +172,18 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
   flagfile = tmp_path / "tiny.flags"
   flagfile.write_text("\n".join(settings.as_flags()))
   steps = (
-    paper.Step("first", "study", "study", str(flagfile), "a study", ("--variants=matching",)),
-    paper.Step("broken", "study", "study", str(flagfile), "a mistake", ("--variants=best",)),
+    paper.Step("first", "select", "report", str(flagfile), "scores", ("--fraction=0.25",)),
+    paper.Step("broken", "select", "report", str(flagfile), "a mistake", ("--fraction=2",)),
   )
   monkeypatch.setattr(paper, "STEPS", steps)
   s = settings.replace(run_dir=str(tmp_path / "paper"), results_dir=str(tmp_path / "results"))
   assert paper.run(s) == 1  # the second step fails, the first is there
-  page = (tmp_path / "results" / "quick" / "first" / "study.md").read_text()
-  assert "python -m experiments.study --flagfile=" in page and "cores of" in page and "plots/study-steps.svg" in page
-  assert (tmp_path / "results" / "quick" / "first" / "plots" / "study-steps.svg").exists()
-  assert table_of(tmp_path / "results" / "quick" / "first", "study.csv")[0]["rule"] == "full"
+  page = (tmp_path / "results" / "quick" / "first" / "report.md").read_text()
+  assert "python -m experiments.select --flagfile=" in page and "--fraction=0.25" in page and "cores of" in page
+  assert "](plots/scores.svg)" in page and (tmp_path / "results" / "quick" / "first" / "plots" / "scores.svg").exists()
+  assert len((tmp_path / "paper" / "first" / "coreset.jsonl").read_text().splitlines()) == 8
   index = (tmp_path / "results" / "quick" / "README.md").read_text()
-  assert "first/study.md" in index and "broken" not in index
+  assert "first/report.md" in index and "broken" not in index
   seconds = json.loads((tmp_path / "paper" / "first.json").read_text())["seconds"]
   monkeypatch.setattr(paper, "STEPS", steps[:1])
   assert paper.run(s) == 0
