@@ -13,7 +13,7 @@ from etils import epath
 from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, integers, listed
-from experiments.retraining import EQUAL, Candidate, Judge
+from experiments.retraining import EQUAL, Candidate, Judge, equal_steps
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, report, report_facts, report_html
@@ -222,7 +222,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     rows = {}
     for place, candidate in enumerate(chosen):
       label = f"train {number * len(chosen) + place + 1}/{len(plan.equal) * len(chosen)}: {candidate}"
-      rows[candidate.name] = trainings.row(candidate, trainings_steps(bench, s, candidate.rows, equal), label)
+      rows[candidate.name] = trainings.row(candidate, equal_steps(bench, s, candidate.rows, equal), label)
     for fraction in plan.fractions or (None,):
       ours = [rows[candidate.name] for candidate in chosen if candidate.fraction in (None, fraction)]
       groups.append(Group(equal, fraction, ours))
@@ -252,19 +252,6 @@ class Group:
   def table(self) -> list[dict]:
     """A dictionary for each policy: the group, then what `evaluation.summarise` says."""
     return [{"equal": self.equal, "fraction": self.fraction} | row for row in evaluation.summarise(self.rows)]
-
-
-def trainings_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
-  """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
-  every = trainable_rows(bench)
-  steps = recipe_of(s, len(every)).steps
-  responses = bench.parts["train"].num_response_tokens
-  share = {
-    "steps": 1.0,
-    "epochs": len(rows) / len(every),
-    "tokens": responses[every].mean() / responses[rows].mean(),
-  }
-  return max(1, round(steps * share[equal]))
 
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:

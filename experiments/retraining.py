@@ -50,6 +50,19 @@ class Candidate:
     return f"{self.policy}{share}, seed {self.seed}"
 
 
+def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
+  """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
+  every = trainable_rows(bench)
+  steps = recipe_of(s, len(every)).steps
+  responses = bench.parts["train"].num_response_tokens
+  share = {
+    "steps": 1.0,
+    "epochs": len(rows) / len(every),
+    "tokens": responses[every].mean() / responses[rows].mean(),
+  }
+  return max(1, round(steps * share[equal]))
+
+
 class Judge:
   """Trains from the base model and measures losses; one program for all sets that are trained for the same steps."""
 

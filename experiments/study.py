@@ -14,11 +14,11 @@ import numpy as np
 
 from experiments import cli, finetune, flags
 from experiments.cells import Cells
-from experiments.evaluate import Group, trainings_steps
+from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, words
 from experiments.resuming import Work
-from experiments.retraining import Candidate, Judge
+from experiments.retraining import Candidate, Judge, equal_steps
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench, choose
@@ -198,7 +198,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   for equal in listed(s.equal):
     rows = []
     for number, candidate in enumerate(chosen):
-      steps = trainings_steps(bench, s, candidate.rows, equal)
+      steps = equal_steps(bench, s, candidate.rows, equal)
       label = f"equal {equal}, {number + 1}/{len(chosen)}: {candidate}"
       rows.append(retrained(judge, cells, candidate, steps, label))
     groups.append(Group(equal, None, rows))
