@@ -12,7 +12,7 @@ from etils import epath
 
 from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers, listed
+from experiments.flags import Settings, integers, listed, shares
 from experiments.retraining import EQUAL, Candidate, Judge, equal_steps
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
@@ -104,15 +104,10 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
 
 def _fractions(s: Settings) -> tuple[float, ...]:
   """The budgets of --fractions; 1 is the policy `full`."""
-  try:
-    found = tuple(float(word) for word in listed(s.fractions))
-  except ValueError:
-    found = (0.0,)
-  if any(not 0 < fraction <= 1 for fraction in found) or len(set(found)) < len(found):
-    raise UserError(f"--fractions={s.fractions} is not a list of different shares in (0, 1], such as 0.05,0.25,0.5")
+  found = shares(s.fractions, "fractions")
   if found and (s.num_examples or s.token_budget):
     raise UserError("--fractions with --num_examples or --token_budget: give one of them")
-  return tuple(sorted(fraction for fraction in found if fraction < 1))
+  return tuple(share for share in found if share < 1)
 
 
 def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidate], list[str]]:

@@ -321,6 +321,21 @@ def words(text: str, name: str, known: Collection[str] = (), separator: str = ",
   return found
 
 
+def shares(text: str, name: str) -> tuple[float, ...]:
+  """Reads a list of different shares in (0, 1], in growing order.
+
+  Raises:
+    UserError: names the flag and the text.
+  """
+  try:
+    found = tuple(float(word) for word in listed(text))
+  except ValueError:
+    found = (0.0,)
+  if not all(0 < share <= 1 for share in found) or len(set(found)) < len(found):
+    raise UserError(f"--{name}={text} is not a list of different shares in (0, 1], such as 0.05,0.25,0.5")
+  return tuple(sorted(found))
+
+
 def integers(text: str, name: str) -> tuple[int, ...]:
   """Reads a comma-separated list of integers.
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments import fitting, solving
-from experiments.flags import Settings, integers, listed
+from experiments.flags import Settings, integers, listed, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
 from experiments.scoring import topic_rows, trajectory_weights
 from in2core_jax import adapters, coreset, costs, finetune, influence, memory, packing, subtree
@@ -179,13 +179,15 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   params, tree = trained_shapes(bench, s)
   price = Pricer(bench, "evaluate", params, tree)
   rows = bench.parts["train"].num_response_tokens.nonzero()[0]
-  one, count = training(price, s, rows, num_steps(s, len(rows))), num_candidates(s) - known
+  one = training(price, s, rows, num_steps(s, len(rows)))
+  count, whole = num_trainings(s)
+  count, whole = count - known, whole - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
   if any(name in coreset.FEATURE_POLICIES for name in listed(s.policies)):
     found += projection_phases(price, s, ("train", "eval"))
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
-  return [*found, dataclasses.replace(one, name=name, flops=count * one.flops, gathered=count * one.gathered), test]
+  return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
 
 
 def demo_phases(bench: Described, s: Settings) -> list[Phase]:
@@ -227,11 +229,24 @@ def num_steps(s: Settings, examples: int) -> int:
   return s.steps or finetune.steps_for(examples, s.batch_size, s.epochs)
 
 
-def num_candidates(s: Settings) -> int:
-  """How many trainings an evaluation compares: every policy with its seeds, every select run with the fixed ones."""
+def num_trainings(s: Settings) -> tuple[int, float]:
+  """(trainings of an evaluation, how many of the full set's steps these are).
+
+  Every policy has its seeds, and in a sweep every budget; full data is trained once for each seed, whatever is equal.
+  """
   seeds, fixed = integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
-  each = [len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds) for name in listed(s.policies)]
-  return sum(each) + len(listed(s.select_runs)) * len(fixed or seeds)
+  budgets = [share for share in shares(s.fractions, "fractions") if share < 1]
+  count, whole = 0, 0.0
+  for name in [*listed(s.policies), *listed(s.select_runs)]:
+    own = len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds)
+    if name == "full":
+      count, whole = count + own, whole + own
+      continue
+    for equal in listed(s.equal):
+      count += own * max(1, len(budgets))
+      # A smaller set has fewer steps in as many epochs; in as many tokens about the same.
+      whole += own * (sum(budgets or [s.fraction]) if equal == "epochs" else max(1, len(budgets)))
+  return count, whole
 
 
 def shape_work(shape: packing.PackedShape, groups: int, examples: int) -> costs.Work:

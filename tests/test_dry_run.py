@@ -96,7 +96,11 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
   names = [phase.name for phase in demo]
   assert len([name for name in names if name.startswith("hidden states")]) == 3  # train, eval, test: once each
   # full by fine-tuning; random twice and the selection once by evaluate
-  assert "3 trainings: 10 steps of 8 examples" in names and planning.num_candidates(s) == 3
+  assert "3 trainings: 10 steps of 8 examples" in names and planning.num_trainings(s) == (3, 3.0)
+  sweep = s.replace(
+    policies="full,random,bm25", seeds="0,1", fixed_seeds="0", fractions="0.25,0.5,1", equal="steps,epochs"
+  )
+  assert planning.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
   alone = planning.evaluate_phases(bench, s)
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 
