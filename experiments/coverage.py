@@ -125,14 +125,27 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir):
-    self.bench, self.settings, self.cells = bench, s, Cells(run_dir)
+  def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir, folds: Sequence[tuple[str, ...]]):
+    self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self.work = Work(run_dir, s.shard_batches)
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
 
+  def rows(self, topics: tuple[str, ...]) -> np.ndarray:
+    """Training examples of other topics."""
+    return np.flatnonzero([topic not in topics for topic in self.bench.parts["train"].topics])
+
+  @functools.cached_property
+  def judge(self) -> Judge:
+    """One for all training sets, which are trained for the same steps by one program."""
+    return Judge(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
+
+  def answered(self, topics: tuple[str, ...]) -> np.ndarray:
+    """Those of `rows` that have a response."""
+    return np.intersect1d(self.rows(topics), trainable_rows(self.bench))
+
   def observe(self, topics: tuple[str, ...]) -> Observed:
     """All signals and losses with some topics held out."""
-    rows = np.flatnonzero([topic not in topics for topic in self.bench.parts["train"].topics])
+    rows = self.rows(topics)
     cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, *topics)
     tables = {BASE: self._base_scores(topics, rows), TRAINED: self._load(TRAINED, *topics)}
     signals, nearest = {}, {}
@@ -145,10 +158,8 @@ class Study:
     return Observed(topics, rows, signals, before, after, nearest)
 
   def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray) -> dict:
-    s, fold = self.settings, Fold(self.bench, rows)
-    usable = trainable_rows(fold)
-    judge = Judge(fold, s, [usable])
-    result = judge.train(usable, s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
+    s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
+    result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
     self._save(measured(fold, s, choose(fold, params, s.layers, s.modules), self.work), TRAINED, *topics)
     self.work.remove()
@@ -293,7 +304,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
-  study = Study(bench, s, run_dir)
+  study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
   counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
   pooled = pool(observed, bench.parts[POINTS].topics, counted)

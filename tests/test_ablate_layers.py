@@ -59,6 +59,7 @@ def alone(bench, s, choice, solver, folder):
   return scoring.score(bench, own, chosen, work).influence
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("solver", ablate_layers.ADDITIVE)
 def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_path, solver):
   run_dir = artifacts.RunDir.load(str(finished))
@@ -70,6 +71,7 @@ def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_
     np.testing.assert_allclose(scores[choice], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.real
 def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   result = json.loads((finished / "ablate_layers.json").read_text())
   with open(finished / "ablate_layers.csv") as file:
@@ -95,6 +97,7 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   assert not (finished / "unfinished").exists() or not any((finished / "unfinished").iterdir())
 
 
+@pytest.mark.real
 def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, finished, monkeypatch):
   before = (finished / "ablate_layers.csv").read_text()
   monkeypatch.setattr(breakdown, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
@@ -105,11 +108,11 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
   monkeypatch.undo()
   # Another module and a solver that does not add up, in the same folder.
   more = settings.replace(
-    ablate_modules="attention", ablate_counts="", ablate_positions="last", ablate_solvers="lissa", ablate_retrain=""
+    ablate_modules="mlp", ablate_counts="", ablate_positions="last", ablate_solvers="lissa", ablate_retrain=""
   )
   ablate_layers.run(more, bench)
   result = json.loads((finished / "ablate_layers.json").read_text())
-  assert [row["choice"] for row in result["rows"]] == ["all", "all/attention"]
+  assert [row["choice"] for row in result["rows"]] == ["all", "all/mlp"]
   assert {row["solver"] for row in result["rows"]} == {"lissa"} and result["rows"][0]["Spearman"] == 1
   assert result["rows"][1]["Spearman"] < 1
 

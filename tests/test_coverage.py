@@ -100,6 +100,7 @@ def finished(settings, bench):
   return pathlib.Path(experiment.run(settings, bench))
 
 
+@pytest.mark.real
 def test_the_tables_hold_every_signal(finished, bench):
   result = json.loads((finished / "coverage.json").read_text())
   with open(finished / "coverage.csv") as file:
@@ -126,6 +127,7 @@ def test_the_tables_hold_every_signal(finished, bench):
   assert text.rstrip().endswith(result["sentence"])
 
 
+@pytest.mark.real
 def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   rows = np.flatnonzero(np.array(bench.parts["train"].topics) != "food")
   fold = experiment.Fold(bench, rows)
@@ -142,6 +144,7 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
 
 
+@pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
   monkeypatch.setattr(experiment, "Judge", lambda *_: pytest.fail("trained again"))
