@@ -18,7 +18,7 @@ from experiments import cli, coverage_report, flags, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, listed
-from experiments.resuming import Work
+from experiments.resuming import FOLDER, Work
 from experiments.retraining import Judge
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
@@ -127,7 +127,7 @@ class Study:
 
   def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir, folds: Sequence[tuple[str, ...]]):
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
-    self.work = Work(run_dir, s.shard_batches)
+    self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
@@ -161,8 +161,7 @@ class Study:
     s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
-    self._save(measured(fold, s, choose(fold, params, s.layers, s.modules), self.work), TRAINED, *topics)
-    self.work.remove()
+    self._save(self._measured(fold, params, TRAINED, *topics), TRAINED, *topics)
     return {
       "before": judge.losses(judge.sub, POINTS).tolist(),
       "after": judge.losses(result.sub, POINTS).tolist(),
@@ -177,12 +176,19 @@ class Study:
 
     def make() -> dict:
       fold = Fold(self.bench, rows) if topics else self.bench
-      self._save(measured(fold, s, choose(fold, fold.params, s.layers, s.modules), self.work), BASE, *topics)
-      self.work.remove()
+      self._save(self._measured(fold, fold.params, BASE, *topics), BASE, *topics)
       return {}
 
     self.cells.get(make, BASE, *topics)
     return self._load(BASE, *topics)
+
+  def _measured(self, fold: Workbench, params, *name: str) -> variants.Measures:
+    """Scores and norms of a fold, kept in a folder of their own: no other fold's may be taken for them."""
+    s = self.settings
+    work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{artifacts.hash_of(name)[:16]}")
+    found = measured(fold, s, choose(fold, params, s.layers, s.modules), work)
+    work.remove()
+    return found
 
   def _save(self, found: variants.Measures, *name: str) -> None:
     buffer = io.BytesIO()

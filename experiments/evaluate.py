@@ -13,7 +13,7 @@ from etils import epath
 from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, integers, listed, shares
-from experiments.retraining import EQUAL, Candidate, Judge, equal_steps
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, report, report_facts, report_html
@@ -83,6 +83,8 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
     if not runs and policy in coreset.SCORE_POLICIES:
       raise UserError(f"--policies={s.policies}: {policy} needs the scores of a select run: give --select_runs")
+  if fractions and len(runs) > 1:
+    raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
   called = [
     name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
@@ -94,17 +96,16 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   twice = sorted({name for name in wanted + called if (wanted + called).count(name) > 1})
   if twice:
     raise UserError(f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}")
-  equal = listed(s.equal)
-  if not equal or len(set(equal)) < len(equal) or not set(equal) <= set(EQUAL):
-    raise UserError(f"--equal={s.equal}: use one or several of {', '.join(EQUAL)}")
   policies = [(name, seed) for name in wanted for seed in (seeds if name in coreset.SEEDED_POLICIES else fixed)]
   columns = [columns for _, columns in runs]
-  return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal)
+  return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal_of(s))
 
 
 def _fractions(s: Settings) -> tuple[float, ...]:
   """The budgets of --fractions; 1 is the policy `full`."""
   found = shares(s.fractions, "fractions")
+  if found == (1.0,):
+    raise UserError("--fractions=1 is all of the data: give a share below 1 besides, such as 0.25,0.5")
   if found and (s.num_examples or s.token_budget):
     raise UserError("--fractions with --num_examples or --token_budget: give one of them")
   return tuple(share for share in found if share < 1)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
-from experiments.flags import Settings
+from experiments.flags import Settings, words
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, evaluation, finetune, model, packing, subtree
+from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,18 @@ class Candidate:
     return f"{self.policy}{share}, seed {self.seed}"
 
 
+def equal_of(s: Settings) -> list[str]:
+  """The words of --equal.
+
+  Raises:
+    UserError: none, or one that is unknown.
+  """
+  found = words(s.equal, "equal", EQUAL)
+  if not found:
+    raise UserError(f"--equal is empty: use one or several of {', '.join(EQUAL)}")
+  return found
+
+
 def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
   """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
   every = trainable_rows(bench)
@@ -81,14 +94,14 @@ class Judge:
     self.problem = bench.kernels(self.chosen)
     sets = [bench.packer("train", rows=rows) for rows in row_sets]
     self.shape = packing.training_shape(sets, s.batch_size)
+    # Of this judge, and gone with it: a cache of the class would keep every judge's model.
+    self._trainer, self._packer = functools.cache(self._trainer), functools.cache(self._packer)
 
-  @functools.cache  # noqa: B019, a judge lives as long as its programs
   def _trainer(self, steps: int) -> finetune.Trainer:
     objective = model.make_objective(self.bench.config, self.chosen)
     recipe = dataclasses.replace(self.recipe, steps=steps)
     return finetune.Trainer(objective, recipe, self.bench.place, self.bench.place_params)
 
-  @functools.cache  # noqa: B019
   def _packer(self, part: str) -> packing.Packer:
     return self.bench.packer(part, self.chosen, self.bench.params)
 

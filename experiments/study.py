@@ -16,13 +16,14 @@ from experiments import cli, finetune, flags
 from experiments.cells import Cells
 from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers, listed, words
-from experiments.resuming import Work
-from experiments.retraining import Candidate, Judge, equal_steps
+from experiments.flags import Settings, integers, words
+from experiments.resuming import FOLDER, Work
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench, choose
 from in2core_jax import artifacts, coreset, evaluation, report
+from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Study:
       run_dir: where scores are kept, also while they are computed.
     """
     self.bench, self.settings, self.checkpoint = bench, s, checkpoint
-    self._cells, self._work = Cells(run_dir), Work(run_dir, s.shard_batches)
+    self._run_dir, self._cells = run_dir, Cells(run_dir)
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
@@ -126,13 +127,16 @@ class Study:
 
   def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
+    depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
 
     def compute() -> dict:
-      scored = score(bench, s, choose(bench, params, s.layers, s.modules), self._work)
-      self._work.remove()
+      # A folder of its own: what a killed run has kept of other scores must not be taken for these.
+      work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{artifacts.hash_of(depends_on)[:16]}")
+      scored = score(bench, s, choose(bench, params, s.layers, s.modules), work)
+      work.remove()
       return {"influence": scored.influence.tolist(), "loss": scored.loss.tolist()}
 
-    kept = self._cells.get(compute, "scores", s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)})
+    kept = self._cells.get(compute, "scores", depends_on)
     return np.array(kept["influence"]), np.array(kept["loss"])
 
 
@@ -153,7 +157,8 @@ def variants_of(s: Settings) -> dict[str, Variant]:
 
 def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
-  usable, seeds, fixed = trainable_rows(study.bench), integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
+  usable, seeds = trainable_rows(study.bench), integers(s.seeds, "seeds")
+  fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
   found = [Candidate(FULL, seed, usable) for seed in fixed]
   found += [Candidate(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
   for name, variant in variants_of(s).items():
@@ -183,25 +188,28 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   bench = bench or Workbench(s)
   variants_of(s)
+  equal = equal_of(s)
+  if not integers(s.seeds, "seeds"):
+    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `experiments.finetune` makes it.
-  checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir}-full"), bench)
+  checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
   cells, study = Cells(run_dir), Study(bench, s, checkpoint, run_dir)
   chosen = candidates(study, s, cells)
   judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
   groups = []
-  for equal in listed(s.equal):
+  for word in equal:
     rows = []
     for number, candidate in enumerate(chosen):
-      steps = equal_steps(bench, s, candidate.rows, equal)
-      label = f"equal {equal}, {number + 1}/{len(chosen)}: {candidate}"
+      steps = equal_steps(bench, s, candidate.rows, word)
+      label = f"equal {word}, {number + 1}/{len(chosen)}: {candidate}"
       rows.append(retrained(judge, cells, candidate, steps, label))
-    groups.append(Group(equal, None, rows))
+    groups.append(Group(word, None, rows))
   write_tables(run_dir, bench, s, groups, np.array(base))
   return str(run_dir.path)
 

@@ -16,7 +16,7 @@ from experiments.flags import Settings, integers, listed
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
-from experiments.select import budget_of, check_settings, sketch_inputs
+from experiments.select import budget_of, check_settings, sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose
 from in2core_jax import artifacts, coreset, evaluation, report, subtree
@@ -102,6 +102,7 @@ class Transfer:
       work.remove()
       train = bench.parts["train"]
       more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
+      more |= text_inputs(bench, {s.policy})
       # Where the other tokenizer cuts a response off, the example is still there for the model that is trained.
       inputs = coreset.PolicyInputs(
         found.influence, found.loss, train.num_tokens, self.train.num_response_tokens, train.topics, train.ids, **more

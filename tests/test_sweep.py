@@ -6,10 +6,11 @@ import pathlib
 
 import numpy as np
 import pytest
-from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
+from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
 from experiments import evaluate, paper, select, study, workbench
 from experiments.retraining import Judge
+from in2core_jax import influence
 from in2core_jax.errors import UserError
 
 
@@ -115,7 +116,7 @@ def coreset_lines(folder, name):
     ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list of different shares"),
     ({"fractions": "half"}, "--fractions=half is not a list"),
     ({"fractions": "0.5", "num_examples": 3}, "--fractions with --num_examples"),
-    ({"equal": "cost", "policies": "full"}, "--equal=cost: use one or several of steps, epochs, tokens"),
+    ({"equal": "cost", "policies": "full"}, "--equal=cost: unknown 'cost'; use some of steps, epochs, tokens"),
     ({"fractions": "0.5", "policies": "proponents"}, "proponents needs the scores of a select run"),
   ],
 )
@@ -158,6 +159,26 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
   with pytest.raises(UserError, match="unknown 'best'"):
     study.run(chosen.replace(variants="best"), bench)
+
+
+def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
+  def kill(*_):
+    raise Killed
+
+  names = "proponents, base model", "proponents, summed losses"
+  folders = [str(tmp_path / name) for name in ("killed", "alone")]
+  with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
+    patch.setattr(influence.Problem, "losses_and_scores", kill)
+    study.run(settings.replace(run_dir=folders[0], variants=names[0]), bench)
+  assert list((tmp_path / "killed" / "unfinished").rglob("*.shard"))
+  for folder in folders:
+    study.run(settings.replace(run_dir=folder, variants=names[1]), bench)
+  cells = [
+    [json.loads(path.read_text()) for path in sorted((pathlib.Path(folder) / "cells").glob("*.json"))]
+    for folder in folders
+  ]
+  scores = [[cell["influence"] for cell in found if cell["name"][0] == "scores"] for found in cells]
+  assert scores[0] == scores[1] and len(scores[0]) == 1
 
 
 def test_unit_gradients_have_length_1():
