@@ -15,7 +15,7 @@ from in2core_jax.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-PIECES = ["▁", "h", "e", "l", "o", "he", "ll", "llo", "▁he", "hello", "▁hello"]
+PIECES = ["▁", "h", "e", "l", "o", "he", "ll", "lo", "ol", "llo", "▁he", "hello", "▁hello"]
 
 
 def _write_sentencepiece_gguf(path, model="llama", leave_out=(), space_prefix=False):
@@ -23,8 +23,7 @@ def _write_sentencepiece_gguf(path, model="llama", leave_out=(), space_prefix=Fa
   control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
   whole, single = ["\n", "  "], [f"<0x{byte:02X}>" for byte in range(256)]
   tokens = [*control, *whole, *single, *PIECES]
-  # "llo" comes before "he": hello is he + llo, and hell would be he + ll.
-  scores = {"llo": -1.0, "he": -2.0, "ll": -0.5, "▁he": -3.0, "hello": -4.0, "▁hello": -5.0}
+  scores = {"lo": -6.0, "ol": -7.0, "llo": -1.0, "he": -2.0, "ll": -0.5, "▁he": -3.0, "hello": -4.0, "▁hello": -5.0}
   writer = gguf.GGUFWriter(str(path), "gemma3")
   writer.add_tokenizer_model(model)
   writer.add_token_list(tokens)
@@ -81,8 +80,9 @@ def pieces(tmp_path_factory):
 def test_scores_decide_what_is_merged_first(pieces):
   cut = lambda text: pieces.convert_ids_to_tokens(pieces(text, add_special_tokens=False)["input_ids"])  # noqa: E731
   assert cut("hello hello") == ["hello", "▁hello"]
-  # The score of ll is above that of he, so ll is merged first; helo has neither, so he is.
-  assert cut("hell") == ["he", "ll"] and cut(" helo") == ["▁he", "l", "o"]
+  assert cut("hell") == ["he", "ll"] and cut(" helo") == ["▁he", "lo"]
+  # Neighbours that share a letter: lo before ol, wherever they stand.
+  assert cut("lol") == ["lo", "l"] and cut("ollol") == ["o", "llo", "l"] and cut("oloh") == ["o", "lo", "h"]
   assert cut("  hello\n") == ["  ", "hello", "\n"]  # matched in the text as they are, before anything is merged
   assert cut("é") == ["<0xC3>", "<0xA9>"]
   assert cut("<end_of_turn>h") == ["<end_of_turn>", "h"]
