@@ -4,7 +4,6 @@ python -m experiments.ablate_layers --flagfile=experiments/flags/ablate_layers.f
 """
 
 import dataclasses
-import io
 import logging
 import pathlib
 import tempfile
@@ -136,7 +135,6 @@ class Ablation:
 
   def contributions(self, solvers: Sequence[str]) -> np.ndarray:
     """`breakdown.leaf_table` of all layers along the answer of each solver, float32 [solvers, N, L, M]."""
-    file = self.cells.path("contributions", *solvers)[1]
 
     def make() -> dict:
       chosen = choose(self.bench, self.params, ALL, ALL)
@@ -148,16 +146,13 @@ class Ablation:
       table = breakdown.leaf_table(
         chosen.problem, chosen.tree, stream, len(train), directions, self.settings.microbatch
       )
-      buffer = io.BytesIO()
-      np.save(buffer, table)
-      artifacts.write_bytes(file, buffer.getvalue())
+      self.cells.write_array(table, "contributions", *solvers)
       return {"solver_seconds": dict(zip(solvers, seconds, strict=True))}
 
     self.cells.get(make, "contributions", *solvers)
-    if not file.exists():
-      raise UserError(f"{file} is gone, so the scores of the choices cannot be added up: start again with --overwrite")
+    table = self.cells.read_array("contributions", *solvers)
     self.work.remove()
-    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+    return table
 
   def answer(self, solver: str, chosen: Chosen):
     """((H + damping I)^-1 g_q of the mean query, seconds with the query's gradient)."""
@@ -217,14 +212,12 @@ class Ablation:
 
   def top(self, scores: np.ndarray) -> np.ndarray:
     """Rows that the plain policy keeps."""
-    train = self.bench.parts["train"]
-    inputs = coreset.PolicyInputs(scores, None, train.num_tokens, train.num_response_tokens, train.topics, train.ids)
+    inputs = coreset.inputs_of(self.bench.parts["train"], scores)
     return np.sort(coreset.select_rows("proponents", inputs, budget_of(self.settings)))
 
   def yardsticks(self, seeds: Sequence[int]) -> dict[str, list[np.ndarray]]:
     """Full data and random sets of the same budget, a set for each seed."""
-    train = self.bench.parts["train"]
-    inputs = coreset.PolicyInputs(None, None, train.num_tokens, train.num_response_tokens, train.topics, train.ids)
+    inputs = coreset.inputs_of(self.bench.parts["train"])
     draw = lambda seed: np.sort(coreset.select_rows("random", inputs, budget_of(self.settings), seed))  # noqa: E731
     return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.flags import Settings
+from experiments.pictures import write_figure
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, evaluation, report
 
@@ -152,10 +153,7 @@ def write(
   """Table as Markdown, CSV and LaTeX, figure as SVG and PNG; ablate_layers.json last."""
   rows = table_rows([row for each in found.values() for row in each])
   sentences = [sentence(each) for each in found.values()]
-  drawn = figure(found, yardsticks)
-  run_dir.folder("plots")
-  for kind in ("svg", "png"):
-    run_dir.write_bytes(f"plots/ablate_layers.{kind}", report.figure_bytes(drawn, kind))
+  write_figure(run_dir, "ablate_layers", figure(found, yardsticks))
   run_dir.write_text("ablate_layers.csv", report.csv_table(rows))
   run_dir.write_text("ablate_layers.tex", report.latex_table(rows, caption="Layers and modules against all of them."))
   text = [f"# Layers\n\n{explanation(s, bench)}\n\n![Cost](plots/ablate_layers.svg)\n\n{report.markdown_table(rows)}\n"]

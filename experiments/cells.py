@@ -1,9 +1,13 @@
 """Finished cells of a long table, so that a killed experiment goes on where it was."""
 
+import io
 import logging
 import time
 
+import numpy as np
+
 from in2core_jax import artifacts
+from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +19,7 @@ class Cells:
     self.folder, self.identity = run_dir.folder("cells"), run_dir.identity_sha256
 
   def path(self, *name) -> tuple:
-    """(JSON file, NumPy file) of a cell; `get` writes the first, its caller the second if there is an array to keep."""
+    """(JSON file, NumPy file) of a cell; `get` writes the first, `write_array` the second."""
     stem = artifacts.hash_of([self.identity, *name])[:16]
     return self.folder / f"{stem}.json", self.folder / f"{stem}.npy"
 
@@ -29,3 +33,21 @@ class Cells:
       shown = ", ".join(word for word in map(str, name) if len(word) < 60)  # the rest are lists and settings
       log.info("%s: %.0f s", shown, time.perf_counter() - began)
     return artifacts.read_json(file)
+
+  def write_array(self, array: np.ndarray, *name) -> None:
+    """Keeps an array beside a cell; called while the cell is made."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    artifacts.write_bytes(self.path(*name)[1], buffer.getvalue())
+
+  def read_array(self, *name) -> np.ndarray:
+    """The array beside a cell.
+
+    Raises:
+      UserError: it is not there any more.
+    """
+    file = self.path(*name)[1]
+    if not file.exists():
+      shown = ", ".join(map(str, name))
+      raise UserError(f"{file} is gone, so {shown} is only known in part: start again with --overwrite")
+    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)

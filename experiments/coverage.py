@@ -8,7 +8,6 @@ then known not to be covered. One more training set, the whole one, gives the li
 
 import dataclasses
 import functools
-import io
 import logging
 from collections.abc import Sequence
 
@@ -147,7 +146,7 @@ class Study:
     """All signals and losses with some topics held out."""
     rows = self.rows(topics)
     cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, *topics)
-    tables = {BASE: self._base_scores(topics, rows), TRAINED: self._load(TRAINED, *topics)}
+    tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(TRAINED, *topics)}
     signals, nearest = {}, {}
     for at, (scores, cosines) in tables.items():
       for kind, table in (("", scores), (" cosine", cosines)):
@@ -180,7 +179,7 @@ class Study:
       return {}
 
     self.cells.get(make, BASE, *topics)
-    return self._load(BASE, *topics)
+    return self.cells.read_array(BASE, *topics)
 
   def _measured(self, fold: Workbench, params, *name: str) -> variants.Measures:
     """Scores and norms of a fold, kept in a folder of their own: no other fold's may be taken for them."""
@@ -191,15 +190,7 @@ class Study:
     return found
 
   def _save(self, found: variants.Measures, *name: str) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.stack([found.scores, variants.cosine(found)]).astype(np.float32))
-    artifacts.write_bytes(self.cells.path(*name)[1], buffer.getvalue())
-
-  def _load(self, *name: str) -> np.ndarray:
-    file = self.cells.path(*name)[1]
-    if not file.exists():
-      raise UserError(f"{file} is gone, so the influence on the test points is not known: start again with --overwrite")
-    return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+    self.cells.write_array(np.stack([found.scores, variants.cosine(found)]).astype(np.float32), *name)
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:

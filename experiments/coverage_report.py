@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.flags import Settings
+from experiments.pictures import write_figure
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coverage, evaluation, report
 
@@ -121,10 +122,8 @@ def write(
   run_dir: artifacts.RunDir, s: Settings, bench: Workbench, texts: Mapping[str, list[str]], found: Findings
 ) -> None:
   """Tables, lists and figure; coverage.json last."""
-  drawn, points = figure(found, s.coverage_signal), point_rows(bench, s, texts, found)
-  run_dir.folder("plots")
-  for kind in ("svg", "png"):
-    run_dir.write_bytes(f"plots/coverage.{kind}", report.figure_bytes(drawn, kind))
+  points = point_rows(bench, s, texts, found)
+  write_figure(run_dir, "coverage", figure(found, s.coverage_signal))
   run_dir.write_text("coverage.csv", report.csv_table(found.rows))
   run_dir.write_text("coverage.tex", report.latex_table(found.rows, caption="Signals of coverage, held-out topics."))
   run_dir.write_text("points.csv", report.csv_table(points))

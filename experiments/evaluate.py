@@ -12,8 +12,9 @@ from etils import epath
 
 from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers, listed, shares
-from experiments.retraining import Candidate, Judge, equal_of, equal_steps
+from experiments.flags import Settings, listed, seeds_of, shares
+from experiments.pictures import write_figure
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, report, report_facts, report_html
@@ -71,10 +72,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   Raises:
     UserError: an unknown policy, two candidates of one name, a run that does not fit.
   """
-  seeds = integers(s.seeds, "seeds")
-  if not seeds:
-    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
-  fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
+  seeds, fixed = seeds_of(s)
   folders, fractions = listed(s.select_runs), _fractions(s)
   runs = [read_selection(folder, bench) for folder in folders]
   wanted = listed(s.policies)
@@ -139,10 +137,8 @@ def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidat
 
 def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
   """What the policies of this call choose from; scores are those of the first select run."""
-  train, scores = bench.parts["train"], plan.runs[0][1] if plan.runs else {}
-  inputs = coreset.PolicyInputs(
-    scores.get("influence"), scores.get("loss"), train.num_tokens, train.num_response_tokens, train.topics, train.ids
-  )
+  scores = plan.runs[0][1] if plan.runs else {}
+  inputs = coreset.inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
   names = {policy for policy, _ in plan.policies}
   if names & set(coreset.FEATURE_POLICIES):
     inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
@@ -187,11 +183,9 @@ class Trainings:
     file = f"trainings/{artifacts.hash_of(name)[:12]}.json"
     if not self._run_dir.holds(file):
       row = self.judge.retrain(candidate, label, steps)
-      stored = dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
-      self._run_dir.write_json(file, stored)
+      self._run_dir.write_json(file, row.as_json())
       log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
-    stored = self._run_dir.read_json(file)
-    return evaluation.RetrainRow(**stored | {"loss_per_test_example": np.array(stored["loss_per_test_example"])})
+    return evaluation.RetrainRow.from_json(self._run_dir.read_json(file))
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -255,7 +249,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   test = bench.parts["test"]
   counted = test.num_response_tokens > 0
   tokens = test.num_response_tokens[counted]
-  base_perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
+  base_perplexity = perplexity_on_test(bench, base)
   tables = [group.table() for group in groups]
   verdicts = [evaluation.verdict(group.rows) for group in groups]
   recipe = {
@@ -301,8 +295,7 @@ def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict
       name = "perplexity" if len(groups) == 1 else f"perplexity-{group.equal}"
       figures[f"Test perplexity at equal {group.equal}"] = (name, report.perplexity_plot(table))
   for name, figure in figures.values():
-    for kind in ("png", "svg"):
-      run_dir.write_bytes(f"plots/{name}.{kind}", report.figure_bytes(figure, kind))
+    write_figure(run_dir, name, figure)
   return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from experiments import cli, fidelity_report, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers, words
+from experiments.flags import Settings, seeds_of, words
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
@@ -170,13 +170,13 @@ class Task:
       scores: solver -> influence on the evaluation set, [N].
     """
     s, train = self.settings, self.bench.parts["train"]
-    random, fixed = integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds") or integers(s.seeds, "seeds")
+    random, fixed = seeds_of(s)
     found = [Removal("nothing", 0.0, seed, self.rows) for seed in fixed]
     policies = [(f"top, {solver}", "proponents", values) for solver, values in scores.items()]
     policies += [(f"opponents, {solver}", "opponents", values) for solver, values in [*scores.items()][:1]]
     policies += [("random", "random", None)]
     for what, policy, values in policies:
-      inputs = coreset.PolicyInputs(values, None, train.num_tokens, train.num_response_tokens, train.topics, train.ids)
+      inputs = coreset.inputs_of(train, values)
       for share in ratios(s.left_out, "left_out"):
         for seed in random if policy == "random" else fixed:
           out = coreset.select_rows(policy, inputs, coreset.Budget(fraction=share), seed)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.flags import Settings
+from experiments.pictures import write_figure
 from in2core_jax import artifacts, datamodeling, evaluation, report
 from in2core_jax.evaluation import Interval
 
@@ -242,10 +243,8 @@ def write(run_dir: artifacts.RunDir, found: Found) -> None:
   if curves:
     figures["curve-eval"] = curve_figure(curves, "eval", "evaluation loss, nats per token")
     figures["curve-test"] = curve_figure(curves, "test", "test loss, nats per token")
-  run_dir.folder("plots")
   for name, figure in figures.items():
-    for kind in ("svg", "png"):
-      run_dir.write_bytes(f"plots/{name}.{kind}", report.figure_bytes(figure, kind))
+    write_figure(run_dir, name, figure)
   sentences = conclusions(found.measured)
   noise = [ceiling_sentence(found.repeated, found.settings.halves_again)] if found.repeated is not None else []
   caption = "Linear datamodeling score, 95 % intervals over retrained models and queries"

@@ -348,6 +348,18 @@ def integers(text: str, name: str) -> tuple[int, ...]:
     raise UserError(f"--{name}={text} is not a list of whole numbers such as 0,1,2") from None
 
 
+def seeds_of(s: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """(seeds of random sets, seeds of policies that choose one set).
+
+  Raises:
+    UserError: there is none.
+  """
+  seeds = integers(s.seeds, "seeds")
+  if not seeds:
+    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
+  return seeds, integers(s.fixed_seeds, "fixed_seeds") or seeds
+
+
 def define(**defaults: Any) -> None:
   """Makes absl flags of `Settings`; `defaults` override those of the table for one entry point."""
   for field in dataclasses.fields(Settings):

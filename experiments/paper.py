@@ -180,7 +180,7 @@ def publish(step: Step, s: Settings, folder: pathlib.Path, note: dict) -> None:
   artifacts.write_text(target / f"{step.table}.md", f"{text}\n---\n\n{facts}\n")
   tables = [path for kind in ("csv", "tex") for path in sorted(folder.glob(f"*.{kind}"))]
   for path in [*tables, *sorted((folder / "plots").glob("*.svg"))]:
-    if path.exists() and path.stat().st_size <= _MOST_BYTES:
+    if path.stat().st_size <= _MOST_BYTES:
       artifacts.write_bytes(target / path.relative_to(folder), path.read_bytes())
 
 

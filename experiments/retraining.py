@@ -76,6 +76,13 @@ def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> 
   return max(1, round(steps * share[equal]))
 
 
+def perplexity_on_test(bench: Workbench, losses: np.ndarray) -> float:
+  """Token-weighted perplexity of mean nats per response token of each test example, [N]."""
+  tokens = bench.parts["test"].num_response_tokens
+  counted = tokens > 0
+  return evaluation.perplexity(losses[counted] * tokens[counted], tokens[counted])
+
+
 class Judge:
   """Trains from the base model and measures losses; one program for all sets that are trained for the same steps."""
 

@@ -110,16 +110,7 @@ def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> core
   """All that the policies choose from; features only where the policy needs them."""
   train = bench.parts["train"]
   sketched = sketch_inputs(bench, s, params) if s.policy in coreset.FEATURE_POLICIES else {}
-  return coreset.PolicyInputs(
-    scored.influence,
-    scored.loss,
-    train.num_tokens,
-    train.num_response_tokens,
-    train.topics,
-    train.ids,
-    **sketched,
-    **text_inputs(bench, {s.policy}),
-  )
+  return coreset.inputs_of(train, scored.influence, scored.loss, **sketched, **text_inputs(bench, {s.policy}))
 
 
 def text_inputs(bench: Workbench, policies: Collection[str]) -> dict[str, np.ndarray]:

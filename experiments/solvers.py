@@ -5,7 +5,6 @@ python -m experiments.solvers --flagfile=experiments/flags/solvers.flags
 
 import dataclasses
 import functools
-import io
 import logging
 import time
 
@@ -18,6 +17,7 @@ from experiments import cli, flags, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, listed
+from experiments.pictures import write_figure
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
   algebra,
@@ -130,7 +130,6 @@ class Comparison:
 
 def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> dict:
   """The cell of an estimator at a damping ratio: curve, residual, steps, products; its solution beside it."""
-  solution_file = cells.path(name, ratio)[1]
 
   def make() -> dict:
     damping = (shared.settings.damping_ratio if ratio is None else ratio) * shared.lambda_max
@@ -143,9 +142,7 @@ def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> 
     except ihvp.DivergenceError as error:
       curve = list(states[-1].curve) if states else []
       return {"diverged": str(error), "curve": _plain(curve), "solver_seconds": time.perf_counter() - began}
-    buffer = io.BytesIO()
-    np.save(buffer, algebra.ravel(result.solution).astype(np.float32))
-    artifacts.write_bytes(solution_file, buffer.getvalue())
+    cells.write_array(algebra.ravel(result.solution).astype(np.float32), name, ratio)
     return {
       "diverged": None,
       "curve": _plain(result.curve),
@@ -171,13 +168,10 @@ def agreement(shared: Comparison, cells: Cells, ratio: float) -> dict:
     names, solutions = [], []
     for name in (*ITERATIVE, *DIRECT, *FREE):
       own = None if name in FREE else ratio
-      cell, file = solved(shared, cells, name, own), cells.path(name, own)[1]
-      if cell["diverged"]:
+      if solved(shared, cells, name, own)["diverged"]:
         continue
-      if not file.exists():
-        raise UserError(f"{file} is gone, so the scores of {name} cannot be computed: start again with --overwrite")
       names.append(name)
-      solutions.append(algebra.unravel(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False), shared.v))
+      solutions.append(algebra.unravel(cells.read_array(name, own), shared.v))
     return {"scores": dict(zip(names, shared.scores(solutions).tolist(), strict=True))}
 
   return cells.get(make, "scores", ratio)
@@ -387,9 +381,7 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
   per_step = {name: fixed if name.startswith("cg") else drawn for name in ITERATIVE}
   iterative = {ratio: {name: cells[name] for name in ITERATIVE} for ratio, cells in curves.items() if ratio}
   figure = residual_figure(iterative, per_step)
-  run_dir.folder("plots")
-  artifacts.write_bytes(run_dir.file("plots/residuals.svg"), report.figure_bytes(figure, "svg"))
-  artifacts.write_bytes(run_dir.file("plots/residuals.png"), report.figure_bytes(figure, "png"))
+  write_figure(run_dir, "residuals", figure)
   rows = residual_rows(curves, per_step)
   points = [
     {"damping_ratio": ratio, "solver": name, "step": step, "products": step * per_step[name], "residual": value}

@@ -16,14 +16,14 @@ from experiments import cli, finetune, flags
 from experiments.cells import Cells
 from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers, words
+from experiments.flags import Settings, seeds_of, words
+from experiments.pictures import write_figure
 from experiments.resuming import FOLDER, Work
-from experiments.retraining import Candidate, Judge, equal_of, equal_steps
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench, choose
-from in2core_jax import artifacts, coreset, evaluation, report
-from in2core_jax.errors import UserError
+from in2core_jax import artifacts, coreset, embeddings, evaluation, report
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Study:
 
   def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> coreset.PolicyInputs:
     """What the variant chooses from."""
-    train, policy = bench.parts["train"], variant.policy
+    policy = variant.policy
     params = bench.checkpoint_params(s.checkpoint)
     influence = loss = None
     if policy in coreset.SCORE_POLICIES:
@@ -120,10 +120,8 @@ class Study:
     if variant.queries:
       more |= {name: more[name][: variant.queries] for name in ("target", "query_topics")}
     if variant.unit:
-      more |= {name: _unit(more[name]) for name in ("features", "target")}
-    return coreset.PolicyInputs(
-      influence, loss, train.num_tokens, train.num_response_tokens, train.topics, train.ids, **more
-    )
+      more |= {name: embeddings.unit(more[name]) for name in ("features", "target")}
+    return coreset.inputs_of(bench.parts["train"], influence, loss, **more)
 
   def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
@@ -140,11 +138,6 @@ class Study:
     return np.array(kept["influence"]), np.array(kept["loss"])
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-  lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-  return vectors / np.where(lengths > 0, lengths, 1)
-
-
 def variants_of(s: Settings) -> dict[str, Variant]:
   """The variants that the flags ask for.
 
@@ -157,8 +150,7 @@ def variants_of(s: Settings) -> dict[str, Variant]:
 
 def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
-  usable, seeds = trainable_rows(study.bench), integers(s.seeds, "seeds")
-  fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
+  usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
   found = [Candidate(FULL, seed, usable) for seed in fixed]
   found += [Candidate(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
   for name, variant in variants_of(s).items():
@@ -172,15 +164,9 @@ def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
 
 def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, label: str) -> evaluation.RetrainRow:
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
-
-  def train() -> dict:
-    row = judge.retrain(candidate, label, steps)
-    return dataclasses.asdict(row) | {"loss_per_test_example": row.loss_per_test_example.tolist()}
-
+  train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
   stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
-  fields = {field.name: stored[field.name] for field in dataclasses.fields(evaluation.RetrainRow)}
-  fields |= {"policy": candidate.policy, "loss_per_test_example": np.array(stored["loss_per_test_example"])}
-  return evaluation.RetrainRow(**fields)
+  return evaluation.RetrainRow.from_json(stored | {"policy": candidate.policy})
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -189,8 +175,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   bench = bench or Workbench(s)
   variants_of(s)
   equal = equal_of(s)
-  if not integers(s.seeds, "seeds"):
-    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
+  seeds_of(s)
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
@@ -248,30 +233,25 @@ def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
 
 
 def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow]) -> str:
-  logs = (np.log([row.perplexity for row in rows]) for rows in (ours, theirs))
-  found = evaluation.difference_interval(*logs).map(np.exp)
+  found = evaluation.ratio_interval(*([row.perplexity for row in rows] for rows in (ours, theirs)))
   return f"{found.mean:.3f}" if np.isnan(found.low) else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
-  test = bench.parts["test"]
-  counted = test.num_response_tokens > 0
-  tokens = test.num_response_tokens[counted]
-  perplexity = evaluation.perplexity(base[counted] * tokens, tokens)
+  test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
     f"{len(trainable_rows(bench)):,} training examples of {s.train_data.split('/')[-1]}, {s.model}, layers "
-    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; {counted.sum()} test "
-    f"examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals over seeds.",
+    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
+    f"{np.count_nonzero(test.num_response_tokens)} test examples; the base model's test perplexity is "
+    f"{perplexity:.3f}. In brackets: 95 % intervals over seeds.",
   ]
   every = []
   for group in groups:
     table = comparison(group.rows)
     every += [{"equal": group.equal} | row for row in table]
-    figure = report.perplexity_plot(evaluation.summarise(group.rows))
-    for kind in ("png", "svg"):
-      run_dir.write_bytes(f"plots/study-{group.equal}.{kind}", report.figure_bytes(figure, kind))
+    write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(evaluation.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip()]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
   run_dir.write_text("study.md", "\n\n".join(parts) + "\n")

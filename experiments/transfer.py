@@ -12,7 +12,8 @@ import numpy as np
 from experiments import cli, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
-from experiments.flags import Settings, integers, listed
+from experiments.flags import Settings, listed, seeds_of
+from experiments.pictures import write_figure
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
@@ -135,13 +136,10 @@ class Transfer:
   def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
     """Every set to retrain on, with its seeds: full, random of the same size, each scorer's choice."""
     s, rows = self.settings, trainable_rows(self.bench)
-    seeds = integers(s.seeds, "seeds")
-    fixed = integers(s.fixed_seeds, "fixed_seeds") or seeds
+    seeds, fixed = seeds_of(s)
     found = [Candidate("full", seed, rows) for seed in fixed]
     size = len(next(iter(chosen.values())))
-    inputs = coreset.PolicyInputs(
-      None, None, self.train.num_tokens, self.train.num_response_tokens, self.train.topics, self.train.ids
-    )
+    inputs = coreset.inputs_of(self.train)
     for seed in seeds:
       picked = coreset.select_rows("random", inputs, coreset.Budget(num_examples=size), seed)
       found.append(Candidate("random", seed, np.sort(picked)))
@@ -154,14 +152,10 @@ class Transfer:
     for number, candidate in enumerate(candidates):
       label = f"train {number + 1}/{len(candidates)}: {candidate.policy}, seed {candidate.seed}"
 
-      def make(candidate=candidate, label=label) -> dict:
-        row = dataclasses.asdict(judge().retrain(candidate, label))
-        return row | {"loss_per_test_example": row["loss_per_test_example"].tolist()}
-
+      make = lambda candidate=candidate, label=label: judge().retrain(candidate, label).as_json()  # noqa: E731
       which = artifacts.hash_of(candidate.rows.tolist())[:16]
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
-      fields = {field.name: cell[field.name] for field in dataclasses.fields(evaluation.RetrainRow)}
-      found.append(evaluation.RetrainRow(**fields | {"loss_per_test_example": np.array(cell["loss_per_test_example"])}))
+      found.append(evaluation.RetrainRow.from_json(cell))
     return found
 
 
@@ -183,7 +177,7 @@ def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[eva
     ours, theirs = perplexities(scorer.model), perplexities(scorers[0].model)
     row["perplexity"] = float(np.mean(ours))
     if number:
-      ratio = evaluation.difference_interval(np.log(ours), np.log(theirs)).map(lambda value: float(np.exp(value)))
+      ratio = evaluation.ratio_interval(ours, theirs)
       row |= {"ratio to own": ratio.mean, "ratio low": ratio.low, "ratio high": ratio.high}
     table.append(row)
   return table
@@ -222,9 +216,7 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   """transfer.md, .csv, .tex, retrained.csv, .tex, the figure; transfer.json last."""
   summary, words = evaluation.summarise(rows), evaluation.verdict(rows)
   lines = [*sentences(table), *(line for line in words.splitlines() if line.strip())]
-  run_dir.folder("plots")
-  for kind in ("svg", "png"):
-    run_dir.write_bytes(f"plots/transfer.{kind}", report.figure_bytes(report.perplexity_plot(summary), kind))
+  write_figure(run_dir, "transfer", report.perplexity_plot(summary))
   columns = list(dict.fromkeys(name for row in table for name in row))
   run_dir.write_text("transfer.csv", report.csv_table(table, columns))
   run_dir.write_text("transfer.tex", report.latex_table(printed(table), caption=f"Who selects for {s.model}"))
@@ -251,8 +243,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
   s = settings
   scorers = scorers_of(s)
-  if not integers(s.seeds, "seeds"):
-    raise UserError("--seeds is empty: give at least one, such as 0,1,2")
+  seeds_of(s)
   if s.checkpoint:
     raise UserError(f"--checkpoint={s.checkpoint}: transfer fine-tunes every model itself (--score_at); leave it out")
   bench = bench or Workbench(s)

@@ -156,6 +156,20 @@ class PolicyInputs:
     return by_id[self.num_response_tokens[by_id] > 0]
 
 
+def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None = None, **more) -> PolicyInputs:
+  """What the policies choose from, of a data set.
+
+  Args:
+    dataset: N examples: its token counts, topics and ids.
+    scores: f64 [N], or None for policies that need none.
+    loss: f64 [N], or None.
+    more: other fields of `PolicyInputs`.
+  """
+  return PolicyInputs(
+    scores, loss, dataset.num_tokens, dataset.num_response_tokens, dataset.topics, dataset.ids, **more
+  )
+
+
 def _finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
   """`values`, or a UserError when they are missing or not finite (with the count and the first ids)."""
   if values is None:

@@ -80,9 +80,10 @@ def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     raise UserError(f"cosines of embeddings {a.shape} and {b.shape}: both must be [examples, width] of one width")
   if not (np.isfinite(a).all() and np.isfinite(b).all()):
     raise UserError("cosines of embeddings that are not finite: look for NaN in the weights")
-  return np.clip(_unit(a) @ _unit(b).T, -1, 1).astype(np.float32)
+  return np.clip(unit(a) @ unit(b).T, -1, 1).astype(np.float32)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+  """Rows [N, D] scaled to length 1; rows of zeros stay."""
   lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
   return vectors / np.where(lengths > 0, lengths, 1)

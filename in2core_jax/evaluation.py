@@ -4,8 +4,8 @@ Letters: N test examples, Q queries, M retrained subsets. Losses and nll are in 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 from scipy import stats
@@ -187,6 +187,11 @@ def difference_interval(a: Sequence[float], b: Sequence[float], level: float = 0
   return Interval(mean, mean - half, mean + half, count, level)
 
 
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Interval:
+  """Ratio of the geometric means of two independent groups of seeds: `difference_interval` of the logarithms."""
+  return difference_interval(np.log(ours), np.log(theirs), level).map(_exp)
+
+
 # -------------------------------------------------------------------------------------------- rank agreement
 
 
@@ -302,6 +307,16 @@ class RetrainRow:
   example_perplexity: float
   loss_per_test_example: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
+  def as_json(self) -> dict:
+    """All fields as JSON values."""
+    return asdict(self) | {"loss_per_test_example": np.asarray(self.loss_per_test_example).tolist()}
+
+  @classmethod
+  def from_json(cls, stored: Mapping) -> "RetrainRow":
+    """Inverse of `as_json`; other keys are ignored."""
+    values = {one.name: stored[one.name] for one in fields(cls)}
+    return cls(**values | {"loss_per_test_example": np.array(stored["loss_per_test_example"])})
+
 
 def _by_policy(rows: Sequence[RetrainRow]) -> dict[str, list[RetrainRow]]:
   if not rows:
@@ -376,7 +391,7 @@ def _compare(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: 
   """One clause: `group` against random sets or full data."""
   label = "random" if against[0].policy == RANDOM else "full data"
   ours, theirs = ([row.perplexity for row in rows] for rows in (group, against))
-  ratio = difference_interval(np.log(ours), np.log(theirs), level).map(_exp)
+  ratio = ratio_interval(ours, theirs, level)
   if math.isnan(ratio.low):
     return f"{ratio.mean:.3f} times {label}'s; one seed each cannot tell them apart{_paired(group, against, level)}"
   bounds = f"{ratio.mean:.3f} times {label}'s, {level:.0%} interval {ratio.low:.3f} to {ratio.high:.3f}"

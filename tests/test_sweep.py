@@ -10,7 +10,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 
 from experiments import evaluate, paper, select, study, workbench
 from experiments.retraining import Judge
-from in2core_jax import influence
+from in2core_jax import embeddings, influence
 from in2core_jax.errors import UserError
 
 
@@ -183,7 +183,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
 
 def test_unit_gradients_have_length_1():
   vectors = np.array([[3.0, 4.0], [0.0, 0.0], [0.1, 0.0]])
-  np.testing.assert_allclose(study._unit(vectors), [[0.6, 0.8], [0, 0], [1, 0]])
+  np.testing.assert_allclose(embeddings.unit(vectors), [[0.6, 0.8], [0, 0], [1, 0]])
 
 
 # ---- paper ---------------------------------------------------------------------------
