@@ -22,9 +22,9 @@ def main(_) -> None:
   root = settings.run_dir
   bench = Workbench(settings)
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
-  rule = settings.replace(run_dir=f"{root}/proponents", checkpoint=checkpoint, policy="proponents")
-  selected = select.run(rule, bench)
-  # Greedy matching, one of --policies, is done by evaluate: it needs gradients of the base model, but no influence.
+  chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
+  selected = select.run(chosen, bench)
+  # The scores of that run serve the paper's rule, one of --policies, too.
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
   log.info("done in %.0f s; open %s/evaluation.md and %s/report.html", time.perf_counter() - began, result, selected)

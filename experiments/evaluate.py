@@ -17,7 +17,7 @@ from experiments.pictures import write_figure
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.select import budget_of, sketch_inputs, text_inputs
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, evaluation, report, report_facts, report_html
+from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html
 from in2core_jax.errors import UserError
 from in2core_jax.records import raw_lines
 
@@ -141,7 +141,8 @@ def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
   inputs = coreset.inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
   names = {policy for policy, _ in plan.policies}
   if names & set(coreset.FEATURE_POLICIES):
-    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.params))
+    # Where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
+    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.checkpoint_params(s.checkpoint)))
   return dataclasses.replace(inputs, **text_inputs(bench, names))
 
 
@@ -195,7 +196,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   plan = plan_of(bench, s)
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
   of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
+  of_policies += ("matching_target", "matching_shrink")
   identity["flags"] |= {name: getattr(s, name) for name in of_policies}
+  if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.FEATURE_POLICIES):
+    identity["checkpoint"] = artifacts.hash_of(finetune.checkpoint_meta(s.checkpoint))
   identity["select_runs"] = {
     name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs

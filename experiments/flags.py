@@ -147,8 +147,8 @@ class Settings:
   per_token: bool = _flag("select", False, "also write each response token's share of the scores; before --normalize")
   policy: str = _flag(
     "select",
-    "proponents",
-    "how scores become a coreset",
+    "matching",
+    "how the coreset is chosen: matching by gradients as a group, proponents (the paper's rule) by the scores",
     coreset.POLICIES,
   )
   aggregate: str = _flag("select", "mean", "of several evaluation topics", ("mean", "topic_max", "topic_quota"))
@@ -166,6 +166,18 @@ class Settings:
     ("auto", "jvp", "vmap", "projected"),
   )
   sketch_size: int = _flag("select", 32, "matching and projected: gradients become so many numbers a side")
+  matching_target: str = _flag(
+    "select",
+    "tokens",
+    "matching aims at the gradient of the evaluation loss, a mean over its response tokens (as the perplexity of the "
+    "tables is) or over its examples",
+    ("tokens", "examples"),
+  )
+  matching_shrink: bool = _flag(
+    "select",
+    True,
+    "draw that gradient towards the training set's as far as its sampling error leaves open (James-Stein)",
+  )
   trajectory: str = _flag(
     "select",
     "none",

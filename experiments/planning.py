@@ -197,8 +197,8 @@ def demo_phases(bench: Described, s: Settings) -> list[Phase]:
   known = int("full" in listed(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
   stages = [
     *finetune_phases(bench, s),
-    *select_phases(bench, s.replace(policy="proponents")),
-    *evaluate_phases(bench, s.replace(select_runs="proponents"), known),
+    *select_phases(bench, s),
+    *evaluate_phases(bench, s.replace(select_runs="select"), known),
   ]
   for phase in stages:
     shared = phase.name.startswith("hidden states")

@@ -96,6 +96,7 @@ def _examples(part: str, count: int, most: int) -> data.TokenizedDataset:
 def settings_of(case: Case) -> Settings:
   """The flags of a row."""
   fixed = {"model": f"random:{MODEL}", "dtype": "bfloat16", "batch_tokens": "auto", "boundary_cache": "off"}
+  fixed["policy"] = "proponents"  # matching would hold the projected gradients of a million examples
   return Settings(**(fixed | dict(case.flags)))
 
 

@@ -93,7 +93,8 @@ def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
 
 
 def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) -> dict:
-  """Projected gradients as `coreset.PolicyInputs` takes them: of the N training examples, of the queries, their topics.
+  """Projected gradients as `coreset.PolicyInputs` takes them: of the N training examples, of the queries, what matching
+  aims at.
 
   Evaluation examples without a response have no gradient and are left out. Only gradients of the base model or of
   --checkpoint can be `stored` beside the run folder: others have no name there.
@@ -103,7 +104,10 @@ def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) ->
   keep = np.flatnonzero(evals.num_response_tokens)
   features = projection.store().features() if stored else projection.features("train")
   target = projection.features("eval")[keep]
-  return {"features": features, "target": target, "query_topics": [evals.topics[row] for row in keep]}
+  found = {"features": features, "target": target, "query_topics": [evals.topics[row] for row in keep]}
+  # Gradients of summed losses weigh tokens by themselves.
+  by_token = s.matching_target == "tokens" and s.loss_reduction == "mean"
+  return found | {"query_tokens": evals.num_response_tokens[keep] if by_token else None, "shrink": s.matching_shrink}
 
 
 def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> coreset.PolicyInputs:

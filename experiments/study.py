@@ -66,16 +66,20 @@ VARIANTS = {
   "proponents, quota": _variant("topic_quota", trained=True),
   "proponents, worst 10 % left out": _variant("proponents", trained=True, drop=0.1),
   "opponents": _variant("opponents", trained=True),
-  "matching": _variant("matching"),
-  "matching, trained model": _variant("matching", trained=True),
-  "matching, summed losses": _variant("matching", loss_reduction="sum"),
-  "matching, unit gradients": _variant("matching", unit=True),
-  "matching, quota": _variant("matching_quota"),
-  "matching, by topic": _variant("matching_topic"),
-  "matching, topics in turn": _variant("matching_round_robin"),
-  "matching, last layer": _variant("matching", layers="last:1"),
-  "matching, all layers": _variant("matching", layers="all"),
-  "matching, 16 queries": _variant("matching", queries=16),
+  "matching": _variant("matching", trained=True),
+  "matching, base model": _variant("matching"),
+  "matching, plain": _variant("matching", trained=True, matching_target="examples", matching_shrink=False),
+  "matching, plain, base model": _variant("matching", matching_target="examples", matching_shrink=False),
+  "matching, mean over examples": _variant("matching", trained=True, matching_target="examples"),
+  "matching, not shrunk": _variant("matching", trained=True, matching_shrink=False),
+  "matching, summed losses": _variant("matching", trained=True, loss_reduction="sum"),
+  "matching, unit gradients": _variant("matching", trained=True, unit=True),
+  "matching, quota": _variant("matching_quota", trained=True),
+  "matching, by topic": _variant("matching_topic", trained=True),
+  "matching, topics in turn": _variant("matching_round_robin", trained=True),
+  "matching, last layer": _variant("matching", trained=True, layers="last:1"),
+  "matching, all layers": _variant("matching", trained=True, layers="all"),
+  "matching, 16 queries": _variant("matching", trained=True, queries=16),
   "embedding": _variant("embedding"),
   "bm25": _variant("bm25"),
   "length-matched random": _variant("length_matched_random"),
@@ -118,7 +122,8 @@ class Study:
     if policy in coreset.FEATURE_POLICIES:
       more |= sketch_inputs(bench, s, params)
     if variant.queries:
-      more |= {name: more[name][: variant.queries] for name in ("target", "query_topics")}
+      of_queries = [name for name in ("target", "query_topics", "query_tokens") if more.get(name) is not None]
+      more |= {name: more[name][: variant.queries] for name in of_queries}
     if variant.unit:
       more |= {name: embeddings.unit(more[name]) for name in ("features", "target")}
     return coreset.inputs_of(bench.parts["train"], influence, loss, **more)

@@ -101,6 +101,9 @@ class PolicyInputs:
     features: f32 or f64 [N, d], (projected, preconditioned) gradient of each example.
     target: [d] or [Q, d], the same features of the queries.
     query_topics: Q names, for the policies that work by evaluation topic.
+    query_tokens: int [Q], response tokens of the queries: the target is the mean over their tokens, as token-weighted
+      perplexity counts them (features are gradients of mean losses); the mean over queries when None.
+    shrink: whether `matching` and `matching_quota` draw the target towards the pool's mean (`matching.shrunk_target`).
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
     embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
     bm25: f64 [N], mean BM25 of the queries with the example's text.
@@ -118,6 +121,8 @@ class PolicyInputs:
   features: np.ndarray | None = None
   target: np.ndarray | None = None
   query_topics: Sequence[str] | None = None
+  query_tokens: np.ndarray | None = None
+  shrink: bool = False
   target_weights: np.ndarray | None = None
   embedding: np.ndarray | None = None
   bm25: np.ndarray | None = None
@@ -226,10 +231,11 @@ def aggregate(
   return _round_robin(by_topic, ids)
 
 
-def _topic_means(values: np.ndarray, topics: Sequence[str]) -> np.ndarray:
-  """Rows [Q, ...] -> means by topic [G, ...], topics in sorted order."""
+def _topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
+  """Rows [Q, ...] -> means by topic [G, ...], topics in sorted order; weights [Q], equal when None."""
   codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
-  return np.stack([values[codes == g].mean(axis=0) for g in range(codes.max() + 1)])
+  weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+  return np.stack([np.average(values[codes == g], axis=0, weights=weights[codes == g]) for g in range(codes.max() + 1)])
 
 
 def _round_robin(by_topic: np.ndarray, ids: Sequence[str] | None) -> np.ndarray:
@@ -323,6 +329,24 @@ class _Task:
     return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
 
 
+def matching_target(inputs: PolicyInputs) -> np.ndarray:
+  """What `matching` brings the mean feature of the selected set close to, f64 [d]: the queries' mean, perhaps shrunk.
+
+  Args:
+    inputs: with features and target.
+  """
+  by_token = inputs.query_tokens is not None
+  weights = np.asarray(inputs.query_tokens if by_token else np.ones(len(inputs.target)), np.float64)
+  if weights.shape != (len(inputs.target),) or weights.min() < 0 or not weights.any():
+    raise UserError(
+      f"query_tokens have shape {weights.shape} for {len(inputs.target)} queries; need their token counts"
+    )
+  if not inputs.shrink:
+    return weights @ inputs.target / weights.sum()
+  answered = inputs.num_response_tokens if by_token else inputs.num_response_tokens > 0
+  return matching.shrunk_target(inputs.target, inputs.features, weights, answered)[0]
+
+
 def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:
   """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
   inputs = task.inputs
@@ -332,9 +356,9 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
     if inputs.query_topics is None or len(inputs.query_topics) != len(target):
       seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
       raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
-    target = _topic_means(target, inputs.query_topics)
+    target = _topic_means(target, inputs.query_topics, inputs.query_tokens)
   if merge:
-    target = matching.merged_target(target, inputs.target_weights) if by_topic else target.mean(axis=0)
+    target = matching.merged_target(target, inputs.target_weights) if by_topic else matching_target(inputs)
   count, topics = task.budget.limit(task.tokens), inputs.topics if quota else None
   rows = matching.greedy_matching(features, target, count, topics, task.pool)
   position = np.empty(len(features), np.int64)
@@ -376,7 +400,7 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
     policy: one of `POLICIES`. proponents, opponents: highest, lowest score first. random. length_matched_random: random
       with the response lengths of the proponents. longest: most response tokens. highest_loss. embedding, bm25: closest
       to the queries by mean cosine of embeddings, by mean BM25 of the texts. topic_quota: proponents, every training
-      topic keeping the same fraction. matching: greedy gradient matching to the mean target.
+      topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
       matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
       topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
       fraction.
@@ -453,7 +477,7 @@ def _poor_coverage(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray, see
   means = np.zeros((1 + draws, inputs.features.shape[1]))
   for start in range(0, len(inputs.ids), 1024):
     means += weights[:, start : start + 1024] @ inputs.features[start : start + 1024].astype(np.float64)
-  target = inputs.target.mean(axis=0)
+  target = matching_target(inputs)
   distance = np.linalg.norm(means - target, axis=1) / max(np.linalg.norm(target), np.finfo(np.float64).tiny)
   if distance[0] <= distance[1:].max():
     return []

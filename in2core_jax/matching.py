@@ -114,6 +114,42 @@ def _products_fn(features: np.ndarray, hold: bool) -> Callable[[list[int]], np.n
   return lambda rows: gram[rows].sum(axis=0)
 
 
+def shrunk_target(
+  queries: np.ndarray, features: np.ndarray, query_weights: np.ndarray, feature_weights: np.ndarray
+) -> tuple[np.ndarray, float]:
+  """The queries' mean, drawn towards the pool's mean as far as its sampling error leaves open.
+
+  t = p + max(0, 1 - V / |q - p|^2) (q - p), the positive-part James-Stein estimator: q and p are the weighted means of
+  queries and pool, V the expected |q - p|^2 if both were drawn from one distribution: over both, the sum of
+  w_i^2 |x_i - mean|^2 with weights that sum to 1. A few queries of the pool's own kind say less about their mean than
+  the pool does; queries of another kind are believed.
+
+  Args:
+    queries: [Q, d].
+    features: f32 or f64 [P, d], of the pool.
+    query_weights: [Q], not negative.
+    feature_weights: [P], not negative.
+
+  Returns:
+    (t as f64 [d], the share of q - p that is kept, 0 to 1).
+  """
+  q, q_noise = _mean_and_noise(queries, query_weights)
+  p, p_noise = _mean_and_noise(features, feature_weights)
+  apart = float(np.sum((q - p) ** 2))
+  kept = max(0.0, 1.0 - (q_noise + p_noise) / apart) if apart > 0 else 0.0
+  return p + kept * (q - p), kept
+
+
+def _mean_and_noise(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
+  """(weighted mean f64 [d], its expected squared error), in blocks so that no f64 copy of the rows exists."""
+  weights = np.asarray(weights, np.float64)
+  weights = weights / weights.sum()
+  blocks = [slice(start, start + 1024) for start in range(0, len(rows), 1024)]
+  mean = sum(weights[block] @ rows[block].astype(np.float64) for block in blocks)
+  noise = sum(float(weights[block] ** 2 @ np.sum((rows[block] - mean) ** 2, axis=1)) for block in blocks)
+  return mean, noise
+
+
 def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
   """The one target that stands for several: sum_g w_g |m - t_g|^2 = (sum_g w_g) |m - t|^2 + constant, t their mean.
 

@@ -1,5 +1,6 @@
 """The policies against brute force, the budget, the ties and the warnings."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -243,6 +244,57 @@ def test_matching_round_robin_matches_each_topic_with_its_own_set():
     sets[topic].append(free[int(np.argmin(distance))])
     taken.append(sets[topic][-1])
   assert rows.tolist() == taken
+
+
+def test_a_shrunk_target_has_less_error_than_the_mean_of_the_queries():
+  rng = np.random.default_rng(0)
+  pool = rng.normal(size=(400, 30)) + 1
+  far, near = [], []
+  for _ in range(50):
+    queries = rng.normal(size=(10, 30)) + 1  # of the pool's kind: ten of them know less than the pool
+    target, kept = matching.shrunk_target(queries, pool.astype(np.float32), np.ones(10), np.ones(400))
+    near.append([np.sum((value - 1) ** 2) for value in (target, queries.mean(axis=0))])
+    assert 0 <= kept < 0.6
+    queries += 3  # of another kind: believed
+    target, kept = matching.shrunk_target(queries, pool, np.ones(10), np.ones(400))
+    far.append([np.sum((value - 4) ** 2) for value in (target, queries.mean(axis=0))])
+    assert kept > 0.97
+  near, far = np.mean(near, axis=0), np.mean(far, axis=0)
+  assert near[0] < 0.3 * near[1] and far[0] < 1.01 * far[1]
+
+
+def test_a_shrunk_target_follows_its_formula_and_weights_are_repetitions_of_the_mean():
+  rng = np.random.default_rng(1)
+  queries, pool, weights = rng.normal(size=(3, 4)) + 1, rng.normal(size=(1500, 4)), np.array([1, 0, 3])
+  target, kept = matching.shrunk_target(queries, pool, weights, np.ones(1500))
+  share = weights / 4
+  q, p = share @ queries, pool.mean(axis=0)
+  noise = np.sum(share**2 * np.sum((queries - q) ** 2, axis=1)) + np.sum((pool - p) ** 2) / 1500**2
+  assert kept == pytest.approx(1 - noise / np.sum((q - p) ** 2)) and 0 < kept < 1
+  np.testing.assert_allclose(target, p + kept * (q - p))
+  repeated = queries[[0, 2, 2, 2]].mean(axis=0)
+  np.testing.assert_allclose(q, repeated)
+
+
+def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_tell_nothing_else():
+  rng = np.random.default_rng(2)
+  features = rng.normal(size=(60, 8))
+  features[-1] = 0
+  tokens = np.r_[rng.integers(1, 9, 59), 0]  # the last one has no response
+  queries, counts = rng.normal(size=(5, 8)), np.array([1, 2, 3, 4, 9])
+  task = make_inputs(60, features=features, target=queries, query_tokens=counts, num_response_tokens=tokens)
+  np.testing.assert_allclose(coreset.matching_target(task), counts @ queries / counts.sum())
+  shrunk = dataclasses.replace(task, shrink=True)
+  expected = matching.shrunk_target(queries, features[:-1], counts, tokens[:-1])[0]
+  np.testing.assert_allclose(coreset.matching_target(shrunk), expected)
+  equal = dataclasses.replace(shrunk, query_tokens=None)
+  expected = matching.shrunk_target(queries, features[:-1], np.ones(5), np.ones(59))[0]
+  np.testing.assert_allclose(coreset.matching_target(equal), expected)
+  rows = select_rows("matching", shrunk, Budget(num_examples=20))
+  wanted = matching.greedy_matching(features, coreset.matching_target(shrunk), 20, rows=shrunk.pool())
+  assert list(rows) == list(wanted) and 59 not in rows
+  with pytest.raises(UserError, match="query_tokens have shape .3,. for 5 queries"):
+    coreset.matching_target(dataclasses.replace(task, query_tokens=np.ones(3)))
 
 
 def test_matching_quota_keeps_the_fraction_of_every_topic():

@@ -235,6 +235,7 @@ def run_settings(folder: pathlib.Path, config: model.ModelConfig = CONFIG, **cha
     "curvature_examples": 8,
     "curvature_batch": 8,
     "checkpoint_every": 3,
+    "policy": "proponents",
     "seeds": "0,1",
     "fixed_seeds": "0",
   }
