@@ -4,24 +4,40 @@
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
 
-Every experiment is a run folder of its own in --run_dir and goes on where it was stopped; a finished one is not run
-again. The next experiment starts when the one before has ended, however it ended; one that fails is told at the end.
+Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
+again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
+anew. The next experiment starts when the one before has ended, however it ended; one that fails is told at the end.
+--overwrite starts everything anew, with --only the experiments that it names.
+
+The experiments' flags are in experiments/flags/. Passed on to all of them, where given: --seed --mesh --boundary_cache
+--boundary_cache_gb --batch_tokens --microbatch --shard_batches --model --dtype. Other flags are refused. --model is the
+model that is trained and, but in transfer, scored: there the models that select stay those named in the experiment, and
+--model joins them. Each experiment is one process, which works alone on the devices of this machine.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import functools
+import json
 import logging
 import os
 import pathlib
 import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Sequence
+
+import jax
+from absl import flags as command_line
 
 from experiments import children, cli, flags
 from experiments.flags import Settings, listed
-from in2core_jax import artifacts, report
+from in2core_jax import artifacts, report, sources
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +45,16 @@ log = logging.getLogger(__name__)
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FLAGS = _ROOT / "experiments" / "flags"
 _MOST_BYTES = 1_000_000  # of a published file
+_FACTS = "run.json"  # beside a published table: what the index says of it
+_NOTE_SECONDS = 30.0  # between two notes of how long a running experiment has taken
+_PATIENCE = 60.0  # seconds that a stopped experiment has to save its work
+
+# Flags of this command that its experiments get; the first ones change no number of a result.
+HOW_FAST = ("mesh", "boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "shard_batches")
+PASSED = (*HOW_FAST, "seed", "model", "dtype")
+_OWN = ("run_dir", "overwrite", "coordinator", "process_id", "num_processes", "preset", "alpaca", "only", "results_dir")
+# Made by the experiments beside their run folders; RUN-full, by study, is another.
+_CACHES = ("boundary", "ekfac", "projected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +64,11 @@ class Step:
   Attributes:
     name: of its folder, and in --only.
     module: in experiments/.
-    table: name of its files without ending; the .md marks it as finished.
+    table: name of its files without ending; it is finished when the .md is there.
     flagfile: in experiments/flags/.
     about: what it shows, in a line.
     changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.
+    full: flags that come after paper-full.flags, which comes after `changes`.
   """
 
   name: str
@@ -50,6 +77,7 @@ class Step:
   flagfile: str
   about: str
   changes: tuple[str, ...] = ()
+  full: tuple[str, ...] = ()
 
   @property
   def needs_alpaca(self) -> bool:
@@ -69,7 +97,15 @@ STEPS = (
   ),
   Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus"),
   Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
-  Step("fidelity", "fidelity", "fidelity", "fidelity.flags", "do scores foretell what retraining gives (LDS)"),
+  Step(
+    "fidelity",
+    "fidelity",
+    "fidelity",
+    "fidelity.flags",
+    "do scores foretell what retraining gives (LDS)",
+    # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
+    full=("--train_limit=128",),
+  ),
   Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
   Step(
     "transfer",
@@ -113,45 +149,204 @@ def steps_of(s: Settings) -> list[Step]:
       raise UserError(f"--only={s.only}: {name} needs --alpaca, the path of an Alpaca JSON file")
   if s.alpaca and not pathlib.Path(s.alpaca).is_file():
     raise UserError(f"--alpaca={s.alpaca}: there is no such file; give a JSON file with instruction, input, output")
-  return [known[name] for name in wanted]
+  return [known[name] for name in dict.fromkeys(wanted)]
 
 
-def command(step: Step, s: Settings) -> list[str]:
-  """The step's command line; what is given here (where, how fast, the model) wins over its flagfile."""
-  full = [f"--flagfile={_FLAGS / 'paper-full.flags'}"] if s.preset == "full" else []
-  runs = pathlib.Path(s.run_dir).absolute()
-  changes = [change.format(alpaca=os.path.abspath(s.alpaca), runs=runs) for change in step.changes]
-  given = [f"--{name}={getattr(s, name)}" for name in ("mesh", "dtype") if getattr(s, name) != getattr(Settings, name)]
+# ---- commands ------------------------------------------------------------------------
+
+
+def flagfiles(step: Step, s: Settings) -> list[pathlib.Path]:
+  """The flagfiles of the step's command."""
+  return [_FLAGS / step.flagfile, *([_FLAGS / "paper-full.flags"] if s.preset == "full" else [])]
+
+
+def given(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+  """Flags of this command that the step gets: which have another value than the default, or undo its flagfile's.
+
+  Args:
+    step: the step.
+    s: the flags of this command.
+    named: flags that were given to this command, with whatever value.
+  """
+  files = "\n".join(path.read_text(encoding="utf-8") for path in flagfiles(step, s))
+  set_there = re.findall(r"^\s*--(\w+)", "\n".join([files, *step.changes, *step.full]), re.MULTILINE)
+  value = lambda name: getattr(s, name)  # noqa: E731
+  wanted = [name for name in PASSED if value(name) != getattr(Settings, name) or name in named and name in set_there]
+  return [f"--{name}={value(name)}" for name in wanted]
+
+
+def arguments(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+  """The step's flags, later ones win: its flagfile's, its changes, the full preset's, what was given to this command.
+
+  {alpaca} and {runs} are not filled in. `--num_processes=1`: a job of several processes must not be waited for.
+  """
+  first, *full = [f"--flagfile={path}" for path in flagfiles(step, s)]
+  last = [*given(step, s, named), "--num_processes=1", f"--run_dir={{runs}}/{step.name}"]
+  return [first, *step.changes, *full, *(step.full if full else ()), *last]
+
+
+def command(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+  """The step's command line."""
+  alpaca, runs = os.path.abspath(s.alpaca), pathlib.Path(s.run_dir).absolute()
+  filled = [_filled(argument, alpaca, runs) for argument in arguments(step, s, named)]
+  return [sys.executable, "-P", "-m", f"experiments.{step.module}", *filled]
+
+
+def shown_command(step: Step, s: Settings, named: Collection[str] = ()) -> str:
+  """The same for readers elsewhere: no path of this machine."""
+  shown = []
+  for argument in arguments(step, s, named):
+    argument = argument.replace(f"--flagfile={_FLAGS}/", "--flagfile=experiments/flags/")
+    shown.append(_without_folders(_filled(argument, "ALPACA.json", "runs/paper")))
+  return f"python -m experiments.{step.module} {shlex.join(shown)}"
+
+
+def _filled(argument: str, alpaca: object, runs: object) -> str:
+  return argument.replace("{alpaca}", str(alpaca)).replace("{runs}", str(runs))
+
+
+def _without_folders(argument: str) -> str:
+  """Absolute paths in a flag's value cut down to their last names."""
+  return re.sub(r"(?<=[=:;,+])~?/(?:[^/:;,+]+/)*([^/:;,+]*)/?", r"\1", argument)
+
+
+def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, str]:
+  """What the step's results depend on, by name: its flags, the content of its flagfiles and of --alpaca.
+
+  Of a step whose results it reads, what that one was run with, or will be in this very call.
+  """
+  flags_ = [argument for argument in arguments(step, s, named) if not argument.startswith("--flagfile=")]
+  facts = {"module": step.module} | {name: value for name, _, value in (flag.partition("=") for flag in flags_)}
+  for path in flagfiles(step, s):
+    facts[f"content of {path.name}"] = artifacts.file_sha256(path)
+  if step.needs_alpaca:
+    facts |= {"--alpaca": os.path.abspath(s.alpaca), "content of --alpaca": artifacts.file_sha256(s.alpaca)}
+  wanted = {other.name: other for other in steps_of(s)}
+  for name in re.findall(r"\{runs\}/([\w-]+)", " ".join(step.changes)):
+    theirs = facts_of(wanted[name], s, named) if name in wanted else read_note(s, name).get("command", {})
+    facts[f"command of {name}"] = artifacts.hash_of(theirs)
+  return facts
+
+
+def changes_of(before: dict[str, str], now: dict[str, str], finished: bool) -> list[str]:
+  """What is different, in words; nothing when both are the same.
+
+  Of a finished step the place of --alpaca does not count, its content does. One that is to go on may do so at another
+  speed, but only with the same paths, which its run folder was made for.
+  """
+  if not before:
+    return ["what was there was being removed"]
+  ignored = ("--alpaca",) if finished else tuple(f"--{name}" for name in HOW_FAST)
+  names = [name for name in (before | now) if before.get(name) != now.get(name) and name not in ignored]
+  told = lambda name, facts: repr(facts[name]) if name in facts else "not given"  # noqa: E731
   return [
-    *(sys.executable, "-P", "-m", f"experiments.{step.module}", f"--flagfile={_FLAGS / step.flagfile}"),
-    *(*full, *changes, *given, f"--run_dir={runs / step.name}"),
+    f"{name} was {told(name, before)} and is {told(name, now)} now"
+    if name.startswith("--") or name == "module"
+    else f"the {name} changed"
+    for name in names
   ]
 
 
-def run(s: Settings) -> int:
-  """Runs the steps and publishes their results; returns the exit code, 1 when a step failed."""
-  run_dir = artifacts.RunDir.open(s.run_dir, {"stage": "paper", "preset": s.preset}, overwrite=s.overwrite)
-  failed = []
-  for number, step in enumerate(steps_of(s)):
-    folder = pathlib.Path(run_dir.folder(step.name))
-    note = folder.parent / f"{step.name}.json"
-    run_dir.file(note.name)
-    before = artifacts.read_json(note) if note.exists() else {"seconds": 0.0, "finished": False}
-    if not before["finished"]:
-      log.info("=== %d of %d: %s, %s", number + 1, len(steps_of(s)), step.name, step.about)
-      began = time.monotonic()
-      code = subprocess.run(command(step, s), env=children.environment(), check=False).returncode
-      before["seconds"] += time.monotonic() - began
-      before |= {"finished": code == 0, "date": datetime.date.today().isoformat(), "commit": commit()}
-      artifacts.write_json(note, before)
-      if code:
-        failed.append(f"{step.name} (exit code {code})")
-        continue
-    publish(step, s, folder, before)
-  write_index(s)
-  if failed:
-    log.error("failed: %s; the same command goes on with them", ", ".join(failed))
-  return 1 if failed else 0
+# ---- one step ------------------------------------------------------------------------
+
+
+def folder_of(s: Settings, name: str) -> pathlib.Path:
+  """The run folder of a step."""
+  return pathlib.Path(s.run_dir) / name
+
+
+def read_note(s: Settings, name: str) -> dict:
+  """What is known of a step's run; nothing of one that was never started.
+
+  Entries: command (`facts_of`), shown (`shown_command`), seconds over all starts, finished, date, commit, machine,
+  devices.
+  """
+  path = folder_of(s, f"{name}.json")
+  return artifacts.read_json(path) if path.exists() else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A step and what is to be done of it.
+
+  Attributes:
+    step: the step.
+    facts: `facts_of` it.
+    done: whether its results are there, of these facts.
+    anew: why what is there has to go; empty: nothing has to.
+  """
+
+  step: Step
+  facts: dict[str, str]
+  done: bool
+  anew: str
+
+
+def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
+  """Looks at what is there of a step."""
+  note, facts = read_note(s, step.name), facts_of(step, s, named)
+  finished = bool(note.get("finished")) and (folder_of(s, step.name) / f"{step.table}.md").exists()
+  if s.overwrite:
+    return Task(step, facts, False, "--overwrite")
+  # A note without a command is of an older version: the experiment itself goes on, or refuses.
+  changed = changes_of(note["command"], facts, finished) if "command" in note else []
+  return Task(step, facts, finished and "command" in note and not changed, "; ".join(changed))
+
+
+def clear(s: Settings, step: Step) -> None:
+  """Removes what this command has made of a step; a kill in between is told from a finished removal."""
+  artifacts.write_json(folder_of(s, f"{step.name}.json"), {"command": {}, "seconds": 0.0, "finished": False})
+  for folder in (folder_of(s, step.name), folder_of(s, f"{step.name}-full")):
+    if folder.is_symlink():
+      folder.unlink()
+    elif folder.exists():
+      shutil.rmtree(folder)
+
+
+def run_step(task: Task, s: Settings, named: Collection[str] = ()) -> int:
+  """Runs the step's command to its end and notes where and for how long, also when it is stopped; its exit code."""
+  step = task.step
+  note, path = {"seconds": 0.0, "finished": False} | read_note(s, step.name), folder_of(s, f"{step.name}.json")
+  note |= {"command": task.facts, "shown": shown_command(step, s, named), "finished": False}
+  note["commit"], note["machine"] = _then(note.get("commit"), commit()), _then(note.get("machine"), machine())
+  before, began = note["seconds"], time.monotonic()
+
+  def keep() -> None:
+    note["seconds"] = before + time.monotonic() - began
+    artifacts.write_json(path, note)
+
+  keep()
+  code, process = None, subprocess.Popen(command(step, s, named), env=children.environment())
+  try:
+    while code is None:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.wait(_NOTE_SECONDS)
+      keep()
+  except BaseException:  # Ctrl-C and SIGTERM among them
+    _stop(process)
+    keep()
+    raise
+  if code == 0:
+    folder = folder_of(s, step.name)
+    note |= {"finished": True, "date": datetime.date.today().isoformat(), "devices": devices(folder)}
+    artifacts.write_json(path, note)
+  return code
+
+
+def _then(before: str | None, now: str) -> str:
+  """A fact of a run that was started several times, perhaps with different ones."""
+  return now if not before else before if now in before.split(", then ") else f"{before}, then {now}"
+
+
+def _stop(process: subprocess.Popen) -> None:
+  """Ends an experiment, which saves what it can; a second signal in the meantime ends it at once."""
+  process.terminate()
+  try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(_PATIENCE)
+  finally:
+    process.kill()
+    process.wait()
 
 
 def commit() -> str:
@@ -169,36 +364,223 @@ def machine() -> str:
   return f"{os.cpu_count()} cores of {named[1] if named else platform.machine()}"
 
 
-def publish(step: Step, s: Settings, folder: pathlib.Path, note: dict) -> None:
-  """Copies tables and pictures, the Markdown with the command, machine, date and commit at its end."""
-  target = pathlib.Path(s.results_dir) / s.preset / step.name
-  shown = " ".join(["python -m", f"experiments.{step.module}", f"--flagfile=experiments/flags/{step.flagfile}"])
-  shown += "".join(f" {change.format(alpaca='ALPACA.json', runs='runs/paper')}" for change in step.changes)
+def devices(folder: pathlib.Path) -> str:
+  """The accelerators that a finished step has told of in its run folder, as "8 x TPU v5 lite"; empty: the processor.
+
+  Most experiments write them; those that do not have had the devices that a process started now has. This process must
+  not look by itself: it would take the devices from the next experiment.
+  """
+  told = [artifacts.read_json(path) for path in sorted(folder.glob("*.json"))]
+  found = [facts["devices"] for facts in told if isinstance(facts, dict) and isinstance(facts.get("devices"), dict)]
+  summary = found[0] if found else _devices_here()
+  accelerated = summary.get("platform", "cpu") != "cpu"
+  return f"{summary['num_devices']} x {summary['device_kind']}" if accelerated else ""
+
+
+@functools.cache
+def _devices_here() -> dict:
+  """`artifacts.device_summary` of a process of its own; empty when that one fails."""
+  code = "import json; from in2core_jax import artifacts; print(json.dumps(artifacts.device_summary()))"
+  here = {"env": children.environment(), "capture_output": True, "text": True, "check": False}
+  done = subprocess.run([sys.executable, "-P", "-c", code], **here)
+  return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+
+
+# ---- all steps -----------------------------------------------------------------------
+
+
+def run(s: Settings, named: Collection[str] = ()) -> int:
+  """Runs the steps and publishes their results.
+
+  Args:
+    s: flags.
+    named: names of the flags that were given on the command line.
+
+  Returns:
+    The exit code, 1 when a step failed.
+  """
+  steps = steps_of(s)
+  check_settings(s, steps, named)
+  open_folder(s)
+  tasks = [task_of(step, s, named) for step in steps]
+  announce(s, tasks)
+  waiting, failed, began = [task for task in tasks if not task.done], [], time.monotonic()
+  for task in tasks:
+    if not task.done:
+      step = task.step
+      log.info("=== %d of %d: %s, %s", tasks.index(task) + 1, len(tasks), step.name, step.about)
+      if task.anew:
+        log.warning("%s starts anew, what is in %s is removed: %s", step.name, folder_of(s, step.name), task.anew)
+        clear(s, step)
+      code = run_step(task, s, named)
+      waiting.remove(task)
+      _tell_progress(s, task, code, waiting, time.monotonic() - began)
+      if code:
+        failed.append(f"{step.name} (exit code {code})")
+        write_index(s)
+        continue
+    publish(task.step, s)
+    write_index(s)
+  if failed:
+    log.error("failed: %s; the same command goes on with them", ", ".join(failed))
+  return 1 if failed else 0
+
+
+def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = ()) -> None:
+  """Tells before any work what could not go well.
+
+  Raises:
+    UserError: a flag that no experiment would get, a folder that is not local, a file that cannot be read, or a job of
+      several processes.
+  """
+  foreign = sorted(set(named) - {*PASSED, *_OWN})
+  if foreign:
+    raise UserError(
+      f"--{foreign[0]} is not passed on to the experiments, which have their flags from experiments/flags/: leave it "
+      f"out, or run the experiment alone with it; passed on are --{', --'.join(PASSED)}"
+    )
+  for name in ("run_dir", "results_dir"):
+    if artifacts.is_remote(getattr(s, name)):
+      raise UserError(f"--{name}={getattr(s, name)}: paper works in local folders; give one, and copy it afterwards")
+  if jax.distributed.is_initialized():
+    raise UserError(
+      "paper runs one process at a time: start it on one machine, in one process, with --num_processes=1 where a "
+      "larger job is found"
+    )
+  if any(step.needs_alpaca for step in steps):
+    if "+" in os.path.abspath(s.alpaca):
+      raise UserError(f"--alpaca={s.alpaca}: sources are joined by +, so its path must have none: rename or move it")
+    sources.load_records(f"jsonl:{os.path.abspath(s.alpaca)}")
+
+
+def open_folder(s: Settings) -> None:
+  """Makes the run folder or continues it, and notes as its own what the experiments will write into it.
+
+  Raises:
+    UserError: it belongs to another preset or to something else.
+  """
+  identity = {"stage": "paper", "preset": s.preset}
+  try:
+    run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite and not s.only)
+  except UserError as error:
+    more = " (without --only, with which it starts anew only the experiments that are named)"
+    raise UserError(f"{error}{more if s.overwrite and s.only else ''}") from error
+  for step in steps_of(s):
+    for name in (step.name, f"{step.name}-full", f"{step.name}.json"):
+      run_dir.file(name)
+  for name in _CACHES:
+    run_dir.file(name)
+
+
+def announce(s: Settings, tasks: Sequence[Task]) -> None:
+  """Tells what will be run, and why again."""
+  done, waiting = ([task for task in tasks if task.done == wanted] for wanted in (True, False))
+  if done:
+    log.info("finished already: %s", ", ".join(task.step.name for task in done))
+  log.info("preset %s, to run: %s", s.preset, _left(s, waiting))
+  for task in waiting:
+    if task.anew:
+      log.info("  %s once more: %s", task.step.name, task.anew)
+
+
+def _tell_progress(s: Settings, task: Task, code: int, waiting: Sequence[Task], elapsed: float) -> None:
+  """After a step: how long it and all so far took, and what is left."""
+  name, seconds = task.step.name, read_note(s, task.step.name)["seconds"]
+  ended = f"failed with exit code {code}" if code else "finished"
+  log.info("=== %s %s after %s; %s in all", name, ended, _duration(seconds), _duration(elapsed))
+  log.info("left: %s", _left(s, waiting))
+
+
+def _left(s: Settings, waiting: Sequence[Task]) -> str:
+  """Names of steps, with the time that they took when their published tables were made, if all of them tell."""
+  if not waiting:
+    return "nothing"
+  known = [_published(s, task.step).get("seconds") for task in waiting]
+  took = f" (last time {_duration(sum(known))})" if None not in known else ""
+  return ", ".join(task.step.name for task in waiting) + took
+
+
+def _duration(seconds: float) -> str:
+  """Hours, minutes, seconds."""
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
+# ---- results -------------------------------------------------------------------------
+
+
+def target_of(s: Settings, step: Step) -> pathlib.Path:
+  """The folder that a step's results are published in."""
+  return pathlib.Path(s.results_dir) / s.preset / step.name
+
+
+def _published(s: Settings, step: Step) -> dict:
+  path = target_of(s, step) / _FACTS
+  return artifacts.read_json(path) if path.exists() else {}
+
+
+def publish(step: Step, s: Settings) -> None:
+  """Copies a finished step's tables and pictures; the Markdown gets command, machine, date and commit at its end."""
+  folder, target, note = folder_of(s, step.name), target_of(s, step), read_note(s, step.name)
+  where = ", ".join(filter(None, [note["devices"], note["machine"]]))
+  facts = {name: note[name] for name in ("date", "commit", "seconds")} | {"machine": where, "command": note["shown"]}
   text = (folder / f"{step.table}.md").read_text(encoding="utf-8")
   text = re.sub(r"\]\((plots/[\w.-]+)\.png\)", r"](\1.svg)", text)
-  facts = f"`{shown}`, {machine()}, {note['date']}, commit {note['commit']}, {note['seconds']:,.0f} seconds."
-  artifacts.write_text(target / f"{step.table}.md", f"{text}\n---\n\n{facts}\n")
+  text += f"\n---\n\n`{note['shown']}`, {where}, {note['date']}, commit {note['commit']}, "
+  contents = {f"{step.table}.md": f"{text}{note['seconds']:,.0f} seconds.\n"}
   tables = [path for kind in ("csv", "tex") for path in sorted(folder.glob(f"*.{kind}"))]
   for path in [*tables, *sorted((folder / "plots").glob("*.svg"))]:
-    if path.stat().st_size <= _MOST_BYTES:
-      artifacts.write_bytes(target / path.relative_to(folder), path.read_bytes())
+    size = path.stat().st_size
+    if size <= _MOST_BYTES:
+      contents[path.relative_to(folder).as_posix()] = path.read_text(encoding="utf-8")
+    else:
+      log.warning("%s is not published: %s bytes, more than %s", path, f"{size:,}", f"{_MOST_BYTES:,}")
+  for name in set(_published(s, step).get("files", ())) - set(contents):  # of an earlier run with other tables
+    (target / name).unlink(missing_ok=True)
+  for name, content in contents.items():
+    artifacts.write_text(target / name, _without_places(content, s, note))
+  artifacts.write_json(target / _FACTS, facts | {"files": sorted(contents)})
+
+
+def _without_places(text: str, s: Settings, note: dict) -> str:
+  """Replaces the paths of this machine that the experiments know of."""
+  places = {
+    str(pathlib.Path(s.run_dir).absolute()): "runs/paper",
+    note["command"].get("--alpaca", ""): "ALPACA.json",
+    f"{_ROOT}/": "",
+    s.model if "/" in s.model else "": _without_folders(s.model),
+  }
+  for place in sorted(filter(None, places), key=len, reverse=True):
+    text = text.replace(place, places[place])
+  return text
 
 
 def write_index(s: Settings) -> None:
-  """README.md of the results: what there is."""
-  rows = []
+  """README.md of the results: what there is, of when, from where, and what it took."""
+  rows, older, total = [], [], 0.0
   for step in STEPS:
-    page = pathlib.Path(s.results_dir) / s.preset / step.name / f"{step.table}.md"
-    if page.exists():
-      rows.append({"experiment": step.name, "shows": step.about, "table": f"{step.name}/{step.table}.md"})
-  lines = [f"# Results, preset {s.preset}", "", report.markdown_table(rows).rstrip(), ""]
+    if not (target_of(s, step) / f"{step.table}.md").exists():
+      continue
+    facts, note = _published(s, step), read_note(s, step.name)
+    row = {"experiment": step.name, "shows": step.about, "table": f"{step.name}/{step.table}.md"}
+    row |= {name: facts.get(name, "") for name in ("date", "commit")}
+    seconds = facts.get("seconds")
+    rows.append(row | {"seconds": "" if seconds is None else f"{seconds:,.0f}", "machine": facts.get("machine", "")})
+    total += seconds or 0.0
+    if note and not note["finished"]:
+      older.append(step.name)
+  columns = ("experiment", "shows", "table", "date", "commit", "seconds", "machine")
+  lines = [f"# Results, preset {s.preset}", "", report.markdown_table(rows, columns).rstrip(), ""]
+  lines += [f"{total:,.0f} seconds in all.", ""]
+  if older:
+    lines += [f"Of an earlier run, the last one is not finished or failed: {', '.join(older)}.", ""]
   lines += ["Made by `./run.sh paper`; the command, machine, date and commit stand at the end of each page."]
   artifacts.write_text(pathlib.Path(s.results_dir) / s.preset / "README.md", "\n".join(lines) + "\n")
 
 
 def main(_) -> int:
   """Entry point."""
-  return run(flags.read())
+  fields = (field.name for field in dataclasses.fields(Settings))
+  return run(flags.read(), [name for name in fields if command_line.FLAGS[name].present])
 
 
 if __name__ == "__main__":

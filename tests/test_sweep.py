@@ -201,6 +201,7 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
   assert paper.run(s) == 1  # the second step fails, the first is there
   page = (tmp_path / "results" / "quick" / "first" / "report.md").read_text()
   assert "python -m experiments.select --flagfile=" in page and "--fraction=0.25" in page and "cores of" in page
+  assert "--num_processes=1" in page and str(tmp_path) not in page
   assert "](plots/scores.svg)" in page and (tmp_path / "results" / "quick" / "first" / "plots" / "scores.svg").exists()
   assert len((tmp_path / "paper" / "first" / "coreset.jsonl").read_text().splitlines()) == 8
   index = (tmp_path / "results" / "quick" / "README.md").read_text()
