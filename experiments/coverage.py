@@ -37,6 +37,11 @@ from in2core_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 POINTS = coverage_report.POINTS
+_DOES = "coverage fine-tunes the base model itself, without the held-out topics; scores are of single test points"
+_REFUSED = (
+  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
+  "score_path=projected",
+)
 AGGREGATES = ("mean", "maximum", "positive mass")
 BASE, TRAINED = "base", "trained"
 _DRAWS = 300  # of the bootstrap of each correlation; there are dozens
@@ -290,13 +295,10 @@ def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
+  flags.refuse(s, _REFUSED, _DOES)
   bench = bench or Workbench(s)
   if s.coverage_signal not in INFLUENCE:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
-  if s.checkpoint:
-    raise UserError(
-      f"--checkpoint={s.checkpoint}: coverage itself fine-tunes the base model, without the held-out topics"
-    )
   folds = folds_of(bench, s)
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)

@@ -25,6 +25,10 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_DOES = "transfer fine-tunes every model itself (--score_at), has no store of gradients and writes no tables of scores"
+_REFUSED = (
+  *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
+)
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "layers")  # in the names of the cells
 
 
@@ -111,7 +115,6 @@ class Transfer:
     s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
     params, losses = self.params_of(bench, s)
     chosen = choose(bench, params, s.layers, s.modules)
-    check_settings(bench, s, chosen)
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
     found = score(bench, s, chosen, work)
     work.remove()
@@ -135,6 +138,8 @@ class Transfer:
     """(parameters at which a scorer takes gradients, its mean loss there over the evaluation examples)."""
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
+    start = subtree.merge(judge.sub, judge.frozen, judge.chosen)
+    check_settings(bench, s, choose(bench, start, s.layers, s.modules))  # told before the training
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
     loss = float(judge.losses(sub, "eval")[counted].mean())
@@ -256,8 +261,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   scorers = scorers_of(s)
   seeds_of(s)
-  if s.checkpoint:
-    raise UserError(f"--checkpoint={s.checkpoint}: transfer fine-tunes every model itself (--score_at); leave it out")
+  flags.refuse(s, _REFUSED, _DOES)
   bench = bench or Workbench(s)
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))

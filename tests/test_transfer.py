@@ -101,6 +101,8 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
     transfer.run(settings.replace(solver="cg"), bench)
   with pytest.raises(UserError, match="leave it out"):
     transfer.run(settings.replace(checkpoint=str(folder)), bench)
+  with pytest.raises(UserError, match="--score_path=projected: transfer .* has no store"):
+    transfer.run(settings.replace(score_path="projected"), bench)
 
 
 @pytest.mark.real
