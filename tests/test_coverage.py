@@ -1,5 +1,6 @@
 """Coverage: aggregates and bootstrap against numbers worked out, folds, and the experiment on a small random model."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -11,7 +12,7 @@ from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, a
 
 from experiments import coverage as experiment
 from experiments import scoring, workbench
-from in2core_jax import coverage, evaluation, variants
+from in2core_jax import coverage, evaluation, subtree, variants
 from in2core_jax.errors import UserError
 
 
@@ -142,6 +143,21 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.artifacts.RunDir.load(str(finished))))
   np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
   np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
+
+
+def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
+  own = copy.copy(bench)
+  own._hidden = {}
+  monkeypatch.setattr(workbench, "_below_hash", lambda params, *_: params)
+  monkeypatch.setattr(workbench.boundary, "compute_boundary", lambda job, *_: [job])
+  chosen = subtree.Subtree((1,), 2, ())
+  made = {}
+  for params in ("base", "first", "second"):
+    for part in ("train", "eval"):
+      made[part, params] = own._boundary(part, chosen, params)
+  assert own._boundary("train", chosen, "base") is made["train", "base"]
+  assert own._boundary("eval", chosen, "second") is made["eval", "second"]
+  assert sorted(key[-1] for key in own._hidden) == ["base", "base", "second", "second"]
 
 
 @pytest.mark.real
