@@ -248,7 +248,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
   Args:
     observed: one a fold.
     topics: of the test points.
-    counted: int, the test points that have a response.
+    counted: int, the test points that are judged.
   """
   named = np.array(topics, dtype=object)[counted]
   join = lambda values: np.concatenate([np.asarray(value)[counted] for value in values])  # noqa: E731
@@ -260,6 +260,13 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
     np.tile(counted, len(observed)),
     np.repeat(np.arange(len(observed)), len(counted)),
   )
+
+
+def judged_points(bench: Workbench) -> np.ndarray:
+  """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
+  points, trained = bench.parts[POINTS], set(bench.parts["train"].topics)
+  known = np.array([topic in trained for topic in points.topics])
+  return np.flatnonzero(known & (points.num_response_tokens > 0))
 
 
 def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> evaluation.Interval:
@@ -306,7 +313,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
   counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  pooled = pool(observed, bench.parts[POINTS].topics, counted)
+  pooled = pool(observed, bench.parts[POINTS].topics, judged_points(bench))
   found = coverage_report.Findings(table_of(pooled, whole, counted), pooled, whole, observed, counted)
   coverage_report.write(run_dir, s, bench, study.texts, found)
   return str(run_dir.path)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -180,6 +181,14 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+
+
+def test_points_of_topics_that_are_in_no_training_set_are_not_judged():
+  """They would count as covered in every fold, though nothing of their topic is ever trained on."""
+  part = lambda topics, tokens: types.SimpleNamespace(topics=topics, num_response_tokens=np.array(tokens))  # noqa: E731
+  parts = {"train": part(["a", "b", "b"], [1, 1, 1]), "eval": part(["a", "c", "b", "b"], [2, 2, 0, 3])}
+  found = experiment.judged_points(types.SimpleNamespace(parts=parts))
+  assert found.tolist() == [0, 3]
 
 
 def test_pooled_statistics_are_those_of_the_definition():
