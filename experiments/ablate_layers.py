@@ -310,11 +310,12 @@ def measure(ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Ch
 
 def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) -> list[dict]:
   """One row a choice: agreement with all layers, and cost on paper."""
-  s, paper = ablation.settings, ablation.on_paper(solver)
+  paper = ablation.on_paper(solver)
   whole = ablation.choices[0]
   usable = trainable_rows(ablation.bench)  # the others score 0, and are never selected
-  rows = []
+  rows, kept = [], set(ablation.top(scores[whole]).tolist())
   for choice, own in scores.items():
+    top = ablation.top(own)
     rows.append(
       {
         "solver": solver,
@@ -324,10 +325,10 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
         "modules": choice.modules,
         "layers": choice.flag,
         "spearman": evaluation.spearman(own[usable], scores[whole][usable]),
-        "overlap": evaluation.top_overlap(scores[whole][usable], own[usable], s.fraction),
+        "overlap": len(kept & set(top.tolist())) / len(kept),
         "flops": paper[choice]["flops"] / paper[whole]["flops"],
         "bytes": paper[choice]["bytes"],
-        "top": ablation.top(own),
+        "top": top,
         "perplexity": None,
         "seconds": None,
         "peak": None,

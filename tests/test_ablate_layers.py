@@ -79,7 +79,14 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   names = [choice.name for choice in ablate_layers.choices_of(settings, 4)]
   assert len(names) == len(set(names)) == 2 + 4 * 2 * 2  # eight layers are more than there are
   assert set(rows) == {(solver, name) for solver in ablate_layers.ADDITIVE for name in names}
-  for solver in ablate_layers.ADDITIVE:
+  task = ablate_layers.Ablation(bench, settings, artifacts.RunDir.load(str(finished)))
+  for solver, scores in task.scores().items():
+    tops = {choice.name: set(task.top(values).tolist()) for choice, values in scores.items()}
+    share = len(tops["all"] & tops["first:1"]) / len(tops["all"])
+    assert float(rows[solver, "first:1"]["overlap"]) == pytest.approx(share)
+    few = ablate_layers.Ablation(bench, settings.replace(num_examples=3), artifacts.RunDir.load(str(finished)))
+    values = ablate_layers.table_of(few, solver, scores)
+    assert {3 * row["overlap"] for row in values} <= {0, 1, 2, 3} and len(values[0]["top"]) == 3
     whole = rows[solver, "all"]
     assert float(whole["Spearman"]) == float(whole["overlap"]) == float(whole["FLOPs, share of all"]) == 1
     assert (
