@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
 
 from experiments import ablation_report, benchmark_alone, cli, flags, planning, scoring, solving
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 ADDITIVE = ("identity", "datainf")
 POSITIONS = ("last", "first", "middle", "spread")
 ALL = "all"
+_DOES = "ablate_layers compares plain influence of the mean query, and the sets that --policy=proponents keeps"
+_REFUSED = (
+  *("normalize", "self_influence", "per_layer", "per_token", "per_query", "policy", "aggregate", "trajectory"),
+  "score_path=projected",
+)
 # The cheapest choices that agree with all layers are retrained, so many of them, to see whether one is enough.
 _TRIED = 3
 
@@ -107,8 +113,8 @@ class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
   def __init__(self, bench: Workbench, s: Settings, run_dir: artifacts.RunDir):
-    self.bench, self.settings, self.cells = bench, s.replace(aggregate="mean"), Cells(run_dir)
-    self.work = Work(run_dir, s.shard_batches)
+    self.bench, self.settings, self.cells = bench, s, Cells(run_dir)
+    self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
     self.choices = choices_of(s, bench.config.num_layers)
     self.solvers = listed(s.ablate_solvers)
@@ -186,9 +192,8 @@ class Ablation:
     described.__dict__ |= {"parts": self.bench.parts, "mesh": self.bench.mesh, "batch_tokens": self.bench.batch_tokens}
     found = {}
     for choice in self.choices:
-      own = {"layers": choice.flag, "modules": choice.modules, "solver": solver, "policy": "proponents"}
-      plain = {"per_query": False, "per_layer": False, "per_token": False, "trajectory": "none"}
-      phases = planning.select_phases(described, self.settings.replace(**own, **plain))
+      own = self.settings.replace(layers=choice.flag, modules=choice.modules, solver=solver)
+      phases = planning.select_phases(described, own)
       found[choice] = {
         "flops": sum(phase.flops for phase in phases),
         "bytes": max(phase.device_bytes for phase in phases) + max(phase.host for phase in phases),
@@ -196,12 +201,16 @@ class Ablation:
     return found
 
   def measured(self, choice: Choice) -> dict:
-    """Seconds and peak memory of the score pass through the whole model, in a process of its own."""
+    """Seconds and peak memory of the score pass through the whole model, in a process of its own on one device.
+
+    Raises:
+      UserError: that process failed; its own messages stand above.
+    """
 
     def make() -> dict:
-      own = self.settings.replace(
-        alone="score", layers=choice.flag, modules=choice.modules, device_counts="1", checkpoint=""
-      )
+      own = self.settings.replace(alone="score", layers=choice.flag, modules=choice.modules, checkpoint="")
+      # Of one device and of the same batches for all choices.
+      own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batch_tokens)
       limit = min(self.settings.ablate_examples, len(self.bench.parts["train"]))
       with tempfile.TemporaryDirectory() as temporary:
         return benchmark_alone.start(own.replace(train_limit=limit), pathlib.Path(temporary) / "score", {})
@@ -248,6 +257,7 @@ class Ablation:
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
+  flags.refuse(s, _REFUSED, _DOES)
   bench = bench or Workbench(s)
   identity = bench.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
@@ -263,24 +273,49 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   ablation = Ablation(bench, s, run_dir)
   found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}
   intervals = retrain(ablation, found, asked[0], seeds) if asked[0] else {}
-  answers = {name: ablation_report.enough(rows) for name, rows in found.items()}
-  if asked[1]:
-    winners = {row["name"] for row in answers.values() if row}
-    wanted = [choices[0], *asked[1], *(choice for choice in choices if choice.name in winners)]
-    measured = {choice.name: ablation.measured(choice) for choice in dict.fromkeys(wanted)}
-    for row in (row for rows in found.values() for row in rows if row["name"] in measured):
-      row |= {"seconds": measured[row["name"]]["seconds"], "peak": measured[row["name"]]["peak memory"]}
-  ablation_report.write(run_dir, ablation.settings, bench, found, intervals)
+  ablation_report.write(run_dir, ablation.settings, bench, found, intervals)  # what follows can fail
+  if asked[1] and measure(ablation, found, asked[1]):
+    ablation_report.write(run_dir, ablation.settings, bench, found, intervals)
   return str(run_dir.path)
+
+
+def measure(ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Choice]) -> bool:
+  """Measures all layers, the choices asked for and those that are enough; fills the rows; whether any was measured.
+
+  The processes that measure need the device. An accelerator is held by this one, so that they would not get it.
+  """
+  platform, processes = jax.default_backend(), jax.process_count()
+  if platform != "cpu" or processes > 1:
+    log.warning(
+      "--ablate_measure: nothing is measured, its columns stay empty: %s. The benchmark leaves the device to the "
+      "process that measures: python -m experiments.benchmark --flagfile=%s --run_dir=ANOTHER --measure=memory "
+      "--score_layers=last:8 --memory_examples=%d, once for each choice of layers (all is one)",
+      f"this is one of {processes} processes" if processes > 1 else f"this process holds the {platform}",
+      ablation.run_dir.path / "flags.txt",
+      ablation.settings.ablate_examples,
+    )
+    return False
+  winners = {row["name"] for row in map(ablation_report.enough, found.values()) if row}
+  wanted = [ablation.choices[0], *asked, *(choice for choice in ablation.choices if choice.name in winners)]
+  measured = {}
+  for choice in dict.fromkeys(wanted):
+    try:
+      measured[choice.name] = ablation.measured(choice)
+    except UserError as error:
+      log.warning("--ablate_measure: %s stays empty, the same command again tries once more: %s", choice.name, error)
+  for row in (row for rows in found.values() for row in rows if row["name"] in measured):
+    row |= {"seconds": measured[row["name"]]["seconds"], "peak": measured[row["name"]]["peak memory"]}
+  return bool(measured)
 
 
 def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) -> list[dict]:
   """One row a choice: agreement with all layers, and cost on paper."""
-  s, paper = ablation.settings, ablation.on_paper(solver)
+  paper = ablation.on_paper(solver)
   whole = ablation.choices[0]
   usable = trainable_rows(ablation.bench)  # the others score 0, and are never selected
-  rows = []
+  rows, kept = [], set(ablation.top(scores[whole]).tolist())
   for choice, own in scores.items():
+    top = ablation.top(own)
     rows.append(
       {
         "solver": solver,
@@ -290,10 +325,10 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
         "modules": choice.modules,
         "layers": choice.flag,
         "spearman": evaluation.spearman(own[usable], scores[whole][usable]),
-        "overlap": evaluation.top_overlap(scores[whole][usable], own[usable], s.fraction),
+        "overlap": len(kept & set(top.tolist())) / len(kept),
         "flops": paper[choice]["flops"] / paper[whole]["flops"],
         "bytes": paper[choice]["bytes"],
-        "top": ablation.top(own),
+        "top": top,
         "perplexity": None,
         "seconds": None,
         "peak": None,

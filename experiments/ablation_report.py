@@ -175,10 +175,12 @@ def write(
 
 def explanation(s: Settings, bench: Workbench) -> str:
   """What the columns are."""
+  counts = {"examples": s.num_examples, "tokens": s.token_budget}
+  kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
   return (
     f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
-    f"{s.checkpoint or 'the base model'}. Spearman and overlap (of the {s.fraction:.0%} with the highest scores) are "
-    "with all layers and modules of the same solver. FLOPs and memory on paper are those that --dry_run tells for a "
+    f"{s.checkpoint or 'the base model'}. Spearman and overlap (of the {kept} that are kept) are with all "
+    "layers and modules of the same solver. FLOPs and memory on paper are those that --dry_run tells for a "
     "whole select run with the choice, boundary cache included. Seconds and peak memory were measured for some only: "
     f"a score pass (jvp, no boundary cache) over {s.ablate_examples} training examples in a process of its own. "
     f"Retrained: layers {s.trainable_layers}, seeds {s.seeds}, equal steps, with the interval over seeds."

@@ -37,6 +37,11 @@ from in2core_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 POINTS = coverage_report.POINTS
+_DOES = "coverage fine-tunes the base model itself, without the held-out topics; scores are of single test points"
+_REFUSED = (
+  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
+  "score_path=projected",
+)
 AGGREGATES = ("mean", "maximum", "positive mass")
 BASE, TRAINED = "base", "trained"
 _DRAWS = 300  # of the bootstrap of each correlation; there are dozens
@@ -243,7 +248,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
   Args:
     observed: one a fold.
     topics: of the test points.
-    counted: int, the test points that have a response.
+    counted: int, the test points that are judged.
   """
   named = np.array(topics, dtype=object)[counted]
   join = lambda values: np.concatenate([np.asarray(value)[counted] for value in values])  # noqa: E731
@@ -255,6 +260,13 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
     np.tile(counted, len(observed)),
     np.repeat(np.arange(len(observed)), len(counted)),
   )
+
+
+def judged_points(bench: Workbench) -> np.ndarray:
+  """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
+  points, trained = bench.parts[POINTS], set(bench.parts["train"].topics)
+  known = np.array([topic in trained for topic in points.topics])
+  return np.flatnonzero(known & (points.num_response_tokens > 0))
 
 
 def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> evaluation.Interval:
@@ -290,13 +302,10 @@ def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
+  flags.refuse(s, _REFUSED, _DOES)
   bench = bench or Workbench(s)
   if s.coverage_signal not in INFLUENCE:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
-  if s.checkpoint:
-    raise UserError(
-      f"--checkpoint={s.checkpoint}: coverage itself fine-tunes the base model, without the held-out topics"
-    )
   folds = folds_of(bench, s)
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
@@ -304,7 +313,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
   counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  pooled = pool(observed, bench.parts[POINTS].topics, counted)
+  pooled = pool(observed, bench.parts[POINTS].topics, judged_points(bench))
   found = coverage_report.Findings(table_of(pooled, whole, counted), pooled, whole, observed, counted)
   coverage_report.write(run_dir, s, bench, study.texts, found)
   return str(run_dir.path)

@@ -160,6 +160,8 @@ def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[di
       "# Coverage\n",
       f"{len(bench.parts['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
+      f"Judged in {len(found.observed)} folds together: the {len(set(found.pooled.points.tolist()))} test points whose "
+      "topic has a training example. "
       "A signal is high where the training set covers; AUC is that of a low signal for points of held-out topics, with "
       "DeLong's interval, which takes each point in each fold as independent. Spearman's correlations come with "
       "intervals over redrawn test points; lower loss where the signal is higher is a negative correlation. 'base' "

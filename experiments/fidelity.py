@@ -37,6 +37,12 @@ _NOT_IDENTITY = (
   "curve_solvers",
   "left_out",
 )
+_DOES = "fidelity compares plain influence (--lds_solvers, --lds_ratios), trains by itself (--lds_at), has no policy"
+_REFUSED = (
+  *("checkpoint", "damping", "normalize", "self_influence", "per_layer", "per_token", "policy", "aggregate"),
+  *("score_path=projected", "trajectory"),
+)
+_LEAST_HALVES = 3  # that have a rank correlation with an interval
 _OF_VARIANTS = ("solver", "layers", "damping", "damping_ratio", "per_query", "checkpoint")
 
 
@@ -230,15 +236,44 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
   return float(np.average(losses, weights=weights))
 
 
+def check_halves(s: Settings) -> None:
+  """Refuses numbers of halves that have no correlation.
+
+  Raises:
+    UserError: too few halves, or more of them twice than there are.
+  """
+  least = f"a rank correlation with an interval needs {_LEAST_HALVES} or more"
+  if s.halves < _LEAST_HALVES:
+    raise UserError(f"--halves={s.halves}: {least}")
+  if 0 < s.halves_again < _LEAST_HALVES:
+    raise UserError(f"--halves_again={s.halves_again}: {least}, or 0 for no noise ceiling")
+  if s.halves_again > s.halves:
+    raise UserError(f"--halves_again={s.halves_again} of --halves={s.halves}: give at most as many")
+
+
+def check_left_out(s: Settings, examples: int) -> None:
+  """Refuses shares of so many training examples that leave out nothing, or everything.
+
+  Raises:
+    UserError: names the share.
+  """
+  for share in ratios(s.left_out, "left_out"):
+    count = math.floor(share * examples + 0.5)  # as `coreset.Budget` rounds
+    if not 0 < count < examples:
+      what = "nothing to train on" if count else "nothing out"
+      raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
+
+
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, scores, compares, writes fidelity.md and its kin; returns the run folder. Goes on if stopped."""
   s = settings
+  flags.refuse(s, _REFUSED, _DOES)
   variants = variants_of(s)
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
-  ratios(s.left_out, "left_out")
-  if s.halves_again > s.halves:
-    raise UserError(f"--halves_again={s.halves_again} of --halves={s.halves}: give at most as many")
+  check_halves(s)
   bench = bench or Workbench(s)
+  if curve_solvers:
+    check_left_out(s, len(trainable_rows(bench)))
   for layers in words(s.lds_layers, "lds_layers", separator=";"):
     subtree.make_subtree(bench.params, layers, s.modules)  # told before hours of training
   groups = ("data", "model", "finetune", "select", "fidelity", "run")

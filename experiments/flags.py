@@ -372,6 +372,30 @@ def seeds_of(s: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return seeds, integers(s.fixed_seeds, "fixed_seeds") or seeds
 
 
+def refuse(s: Settings, names: Collection[str], does: str) -> None:
+  """Refuses flags that a command would pass over, although they ask for other numbers or other files than it makes.
+
+  Flagfiles are shared between stages: name only flags that contradict what the command does, not those that are merely
+  of no use to it (a budget where nothing is selected, layers where there is a list of them).
+
+  Args:
+    s: the flags.
+    names: of flags that must have the default of the table; `name=value` refuses this value alone.
+    does: what the command does instead, for the message.
+
+  Raises:
+    UserError: one of them is set.
+  """
+  defaults = Settings()
+  for name in names:
+    name, _, only = name.partition("=")
+    value, default = getattr(s, name), getattr(defaults, name)
+    unset = isinstance(value, float) and math.isnan(value) and math.isnan(default)
+    if str(value) == only if only else value != default and not unset:
+      shown = str(value).lower() if isinstance(value, bool) else value
+      raise UserError(f"--{name}={shown}: {does}; leave it out")
+
+
 def define(**defaults: Any) -> None:
   """Makes absl flags of `Settings`; `defaults` override those of the table for one entry point."""
   for field in dataclasses.fields(Settings):

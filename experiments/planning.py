@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from experiments import fitting, solving
-from experiments.flags import Settings, integers, listed, shares
+from experiments.flags import Settings, integers, listed, seeds_of, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
 from experiments.scoring import topic_rows, trajectory_weights
-from in2core_jax import adapters, coreset, costs, finetune, influence, memory, packing, subtree
+from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, packing, subtree
 
 _FIT = "EK-FAC"  # begins the name of its phase
 
@@ -232,13 +233,18 @@ def num_steps(s: Settings, examples: int) -> int:
 def num_trainings(s: Settings) -> tuple[int, float]:
   """(trainings of an evaluation, how many of the full set's steps these are).
 
-  Every policy has its seeds, and in a sweep every budget; full data is trained once for each seed, whatever is equal.
+  As `evaluate.plan_of` compares: a policy has its seeds, and in a sweep every budget; a select run has the fixed seeds,
+  and in a sweep it only names its policy. Full data is trained once for each seed, whatever is equal.
   """
-  seeds, fixed = integers(s.seeds, "seeds"), integers(s.fixed_seeds, "fixed_seeds")
+  seeds, fixed = seeds_of(s)
   budgets = [share for share in shares(s.fractions, "fractions") if share < 1]
+  policies, runs = listed(s.policies), listed(s.select_runs)
+  if budgets:
+    policies += [name for name in dict.fromkeys(map(_policy_of_run, runs)) if name not in policies]
+    runs = []
+  compared = [(name, len(seeds if name in coreset.SEEDED_POLICIES else fixed)) for name in policies]
   count, whole = 0, 0.0
-  for name in [*listed(s.policies), *listed(s.select_runs)]:
-    own = len(seeds if name in coreset.SEEDED_POLICIES else fixed or seeds)
+  for name, own in [*compared, *((name, len(fixed)) for name in runs)]:
     if name == "full":
       count, whole = count + own, whole + own
       continue
@@ -247,6 +253,13 @@ def num_trainings(s: Settings) -> tuple[int, float]:
       # A smaller set has fewer steps in as many epochs; in as many tokens about the same.
       whole += own * (sum(budgets or [s.fraction]) if equal == "epochs" else max(1, len(budgets)))
   return count, whole
+
+
+def _policy_of_run(folder: str) -> str:
+  """The policy of a select run, or the folder's name while it is not finished."""
+  path = epath.Path(folder)
+  summary = path / "summary.json"
+  return artifacts.read_json(summary)["policy"] if summary.exists() else path.name
 
 
 def shape_work(shape: packing.PackedShape, groups: int, examples: int) -> costs.Work:

@@ -25,6 +25,10 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_DOES = "transfer fine-tunes every model itself (--score_at), has no store of gradients and writes no tables of scores"
+_REFUSED = (
+  *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
+)
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "layers")  # in the names of the cells
 
 
@@ -90,39 +94,52 @@ class Transfer:
     return other
 
   def scored(self, scorer: Scorer) -> dict:
-    """The cell of a scorer: influence [N] by example_id, the chosen ids, facts of the model."""
+    """The cell of a scorer: influence [N] by example_id, the chosen ids, facts of the model.
 
-    def make() -> dict:
-      s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
-      bench = self.bench_of(scorer)
-      params, losses = self.params_of(bench, s)
-      chosen = choose(bench, params, s.layers, s.modules)
-      check_settings(bench, s, chosen)
-      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(dataclasses.astuple(scorer))[:16]}")
-      found = score(bench, s, chosen, work)
-      work.remove()
-      train = bench.parts["train"]
-      more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
-      more |= text_inputs(bench, {s.policy})
-      # Where the other tokenizer cuts a response off, the example is still there for the model that is trained.
-      inputs = coreset.PolicyInputs(
-        found.influence, found.loss, train.num_tokens, self.train.num_response_tokens, train.topics, train.ids, **more
-      )
-      rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
-      return {
-        "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
-        "selected": [train.ids[row] for row in rows],
-        "layers in all": bench.config.num_layers,
-        "parameters": subtree.count(bench.params),
-        "eval loss": losses,
-      }
+    A word such as hf:DIR may name other weights tomorrow: the cell is that of the weights and the tokens of today, so
+    that each model is read even when its scores are there.
+    """
+    bench = self.bench_of(scorer)
+    content = artifacts.hash_of([bench.model_hash, bench.data_identity("train", "eval")])
+    name = ("scores", *dataclasses.astuple(scorer), content)
+    return self.cells.get(lambda: self.score_anew(scorer, bench, artifacts.hash_of(name)[:16]), *name)
 
-    return self.cells.get(make, "scores", *dataclasses.astuple(scorer))
+  def score_anew(self, scorer: Scorer, bench: Workbench, name: str) -> dict:
+    """What `scored` keeps.
+
+    Args:
+      scorer: the model that selects.
+      bench: its own (`bench_of`).
+      name: of the folder for what is unfinished.
+    """
+    s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
+    params, losses = self.params_of(bench, s)
+    chosen = choose(bench, params, s.layers, s.modules)
+    work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
+    found = score(bench, s, chosen, work)
+    work.remove()
+    train = bench.parts["train"]
+    more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
+    more |= text_inputs(bench, {s.policy})
+    # Where the other tokenizer cuts a response off, the example is still there for the model that is trained.
+    inputs = coreset.PolicyInputs(
+      found.influence, found.loss, train.num_tokens, self.train.num_response_tokens, train.topics, train.ids, **more
+    )
+    rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
+    return {
+      "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
+      "selected": [train.ids[row] for row in rows],
+      "layers in all": bench.config.num_layers,
+      "parameters": subtree.count(bench.params),
+      "eval loss": losses,
+    }
 
   def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float]:
     """(parameters at which a scorer takes gradients, its mean loss there over the evaluation examples)."""
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
+    start = subtree.merge(judge.sub, judge.frozen, judge.chosen)
+    check_settings(bench, s, choose(bench, start, s.layers, s.modules))  # told before the training
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
     loss = float(judge.losses(sub, "eval")[counted].mean())
@@ -244,8 +261,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   scorers = scorers_of(s)
   seeds_of(s)
-  if s.checkpoint:
-    raise UserError(f"--checkpoint={s.checkpoint}: transfer fine-tunes every model itself (--score_at); leave it out")
+  flags.refuse(s, _REFUSED, _DOES)
   bench = bench or Workbench(s)
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))

@@ -300,6 +300,8 @@ class Workbench:
     below = _below_hash(params, chosen, self.params)
     key = (part, chosen.boundary, below)
     if key not in self._hidden:
+      for old in [one for one in self._hidden if one[-1] not in ("base", below)]:
+        del self._hidden[old]  # of another trained model: one is in use at a time
       s = self.settings
       dtype = jnp.dtype(s.dtype)
       size = boundary.cache_bytes(self.parts[part].num_tokens, self.config.hidden_size, dtype)

@@ -238,18 +238,22 @@ class RunDir:
       write_bytes(self.file(name), data)
 
   def write_text(self, name: str, text: str) -> None:
+    """`write_text` into the run folder."""
     if self.writer:
       write_text(self.file(name), text)
 
   def write_json(self, name: str, obj: Any) -> None:
+    """`write_json` into the run folder."""
     if self.writer:
       write_json(self.file(name), obj)
 
   def write_parquet(self, name: str, columns: Mapping[str, Any]) -> None:
+    """`write_parquet` into the run folder."""
     if self.writer:
       write_parquet(self.file(name), columns)
 
   def write_flags(self, name: str, flags: Iterable[str], header: Iterable[str] = ()) -> None:
+    """`write_flags` into the run folder."""
     if self.writer:
       write_flags(self.file(name), flags, header)
 

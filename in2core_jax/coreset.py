@@ -322,10 +322,12 @@ class _Task:
 
   @property
   def tokens(self) -> np.ndarray:
+    """Tokens of each example of the pool, int [P]."""
     return self.inputs.num_tokens[self.pool]
 
   @property
   def topics(self) -> np.ndarray:
+    """Topic of each example of the pool, str [P]."""
     return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
 
 

@@ -134,11 +134,13 @@ class _Cursor:
     self.view, self.position = view, position
 
   def scalar(self, code: str):
+    """The next number; `code` is its type as `struct` names it."""
     value = struct.unpack_from("<" + code, self.view, self.position)[0]
     self.position += struct.calcsize("<" + code)
     return value
 
   def string(self) -> str:
+    """The next text: its length in bytes, then UTF-8."""
     length = struct.unpack_from("<Q", self.view, self.position)[0]
     start = self.position + 8
     if start + length > len(self.view):
@@ -147,6 +149,7 @@ class _Cursor:
     return bytes(self.view[start : self.position]).decode("utf-8")
 
   def value(self, kind: int):
+    """The next metadata value, of a type of the GGUF format; arrays as lists."""
     if kind == _STRING:
       return self.string()
     if kind == _ARRAY:

@@ -10,7 +10,7 @@ import numpy as np
 
 from in2core_jax.errors import UserError
 
-_GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix is cheaper than its columns one by one
+_GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix fits, and beats an eighth of its columns one by one
 _MOST_PRODUCTS = 2000  # of all features with one vector, where there is no Gram matrix: each reads all of them
 
 
@@ -25,17 +25,19 @@ def greedy_matching(
   """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
 
   Step m + 1 takes argmin_j |(s + f_j) / (m + 1) - t|^2, s the sum over the m rows taken (METHOD.md section 9), which is
-  argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step, in float64.
+  argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step and is summed in float64, as
+  are |f_j|^2 and f_j.t. The columns are float64 only where all of F F^T is made first: up to 5,792 examples of which an
+  eighth or more is taken. Else they are products in the dtype of the features.
   With G targets the steps go round: each target grows a set of its own out of the common pool.
 
   Args:
-    features: f32 or f64 [N, d]; a f32 column is a f32 product when N is too large for a float64 Gram matrix.
+    features: f32 or f64 [N, d].
     targets: [d] or [G, d].
     count: number of rows to take.
     topics: N names; then each step is held to the topic (or tied topics) most behind its share, as in `topic_quota`.
     rows: the pool, row numbers in order of preference among ties; all rows when None.
-    block: rows that a target takes between two updates of f_j.s; 1 is the rule above. When None: 1 for a pool whose
-      Gram matrix fits, else so many that the features are read 2,000 times in all, not once a row.
+    block: rows that a target takes between two updates of f_j.s; 1 is the rule above. When None: 1 up to 5,792
+      examples, else so many that the features are read 2,000 times in all, not once a row.
 
   Returns:
     int [count], row numbers of `features` in order of choice.
@@ -76,9 +78,11 @@ class _Shares:
     self._taken = np.zeros_like(self._sizes)
 
   def allowed(self) -> np.ndarray:
+    """Rows of the topics that come next, bool [N]."""
     return (self._place == self._place.min())[self._codes]
 
   def take(self, row: int) -> None:
+    """Counts a row that was chosen."""
     code = self._codes[row]
     self._taken[code] += 1
     full = self._taken[code] == self._sizes[code]
@@ -103,7 +107,10 @@ def _norms_and_products(features: np.ndarray, targets: np.ndarray) -> tuple[np.n
 
 
 def _products_fn(features: np.ndarray, hold: bool) -> Callable[[list[int]], np.ndarray]:
-  """Some rows -> the sum of those columns of F F^T, f64 [N]; `hold`: from the whole F F^T, made once."""
+  """Some rows -> the sum of those columns of F F^T, f64 [N]; `hold`: from the whole F F^T, made once in float64.
+
+  Otherwise the rows are added and multiplied in the dtype of the features, and the result alone is float64.
+  """
   size, width = features.shape
   if not hold:
     return lambda rows: (features @ features[rows].sum(axis=0)).astype(np.float64)

@@ -65,15 +65,17 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A source record before it is understood: the JSON value, its text, its place."""
+  """A source record before it is understood: the JSON value, its text, its place, whether fields can name columns."""
 
   value: Any
   raw: str
   source: str
   line: int
+  has_columns: bool = True
 
   @property
   def place(self) -> str:
+    """Where it stands, for messages."""
     return f"{self.source}:{self.line}"
 
 
@@ -109,7 +111,7 @@ def to_records(items: list[Item], fields: dict[str, str]) -> list[Record]:
 
   Args:
     items: the source records, in source order.
-    fields: {role: column}, see `parse_fields`.
+    fields: {role: column}, see `parse_fields`; for the items that have columns.
 
   Returns:
     One record per item, in the same order.
@@ -122,11 +124,11 @@ def to_records(items: list[Item], fields: dict[str, str]) -> list[Record]:
       raise UserError(f"{item.place}: the record is {_type_name(item.value)}, not a JSON object: {shorten(item.raw)}")
   views = [item.value for item in items]
   if fields:
-    columns = dict.fromkeys(key for item in items for key in item.value)
+    columns = dict.fromkeys(key for item in items if item.has_columns for key in item.value)
     for role, column in fields.items():
       if column not in columns:
         raise UserError(f"data_fields: no column {column!r} (for {role}) in the data; columns: {', '.join(columns)}")
-    views = [_apply_fields(item.value, fields) for item in items]
+    views = [_apply_fields(item.value, fields) if item.has_columns else item.value for item in items]
   parsed = [_parse_messages(view, item.place) for view, item in zip(views, items, strict=True)]
   given = [_given_id(view, item.place) for view, item in zip(views, items, strict=True)]
   ids = _unique_ids(given, [content_key(messages) for messages in parsed], [item.place for item in items])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -28,7 +28,8 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
     spec: `chatterbot[:topic,topic]` (the installed corpus), `jsonl:PATH` (JSON lines or one JSON array) or
       `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow). Several of them
       are joined by `+`: `chatterbot+jsonl:PATH` is a mixed pool.
-    data_fields: columns by role, `prompt=question,response=answer,id=key,topic=kind`, for records of another shape.
+    data_fields: columns by role, `prompt=question,response=answer,id=key,topic=kind`, for records of another shape;
+      in a mixed pool they are those of its files and prepared sets, and the corpus goes without.
 
   Returns:
     The records in source order, with unique ids.
@@ -38,7 +39,9 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
       two different conversations, no record at all, or no response in any record.
   """
   fields = parse_fields(data_fields)
-  items = [item for part in _JOINED.split(spec) for item in _items(part, fields)]
+  items = [item for part in _JOINED.split(spec) for item in _items(part)]
+  if fields and items and not any(item.has_columns for item in items):
+    raise UserError(f"data_fields={data_fields}: the chatterbot source has no columns; leave data_fields out")
   records = to_records(items, fields)
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
@@ -50,12 +53,10 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
   return records
 
 
-def _items(spec: str, fields: Mapping[str, str]) -> Iterator[Item]:
+def _items(spec: str) -> Iterator[Item]:
   """Yields what one source holds."""
   kind, _, rest = spec.partition(":")
   if kind == "chatterbot":
-    if fields:
-      raise UserError(f"data_fields={dict(fields)}: the chatterbot source has no columns; leave data_fields out")
     return _chatterbot_items(rest)
   if kind == "jsonl" and rest:
     return _json_items(pathlib.Path(rest).expanduser())
@@ -83,7 +84,7 @@ def _chatterbot_items(topics: str) -> Iterator[Item]:
       messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
       value = {"topic": topic, "messages": messages}
       raw = json.dumps(value, ensure_ascii=False)
-      yield Item(value, raw, f"chatterbot/{files[topic].name}", conversation.start_mark.line + 1)
+      yield Item(value, raw, f"chatterbot/{files[topic].name}", conversation.start_mark.line + 1, has_columns=False)
 
 
 def _json_items(path: pathlib.Path) -> Iterator[Item]:

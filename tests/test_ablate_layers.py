@@ -79,7 +79,14 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   names = [choice.name for choice in ablate_layers.choices_of(settings, 4)]
   assert len(names) == len(set(names)) == 2 + 4 * 2 * 2  # eight layers are more than there are
   assert set(rows) == {(solver, name) for solver in ablate_layers.ADDITIVE for name in names}
-  for solver in ablate_layers.ADDITIVE:
+  task = ablate_layers.Ablation(bench, settings, artifacts.RunDir.load(str(finished)))
+  for solver, scores in task.scores().items():
+    tops = {choice.name: set(task.top(values).tolist()) for choice, values in scores.items()}
+    share = len(tops["all"] & tops["first:1"]) / len(tops["all"])
+    assert float(rows[solver, "first:1"]["overlap"]) == pytest.approx(share)
+    few = ablate_layers.Ablation(bench, settings.replace(num_examples=3), artifacts.RunDir.load(str(finished)))
+    values = ablate_layers.table_of(few, solver, scores)
+    assert {3 * row["overlap"] for row in values} <= {0, 1, 2, 3} and len(values[0]["top"]) == 3
     whole = rows[solver, "all"]
     assert float(whole["Spearman"]) == float(whole["overlap"]) == float(whole["FLOPs, share of all"]) == 1
     assert (
@@ -115,6 +122,44 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
   assert [row["choice"] for row in result["rows"]] == ["all", "all/mlp"]
   assert {row["solver"] for row in result["rows"]} == {"lissa"} and result["rows"][0]["Spearman"] == 1
   assert result["rows"][1]["Spearman"] < 1
+
+
+@pytest.mark.real
+def test_measured_costs_join_a_report_that_is_already_there(settings, bench, finished, monkeypatch, caplog):
+  def start(s, *_):
+    assert json.loads((finished / "ablate_layers.json").read_text())["rows"]  # written before it measures
+    assert s.alone == "score" and s.train_limit == 24 and s.mesh == ""
+    if s.layers == "3":
+      raise UserError("the device is gone")
+    return {"seconds": 2.5, "peak memory": 3e8}
+
+  monkeypatch.setattr(ablate_layers.benchmark_alone, "start", start)
+  asked = settings.replace(ablate_measure="last:1", ablate_modules="all", ablate_solvers="identity")
+  monkeypatch.setattr(ablation_report, "enough", lambda rows: None)
+  (finished / "ablate_layers.json").unlink()
+  ablate_layers.run(asked.replace(ablate_counts="1"), bench)
+  with open(finished / "ablate_layers.csv") as file:
+    seconds = {row["choice"]: row["score pass, s"] for row in csv.DictReader(file)}
+  assert float(seconds.pop("all")) == 2.5 and set(seconds.values()) == {""}
+  assert "last:1 stays empty" in caplog.text and "the device is gone" in caplog.text
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(ablate_layers.benchmark_alone, "start", lambda *_: pytest.fail("the device is taken"))
+  (finished / "ablate_layers.json").unlink()
+  ablate_layers.run(asked.replace(ablate_counts="1"), bench)
+  assert "holds the tpu" in caplog.text and "experiments.benchmark --flagfile=" in caplog.text
+  assert (finished / "ablate_layers.json").exists()
+
+
+@pytest.mark.real
+def test_a_choice_is_measured_in_a_process_of_its_own(settings, bench, tmp_path, monkeypatch):
+  for name, value in tiny.child_environment(devices=2).items():
+    monkeypatch.setenv(name, value)
+  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "ablate_layers"})
+  small = settings.replace(ablate_examples=6, mesh="data:2")
+  ablation = ablate_layers.Ablation(bench, small, run_dir)
+  found = ablation.measured(Choice("spread", "mlp", (0, 3)))
+  assert found["examples"] == 6 and found["devices"] == 1
+  assert found["seconds"] > 0 and found["peak memory"] > 50e6
 
 
 def test_the_table_of_leaves_is_the_score_apart():
@@ -176,6 +221,9 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
     ({"ablate_retrain": "last:3"}, "'last:3' is none of the choices all, all/mlp, last:1"),
     ({"ablate_modules": "heads"}, "no 'heads'"),
     ({"ablate_solvers": "newton"}, "must name some of"),
+    ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
+    ({"per_layer": True}, "--per_layer=true: .* leave it out"),
+    ({"score_path": "projected"}, "--score_path=projected: "),
   ],
 )
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):

@@ -1,9 +1,11 @@
 """Coverage: aggregates and bootstrap against numbers worked out, folds, and the experiment on a small random model."""
 
+import copy
 import csv
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, a
 
 from experiments import coverage as experiment
 from experiments import scoring, workbench
-from in2core_jax import coverage, evaluation, variants
+from in2core_jax import coverage, evaluation, subtree, variants
 from in2core_jax.errors import UserError
 
 
@@ -144,6 +146,21 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
 
 
+def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
+  own = copy.copy(bench)
+  own._hidden = {}
+  monkeypatch.setattr(workbench, "_below_hash", lambda params, *_: params)
+  monkeypatch.setattr(workbench.boundary, "compute_boundary", lambda job, *_: [job])
+  chosen = subtree.Subtree((1,), 2, ())
+  made = {}
+  for params in ("base", "first", "second"):
+    for part in ("train", "eval"):
+      made[part, params] = own._boundary(part, chosen, params)
+  assert own._boundary("train", chosen, "base") is made["train", "base"]
+  assert own._boundary("eval", chosen, "second") is made["eval", "second"]
+  assert sorted(key[-1] for key in own._hidden) == ["base", "base", "second", "second"]
+
+
 @pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
@@ -164,6 +181,14 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+
+
+def test_points_of_topics_that_are_in_no_training_set_are_not_judged():
+  """They would count as covered in every fold, though nothing of their topic is ever trained on."""
+  part = lambda topics, tokens: types.SimpleNamespace(topics=topics, num_response_tokens=np.array(tokens))  # noqa: E731
+  parts = {"train": part(["a", "b", "b"], [1, 1, 1]), "eval": part(["a", "c", "b", "b"], [2, 2, 0, 3])}
+  found = experiment.judged_points(types.SimpleNamespace(parts=parts))
+  assert found.tolist() == [0, 3]
 
 
 def test_pooled_statistics_are_those_of_the_definition():

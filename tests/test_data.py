@@ -197,6 +197,14 @@ def test_data_fields(tmp_path):
     load_records(f"jsonl:{tmp_path / 'd.jsonl'}", "prompt=question,reply=answer")
   with pytest.raises(UserError, match="chatterbot source has no columns"):
     load_records("chatterbot", fields)
+  # In a mixed pool the fields are those of the files.
+  food = load_records("chatterbot:food")
+  for spec in (f"chatterbot:food+jsonl:{tmp_path / 'd.jsonl'}", f"jsonl:{tmp_path / 'd.jsonl'}+chatterbot:food"):
+    mixed = {record.example_id: record for record in load_records(spec, fields)}
+    assert mixed == {record.example_id: record for record in food + records}
+  with pytest.raises(UserError, match="no column 'messages' .for prompt.*columns: question, answer, key, kind$"):
+    path = _lines(tmp_path / "e.jsonl", {name: values[0][name] for name in ("question", "answer", "key", "kind")})
+    load_records(f"chatterbot:food+{path}", "prompt=messages")
 
 
 def test_joined_sources_are_one_pool(tmp_path):

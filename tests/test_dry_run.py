@@ -1,6 +1,7 @@
 """--dry_run and --batch_tokens=auto: what they say is what the run has, and what does not fit is told with a flag."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -90,6 +91,15 @@ def test_training_takes_the_steps_of_the_recipe(bench):
   assert named(lora, "training").disk < named(phases, "training").disk
 
 
+@pytest.mark.parametrize(("policy", "trainings"), [("opponents", 1 + 6), ("bm25", 1 + 6 + 3), ("random", 1 + 6)])
+def test_a_select_run_in_a_sweep_names_its_policy(tmp_path, policy, trainings):
+  (tmp_path / "summary.json").write_text(json.dumps({"policy": policy}))
+  s = flags.Settings(policies="full,opponents,random", seeds="0", fixed_seeds="", fractions="0.1,0.2,0.5")
+  s = s.replace(select_runs=str(tmp_path))
+  assert planning.num_trainings(s) == (trainings, trainings)
+  assert planning.num_trainings(s.replace(fractions="")) == (4, 4)
+
+
 def test_a_demo_is_its_stages_without_what_they_share(bench):
   s = bench.settings
   demo = planning.demo_phases(bench, s)
@@ -101,6 +111,8 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
     policies="full,random,bm25", seeds="0,1", fixed_seeds="0", fractions="0.25,0.5,1", equal="steps,epochs"
   )
   assert planning.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
+  # full once, each run once: runs have the fixed seeds, whatever they are called
+  assert planning.num_trainings(s.replace(policies="full", seeds="0,1", select_runs="random,b")) == (3, 3.0)
   alone = planning.evaluate_phases(bench, s)
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 

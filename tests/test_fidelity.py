@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import fidelity, fidelity_report, workbench
+from experiments import fidelity, fidelity_report, flags, workbench
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
@@ -99,6 +99,31 @@ def test_variants_change_one_thing_at_a_time(settings):
   ):
     with pytest.raises(UserError, match=text):
       fidelity.variants_of(settings.replace(**changes))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"halves": 2, "halves_again": 0}, "--halves=2: .* needs 3 or more"),
+    ({"halves_again": 1}, "--halves_again=1: .* or 0 for no noise ceiling"),
+    ({"left_out": "0.2,1"}, "1 of 30 training examples leaves nothing to train on"),
+    ({"left_out": "0.01"}, "0.01 of 30 training examples leaves nothing out"),
+    ({"checkpoint": "runs/x"}, "--checkpoint=runs/x: fidelity compares plain influence"),
+    ({"damping": 0.1}, "--damping=0.1: "),
+    ({"normalize": "cosine"}, "--normalize=cosine: "),
+    ({"score_path": "projected"}, "--score_path=projected: "),
+  ],
+)
+def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    fidelity.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_is_of_no_use_is_not_refused(settings):
+  """Flagfiles are shared between stages: a budget, a list of seeds, another way to the same scores."""
+  shared = settings.replace(fraction=0.1, score_path="vmap", damping_ratio=0.5, layers="all", per_query=True)
+  assert flags.refuse(shared, fidelity._REFUSED, fidelity._DOES) is None
 
 
 def test_half_of_is_a_half_and_does_not_depend_on_the_others():

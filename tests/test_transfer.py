@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, OneDevice, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
 
 from experiments import flags, scoring, transfer, workbench
 from experiments.retraining import Judge
@@ -101,6 +101,8 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
     transfer.run(settings.replace(solver="cg"), bench)
   with pytest.raises(UserError, match="leave it out"):
     transfer.run(settings.replace(checkpoint=str(folder)), bench)
+  with pytest.raises(UserError, match="--score_path=projected: transfer .* has no store"):
+    transfer.run(settings.replace(score_path="projected"), bench)
 
 
 @pytest.mark.real
@@ -110,6 +112,19 @@ def test_matching_selects_by_each_models_own_gradients(settings, bench, tmp_path
   assert found[1]["overlap of the choices"] == 1 and found[1]["Spearman"] == pytest.approx(1)
   assert 0 <= found[2]["overlap of the choices"] < 1
   assert not (tmp_path / "projected").exists()
+
+
+@pytest.mark.real
+def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp_path, monkeypatch):
+  folders = []
+  monkeypatch.setattr(transfer.Transfer, "score_anew", lambda *given: folders.append(given[-1]) or {"of": len(folders)})
+  task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
+  scorer = transfer.Scorer(write_model(tmp_path / "other", CONFIG), "last:1", "last:1")
+  assert [task.scored(scorer)["of"] for _ in range(2)] == [1, 1]
+  config, params, tokenizer, _ = weights.load_model(scorer.model)
+  weights.save_hf_dir(tmp_path / "other", config, jax.tree.map(lambda leaf: leaf * 1.5, params), tokenizer)
+  assert task.scored(scorer)["of"] == 2
+  assert len(set(folders)) == 2  # what the first left unfinished is not the second's
 
 
 def test_scorers_are_read_with_their_layers():
