@@ -168,10 +168,10 @@ class Settings:
   sketch_size: int = _flag("select", 32, "matching and projected: gradients become so many numbers a side")
   matching_target: str = _flag(
     "select",
-    "tokens",
-    "matching aims at the gradient of the evaluation loss, a mean over its response tokens (as the perplexity of the "
-    "tables is) or over its examples",
-    ("tokens", "examples"),
+    "both",
+    "matching aims at the gradient of the evaluation loss: a mean over its response tokens (as the perplexity of the "
+    "tables is), over its examples, or half of each",
+    coreset.TARGETS,
   )
   matching_shrink: bool = _flag(
     "select",

@@ -80,22 +80,38 @@ class Step:
   full: tuple[str, ...] = ()
 
   @property
+  def marker(self) -> str:
+    """The file that a finished run has."""
+    return f"{self.table}.md" if self.table else "finetune.json"
+
+  @property
   def needs_alpaca(self) -> bool:
     """Whether it reads the file of --alpaca."""
     return any("{alpaca}" in change for change in self.changes)
 
 
+_RULES = (
+  "--variants=proponents; proponents, base model; opponents; matching; matching, base model; matching, plain; longest"
+)
 STEPS = (
-  Step("scores", "select", "report", "sweep.flags", "scores of the training examples, who is kept"),
+  Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
+  Step(
+    "scores",
+    "select",
+    "report",
+    "sweep.flags",
+    "scores of the training examples, who is kept",
+    ("--checkpoint={runs}/tuned/checkpoint",),
+  ),
   Step(
     "sweep",
     "evaluate",
     "evaluation",
     "sweep.flags",
     "how much data is enough, by policy, at equal steps and at equal epochs",
-    ("--select_runs={runs}/scores",),
+    ("--checkpoint={runs}/tuned/checkpoint", "--select_runs={runs}/scores"),
   ),
-  Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus"),
+  Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus", (_RULES,)),
   Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
   Step(
     "fidelity",
@@ -121,7 +137,7 @@ STEPS = (
     "study",
     "study.flags",
     "the same on Alpaca",
-    ("--train_data=jsonl:{alpaca}", "--max_length=128"),
+    ("--train_data=jsonl:{alpaca}", _RULES),
   ),
   Step(
     "study-mixed",
@@ -129,7 +145,11 @@ STEPS = (
     "study",
     "study.flags",
     "the same on a mixed pool with an evaluation set of one topic",
-    ("--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}", "--eval_topics=trivia"),
+    (
+      "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
+      *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=800"),
+      _RULES,
+    ),
   ),
 )
 
@@ -285,7 +305,7 @@ class Task:
 def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
   """Looks at what is there of a step."""
   note, facts = read_note(s, step.name), facts_of(step, s, named)
-  finished = bool(note.get("finished")) and (folder_of(s, step.name) / f"{step.table}.md").exists()
+  finished = bool(note.get("finished")) and (folder_of(s, step.name) / step.marker).exists()
   if s.overwrite:
     return Task(step, facts, False, "--overwrite")
   # A note without a command is of an older version: the experiment itself goes on, or refuses.
@@ -520,6 +540,8 @@ def _published(s: Settings, step: Step) -> dict:
 
 def publish(step: Step, s: Settings) -> None:
   """Copies a finished step's tables and pictures; the Markdown gets command, machine, date and commit at its end."""
+  if not step.table:
+    return
   folder, target, note = folder_of(s, step.name), target_of(s, step), read_note(s, step.name)
   where = ", ".join(filter(None, [note["devices"], note["machine"]]))
   facts = {name: note[name] for name in ("date", "commit", "seconds")} | {"machine": where, "command": note["shown"]}
@@ -558,7 +580,9 @@ def write_index(s: Settings) -> None:
   """README.md of the results: what there is, of when, from where, and what it took."""
   rows, older, total = [], [], 0.0
   for step in STEPS:
-    if not (target_of(s, step) / f"{step.table}.md").exists():
+    if not step.table:
+      total += read_note(s, step.name).get("seconds", 0.0)
+    if not (target_of(s, step) / step.marker).exists():
       continue
     facts, note = _published(s, step), read_note(s, step.name)
     row = {"experiment": step.name, "shows": step.about, "table": f"{step.name}/{step.table}.md"}

@@ -104,10 +104,15 @@ def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) ->
   keep = np.flatnonzero(evals.num_response_tokens)
   features = projection.store().features() if stored else projection.features("train")
   target = projection.features("eval")[keep]
-  found = {"features": features, "target": target, "query_topics": [evals.topics[row] for row in keep]}
-  # Gradients of summed losses weigh tokens by themselves.
-  by_token = s.matching_target == "tokens" and s.loss_reduction == "mean"
-  return found | {"query_tokens": evals.num_response_tokens[keep] if by_token else None, "shrink": s.matching_shrink}
+  return {
+    "features": features,
+    "target": target,
+    "query_topics": [evals.topics[row] for row in keep],
+    "query_tokens": evals.num_response_tokens[keep],
+    # Gradients of summed losses weigh tokens by themselves.
+    "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
+    "shrink": s.matching_shrink,
+  }
 
 
 def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> coreset.PolicyInputs:

@@ -28,6 +28,11 @@ from in2core_jax import artifacts, coreset, embeddings, evaluation, report
 log = logging.getLogger(__name__)
 
 FULL, RANDOM = evaluation.FULL, evaluation.RANDOM
+# Flags of the choice, which scores do not depend on.
+_OF_THE_CHOICE = (
+  *("policy", "fraction", "num_examples", "token_budget"),
+  *("sketch_size", "matching_target", "matching_shrink"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,7 @@ VARIANTS = {
   "matching, plain": _variant("matching", trained=True, matching_target="examples", matching_shrink=False),
   "matching, plain, base model": _variant("matching", matching_target="examples", matching_shrink=False),
   "matching, mean over examples": _variant("matching", trained=True, matching_target="examples"),
+  "matching, mean over tokens": _variant("matching", trained=True, matching_target="tokens"),
   "matching, not shrunk": _variant("matching", trained=True, matching_shrink=False),
   "matching, summed losses": _variant("matching", trained=True, loss_reduction="sum"),
   "matching, unit gradients": _variant("matching", trained=True, unit=True),
@@ -131,6 +137,7 @@ class Study:
   def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
+    depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:
       # A folder of its own: what a killed run has kept of other scores must not be taken for these.

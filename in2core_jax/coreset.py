@@ -23,6 +23,7 @@ from in2core_jax.errors import UserError
 
 _LENGTH_BINS = 20
 AGGREGATES = ("mean", "topic_max", "topic_quota")
+TARGETS = ("both", "tokens", "examples")
 SIMILARITIES = ("embedding", "bm25")  # policies that look at texts alone, and the inputs that they choose from
 
 
@@ -101,8 +102,9 @@ class PolicyInputs:
     features: f32 or f64 [N, d], (projected, preconditioned) gradient of each example.
     target: [d] or [Q, d], the same features of the queries.
     query_topics: Q names, for the policies that work by evaluation topic.
-    query_tokens: int [Q], response tokens of the queries: the target is the mean over their tokens, as token-weighted
-      perplexity counts them (features are gradients of mean losses); the mean over queries when None.
+    query_tokens: int [Q], response tokens of the queries; needed for a target by tokens.
+    target_mean: the target is the mean over the queries' response tokens, as token-weighted perplexity counts (features
+      are gradients of mean losses), over the queries, or half of each: a word of `TARGETS`.
     shrink: whether `matching` and `matching_quota` draw the target towards the pool's mean (`matching.shrunk_target`).
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
     embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
@@ -122,6 +124,7 @@ class PolicyInputs:
   target: np.ndarray | None = None
   query_topics: Sequence[str] | None = None
   query_tokens: np.ndarray | None = None
+  target_mean: str = "examples"
   shrink: bool = False
   target_weights: np.ndarray | None = None
   embedding: np.ndarray | None = None
@@ -332,17 +335,36 @@ class _Task:
 
 
 def matching_target(inputs: PolicyInputs) -> np.ndarray:
-  """What `matching` brings the mean feature of the selected set close to, f64 [d]: the queries' mean, perhaps shrunk.
+  """What `matching` brings the mean feature of the selected set close to, f64 [d].
 
   Args:
     inputs: with features and target.
+
+  Raises:
+    UserError: an unknown target_mean, or no token count for each query.
   """
-  by_token = inputs.query_tokens is not None
-  weights = np.asarray(inputs.query_tokens if by_token else np.ones(len(inputs.target)), np.float64)
-  if weights.shape != (len(inputs.target),) or weights.min() < 0 or not weights.any():
-    raise UserError(
-      f"query_tokens have shape {weights.shape} for {len(inputs.target)} queries; need their token counts"
-    )
+  return np.mean([_target(inputs, by_token) for by_token in _means(inputs)], axis=0)
+
+
+def _means(inputs: PolicyInputs) -> list[bool]:
+  """Over what the target is a mean: over tokens (True), over queries (False)."""
+  if inputs.target_mean not in TARGETS:
+    raise UserError(f"target_mean={inputs.target_mean} is unknown; choose one of {', '.join(TARGETS)}")
+  return {"both": [True, False], "tokens": [True], "examples": [False]}[inputs.target_mean]
+
+
+def _query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
+  """f64 [Q]."""
+  size = len(inputs.target)
+  weights = np.asarray(np.ones(size) if not by_token else 0 if inputs.query_tokens is None else inputs.query_tokens)
+  if weights.shape != (size,) or weights.min() < 0 or not weights.any():
+    raise UserError(f"query_tokens have shape {weights.shape} for {size} queries; need their response tokens")
+  return weights.astype(np.float64)
+
+
+def _target(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
+  """One mean of the queries, perhaps drawn towards the same mean of the pool, f64 [d]."""
+  weights = _query_weights(inputs, by_token)
   if not inputs.shrink:
     return weights @ inputs.target / weights.sum()
   answered = inputs.num_response_tokens if by_token else inputs.num_response_tokens > 0
@@ -358,7 +380,10 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
     if inputs.query_topics is None or len(inputs.query_topics) != len(target):
       seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
       raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
-    target = _topic_means(target, inputs.query_topics, inputs.query_tokens)
+    target = np.mean(
+      [_topic_means(target, inputs.query_topics, _query_weights(inputs, by_token)) for by_token in _means(inputs)],
+      axis=0,
+    )
   if merge:
     target = matching.merged_target(target, inputs.target_weights) if by_topic else matching_target(inputs)
   count, topics = task.budget.limit(task.tokens), inputs.topics if quota else None

@@ -282,19 +282,25 @@ def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_te
   features[-1] = 0
   tokens = np.r_[rng.integers(1, 9, 59), 0]  # the last one has no response
   queries, counts = rng.normal(size=(5, 8)), np.array([1, 2, 3, 4, 9])
-  task = make_inputs(60, features=features, target=queries, query_tokens=counts, num_response_tokens=tokens)
+  task = make_inputs(
+    60, features=features, target=queries, query_tokens=counts, num_response_tokens=tokens, target_mean="tokens"
+  )
   np.testing.assert_allclose(coreset.matching_target(task), counts @ queries / counts.sum())
   shrunk = dataclasses.replace(task, shrink=True)
   expected = matching.shrunk_target(queries, features[:-1], counts, tokens[:-1])[0]
   np.testing.assert_allclose(coreset.matching_target(shrunk), expected)
-  equal = dataclasses.replace(shrunk, query_tokens=None)
+  equal = dataclasses.replace(shrunk, target_mean="examples", query_tokens=None)
   expected = matching.shrunk_target(queries, features[:-1], np.ones(5), np.ones(59))[0]
   np.testing.assert_allclose(coreset.matching_target(equal), expected)
+  both = coreset.matching_target(dataclasses.replace(shrunk, target_mean="both"))
+  np.testing.assert_allclose(both, (coreset.matching_target(shrunk) + expected) / 2)
   rows = select_rows("matching", shrunk, Budget(num_examples=20))
   wanted = matching.greedy_matching(features, coreset.matching_target(shrunk), 20, rows=shrunk.pool())
   assert list(rows) == list(wanted) and 59 not in rows
   with pytest.raises(UserError, match="query_tokens have shape .3,. for 5 queries"):
     coreset.matching_target(dataclasses.replace(task, query_tokens=np.ones(3)))
+  with pytest.raises(UserError, match="target_mean=mode is unknown; choose one of both, tokens, examples"):
+    coreset.matching_target(dataclasses.replace(task, target_mean="mode"))
 
 
 def test_matching_quota_keeps_the_fraction_of_every_topic():
