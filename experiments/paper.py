@@ -90,9 +90,8 @@ class Step:
     return any("{alpaca}" in change for change in self.changes)
 
 
-_RULES = (
-  "--variants=proponents; proponents, base model; opponents; matching; matching, base model; matching, plain; longest"
-)
+_RULES = "proponents; opponents; matching; matching, base model; matching, plain; longest"
+_MORE_RULES = "proponents, base model; proponents, no curvature; highest loss"
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
   Step(
@@ -111,7 +110,14 @@ STEPS = (
     "how much data is enough, by policy, at equal steps and at equal epochs",
     ("--checkpoint={runs}/tuned/checkpoint", "--select_runs={runs}/scores"),
   ),
-  Step("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus", (_RULES,)),
+  Step(
+    "study-chatterbot",
+    "study",
+    "study",
+    "study.flags",
+    "rules of selection on a redundant corpus",
+    (f"--variants={_RULES}; {_MORE_RULES}",),
+  ),
   Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
   Step(
     "fidelity",
@@ -137,7 +143,7 @@ STEPS = (
     "study",
     "study.flags",
     "the same on Alpaca",
-    ("--train_data=jsonl:{alpaca}", _RULES),
+    ("--train_data=jsonl:{alpaca}", f"--variants={_RULES}"),
   ),
   Step(
     "study-mixed",
@@ -148,7 +154,7 @@ STEPS = (
     (
       "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
       *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=800"),
-      _RULES,
+      f"--variants={_RULES}; embedding",
     ),
   ),
 )
