@@ -282,7 +282,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   ]
   found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines, "recipe": recipe}
   _write_reports(run_dir, bench, s, found)
-  run_dir.write_json("evaluation.json", found)
+  run_dir.write_json("evaluation.json", found | {"devices": artifacts.device_summary()})
   log.info("\n%s\n%s", report.markdown_table(printed), "" if many else "\n".join(lines))
   return str(run_dir.path)
 

@@ -269,7 +269,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   run_dir.write_text("study.md", "\n\n".join(parts) + "\n")
   run_dir.write_text("study.csv", report.csv_table(every))
   run_dir.write_text("study.tex", report.latex_table(every))
-  run_dir.write_json("study.json", {"base_perplexity": perplexity, "table": every})
+  facts = {"base_perplexity": perplexity, "table": every}
+  run_dir.write_json("study.json", facts | {"devices": artifacts.device_summary()})
   log.info("\n%s", "\n\n".join(parts))
 
 

@@ -28,6 +28,7 @@ from in2core_jax import (
   packing,
   passes,
   sharding,
+  sources,
   subtree,
   weights,
 )
@@ -378,7 +379,10 @@ def split_sources(s: Settings) -> dict[str, list[data.Record]]:
     raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
   if len(shares) != 3:
     raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
-  read = functools.cache(lambda spec: data.load_records(spec, s.data_fields or None))
+  named = [spec for spec in (s.train_data, s.eval_data, s.test_data) if spec]
+  some = any(sources.has_columns(spec) for spec in named)  # else --data_fields is refused, not ignored
+  fields = {spec: s.data_fields if sources.has_columns(spec) or not some else None for spec in named}
+  read = functools.cache(lambda spec: data.load_records(spec, fields[spec] or None))
   train = read(s.train_data)
   if s.eval_data and s.test_data:
     return {"train": train, "eval": read(s.eval_data), "test": read(s.test_data)}

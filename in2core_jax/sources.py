@@ -53,6 +53,11 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
   return records
 
 
+def has_columns(spec: str) -> bool:
+  """Whether any part of a source has records with columns, which `data_fields` can name."""
+  return any(part.partition(":")[0] != "chatterbot" for part in _JOINED.split(spec))
+
+
 def _items(spec: str) -> Iterator[Item]:
   """Yields what one source holds."""
   kind, _, rest = spec.partition(":")

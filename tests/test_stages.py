@@ -331,6 +331,10 @@ def test_sources_are_split_as_documented(settings, tmp_path):
   assert sum(map(len, one.values())) == 200 and 120 < len(one["train"]) < 160
   two = split_sources(settings.replace(train_data=a, eval_data=b))
   assert len(two["train"]) == 200 and len(two["eval"]) + len(two["test"]) == 200 and len(two["eval"]) > 70
+  named = split_sources(
+    settings.replace(train_data="chatterbot:food", eval_data=b, data_fields="prompt=instruction,response=output")
+  )
+  assert len(named["eval"]) + len(named["test"]) == 200  # the corpus has no columns to name
   tested = split_sources(settings.replace(train_data=a, test_data=b))
   assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
   for bad in ("1,2", "a,b,c", "0.5,0.5,0.5"):

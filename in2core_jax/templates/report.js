@@ -308,7 +308,9 @@
 
   function fillMap() {
     const queries = data.queries;
-    const largest = Math.max(...queries.mean.map(Math.abs)) || 1;
+    // Nine in ten squares share the colours; the outermost would leave the others pale.
+    const sizes = queries.mean.map(Math.abs).sort((a, b) => a - b);
+    const largest = sizes[Math.floor(0.9 * (sizes.length - 1))] || sizes.at(-1) || 1;
     const topics = new Map();
     queries.topic.forEach((topic, i) => topics.set(topic, [...(topics.get(topic) || []), i]));
     for (const [topic, members] of [...topics].sort((a, b) => b[1].length - a[1].length)) {
@@ -326,7 +328,7 @@
     const swatch = (kind) => element("span", { class: "scale " + kind });
     const down = [4, 3, 2, 1].map((i) => swatch("down" + i));
     const up = [1, 2, 3, 4].map((i) => swatch("up" + i));
-    byId("scale").append(element("span", {}, signed(-largest) + " ", ...down, swatch(""), ...up, " " + signed(largest)));
+    byId("scale").append(element("span", {}, signed(-largest) + " or less ", ...down, swatch(""), ...up, " " + signed(largest) + " or more"));
   }
 
   function labelOf(i) {
