@@ -179,6 +179,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   clock = Clock()
   inputs = policy_inputs(bench, s, params, scored)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
+  kept = coreset.target_kept(inputs) if s.policy in coreset.FEATURE_POLICIES else None
+  if kept is not None and s.matching_shrink:
+    share = f"{100 * kept:.0f} % of what sets the evaluation set's gradient apart from the training set's"
+    log.info("%s: %s is more than chance, and is matched", s.policy, share)
   clock.lap("selection")
   if s.per_layer:
     table = layer_table(bench, s, chosen, scored.result, work)
@@ -198,15 +202,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     log.warning("%s", warning)
   if run_dir.writer:
     scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
-    write_results(run_dir, bench, s, scored, rows, warnings)
+    write_results(run_dir, bench, s, scored, rows, warnings, kept)
   work.remove()
-  kept, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
+  tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
     "selected %d of %d examples by %s, %.0f %% of the response tokens: %s",
     len(rows),
     len(inputs.ids),
     s.policy,
-    100 * kept / size,
+    100 * tokens / size,
     run_dir.path / "coreset.jsonl",
   )
   return str(run_dir.path)
@@ -254,7 +258,13 @@ def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def write_results(
-  run_dir, bench: Workbench, s: Settings, scored: Scored, rows: np.ndarray, warnings: list[str]
+  run_dir,
+  bench: Workbench,
+  s: Settings,
+  scored: Scored,
+  rows: np.ndarray,
+  warnings: list[str],
+  target_kept: float | None = None,
 ) -> None:
   """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
   train = bench.parts["train"]
@@ -263,7 +273,7 @@ def write_results(
   columns = score_columns(train, scored, selected)
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
-  summary = _summary(run_dir, bench, s, scored, selected, warnings)
+  summary = _summary(run_dir, bench, s, scored, selected, warnings) | {"target_kept": target_kept}
   sections = {
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
     "Data": _flat(bench.summary),

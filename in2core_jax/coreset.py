@@ -343,7 +343,15 @@ def matching_target(inputs: PolicyInputs) -> np.ndarray:
   Raises:
     UserError: an unknown target_mean, or no token count for each query.
   """
-  return np.mean([_target(inputs, by_token) for by_token in _means(inputs)], axis=0)
+  return np.mean([_target(inputs, by_token)[0] for by_token in _means(inputs)], axis=0)
+
+
+def target_kept(inputs: PolicyInputs) -> float:
+  """The share of the difference between the queries' mean and the pool's that `matching_target` keeps, 0 to 1.
+
+  0: the queries cannot be told from as many random examples of the pool, so the pool's mean is matched; 1: not shrunk.
+  """
+  return float(np.mean([_target(inputs, by_token)[1] for by_token in _means(inputs)]))
 
 
 def _means(inputs: PolicyInputs) -> list[bool]:
@@ -362,13 +370,13 @@ def _query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
   return weights.astype(np.float64)
 
 
-def _target(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
-  """One mean of the queries, perhaps drawn towards the same mean of the pool, f64 [d]."""
+def _target(inputs: PolicyInputs, by_token: bool) -> tuple[np.ndarray, float]:
+  """(one mean of the queries, perhaps drawn towards the same mean of the pool, f64 [d]; share of what was kept)."""
   weights = _query_weights(inputs, by_token)
   if not inputs.shrink:
-    return weights @ inputs.target / weights.sum()
+    return weights @ inputs.target / weights.sum(), 1.0
   answered = inputs.num_response_tokens if by_token else inputs.num_response_tokens > 0
-  return matching.shrunk_target(inputs.target, inputs.features, weights, answered)[0]
+  return matching.shrunk_target(inputs.target, inputs.features, weights, answered)
 
 
 def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:

@@ -294,6 +294,7 @@ def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_te
   np.testing.assert_allclose(coreset.matching_target(equal), expected)
   both = coreset.matching_target(dataclasses.replace(shrunk, target_mean="both"))
   np.testing.assert_allclose(both, (coreset.matching_target(shrunk) + expected) / 2)
+  assert 0 <= coreset.target_kept(shrunk) < 1 == coreset.target_kept(task)
   rows = select_rows("matching", shrunk, Budget(num_examples=20))
   wanted = matching.greedy_matching(features, coreset.matching_target(shrunk), 20, rows=shrunk.pool())
   assert list(rows) == list(wanted) and 59 not in rows
