@@ -153,8 +153,8 @@ STEPS = (
     "the same on a mixed pool with an evaluation set of one topic",
     (
       "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
-      *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=800"),
-      f"--variants={_RULES}; embedding",
+      *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=600"),
+      "--variants=proponents; matching; matching, base model; matching, plain; embedding",
     ),
   ),
 )
