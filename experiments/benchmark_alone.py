@@ -35,7 +35,7 @@ def run_alone(s: Settings) -> None:
 
 def select_alone(s: Settings) -> dict:
   """A whole `select` run, and what was compiled for it. Two solver steps run the programs of any number of them."""
-  short = s.replace(run_dir=str(pathlib.Path(s.run_dir) / "select"), depth=2)
+  short = s.replace(run_dir=str(pathlib.Path(s.run_dir) / "select"), depth=2, policy="proponents")
   with timing.CompileMeter() as meter:
     select.run(short, Bench(short))
   return {

@@ -84,6 +84,8 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   if fractions and len(runs) > 1:
     raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
+  if fractions and set(names) & set(coreset.FEATURE_POLICIES):
+    _check_same_rule(folders[0], s)
   called = [
     name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
     for name, folder in zip(names, folders, strict=True)
@@ -93,10 +95,34 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
     called = []
   twice = sorted({name for name in wanted + called if (wanted + called).count(name) > 1})
   if twice:
-    raise UserError(f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}")
+    raise UserError(
+      f"--policies={s.policies} --select_runs={s.select_runs}: two candidates are named {twice[0]!r}; leave out of "
+      "--policies what a select run has chosen"
+    )
   policies = [(name, seed) for name in wanted for seed in (seeds if name in coreset.SEEDED_POLICIES else fixed)]
   columns = [columns for _, columns in runs]
   return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal_of(s))
+
+
+def _check_same_rule(folder: str, s: Settings) -> None:
+  """In a sweep a policy that matches gradients chooses anew: it must do so as the select run did that names it.
+
+  Raises:
+    UserError: another model or other flags of the choice.
+  """
+  run = artifacts.read_json(epath.Path(folder) / "summary.json")["identity"]
+  for name in ("layers", "sketch_size", "matching_target", "matching_shrink", "loss_reduction"):
+    theirs, ours = run["flags"].get(name), getattr(s, name)
+    if theirs != ours:
+      raise UserError(
+        f"--fractions chooses anew by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "
+        "give evaluate the same"
+      )
+  if run["checkpoint"] != artifacts.hash_of(finetune.checkpoint_meta(s.checkpoint) if s.checkpoint else {}):
+    raise UserError(
+      f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another model than "
+      f"--checkpoint={s.checkpoint}: give evaluate the --checkpoint of the select run"
+    )
 
 
 def _fractions(s: Settings) -> tuple[float, ...]:

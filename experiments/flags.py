@@ -170,13 +170,14 @@ class Settings:
     "select",
     "both",
     "matching aims at the gradient of the evaluation loss: a mean over its response tokens (as the perplexity of the "
-    "tables is), over its examples, or half of each",
+    "tables is), over its examples, or half of each; nothing to choose with --loss_reduction=sum",
     coreset.TARGETS,
   )
   matching_shrink: bool = _flag(
     "select",
     True,
-    "draw that gradient towards the training set's as far as its sampling error leaves open (James-Stein)",
+    "policies matching and matching_quota draw that gradient towards the training set's as far as its sampling error "
+    "leaves open (James-Stein)",
   )
   trajectory: str = _flag(
     "select",

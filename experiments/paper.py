@@ -262,7 +262,7 @@ def changes_of(before: dict[str, str], now: dict[str, str], finished: bool) -> l
   """
   if not before:
     return ["what was there was being removed"]
-  ignored = ("--alpaca",) if finished else tuple(f"--{name}" for name in HOW_FAST)
+  ignored = (*(f"--{name}" for name in HOW_FAST), *(("--alpaca",) if finished else ()))
   names = [name for name in (before | now) if before.get(name) != now.get(name) and name not in ignored]
   told = lambda name, facts: repr(facts[name]) if name in facts else "not given"  # noqa: E731
   return [
@@ -521,7 +521,7 @@ def _left(s: Settings, waiting: Sequence[Task]) -> str:
   """Names of steps, with the time that they took when their published tables were made, if all of them tell."""
   if not waiting:
     return "nothing"
-  known = [_published(s, task.step).get("seconds") for task in waiting]
+  known = [_published(s, task.step).get("seconds") for task in waiting if task.step.table]
   took = f" (last time {_duration(sum(known))})" if None not in known else ""
   return ", ".join(task.step.name for task in waiting) + took
 

@@ -106,7 +106,7 @@ def score_phases(price: Pricer, s: Settings, inverse: costs.Inverse, times: int)
   train, held = price.packed("train"), 2 * queries
   losses = price.packed_pass("losses", "losses", train)
   if s.score_path == "projected":
-    return [losses, *projection_phases(price, s, ("train",))]
+    return [losses, *projection_phases(price, s, ("train",), loaded=False)]
   if s.normalize != "none" or s.self_influence:
     rows = price.by_row("train")
     a_row = costs.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
@@ -140,8 +140,12 @@ def per_query_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list
   return found
 
 
-def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...]) -> list[Phase]:
-  """Projected gradients, of the training set kept on disk; at the parameters that are scored."""
+def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...], loaded: bool = True) -> list[Phase]:
+  """Projected gradients, of the training set kept on disk; at the parameters that are scored.
+
+  Args:
+    loaded: whether all of them come into memory, as a policy needs them.
+  """
   bench = price.bench
   base = fitting.param_shapes(bench.config, bench.settings.dtype)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
@@ -156,7 +160,8 @@ def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...]) -> lis
     size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
     disk = FLOAT * other.sizes.subtree * len(bench.parts[part]) if part == "train" else 0.0
     name = f"projected gradients ({part})"
-    found.append(other.phase(name, flops, other.device(size), 2 * work.batches, disk=disk))
+    phase = other.phase(name, flops, other.device(size), 2 * work.batches, disk=disk)
+    found.append(dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0)))
   return found
 
 
@@ -185,7 +190,8 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   count, whole = count - known, whole - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
-  if any(name in coreset.FEATURE_POLICIES for name in listed(s.policies)):
+  named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
+  if named & set(coreset.FEATURE_POLICIES):
     found += projection_phases(price, s, ("train", "eval"))
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
   return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
@@ -199,7 +205,7 @@ def demo_phases(bench: Described, s: Settings) -> list[Phase]:
   stages = [
     *finetune_phases(bench, s),
     *select_phases(bench, s),
-    *evaluate_phases(bench, s.replace(select_runs="select"), known),
+    *evaluate_phases(bench, s.replace(select_runs=s.policy), known),
   ]
   for phase in stages:
     shared = phase.name.startswith("hidden states")

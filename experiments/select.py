@@ -179,7 +179,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   clock = Clock()
   inputs = policy_inputs(bench, s, params, scored)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
-  kept = coreset.target_kept(inputs) if s.policy in coreset.FEATURE_POLICIES else None
+  kept = coreset.target_kept(inputs) if s.policy in coreset.SHRUNK_POLICIES else None
   if kept is not None and s.matching_shrink:
     share = f"{100 * kept:.0f} % of what sets the evaluation set's gradient apart from the training set's"
     log.info("%s: %s is more than chance, and is matched", s.policy, share)

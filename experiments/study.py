@@ -9,6 +9,7 @@ of its data, a random set's the set too.
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 
@@ -79,7 +80,7 @@ VARIANTS = {
   "matching, mean over tokens": _variant("matching", trained=True, matching_target="tokens"),
   "matching, not shrunk": _variant("matching", trained=True, matching_shrink=False),
   "matching, summed losses": _variant("matching", trained=True, loss_reduction="sum"),
-  "matching, unit gradients": _variant("matching", trained=True, unit=True),
+  "matching, unit gradients": _variant("matching", trained=True, unit=True, matching_target="examples"),
   "matching, quota": _variant("matching_quota", trained=True),
   "matching, by topic": _variant("matching_topic", trained=True),
   "matching, topics in turn": _variant("matching_round_robin", trained=True),
@@ -254,7 +255,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
-    f"{len(trainable_rows(bench)):,} training examples of {s.train_data.split('/')[-1]}, {s.model}, layers "
+    f"{len(trainable_rows(bench)):,} training examples of {re.sub(r'[^:+]*/', '', s.train_data)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{np.count_nonzero(test.num_response_tokens)} test examples; the base model's test perplexity is "
     f"{perplexity:.3f}. In brackets: 95 % intervals over seeds.",

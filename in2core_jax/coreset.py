@@ -12,6 +12,7 @@ Rules that hold for every policy:
 - Copies of one example are different rows and may all be chosen; `selection_warnings` tells.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -106,6 +107,8 @@ class PolicyInputs:
     target_mean: the target is the mean over the queries' response tokens, as token-weighted perplexity counts (features
       are gradients of mean losses), over the queries, or half of each: a word of `TARGETS`.
     shrink: whether `matching` and `matching_quota` draw the target towards the pool's mean (`matching.shrunk_target`).
+    token_weights: f64 [N], the pool's weights in a mean over tokens; `num_response_tokens` when None. They differ where
+      another tokenizer's model took the gradients.
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
     embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
     bm25: f64 [N], mean BM25 of the queries with the example's text.
@@ -123,12 +126,13 @@ class PolicyInputs:
   features: np.ndarray | None = None
   target: np.ndarray | None = None
   query_topics: Sequence[str] | None = None
-  query_tokens: np.ndarray | None = None
-  target_mean: str = "examples"
-  shrink: bool = False
   target_weights: np.ndarray | None = None
   embedding: np.ndarray | None = None
   bm25: np.ndarray | None = None
+  query_tokens: np.ndarray | None = None
+  target_mean: str = "examples"
+  shrink: bool = False
+  token_weights: np.ndarray | None = None
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
@@ -157,6 +161,12 @@ class PolicyInputs:
       shape = None if self.features is None else self.features.shape
       raise UserError(f"target has shape {np.shape(self.target)} but features have {shape}; both need the same width")
     object.__setattr__(self, "target", target)
+
+  @functools.cached_property
+  def aim(self) -> tuple[np.ndarray, float]:
+    """`matching_target` and `target_kept`; they read all features, so once."""
+    targets, kept = zip(*(_target(self, by_token) for by_token in _means(self)), strict=True)
+    return np.mean(targets, axis=0), float(np.mean(kept))
 
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
@@ -343,7 +353,7 @@ def matching_target(inputs: PolicyInputs) -> np.ndarray:
   Raises:
     UserError: an unknown target_mean, or no token count for each query.
   """
-  return np.mean([_target(inputs, by_token)[0] for by_token in _means(inputs)], axis=0)
+  return inputs.aim[0]
 
 
 def target_kept(inputs: PolicyInputs) -> float:
@@ -351,7 +361,7 @@ def target_kept(inputs: PolicyInputs) -> float:
 
   0: the queries cannot be told from as many random examples of the pool, so the pool's mean is matched; 1: not shrunk.
   """
-  return float(np.mean([_target(inputs, by_token)[1] for by_token in _means(inputs)]))
+  return inputs.aim[1]
 
 
 def _means(inputs: PolicyInputs) -> list[bool]:
@@ -375,7 +385,8 @@ def _target(inputs: PolicyInputs, by_token: bool) -> tuple[np.ndarray, float]:
   weights = _query_weights(inputs, by_token)
   if not inputs.shrink:
     return weights @ inputs.target / weights.sum(), 1.0
-  answered = inputs.num_response_tokens if by_token else inputs.num_response_tokens > 0
+  tokens = inputs.num_response_tokens if inputs.token_weights is None else inputs.token_weights
+  answered = tokens if by_token else np.asarray(tokens) > 0
   return matching.shrunk_target(inputs.target, inputs.features, weights, answered)
 
 
@@ -422,6 +433,7 @@ _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
   "matching_quota": lambda task: _matching(task, quota=True),
 }
 POLICIES = tuple(_POLICIES)
+SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
 FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
 SEEDED_POLICIES = ("random", "length_matched_random")
 # What a select run must have measured first.
@@ -517,7 +529,7 @@ def _poor_coverage(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray, see
   if distance[0] <= distance[1:].max():
     return []
   return [
-    f"The mean gradient of the selection is {distance[0]:.3g} target lengths away from the evaluation set's, "
-    f"further than all {draws} random selections of the same size ({distance[1:].min():.3g} to "
+    f"The mean gradient of the selection is {distance[0]:.3g} target lengths away from the evaluation set's (as far as "
+    f"that is known), further than all {draws} random selections of the same size ({distance[1:].min():.3g} to "
     f"{distance[1:].max():.3g}). Use the policy matching or random."
   ]

@@ -11,6 +11,7 @@ import numpy as np
 from in2core_jax.errors import UserError
 
 _GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix fits, and beats an eighth of its columns one by one
+_BLOCK_BYTES = 2**26  # of rows that are float64 at the same time
 _MOST_PRODUCTS = 2000  # of all features with one vector, where there is no Gram matrix: each reads all of them
 
 
@@ -127,9 +128,10 @@ def shrunk_target(
   """The queries' mean, drawn towards the pool's mean as far as its sampling error leaves open.
 
   t = p + max(0, 1 - V / |q - p|^2) (q - p), the positive-part James-Stein estimator: q and p are the weighted means of
-  queries and pool, V the expected |q - p|^2 if both were drawn from one distribution: over both, the sum of
-  w_i^2 |x_i - mean|^2 with weights that sum to 1. A few queries of the pool's own kind say less about their mean than
-  the pool does; queries of another kind are believed.
+  queries and pool, V an estimate of |q - p|^2 for queries and pool of one distribution: over both, the sum of
+  w_i^2 |x_i - mean|^2 / (1 - sum of w_i^2), with weights that sum to 1; exact copies are one draw, and a single query
+  is taken to vary as examples of the pool do. A few queries of the pool's own kind say less about their mean than the
+  pool does; queries of another kind are believed.
 
   Args:
     queries: [Q, d].
@@ -140,21 +142,32 @@ def shrunk_target(
   Returns:
     (t as f64 [d], the share of q - p that is kept, 0 to 1).
   """
-  q, q_noise = _mean_and_noise(queries, query_weights)
-  p, p_noise = _mean_and_noise(features, feature_weights)
+  q, q_noise, _ = _mean_and_noise(queries, query_weights)
+  p, p_noise, draws = _mean_and_noise(features, feature_weights)
+  if not np.isfinite(q_noise):  # one query, as often as it may be there: taken to vary as one example of the pool
+    q_noise = p_noise * draws
   apart = float(np.sum((q - p) ** 2))
   kept = max(0.0, 1.0 - (q_noise + p_noise) / apart) if apart > 0 else 0.0
   return p + kept * (q - p), kept
 
 
-def _mean_and_noise(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
-  """(weighted mean f64 [d], its expected squared error), in blocks so that no f64 copy of the rows exists."""
-  weights = np.asarray(weights, np.float64)
-  weights = weights / weights.sum()
-  blocks = [slice(start, start + 1024) for start in range(0, len(rows), 1024)]
+def _mean_and_noise(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float, float]:
+  """(weighted mean f64 [d], its expected squared error, of how many equal draws), without an f64 copy of all rows.
+
+  The error of one draw is not known: infinite.
+  """
+  weights = np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)
+  twin = _first_copies(rows, np.arange(len(rows)))
+  weights = np.bincount(twin, weights, len(rows))
+  step = max(1, _BLOCK_BYTES // (8 * rows.shape[1]))
+  blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
   mean = sum(weights[block] @ rows[block].astype(np.float64) for block in blocks)
-  noise = sum(float(weights[block] ** 2 @ np.sum((rows[block] - mean) ** 2, axis=1)) for block in blocks)
-  return mean, noise
+  spread = 0.0
+  for block in blocks:
+    apart = rows[block] - mean
+    spread += float(weights[block] ** 2 @ np.einsum("nd,nd->n", apart, apart))
+  square = float(weights @ weights)
+  return mean, spread / (1.0 - square) if square < 1.0 - 1e-12 else np.inf, 1.0 / square
 
 
 def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

@@ -269,11 +269,16 @@ def test_a_shrunk_target_follows_its_formula_and_weights_are_repetitions_of_the_
   target, kept = matching.shrunk_target(queries, pool, weights, np.ones(1500))
   share = weights / 4
   q, p = share @ queries, pool.mean(axis=0)
-  noise = np.sum(share**2 * np.sum((queries - q) ** 2, axis=1)) + np.sum((pool - p) ** 2) / 1500**2
+  noise = np.sum(share**2 * np.sum((queries - q) ** 2, axis=1)) / (1 - np.sum(share**2))
+  noise += np.var(pool, axis=0, ddof=1).sum() / 1500
   assert kept == pytest.approx(1 - noise / np.sum((q - p) ** 2)) and 0 < kept < 1
   np.testing.assert_allclose(target, p + kept * (q - p))
-  repeated = queries[[0, 2, 2, 2]].mean(axis=0)
-  np.testing.assert_allclose(q, repeated)
+  # Copies are one draw: they weigh in the mean, and make it no surer.
+  copies = matching.shrunk_target(queries[[0, 2, 2, 2]], pool, np.ones(4), np.ones(1500))
+  np.testing.assert_allclose(copies[0], target)
+  assert copies[1] == pytest.approx(kept)
+  (_, far), (_, near) = (matching.shrunk_target(p + [[step, 0, 0, 0]], pool, [1], np.ones(1500)) for step in (9, 1))
+  assert near == 0 and far == pytest.approx(1 - np.var(pool, axis=0, ddof=1).sum() * (1 + 1 / 1500) / 81)
 
 
 def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_tell_nothing_else():

@@ -101,7 +101,7 @@ def test_finished_steps_are_kept_while_their_commands_are_the_same(made):
 @pytest.mark.parametrize(
   "changes, said",
   [
-    ({"mesh": "data:8"}, "--mesh was not given and is 'data:8' now"),
+    ({"seed": 3}, "--seed was not given and is '3' now"),
     ({"dtype": "bfloat16"}, "--dtype was not given and is 'bfloat16' now"),
     ({"model": "gemma3"}, "--model was not given and is 'gemma3' now"),
   ],
@@ -114,6 +114,11 @@ def test_another_command_starts_finished_steps_anew_and_says_why(made, caplog, c
   assert said in caplog.text and "first starts anew" in caplog.text
   assert made.starts("first") == "y"  # nothing of the earlier run is left
   assert made.run(**changes) == (0, [])
+
+
+def test_how_fast_is_no_other_command(made):
+  made.run()
+  assert made.run(mesh="data:8", microbatch=2) == (0, [])
 
 
 def test_another_flagfile_or_alpaca_file_starts_those_that_read_it(made, caplog):

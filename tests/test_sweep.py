@@ -9,6 +9,7 @@ import pytest
 from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
 from experiments import evaluate, paper, select, study, workbench
+from experiments.flags import Settings
 from experiments.retraining import Judge
 from in2core_jax import embeddings, influence
 from in2core_jax.errors import UserError
@@ -124,6 +125,24 @@ def test_sweeps_that_cannot_be_are_refused(settings, bench, tmp_path, changes, w
   with pytest.raises(UserError, match=words):
     evaluate.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
+  made = select.run(settings.replace(policy="matching", run_dir=str(tmp_path / "select")), bench)
+  sweep = settings.replace(fractions="0.5", policies="full", select_runs=made, run_dir=str(tmp_path / "run"))
+  assert evaluate.plan_of(bench, sweep).policies == [("full", 0), ("matching", 0)]
+  for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
+    with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
+      evaluate.plan_of(bench, sweep.replace(**{name: value}))
+
+
+def test_the_flagfile_of_the_study_names_rules_that_there_are():
+  line = (paper._FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
+  assert len(study.variants_of(Settings(variants=line))) > 10
+  for step in paper.STEPS:
+    for change in step.changes:
+      if change.startswith("--variants="):
+        assert study.variants_of(Settings(variants=change.removeprefix("--variants=")))
 
 
 def test_evaluation_topics(settings, bench):
