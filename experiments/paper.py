@@ -126,7 +126,7 @@ STEPS = (
     "fidelity.flags",
     "do scores foretell what retraining gives (LDS)",
     # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
-    full=("--train_limit=128",),
+    full=("--train_limit=128", "--lds_ratios=0.1,0.01", "--lds_at=full,base"),
   ),
   Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
   Step(
