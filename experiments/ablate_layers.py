@@ -32,8 +32,9 @@ POSITIONS = ("last", "first", "middle", "spread")
 ALL = "all"
 _DOES = "ablate_layers compares plain influence of the mean query, and the sets that --policy=proponents keeps"
 _REFUSED = (
-  *("normalize", "self_influence", "per_layer", "per_token", "per_query", "policy", "aggregate", "trajectory"),
+  *("normalize", "self_influence", "per_layer", "per_token", "per_query", "aggregate", "trajectory"),
   "score_path=projected",
+  *flags.OTHER_POLICIES,
 )
 # The cheapest choices that agree with all layers are retrained, so many of them, to see whether one is enough.
 _TRIED = 3

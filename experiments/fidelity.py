@@ -39,8 +39,9 @@ _NOT_IDENTITY = (
 )
 _DOES = "fidelity compares plain influence (--lds_solvers, --lds_ratios), trains by itself (--lds_at), has no policy"
 _REFUSED = (
-  *("checkpoint", "damping", "normalize", "self_influence", "per_layer", "per_token", "policy", "aggregate"),
+  *("checkpoint", "damping", "normalize", "self_influence", "per_layer", "per_token", "aggregate"),
   *("score_path=projected", "trajectory"),
+  *flags.OTHER_POLICIES,
 )
 _LEAST_HALVES = 3  # that have a rank correlation with an interval
 _OF_VARIANTS = ("solver", "layers", "damping", "damping_ratio", "per_query", "checkpoint")

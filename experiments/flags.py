@@ -373,6 +373,10 @@ def seeds_of(s: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return seeds, integers(s.fixed_seeds, "fixed_seeds") or seeds
 
 
+# For `refuse`, by commands that have no policy or keep the highest scores: all but the default and that very rule.
+OTHER_POLICIES = tuple(f"policy={name}" for name in coreset.POLICIES if name not in (Settings.policy, "proponents"))
+
+
 def refuse(s: Settings, names: Collection[str], does: str) -> None:
   """Refuses flags that a command would pass over, although they ask for other numbers or other files than it makes.
 
