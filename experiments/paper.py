@@ -250,7 +250,8 @@ def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, 
   wanted = {other.name: other for other in steps_of(s)}
   for name in re.findall(r"\{runs\}/([\w-]+)", " ".join(step.changes)):
     theirs = facts_of(wanted[name], s, named) if name in wanted else read_note(s, name).get("command", {})
-    facts[f"command of {name}"] = artifacts.hash_of(theirs)
+    fast = tuple(f"--{flag}" for flag in HOW_FAST)
+    facts[f"command of {name}"] = artifacts.hash_of({k: v for k, v in theirs.items() if k not in fast})
   return facts
 
 

@@ -275,6 +275,7 @@ def write_results(
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, bench, s, scored, selected, warnings) | {"target_kept": target_kept}
   sections = {
+    "Selection": {"policy": s.policy} | ({} if target_kept is None else {"target_kept": target_kept}),
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
     "Data": _flat(bench.summary),
   }

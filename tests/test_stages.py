@@ -94,6 +94,7 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert summary["solver"]["solver"] == "lissa" and np.isfinite(summary["solver_residual"])
   assert {"boundary", "query gradients", "solver", "scores"} <= set(summary["seconds"])
   assert "Strongest proponents" in (folder / "report.md").read_text()
+  assert "| policy | proponents |" in (folder / "report.md").read_text() and summary["target_kept"] is None
   found = report_facts.SelectRun.load(folder, train, bench.parts["eval"])  # from the files alone: the same page
   assert (folder / "report.html").read_text() == report_html.select_page(found)
   assert {path.name for path in (folder / "plots").glob("*.svg")} >= {"scores.svg", "kept-by-topic.svg", "coverage.svg"}
@@ -268,6 +269,8 @@ def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
   if solver == "identity":  # the mean over the queries, in blocks of four, is the aggregated query
     pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
     np.testing.assert_allclose(pairs.mean(0), scores["influence"], rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["policy"] == "matching" and 0 <= summary["target_kept"] <= 1
   if policy == "highest_loss":
     assert scores["loss"][scores["selected"]].min() >= np.sort(scores["loss"])[-7]
 
