@@ -193,7 +193,8 @@ class Ablation:
     described.__dict__ |= {"parts": self.bench.parts, "mesh": self.bench.mesh, "batch_tokens": self.bench.batch_tokens}
     found = {}
     for choice in self.choices:
-      own = self.settings.replace(layers=choice.flag, modules=choice.modules, solver=solver)
+      # The sets that are compared are the highest scores: no gradients are kept for a policy.
+      own = self.settings.replace(layers=choice.flag, modules=choice.modules, solver=solver, policy="proponents")
       phases = planning.select_phases(described, own)
       found[choice] = {
         "flops": sum(phase.flops for phase in phases),

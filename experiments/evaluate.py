@@ -118,7 +118,7 @@ def _check_same_rule(folder: str, s: Settings) -> None:
         f"--fractions chooses anew by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "
         "give evaluate the same"
       )
-  if run["checkpoint"] != artifacts.hash_of(finetune.checkpoint_meta(s.checkpoint) if s.checkpoint else {}):
+  if run["checkpoint"] != finetune.checkpoint_hash(s.checkpoint):
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another model than "
       f"--checkpoint={s.checkpoint}: give evaluate the --checkpoint of the select run"
@@ -225,7 +225,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   of_policies += ("matching_target", "matching_shrink")
   identity["flags"] |= {name: getattr(s, name) for name in of_policies}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.FEATURE_POLICIES):
-    identity["checkpoint"] = artifacts.hash_of(finetune.checkpoint_meta(s.checkpoint))
+    identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {
     name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs

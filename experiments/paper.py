@@ -64,7 +64,8 @@ class Step:
   Attributes:
     name: of its folder, and in --only.
     module: in experiments/.
-    table: name of its files without ending; it is finished when the .md is there.
+    table: name of its files without ending; it is finished when the .md is there. Empty: a fine-tuning that
+      only other steps read; nothing of it is published.
     flagfile: in experiments/flags/.
     about: what it shows, in a line.
     changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.

@@ -162,7 +162,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   budget.limit(train.num_tokens[train.num_response_tokens > 0])  # what cannot be met is told before the work
   identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
   identity["flags"].pop("checkpoint")
-  identity["checkpoint"] = artifacts.hash_of(_checkpoint_identity(s.checkpoint))
+  identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)
   if s.trajectory != "none":
     identity["trajectory"] = {str(step): weight for step, weight in trajectory_weights(s.checkpoint).items()}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
@@ -231,10 +231,6 @@ def risky_settings(s: Settings) -> list[str]:
         "matching."
       )
   return found
-
-
-def _checkpoint_identity(folder: str) -> dict:
-  return finetune.checkpoint_meta(folder) if folder else {}
 
 
 def _write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:

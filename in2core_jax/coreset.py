@@ -372,9 +372,11 @@ def _means(inputs: PolicyInputs) -> list[bool]:
 
 
 def _query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
-  """f64 [Q]."""
+  """Weight of each query in the mean, f64 [Q]."""
   size = len(inputs.target)
-  weights = np.asarray(np.ones(size) if not by_token else 0 if inputs.query_tokens is None else inputs.query_tokens)
+  if not by_token:
+    return np.ones(size)
+  weights = np.asarray(0 if inputs.query_tokens is None else inputs.query_tokens)
   if weights.shape != (size,) or weights.min() < 0 or not weights.any():
     raise UserError(f"query_tokens have shape {weights.shape} for {size} queries; need their response tokens")
   return weights.astype(np.float64)

@@ -294,6 +294,11 @@ class TrainLog:
     self._write_metrics()
 
 
+def checkpoint_hash(folder: epath.PathLike) -> str:
+  """Names the parameters that --checkpoint stands for, in identities; "" is the base model."""
+  return files.hash_of(checkpoint_meta(folder) if folder else {})
+
+
 def checkpoint_meta(folder: epath.PathLike) -> dict:
   """The `meta` of the newest checkpoint in a folder.
 

@@ -39,10 +39,9 @@ def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
       two different conversations, no record at all, or no response in any record.
   """
   fields = parse_fields(data_fields)
-  items = [item for part in _JOINED.split(spec) for item in _items(part)]
-  if fields and items and not any(item.has_columns for item in items):
+  if fields and not has_columns(spec):
     raise UserError(f"data_fields={data_fields}: the chatterbot source has no columns; leave data_fields out")
-  records = to_records(items, fields)
+  records = to_records([item for part in _JOINED.split(spec) for item in _items(part)], fields)
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
   if not any(record.has_response for record in records):
