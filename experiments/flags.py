@@ -89,6 +89,9 @@ class Settings:
   train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
   eval_limit: int = _flag("data", 0, "the same for the evaluation set")
   test_limit: int = _flag("data", 0, "the same for the test set")
+  limit_block: int = _flag(
+    "data", 0, "which so many examples the limits keep: 0 the first, 1 the next, which none of the first is among, ..."
+  )
   max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
   system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")
   max_shapes: int = _flag("data", 4, "batch shapes to compile at most")
@@ -465,7 +468,7 @@ def read(tells_costs: bool = False) -> Settings:
     if getattr(settings, name) < 1:
       raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
   limits = ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget")
-  for name in (*limits, "ekfac_examples", "keep_checkpoints", "synthetic_length", "halves_again"):
+  for name in (*limits, "limit_block", "ekfac_examples", "keep_checkpoints", "synthetic_length", "halves_again"):
     if getattr(settings, name) < 0:
       raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
   if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:

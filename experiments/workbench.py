@@ -145,7 +145,7 @@ class Workbench:
     for part in PARTS:
       if part != "train" and s.eval_topics:
         records[part] = _of_topics(records[part], part, listed(s.eval_topics))
-      records[part] = _limit(records[part], getattr(s, f"{part}_limit"))
+      records[part] = _limit(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
       if not records[part]:
         raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
     made = {
@@ -410,13 +410,26 @@ def _of_topics(records: list, part: str, topics: list[str]) -> list:
   return [record for record in records if record.topic in topics]
 
 
-def _limit(records: list, limit: int) -> list:
-  """The `limit` records whose ids hash lowest, in source order: the same ones whatever the order of the file."""
+def _limit(records: list, part: str, limit: int, block: int) -> list:
+  """A block of `limit` records in the order of their ids' hashes, in source order; all records if limit is 0.
+
+  The same ones whatever the order of the file; blocks have no record in common.
+
+  Raises:
+    UserError: there are no records left for this block.
+  """
+  if block and not limit:
+    raise UserError(f"--limit_block={block} goes with --{part}_limit, how many examples a block has")
+  if block and len(records) <= block * limit:
+    raise UserError(
+      f"--limit_block={block}: the {part} set has {len(records)} examples, which the blocks of --{part}_limit={limit} "
+      f"before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
+    )
   if not limit or len(records) <= limit:
     return records
   digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
-  kept = sorted(sorted(range(len(records)), key=digests.__getitem__)[:limit])
-  return [records[i] for i in kept]
+  order = sorted(range(len(records)), key=digests.__getitem__)
+  return [records[i] for i in sorted(order[block * limit : (block + 1) * limit])]
 
 
 def _dataset_hash(dataset: data.TokenizedDataset) -> str:

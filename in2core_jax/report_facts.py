@@ -291,8 +291,9 @@ def _score_findings(run: SelectRun) -> list[Finding]:
     if math.isnan(rho):
       found.append(Finding(f"Influence and {name}: no rank correlation (one of them is constant).", False))
     else:
-      word = " The selection is partly one by " + name + "." if abs(rho) > 0.3 else ""
+      word = f" A ranking by influence is partly one by {name}." if abs(rho) > 0.3 else ""
       found.append(Finding(f"Influence and {name}: Spearman {rho:+.2f}.{word}", abs(rho) > 0.3))
+  found += _length_findings(run)
   positive = np.sort(np.maximum(run.influence, 0))[::-1]
   if positive[0] > 0:
     few = max(1, round(0.01 * len(positive)))
@@ -300,6 +301,19 @@ def _score_findings(run: SelectRun) -> list[Finding]:
     text = f"The strongest 1 % of the examples ({few:,}) bring {share:.0%} of all positive influence."
     found.append(Finding(text, bool(share > 0.25)))
   return found
+
+
+def _length_findings(run: SelectRun) -> list[Finding]:
+  """What the choice itself, by whatever policy, has to do with length."""
+  chosen, lengths = run.selected, np.asarray(run.response_tokens, np.float64)
+  if chosen.all() or not chosen.any():
+    return []
+  longer = evaluation.roc_auc(lengths, chosen).mean
+  kept, left = lengths[chosen].mean(), lengths[~chosen].mean()
+  word = f" The selection is partly one by {'long' if longer > 0.5 else 'short'} responses."
+  biased = abs(longer - 0.5) > 0.15
+  text = f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}.{word if biased else ''}"
+  return [Finding(text, biased)]
 
 
 def _solver_findings(run: SelectRun) -> list[Finding]:

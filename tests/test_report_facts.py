@@ -108,7 +108,7 @@ def fine_run(records=None, **changes):
 def test_an_honest_run_has_nothing_to_mind():
   run = fine_run()
   assert minded(run) == []
-  assert len(report_facts.findings(run)) == 8
+  assert len(report_facts.findings(run)) == 9
 
 
 def test_each_trouble_is_said_with_its_numbers():
@@ -126,8 +126,19 @@ def test_each_trouble_is_said_with_its_numbers():
     "2 examples of eval are copies of one in train, 3 have a prompt that occurs there."
   ]
   lengths = dict(made.columns) | {"num_response_tokens": 300 - made.columns["rank"]}
-  (text,) = minded(fine_run(columns=lengths))
-  assert text == "Influence and response length: Spearman +1.00. The selection is partly one by response length."
+  by_score, by_choice = minded(fine_run(columns=lengths))
+  assert (
+    by_score
+    == "Influence and response length: Spearman +1.00. A ranking by influence is partly one by response length."
+  )
+  kept, left = (lengths["num_response_tokens"][made.selected == chosen].mean() for chosen in (True, False))
+  assert by_choice == (
+    f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}. The selection is partly one "
+    "by long responses."
+  )
+  # A policy that chooses by something else than the ranking is judged by what it has chosen.
+  even = dict(lengths) | {"selected": np.arange(200) % 2 == 0}
+  assert [text.split(":")[0] for text in minded(fine_run(columns=even))] == ["Influence and response length"]
   (text,) = minded(fine_run(truncated=np.arange(200) < 20))
   cut = int(made.selected[:20].sum())
   assert text.startswith(f"20 training examples (10.0%) were truncated, {cut} of them are selected")

@@ -352,6 +352,24 @@ def test_an_empty_evaluation_set_is_refused(settings, bench):
     )
 
 
+def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tmp_path):
+  path = tmp_path / "many.jsonl"
+  path.write_text("\n".join(json.dumps({"prompt": f"question {i}", "response": f"answer {i}"}) for i in range(50)))
+  own = settings.replace(train_data=f"jsonl:{path}", split="0.6,0.2,0.2", train_limit=12, eval_limit=4, test_limit=4)
+  ids = lambda block, part: [  # noqa: E731
+    record.example_id for record in _with_model(Workbench(own.replace(limit_block=block)), bench).parts[part].records
+  ]
+  whole = [record.example_id for record in split_sources(own)["train"]]
+  blocks = [ids(block, "train") for block in range(2)]
+  assert [len(block) for block in blocks] == [12, 12] and not {*blocks[0]} & {*blocks[1]}
+  assert {*blocks[0], *blocks[1]} <= {*whole} and len(whole) > 24
+  assert [name for name in whole if name in {*blocks[1]}] == blocks[1]  # in source order
+  with pytest.raises(UserError, match=r"--limit_block=9: the train set has \d+ examples.*the last block is 2"):
+    ids(9, "train")
+  with pytest.raises(UserError, match="--limit_block=1 goes with --eval_limit"):
+    _ = _with_model(Workbench(own.replace(limit_block=1, eval_limit=0)), bench).parts
+
+
 def _with_model(fresh, bench):
   fresh.__dict__["_loaded"] = bench._loaded
   return fresh
