@@ -3,6 +3,7 @@
 ./run.sh paper                                          2 cores, the embedded models and corpus
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
+./run.sh paper --only=ablations                         many variants of the rules, which no other call runs
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
 again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
@@ -70,6 +71,7 @@ class Step:
     about: what it shows, in a line.
     changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.
     full: flags that come after paper-full.flags, which comes after `changes`.
+    extra: it is run only where --only names it.
   """
 
   name: str
@@ -79,6 +81,7 @@ class Step:
   about: str
   changes: tuple[str, ...] = ()
   full: tuple[str, ...] = ()
+  extra: bool = False
 
   @property
   def marker(self) -> str:
@@ -91,8 +94,18 @@ class Step:
     return any("{alpaca}" in change for change in self.changes)
 
 
-_RULES = "proponents; opponents; matching; matching, base model; matching, plain; longest"
-_MORE_RULES = "proponents, base model; proponents, no curvature; highest loss"
+_RULES = "proponents; opponents; matching; longest"
+_MORE_RULES = "proponents; opponents; matching; matching, base model; matching, plain; longest"
+# Each changes one thing of proponents or of matching.
+_ABLATIONS = "; ".join(
+  (
+    *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cosine"),
+    *("proponents, summed losses", "proponents, quota", "proponents, worst 10 % left out"),
+    *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
+    *("matching, mean over tokens", "matching, not shrunk", "matching, quota", "matching, unit gradients"),
+    *("matching, last layer", "matching, 16 queries", "embedding", "highest loss", "length-matched random"),
+  )
+)
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
   Step(
@@ -117,7 +130,7 @@ STEPS = (
     "study",
     "study.flags",
     "rules of selection on a redundant corpus",
-    (f"--variants={_RULES}; {_MORE_RULES}",),
+    (f"--variants={_RULES}", "--equal=steps,tokens"),
   ),
   Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
   Step(
@@ -144,7 +157,20 @@ STEPS = (
     "study",
     "study.flags",
     "the same on Alpaca",
-    ("--train_data=jsonl:{alpaca}", f"--variants={_RULES}"),
+    ("--train_data=jsonl:{alpaca}", f"--variants={_MORE_RULES}"),
+  ),
+  Step(
+    "study-alpaca-fresh",
+    "study",
+    "study",
+    "study.flags",
+    "the same on other examples of Alpaca, which nothing was tuned on",
+    (
+      *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
+      *("--variants=proponents; matching; longest", "--equal=steps,tokens"),
+    ),
+    # Blocks want a size; all data would be those of study-alpaca once more.
+    ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
   ),
   Step(
     "study-mixed",
@@ -158,6 +184,15 @@ STEPS = (
       "--variants=proponents; matching; matching, base model; matching, plain; embedding",
     ),
   ),
+  Step(
+    "ablations",
+    "study",
+    "study",
+    "study.flags",
+    "what makes the rules win or lose: each variant changes one thing",
+    (f"--variants={_ABLATIONS}",),
+    extra=True,
+  ),
 )
 
 
@@ -168,7 +203,7 @@ def steps_of(s: Settings) -> list[Step]:
     UserError: --only names a step that there is not, or one that needs --alpaca.
   """
   known = {step.name: step for step in STEPS}
-  wanted = listed(s.only) or [step.name for step in STEPS if s.alpaca or not step.needs_alpaca]
+  wanted = listed(s.only) or [step.name for step in STEPS if (s.alpaca or not step.needs_alpaca) and not step.extra]
   for name in wanted:
     if name not in known:
       raise UserError(f"--only={s.only}: there is no {name!r}; use {', '.join(known)}")
@@ -586,10 +621,11 @@ def _without_places(text: str, s: Settings, note: dict) -> str:
 
 def write_index(s: Settings) -> None:
   """README.md of the results: what there is, of when, from where, and what it took."""
-  rows, older, total = [], [], 0.0
+  rows, older, total, plain = [], [], 0.0, 0.0
   for step in STEPS:
     if not step.table:
-      total += read_note(s, step.name).get("seconds", 0.0)
+      fixed = read_note(s, step.name).get("seconds", 0.0)
+      total, plain = total + fixed, plain + fixed
     if not (target_of(s, step) / step.marker).exists():
       continue
     facts, note = _published(s, step), read_note(s, step.name)
@@ -598,11 +634,12 @@ def write_index(s: Settings) -> None:
     seconds = facts.get("seconds")
     rows.append(row | {"seconds": "" if seconds is None else f"{seconds:,.0f}", "machine": facts.get("machine", "")})
     total += seconds or 0.0
+    plain += 0.0 if step.needs_alpaca or step.extra else seconds or 0.0
     if note and not note["finished"]:
       older.append(step.name)
   columns = ("experiment", "shows", "table", "date", "commit", "seconds", "machine")
   lines = [f"# Results, preset {s.preset}", "", report.markdown_table(rows, columns).rstrip(), ""]
-  lines += [f"{total:,.0f} seconds in all.", ""]
+  lines += [f"{total:,.0f} seconds in all, {plain:,.0f} of them without --alpaca and --only.", ""]
   if older:
     lines += [f"Of an earlier run, the last one is not finished or failed: {', '.join(older)}.", ""]
   lines += ["Made by `./run.sh paper`; the command, machine, date and commit stand at the end of each page."]

@@ -218,8 +218,11 @@ def test_the_full_preset_means_all_data_layers_and_modules():
     s = Settings(preset="full", alpaca="alpaca.json", run_dir="runs")
     found[step.name] = parsed(paper.command(step, s)[4:])
     own = found[step.name]
-    assert [own[name] for name in ("eval_limit", "test_limit", "max_length")] == ["0", "0", "512"], step.name
-    assert own["train_limit"] == ("128" if step.name == "fidelity" else "0")
+    assert own["max_length"] == "512"
+    sized = {flag.partition("=")[0].lstrip("-"): flag.partition("=")[2] for flag in step.full}
+    for name in ("train_limit", "eval_limit", "test_limit"):
+      assert own[name] == sized.get(name, "0"), (step.name, name)
+    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca-fresh"))
     words = ("trainable_layers", "trainable_modules", "layers", "modules", "model_layers", "model_trains")
     assert {own[name] for name in words} == {"all"}, step.name
     assert own["lds_layers"].split(";")[0] == "all" and own["batch_tokens"] == "auto"
@@ -231,6 +234,15 @@ def test_the_full_preset_means_all_data_layers_and_modules():
   own = found["coverage"]
   folds = coverage.deal_topics(sorted(topics), int(own["hold_out_topics"]), int(own["folds"]), 0)
   assert {topic for fold in folds for topic in fold} == topics
+
+
+def test_an_extra_step_runs_only_when_it_is_named(made, monkeypatch):
+  extra = paper.Step("more", "study", "table", str(made.flagfile), "more rules", extra=True)
+  monkeypatch.setattr(paper, "STEPS", (*paper.STEPS, extra))
+  assert made.run() == (0, ["first", "second", "third"])
+  assert made.run(only="more") == (0, ["more"])
+  assert "more/table.md" in made.page("README.md")
+  assert [step.name for step in paper.steps_of(Settings())] == ["first", "second"]
 
 
 def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path):
