@@ -26,7 +26,7 @@ def agreeing(rows: Sequence[dict]) -> list[dict]:
 
 
 def enough(rows: Sequence[dict]) -> dict | None:
-  """The cheapest choice that agrees with all layers and, if retrained, is as good: its mean within their interval.
+  """The cheapest choice that agrees with all layers and, if retrained, is no worse: its mean not above their interval.
 
   Args:
     rows: of one solver, all layers and modules first; perplexity is an `evaluation.Interval` over seeds or None.
@@ -34,7 +34,7 @@ def enough(rows: Sequence[dict]) -> dict | None:
   whole = rows[0]["perplexity"]
   for row in agreeing(rows):
     own = row["perplexity"]
-    if own is None or whole is None or np.isnan(whole.low) or whole.low <= own.mean <= whole.high:
+    if own is None or whole is None or np.isnan(whole.high) or own.mean <= whole.high:
       return row
   return None
 
@@ -48,7 +48,7 @@ def sentence(rows: Sequence[dict]) -> str:
       tried = ", ".join(one["name"] for one in others if one["perplexity"] is not None)
       return (
         f"With {whole['solver']}, no choice is enough: those that agree with all layers and were retrained ({tried}) "
-        f"are outside of all layers' interval of perplexity, {whole['perplexity']}."
+        f"are above all layers' interval of perplexity, {whole['perplexity']}."
       )
     best = max(rows[1:], key=lambda one: one["overlap"])
     return (

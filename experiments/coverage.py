@@ -42,11 +42,11 @@ _REFUSED = (
   *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
   "score_path=projected",
 )
-AGGREGATES = ("mean", "maximum", "positive mass")
+_CELLS = "train and points"  # columns of the arrays in cells
+AGGREGATES = ("mean", "maximum", "positive mass", "relative maximum")
 BASE, TRAINED = "base", "trained"
 _DRAWS = 300  # of the bootstrap of each correlation; there are dozens
 INFLUENCE = tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in ("", " cosine") for name in AGGREGATES)
-EMBEDDING = ("embedding, mean", "embedding, maximum", "centred embedding, mean", "centred embedding, maximum")
 
 
 class Fold(Workbench):
@@ -83,26 +83,30 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> variants.Measures:
-  """Scores of every test point with every training example, and norms for cosines; `--query_block` at a time."""
-  size, found = len(bench.parts[POINTS]), []
+def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[str, variants.Measures]:
+  """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
+
+  `--query_block` test points at a time.
+  """
+  size, found = len(bench.parts[POINTS]), {part: [] for part in ("train", POINTS)}
   block = min(s.query_block, size)
-  train = bench.batcher("train", chosen.tree, chosen.params)
+  examples = {part: bench.batcher(part, chosen.tree, chosen.params) for part in found}
   for start in range(0, size, block):
     rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
     points = bench.batcher(POINTS, chosen.tree, chosen.params, rows)
     v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.mesh, True)
     pieces = work.pieces(f"solver-{start}", queries=passes.tree_sha256(v))
     result = solving.solve(bench, s, chosen, v, pieces)
-    stream = bench.stream(train, f"influence on test points {start}..{rows[-1]} of {size}")
-    part = variants.measure(chosen.problem, stream, len(train), result.solution)
-    kept = slice(0, size - start)
-    found.append(dataclasses.replace(part, scores=part.scores[kept], direction_norms=part.direction_norms[kept]))
-  return dataclasses.replace(
-    found[0],
-    scores=np.concatenate([part.scores for part in found]),
-    direction_norms=np.concatenate([part.direction_norms for part in found]),
-  )
+    for part, batcher in examples.items():
+      stream = bench.stream(batcher, f"influence of {part} on test points {start}..{rows[-1]} of {size}")
+      block_found = variants.measure(chosen.problem, stream, len(batcher), result.solution)
+      kept = {name: getattr(block_found, name)[: size - start] for name in ("scores", "direction_norms")}
+      found[part].append(dataclasses.replace(block_found, **kept))
+  join = lambda blocks, name: np.concatenate([getattr(block, name) for block in blocks])  # noqa: E731
+  return {
+    part: dataclasses.replace(blocks[0], **{name: join(blocks, name) for name in ("scores", "direction_norms")})
+    for part, blocks in found.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,8 @@ class Study:
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
+    texts = np.array(self.texts[POINTS], dtype=object)
+    self.copies = texts[:, None] == texts[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
@@ -150,13 +156,15 @@ class Study:
   def observe(self, topics: tuple[str, ...]) -> Observed:
     """All signals and losses with some topics held out."""
     rows = self.rows(topics)
-    cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, *topics)
-    tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(TRAINED, *topics)}
-    signals, nearest = {}, {}
-    for at, (scores, cosines) in tables.items():
-      for kind, table in (("", scores), (" cosine", cosines)):
-        signals |= {f"{name}{kind}, {at}": value for name, value in coverage.received(table).items()}
-      nearest[at] = rows[np.argsort(-cosines, axis=1, kind="stable")[:, :3]]
+    cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, _CELLS, *topics)
+    tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(TRAINED, _CELLS, *topics)}
+    signals, nearest, size = {}, {}, len(rows)
+    for at, table in tables.items():
+      for kind, values in zip(("", " cosine"), table, strict=True):
+        found = coverage.received(values[:, :size])
+        found["relative maximum"] = coverage.relative_maximum(values[:, :size], values[:, size:], self.copies)
+        signals |= {f"{name}{kind}, {at}": value for name, value in found.items()}
+      nearest[at] = rows[np.argsort(-table[1, :, :size], axis=1, kind="stable")[:, :3]]
     before, after = np.array(cell["before"]), np.array(cell["after"])
     signals |= self._texts_and_embeddings(rows) | {"loss before": -before}
     return Observed(topics, rows, signals, before, after, nearest)
@@ -165,7 +173,7 @@ class Study:
     s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
-    self._save(self._measured(fold, params, TRAINED, *topics), TRAINED, *topics)
+    self._save(self._measured(fold, params, TRAINED, *topics), TRAINED, _CELLS, *topics)
     return {
       "before": judge.losses(judge.sub, POINTS).tolist(),
       "after": judge.losses(result.sub, POINTS).tolist(),
@@ -173,20 +181,21 @@ class Study:
     }
 
   def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
-    """(scores, cosines) at the base model, [2, Q, N]: without a curvature, columns of those of the whole set."""
-    s = self.settings
+    """(scores, cosines) at the base model, [2, Q, N + Q]: without a curvature, columns of those of the whole set."""
+    s, every = self.settings, len(self.bench.parts["train"])
     if topics and s.solver == "identity":
-      return self._base_scores((), np.arange(len(self.bench.parts["train"])))[:, :, rows]
+      columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
+      return self._base_scores((), np.arange(every))[:, :, columns]
 
     def make() -> dict:
       fold = Fold(self.bench, rows) if topics else self.bench
-      self._save(self._measured(fold, fold.params, BASE, *topics), BASE, *topics)
+      self._save(self._measured(fold, fold.params, BASE, *topics), BASE, _CELLS, *topics)
       return {}
 
-    self.cells.get(make, BASE, *topics)
-    return self.cells.read_array(BASE, *topics)
+    self.cells.get(make, BASE, _CELLS, *topics)
+    return self.cells.read_array(BASE, _CELLS, *topics)
 
-  def _measured(self, fold: Workbench, params, *name: str) -> variants.Measures:
+  def _measured(self, fold: Workbench, params, *name: str) -> dict[str, variants.Measures]:
     """Scores and norms of a fold, kept in a folder of their own: no other fold's may be taken for them."""
     s = self.settings
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{artifacts.hash_of(name)[:16]}")
@@ -194,8 +203,9 @@ class Study:
     work.remove()
     return found
 
-  def _save(self, found: variants.Measures, *name: str) -> None:
-    self.cells.write_array(np.stack([found.scores, variants.cosine(found)]).astype(np.float32), *name)
+  def _save(self, found: dict[str, variants.Measures], *name: str) -> None:
+    tables = [np.stack([part.scores, variants.cosine(part)]) for part in found.values()]
+    self.cells.write_array(np.concatenate(tables, axis=2).astype(np.float32), *name)
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
@@ -204,13 +214,20 @@ class Study:
   def _texts_and_embeddings(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
     train, points = self._embedded["train"][rows], self._embedded[POINTS]
-    center = train.mean(axis=0)
-    found = {}
+    center, found = train.mean(axis=0), {}
+
+    def add(name: str, ours: np.ndarray, among: np.ndarray) -> None:
+      found[f"{name}, mean"], found[f"{name}, maximum"] = ours.mean(axis=1), ours.max(axis=1)
+      found[f"{name}, relative maximum"] = coverage.relative_maximum(ours, among, self.copies)
+
     for name, offset in (("embedding", 0.0), ("centred embedding", center)):
-      cosines = embeddings.cosine_to(points - offset, train - offset).astype(np.float64)
-      found |= {f"{name}, mean": cosines.mean(axis=1), f"{name}, maximum": cosines.max(axis=1)}
-    words = lexical.bm25(self.texts[POINTS], [self.texts["train"][row] for row in rows])
-    return found | {"BM25, mean": words.mean(axis=1), "BM25, maximum": words.max(axis=1)}
+      cosines = lambda to, offset=offset: embeddings.cosine_to(points - offset, to - offset).astype(np.float64)  # noqa: E731
+      add(name, cosines(train), cosines(points))
+    texts = self.texts[POINTS]
+    documents = [*(self.texts["train"][row] for row in rows), *texts]
+    words = lexical.bm25(texts, documents)  # one corpus, so that a word is worth the same on either side
+    add("BM25", words[:, : len(rows)], words[:, len(rows) :])
+    return found
 
 
 def text_of(record) -> str:

@@ -42,6 +42,7 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 
 
 # A flagfile repeats a run: it removes none, is the same in every process, and does the work.
+_ADDED = ("limit_block", "model_rates")  # flags that older run folders did not know
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
 
@@ -238,6 +239,9 @@ class Settings:
   model_trains: str = _flag(
     "transfer", "", "--trainable_layers of each before it scores, semicolons between; one for all; empty: same"
   )
+  model_rates: str = _flag(
+    "transfer", "", "--learning_rate of each before it scores, semicolons between; one for all; empty: same"
+  )
   score_at: str = _flag(
     "transfer", "full", "where they score: fine-tuned on the full set, or as given", ("full", "base")
   )
@@ -308,12 +312,16 @@ class Settings:
     return lines
 
   def identity(self, *groups: str) -> dict[str, Any]:
-    """The values of some groups, for the identity of a run folder (NaN as null)."""
+    """The values of some groups, for the identity of a run folder (NaN as null).
+
+    A flag of `_ADDED` is not among them while it has its default: run folders from before it go on.
+    """
     unset = lambda value: None if isinstance(value, float) and math.isnan(value) else value  # noqa: E731
     return {
       field.name: unset(getattr(self, field.name))
       for field in dataclasses.fields(self)
       if field.metadata["group"] in groups and field.name not in ("run_dir", *_NOT_REPEATED)
+      if field.name not in _ADDED or getattr(self, field.name) != field.default
     }
 
 

@@ -214,6 +214,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 # ---- tables --------------------------------------------------------------------------
 
+_PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
+
 
 def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
   """A row for each rule: perplexities, their ratios to random sets' and full data's, how many random sets it beats.
@@ -224,7 +226,7 @@ def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
   by_rule: dict[str, list[evaluation.RetrainRow]] = {}
   for row in rows:
     by_rule.setdefault(row.policy, []).append(row)
-  random = np.array([row.perplexity for row in by_rule[RANDOM]])
+  random = {field: np.array([getattr(row, field) for row in by_rule[RANDOM]]) for field in _PERPLEXITIES}
   found = []
   for name, own in by_rule.items():
     mean = lambda field, own=own: float(np.mean([getattr(row, field) for row in own]))  # noqa: E731
@@ -239,8 +241,9 @@ def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
     }
     for other in (RANDOM, FULL):
       line[f"to {other}"] = "" if name == other else _ratio(own, by_rule[other])
-    beaten = int(np.sum(mean("perplexity") < random))
-    line["random sets beaten"] = "" if name == RANDOM else f"{beaten} of {len(random)}"
+    for field, column in _PERPLEXITIES.items():
+      beaten = int(np.sum(mean(field) < random[field]))
+      line[column] = "" if name == RANDOM else f"{beaten} of {len(random[field])}"
     found.append(line)
   return found
 

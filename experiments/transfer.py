@@ -6,6 +6,7 @@ python -m experiments.transfer --flagfile=experiments/flags/transfer.flags
 import dataclasses
 import functools
 import logging
+import math
 
 import numpy as np
 
@@ -29,7 +30,8 @@ _DOES = "transfer fine-tunes every model itself (--score_at), has no store of gr
 _REFUSED = (
   *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
 )
-_OF_SCORERS = ("score_models", "model_layers", "model_trains", "layers")  # in the names of the cells
+_LOSSES = ("its evaluation loss as given", "and where it scores")
+_OF_SCORERS = ("score_models", "model_layers", "model_trains", "model_rates", "layers")  # in the names of the cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Scorer:
     model: word of --model.
     layers: word of --layers, of its own layers.
     trains: word of --trainable_layers, for the training before it scores.
+    rate: --learning_rate of that training.
   """
 
   model: str
   layers: str
   trains: str
+  rate: float
 
 
 def scorers_of(s: Settings) -> list[Scorer]:
@@ -57,8 +61,8 @@ def scorers_of(s: Settings) -> list[Scorer]:
   models = read(s.score_models)
   if len(set(models)) < len(models):
     raise UserError(f"--score_models={s.score_models}: a model is given twice")
-  lists = {}
-  for name, default in (("model_layers", s.layers), ("model_trains", s.trainable_layers)):
+  lists, own_words = {}, (s.layers, s.trainable_layers, str(s.learning_rate))
+  for name, default in zip(("model_layers", "model_trains", "model_rates"), own_words, strict=True):
     words = read(getattr(s, name)) or [default]
     words = words * len(models) if len(words) == 1 else words
     if len(words) != len(models):
@@ -66,9 +70,21 @@ def scorers_of(s: Settings) -> list[Scorer]:
         f"--{name}={getattr(s, name)} has {len(words)} words for {len(models)} models: give one, or as many"
       )
     lists[name] = words
-  found = [Scorer(*three) for three in zip(models, lists["model_layers"], lists["model_trains"], strict=True)]
-  own = [scorer for scorer in found if scorer.model == s.model] or [Scorer(s.model, s.layers, s.trainable_layers)]
+  rates = [_rate(word, s) for word in lists["model_rates"]]
+  found = [Scorer(*four) for four in zip(models, lists["model_layers"], lists["model_trains"], rates, strict=True)]
+  own = [scorer for scorer in found if scorer.model == s.model]
+  own = own or [Scorer(s.model, s.layers, s.trainable_layers, s.learning_rate)]
   return own + [scorer for scorer in found if scorer.model != s.model]
+
+
+def _rate(word: str, s: Settings) -> float:
+  try:
+    rate = float(word)
+  except ValueError:
+    rate = math.nan
+  if not 0 < rate < math.inf:
+    raise UserError(f"--model_rates={s.model_rates}: {word!r} is no learning rate; give numbers above 0, such as 1e-4")
+  return rate
 
 
 class Transfer:
@@ -113,7 +129,8 @@ class Transfer:
       name: of the folder for what is unfinished.
     """
     s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
-    params, losses = self.params_of(bench, s)
+    s = s.replace(learning_rate=scorer.rate)
+    params, before, losses = self.params_of(bench, s)
     chosen = choose(bench, params, s.layers, s.modules)
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
     found = score(bench, s, chosen, work)
@@ -131,19 +148,26 @@ class Transfer:
       "selected": [train.ids[row] for row in rows],
       "layers in all": bench.config.num_layers,
       "parameters": subtree.count(bench.params),
+      "eval loss as given": before,
       "eval loss": losses,
     }
 
-  def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float]:
-    """(parameters at which a scorer takes gradients, its mean loss there over the evaluation examples)."""
+  def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float, float]:
+    """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
     start = subtree.merge(judge.sub, judge.frozen, judge.chosen)
     check_settings(bench, s, choose(bench, start, s.layers, s.modules))  # told before the training
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
-    loss = float(judge.losses(sub, "eval")[counted].mean())
-    return subtree.merge(sub, judge.frozen, judge.chosen), loss
+    before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
+    if s.score_at == "full" and after >= before:
+      log.warning(
+        "%s: fine-tuning at learning rate %g has not lowered its evaluation loss (%.3f before, %.3f after): it scores "
+        "at parameters that have learnt the training examples by heart; give it a lower one by --model_rates",
+        *(s.model, s.learning_rate, before, after),
+      )
+    return subtree.merge(sub, judge.frozen, judge.chosen), before, after
 
   def rows_of(self, ids: list[str]) -> np.ndarray:
     """Rows of the training set of the model that is trained."""
@@ -186,7 +210,8 @@ def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[eva
   for number, scorer in enumerate(scorers):
     cell = cells[scorer.model]
     row = {"scores by": scorer.model, "layers": f"{scorer.layers} of {cell['layers in all']}"}
-    row |= {"parameters": cell["parameters"], "its evaluation loss": cell["eval loss"]}
+    row |= {"parameters": cell["parameters"], "learning rate": scorer.rate}
+    row |= dict(zip(_LOSSES, (cell["eval loss as given"], cell["eval loss"]), strict=True))
     rank = spearman_interval(values(cell), values(own))
     row |= {"Spearman": rank.mean, "Spearman low": rank.low, "Spearman high": rank.high}
     row["top-half overlap"] = evaluation.top_overlap(values(cell), values(own), 0.5)
@@ -217,10 +242,14 @@ def sentences(table: list[dict]) -> list[str]:
 
 def printed(table: list[dict]) -> list[dict]:
   """`agreement_rows` with an interval in one cell."""
-  show = lambda row, *names: "{:.3f} ({:.3f} to {:.3f})".format(*(row[name] for name in names))  # noqa: E731
+
+  def show(row: dict, *names: str) -> str:
+    mean, low, high = (row[name] for name in names)
+    return f"{mean:.3f}" if np.isnan(low) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
   lines = []
   for row in table:
-    line = {name: row[name] for name in ("scores by", "layers", "parameters", "its evaluation loss")}
+    line = {name: row[name] for name in ("scores by", "layers", "parameters", "learning rate", *_LOSSES)}
     line["Spearman with own scores"] = show(row, "Spearman", "Spearman low", "Spearman high")
     line |= {name: row[name] for name in ("top-half overlap", "overlap of the choices")}
     line["perplexity"] = f"{row['perplexity']:.3f}"
@@ -266,7 +295,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
-    identity["flags"].pop(name)
+    identity["flags"].pop(name, None)
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
   task = Transfer(bench, s, run_dir)

@@ -5,6 +5,14 @@
 s_qi is the influence of training example i on test point q, or its cosine. A point that receives little is not covered
 (In2Core, arXiv 2408.03560, section 5). Sums are over N so that training sets of different sizes compare.
 
+Some points receive little of anything: long ones, odd ones, those of a small gradient. What the other test points would
+give them is the yardstick:
+
+  relative maximum_q = (a_q - b_q) / (|a_q| + |b_q|),   a_q = max_i s_qi,   b_q = max_r s_qr
+
+over test points r other than q and its copies. A point that other test points help, and no training example does, is of
+a kind that the training set lacks.
+
 Letters: Q test points, N training examples, M observations: test points, each perhaps under several training sets.
 """
 
@@ -38,6 +46,29 @@ def received(scores: np.ndarray) -> dict[str, np.ndarray]:
     "maximum": scores.max(axis=1),
     "positive mass": np.maximum(scores, 0).mean(axis=1),
   }
+
+
+def relative_maximum(scores: np.ndarray, among: np.ndarray, copies: np.ndarray) -> np.ndarray:
+  """The highest score that training examples give each test point, against the highest that other points would give.
+
+  Args:
+    scores: [Q, N], of training examples.
+    among: [Q, Q], the same of the test points themselves; row q is about point q.
+    copies: bool [Q, Q], which points are copies of each other; each is one of itself.
+
+  Returns:
+    float64 [Q] within [-1, 1], high where the training set covers; 0 where both are 0.
+
+  Raises:
+    UserError: a point has no other beside its copies.
+  """
+  alone = np.flatnonzero(copies.all(axis=1))
+  if alone.size:
+    raise UserError(f"coverage: test point {alone[0]} has no other to compare it with; give more evaluation examples")
+  ours = received(scores)["maximum"]
+  theirs = np.where(copies, -np.inf, np.asarray(among, np.float64)).max(axis=1)
+  size = np.abs(ours) + np.abs(theirs)
+  return (ours - theirs) / np.where(size > 0, size, 1.0)
 
 
 def deal_topics(topics: Sequence[str], size: int, folds: int, seed: int) -> list[tuple[str, ...]]:

@@ -201,6 +201,8 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
   rows += [made("spread:8", 0.9, 0.6, [5.1, 5.3]), made("first:16", 0.99, 0.9, [5.1, 5.1]), made("last:9", 0.9, 0.65)]
   assert ablation_report.enough(rows)["name"] == "spread:8"
   assert "spread:8 is enough" in ablation_report.sentence(rows)
+  rows[3]["perplexity"] = evaluation.confidence_interval([3.0, 3.1])  # below all layers' interval: better, not outside
+  assert ablation_report.enough(rows)["name"] == "spread:8"
   rows[3]["overlap"] = 0.89
   assert ablation_report.enough(rows)["name"] == "last:9"
   assert "it was not retrained" in ablation_report.sentence(rows)

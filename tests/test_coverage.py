@@ -28,6 +28,19 @@ def test_received_influence_is_its_definition():
     coverage.received(np.array([[np.nan]]))
 
 
+def test_relative_maximum_is_its_definition():
+  scores = np.array([[1.0, 3.0], [0.5, -1.0], [-1.0, -2.0], [0.0, 0.0]])
+  among = np.array([[9.0, 9.0, 1.0, 0.0], [9.0, 9.0, 1.5, 0.1], [0.0, 1.0, 9.0, 0.5], [0.0, 0.0, 0.0, 9.0]])
+  copies = np.eye(4, dtype=bool)
+  copies[0, 1] = copies[1, 0] = True
+  found = coverage.relative_maximum(scores, among, copies)
+  # A point's copies say nothing of what others would give it; (0 - 0) / 0 counts as neither.
+  np.testing.assert_allclose(found, [(3 - 1) / 4, (0.5 - 1.5) / 2, (-1 - 1) / 2, 0])
+  np.testing.assert_allclose(coverage.relative_maximum(7 * scores, 7 * among, copies), found)
+  with pytest.raises(UserError, match="test point 0 has no other"):
+    coverage.relative_maximum(scores, among, np.ones((4, 4), bool))
+
+
 def test_folds_are_whole_topics_each_once():
   topics = ["d", "a", "c", "b", "a", "e", "f"]
   folds = coverage.deal_topics(topics, 2, 3, seed=0)
@@ -109,11 +122,11 @@ def test_the_tables_hold_every_signal(finished, bench):
     rows = {row["signal"]: row for row in csv.DictReader(file)}
   signals = {
     f"{name}{kind}, {at}"
-    for name in ("mean", "maximum", "positive mass")
+    for name in ("mean", "maximum", "positive mass", "relative maximum")
     for kind in ("", " cosine")
     for at in ("base", "trained")
   }
-  assert signals < set(rows) and {"embedding, maximum", "BM25, maximum", "loss before"} < set(rows)
+  assert signals < set(rows) and {"embedding, maximum", "BM25, relative maximum", "loss before"} < set(rows)
   assert all(0 <= float(row["AUC"]) <= 1 for row in rows.values())
   folds = result["folds"]
   assert len(folds) == 2 and not set(folds[0]["topics"]) & set(folds[1]["topics"])
@@ -136,10 +149,12 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   assert "food" not in fold.parts["train"].topics and len(fold.parts["train"]) == len(rows)
   assert fold.parts["eval"] is bench.parts["eval"]
   chosen = workbench.choose(fold, fold.params, settings.layers, settings.modules)
-  found = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
-  whole = experiment.measured(
-    bench, settings, workbench.choose(bench, bench.params, "last:1", "all"), scoring.NOTHING_KEPT
-  )
+  both = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
+  found, among = both["train"], both["eval"]
+  everything = workbench.choose(bench, bench.params, "last:1", "all")
+  whole = experiment.measured(bench, settings, everything, scoring.NOTHING_KEPT)["train"]
+  np.testing.assert_allclose(among.scores, among.scores.T, rtol=1e-4, atol=1e-5 * np.abs(among.scores).max())
+  np.testing.assert_allclose(np.diag(variants.cosine(among))[among.norms > 0], 1, atol=1e-4)
   np.testing.assert_allclose(found.scores, whole.scores[:, rows], rtol=1e-4, atol=1e-5 * np.abs(whole.scores).max())
   wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.artifacts.RunDir.load(str(finished))))
   np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

@@ -364,6 +364,8 @@ def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tm
   assert [len(block) for block in blocks] == [12, 12] and not {*blocks[0]} & {*blocks[1]}
   assert {*blocks[0], *blocks[1]} <= {*whole} and len(whole) > 24
   assert [name for name in whole if name in {*blocks[1]}] == blocks[1]  # in source order
+  # Run folders that did not know the flag go on.
+  assert "limit_block" not in own.identity("data") and own.replace(limit_block=1).identity("data")["limit_block"] == 1
   with pytest.raises(UserError, match=r"--limit_block=9: the train set has \d+ examples.*the last block is 2"):
     ids(9, "train")
   with pytest.raises(UserError, match="--limit_block=1 goes with --eval_limit"):

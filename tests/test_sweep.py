@@ -11,7 +11,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
 from experiments.retraining import Judge
-from in2core_jax import embeddings, influence
+from in2core_jax import embeddings, evaluation, influence
 from in2core_jax.errors import UserError
 
 
@@ -180,6 +180,21 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
     study.run(chosen.replace(variants="best"), bench)
 
 
+def test_comparison_by_hand():
+  row = lambda policy, seed, *found: evaluation.RetrainRow(policy, seed, 2, 9, 4, 1, 4, *found)  # noqa: E731
+  rows = [
+    row("full", 0, 8.0, 9.0),
+    row("random", 0, 10.0, 10.0),
+    row("random", 1, 12.0, 12.0),
+    row("mine", 0, 9.0, 11.0),
+  ]
+  full, random, mine = study.comparison(rows)
+  assert (full["random sets beaten"], full["beaten by example"], full["to full"]) == ("2 of 2", "2 of 2", "")
+  assert (random["perplexity"], random["by example"], random["seeds"], random["random sets beaten"]) == (11, 11, 2, "")
+  assert (mine["random sets beaten"], mine["beaten by example"]) == ("2 of 2", "1 of 2")
+  assert mine["to full"] == "1.125" and mine["to random"].startswith("0.82")
+
+
 def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
   def kill(*_):
     raise Killed
@@ -232,7 +247,9 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
 
 
 def test_paper_knows_its_steps(settings):
-  assert [step.name for step in paper.steps_of(settings)] == [s.name for s in paper.STEPS if not s.needs_alpaca]
+  assert [step.name for step in paper.steps_of(settings)] == [
+    s.name for s in paper.STEPS if not s.needs_alpaca and not s.extra
+  ]
   with pytest.raises(UserError, match="there is no 'x'"):
     paper.steps_of(settings.replace(only="x"))
   with pytest.raises(UserError, match="needs --alpaca"):

@@ -58,9 +58,9 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   ]
   for name in ("Spearman", "top-half overlap", "overlap of the choices", "ratio to own"):
     assert same[name] == pytest.approx(1, abs=1e-9)
-  assert same["perplexity"] == own["perplexity"] and same["its evaluation loss"] == own["its evaluation loss"]
+  assert same["perplexity"] == own["perplexity"] and all(same[name] == own[name] for name in transfer._LOSSES)
   assert half["Spearman"] < 0.99 and half["parameters"] < own["parameters"]
-  assert half["its evaluation loss"] != own["its evaluation loss"]
+  assert all(half[name] != own[name] for name in transfer._LOSSES)
   policies = {row["policy"]: (row["seeds"], row["examples"]) for row in result["retrained"]}
   chosen = {f"chosen by {row['scores by']}": (1, 12) for row in (own, same, half)}
   assert policies == {"full": (1, 24), "random": (2, 12)} | chosen
@@ -78,6 +78,7 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   tuned = judge.train(np.flatnonzero(bench.parts["train"].num_response_tokens), 0, "again").sub
   counted = bench.parts["eval"].num_response_tokens > 0
   losses, before = (judge.losses(sub, "eval")[counted].mean() for sub in (tuned, judge.sub))
+  assert cell["eval loss as given"] == pytest.approx(before, rel=1e-6)
   assert cell["eval loss"] == pytest.approx(losses, rel=1e-6) and losses != pytest.approx(before, rel=1e-5)
   chosen = workbench.choose(bench, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
   wanted = scoring.score(bench, settings, chosen, scoring.Work(artifacts.RunDir.open(str(folder) + "-w", {}))).influence
@@ -119,7 +120,7 @@ def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp
   folders = []
   monkeypatch.setattr(transfer.Transfer, "score_anew", lambda *given: folders.append(given[-1]) or {"of": len(folders)})
   task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
-  scorer = transfer.Scorer(write_model(tmp_path / "other", CONFIG), "last:1", "last:1")
+  scorer = transfer.Scorer(write_model(tmp_path / "other", CONFIG), "last:1", "last:1", 1e-2)
   assert [task.scored(scorer)["of"] for _ in range(2)] == [1, 1]
   config, params, tokenizer, _ = weights.load_model(scorer.model)
   weights.save_hf_dir(tmp_path / "other", config, jax.tree.map(lambda leaf: leaf * 1.5, params), tokenizer)
@@ -130,11 +131,15 @@ def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp
 def test_scorers_are_read_with_their_layers():
   s = flags.Settings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
   assert transfer.scorers_of(s) == [
-    transfer.Scorer("smollm2", "last:8", "last:2"),
-    transfer.Scorer("hf:x", "last:8", "last:2"),
+    transfer.Scorer("smollm2", "last:8", "last:2", 1e-4),
+    transfer.Scorer("hf:x", "last:8", "last:2", 1e-4),
   ]
-  named = transfer.scorers_of(s.replace(score_models="hf:x", model_layers="0,1", model_trains="all"))
-  assert named == [transfer.Scorer("smollm2", "last:8", "last:2"), transfer.Scorer("hf:x", "0,1", "all")]
+  changes = {"score_models": "hf:x", "model_layers": "0,1", "model_trains": "all", "model_rates": "3e-5"}
+  named = transfer.scorers_of(s.replace(**changes))
+  assert named == [transfer.Scorer("smollm2", "last:8", "last:2", 1e-4), transfer.Scorer("hf:x", "0,1", "all", 3e-5)]
+  for bad in ("fast", "0", "nan"):
+    with pytest.raises(UserError, match=f"'{bad}' is no learning rate"):
+      transfer.scorers_of(s.replace(model_rates=bad))
   with pytest.raises(UserError, match="3 words for 2 models"):
     transfer.scorers_of(s.replace(model_layers="all;all;all"))
   with pytest.raises(UserError, match="given twice"):
