@@ -215,7 +215,9 @@ class Ablation:
       own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batch_tokens)
       limit = min(self.settings.ablate_examples, len(self.bench.parts["train"]))
       with tempfile.TemporaryDirectory() as temporary:
-        return benchmark_alone.start(own.replace(train_limit=limit), pathlib.Path(temporary) / "score", {})
+        return benchmark_alone.start(
+          own.replace(train_limit=limit, limit_block=0), pathlib.Path(temporary) / "score", {}
+        )
 
     return self.cells.get(make, "measured", choice.flag, choice.modules, self.settings.ablate_examples)
 

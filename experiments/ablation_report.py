@@ -19,6 +19,18 @@ _COLORS = {"all": "black", "last": report.BLUE, "first": report.ORANGE, "middle"
 _MARKERS = "osD^vPX"
 
 
+def worse_than_random(rows: Sequence[dict], yardsticks: Mapping[str, evaluation.Interval]) -> list[str]:
+  """A warning where all layers' own choice loses to random sets: agreement with it is then no merit."""
+  whole, random = rows[0]["perplexity"], yardsticks.get(evaluation.RANDOM)
+  if whole is None or random is None or not whole.mean > random.mean:
+    return []
+  return [
+    f"Mind that with {rows[0]['solver']} all layers' own highest scores retrain to {whole.mean:.4g}, worse than random "
+    f"sets of the size ({random.mean:.4g}): what agrees with them is as bad. Another policy or other parameters at "
+    "which gradients are taken matter more here than layers."
+  ]
+
+
 def agreeing(rows: Sequence[dict]) -> list[dict]:
   """Choices other than all layers and modules that agree with these, the cheapest by FLOPs first."""
   others = [row for row in rows[1:] if row["overlap"] >= AGREES and row["flops"] < rows[0]["flops"]]
@@ -153,6 +165,7 @@ def write(
   """Table as Markdown, CSV and LaTeX, figure as SVG and PNG; ablate_layers.json last."""
   rows = table_rows([row for each in found.values() for row in each])
   sentences = [sentence(each) for each in found.values()]
+  sentences += [line for each in found.values() for line in worse_than_random(each, yardsticks)]
   write_figure(run_dir, "ablate_layers", figure(found, yardsticks))
   run_dir.write_text("ablate_layers.csv", report.csv_table(rows))
   run_dir.write_text("ablate_layers.tex", report.latex_table(rows, caption="Layers and modules against all of them."))
@@ -179,7 +192,8 @@ def explanation(s: Settings, bench: Workbench) -> str:
   kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
   return (
     f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
-    f"{s.checkpoint or 'the base model'}. Spearman and overlap (of the {kept} that are kept) are with all "
+    f"{s.checkpoint or 'the base model'}; the highest scores are selected (proponents). Spearman and overlap (of the "
+    f"{kept} that are kept) are with all "
     "layers and modules of the same solver. FLOPs and memory on paper are those that --dry_run tells for a "
     "whole select run with the choice, boundary cache included. Seconds and peak memory were measured for some only: "
     f"a score pass (jvp, no boundary cache) over {s.ablate_examples} training examples in a process of its own. "

@@ -119,7 +119,7 @@ def measure_memory(s: Settings, layers: str, counts: list[int]) -> list[dict]:
   found = []
   with tempfile.TemporaryDirectory() as temporary:
     for count in counts:
-      own = s.replace(alone="score", layers=layers, modules="all", train_limit=count, device_counts="1")
+      own = s.replace(alone="score", layers=layers, modules="all", train_limit=count, limit_block=0, device_counts="1")
       found.append(start(own, pathlib.Path(temporary) / str(count), {}))
       if found[-1]["examples"] < count:
         raise UserError(f"--memory_examples={count}, but --train_data has {found[-1]['examples']} training examples")

@@ -39,8 +39,10 @@ def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, data.TokenizedDat
   """Examples of `--synthetic_length` random tokens, the second half a response; as many as the limits say.
 
   Raises:
-    UserError: no limit for a part, or examples too short to have a response.
+    UserError: --limit_block, no limit for a part, or examples too short to have a response.
   """
+  if s.limit_block:
+    raise UserError(f"--limit_block={s.limit_block}: examples of --synthetic_length are made up, leave it out")
   if s.synthetic_length < 2 or not all(getattr(s, f"{part}_limit") for part in PARTS):
     raise UserError(
       f"--synthetic_length={s.synthetic_length} needs 2 or more tokens, and --train_limit, --eval_limit and "

@@ -137,8 +137,9 @@ class Study:
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
-    texts = np.array(self.texts[POINTS], dtype=object)
-    self.copies = texts[:, None] == texts[None, :]
+    self.distinct = distinct_points(bench.parts[POINTS])
+    silent = bench.parts[POINTS].num_response_tokens == 0
+    self.copies = (self.distinct[:, None] == self.distinct[None, :]) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
@@ -230,6 +231,13 @@ class Study:
     return found
 
 
+def distinct_points(points) -> np.ndarray:
+  """For each test point the first one with the same tokens, as far as they are read: int [Q]."""
+  first: dict[bytes, int] = {}
+  keys = (tokens.tobytes() + mask.tobytes() for tokens, mask in zip(points.tokens, points.response_mask, strict=True))
+  return np.array([first.setdefault(key, row) for row, key in enumerate(keys)], np.int64)
+
+
 def text_of(record) -> str:
   """All messages of a record."""
   return " ".join(message["content"] for message in record.messages)
@@ -247,7 +255,7 @@ class Pooled:
     uncovered: bool [M], whether the point's topic is held out.
     after: float64 [M], mean nats after fine-tuning.
     drop: float64 [M], by how much fine-tuning lowers it.
-    points: int [M], which test point.
+    points: int [M], which test point; copies are one.
     fold: int [M], which fold.
   """
 
@@ -259,14 +267,18 @@ class Pooled:
   fold: np.ndarray
 
 
-def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarray) -> Pooled:
+def pool(
+  observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarray, distinct: np.ndarray | None = None
+) -> Pooled:
   """Puts the folds together.
 
   Args:
     observed: one a fold.
     topics: of the test points.
     counted: int, the test points that are judged.
+    distinct: int [Q], `distinct_points`; None: all are.
   """
+  distinct = np.arange(len(topics)) if distinct is None else distinct
   named = np.array(topics, dtype=object)[counted]
   join = lambda values: np.concatenate([np.asarray(value)[counted] for value in values])  # noqa: E731
   return Pooled(
@@ -274,7 +286,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
     np.concatenate([np.isin(named, one.topics) for one in observed]),
     join([one.after for one in observed]),
     join([one.before - one.after for one in observed]),
-    np.tile(counted, len(observed)),
+    np.tile(distinct[counted], len(observed)),
     np.repeat(np.arange(len(observed)), len(counted)),
   )
 
@@ -291,16 +303,16 @@ def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> 
   return coverage.by_point(lambda rows: evaluation.spearman(signal[rows], outcome[rows]), points, draws=_DRAWS)
 
 
-def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]:
+def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray, distinct: np.ndarray) -> list[dict]:
   """One row a signal: how it tells held-out topics, and how it goes with the loss after fine-tuning."""
   rows = []
   for name, signal in pooled.signals.items():
-    auc = evaluation.roc_auc(-signal, pooled.uncovered)
+    auc = coverage.area_interval(signal, pooled.uncovered, pooled.points, draws=_DRAWS)
     by_fold = [
       coverage.area(signal[pooled.fold == fold], pooled.uncovered[pooled.fold == fold])
       for fold in np.unique(pooled.fold)
     ]
-    alone = correlation(whole.signals[name][counted], whole.after[counted], counted)
+    alone = correlation(whole.signals[name][counted], whole.after[counted], distinct[counted])
     rows.append(
       {
         "signal": name,
@@ -330,8 +342,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
   counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  pooled = pool(observed, bench.parts[POINTS].topics, judged_points(bench))
-  found = coverage_report.Findings(table_of(pooled, whole, counted), pooled, whole, observed, counted)
+  pooled = pool(observed, bench.parts[POINTS].topics, judged_points(bench), study.distinct)
+  table = table_of(pooled, whole, counted, study.distinct)
+  found = coverage_report.Findings(table, pooled, whole, observed, counted)
   coverage_report.write(run_dir, s, bench, study.texts, found)
   return str(run_dir.path)
 

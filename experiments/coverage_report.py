@@ -17,6 +17,7 @@ from in2core_jax import artifacts, coverage, evaluation, report
 log = logging.getLogger(__name__)
 
 POINTS = "eval"  # the part whose examples are the test points
+YARDSTICK = "embedding, maximum"  # what influence has to be better than
 _LISTED = 10  # test points in each list
 
 
@@ -45,25 +46,25 @@ def best(rows: Sequence[dict], words: tuple[str, ...]) -> dict:
 
 
 def sentence(found: Findings, judged: str) -> str:
-  """How well the judged signal finds held-out topics, against 0.9 and against the best embedding similarity."""
+  """How well the judged signal finds held-out topics, against 0.9 and against the largest cosine of embeddings."""
   signals, pooled = found.pooled.signals, found.pooled
-  own = next(row for row in found.rows if row["signal"] == judged)
-  influence, embedding = best(found.rows, ("base", "trained")), best(found.rows, ("embedding",))
-  gap = coverage.area_difference(signals[judged], signals[embedding["signal"]], pooled.uncovered, pooled.points)
+  own, embedding = (next(row for row in found.rows if row["signal"] == name) for name in (judged, YARDSTICK))
+  looked = [best(found.rows, words) for words in (("base", "trained"), ("embedding",))]
+  gap = coverage.area_difference(signals[judged], signals[YARDSTICK], pooled.uncovered, pooled.points)
   said = "is not told apart from" if gap.low <= 0 <= gap.high else "is above" if gap.low > 0 else "is below"
   aim = "reaches" if own["AUC"] >= 0.9 else "does not reach"
   return (
     f"The influence received ({judged}) finds test points of held-out topics with an AUC of {own['AUC']:.3f} "
-    f"({own['low']:.3f} to {own['high']:.3f}), which {aim} 0.9, and {said} the best embedding similarity "
-    f"({embedding['signal']}, {embedding['AUC']:.3f}): difference {gap.mean:+.3f} ({gap.low:+.3f} to "
-    f"{gap.high:+.3f} over redrawn test points). The best influence signal of this table, found by looking, is "
-    f"{influence['signal']} with {influence['AUC']:.3f}."
+    f"({own['low']:.3f} to {own['high']:.3f}), which {aim} 0.9, and {said} the largest cosine of embeddings "
+    f"({embedding['AUC']:.3f}): difference {gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f} over redrawn test "
+    f"points). Found by looking at this table, the best influence signal is {looked[0]['signal']} with "
+    f"{looked[0]['AUC']:.3f}, the best of embeddings {looked[1]['signal']} with {looked[1]['AUC']:.3f}."
   )
 
 
 def drop_area(pooled) -> evaluation.Interval:
   """AUC with which the loss drop itself tells held-out topics: how far holding them out shows in the loss at all."""
-  return evaluation.roc_auc(-pooled.drop, pooled.uncovered)
+  return coverage.area_interval(pooled.drop, pooled.uncovered, pooled.points)
 
 
 def point_rows(bench: Workbench, s: Settings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
@@ -160,13 +161,17 @@ def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[di
       "# Coverage\n",
       f"{len(bench.parts['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
-      f"Judged in {len(found.observed)} folds together: the {len(set(found.pooled.points.tolist()))} test points whose "
-      "topic has a training example. "
-      "A signal is high where the training set covers; AUC is that of a low signal for points of held-out topics, with "
-      "DeLong's interval, which takes each point in each fold as independent. Spearman's correlations come with "
-      "intervals over redrawn test points; lower loss where the signal is higher is a negative correlation. 'base' "
-      "and 'trained' say at which model gradients are taken. The loss drop of fine-tuning itself tells held-out topics "
-      f"with an AUC of {drop_area(found.pooled)}.\n",
+      f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
+      f"points whose topic has a training example, {len(set(found.pooled.points.tolist()))} of them distinct. "
+      "A signal is high where the training set covers; AUC is that of a low signal for points of held-out topics. "
+      "Intervals redraw distinct test points; they say nothing of other held-out topics, between which AUC differs "
+      "more (by fold). Lower loss where the signal is higher is a negative correlation. 'base' and 'trained' say at "
+      "which model gradients are taken. The loss drop of fine-tuning itself tells held-out topics with an AUC of "
+      f"{drop_area(found.pooled)}.\n",
+      "Mean, maximum and positive mass are over the training examples, of a test point's influence or cosine with "
+      "each. Relative maximum holds that maximum against the highest value that other test points would give, copies "
+      "left out: (a - b) / (|a| + |b|). It sees the other points of a held-out topic, as whoever has the evaluation "
+      "set does; a topic with a single test point looks covered to it.\n",
       "![Signals](plots/coverage.svg)\n",
       report.markdown_table(found.rows),
       f"## Least covered by the whole training set ({s.coverage_signal})\n",

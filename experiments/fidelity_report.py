@@ -162,9 +162,15 @@ def _sentence(group: dict, default, factor: str) -> str:
   text = f"{called(best)} has the highest LDS, {shown(group[best].both)}"
   text += f"; above {', '.join(map(called, below))} by more than the interval" if below else ""
   text += f"; not to be told apart from {', '.join(map(called, tied))}" if tied else ""
-  if best == default or default in tied:
-    return f"{text}. Nothing here speaks against {called(default)}."
+  if best == default:
+    return f"{text}."
+  if default in tied:
+    return f"{text}. LDS does not speak against {called(default)}; the seconds are in the table."
   return f"{text}. It follows: {called(best)} rather than {called(default)}."
+
+
+def _root(agreement: float) -> str:
+  return f"{math.sqrt(max(agreement, 0.0)):.2f}"
 
 
 def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
@@ -172,7 +178,8 @@ def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
   return (
     f"Two trainings of the same {halves} halves, with other orders of the data, agree at Spearman "
     f"{shown(repeated.both)}, mean over queries: a score that knew the expected losses would reach an LDS of about "
-    f"{datamodeling.ceiling(repeated):.2f}, the square root."
+    f"{datamodeling.ceiling(repeated):.2f}, the square root ({_root(repeated.both.low)} to "
+    f"{_root(repeated.both.high)})."
   )
 
 

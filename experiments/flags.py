@@ -91,7 +91,7 @@ class Settings:
   eval_limit: int = _flag("data", 0, "the same for the evaluation set")
   test_limit: int = _flag("data", 0, "the same for the test set")
   limit_block: int = _flag(
-    "data", 0, "which so many examples the limits keep: 0 the first, 1 the next, which none of the first is among, ..."
+    "data", 0, "which so many examples the limits keep: 0 the first, 1 the next, without copies of the first, ..."
   )
   max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
   system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")
@@ -216,7 +216,7 @@ class Settings:
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")
-  only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all")
+  only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all but `ablations`")
   results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
 
   halves: int = _flag("fidelity", 64, "random halves of the training set that are retrained")

@@ -253,12 +253,18 @@ def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow
   return f"{found.mean:.3f}" if np.isnan(found.low) else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
+def _sources(s: Settings) -> str:
+  """The training data without the folders of files, and which block of it."""
+  named = " + ".join(re.sub(r"^(jsonl:).*/", r"\1", source) for source in s.train_data.split("+"))
+  return f"{named} (block {s.limit_block} of the limits' size)" if s.limit_block else named
+
+
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
   test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
-    f"{len(trainable_rows(bench)):,} training examples of {re.sub(r'[^:+]*/', '', s.train_data)}, {s.model}, layers "
+    f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{np.count_nonzero(test.num_response_tokens)} test examples; the base model's test perplexity is "
     f"{perplexity:.3f}. In brackets: 95 % intervals over seeds.",

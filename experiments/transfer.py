@@ -30,7 +30,7 @@ _DOES = "transfer fine-tunes every model itself (--score_at), has no store of gr
 _REFUSED = (
   *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
 )
-_LOSSES = ("its evaluation loss as given", "and where it scores")
+_LOSSES = ("its evaluation loss as given", "its evaluation loss where it scores")
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "model_rates", "layers")  # in the names of the cells
 
 
@@ -161,12 +161,6 @@ class Transfer:
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
-    if s.score_at == "full" and after >= before:
-      log.warning(
-        "%s: fine-tuning at learning rate %g has not lowered its evaluation loss (%.3f before, %.3f after): it scores "
-        "at parameters that have learnt the training examples by heart; give it a lower one by --model_rates",
-        *(s.model, s.learning_rate, before, after),
-      )
     return subtree.merge(sub, judge.frozen, judge.chosen), before, after
 
   def rows_of(self, ids: list[str]) -> np.ndarray:
@@ -200,8 +194,17 @@ class Transfer:
     return found
 
 
-def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[evaluation.RetrainRow]) -> list[dict]:
-  """One row a scorer: agreement with the trained model's own scores and choice, perplexity against its own choice."""
+def agreement_rows(
+  scorers: list[Scorer], cells: dict[str, dict], rows: list[evaluation.RetrainRow], at: str
+) -> list[dict]:
+  """One row a scorer: agreement with the trained model's own scores and choice, perplexity against its own choice.
+
+  Args:
+    scorers: the trained model first.
+    cells: model -> what `Transfer.scored` gave.
+    rows: the retrained models.
+    at: word of --score_at.
+  """
   own = next(iter(cells.values()))
   ids = sorted(own["influence"])
   values = lambda cell: np.array([cell["influence"][example] for example in ids])  # noqa: E731
@@ -210,7 +213,7 @@ def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[eva
   for number, scorer in enumerate(scorers):
     cell = cells[scorer.model]
     row = {"scores by": scorer.model, "layers": f"{scorer.layers} of {cell['layers in all']}"}
-    row |= {"parameters": cell["parameters"], "learning rate": scorer.rate}
+    row |= {"parameters": cell["parameters"], "fine-tuned": at == "full", "learning rate": scorer.rate}
     row |= dict(zip(_LOSSES, (cell["eval loss as given"], cell["eval loss"]), strict=True))
     rank = spearman_interval(values(cell), values(own))
     row |= {"Spearman": rank.mean, "Spearman low": rank.low, "Spearman high": rank.high}
@@ -225,8 +228,14 @@ def agreement_rows(scorers: list[Scorer], cells: dict[str, dict], rows: list[eva
   return table
 
 
-def sentences(table: list[dict]) -> list[str]:
-  """For each other model: is its choice as good for the trained model as the trained model's own?"""
+def sentences(table: list[dict], share: float, by_scores: bool = True) -> list[str]:
+  """For each other model: is its choice as good for the trained model as the trained model's own?
+
+  Args:
+    table: `agreement_rows`.
+    share: of the examples that is kept, which is the overlap that two random choices have.
+    by_scores: whether the policy chooses by influence, so that agreement of scores says something of the choice.
+  """
   lines = []
   for row in table[1:]:
     bounds = f"{row['ratio to own']:.3f} times, 95 % interval {row['ratio low']:.3f} to {row['ratio high']:.3f}"
@@ -236,7 +245,17 @@ def sentences(table: list[dict]) -> list[str]:
       said = f"perplexity {'above' if row['ratio low'] > 1 else 'below'} that of the model's own choice ({bounds})"
     else:
       said = f"perplexity not to be told apart from that of the model's own choice ({bounds})"
-    lines.append(f"Chosen by {row['scores by']} (Spearman {row['Spearman']:.2f} with own scores): {said}.")
+    agreement = f"its choice shares {row['overlap of the choices']:.0%} with the model's own, {share:.0%} by chance"
+    agreement += f"; Spearman of the scores {row['Spearman']:.2f}" if by_scores else ""
+    lines.append(f"Chosen by {row['scores by']} ({agreement}): {said}.")
+  before, after = _LOSSES
+  for row in table:
+    if row["fine-tuned"] and row[after] >= row[before]:
+      lines.append(
+        f"Mind that fine-tuning at learning rate {row['learning rate']:g} did not lower the evaluation loss of "
+        f"{row['scores by']} ({row[before]:.3f} before, {row[after]:.3f} after): overfitted or diverged, it says "
+        "little about the model; --model_rates gives it a rate of its own."
+      )
   return lines
 
 
@@ -261,7 +280,9 @@ def printed(table: list[dict]) -> list[dict]:
 def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list, recipe: dict) -> None:
   """transfer.md, .csv, .tex, retrained.csv, .tex, the figure; transfer.json last."""
   summary, words = evaluation.summarise(rows), evaluation.verdict(rows)
-  lines = [*sentences(table), *(line for line in words.splitlines() if line.strip())]
+  share = rows[-1].examples / rows[0].examples  # the first is full data, the last a choice
+  by_scores = s.policy in coreset.SCORE_POLICIES
+  lines = [*sentences(table, share, by_scores), *(line for line in words.splitlines() if line.strip())]
   write_figure(run_dir, "transfer", report.perplexity_plot(summary))
   columns = list(dict.fromkeys(name for row in table for name in row))
   run_dir.write_text("transfer.csv", report.csv_table(table, columns))
@@ -291,6 +312,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   scorers = scorers_of(s)
   seeds_of(s)
   flags.refuse(s, _REFUSED, _DOES)
+  if s.model_rates and s.score_at == "base":
+    raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
   bench = bench or Workbench(s)
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
@@ -316,7 +339,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "batch size": plan.batch_size,
     "learning rate": plan.learning_rate,
   }
-  write(run_dir, s, agreement_rows(scorers, cells, rows), rows, recipe)
+  write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe)
   return str(run_dir.path)
 
 

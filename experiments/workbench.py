@@ -413,7 +413,7 @@ def _of_topics(records: list, part: str, topics: list[str]) -> list:
 def _limit(records: list, part: str, limit: int, block: int) -> list:
   """A block of `limit` records in the order of their ids' hashes, in source order; all records if limit is 0.
 
-  The same ones whatever the order of the file; blocks have no record in common.
+  The same ones whatever the order of the file; of copies in several blocks, the first block keeps its own.
 
   Raises:
     UserError: there are no records left for this block.
@@ -429,7 +429,9 @@ def _limit(records: list, part: str, limit: int, block: int) -> list:
     return records
   digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
   order = sorted(range(len(records)), key=digests.__getitem__)
-  return [records[i] for i in sorted(order[block * limit : (block + 1) * limit])]
+  before = {str(records[i].messages) for i in order[: block * limit]}  # a copy of one of them has an id of its own
+  kept = sorted(order[block * limit : (block + 1) * limit])
+  return [records[i] for i in kept if str(records[i].messages) not in before]
 
 
 def _dataset_hash(dataset: data.TokenizedDataset) -> str:

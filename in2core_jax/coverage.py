@@ -54,7 +54,7 @@ def relative_maximum(scores: np.ndarray, among: np.ndarray, copies: np.ndarray) 
   Args:
     scores: [Q, N], of training examples.
     among: [Q, Q], the same of the test points themselves; row q is about point q.
-    copies: bool [Q, Q], which points are copies of each other; each is one of itself.
+    copies: bool [Q, Q], which columns say nothing to which row: the point itself and its copies, points without score.
 
   Returns:
     float64 [Q] within [-1, 1], high where the training set covers; 0 where both are 0.
@@ -128,6 +128,25 @@ def by_point(
     raise UserError("coverage: no redrawn set of test points defines the statistic; there are too few of them")
   low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
   return Interval(float(statistic(np.arange(len(points)))), float(low), float(high), len(members), level)
+
+
+def area_interval(
+  covered: np.ndarray, uncovered: np.ndarray, points: Sequence[int], seed: int = 0, draws: int = 1000
+) -> Interval:
+  """`area` with its `by_point` interval.
+
+  Args:
+    covered: [M], a signal that is high where the training set covers. uncovered: bool [M].
+    points: [M], which test point each observation is of.
+    seed, draws: of the bootstrap.
+  """
+  covered, uncovered = np.asarray(covered, np.float64), np.asarray(uncovered, bool)
+
+  def of(rows):
+    known = uncovered[rows]
+    return np.nan if known.all() or not known.any() else area(covered[rows], known)
+
+  return by_point(of, points, seed=seed, draws=draws)
 
 
 def area_difference(

@@ -305,13 +305,14 @@ def _score_findings(run: SelectRun) -> list[Finding]:
 
 def _length_findings(run: SelectRun) -> list[Finding]:
   """What the choice itself, by whatever policy, has to do with length."""
-  chosen, lengths = run.selected, np.asarray(run.response_tokens, np.float64)
+  answered = run.response_tokens > 0  # the others are never selected
+  chosen, lengths = run.selected[answered], run.response_tokens[answered].astype(np.float64)
   if chosen.all() or not chosen.any():
     return []
-  longer = evaluation.roc_auc(lengths, chosen).mean
+  longer = evaluation.roc_auc(lengths, chosen)
   kept, left = lengths[chosen].mean(), lengths[~chosen].mean()
-  word = f" The selection is partly one by {'long' if longer > 0.5 else 'short'} responses."
-  biased = abs(longer - 0.5) > 0.15
+  word = f" The selection is partly one by {'long' if longer.mean > 0.5 else 'short'} responses."
+  biased = abs(longer.mean - 0.5) > 0.15 and not longer.low <= 0.5 <= longer.high
   text = f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}.{word if biased else ''}"
   return [Finding(text, biased)]
 

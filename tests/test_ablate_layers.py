@@ -194,6 +194,14 @@ def made(name, overlap, flops, perplexity=None):
   return row | {"perplexity": None if perplexity is None else evaluation.confidence_interval(perplexity), "peak": None}
 
 
+def test_a_whole_that_loses_to_random_is_told():
+  rows = [made("all", 1.0, 1.0, [5.0, 5.2])]
+  level = lambda *values: {"random": evaluation.confidence_interval(values)}  # noqa: E731
+  (line,) = ablation_report.worse_than_random(rows, level(4.0, 4.2))
+  assert "retrain to 5.1, worse than random sets of the size (4.1)" in line
+  assert ablation_report.worse_than_random(rows, level(6.0, 6.1)) == ablation_report.worse_than_random(rows, {}) == []
+
+
 def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
   rows = [made("all", 1.0, 1.0, [5.0, 5.2]), made("cheap", 0.7, 0.1, [5.1, 5.1]), made("last:8", 0.95, 0.4, [9.0, 9.1])]
   assert ablation_report.enough(rows) is None

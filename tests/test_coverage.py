@@ -81,6 +81,27 @@ def test_difference_of_areas_tells_a_better_signal():
   assert coverage.area_difference(good, good, uncovered, points, draws=20).high == 0
 
 
+def test_copies_are_one_point_as_far_as_they_are_read():
+  tokens = tuple(np.array(row, np.int32) for row in ([1, 2], [3], [1, 2], [1, 2]))
+  masks = tuple(np.array(row, bool) for row in ([0, 1], [1], [0, 1], [1, 1]))
+  points = types.SimpleNamespace(tokens=tokens, response_mask=masks)
+  assert experiment.distinct_points(points).tolist() == [0, 1, 0, 3]
+  one = types.SimpleNamespace(topics=(), signals={"a": np.arange(4.0)}, after=np.zeros(4), before=np.ones(4))
+  pooled = experiment.pool([one, one], ["a"] * 4, np.array([0, 2, 3]), experiment.distinct_points(points))
+  assert pooled.points.tolist() == [0, 0, 3, 0, 0, 3] and pooled.signals["a"].tolist() == [0, 2, 3] * 2
+
+
+def test_interval_of_an_area_redraws_points():
+  rng = np.random.default_rng(2)
+  uncovered = rng.random(300) < 0.4
+  signal = rng.standard_normal(300) - uncovered
+  found = coverage.area_interval(signal, uncovered, np.arange(300), draws=400)
+  exact = evaluation.roc_auc(-signal, uncovered)
+  assert found.mean == pytest.approx(exact.mean) and found.low == pytest.approx(exact.low, abs=0.02)
+  copied = coverage.area_interval(np.tile(signal, 3), np.tile(uncovered, 3), np.tile(np.arange(300), 3), draws=400)
+  assert copied.high - copied.low == pytest.approx(found.high - found.low, rel=1e-9)
+
+
 class Workbench(OneDevice, workbench.Workbench):
   """On one of the simulated devices: quick to compile."""
 

@@ -139,6 +139,15 @@ def test_each_trouble_is_said_with_its_numbers():
   # A policy that chooses by something else than the ranking is judged by what it has chosen.
   even = dict(lengths) | {"selected": np.arange(200) % 2 == 0}
   assert [text.split(":")[0] for text in minded(fine_run(columns=even))] == ["Influence and response length"]
+  # Neither examples without response nor a handful of selected ones make a choice one by length.
+  empty = dict(made.columns) | {"num_response_tokens": np.where(np.arange(200) < 80, 0, 1 + np.arange(200) * 7 % 5)}
+  empty |= {
+    "selected": (np.arange(200) >= 80) & (np.arange(200) % 2 == 0),
+    "influence": np.where(np.arange(200) < 80, 0, 1),
+  }
+  assert not [text for text in minded(fine_run(columns=empty)) if text.startswith("Selected examples")]
+  few = dict(made.columns) | {"selected": np.isin(np.arange(200), np.argsort(-made.response_tokens)[[0, 90, 100]])}
+  assert not [text for text in minded(fine_run(columns=few)) if text.startswith("Selected examples")]
   (text,) = minded(fine_run(truncated=np.arange(200) < 20))
   cut = int(made.selected[:20].sum())
   assert text.startswith(f"20 training examples (10.0%) were truncated, {cut} of them are selected")

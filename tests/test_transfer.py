@@ -102,6 +102,8 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
     transfer.run(settings.replace(solver="cg"), bench)
   with pytest.raises(UserError, match="leave it out"):
     transfer.run(settings.replace(checkpoint=str(folder)), bench)
+  with pytest.raises(UserError, match="nothing is fine-tuned with --score_at=base"):
+    transfer.run(settings.replace(score_at="base", model_rates="1e-3"), bench)
   with pytest.raises(UserError, match="--score_path=projected: transfer .* has no store"):
     transfer.run(settings.replace(score_path="projected"), bench)
 
@@ -148,11 +150,18 @@ def test_scorers_are_read_with_their_layers():
 
 def test_sentences_follow_the_intervals():
   row = {"scores by": "a", "Spearman": 0.5, "ratio to own": 1.1, "ratio low": 1.01, "ratio high": 1.2}
-  said = lambda **changes: transfer.sentences([{}, row | changes])[0]  # noqa: E731
-  assert "perplexity above that" in said()
-  assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})
-  assert "not to be told apart" in said(**{"ratio low": 0.9})
-  assert "one seed each" in said(**{"ratio low": np.nan, "ratio high": np.nan})
+  row |= {"overlap of the choices": 0.7, "fine-tuned": True, "learning rate": 1e-3}
+  row |= dict(zip(transfer._LOSSES, (4.0, 3.0), strict=True))
+  said = lambda **changes: transfer.sentences([row, row | changes], 0.5)  # noqa: E731
+  assert "perplexity above that" in said()[0] and len(said()) == 1
+  assert "shares 70% with the model's own, 50% by chance; Spearman of the scores 0.50)" in said()[0]
+  assert "Spearman" not in transfer.sentences([row, row], 0.5, by_scores=False)[0]
+  assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})[0]
+  assert "not to be told apart" in said(**{"ratio low": 0.9})[0]
+  assert "one seed each" in said(**{"ratio low": np.nan, "ratio high": np.nan})[0]
+  worse = {transfer._LOSSES[1]: 4.1}
+  assert "evaluation loss of a (4.000 before, 4.100 after): overfitted or diverged" in said(**worse)[1]
+  assert len(said(**worse, **{"fine-tuned": False})) == 1
 
 
 # ---- truncated models ----------------------------------------------------------------
