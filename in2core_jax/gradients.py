@@ -179,14 +179,28 @@ def hessian_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, 
 CURVATURE_PRODUCTS = {"ggn": ggn_product, "fisher": fisher_product, "hessian": hessian_product}
 
 
+# Numbers in the outputs of all queries that go through a product at the same time: logits, if the head is chosen.
+OUTPUTS_AT_ONCE = 2**25
+
+
 def over_queries(product: Callable[..., Tree]) -> Callable[..., Tree]:
-  """Gives a curvature product a leading query axis on v: leaves [Q, ...] in and out."""
+  """Gives a curvature product a leading query axis on v: leaves [Q, ...] in and out.
+
+  A few queries after the others where their outputs are large, and one after the other for the Hessian, which has
+  logits for each of them: intermediates of gigabytes are slow, and XLA's CPU compiler can get them wrong
+  (`model._moved_by_head_of_queries`).
+  """
 
   def batched(objective, sub, frozen, batch, v):
     if jax.tree.leaves(v)[0].shape[0] == 1:  # the coreset case: spare XLA a batch dimension of one
       single = product(objective, sub, frozen, batch, jax.tree.map(lambda leaf: leaf[0], v))
       return jax.tree.map(lambda leaf: leaf[None], single)
-    return jax.vmap(lambda one: product(objective, sub, frozen, batch, one))(v)
+    outputs = jax.eval_shape(lambda s: objective.outputs(s, frozen, batch), sub)
+    size = sum(leaf.size for leaf in jax.tree.leaves(outputs))
+    at_once = 1 if product is hessian_product else max(1, OUTPUTS_AT_ONCE // max(size, 1))
+    one = lambda own: product(objective, sub, frozen, batch, own)  # noqa: E731
+    queries = jax.tree.leaves(v)[0].shape[0]
+    return jax.vmap(one)(v) if queries <= at_once else jax.lax.map(one, v, batch_size=at_once)
 
   return batched
 

@@ -348,9 +348,36 @@ def _head_ggn(z, dz, matrix):
   # p = e / total; the division comes after the last product, where rows are short: fewer passes over [rows, V].
   e = jnp.exp(logits_ - jnp.max(logits_, axis=-1, keepdims=True))
   total = jnp.sum(e, axis=-1, keepdims=True)
-  moved = _logits(dz.astype(z.dtype), matrix)
+  return _moved_by_head(dz.astype(z.dtype), e, total, matrix)
+
+
+@jax.custom_batching.custom_vmap
+def _moved_by_head(dz, e, total, matrix):
+  return _moved(dz, e, total, matrix)
+
+
+def _moved(dz, e, total, matrix):
+  moved = _logits(dz, matrix)
   moved = e * (moved - jnp.sum(e * moved, axis=-1, keepdims=True) / total)
   return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype) / total
+
+
+@_moved_by_head.def_vmap
+def _moved_by_head_of_queries(size, batched, *operands):
+  """Some queries after the others, so that `head_chunk` bounds the logits of all of them together.
+
+  [queries, rows, V] at once takes gigabytes, and XLA's CPU compiler (jaxlib 0.10.2) got it wrong: from 0.8 GB on it
+  cuts this expression up by itself, and what came out was false for all queries but the first.
+  """
+  rows, matrix = operands[0].shape[-2], operands[3]
+  mapped = tuple(value for value, mine in zip(operands, batched, strict=True) if mine)
+
+  def one(own):
+    own = iter(own)
+    return _moved(*(next(own) if mine else value for value, mine in zip(operands, batched, strict=True)))
+
+  at_once = max(1, head_chunk(matrix.shape[-2]) // rows)
+  return jax.lax.map(one, mapped, batch_size=min(size, at_once)), True
 
 
 @functools.cache  # equal choices give the same functions, so `jax.jit` compiles them once

@@ -259,12 +259,13 @@ def test_products_are_the_columns_of_dense_matrices(layers, modules, changes, x6
   assert np.linalg.eigvalsh(wanted["hessian"])[0] < -1e-3  # what the solvers must notice does occur
 
 
-def test_the_head_in_chunks_gives_the_same_products(monkeypatch, x64):
+@pytest.mark.parametrize("outputs", [gradients.OUTPUTS_AT_ONCE, 1, 2000], ids=["queries at once", "single", "groups"])
+def test_the_head_in_chunks_gives_the_same_products(outputs, monkeypatch, x64):
   t, flat, unravel, _, _ = flat_problem("2", "mlp/up_proj")
-  two = {name: PRODUCTS[name] for name in ("ggn", "hessian")}
-  whole = {name: dense_by_products(product, t, unravel, len(flat)) for name, product in two.items()}
+  whole = {name: dense_by_products(product, t, unravel, len(flat)) for name, product in PRODUCTS.items()}
   monkeypatch.setattr(model, "HEAD_CHUNK", 7)  # 25 slots: four chunks, the last one filled up
-  for name, product in two.items():
+  monkeypatch.setattr(gradients, "OUTPUTS_AT_ONCE", outputs)
+  for name, product in PRODUCTS.items():
     found = dense_by_products(product, t, unravel, len(flat))
     np.testing.assert_allclose(found, whole[name], rtol=1e-11, atol=1e-11 * np.abs(whole[name]).max(), err_msg=name)
 

@@ -115,6 +115,19 @@ def logits_in_numpy(config, params, tokens):
   return h @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
 
 
+@pytest.mark.real
+def test_curvature_of_the_head_is_right_for_many_queries():
+  """At the real size: [12, 400, 49152] at once was compiled wrongly by jaxlib 0.10.2 on CPU, from 0.8 GB on."""
+  rng = np.random.default_rng(0)
+  matrix = jnp.asarray(0.05 * rng.standard_normal((49152, 32), "f4"))
+  z, dz = jnp.asarray(rng.standard_normal((400, 32), "f4")), jnp.asarray(rng.standard_normal((12, 400, 32), "f4"))
+  many = jax.jit(jax.vmap(model._head_ggn, (None, 0, None)))(z, dz, matrix)
+  one = jax.jit(model._head_ggn)
+  for query in (0, 1, 11):
+    alone = one(z, dz[query], matrix)
+    np.testing.assert_allclose(many[query], alone, rtol=1e-4, atol=1e-5 * float(jnp.abs(alone).max()))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_plain_decoder(name, x64, monkeypatch):
   monkeypatch.setattr(model, "SHORTEST_RUN", 3)  # 13 tokens in three runs of four and one of one
