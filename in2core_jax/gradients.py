@@ -179,16 +179,17 @@ def hessian_product(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, 
 CURVATURE_PRODUCTS = {"ggn": ggn_product, "fisher": fisher_product, "hessian": hessian_product}
 
 
-# Numbers in the outputs of all queries that go through a product at the same time: logits, if the head is chosen.
+# Queries that go through a curvature product at the same time. From 11 on, at the size of a real model, XLA's CPU
+# compiler (jaxlib 0.10.2) gives false products for all queries but the first; few at a time also bound the memory.
+QUERIES_AT_ONCE = 4
+# Numbers in the outputs of these queries together: logits, if the head is chosen.
 OUTPUTS_AT_ONCE = 2**25
 
 
 def over_queries(product: Callable[..., Tree]) -> Callable[..., Tree]:
   """Gives a curvature product a leading query axis on v: leaves [Q, ...] in and out.
 
-  A few queries after the others where their outputs are large, and one after the other for the Hessian, which has
-  logits for each of them: intermediates of gigabytes are slow, and XLA's CPU compiler can get them wrong
-  (`model._moved_by_head_of_queries`).
+  A few queries after the others, and one after the other for the Hessian, which has logits for each of them.
   """
 
   def batched(objective, sub, frozen, batch, v):
@@ -197,7 +198,8 @@ def over_queries(product: Callable[..., Tree]) -> Callable[..., Tree]:
       return jax.tree.map(lambda leaf: leaf[None], single)
     outputs = jax.eval_shape(lambda s: objective.outputs(s, frozen, batch), sub)
     size = sum(leaf.size for leaf in jax.tree.leaves(outputs))
-    at_once = 1 if product is hessian_product else max(1, OUTPUTS_AT_ONCE // max(size, 1))
+    most = 1 if product is hessian_product else QUERIES_AT_ONCE
+    at_once = max(1, min(most, OUTPUTS_AT_ONCE // max(size, 1)))
     one = lambda own: product(objective, sub, frozen, batch, own)  # noqa: E731
     queries = jax.tree.leaves(v)[0].shape[0]
     return jax.vmap(one)(v) if queries <= at_once else jax.lax.map(one, v, batch_size=at_once)

@@ -366,8 +366,8 @@ def _moved(dz, e, total, matrix):
 def _moved_by_head_of_queries(size, batched, *operands):
   """Some queries after the others, so that `head_chunk` bounds the logits of all of them together.
 
-  [queries, rows, V] at once takes gigabytes, and XLA's CPU compiler (jaxlib 0.10.2) got it wrong: from 0.8 GB on it
-  cuts this expression up by itself, and what came out was false for all queries but the first.
+  [queries, rows, V] at once takes gigabytes, and from 11 queries on XLA's CPU compiler (jaxlib 0.10.2) cuts this
+  expression up by itself: what came out was false for all queries but the first.
   """
   rows, matrix = operands[0].shape[-2], operands[3]
   mapped = tuple(value for value, mine in zip(operands, batched, strict=True) if mine)
