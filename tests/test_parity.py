@@ -1,5 +1,6 @@
 """The decoder against PyTorch's implementation of the same weights (third_party/make_reference.py made the values)."""
 
+import functools
 import json
 import pathlib
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from in2core_jax import assets, batches, data, model, subtree, weights
+from in2core_jax import assets, batches, data, gradients, model, subtree, weights
 from in2core_jax.records import Record
 
 REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
@@ -70,6 +71,34 @@ def test_embedded_model_matches_pytorch(smollm2, row):
 @pytest.mark.parametrize("row", range(len(GEMMA3_PROMPTS)), ids=[prompt["name"] for prompt in GEMMA3_PROMPTS])
 def test_embedded_gemma3_matches_pytorch(gemma3_logits, row):
   assert_matches(gemma3_logits, GEMMA3_PROMPTS[row], "gemma3_logits.npz", row)
+
+
+@pytest.mark.real
+def test_curvature_products_of_many_queries_are_those_of_each(embedded):
+  """jaxlib 0.10.2 on CPU compiled the products of 11 or more queries of this model wrongly, for all but the first."""
+  config, params = embedded
+  chosen = subtree.make_subtree(params, "last:1", "attention")
+  sub, frozen = subtree.split(params, chosen)
+  rng = np.random.default_rng(0)
+  tokens, positions = (
+    rng.integers(0, config.vocab_size, (2, 24), np.int32),
+    np.tile(np.arange(8, 20, dtype=np.int32), (2, 1)),
+  )
+  batch = batches.Batch(
+    *(tokens, None, positions, np.take_along_axis(tokens, positions + 1, 1), np.full((2, 12), 1 / 12, np.float32)),
+    np.ones(2, np.float32),
+  )
+  objective = model.make_objective(config, chosen)
+  v = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal((12, *leaf.shape), np.float32)), sub)
+  for product in gradients.CURVATURE_PRODUCTS.values():
+    if product is gradients.hessian_product:
+      continue
+    many = jax.jit(functools.partial(gradients.over_queries(product), objective))(sub, frozen, batch, v)
+    one = jax.jit(functools.partial(product, objective))
+    for query in (0, 1, 11):
+      alone = one(sub, frozen, batch, jax.tree.map(lambda leaf, query=query: leaf[query], v))
+      for found, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(found[query], wanted, rtol=1e-3, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
 def assert_matches(logits, prompt, file, row):
