@@ -165,19 +165,20 @@ def write(
   """Table as Markdown, CSV and LaTeX, figure as SVG and PNG; ablate_layers.json last."""
   rows = table_rows([row for each in found.values() for row in each])
   sentences = [sentence(each) for each in found.values()]
-  sentences += [line for each in found.values() for line in worse_than_random(each, yardsticks)]
+  warnings = [line for each in found.values() for line in worse_than_random(each, yardsticks)]
   write_figure(run_dir, "ablate_layers", figure(found, yardsticks))
   run_dir.write_text("ablate_layers.csv", report.csv_table(rows))
   run_dir.write_text("ablate_layers.tex", report.latex_table(rows, caption="Layers and modules against all of them."))
   text = [f"# Layers\n\n{explanation(s, bench)}\n\n![Cost](plots/ablate_layers.svg)\n\n{report.markdown_table(rows)}\n"]
   text += [f"- {name}: test perplexity {interval}\n" for name, interval in yardsticks.items()]
-  text.append("\n" + "\n\n".join(sentences) + "\n")
+  text.append("\n" + "\n\n".join(warnings + sentences) + "\n")
   run_dir.write_text("ablate_layers.md", "".join(text))
   run_dir.write_json(
     "ablate_layers.json",
     {
       "rows": rows,
       "yardsticks": {name: str(interval) for name, interval in yardsticks.items()},
+      "warnings": warnings,
       "sentences": sentences,
       "training_examples": len(bench.parts["train"]),
       "devices": artifacts.device_summary(),
