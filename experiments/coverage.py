@@ -139,7 +139,7 @@ class Study:
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
     self.distinct = distinct_points(bench.parts[POINTS])
     silent = bench.parts[POINTS].num_response_tokens == 0
-    self.copies = (self.distinct[:, None] == self.distinct[None, :]) | silent[None, :]
+    self.ignored = (self.distinct[:, None] == self.distinct[None, :]) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
@@ -157,24 +157,25 @@ class Study:
   def observe(self, topics: tuple[str, ...]) -> Observed:
     """All signals and losses with some topics held out."""
     rows = self.rows(topics)
-    cell = self.cells.get(lambda: self._train_and_score(topics, rows), TRAINED, _CELLS, *topics)
-    tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(TRAINED, _CELLS, *topics)}
+    name = (TRAINED, _CELLS, *topics)
+    cell = self.cells.get(lambda: self._train_and_score(topics, rows, name), *name)
+    tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(*name)}
     signals, nearest, size = {}, {}, len(rows)
     for at, table in tables.items():
       for kind, values in zip(("", " cosine"), table, strict=True):
         found = coverage.received(values[:, :size])
-        found["relative maximum"] = coverage.relative_maximum(values[:, :size], values[:, size:], self.copies)
+        found["relative maximum"] = coverage.relative_maximum(values[:, :size], values[:, size:], self.ignored)
         signals |= {f"{name}{kind}, {at}": value for name, value in found.items()}
       nearest[at] = rows[np.argsort(-table[1, :, :size], axis=1, kind="stable")[:, :3]]
     before, after = np.array(cell["before"]), np.array(cell["after"])
     signals |= self._texts_and_embeddings(rows) | {"loss before": -before}
     return Observed(topics, rows, signals, before, after, nearest)
 
-  def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray) -> dict:
+  def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray, name: tuple[str, ...]) -> dict:
     s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
-    self._save(self._measured(fold, params, TRAINED, *topics), TRAINED, _CELLS, *topics)
+    self._score(fold, params, name)
     return {
       "before": judge.losses(judge.sub, POINTS).tolist(),
       "after": judge.losses(result.sub, POINTS).tolist(),
@@ -188,23 +189,22 @@ class Study:
       columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
 
+    name = (BASE, _CELLS, *topics)
+
     def make() -> dict:
       fold = Fold(self.bench, rows) if topics else self.bench
-      self._save(self._measured(fold, fold.params, BASE, *topics), BASE, _CELLS, *topics)
+      self._score(fold, fold.params, name)
       return {}
 
-    self.cells.get(make, BASE, _CELLS, *topics)
-    return self.cells.read_array(BASE, _CELLS, *topics)
+    self.cells.get(make, *name)
+    return self.cells.read_array(*name)
 
-  def _measured(self, fold: Workbench, params, *name: str) -> dict[str, variants.Measures]:
-    """Scores and norms of a fold, kept in a folder of their own: no other fold's may be taken for them."""
+  def _score(self, fold: Workbench, params, name: tuple[str, ...]) -> None:
+    """Writes the array of a cell. Its unfinished work has a folder of its own: no other fold's may be taken for it."""
     s = self.settings
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{artifacts.hash_of(name)[:16]}")
     found = measured(fold, s, choose(fold, params, s.layers, s.modules), work)
     work.remove()
-    return found
-
-  def _save(self, found: dict[str, variants.Measures], *name: str) -> None:
     tables = [np.stack([part.scores, variants.cosine(part)]) for part in found.values()]
     self.cells.write_array(np.concatenate(tables, axis=2).astype(np.float32), *name)
 
@@ -219,7 +219,7 @@ class Study:
 
     def add(name: str, ours: np.ndarray, among: np.ndarray) -> None:
       found[f"{name}, mean"], found[f"{name}, maximum"] = ours.mean(axis=1), ours.max(axis=1)
-      found[f"{name}, relative maximum"] = coverage.relative_maximum(ours, among, self.copies)
+      found[f"{name}, relative maximum"] = coverage.relative_maximum(ours, among, self.ignored)
 
     for name, offset in (("embedding", 0.0), ("centred embedding", center)):
       cosines = lambda to, offset=offset: embeddings.cosine_to(points - offset, to - offset).astype(np.float64)  # noqa: E731

@@ -169,17 +169,13 @@ def _sentence(group: dict, default, factor: str) -> str:
   return f"{text}. It follows: {called(best)} rather than {called(default)}."
 
 
-def _root(agreement: float) -> str:
-  return f"{math.sqrt(max(agreement, 0.0)):.2f}"
-
-
 def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
   """What two trainings of the same halves have in common, and what a perfect score would reach."""
+  low, high = np.sqrt(np.maximum((repeated.both.low, repeated.both.high), 0))
   return (
     f"Two trainings of the same {halves} halves, with other orders of the data, agree at Spearman "
     f"{shown(repeated.both)}, mean over queries: a score that knew the expected losses would reach an LDS of about "
-    f"{datamodeling.ceiling(repeated):.2f}, the square root ({_root(repeated.both.low)} to "
-    f"{_root(repeated.both.high)})."
+    f"{datamodeling.ceiling(repeated):.2f}, the square root ({low:.2f} to {high:.2f})."
   )
 
 

@@ -429,9 +429,9 @@ def _limit(records: list, part: str, limit: int, block: int) -> list:
     return records
   digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
   order = sorted(range(len(records)), key=digests.__getitem__)
-  before = {str(records[i].messages) for i in order[: block * limit]}  # a copy of one of them has an id of its own
+  before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
   kept = sorted(order[block * limit : (block + 1) * limit])
-  return [records[i] for i in kept if str(records[i].messages) not in before]
+  return [records[i] for i in kept if records[i].content_key not in before]
 
 
 def _dataset_hash(dataset: data.TokenizedDataset) -> str:

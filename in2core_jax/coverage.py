@@ -48,13 +48,13 @@ def received(scores: np.ndarray) -> dict[str, np.ndarray]:
   }
 
 
-def relative_maximum(scores: np.ndarray, among: np.ndarray, copies: np.ndarray) -> np.ndarray:
+def relative_maximum(scores: np.ndarray, among: np.ndarray, ignored: np.ndarray) -> np.ndarray:
   """The highest score that training examples give each test point, against the highest that other points would give.
 
   Args:
     scores: [Q, N], of training examples.
     among: [Q, Q], the same of the test points themselves; row q is about point q.
-    copies: bool [Q, Q], which columns say nothing to which row: the point itself and its copies, points without score.
+    ignored: bool [Q, Q], which columns say nothing to which row: the point itself and its copies, points without score.
 
   Returns:
     float64 [Q] within [-1, 1], high where the training set covers; 0 where both are 0.
@@ -62,11 +62,11 @@ def relative_maximum(scores: np.ndarray, among: np.ndarray, copies: np.ndarray) 
   Raises:
     UserError: a point has no other beside its copies.
   """
-  alone = np.flatnonzero(copies.all(axis=1))
+  alone = np.flatnonzero(ignored.all(axis=1))
   if alone.size:
     raise UserError(f"coverage: test point {alone[0]} has no other to compare it with; give more evaluation examples")
   ours = received(scores)["maximum"]
-  theirs = np.where(copies, -np.inf, np.asarray(among, np.float64)).max(axis=1)
+  theirs = np.where(ignored, -np.inf, np.asarray(among, np.float64)).max(axis=1)
   size = np.abs(ours) + np.abs(theirs)
   return (ours - theirs) / np.where(size > 0, size, 1.0)
 
@@ -140,13 +140,7 @@ def area_interval(
     points: [M], which test point each observation is of.
     seed, draws: of the bootstrap.
   """
-  covered, uncovered = np.asarray(covered, np.float64), np.asarray(uncovered, bool)
-
-  def of(rows):
-    known = uncovered[rows]
-    return np.nan if known.all() or not known.any() else area(covered[rows], known)
-
-  return by_point(of, points, seed=seed, draws=draws)
+  return by_point(_area_of(covered, uncovered), points, seed=seed, draws=draws)
 
 
 def area_difference(
@@ -160,10 +154,16 @@ def area_difference(
     points: [M], which test point each observation is of.
     seed, draws: of the bootstrap.
   """
-  a, b, uncovered = np.asarray(a, np.float64), np.asarray(b, np.float64), np.asarray(uncovered, bool)
+  ours, theirs = _area_of(a, uncovered), _area_of(b, uncovered)
+  return by_point(lambda rows: ours(rows) - theirs(rows), points, seed=seed, draws=draws)
 
-  def difference(rows):
+
+def _area_of(covered: np.ndarray, uncovered: np.ndarray) -> Callable[[np.ndarray], float]:
+  """rows -> `area` of these observations, NaN where they are all of one kind."""
+  covered, uncovered = np.asarray(covered, np.float64), np.asarray(uncovered, bool)
+
+  def of(rows):
     known = uncovered[rows]
-    return np.nan if known.all() or not known.any() else area(a[rows], known) - area(b[rows], known)
+    return np.nan if known.all() or not known.any() else area(covered[rows], known)
 
-  return by_point(difference, points, seed=seed, draws=draws)
+  return of

@@ -351,15 +351,13 @@ def _head_ggn(z, dz, matrix):
   return _moved_by_head(dz.astype(z.dtype), e, total, matrix)
 
 
-@jax.custom_batching.custom_vmap
-def _moved_by_head(dz, e, total, matrix):
-  return _moved(dz, e, total, matrix)
-
-
 def _moved(dz, e, total, matrix):
   moved = _logits(dz, matrix)
   moved = e * (moved - jnp.sum(e * moved, axis=-1, keepdims=True) / total)
   return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype) / total
+
+
+_moved_by_head = jax.custom_batching.custom_vmap(_moved)
 
 
 @_moved_by_head.def_vmap
