@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on two busy cores wait long for each other; XLA would abort the process after 40 seconds.
 _FLAGS = (
-  "--xla_force_host_platform_device_count=8 "
+  # Most of the tests' time is compilation of small programs: LLVM may leave them slow.
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
   "--xla_cpu_collective_call_terminate_timeout_seconds=300 --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -214,17 +214,21 @@ def test_losses_gradients_and_products_are_those_of_a_row_each(x64, groups, cach
     hidden = model.run_below(t.config, t.subtree, t.frozen, batch.tokens, batch.offsets)
     batch = batch._replace(hidden=hidden)
   there = np.flatnonzero(rows >= 0)
-  losses = gradients.per_example_losses(t.objective, t.sub, t.frozen, batch)
-  expected = gradients.per_example_losses(t.objective, t.sub, t.frozen, alone)
+  v = tiny.direction(t.sub)
+
+  @jax.jit
+  def derivatives(sub, frozen, batch, v):
+    args = t.objective, sub, frozen, batch
+    products = [product(*args, v) for product in gradients.CURVATURE_PRODUCTS.values()]
+    return gradients.per_example_losses(*args), products, gradients.jvp_scores(*args, v)
+
+  (losses, found, scores), (expected, wanted, wanted_scores) = (
+    derivatives(t.sub, t.frozen, each, v) for each in (batch, alone)
+  )
   np.testing.assert_allclose(losses[there], expected[rows[there]], rtol=1e-10)
   assert not np.any(np.delete(np.asarray(losses), there))
-  v = tiny.direction(t.sub)
-  for product in gradients.CURVATURE_PRODUCTS.values():
-    found, wanted = (product(t.objective, t.sub, t.frozen, b, v) for b in (batch, alone))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, wanted)
-  scores = gradients.jvp_scores(t.objective, t.sub, t.frozen, batch, v)
-  wanted = gradients.jvp_scores(t.objective, t.sub, t.frozen, alone, v)
-  np.testing.assert_allclose(scores[there], wanted[rows[there]], rtol=1e-9, atol=1e-12)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, wanted)
+  np.testing.assert_allclose(scores[there], wanted_scores[rows[there]], rtol=1e-9, atol=1e-12)
 
 
 def test_packed_rows_go_to_the_devices_that_own_their_examples():
