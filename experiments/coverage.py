@@ -19,7 +19,7 @@ from experiments.finetune import trainable_rows
 from experiments.flags import Settings, listed
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import Judge
-from experiments.workbench import Chosen, Workbench, choose
+from experiments.workbench import Chosen, Workbench, choose, distinct_points
 from in2core_jax import (
   artifacts,
   boundary,
@@ -229,13 +229,6 @@ class Study:
     words = lexical.bm25(texts, documents)  # one corpus, so that a word is worth the same on either side
     add("BM25", words[:, : len(rows)], words[:, len(rows) :])
     return found
-
-
-def distinct_points(points) -> np.ndarray:
-  """For each test point the first one with the same tokens, as far as they are read: int [Q]."""
-  first: dict[bytes, int] = {}
-  keys = (tokens.tobytes() + mask.tobytes() for tokens, mask in zip(points.tokens, points.response_mask, strict=True))
-  return np.array([first.setdefault(key, row) for row, key in enumerate(keys)], np.int64)
 
 
 def text_of(record) -> str:

@@ -19,7 +19,7 @@ from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
 from experiments.solvers import ratios
-from experiments.workbench import Workbench, choose
+from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, datamodeling, influence, subtree
 from in2core_jax.errors import UserError
 
@@ -127,6 +127,8 @@ class Task:
     self.rows = trainable_rows(bench)
     self.halves = [half_of(self.rows, s.seed, number) for number in range(s.halves)]
     self.judge = functools.cache(lambda: Judge(bench, s, [self.rows, *self.halves]))
+    # Copies would be correlated with the models once each, and the interval over queries take them for others.
+    self.queries, self.query_of = np.unique(distinct_points(bench.parts["eval"]), return_inverse=True)
 
   @property
   def masks(self) -> np.ndarray:
@@ -155,7 +157,7 @@ class Task:
     return subtree.merge(result.sub, judge.frozen, judge.chosen)
 
   def scores(self, variant: Variant) -> dict:
-    """The cell of a variant: scores [Q][N] of every evaluation example with every training example; seconds."""
+    """The cell of a variant: scores [Q][N] of each distinct evaluation example with every training example; seconds."""
     s = self.settings
     depth = {"cg": s.cg_steps, "low_rank": s.krylov}.get(variant.solver, s.depth)
     ratio = s.damping_ratio if math.isnan(variant.ratio) else variant.ratio
@@ -163,12 +165,12 @@ class Task:
 
     def make() -> dict:
       chosen = choose(self.bench, self.full if variant.at == "full" else self.bench.params, variant.layers, s.modules)
-      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(variant.cell())[:16]}")
-      found = query_scores(self.bench, own, chosen, work)
+      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(['distinct', *variant.cell()])[:16]}")
+      found = query_scores(self.bench, own, chosen, work, self.queries)
       work.remove()
       return {"scores": found.tolist(), "parameters": subtree.count(chosen.problem.sub)}
 
-    return self.cells.get(make, "scores", *variant.cell())
+    return self.cells.get(make, "scores", "distinct", *variant.cell())
 
   def removals(self, scores: dict[str, np.ndarray]) -> list[Removal]:
     """What is left out: the top by each solver, the opponents of the first of them, random sets, nothing.
@@ -285,29 +287,31 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.fidelity --flagfile=THIS"])
   task = Task(bench, s, run_dir)
-  losses, again = task.losses()
+  losses, again = (values[:, task.queries] if len(values) else values for values in task.losses())
   cells = {variant: task.scores(variant) for variant in variants}
   scores = {variant: np.array(cell["scores"], np.float32) for variant, cell in cells.items()}
   measured = {variant: datamodeling.measure(values, task.masks, losses, s.seed) for variant, values in scores.items()}
   repeated = datamodeling.agreement(losses[: len(again)], again, s.seed) if len(again) else None
   first = {solver: next(v for v in variants if v.solver == solver) for solver in curve_solvers}
-  # The aggregated query is the mean of the evaluation examples', so its influence is the mean of theirs.
-  curves = task.curves({solver: scores[variant].mean(axis=0) for solver, variant in first.items()}) if first else []
-  found = fidelity_report.Found(s, measured, cells, repeated, curves, recipe(task, losses))
+  # The aggregated query is the mean of the evaluation examples', copies too, so its influence is the mean of theirs.
+  influence_of = lambda variant: scores[variant][task.query_of].mean(axis=0)  # noqa: E731
+  curves = task.curves({solver: influence_of(variant) for solver, variant in first.items()}) if first else []
+  found = fidelity_report.Found(s, measured, cells, repeated, curves, recipe(task))
   fidelity_report.write(run_dir, found)
   return str(run_dir.path)
 
 
-def recipe(task: Task, losses: np.ndarray) -> dict:
+def recipe(task: Task) -> dict:
   """What was trained and measured, for the report."""
   s, plan = task.settings, recipe_of(task.settings, len(task.rows))
   start = lambda: {"eval": task.judge().losses(task.judge().sub, "eval").tolist()}  # noqa: E731
   base = mean_loss(task.bench, "eval", np.array(task.cells.get(start, "base")["eval"]))
-  trained_ = np.array([mean_loss(task.bench, "eval", row) for row in losses])
+  trained_ = np.array([mean_loss(task.bench, "eval", row) for row in task.losses()[0]])
   return {
     "model": s.model,
     "training examples": len(task.rows),
-    "evaluation examples (queries)": len(task.bench.parts["eval"]),
+    "evaluation examples": len(task.bench.parts["eval"]),
+    "distinct ones (queries)": len(task.queries),
     "test examples": len(task.bench.parts["test"]),
     "random halves": len(task.halves),
     "examples in a half": len(task.halves[0]),

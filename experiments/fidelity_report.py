@@ -274,8 +274,8 @@ def markdown(found: Found, rows: list[dict], differences: list[dict], curves: li
   parts = ["# Do the scores foretell what retraining gives?", items(lines)]
   parts += ["## Linear datamodeling score", "![LDS](plots/lds.svg)", report.markdown_table(printed(rows)).rstrip()]
   parts += [
-    "Spearman, for each evaluation example, between the summed scores of random halves and minus its loss after "
-    "retraining on them; mean over the evaluation examples. In brackets: 95 % bootstrap that redraws the retrained "
+    "Spearman, for each distinct evaluation example, between the summed scores of random halves and minus its loss "
+    "after retraining on them; mean over these examples. In brackets: 95 % bootstrap that redraws the retrained "
     "models and the evaluation examples together. It decides above; the columns beside it redraw one of the two and "
     "are too narrow. Each interval stands for itself: with many rows some differ by chance. DataInf's damping ratio is "
     "relative to something else, so equal ratios are not equal dampings."

@@ -137,13 +137,24 @@ def measure(
   return variants.measure(chosen.problem, stream, len(train), result.solution, inverse)
 
 
-def query_scores(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> np.ndarray:
-  """Scores of every evaluation example with every training example, float32 [Q, N], `--query_block` at a time."""
-  size = len(bench.parts["eval"])
+def query_scores(
+  bench: Workbench, s: Settings, chosen: Chosen, work: Work, queries: np.ndarray | None = None
+) -> np.ndarray:
+  """Scores of evaluation examples with every training example, float32 [Q, N], `--query_block` at a time.
+
+  Args:
+    bench: data and model.
+    s: the solver.
+    chosen: where.
+    work: keeps finished blocks; of these queries alone.
+    queries: int [Q], which evaluation examples; None: all.
+  """
+  queries = np.arange(len(bench.parts["eval"])) if queries is None else queries
+  size = len(queries)
   block, blocks = min(s.query_block, size), []
   store = work.pieces("per_query").store("blocks", block=block)
   for number, start in enumerate(range(0, size, block)):
-    rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
+    rows = queries[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
     name = f"block-{number:06d}"
     compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
     blocks.append(passes.kept(store, number, compute)["scores"][: size - start])

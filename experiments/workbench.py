@@ -434,6 +434,13 @@ def _limit(records: list, part: str, limit: int, block: int) -> list:
   return [records[i] for i in kept if records[i].content_key not in before]
 
 
+def distinct_points(points: data.TokenizedDataset) -> np.ndarray:
+  """For each example the first one with the same tokens, as far as they are read: int [N]."""
+  first: dict[bytes, int] = {}
+  keys = (tokens.tobytes() + mask.tobytes() for tokens, mask in zip(points.tokens, points.response_mask, strict=True))
+  return np.array([first.setdefault(key, row) for row, key in enumerate(keys)], np.int64)
+
+
 def _dataset_hash(dataset: data.TokenizedDataset) -> str:
   digest = hashlib.sha256(boundary.data_hash(dataset).encode())
   for record, mask in zip(dataset.records, dataset.response_mask, strict=True):

@@ -71,6 +71,18 @@ def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
   assert np.abs(scores[:, example]).max() > 1e-3
 
 
+def test_copies_among_the_evaluation_examples_are_one_query(settings, bench, tmp_path):
+  doubled = Workbench(settings)
+  doubled.__dict__["parts"] = bench.parts | {"eval": bench.parts["eval"].take(np.array([3, 1, 3, 2, 1]))}
+  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
+  task = fidelity.Task(doubled, settings, run_dir)
+  assert task.queries.tolist() == [0, 1, 3] and task.query_of.tolist() == [0, 1, 0, 2, 1]
+  cell = task.scores(fidelity.Variant("identity", "last:1", np.nan, "base"))
+  chosen = choose(doubled, doubled.params, "last:1", "all")
+  every = query_scores(doubled, settings.replace(solver="identity"), chosen, Work(run_dir))
+  np.testing.assert_allclose(np.array(cell["scores"])[task.query_of], every, rtol=1e-4, atol=1e-6)
+
+
 def test_mean_loss_weighs_as_the_gradients_do(settings, bench):
   tokens = bench.parts["eval"].num_response_tokens
   losses = np.arange(1.0, len(tokens) + 1)
