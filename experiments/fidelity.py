@@ -34,6 +34,7 @@ _NOT_IDENTITY = (
   "lds_layers",
   "lds_ratios",
   "lds_at",
+  "lds_every",
   "curve_solvers",
   "left_out",
 )
@@ -83,6 +84,8 @@ class Variant:
 def variants_of(s: Settings) -> list[Variant]:
   """Every solver at the default layers, damping and place, and each of these changed alone; the default comes first.
 
+  With --lds_every=false they are changed for --solver and the baselines, which is what conclusions are drawn from.
+
   Raises:
     UserError: a list that is empty or has unknown words, or --solver not among --lds_solvers.
   """
@@ -96,6 +99,9 @@ def variants_of(s: Settings) -> list[Variant]:
   found = []
   for solver in [s.solver, *(name for name in solvers if name != s.solver)]:
     damping = [math.nan] if solver == "identity" else dampings
+    if not (s.lds_every or solver in (s.solver, *fidelity_report.BASELINES)):
+      found.append(Variant(solver, layers[0], damping[0], at[0]))
+      continue
     found += [Variant(solver, layers[0], ratio, at[0]) for ratio in damping]
     found += [Variant(solver, other, damping[0], at[0]) for other in layers[1:]]
     found += [Variant(solver, layers[0], damping[0], other) for other in at[1:]]

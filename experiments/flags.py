@@ -124,19 +124,21 @@ class Settings:
   checkpoint: str = _flag("select", "", "`checkpoint` folder of a finetune run; empty: the base model")
   layers: str = _flag("select", "last:8", "chosen layers: all | last:8 | first:4 | middle:6 | every:3 | 0,5,29")
   modules: str = _flag("select", "all", "chosen modules: all | attention | mlp | matrices | lora")
-  solver: str = _flag("select", "lissa", "inverse Hessian product", influence.SOLVERS)
+  solver: str = _flag("select", "cg", "inverse Hessian product; lissa is In2Core's own", influence.SOLVERS)
   precondition: str = _flag("select", "none", "of CG", influence.PRECONDITIONERS)
   ekfac_examples: int = _flag("select", 0, "training examples that EK-FAC is fitted to; 0: all with a response")
   curvature: str = _flag("select", "ggn", "what is inverted", ("ggn", "fisher", "hessian"))
   damping: float = _flag("select", math.nan, "absolute damping; unset: --damping_ratio is used")
-  damping_ratio: float = _flag("select", 0.1, "damping relative to the largest eigenvalue")
+  damping_ratio: float = _flag("select", 0.01, "damping over the largest eigenvalue (datainf: over its blocks' mean)")
   depth: int = _flag("select", 50, "steps of LiSSA (each run) or CG at most; vectors that low_rank keeps")
   repeat: int = _flag("select", 1, "independent LiSSA runs that are averaged")
   scale: float = _flag("select", math.nan, "LiSSA's scale; unset: from the largest eigenvalue")
   acceleration: str = _flag("select", "none", "of LiSSA", ("none", "momentum", "chebyshev"))
   solver_tol: float = _flag("select", 0.01, "relative residual at which LiSSA and CG stop")
   average: float = _flag("select", 0.5, "share of LiSSA's last iterates that are averaged; 0: the plain recursion")
-  curvature_examples: int = _flag("select", 64, "fixed examples: CG's system; LiSSA's residual and eigenvalue")
+  curvature_examples: int = _flag(
+    "select", 64, "fixed examples: all of CG's curvature; LiSSA's residual and eigenvalue"
+  )
   curvature_batch: int = _flag("select", 32, "examples of a LiSSA minibatch")
   normalize: str = _flag(
     "select",
@@ -225,11 +227,16 @@ class Settings:
   lds_layers: str = _flag(
     "fidelity", "last:2;last:1", "layers compared, words of --layers separated by semicolons; the first is the default"
   )
-  lds_ratios: str = _flag("fidelity", "0.1,0.01", "damping ratios compared; the first is the default")
+  lds_ratios: str = _flag("fidelity", "0.01,0.1", "damping ratios compared; the first is the default")
+  lds_every: bool = _flag(
+    "fidelity",
+    True,
+    "other layers, dampings and places with every solver; false: with --solver and the plain baselines only",
+  )
   lds_at: str = _flag(
     "fidelity", "full,base", "where gradients are taken: base model, trained on the full set; the first is the default"
   )
-  curve_solvers: str = _flag("fidelity", "lissa,identity", "solvers whose top examples are left out; empty: no curves")
+  curve_solvers: str = _flag("fidelity", "cg,identity", "solvers whose top examples are left out; empty: no curves")
   left_out: str = _flag("fidelity", "0.05,0.1,0.2,0.3", "shares of the training examples that are left out")
 
   score_models: str = _flag("transfer", "smollm2", "models that select, words of --model; semicolons between them")

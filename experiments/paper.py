@@ -100,6 +100,7 @@ _MORE_RULES = "proponents; opponents; matching; matching, base model; matching, 
 _ABLATIONS = "; ".join(
   (
     *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cosine"),
+    *("proponents, cg",),
     *("proponents, summed losses", "proponents, quota", "proponents, worst 10 % left out"),
     *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
     *("matching, mean over tokens", "matching, not shrunk", "matching, quota", "matching, unit gradients"),
@@ -140,7 +141,7 @@ STEPS = (
     "fidelity.flags",
     "do scores foretell what retraining gives (LDS)",
     # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
-    full=("--train_limit=128", "--lds_ratios=0.1,0.01", "--lds_at=full,base"),
+    full=("--train_limit=128", "--lds_every=true", "--lds_at=full,base", "--cg_steps=100"),
   ),
   Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
   Step(

@@ -87,7 +87,8 @@ def solver_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list[Ph
     flops += costs.ekfac_apply_flops(sizes, inverse.queries) * (s.depth if s.precondition == "ekfac" else 1)
   # Until the run is finished: the queries' gradients, the solution, and LiSSA's state (its iterate and three sums).
   disk = FLOAT * sizes.subtree * inverse.queries * (2 + (4 if inverse.solver == "lissa" else 0))
-  name = f"{inverse.solver}, {count} products of {curvature.batch} examples"
+  most = "at most " if inverse.solver == "cg" else ""  # it stops at --solver_tol
+  name = f"{inverse.solver}, {most}{count} products of {curvature.batch} examples"
   found = [price.phase(name, flops, device, 3.0 * count, disk=disk)]
   if not with_ekfac:
     return found

@@ -146,15 +146,16 @@ def query_scores(
     bench: data and model.
     s: the solver.
     chosen: where.
-    work: keeps finished blocks; of these queries alone.
+    work: keeps finished blocks.
     queries: int [Q], which evaluation examples; None: all.
   """
-  queries = np.arange(len(bench.parts["eval"])) if queries is None else queries
-  size = len(queries)
+  some = np.arange(len(bench.parts["eval"])) if queries is None else queries
+  size = len(some)
   block, blocks = min(s.query_block, size), []
-  store = work.pieces("per_query").store("blocks", block=block)
+  which = {} if queries is None else {"queries": artifacts.hash_of(queries.tolist())}
+  store = work.pieces("per_query").store("blocks", block=block, **which)
   for number, start in enumerate(range(0, size, block)):
-    rows = queries[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
+    rows = some[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
     name = f"block-{number:06d}"
     compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
     blocks.append(passes.kept(store, number, compute)["scores"][: size - start])

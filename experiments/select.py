@@ -174,6 +174,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   log.info("\n%s", data.format_summary(bench.summary))
   run_dir.write_json("data_summary.json", bench.summary)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
+  for line in without_effect(s):
+    log.warning("%s", line)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   scored = score(bench, s, chosen, work)
   clock = Clock()
@@ -216,6 +218,14 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   return str(run_dir.path)
 
 
+def without_effect(s: Settings) -> list[str]:
+  """Flags of LiSSA that are given with another solver, one sentence each: a flagfile may serve several."""
+  given = [name for name in ("repeat", "scale", "acceleration", "average") if f"--{name}=" in "\n".join(s.as_flags())]
+  if s.solver == "lissa":
+    return []
+  return [f"--{name}={getattr(s, name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
+
+
 def risky_settings(s: Settings) -> list[str]:
   """What made the plain rule lose to random halves where it was measured (docs/selection.md), one sentence each."""
   found = []
@@ -227,8 +237,8 @@ def risky_settings(s: Settings) -> list[str]:
       )
     if s.solver == "identity" and s.normalize == "none" and s.trajectory == "none":
       found.append(
-        "The scores are plain products of gradients, in which large gradients decide. Use --solver=lissa or the policy "
-        "matching."
+        "The scores are plain products of gradients, in which large gradients decide. Use --solver=cg, --solver=lissa "
+        "or the policy matching."
       )
   return found
 

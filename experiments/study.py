@@ -66,6 +66,7 @@ VARIANTS = {
   "proponents": _variant("proponents", trained=True),
   "proponents, base model": _variant("proponents"),
   "proponents, no curvature": _variant("proponents", trained=True, solver="identity"),
+  "proponents, cg": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
   "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
   "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
   "proponents, cosine": _variant("proponents", trained=True, solver="identity", normalize="cosine"),

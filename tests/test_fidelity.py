@@ -102,6 +102,9 @@ def test_variants_change_one_thing_at_a_time(settings):
     "identity, last:1, base",
   ]
   assert found[1].differs(found[0]) == ["ratio"]
+  some = settings.replace(lds_solvers="identity,cg,ekfac", lds_every=False)
+  assert [v.name for v in fidelity.variants_of(some) if v.solver == "ekfac"] == ["ekfac, last:1, damping 0.5, full"]
+  assert fidelity.variants_of(some)[:-1] == fidelity.variants_of(settings)
   for changes, text in (
     ({"lds_solvers": "identity"}, "lacks it"),
     ({"lds_solvers": "cg,newton"}, "unknown 'newton'"),

@@ -227,6 +227,7 @@ def alone(settings, bench, tmp_path_factory):
 PATHS = {
   "lissa": {},
   "ekfac": {"solver": "ekfac", "normalize": "relatif", "self_influence": True, "aggregate": "topic_max"},
+  "cg": {"solver": "cg", "damping_ratio": 0.01},
   "datainf": {"solver": "datainf", "per_layer": True, "per_token": True, "per_query": True, "query_block": 4},
   "trajectory": {"solver": "identity", "trajectory": "tracin"},
 }

@@ -120,6 +120,9 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
   )
   assert select.risky_settings(risky.replace(policy="matching")) == []
   assert select.risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
+  momentum = risky.replace(solver="cg", acceleration="momentum", repeat=4)
+  assert [line.split(" ")[0] for line in select.without_effect(momentum)] == ["--repeat=4", "--acceleration=momentum"]
+  assert select.without_effect(momentum.replace(solver="lissa")) == select.without_effect(risky) == []
 
 
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):

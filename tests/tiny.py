@@ -231,6 +231,8 @@ def run_settings(folder: pathlib.Path, config: model.ModelConfig = CONFIG, **cha
     "learning_rate": 1e-2,
     "batch_size": 8,
     "batch_tokens": 480,
+    "solver": "lissa",
+    "damping_ratio": 0.1,
     "depth": 6,
     "curvature_examples": 8,
     "curvature_batch": 8,
