@@ -72,7 +72,8 @@ class Variant:
 
   def cell(self) -> tuple:
     """What the scores depend on beyond the run's identity."""
-    return self.solver, self.layers, None if math.isnan(self.ratio) else self.ratio, self.at
+    ratio = None if math.isnan(self.ratio) else self.ratio
+    return "distinct", self.solver, self.layers, ratio, self.at  # queries: scores of all of them had no such word
 
   def differs(self, other: "Variant") -> list[str]:
     """Names of what is different; identity has no damping that could differ."""
@@ -99,12 +100,11 @@ def variants_of(s: Settings) -> list[Variant]:
   found = []
   for solver in [s.solver, *(name for name in solvers if name != s.solver)]:
     damping = [math.nan] if solver == "identity" else dampings
-    if not (s.lds_every or solver in (s.solver, *fidelity_report.BASELINES)):
-      found.append(Variant(solver, layers[0], damping[0], at[0]))
-      continue
-    found += [Variant(solver, layers[0], ratio, at[0]) for ratio in damping]
-    found += [Variant(solver, other, damping[0], at[0]) for other in layers[1:]]
-    found += [Variant(solver, layers[0], damping[0], other) for other in at[1:]]
+    found.append(Variant(solver, layers[0], damping[0], at[0]))
+    if s.lds_every or solver in (s.solver, *fidelity_report.BASELINES):
+      found += [Variant(solver, layers[0], ratio, at[0]) for ratio in damping[1:]]
+      found += [Variant(solver, other, damping[0], at[0]) for other in layers[1:]]
+      found += [Variant(solver, layers[0], damping[0], other) for other in at[1:]]
   return found
 
 
@@ -171,12 +171,12 @@ class Task:
 
     def make() -> dict:
       chosen = choose(self.bench, self.full if variant.at == "full" else self.bench.params, variant.layers, s.modules)
-      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(['distinct', *variant.cell()])[:16]}")
+      work = Work(self.run_dir, s.shard_batches, f"unfinished/{artifacts.hash_of(variant.cell())[:16]}")
       found = query_scores(self.bench, own, chosen, work, self.queries)
       work.remove()
       return {"scores": found.tolist(), "parameters": subtree.count(chosen.problem.sub)}
 
-    return self.cells.get(make, "scores", "distinct", *variant.cell())
+    return self.cells.get(make, "scores", *variant.cell())
 
   def removals(self, scores: dict[str, np.ndarray]) -> list[Removal]:
     """What is left out: the top by each solver, the opponents of the first of them, random sets, nothing.
@@ -293,7 +293,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.fidelity --flagfile=THIS"])
   task = Task(bench, s, run_dir)
-  losses, again = (values[:, task.queries] if len(values) else values for values in task.losses())
+  every = task.losses()
+  losses, again = (values[:, task.queries] if len(values) else values for values in every)
   cells = {variant: task.scores(variant) for variant in variants}
   scores = {variant: np.array(cell["scores"], np.float32) for variant, cell in cells.items()}
   measured = {variant: datamodeling.measure(values, task.masks, losses, s.seed) for variant, values in scores.items()}
@@ -302,17 +303,17 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   # The aggregated query is the mean of the evaluation examples', copies too, so its influence is the mean of theirs.
   influence_of = lambda variant: scores[variant][task.query_of].mean(axis=0)  # noqa: E731
   curves = task.curves({solver: influence_of(variant) for solver, variant in first.items()}) if first else []
-  found = fidelity_report.Found(s, measured, cells, repeated, curves, recipe(task))
+  found = fidelity_report.Found(s, measured, cells, repeated, curves, recipe(task, every[0]))
   fidelity_report.write(run_dir, found)
   return str(run_dir.path)
 
 
-def recipe(task: Task) -> dict:
+def recipe(task: Task, losses: np.ndarray) -> dict:
   """What was trained and measured, for the report."""
   s, plan = task.settings, recipe_of(task.settings, len(task.rows))
   start = lambda: {"eval": task.judge().losses(task.judge().sub, "eval").tolist()}  # noqa: E731
   base = mean_loss(task.bench, "eval", np.array(task.cells.get(start, "base")["eval"]))
-  trained_ = np.array([mean_loss(task.bench, "eval", row) for row in task.losses()[0]])
+  trained_ = np.array([mean_loss(task.bench, "eval", row) for row in losses])
   return {
     "model": s.model,
     "training examples": len(task.rows),

@@ -306,17 +306,21 @@ class Settings:
     """A copy with other values."""
     return dataclasses.replace(self, **changes)
 
+  def is_set(self, name: str) -> bool:
+    """Whether a flag has another value than the table's default."""
+    value, default = getattr(self, name), getattr(Settings, name)
+    unset = isinstance(value, float) and math.isnan(value) and math.isnan(default)
+    return value != default and not unset
+
+  def as_flag(self, name: str) -> str:
+    """A flag as a line of a flagfile."""
+    value = getattr(self, name)
+    return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+
   def as_flags(self) -> list[str]:
     """Every value that is not the default, as lines of a flagfile."""
-    lines = []
-    for field in dataclasses.fields(self):
-      if field.name in _NOT_REPEATED:
-        continue
-      value = getattr(self, field.name)
-      same = value == field.default or (isinstance(value, float) and math.isnan(value) and math.isnan(field.default))
-      if not same:
-        lines.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
-    return lines
+    names = (field.name for field in dataclasses.fields(self) if field.name not in _NOT_REPEATED)
+    return [self.as_flag(name) for name in names if self.is_set(name)]
 
   def identity(self, *groups: str) -> dict[str, Any]:
     """The values of some groups, for the identity of a run folder (NaN as null).
@@ -328,7 +332,7 @@ class Settings:
       field.name: unset(getattr(self, field.name))
       for field in dataclasses.fields(self)
       if field.metadata["group"] in groups and field.name not in ("run_dir", *_NOT_REPEATED)
-      if field.name not in _ADDED or getattr(self, field.name) != field.default
+      if field.name not in _ADDED or self.is_set(field.name)
     }
 
 
@@ -409,14 +413,10 @@ def refuse(s: Settings, names: Collection[str], does: str) -> None:
   Raises:
     UserError: one of them is set.
   """
-  defaults = Settings()
   for name in names:
     name, _, only = name.partition("=")
-    value, default = getattr(s, name), getattr(defaults, name)
-    unset = isinstance(value, float) and math.isnan(value) and math.isnan(default)
-    if str(value) == only if only else value != default and not unset:
-      shown = str(value).lower() if isinstance(value, bool) else value
-      raise UserError(f"--{name}={shown}: {does}; leave it out")
+    if str(getattr(s, name)) == only if only else s.is_set(name):
+      raise UserError(f"{s.as_flag(name)}: {does}; leave it out")
 
 
 def define(**defaults: Any) -> None:

@@ -100,7 +100,7 @@ _MORE_RULES = "proponents; opponents; matching; matching, base model; matching, 
 _ABLATIONS = "; ".join(
   (
     *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cosine"),
-    *("proponents, cg",),
+    "proponents, cg",
     *("proponents, summed losses", "proponents, quota", "proponents, worst 10 % left out"),
     *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
     *("matching, mean over tokens", "matching, not shrunk", "matching, quota", "matching, unit gradients"),

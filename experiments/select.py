@@ -220,10 +220,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 def without_effect(s: Settings) -> list[str]:
   """Flags of LiSSA that are given with another solver, one sentence each: a flagfile may serve several."""
-  given = [name for name in ("repeat", "scale", "acceleration", "average") if f"--{name}=" in "\n".join(s.as_flags())]
-  if s.solver == "lissa":
-    return []
-  return [f"--{name}={getattr(s, name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
+  given = [name for name in ("repeat", "scale", "acceleration", "average") if s.solver != "lissa" and s.is_set(name)]
+  return [f"{s.as_flag(name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
 
 
 def risky_settings(s: Settings) -> list[str]:
