@@ -94,17 +94,17 @@ class Step:
     return any("{alpaca}" in change for change in self.changes)
 
 
-_RULES = "proponents; opponents; matching; longest"
-_MORE_RULES = "proponents; opponents; matching; matching, base model; matching, plain; longest"
+_RULES = "proponents; proponents, cg; opponents; matching; longest"
+_MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
 # Each changes one thing of proponents or of matching.
 _ABLATIONS = "; ".join(
   (
-    *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cosine"),
-    "proponents, cg",
-    *("proponents, summed losses", "proponents, quota", "proponents, worst 10 % left out"),
+    *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cg"),
+    *("proponents, cg at 0.1", "proponents, cg, copies last", "proponents, summed losses", "proponents, quota"),
+    *("proponents, worst 10 % left out", "random, copies last", "longest", "highest loss"),
     *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
-    *("matching, mean over tokens", "matching, not shrunk", "matching, quota", "matching, unit gradients"),
-    *("matching, last layer", "matching, 16 queries", "embedding", "highest loss", "length-matched random"),
+    *("matching, mean over tokens", "matching, quota", "matching, unit gradients"),
+    *("matching, last layer", "matching, 16 queries"),
   )
 )
 STEPS = (
@@ -169,7 +169,7 @@ STEPS = (
     "the same on other examples of Alpaca, which nothing was tuned on",
     (
       *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
-      *("--variants=proponents; matching", "--equal=steps,tokens"),
+      *("--variants=proponents; proponents, cg; matching", "--equal=steps,tokens"),
     ),
     # Blocks want a size; all data would be those of study-alpaca once more.
     ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
@@ -183,7 +183,8 @@ STEPS = (
     (
       "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
       *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=600"),
-      "--variants=proponents; matching; matching, base model; matching, plain; embedding",
+      "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
+      "--equal=steps,tokens",
     ),
   ),
   Step(

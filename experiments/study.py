@@ -23,7 +23,7 @@ from experiments.resuming import FOLDER, Work
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
-from experiments.workbench import Workbench, choose
+from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, embeddings, evaluation, report
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Variant:
     unit: gradients of length 1, so that no example counts more than another (matching).
     drop: only the worst share is left out, whatever the budget; 0: the budget counts.
     queries: only the first so many evaluation examples; 0: all.
+    copies_last: no example a second time while there is another text.
   """
 
   policy: str
@@ -55,10 +56,15 @@ class Variant:
   unit: bool = False
   drop: float = 0.0
   queries: int = 0
+  copies_last: bool = False
 
 
-def _variant(policy: str, trained: bool = False, unit: bool = False, drop: float = 0.0, queries: int = 0, **changes):
-  return Variant(policy, tuple(changes.items()), trained, unit, drop, queries)
+_OWN = ("trained", "unit", "drop", "queries", "copies_last")  # what of a variant is no flag
+
+
+def _variant(policy: str, **changes) -> Variant:
+  own = {name: changes.pop(name) for name in _OWN if name in changes}
+  return Variant(policy, tuple(changes.items()), **own)
 
 
 # Name -> what it is; the first of each family is the rule itself, the others change one thing.
@@ -67,6 +73,11 @@ VARIANTS = {
   "proponents, base model": _variant("proponents"),
   "proponents, no curvature": _variant("proponents", trained=True, solver="identity"),
   "proponents, cg": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
+  "proponents, cg at 0.1": _variant("proponents", trained=True, solver="cg", damping_ratio=0.1),
+  "proponents, cg, copies last": _variant(
+    "proponents", trained=True, solver="cg", damping_ratio=0.01, copies_last=True
+  ),
+  "random, copies last": _variant("random", copies_last=True),
   "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
   "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
   "proponents, cosine": _variant("proponents", trained=True, solver="identity", normalize="cosine"),
@@ -117,7 +128,12 @@ class Study:
     s = s.replace(checkpoint=self.checkpoint if variant.trained else "")
     bench = self.bench.with_settings(loss_reduction=s.loss_reduction)
     budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
-    return np.sort(coreset.select_rows(variant.policy, self._inputs(bench, s, variant), budget, seed))
+    inputs = self._inputs(bench, s, variant)
+    if not variant.copies_last:
+      return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
+    every = coreset.select_rows(variant.policy, inputs, coreset.Budget(fraction=1.0), seed)
+    every = every[np.argsort(_times_before(distinct_points(bench.parts["train"])[every]), kind="stable")]
+    return np.sort(every[budget.cut(np.arange(len(every)), inputs.num_tokens[every])])
 
   def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> coreset.PolicyInputs:
     """What the variant chooses from."""
@@ -150,6 +166,16 @@ class Study:
 
     kept = self._cells.get(compute, "scores", depends_on)
     return np.array(kept["influence"]), np.array(kept["loss"])
+
+
+def _times_before(names: np.ndarray) -> np.ndarray:
+  """How often each entry has come before, int [N]."""
+  seen: dict[int, int] = {}
+  found = np.empty(len(names), np.int64)
+  for place, name in enumerate(names.tolist()):
+    found[place] = seen.get(name, 0)
+    seen[name] = found[place] + 1
+  return found
 
 
 def variants_of(s: Settings) -> dict[str, Variant]:
