@@ -11,7 +11,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
 from experiments.retraining import Judge
-from in2core_jax import embeddings, evaluation, influence
+from in2core_jax import artifacts, embeddings, evaluation, influence
 from in2core_jax.errors import UserError
 
 
@@ -178,6 +178,18 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
   with pytest.raises(UserError, match="unknown 'best'"):
     study.run(chosen.replace(variants="best"), bench)
+
+
+def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
+  run_dir = artifacts.RunDir.open(str(tmp_path / "copies"), {})
+  judged = study.Study(bench, settings, "", run_dir)
+  chosen = [judged.rows(study.VARIANTS["random, copies last"], seed) for seed in range(3)]
+  for rows in chosen:  # half of 8 texts with 4 copies each: two of each text
+    np.testing.assert_array_equal(np.bincount(rows // 4), np.full(8, 2))
+  assert len({tuple(rows) for rows in chosen}) == 3
+  few = study.Study(bench, settings.replace(fraction=0.25), "", run_dir)
+  np.testing.assert_array_equal(few.rows(study.VARIANTS["random, copies last"], 0) // 4, np.arange(8))
 
 
 def test_comparison_by_hand():
