@@ -59,7 +59,7 @@ class Variant:
   copies_last: bool = False
 
 
-_OWN = ("trained", "unit", "drop", "queries", "copies_last")  # what of a variant is no flag
+_OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
 
 
 def _variant(policy: str, **changes) -> Variant:
@@ -132,7 +132,7 @@ class Study:
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
     every = coreset.select_rows(variant.policy, inputs, coreset.Budget(fraction=1.0), seed)
-    every = every[np.argsort(_times_before(distinct_points(bench.parts["train"])[every]), kind="stable")]
+    every = coreset.copies_last(every, distinct_points(bench.parts["train"]))
     return np.sort(every[budget.cut(np.arange(len(every)), inputs.num_tokens[every])])
 
   def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> coreset.PolicyInputs:
@@ -166,16 +166,6 @@ class Study:
 
     kept = self._cells.get(compute, "scores", depends_on)
     return np.array(kept["influence"]), np.array(kept["loss"])
-
-
-def _times_before(names: np.ndarray) -> np.ndarray:
-  """How often each entry has come before, int [N]."""
-  seen: dict[int, int] = {}
-  found = np.empty(len(names), np.int64)
-  for place, name in enumerate(names.tolist()):
-    found[place] = seen.get(name, 0)
-    seen[name] = found[place] + 1
-  return found
 
 
 def variants_of(s: Settings) -> dict[str, Variant]:

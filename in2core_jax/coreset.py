@@ -306,12 +306,28 @@ def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
   The k-th best of a topic of n examples comes at (k + 1/2) / n, as in Sainte-Lague's rule; equal places keep `order`.
   """
   codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
-  sizes, place = np.bincount(codes), np.empty(len(order))
-  taken = np.zeros_like(sizes)
-  for position, row in enumerate(order):
-    place[position] = (2 * taken[codes[row]] + 1) / sizes[codes[row]]
-    taken[codes[row]] += 1
-  return np.asarray(order)[np.argsort(place, kind="stable")]
+  order = np.asarray(order)
+  ordered = codes[order]
+  place = (2 * _times_before(ordered) + 1) / np.bincount(codes)[ordered]
+  return order[np.argsort(place, kind="stable")]
+
+
+def copies_last(order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
+  """Reorders so that no example comes a second time before every other has come once; equal places keep `order`.
+
+  Args:
+    order: int [N], rows, best first.
+    first_of: int [rows], the same number for copies.
+  """
+  return order[np.argsort(_times_before(first_of[order]), kind="stable")]
+
+
+def _times_before(names: np.ndarray) -> np.ndarray:
+  """How often each entry has come before, int [N]."""
+  _, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
+  found = np.empty(len(names), np.int64)
+  found[np.argsort(codes, kind="stable")] = np.arange(len(names)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return found
 
 
 # --------------------------------------------------------------------------------------------- the one entry
