@@ -42,7 +42,7 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 
 
 # A flagfile repeats a run: it removes none, is the same in every process, and does the work.
-_ADDED = ("limit_block", "model_rates")  # flags that older run folders did not know
+_ADDED = ("limit_block", "model_rates", "drop_copies")  # flags that older run folders did not know
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
 
@@ -92,6 +92,9 @@ class Settings:
   test_limit: int = _flag("data", 0, "the same for the test set")
   limit_block: int = _flag(
     "data", 0, "which so many examples the limits keep: 0 the first, 1 the next, without copies of the first, ..."
+  )
+  drop_copies: bool = _flag(
+    "data", False, "leave out training examples that repeat an earlier one, message for message, before the limits"
   )
   max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
   system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")

@@ -3,7 +3,8 @@
 ./run.sh paper                                          2 cores, the embedded models and corpus
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
-./run.sh paper --only=ablations                         many variants of the rules, which no other call runs
+./run.sh paper --only=ablations,study-distinct          many variants of the rules, and them without copies, which
+                                                        no other call runs
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
 again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
@@ -94,7 +95,7 @@ class Step:
     return any("{alpaca}" in change for change in self.changes)
 
 
-_RULES = "proponents; proponents, cg; opponents; matching; longest"
+_RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
 _MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
 # Each changes one thing of proponents or of matching.
 _ABLATIONS = "; ".join(
@@ -186,6 +187,15 @@ STEPS = (
       "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
       "--equal=steps,tokens",
     ),
+  ),
+  Step(
+    "study-distinct",
+    "study",
+    "study",
+    "study.flags",
+    "the same where copies are left out before anything is chosen",
+    ("--drop_copies", "--variants=proponents; proponents, cg; matching; matching, plain; longest"),
+    extra=True,
   ),
   Step(
     "ablations",

@@ -84,10 +84,10 @@ def perplexity_on_test(bench: Workbench, losses: np.ndarray) -> float:
 
 
 class Judge:
-  """Trains from the base model and measures losses; one program for all sets that are trained for the same steps."""
+  """Trains from the base model and measures losses; few programs serve all sets."""
 
   def __init__(self, bench: Workbench, s: Settings, row_sets: Sequence[np.ndarray]):
-    """Prepares one start and one batch shape for all sets.
+    """Prepares one start and few batch shapes for all sets.
 
     Args:
       bench: data and model.
@@ -100,14 +100,11 @@ class Judge:
     self.recipe = recipe_of(s, len(trainable_rows(bench)))
     self.problem = bench.kernels(self.chosen)
     sets = [bench.packer("train", rows=rows) for rows in row_sets]
-    self.shape = packing.training_shape(sets, s.batch_size)
+    self.shapes = packing.training_shapes(sets, s.batch_size, self.recipe.steps)
     # Of this judge, and gone with it: a cache of the class would keep every judge's model.
-    self._trainer, self._packer = functools.cache(self._trainer), functools.cache(self._packer)
-
-  def _trainer(self, steps: int) -> finetune.Trainer:
-    objective = model.make_objective(self.bench.config, self.chosen)
-    recipe = dataclasses.replace(self.recipe, steps=steps)
-    return finetune.Trainer(objective, recipe, self.bench.place, self.bench.place_params)
+    self._packer = functools.cache(self._packer)
+    objective = model.make_objective(bench.config, self.chosen)
+    self._trainer = finetune.Trainer(objective, self.recipe, bench.place, bench.place_params)
 
   def _packer(self, part: str) -> packing.Packer:
     return self.bench.packer(part, self.chosen, self.bench.params)
@@ -129,10 +126,10 @@ class Judge:
       steps: of the optimiser; the recipe's when 0.
     """
     steps = steps or self.recipe.steps
-    packer = self.bench.packer("train", self.chosen, self.bench.params, rows, [self.shape])
+    packer = self.bench.packer("train", self.chosen, self.bench.params, rows, self.shapes)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
-      return self._trainer(steps).train(self.sub, self.frozen, packer, seed, finetune.TrainLog(on_step=on_step))
+      return self._trainer.train(self.sub, self.frozen, packer, seed, finetune.TrainLog(on_step=on_step), steps)
 
   def retrain(self, candidate: Candidate, label: str, steps: int = 0) -> evaluation.RetrainRow:
     """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""

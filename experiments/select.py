@@ -45,6 +45,8 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_MANY_COPIES = 0.05  # share of the training set from which select warns of them
+
 
 def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
   """Refuses what cannot be done before there is a run folder, which the corrected command could not use.
@@ -199,7 +201,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  warnings = [*risky_settings(s), *coreset.selection_warnings(rows, inputs, s.seed)]
+  warnings = [*risky_settings(s), *risky_data(bench.summary), *coreset.selection_warnings(rows, inputs, s.seed)]
   for warning in warnings:
     log.warning("%s", warning)
   if run_dir.writer:
@@ -239,6 +241,21 @@ def risky_settings(s: Settings) -> list[str]:
         "or the policy matching."
       )
   return found
+
+
+def risky_data(summary: dict) -> list[str]:
+  """What of the training set made rules lose where it was measured (docs/selection.md), one sentence each.
+
+  Args:
+    summary: `data.data_summary`.
+  """
+  copies, size = (summary["parts"]["train"][name] for name in ("duplicates", "examples"))
+  if copies <= _MANY_COPIES * size:
+    return []
+  return [
+    f"{copies:,} of the {size:,} training examples repeat an earlier one, message for message, and may fill the "
+    "selection. Give --drop_copies, to finetune, select and evaluate alike: they choose among different examples then."
+  ]
 
 
 def _write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:

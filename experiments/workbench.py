@@ -145,6 +145,8 @@ class Workbench:
     for part in PARTS:
       if part != "train" and s.eval_topics:
         records[part] = _of_topics(records[part], part, listed(s.eval_topics))
+      if part == "train" and s.drop_copies:
+        records[part] = _without_copies(records[part])
       records[part] = _limit(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
       if not records[part]:
         raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
@@ -432,6 +434,17 @@ def _limit(records: list, part: str, limit: int, block: int) -> list:
   before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
   kept = sorted(order[block * limit : (block + 1) * limit])
   return [records[i] for i in kept if records[i].content_key not in before]
+
+
+def _without_copies(records: list) -> list:
+  """The first record of each set of messages, in source order; tells how many others there were."""
+  firsts = list({record.content_key: record for record in reversed(records)}.values())[::-1]
+  log.info(
+    "--drop_copies: %s of the %s training examples repeat an earlier one and are left out",
+    f"{len(records) - len(firsts):,}",
+    f"{len(records):,}",
+  )
+  return firsts
 
 
 def distinct_points(points: data.TokenizedDataset) -> np.ndarray:

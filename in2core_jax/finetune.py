@@ -73,9 +73,14 @@ def make_schedule(recipe: Recipe) -> optax.Schedule:
   )
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019) behind global-norm clipping, with warm-up and cosine decay."""
-  schedule = make_schedule(recipe)
+def make_optimizer(recipe: Recipe, schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019) behind global-norm clipping, with warm-up and cosine decay.
+
+  Args:
+    recipe: how to train.
+    schedule: another one than the recipe's.
+  """
+  schedule = schedule or make_schedule(recipe)
   matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 3, tree)  # noqa: E731
   adamw = optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=matrices if recipe.weight_decay else None)
   return optax.chain(optax.clip_by_global_norm(recipe.max_grad_norm), adamw) if recipe.max_grad_norm else adamw
@@ -103,7 +108,7 @@ class TrainResult:
 class Trainer:
   """One compiled training step, shared by any number of trainings with the same optimiser.
 
-  Compiles once per batch shape; data, starting point and seed may differ between calls of `train`.
+  Compiles once per batch shape; data, starting point, seed and number of steps may differ between calls of `train`.
   """
 
   def __init__(
@@ -124,13 +129,15 @@ class Trainer:
     self.recipe, self.place, self.place_params = recipe, place, place_params
     self.optimizer = make_optimizer(recipe)
 
-    def step(sub, state, frozen, batch):
+    def step(sub, state, frozen, batch, rate):
       def loss_fn(s):
         losses = gradients.per_example_losses(objective, s, frozen, batch)
         return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.valid), 1)
 
       loss, gradient = jax.value_and_grad(loss_fn)(sub)
-      updates, state = self.optimizer.update(gradients.widen(gradient), state, sub)
+      # The rate is an argument: a schedule of another length is the same program.
+      optimizer = make_optimizer(recipe, lambda count: rate)
+      updates, state = optimizer.update(gradients.widen(gradient), state, sub)
       return optax.apply_updates(sub, updates), state, loss
 
     self._step = jax.jit(step, donate_argnums=(0, 1))
@@ -144,8 +151,10 @@ class Trainer:
     wide = jax.tree.map(jnp.array, gradients.widen(sub))
     return self.place_params((wide, self.optimizer.init(wide)))
 
-  def train(self, sub, frozen, batcher: Packer, seed: int | None = None, log: "TrainLog | None" = None) -> TrainResult:
-    """Trains from `sub` for `recipe.steps` steps, walking through the data as many times as that takes.
+  def train(
+    self, sub, frozen, batcher: Packer, seed: int | None = None, log: "TrainLog | None" = None, steps: int = 0
+  ) -> TrainResult:
+    """Trains from `sub`, walking through the data as many times as that takes.
 
     Args:
       sub: start.
@@ -153,41 +162,44 @@ class Trainer:
       batcher: of the training examples, with hidden states when the boundary cache is in use.
       seed: of the data order; the recipe's when None.
       log: checkpoints, metrics and progress; none when None.
+      steps: of the optimiser; the recipe's when 0.
 
     Raises:
       UserError: the loss is not finite; names the step and the examples in it.
     """
-    seed = self.recipe.seed if seed is None else seed
+    recipe = dataclasses.replace(self.recipe, steps=steps or self.recipe.steps)
+    seed = recipe.seed if seed is None else seed
+    rates = np.asarray(jax.vmap(make_schedule(recipe))(np.arange(recipe.steps)), np.float32)
     log = log or TrainLog()
     began = time.perf_counter()
     sub, state = self.init(sub)
     first, sub, state, losses = log.restore(sub, state)
     pending: list = []
     tokens = responses = 0
-    for step, (places, batch) in enumerate(itertools.islice(stream(batcher, self.recipe, seed), self.recipe.steps)):
+    for step, (places, batch) in enumerate(itertools.islice(stream(batcher, recipe, seed), recipe.steps)):
       rows = places[places >= 0]
       seen = int(np.sum([len(batcher.dataset.tokens[row]) for row in rows]))
       answered = int(np.count_nonzero(batch.weight))
       tokens, responses = tokens + seen, responses + answered
       if step < first:
         continue
-      sub, state, loss = processes.settle(self._step(sub, state, frozen, self.place(batch)))
+      sub, state, loss = processes.settle(self._step(sub, state, frozen, self.place(batch), rates[step]))
       pending.append((step, loss, seen, rows))
       if len(pending) > 2:  # keep two steps in flight: the host builds the next batch while the device works
-        self._settle(pending.pop(0), batcher, losses, log)
+        self._settle(pending.pop(0), recipe.steps, batcher, losses, log)
       stop = log.stop_requested()
-      if stop or log.due(step + 1, self.recipe.steps):
+      if stop or log.due(step + 1, recipe.steps):
         while pending:
-          self._settle(pending.pop(0), batcher, losses, log)
+          self._settle(pending.pop(0), recipe.steps, batcher, losses, log)
         log.save(step + 1, sub, state, losses)
       if stop:
         break
     while pending:
-      self._settle(pending.pop(0), batcher, losses, log)
+      self._settle(pending.pop(0), recipe.steps, batcher, losses, log)
     log.close()
     return TrainResult(sub, np.asarray(losses), tokens, responses, time.perf_counter() - began)
 
-  def _settle(self, item, batcher, losses, log) -> None:
+  def _settle(self, item, steps, batcher, losses, log) -> None:
     step, loss, seen, rows = item
     value = float(loss)
     if not np.isfinite(value):
@@ -197,7 +209,7 @@ class Trainer:
         "or look for extreme values in the weights"
       )
     losses.append(value)
-    log.step(step + 1, self.recipe.steps, value, seen)
+    log.step(step + 1, steps, value, seen)
 
 
 def stream(batcher: Packer, recipe: Recipe, seed: int) -> Iterator[tuple[np.ndarray, Batch]]:

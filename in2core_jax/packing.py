@@ -26,6 +26,7 @@ from in2core_jax.errors import UserError
 # Attention over a row costs its length for every token. Up to here that is little beside the layer's matrices; longer
 # examples go into rows of their own length class, so that short ones do not pay for them.
 SHORT_ROW = 512
+_COMPILE_STEPS = 10  # a training step is compiled in less than the time that the largest batch is run so often
 
 
 class PackedRows(NamedTuple):
@@ -364,11 +365,10 @@ def sequential_shapes(packers: Sequence[Packer], batch_tokens: int) -> tuple[Pac
   return join(shape for packer in alike for shape, _ in packer.sequential_plan(batch_tokens))
 
 
-def training_shape(packers: Sequence[Packer], batch_size: int, seeds: Sequence[int] = (0,), epochs: int = 2):
-  """A shape that serves the shuffled batches of several packers, with the row length that costs least.
-
-  A token costs 1 in the matrices and T / 3000 in attention over its row (SmolLM2-135M; less for wider models).
-  """
+def training_shape(
+  packers: Sequence[Packer], batch_size: int, seeds: Sequence[int] = (0,), epochs: int = 2
+) -> PackedShape:
+  """A shape that serves the shuffled batches of several packers, with the row length that costs least."""
   longest = round_up(max(packer._lengths.max() for packer in packers), 16)
   found = []
   for length in sorted({round_up(longest * factor, 16) for factor in (1, 1.25, 1.5, 2, 3)}):
@@ -379,8 +379,52 @@ def training_shape(packers: Sequence[Packer], batch_size: int, seeds: Sequence[i
       for epoch in range(epochs)
     )
     (shape,) = join(shape for plan in plans for shape, _ in plan)
-    found.append((shape.height * length * (1 + length / 3000), shape))
+    found.append((_row_cost(shape), shape))
   return min(found)[1]
+
+
+def training_shapes(
+  packers: Sequence[Packer], batch_size: int, steps: int, seeds: Sequence[int] = (0, 1, 2), epochs: int = 2
+) -> tuple[PackedShape, ...]:
+  """Shapes of one row length for the trainings of several packers: as many as pay for their compilation.
+
+  A packer with all of them takes for each batch the least that holds it, so that a set of short examples does not pay
+  for another of long ones. The packers are sorted by what a step costs, and cut where the sum over all steps and
+  compilations is least.
+
+  Args:
+    packers: of the sets of examples.
+    batch_size: examples of a batch.
+    steps: of each training.
+    seeds: of the orders of the data that are looked at; batches of others are alike.
+    epochs: the same, from the first one.
+  """
+  length = training_shape(packers, batch_size, seeds[:1], epochs).num_tokens
+  needs = []
+  for p in packers:
+    own, orders = Packer(p.dataset, p.reduction, None, p.groups), itertools.product(seeds, range(epochs))
+    needs += join(shape for order in orders for shape, _ in own.shuffled_plan(batch_size, *order, length))
+  needs.sort(key=_step_cost)
+  compiling = _COMPILE_STEPS * max(_step_cost(shape) for shape in join(needs))
+  best: list[tuple[float, tuple[PackedShape, ...]]] = [(0.0, ())]  # for the first 0, 1, ... sets
+  for stop in range(1, len(needs) + 1):
+    options = []
+    for start in range(stop):
+      (shape,) = join(needs[start:stop])
+      cost, shapes = best[start]
+      options.append((cost + _step_cost(shape) * (stop - start) * steps + compiling, (*shapes, shape)))
+    best.append(min(options))
+  return best[-1][1]
+
+
+def _row_cost(shape: PackedShape) -> float:
+  """A token costs 1 in the matrices and T / 3000 in attention over its row (SmolLM2-135M; less for wider models)."""
+  return shape.height * shape.num_tokens * (1 + shape.num_tokens / 3000)
+
+
+def _step_cost(shape: PackedShape) -> float:
+  """A slot costs about as much in the vocabulary projection as a token in the few layers that are trained."""
+  return _row_cost(shape) + shape.num_slots
 
 
 def curvature_shape(fixed: Packer, whole: Packer, size: int, draws: Sequence[np.ndarray]) -> PackedShape:

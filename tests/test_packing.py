@@ -1,5 +1,6 @@
 """Packed rows: nothing lost, nothing seen of a neighbour, and little padding."""
 
+import itertools
 import subprocess
 import sys
 import types
@@ -147,6 +148,42 @@ def test_batches_of_a_training_are_alike():
   assert {used for used, _ in plan} == {shape}
   total = sum(length for length, _ in lengths)
   assert 2 * total > 0.8 * shape.height * shape.num_tokens * len(plan)  # little padding, with one program
+
+
+def test_trainings_share_programs_as_far_as_that_pays():
+  """The cut of the sets into shapes is the best of all cuts, and short examples do not pay for long ones."""
+  rng = np.random.default_rng(2)
+  means = (8, 8, 9, 20, 40, 41, 60)
+  sets = [Packer(make_dataset([(int(n) + 4, int(n)) for n in rng.poisson(mean, 40) + 1])) for mean in means]
+  for steps, families in ((1, (1, 1)), (10, (2, 4)), (1000, (5, 7))):
+    shapes = packing.training_shapes(sets, 8, steps)
+    assert families[0] <= len(shapes) <= families[1] and len({shape.num_tokens for shape in shapes}) == 1
+    length = shapes[0].num_tokens
+    needs = [
+      shape
+      for p in sets
+      for shape in packing.join(
+        used for seed in range(3) for epoch in range(2) for used, _ in p.shuffled_plan(8, seed, epoch, length)
+      )
+    ]
+    needs.sort(key=packing._step_cost)
+    costs = []
+    for cuts in itertools.product((False, True), repeat=len(needs) - 1):
+      edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(needs)]
+      cost = 0
+      for start, stop in itertools.pairwise(edges):
+        (shape,) = packing.join(needs[start:stop])
+        cost += packing._step_cost(shape) * (stop - start) * steps
+        cost += packing._COMPILE_STEPS * packing._step_cost(*packing.join(needs))
+      costs.append((cost, len(edges) - 1))
+    assert len(shapes) == min(costs)[1]
+    for p in sets:
+      sized = Packer(p.dataset, shapes=shapes)
+      plan = [item for seed in range(3) for item in sized.shuffled_plan(8, seed, 1)]
+      assert {used for used, _ in plan} <= set(shapes)
+      for used, cells in plan:  # the least that holds it
+        need = sized._need(used.num_tokens, cells)
+        assert used == min(shape for shape in shapes if shape.holds(need))
 
 
 def test_every_example_meets_every_other_sometime():

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from experiments import evaluate, finetune, scoring, select, solving, workbench
+from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
 from in2core_jax import artifacts, data, evaluation, report_facts, report_html, sharding, subtree
 from in2core_jax import finetune as finetune_lib
@@ -59,6 +60,27 @@ def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained,
   for a, b in zip(leaves(ours), leaves(theirs), strict=True):
     np.testing.assert_array_equal(a, b)
   assert any(not np.array_equal(a, b) for a, b in zip(leaves(ours), leaves(bench.params), strict=True))
+
+
+def test_trainings_of_other_lengths_are_one_program(settings, bench):
+  """The rate is an argument of the step; the numbers are those of a loop with the recipe's own optimiser."""
+  rows = np.arange(16)
+  judge = Judge(bench, settings.replace(weight_decay=0.1), [rows])
+  problem = judge.problem.at(judge.sub, judge.frozen)
+  for steps in (3, 7):
+    ours = judge.train(rows, 0, "training", steps)
+    recipe = dataclasses.replace(judge.recipe, steps=steps)
+    optimizer, sub = finetune_lib.make_optimizer(recipe), judge.sub
+    state = optimizer.init(sub)
+    packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
+    for _, (_, batch) in zip(range(steps), finetune_lib.stream(packer, recipe, 0), strict=False):
+      gradient = problem.at(sub, judge.frozen).mean_gradient(lambda batch=batch: [(np.arange(8), bench.place(batch))])
+      updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf[0], gradient), state, sub)
+      sub = jax.tree.map(lambda a, b: a + b, sub, updates)
+    moved = [np.abs(a - b).max() for a, b in zip(leaves(sub), leaves(judge.sub), strict=True)]
+    for a, b in zip(leaves(ours.sub), leaves(sub), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-2 * max(moved))
+  assert judge._trainer._step._cache_size() == 1
 
 
 def test_only_the_chosen_layers_are_trained(bench, trained):
@@ -373,6 +395,27 @@ def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tm
     ids(9, "train")
   with pytest.raises(UserError, match="--limit_block=1 goes with --eval_limit"):
     _ = _with_model(Workbench(own.replace(limit_block=1, eval_limit=0)), bench).parts
+
+
+def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
+  """Of equal messages the first stays, before the limits, in training only; topics and ids do not make a difference."""
+  path = tmp_path / "many.jsonl"
+  item = lambda i: {"prompt": f"question {i % 20}", "response": f"answer {i % 20}", "topic": str(i), "id": str(i)}  # noqa: E731
+  path.write_text("\n".join(json.dumps(item(i)) for i in range(60)))
+  own = settings.replace(train_data=f"jsonl:{path}", split="0.6,0.2,0.2", train_limit=0, eval_limit=0, test_limit=0)
+  every, distinct = (_with_model(Workbench(own.replace(drop_copies=drop)), bench) for drop in (False, True))
+  assert [len(distinct.parts[part]) for part in ("eval", "test")] == [
+    len(every.parts[part]) for part in ("eval", "test")
+  ]
+  train = distinct.parts["train"]
+  assert 3 * len(train) == len(every.parts["train"]) and all(int(name) < 20 for name in train.ids)
+  assert list(train.ids) == [name for name in every.parts["train"].ids if int(name) < 20]
+  assert len(_with_model(Workbench(own.replace(drop_copies=True, train_limit=8)), bench).parts["train"]) == 8
+  told = select.risky_data(every.summary)
+  size = len(every.parts["train"])
+  assert len(told) == 1 and told[0].startswith(f"{2 * size // 3} of the {size} training examples")
+  assert "--drop_copies" in told[0] and select.risky_data(distinct.summary) == []
+  assert "drop_copies" not in own.identity("data") and own.replace(drop_copies=True).identity("data")["drop_copies"]
 
 
 def _with_model(fresh, bench):
