@@ -39,7 +39,8 @@ from absl import flags as command_line
 
 from experiments import children, cli, flags
 from experiments.flags import Settings, listed
-from in2core_jax import artifacts, report, sources
+from experiments.workbench import PARTS
+from in2core_jax import artifacts, data, report, sources
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ _ABLATIONS = "; ".join(
     *("matching, last layer", "matching, 16 queries"),
   )
 )
+_BLOCK = ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000")  # of Alpaca, preset full
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
   Step(
@@ -161,6 +163,8 @@ STEPS = (
     "study.flags",
     "the same on Alpaca",
     ("--train_data=jsonl:{alpaca}", f"--variants={_MORE_RULES}"),
+    # A block, as the next step's: all of the data would leave nothing fresh.
+    _BLOCK,
   ),
   Step(
     "study-alpaca-fresh",
@@ -172,8 +176,7 @@ STEPS = (
       *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
       *("--variants=proponents; proponents, cg; matching", "--equal=steps,tokens"),
     ),
-    # Blocks want a size; all data would be those of study-alpaca once more.
-    ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
+    _BLOCK,
   ),
   Step(
     "study-mixed",
@@ -526,7 +529,29 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
   if any(step.needs_alpaca for step in steps):
     if "+" in os.path.abspath(s.alpaca):
       raise UserError(f"--alpaca={s.alpaca}: sources are joined by +, so its path must have none: rename or move it")
-    sources.load_records(f"jsonl:{os.path.abspath(s.alpaca)}")
+    parts = dict(
+      zip(PARTS, data.split_records(sources.load_records(f"jsonl:{os.path.abspath(s.alpaca)}")), strict=True)
+    )
+    for step in steps:
+      _check_block(step, s, {part: len(records) for part, records in parts.items()})
+
+
+def _check_block(step: Step, s: Settings, sizes: dict[str, int]) -> None:
+  """Raises UserError when a step takes examples that come after all of --alpaca's; sizes: of its parts."""
+  given = []
+  for argument in arguments(step, s):
+    name, _, value = argument.partition("=")
+    given += pathlib.Path(value).read_text(encoding="utf-8").splitlines() if name == "--flagfile" else [argument]
+  numbers = {
+    name: int(value) for line in given for name, value in re.findall(r"^--(\w+_limit|limit_block)=(\d+)", line)
+  }
+  for part, size in sizes.items():
+    before = numbers.get("limit_block", 0) * numbers.get(f"{part}_limit", 0)
+    if before and size <= before:
+      raise UserError(
+        f"--alpaca={s.alpaca}: {step.name} leaves out the first {before:,} examples of the {part} part, which has "
+        f"{size:,}: give a larger file, or leave the step out by naming the others in --only"
+      )
 
 
 def open_folder(s: Settings) -> None:

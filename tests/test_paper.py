@@ -222,10 +222,14 @@ def test_the_full_preset_means_all_data_layers_and_modules():
     sized = {flag.partition("=")[0].lstrip("-"): flag.partition("=")[2] for flag in step.full}
     for name in ("train_limit", "eval_limit", "test_limit"):
       assert own[name] == sized.get(name, "0"), (step.name, name)
-    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca-fresh"))
+    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca", "study-alpaca-fresh"))
     words = ("trainable_layers", "trainable_modules", "layers", "modules", "model_layers", "model_trains")
     assert {own[name] for name in words} == {"all"}, step.name
     assert own["lds_layers"].split(";")[0] == "all" and own["batch_tokens"] == "auto"
+  # The second block of the same size as the first: nothing of it is in the first.
+  assert found["study-alpaca"].get("limit_block", "0") == "0" and found["study-alpaca-fresh"]["limit_block"] == "1"
+  for name in ("train_limit", "eval_limit", "test_limit"):
+    assert found["study-alpaca"][name] == found["study-alpaca-fresh"][name]
   assert found["transfer"]["score_models"].count(";") == 2  # changes of the step that are no sizes stay
   assert found["study-mixed"]["eval_topics"] == "trivia"
   # The folds fit the topics of the whole corpus.
@@ -266,7 +270,7 @@ def test_flagfiles_of_the_project_are_shown_with_their_folder():
   assert "'--score_models=smollm2;truncated:smollm2:15;gemma3'" in shown  # to be pasted into a shell
 
 
-def test_what_cannot_go_well_is_refused_before_the_work(made):
+def test_what_cannot_go_well_is_refused_before_the_work(made, monkeypatch):
   for named, changes, said in (
     (["epochs", "mesh"], {}, "--epochs is not passed on"),
     ([], {"run_dir": "gs://bucket/runs"}, "local folders"),
@@ -277,6 +281,14 @@ def test_what_cannot_go_well_is_refused_before_the_work(made):
   (made.alpaca.parent / "a+b.json").write_text(made.alpaca.read_text())
   with pytest.raises(UserError, match="joined by"):
     made.run(alpaca=str(made.alpaca.parent / "a+b.json"))
+  # Of one example the flagfile's limit of five leaves nothing to a second block.
+  changes = ("--train_data=jsonl:{alpaca}", "--limit_block=1")
+  fresh = paper.Step("fresh", "study", "table", str(made.flagfile), "other examples", changes)
+  monkeypatch.setattr(paper, "STEPS", (*paper.STEPS, fresh))
+  with pytest.raises(
+    UserError, match="fresh leaves out the first 5 examples of the train part, which has [01]: give a"
+  ):
+    made.run()
   assert made.started == [] and not pathlib.Path(made.settings.run_dir).exists()
 
 
