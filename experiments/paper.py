@@ -197,7 +197,10 @@ STEPS = (
     "study",
     "study.flags",
     "the same where copies are left out before anything is chosen",
-    ("--drop_copies", "--variants=proponents; proponents, cg; matching; matching, plain; longest"),
+    (
+      *("--drop_copies", "--equal=steps,tokens"),
+      "--variants=proponents; proponents, cg; matching; matching, plain; longest",
+    ),
     extra=True,
   ),
   Step(
