@@ -109,6 +109,7 @@ _ABLATIONS = "; ".join(
     *("matching, last layer", "matching, 16 queries"),
   )
 )
+_CUTS = ("", ", cut at 96", ", cut at 48")
 _BLOCK = ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000")  # of Alpaca, preset full
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
@@ -201,6 +202,19 @@ STEPS = (
       *("--drop_copies", "--equal=steps,tokens"),
       "--variants=proponents; proponents, cg; matching; matching, plain; longest",
     ),
+    extra=True,
+  ),
+  Step(
+    "study-length",
+    "study",
+    "study",
+    "study.flags",
+    "the effect of sequence length: examples that are not cut, scored as a whole and by how they begin",
+    (
+      *("--train_data=jsonl:{alpaca}", "--max_length=512", "--equal=steps,tokens"),
+      "--variants=" + "; ".join(f"{rule}{cut}" for rule in ("proponents, cg", "matching") for cut in _CUTS),
+    ),
+    _BLOCK,
     extra=True,
   ),
   Step(

@@ -77,6 +77,8 @@ VARIANTS = {
   "proponents, cg, copies last": _variant(
     "proponents", trained=True, solver="cg", damping_ratio=0.01, copies_last=True
   ),
+  "proponents, cg, cut at 96": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=96),
+  "proponents, cg, cut at 48": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=48),
   "random, copies last": _variant("random", copies_last=True),
   "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
   "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
@@ -99,6 +101,9 @@ VARIANTS = {
   "matching, last layer": _variant("matching", trained=True, layers="last:1"),
   "matching, all layers": _variant("matching", trained=True, layers="all"),
   "matching, 16 queries": _variant("matching", trained=True, queries=16),
+  # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
+  "matching, cut at 96": _variant("matching", trained=True, max_length=96),
+  "matching, cut at 48": _variant("matching", trained=True, max_length=48),
   "embedding": _variant("embedding"),
   "bm25": _variant("bm25"),
   "length-matched random": _variant("length_matched_random"),
@@ -126,7 +131,7 @@ class Study:
     """The rows that a variant chooses, int64 [S], sorted."""
     s = self.settings.replace(policy=variant.policy, **dict(variant.changes))
     s = s.replace(checkpoint=self.checkpoint if variant.trained else "")
-    bench = self.bench.with_settings(loss_reduction=s.loss_reduction)
+    bench = self.bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
     budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
     inputs = self._inputs(bench, s, variant)
     if not variant.copies_last:
@@ -217,7 +222,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   chosen = candidates(study, s, cells)
   judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
-  groups = []
+  groups, shared = [], shared_with_their_rule(chosen)
   for word in equal:
     rows = []
     for number, candidate in enumerate(chosen):
@@ -225,7 +230,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       label = f"equal {word}, {number + 1}/{len(chosen)}: {candidate}"
       rows.append(retrained(judge, cells, candidate, steps, label))
     groups.append(Group(word, None, rows))
-  write_tables(run_dir, bench, s, groups, np.array(base))
+  write_tables(run_dir, bench, s, groups, np.array(base), shared)
   return str(run_dir.path)
 
 
@@ -234,11 +239,31 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 _PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
 
 
-def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
+def shared_with_their_rule(chosen: list[Candidate]) -> dict[str, float]:
+  """For each variant the share of its examples that the rule of which it changes one thing has chosen too.
+
+  "proponents, cg, cut at 96" changes "proponents, cg", or "proponents" where that was not asked for; rules without one
+  are left out. Of several seeds the first counts.
+  """
+  first: dict[str, np.ndarray] = {}
+  for candidate in chosen:
+    first.setdefault(candidate.policy, candidate.rows)
+  shared = {}
+  for name, rows in first.items():
+    words_ = name.split(", ")
+    rules = (", ".join(words_[:stop]) for stop in range(len(words_) - 1, 0, -1))
+    rule = next((rule for rule in rules if rule in first), None)
+    if rule is not None:
+      shared[name] = len(np.intersect1d(rows, first[rule])) / max(1, len(rows))
+  return shared
+
+
+def comparison(rows: list[evaluation.RetrainRow], shared: dict[str, float] | None = None) -> list[dict]:
   """A row for each rule: perplexities, their ratios to random sets' and full data's, how many random sets it beats.
 
   Args:
     rows: trainings that have something in common, full data and random sets among them.
+    shared: see `shared_with_their_rule`.
   """
   by_rule: dict[str, list[evaluation.RetrainRow]] = {}
   for row in rows:
@@ -261,8 +286,22 @@ def comparison(rows: list[evaluation.RetrainRow]) -> list[dict]:
     for field, column in _PERPLEXITIES.items():
       beaten = int(np.sum(mean(field) < random[field]))
       line[column] = "" if name == RANDOM else f"{beaten} of {len(random[field])}"
+    line["shared with its rule"] = f"{shared[name]:.2f}" if shared and name in shared else ""
     found.append(line)
   return found
+
+
+def ranges(rows: list[evaluation.RetrainRow]) -> str:
+  """The lowest and the highest perplexity of every rule that was trained several times, by token and by example."""
+  by_rule: dict[str, list[evaluation.RetrainRow]] = {}
+  for row in rows:
+    by_rule.setdefault(row.policy, []).append(row)
+  told = []
+  for name, own in by_rule.items():
+    if len(own) > 1:
+      token, example = (sorted(getattr(row, field) for row in own) for field in _PERPLEXITIES)
+      told.append(f"{name} {token[0]:.3f} to {token[-1]:.3f} ({example[0]:.3f} to {example[-1]:.3f})")
+  return f"Lowest and highest of several trainings, by example in brackets: {'; '.join(told)}." if told else ""
 
 
 def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow]) -> str:
@@ -276,7 +315,7 @@ def _sources(s: Settings) -> str:
   return f"{named} (block {s.limit_block} of the limits' size)" if s.limit_block else named
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> None:
+def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, shared) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
   test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
   parts = [
@@ -288,12 +327,12 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   ]
   every = []
   for group in groups:
-    table = comparison(group.rows)
+    table = comparison(group.rows, shared)
     every += [{"equal": group.equal} | row for row in table]
     write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(evaluation.summarise(group.rows)))
-    parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip()]
+    parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip(), ranges(group.rows)]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
-  run_dir.write_text("study.md", "\n\n".join(parts) + "\n")
+  run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
   run_dir.write_text("study.csv", report.csv_table(every))
   run_dir.write_text("study.tex", report.latex_table(every))
   facts = {"base_perplexity": perplexity, "table": every}

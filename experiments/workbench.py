@@ -55,18 +55,22 @@ class Workbench:
     self._hidden: dict = {}
 
   def with_settings(self, **changes) -> "Workbench":
-    """The same model and data under other settings of how losses are made; itself when nothing changes.
+    """The same model and examples, losses made or examples cut in another way; itself when nothing changes.
 
     Raises:
-      ValueError: a change that would need another model or other data.
+      ValueError: a change that would need another model or other examples.
     """
     other = self.settings.replace(**changes)
     if other == self.settings:
       return self
-    if set(changes) != {"loss_reduction"}:
+    if not set(changes) <= {"loss_reduction", "max_length"}:
       raise ValueError(f"a workbench of its own is needed for {sorted(changes)}")
-    bench = copy.copy(self)
-    bench.settings = other
+    if other.max_length == self.settings.max_length:
+      bench = copy.copy(self)
+      bench.settings = other
+      return bench
+    bench = type(self)(other)  # examples of other lengths are other batches and hidden states
+    bench._loaded, bench._caches = self._loaded, self._caches
     return bench
 
   # ---- model -------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_the_full_preset_means_all_data_layers_and_modules():
     sized = {flag.partition("=")[0].lstrip("-"): flag.partition("=")[2] for flag in step.full}
     for name in ("train_limit", "eval_limit", "test_limit"):
       assert own[name] == sized.get(name, "0"), (step.name, name)
-    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca", "study-alpaca-fresh"))
+    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca", "study-alpaca-fresh", "study-length"))
     words = ("trainable_layers", "trainable_modules", "layers", "modules", "model_layers", "model_trains")
     assert {own[name] for name in words} == {"all"}, step.name
     assert own["lds_layers"].split(";")[0] == "all" and own["batch_tokens"] == "auto"

@@ -10,7 +10,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
-from experiments.retraining import Judge
+from experiments.retraining import Candidate, Judge
 from in2core_jax import artifacts, embeddings, evaluation, influence
 from in2core_jax.errors import UserError
 
@@ -180,6 +180,25 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
     study.run(chosen.replace(variants="best"), bench)
 
 
+def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
+  """The same examples and model, shorter; what no cut reaches is the rule itself, and is not trained again."""
+  length = int(max(part.num_tokens.max() for part in bench.parts.values()))
+  short = length // 2
+  cut = bench.with_settings(max_length=short)
+  for part, dataset in cut.parts.items():
+    assert dataset.ids == bench.parts[part].ids
+    np.testing.assert_array_equal(dataset.num_tokens, np.minimum(bench.parts[part].num_tokens, short))
+  assert cut.params is bench.params and bench.parts["train"].num_tokens.max() > short
+  rules = {"matching": study.VARIANTS["matching"]}
+  rules |= {f"matching, cut at {n}": study._variant("matching", trained=True, max_length=n) for n in (short, length)}
+  monkeypatch.setattr(study, "VARIANTS", rules)
+  folder = study.run(settings.replace(run_dir=str(tmp_path / "cut"), variants="; ".join(rules)), bench)
+  rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
+  whole, half = rows[f"matching, cut at {length}"], rows[f"matching, cut at {short}"]
+  assert whole["shared with its rule"] == "1.00" and whole["perplexity"] == rows["matching"]["perplexity"]
+  assert 0 < float(half["shared with its rule"]) < 1 and half["perplexity"] != whole["perplexity"]
+
+
 def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
   monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
   run_dir = artifacts.RunDir.open(str(tmp_path / "copies"), {})
@@ -205,6 +224,25 @@ def test_comparison_by_hand():
   assert (random["perplexity"], random["by example"], random["seeds"], random["random sets beaten"]) == (11, 11, 2, "")
   assert (mine["random sets beaten"], mine["beaten by example"]) == ("2 of 2", "1 of 2")
   assert mine["to full"] == "1.125" and mine["to random"].startswith("0.82")
+  assert study.ranges(rows).endswith(": random 10.000 to 12.000 (10.000 to 12.000).") and study.ranges(rows[:1]) == ""
+
+
+def test_shares_of_rules_that_change_another_by_hand():
+  sets = {
+    "matching": [1, 2, 3, 4],
+    "matching, quota": [3, 4, 5, 6],
+    "cg": [1, 2],
+    "cg, cut": [2, 9],
+    "cg, cut, more": [2, 9],
+    "lone, cut": [1, 2],
+  }
+  chosen = [Candidate(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
+  shared = study.shared_with_their_rule(chosen)
+  assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
+  table = study.comparison(
+    [evaluation.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")], shared
+  )
+  assert [row["shared with its rule"] for row in table] == ["", "", "", "0.50"]
 
 
 def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
