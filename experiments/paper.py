@@ -109,6 +109,10 @@ _ABLATIONS = "; ".join(
     *("matching, last layer", "matching, 16 queries"),
   )
 )
+_MIXED = (
+  "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
+  *("--split=0.5,0.25,0.25", "--train_limit=600"),
+)
 _CUTS = ("", ", cut at 96", ", cut at 48")
 _BLOCK = ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000")  # of Alpaca, preset full
 STEPS = (
@@ -186,11 +190,21 @@ STEPS = (
     "study.flags",
     "the same on a mixed pool with an evaluation set of one topic",
     (
-      "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
-      *("--eval_topics=trivia", "--split=0.5,0.25,0.25", "--train_limit=600"),
+      *(*_MIXED, "--eval_topics=trivia", "--equal=steps,tokens"),
       "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
-      "--equal=steps,tokens",
     ),
+  ),
+  Step(
+    "study-mixed-fresh",
+    "study",
+    "study",
+    "study.flags",
+    "the same pool with evaluation and test examples of other topics, which nothing was tuned on",
+    (
+      *(*_MIXED, "--eval_topics=ai,psychology,emotion", "--equal=steps,tokens", "--fixed_seeds=0,1,2"),
+      "--variants=proponents, cg; matching; embedding",
+    ),
+    extra=True,
   ),
   Step(
     "study-distinct",
