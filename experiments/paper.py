@@ -3,13 +3,14 @@
 ./run.sh paper                                          2 cores, the embedded models and corpus
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
-./run.sh paper --only=ablations,study-distinct          many variants of the rules, and them without copies, which
-                                                        no other call runs
+./run.sh paper --only=ablations,study-distinct          what no other call runs: many variants of the rules, and rules
+                                                        without copies; with --alpaca study-length, study-mixed-fresh
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
 again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
-anew. The next experiment starts when the one before has ended, however it ended; one that fails is told at the end.
---overwrite starts everything anew, with --only the experiments that it names.
+anew; a study with other rules, seeds or kinds of budget goes on with what is missing. The next experiment starts when
+the one before has ended, however it ended; one that fails is told at the end. --overwrite starts everything anew, with
+--only the experiments that it names.
 
 The experiments' flags are in experiments/flags/. Passed on to all of them, where given: --seed --mesh --boundary_cache
 --boundary_cache_gb --batch_tokens --microbatch --shard_batches --model --dtype. Other flags are refused. --model is the
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FLAGS = _ROOT / "experiments" / "flags"
 _MOST_BYTES = 1_000_000  # of a published file
+# Flags of which an experiment's run folder takes other values: what it has is kept, what is missing is done.
+_LONGER = {"study": ("--variants", "--seeds", "--fixed_seeds", "--equal")}
 _FACTS = "run.json"  # beside a published table: what the index says of it
 _NOTE_SECONDS = 30.0  # between two notes of how long a running experiment has taken
 _PATIENCE = 60.0  # seconds that a stopped experiment has to save its work
@@ -338,7 +341,9 @@ def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, 
   return facts
 
 
-def changes_of(before: dict[str, str], now: dict[str, str], finished: bool) -> list[str]:
+def changes_of(
+  before: dict[str, str], now: dict[str, str], finished: bool, also_ignored: Collection[str] = ()
+) -> list[str]:
   """What is different, in words; nothing when both are the same.
 
   Of a finished step the place of --alpaca does not count, its content does. One that is to go on may do so at another
@@ -346,7 +351,7 @@ def changes_of(before: dict[str, str], now: dict[str, str], finished: bool) -> l
   """
   if not before:
     return ["what was there was being removed"]
-  ignored = (*(f"--{name}" for name in HOW_FAST), *(("--alpaca",) if finished else ()))
+  ignored = (*(f"--{name}" for name in HOW_FAST), *(("--alpaca",) if finished else ()), *also_ignored)
   names = [name for name in (before | now) if before.get(name) != now.get(name) and name not in ignored]
   told = lambda name, facts: repr(facts[name]) if name in facts else "not given"  # noqa: E731
   return [
@@ -399,8 +404,11 @@ def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
   if s.overwrite:
     return Task(step, facts, False, "--overwrite")
   # A note without a command is of an older version: the experiment itself goes on, or refuses.
-  changed = changes_of(note["command"], facts, finished) if "command" in note else []
-  return Task(step, facts, finished and "command" in note and not changed, "; ".join(changed))
+  if "command" not in note:
+    return Task(step, facts, False, "")
+  changed = changes_of(note["command"], facts, finished)
+  anew = changes_of(note["command"], facts, finished, _LONGER.get(step.module, ()))
+  return Task(step, facts, finished and not changed, "; ".join(anew))
 
 
 def clear(s: Settings, step: Step) -> None:

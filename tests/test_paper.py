@@ -116,6 +116,20 @@ def test_another_command_starts_finished_steps_anew_and_says_why(made, caplog, c
   assert made.run(**changes) == (0, [])
 
 
+def test_a_longer_list_of_rules_goes_on_with_what_is_there(made, caplog, monkeypatch):
+  more = lambda *changes: paper.Step("more", "study", "table", str(made.flagfile), "rules", changes)  # noqa: E731
+  monkeypatch.setattr(paper, "STEPS", (more("--variants=matching"),))
+  assert made.run() == (0, ["more"])
+  made.mark = "y"
+  monkeypatch.setattr(paper, "STEPS", (more("--variants=matching; longest", "--fixed_seeds=0,1"),))
+  with caplog.at_level("INFO"):
+    assert made.run() == (0, ["more"]) and made.run() == (0, [])
+  assert made.starts("more") == "xy" and "starts anew" not in caplog.text
+  assert "longest" in made.page("more/table.md")
+  monkeypatch.setattr(paper, "STEPS", (more("--variants=matching", "--max_length=12"),))
+  assert made.run() == (0, ["more"]) and made.starts("more") == "y"  # another number: anew
+
+
 def test_how_fast_is_no_other_command(made):
   made.run()
   assert made.run(mesh="data:8", microbatch=2) == (0, [])
