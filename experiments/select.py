@@ -46,6 +46,8 @@ from in2core_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 _MANY_COPIES = 0.05  # share of the training set from which select warns of them
+# Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
+_ANOTHER_KIND = 0.3
 
 
 def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
@@ -201,7 +203,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  warnings = [*risky_settings(s), *risky_data(bench.summary), *coreset.selection_warnings(rows, inputs, s.seed)]
+  warnings = [*risky_settings(s), *risky_data(bench.summary), *better_policy(s, kept)]
+  warnings += coreset.selection_warnings(rows, inputs, s.seed)
   for warning in warnings:
     log.warning("%s", warning)
   if run_dir.writer:
@@ -255,6 +258,24 @@ def risky_data(summary: dict) -> list[str]:
   return [
     f"{copies:,} of the {size:,} training examples repeat an earlier one, message for message, and may fill the "
     "selection. Give --drop_copies, to finetune, select and evaluate alike: they choose among different examples then."
+  ]
+
+
+def better_policy(s: Settings, target_kept: float | None) -> list[str]:
+  """Where the scores that are there anyway did better than matching (docs/selection.md), in one sentence.
+
+  Args:
+    s: flags of the run.
+    target_kept: see `coreset.target_kept`; None where nothing was matched.
+  """
+  trusted = s.checkpoint and s.solver != "identity" and s.matching_shrink and s.policy == "matching"
+  if target_kept is None or target_kept < _ANOTHER_KIND or not trusted:
+    return []
+  return [
+    "The evaluation set is of another kind than the training set, as far as gradients tell "
+    f"({100 * target_kept:.0f} % of the difference of their means is more than chance). For such sets the half with "
+    "the highest influence did as well as matching's in retraining, and a little better at equal response tokens. "
+    "To compare both: evaluate with --policies=full,random,proponents."
   ]
 
 

@@ -147,6 +147,19 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
   assert select.without_effect(momentum.replace(solver="lissa")) == select.without_effect(risky) == []
 
 
+def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp_path):
+  """Matching names the other policy where retraining spoke for it: a fine-tuned model, curvature, a real difference."""
+  told = settings.replace(checkpoint=trained, solver="cg", policy="matching", run_dir=str(tmp_path / "run"))
+  assert len(select.better_policy(told, 0.47)) == 1 and "(47 %" in select.better_policy(told, 0.47)[0]
+  assert select.better_policy(told, 0.1) == select.better_policy(told, None) == []
+  for other in ({"checkpoint": ""}, {"solver": "identity"}, {"policy": "matching_quota"}, {"matching_shrink": False}):
+    assert select.better_policy(told.replace(**other), 0.47) == []
+  summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
+  assert [line for line in summary["warnings"] if "another kind" in line] == select.better_policy(
+    told, summary["target_kept"]
+  )
+
+
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   common = settings.replace(checkpoint=trained, solver="ekfac", damping_ratio=0.5, curvature="fisher")
   run = lambda name, **changes: pathlib.Path(  # noqa: E731
