@@ -353,7 +353,7 @@ def words(text: str, name: str, known: Collection[str] = (), separator: str = ",
   found = listed(text, separator)
   wrong = [word for word in found if known and word not in known]
   if wrong:
-    raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {', '.join(known)}")
+    raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {f'{separator} '.join(known)}")
   if len(set(found)) < len(found):
     raise UserError(f"--{name}={text}: a word is given twice")
   return found

@@ -176,7 +176,7 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   no_training(monkeypatch)
   study.run(chosen, bench)
   study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
-  with pytest.raises(UserError, match="unknown 'best'"):
+  with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
 
 
