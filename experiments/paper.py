@@ -4,7 +4,8 @@
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
 ./run.sh paper --only=ablations,study-distinct          what no other call runs: many variants of the rules, and rules
-                                                        without copies; with --alpaca study-length, study-mixed-fresh
+                                                        without copies; with --alpaca study-length, study-mixed-fresh,
+                                                        study-queries
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
 again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
@@ -232,6 +233,20 @@ STEPS = (
       "--variants=" + "; ".join(f"{rule}{cut}" for rule in ("proponents, cg", "matching") for cut in _CUTS),
     ),
     _BLOCK,
+    extra=True,
+  ),
+  Step(
+    "study-queries",
+    "study",
+    "study",
+    "study.flags",
+    "Alpaca once more with many evaluation examples, or 120 of them, and a larger test set",
+    (
+      *("--train_data=jsonl:{alpaca}", "--split=0.3,0.4,0.3", "--eval_limit=1500", "--test_limit=800"),
+      "--equal=steps,tokens",
+      "--variants=proponents, cg; proponents, cg, 120 queries; matching; matching, 120 queries; "
+      "matching, mean over examples",
+    ),
     extra=True,
   ),
   Step(

@@ -34,6 +34,7 @@ from in2core_jax import (
   finetune,
   ihvp,
   lexical,
+  matching,
   projected,
   records,
   report,
@@ -185,10 +186,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   clock = Clock()
   inputs = policy_inputs(bench, s, params, scored)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
-  kept = coreset.target_kept(inputs) if s.policy in coreset.SHRUNK_POLICIES else None
-  if kept is not None and s.matching_shrink:
-    share = f"{100 * kept:.0f} % of what sets the evaluation set's gradient apart from the training set's"
-    log.info("%s: %s is more than chance, and is matched", s.policy, share)
+  aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
+  if aim is not None and s.matching_shrink:
+    apart = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
+    log.info("%s: %s is more than chance; %.0f %% of it is matched", s.policy, apart, 100 * aim.kept)
   clock.lap("selection")
   if s.per_layer:
     table = layer_table(bench, s, chosen, scored.result, work)
@@ -203,13 +204,13 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  warnings = [*risky_settings(s), *risky_data(bench.summary), *better_policy(s, kept)]
+  warnings = [*risky_settings(s), *risky_data(bench.summary), *better_policy(s, aim)]
   warnings += coreset.selection_warnings(rows, inputs, s.seed)
   for warning in warnings:
     log.warning("%s", warning)
   if run_dir.writer:
     scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
-    write_results(run_dir, bench, s, scored, rows, warnings, kept)
+    write_results(run_dir, bench, s, scored, rows, warnings, aim)
   work.remove()
   tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
@@ -261,20 +262,20 @@ def risky_data(summary: dict) -> list[str]:
   ]
 
 
-def better_policy(s: Settings, target_kept: float | None) -> list[str]:
+def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
   """Where the scores that are there anyway did better than matching (docs/selection.md), in one sentence.
 
   Args:
     s: flags of the run.
-    target_kept: see `coreset.target_kept`; None where nothing was matched.
+    aim: of the matching (`PolicyInputs.aim`); None where nothing was matched.
   """
   trusted = s.checkpoint and s.solver != "identity" and s.matching_shrink and s.policy == "matching"
-  if target_kept is None or target_kept < _ANOTHER_KIND or not trusted:
+  if aim is None or aim.beyond_chance < _ANOTHER_KIND or not trusted:
     return []
   return [
     "The evaluation set is of another kind than the training set, as far as gradients tell "
-    f"({100 * target_kept:.0f} % of the difference of their means is more than chance). For such sets the half with "
-    "the highest influence did as well as matching's in retraining, and a little better at equal response tokens. "
+    f"({100 * aim.beyond_chance:.0f} % of the difference of their means is more than chance). For such sets the half "
+    "with the highest influence did as well as matching's in retraining, and a little better at equal response tokens. "
     "To compare both: evaluate with --policies=full,random,proponents."
   ]
 
@@ -306,7 +307,7 @@ def write_results(
   scored: Scored,
   rows: np.ndarray,
   warnings: list[str],
-  target_kept: float | None = None,
+  aim: matching.Shrunk | None = None,
 ) -> None:
   """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
   train = bench.parts["train"]
@@ -315,9 +316,9 @@ def write_results(
   columns = score_columns(train, scored, selected)
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
-  summary = _summary(run_dir, bench, s, scored, selected, warnings) | {"target_kept": target_kept}
+  summary = _summary(run_dir, bench, s, scored, selected, warnings) | _told(aim)
   sections = {
-    "Selection": {"policy": s.policy} | ({} if target_kept is None else {"target_kept": target_kept}),
+    "Selection": {"policy": s.policy} | (_told(aim) if aim else {}),
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
     "Data": _flat(bench.summary),
   }
@@ -338,6 +339,14 @@ def write_results(
   for name, figure in report_facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", report.figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
+
+
+def _told(aim: matching.Shrunk | None) -> dict[str, float | None]:
+  """What summary.json says of the target of the matching."""
+  return {
+    "target_kept": aim.kept if aim else None,
+    "target_beyond_chance": aim.beyond_chance if aim else None,
+  }
 
 
 def score_columns(train: data.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:

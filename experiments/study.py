@@ -46,7 +46,7 @@ class Variant:
     trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
     unit: gradients of length 1, so that no example counts more than another (matching).
     drop: only the worst share is left out, whatever the budget; 0: the budget counts.
-    queries: only the first so many evaluation examples; 0: all.
+    queries: only so many evaluation examples, drawn at random; 0: all.
     copies_last: no example a second time while there is another text.
   """
 
@@ -101,6 +101,8 @@ VARIANTS = {
   "matching, last layer": _variant("matching", trained=True, layers="last:1"),
   "matching, all layers": _variant("matching", trained=True, layers="all"),
   "matching, 16 queries": _variant("matching", trained=True, queries=16),
+  "matching, 120 queries": _variant("matching", trained=True, queries=120),
+  "proponents, cg, 120 queries": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, queries=120),
   # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
   "matching, cut at 96": _variant("matching", trained=True, max_length=96),
   "matching, cut at 48": _variant("matching", trained=True, max_length=48),
@@ -132,6 +134,7 @@ class Study:
     s = self.settings.replace(policy=variant.policy, **dict(variant.changes))
     s = s.replace(checkpoint=self.checkpoint if variant.trained else "")
     bench = self.bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
+    bench = bench.with_queries(variant.queries)
     budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
     inputs = self._inputs(bench, s, variant)
     if not variant.copies_last:
@@ -150,9 +153,6 @@ class Study:
     more = text_inputs(bench, {policy})
     if policy in coreset.FEATURE_POLICIES:
       more |= sketch_inputs(bench, s, params)
-    if variant.queries:
-      of_queries = [name for name in ("target", "query_topics", "query_tokens") if more.get(name) is not None]
-      more |= {name: more[name][: variant.queries] for name in of_queries}
     if variant.unit:
       more |= {name: embeddings.unit(more[name]) for name in ("features", "target")}
     return coreset.inputs_of(bench.parts["train"], influence, loss, **more)
@@ -160,6 +160,7 @@ class Study:
   def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
+    depends_on |= {"queries": bench.data_identity("eval")}  # of a variant fewer than --eval_limit
     depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:

@@ -73,6 +73,21 @@ class Workbench:
     bench._loaded, bench._caches = self._loaded, self._caches
     return bench
 
+  def with_queries(self, count: int) -> "Workbench":
+    """The same with `count` of the evaluation examples, drawn as `--eval_limit` draws them; itself for 0 or all."""
+    evals = self.parts["eval"]
+    if not 0 < count < len(evals):
+      return self
+    for made_for_all in ("shapes", "packed_shapes", "layout"):  # so that the same programs serve
+      getattr(self, made_for_all)
+    bench = copy.copy(self)
+    drawn = {id(record) for record in _limit(evals.records, "eval", count, 0)}
+    rows = np.flatnonzero([id(record) in drawn for record in evals.records])
+    bench.__dict__["parts"] = self.parts | {"eval": evals.take(rows)}
+    bench.__dict__.pop("summary", None)
+    bench._hidden = {key: hidden for key, hidden in self._hidden.items() if key[0] != "eval"}
+    return bench
+
   # ---- model -------------------------------------------------------------------------
 
   @functools.cached_property

@@ -1,3 +1,3 @@
 """Influence-based coreset selection for instruction tuning, in JAX."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

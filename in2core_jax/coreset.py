@@ -163,10 +163,10 @@ class PolicyInputs:
     object.__setattr__(self, "target", target)
 
   @functools.cached_property
-  def aim(self) -> tuple[np.ndarray, float]:
-    """`matching_target` and `target_kept`; they read all features, so once."""
-    targets, kept = zip(*(_target(self, by_token) for by_token in _means(self)), strict=True)
-    return np.mean(targets, axis=0), float(np.mean(kept))
+  def aim(self) -> matching.Shrunk:
+    """`matching_target` and what is known of it, the mean over its means; it reads all features, so once."""
+    target, kept, beyond_chance = zip(*(_target(self, by_token) for by_token in _means(self)), strict=True)
+    return matching.Shrunk(np.mean(target, axis=0), float(np.mean(kept)), float(np.mean(beyond_chance)))
 
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
@@ -369,15 +369,7 @@ def matching_target(inputs: PolicyInputs) -> np.ndarray:
   Raises:
     UserError: an unknown target_mean, or no token count for each query.
   """
-  return inputs.aim[0]
-
-
-def target_kept(inputs: PolicyInputs) -> float:
-  """The share of the difference between the queries' mean and the pool's that `matching_target` keeps, 0 to 1.
-
-  0: the queries cannot be told from as many random examples of the pool, so the pool's mean is matched; 1: not shrunk.
-  """
-  return inputs.aim[1]
+  return inputs.aim.target
 
 
 def _means(inputs: PolicyInputs) -> list[bool]:
@@ -398,11 +390,11 @@ def _query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
   return weights.astype(np.float64)
 
 
-def _target(inputs: PolicyInputs, by_token: bool) -> tuple[np.ndarray, float]:
-  """(one mean of the queries, perhaps drawn towards the same mean of the pool, f64 [d]; share of what was kept)."""
+def _target(inputs: PolicyInputs, by_token: bool) -> matching.Shrunk:
+  """One mean of the queries, perhaps drawn towards the same mean of the pool."""
   weights = _query_weights(inputs, by_token)
   if not inputs.shrink:
-    return weights @ inputs.target / weights.sum(), 1.0
+    return matching.Shrunk(weights @ inputs.target / weights.sum(), 1.0, 1.0)
   tokens = inputs.num_response_tokens if inputs.token_weights is None else inputs.token_weights
   answered = tokens if by_token else np.asarray(tokens) > 0
   return matching.shrunk_target(inputs.target, inputs.features, weights, answered)

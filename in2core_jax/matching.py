@@ -5,6 +5,7 @@ Letters: N examples of the pool, G targets, d features.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -122,16 +123,32 @@ def _products_fn(features: np.ndarray, hold: bool) -> Callable[[list[int]], np.n
   return lambda rows: gram[rows].sum(axis=0)
 
 
+class Shrunk(NamedTuple):
+  """What `shrunk_target` gives.
+
+  Attributes:
+    target: f64 [d].
+    kept: share of the way from the pool's mean to the queries' mean that it goes, 0 to 1.
+    beyond_chance: share of that distance that is more than two samples of one distribution would be apart, 0 to 1.
+  """
+
+  target: np.ndarray
+  kept: float
+  beyond_chance: float
+
+
 def shrunk_target(
   queries: np.ndarray, features: np.ndarray, query_weights: np.ndarray, feature_weights: np.ndarray
-) -> tuple[np.ndarray, float]:
+) -> Shrunk:
   """The queries' mean, drawn towards the pool's mean as far as its sampling error leaves open.
 
-  t = p + max(0, 1 - V / |q - p|^2) (q - p), the positive-part James-Stein estimator: q and p are the weighted means of
-  queries and pool, V an estimate of |q - p|^2 for queries and pool of one distribution: over both, the sum of
+  t = p + max(0, 1 - V_q / |q - p|^2) (q - p), the positive-part James-Stein estimator about the pool's mean: q and p
+  are the weighted means of queries and pool, V_q an estimate of the squared error of q: the sum of
   w_i^2 |x_i - mean|^2 / (1 - sum of w_i^2), with weights that sum to 1; exact copies are one draw, and a single query
-  is taken to vary as examples of the pool do. A few queries of the pool's own kind say less about their mean than the
-  pool does; queries of another kind are believed.
+  is taken to vary as examples of the pool do. Of one distribution |q - p|^2 is about V_q + V_p, so that t weighs both
+  means by how well they are known: a few queries say less about their mean than a large pool of their own kind, many
+  say more, and queries of another kind are believed. With V_p the same of the pool, the share beyond chance is
+  max(0, 1 - (V_q + V_p) / |q - p|^2).
 
   Args:
     queries: [Q, d].
@@ -139,16 +156,15 @@ def shrunk_target(
     query_weights: [Q], not negative.
     feature_weights: [P], not negative.
 
-  Returns:
-    (t as f64 [d], the share of q - p that is kept, 0 to 1).
   """
   q, q_noise, _ = _mean_and_noise(queries, query_weights)
   p, p_noise, draws = _mean_and_noise(features, feature_weights)
   if not np.isfinite(q_noise):  # one query, as often as it may be there: taken to vary as one example of the pool
     q_noise = p_noise * draws
   apart = float(np.sum((q - p) ** 2))
-  kept = max(0.0, 1.0 - (q_noise + p_noise) / apart) if apart > 0 else 0.0
-  return p + kept * (q - p), kept
+  more_than = lambda noise: max(0.0, 1.0 - noise / apart) if apart > 0 else 0.0  # noqa: E731
+  kept = more_than(q_noise)
+  return Shrunk(p + kept * (q - p), kept, more_than(q_noise + p_noise))
 
 
 def _mean_and_noise(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float, float]:

@@ -87,7 +87,7 @@ def make_summary(**changes) -> dict:
       "flags": {"seed": 0, "damping": None, "train_data": "jsonl:made.jsonl"},
       "model_hash": "ab" * 32,
       "data": {"train": "cd" * 32, "eval": "ef" * 32},
-      "version": "0.2.0",
+      "version": "0.3.0",
     },
   }
   return summary | changes

@@ -252,33 +252,47 @@ def test_a_shrunk_target_has_less_error_than_the_mean_of_the_queries():
   far, near = [], []
   for _ in range(50):
     queries = rng.normal(size=(10, 30)) + 1  # of the pool's kind: ten of them know less than the pool
-    target, kept = matching.shrunk_target(queries, pool.astype(np.float32), np.ones(10), np.ones(400))
+    target, kept, beyond_chance = matching.shrunk_target(queries, pool.astype(np.float32), np.ones(10), np.ones(400))
     near.append([np.sum((value - 1) ** 2) for value in (target, queries.mean(axis=0))])
-    assert 0 <= kept < 0.6
+    assert 0 <= beyond_chance <= kept < 0.6
     queries += 3  # of another kind: believed
-    target, kept = matching.shrunk_target(queries, pool, np.ones(10), np.ones(400))
+    target, kept, beyond_chance = matching.shrunk_target(queries, pool, np.ones(10), np.ones(400))
     far.append([np.sum((value - 4) ** 2) for value in (target, queries.mean(axis=0))])
-    assert kept > 0.97
+    assert kept >= beyond_chance > 0.97
   near, far = np.mean(near, axis=0), np.mean(far, axis=0)
   assert near[0] < 0.3 * near[1] and far[0] < 1.01 * far[1]
+
+
+def test_many_queries_are_believed_more_than_a_small_pool():
+  rng, errors = np.random.default_rng(3), []
+  for _ in range(50):
+    queries, pool = rng.normal(size=(500, 100)), rng.normal(size=(50, 100))
+    found = matching.shrunk_target(queries, pool, np.ones(500), np.ones(50))
+    errors.append([np.sum(value**2) for value in (found.target, queries.mean(axis=0), pool.mean(axis=0))])
+    assert found.kept > 0.8 and found.beyond_chance < 0.3
+  shrunk, plain, other = np.mean(errors, axis=0)
+  assert shrunk < plain < 0.2 * other
 
 
 def test_a_shrunk_target_follows_its_formula_and_weights_are_repetitions_of_the_mean():
   rng = np.random.default_rng(1)
   queries, pool, weights = rng.normal(size=(3, 4)) + 1, rng.normal(size=(1500, 4)), np.array([1, 0, 3])
-  target, kept = matching.shrunk_target(queries, pool, weights, np.ones(1500))
+  target, kept, beyond_chance = matching.shrunk_target(queries, pool, weights, np.ones(1500))
   share = weights / 4
   q, p = share @ queries, pool.mean(axis=0)
   noise = np.sum(share**2 * np.sum((queries - q) ** 2, axis=1)) / (1 - np.sum(share**2))
-  noise += np.var(pool, axis=0, ddof=1).sum() / 1500
   assert kept == pytest.approx(1 - noise / np.sum((q - p) ** 2)) and 0 < kept < 1
+  noise += np.var(pool, axis=0, ddof=1).sum() / 1500
+  assert beyond_chance == pytest.approx(1 - noise / np.sum((q - p) ** 2)) and 0 < beyond_chance < kept
   np.testing.assert_allclose(target, p + kept * (q - p))
   # Copies are one draw: they weigh in the mean, and make it no surer.
   copies = matching.shrunk_target(queries[[0, 2, 2, 2]], pool, np.ones(4), np.ones(1500))
   np.testing.assert_allclose(copies[0], target)
   assert copies[1] == pytest.approx(kept)
-  (_, far), (_, near) = (matching.shrunk_target(p + [[step, 0, 0, 0]], pool, [1], np.ones(1500)) for step in (9, 1))
-  assert near == 0 and far == pytest.approx(1 - np.var(pool, axis=0, ddof=1).sum() * (1 + 1 / 1500) / 81)
+  far, near = (matching.shrunk_target(p + [[step, 0, 0, 0]], pool, [1], np.ones(1500)) for step in (9, 1))
+  one = np.var(pool, axis=0, ddof=1).sum() / 81
+  assert near.kept == near.beyond_chance == 0 and far.kept == pytest.approx(1 - one)
+  assert far.beyond_chance == pytest.approx(1 - one * (1 + 1 / 1500))
 
 
 def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_tell_nothing_else():
@@ -299,7 +313,7 @@ def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_te
   np.testing.assert_allclose(coreset.matching_target(equal), expected)
   both = coreset.matching_target(dataclasses.replace(shrunk, target_mean="both"))
   np.testing.assert_allclose(both, (coreset.matching_target(shrunk) + expected) / 2)
-  assert 0 <= coreset.target_kept(shrunk) < 1 == coreset.target_kept(task)
+  assert 0 <= shrunk.aim.beyond_chance <= shrunk.aim.kept < 1 == task.aim.kept
   rows = select_rows("matching", shrunk, Budget(num_examples=20))
   wanted = matching.greedy_matching(features, coreset.matching_target(shrunk), 20, rows=shrunk.pool())
   assert list(rows) == list(wanted) and 59 not in rows

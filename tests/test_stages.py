@@ -13,7 +13,7 @@ import tiny
 from experiments import evaluate, finetune, scoring, select, solving, workbench
 from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
-from in2core_jax import artifacts, data, evaluation, report_facts, report_html, sharding, subtree
+from in2core_jax import artifacts, data, evaluation, matching, report_facts, report_html, sharding, subtree
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
@@ -150,14 +150,14 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
 def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp_path):
   """Matching names the other policy where retraining spoke for it: a fine-tuned model, curvature, a real difference."""
   told = settings.replace(checkpoint=trained, solver="cg", policy="matching", run_dir=str(tmp_path / "run"))
-  assert len(select.better_policy(told, 0.47)) == 1 and "(47 %" in select.better_policy(told, 0.47)[0]
-  assert select.better_policy(told, 0.1) == select.better_policy(told, None) == []
+  apart, alike = (matching.Shrunk(np.zeros(2), 0.6, share) for share in (0.47, 0.1))
+  assert len(select.better_policy(told, apart)) == 1 and "(47 %" in select.better_policy(told, apart)[0]
+  assert select.better_policy(told, alike) == select.better_policy(told, None) == []
   for other in ({"checkpoint": ""}, {"solver": "identity"}, {"policy": "matching_quota"}, {"matching_shrink": False}):
-    assert select.better_policy(told.replace(**other), 0.47) == []
+    assert select.better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
-  assert [line for line in summary["warnings"] if "another kind" in line] == select.better_policy(
-    told, summary["target_kept"]
-  )
+  aim = matching.Shrunk(np.zeros(2), summary["target_kept"], summary["target_beyond_chance"])
+  assert [line for line in summary["warnings"] if "another kind" in line] == select.better_policy(told, aim)
 
 
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
@@ -308,7 +308,7 @@ def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
     pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
     np.testing.assert_allclose(pairs.mean(0), scores["influence"], rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["policy"] == "matching" and 0 <= summary["target_kept"] <= 1
+    assert summary["policy"] == "matching" and 0 <= summary["target_beyond_chance"] <= summary["target_kept"] <= 1
   if policy == "highest_loss":
     assert scores["loss"][scores["selected"]].min() >= np.sort(scores["loss"])[-7]
 

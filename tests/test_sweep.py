@@ -199,6 +199,24 @@ def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkey
   assert 0 < float(half["shared with its rule"]) < 1 and half["perplexity"] != whole["perplexity"]
 
 
+def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, bench):
+  evals = bench.parts["eval"]
+  few = bench.with_queries(4)
+  limited = Workbench(settings.replace(eval_limit=4))
+  limited.__dict__["_loaded"] = bench._loaded
+  assert few.parts["eval"].ids == limited.parts["eval"].ids != evals.ids[:4]
+  assert bench.with_queries(0) is bench.with_queries(len(evals)) is bench and len(bench.parts["eval"]) == len(evals)
+  chosen = workbench.choose(bench, bench.params, settings.layers, settings.modules)
+  rows = [evals.ids.index(name) for name in few.parts["eval"].ids]
+
+  def of(one, part):
+    stream = one.stream(one.packer(part, chosen.tree, chosen.params))
+    return chosen.problem.losses(stream, len(one.parts[part]))
+
+  np.testing.assert_allclose(of(few, "eval"), of(bench, "eval")[rows], rtol=1e-5)
+  np.testing.assert_allclose(of(few, "train"), of(bench, "train"))
+
+
 def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
   monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
   run_dir = artifacts.RunDir.open(str(tmp_path / "copies"), {})
