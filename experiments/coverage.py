@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import cli, coverage_report, flags, solving
+from experiments import cli, coverage_report, flags, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, listed
@@ -38,13 +38,11 @@ log = logging.getLogger(__name__)
 
 POINTS = coverage_report.POINTS
 _DOES = "coverage fine-tunes the base model itself, without the held-out topics; scores are of single test points"
-_REFUSED = (
-  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
-  "score_path=projected",
-)
+_REFUSED = ("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory")
 _CELLS = "train and points"  # columns of the arrays in cells
 AGGREGATES = ("mean", "maximum", "positive mass", "relative maximum")
 BASE, TRAINED = "base", "trained"
+_WHITENED = 0.01  # damping ratio of whitened embeddings
 _DRAWS = 300  # of the bootstrap of each correlation; there are dozens
 INFLUENCE = tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in ("", " cosine") for name in AGGREGATES)
 
@@ -109,6 +107,20 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
   }
 
 
+def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
+  """(scores, cosines) of every test point with every example of "train" and of POINTS, float64 [2, Q, N + Q].
+
+  With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
+  """
+  if s.score_path == "projected":
+    projection = scoring.Projection(bench, s, params, s.seed)
+    points = projection.features(POINTS).astype(np.float64)
+    every = np.concatenate([projection.features("train").astype(np.float64), points])
+    return np.stack([points @ every.T, embeddings.unit(points) @ embeddings.unit(every).T])
+  found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
+  return np.concatenate([np.stack([part.scores, variants.cosine(part)]) for part in found.values()], axis=2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Observed:
   """The test points under one training set.
@@ -137,9 +149,8 @@ class Study:
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
-    self.distinct = distinct_points(bench.parts[POINTS])
     silent = bench.parts[POINTS].num_response_tokens == 0
-    self.ignored = (self.distinct[:, None] == self.distinct[None, :]) | silent[None, :]
+    self.ignored = np.eye(len(silent), dtype=bool) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
@@ -203,10 +214,9 @@ class Study:
     """Writes the array of a cell. Its unfinished work has a folder of its own: no other fold's may be taken for it."""
     s = self.settings
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{artifacts.hash_of(name)[:16]}")
-    found = measured(fold, s, choose(fold, params, s.layers, s.modules), work)
+    tables = tables_of(fold, s, params, work)
     work.remove()
-    tables = [np.stack([part.scores, variants.cosine(part)]) for part in found.values()]
-    self.cells.write_array(np.concatenate(tables, axis=2).astype(np.float32), *name)
+    self.cells.write_array(tables.astype(np.float32), *name)
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
@@ -216,13 +226,18 @@ class Study:
     """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
     train, points = self._embedded["train"][rows], self._embedded[POINTS]
     center, found = train.mean(axis=0), {}
+    images = {
+      "embedding": lambda x: x,
+      "centred embedding": lambda x: x - center,
+      "whitened embedding": embeddings.whitening(train, _WHITENED),
+    }
 
     def add(name: str, ours: np.ndarray, among: np.ndarray) -> None:
       found[f"{name}, mean"], found[f"{name}, maximum"] = ours.mean(axis=1), ours.max(axis=1)
       found[f"{name}, relative maximum"] = coverage.relative_maximum(ours, among, self.ignored)
 
-    for name, offset in (("embedding", 0.0), ("centred embedding", center)):
-      cosines = lambda to, offset=offset: embeddings.cosine_to(points - offset, to - offset).astype(np.float64)  # noqa: E731
+    for name, image in images.items():
+      cosines = lambda to, image=image: embeddings.cosine_to(image(points), image(to)).astype(np.float64)  # noqa: E731
       add(name, cosines(train), cosines(points))
     texts = self.texts[POINTS]
     documents = [*(self.texts["train"][row] for row in rows), *texts]
@@ -248,7 +263,7 @@ class Pooled:
     uncovered: bool [M], whether the point's topic is held out.
     after: float64 [M], mean nats after fine-tuning.
     drop: float64 [M], by how much fine-tuning lowers it.
-    points: int [M], which test point; copies are one.
+    points: int [M], which test point.
     fold: int [M], which fold.
   """
 
@@ -260,18 +275,14 @@ class Pooled:
   fold: np.ndarray
 
 
-def pool(
-  observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarray, distinct: np.ndarray | None = None
-) -> Pooled:
+def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarray) -> Pooled:
   """Puts the folds together.
 
   Args:
     observed: one a fold.
     topics: of the test points.
     counted: int, the test points that are judged.
-    distinct: int [Q], `distinct_points`; None: all are.
   """
-  distinct = np.arange(len(topics)) if distinct is None else distinct
   named = np.array(topics, dtype=object)[counted]
   join = lambda values: np.concatenate([np.asarray(value)[counted] for value in values])  # noqa: E731
   return Pooled(
@@ -279,7 +290,7 @@ def pool(
     np.concatenate([np.isin(named, one.topics) for one in observed]),
     join([one.after for one in observed]),
     join([one.before - one.after for one in observed]),
-    np.tile(distinct[counted], len(observed)),
+    np.tile(counted, len(observed)),
     np.repeat(np.arange(len(observed)), len(counted)),
   )
 
@@ -296,7 +307,7 @@ def correlation(signal: np.ndarray, outcome: np.ndarray, points: np.ndarray) -> 
   return coverage.by_point(lambda rows: evaluation.spearman(signal[rows], outcome[rows]), points, draws=_DRAWS)
 
 
-def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray, distinct: np.ndarray) -> list[dict]:
+def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray) -> list[dict]:
   """One row a signal: how it tells held-out topics, and how it goes with the loss after fine-tuning."""
   rows = []
   for name, signal in pooled.signals.items():
@@ -305,7 +316,7 @@ def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray, distinct: np.
       coverage.area(signal[pooled.fold == fold], pooled.uncovered[pooled.fold == fold])
       for fold in np.unique(pooled.fold)
     ]
-    alone = correlation(whole.signals[name][counted], whole.after[counted], distinct[counted])
+    alone = correlation(whole.signals[name][counted], whole.after[counted], counted)
     rows.append(
       {
         "signal": name,
@@ -321,11 +332,32 @@ def table_of(pooled: Pooled, whole: Observed, counted: np.ndarray, distinct: np.
   return rows
 
 
+def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.ndarray, signal: str) -> list[dict]:
+  """One row a held-out topic: how well a signal and those it is held against tell its test points from covered ones."""
+  named = np.array(topics, dtype=object)[judged]
+  shown, rows = (signal, *coverage_report.YARDSTICKS), []
+  for one in observed:
+    covered = ~np.isin(named, one.topics)
+    for topic in one.topics:
+      there = named == topic
+      these, signals = covered | there, {name: one.signals[name] for name in shown}
+      signals["loss drop"] = one.before - one.after
+      areas = {f"AUC, {name}": coverage.area(value[judged][these], there[these]) for name, value in signals.items()}
+      rows.append({"topic": topic, "test points": int(there.sum())} | areas)
+  return sorted(rows, key=lambda row: row["topic"])
+
+
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
+  if s.score_path == "projected" and s.solver != "identity":
+    raise UserError(
+      f"--score_path=projected --solver={s.solver}: coverage has no inverse of projected gradients, and whole ones for "
+      "every test point otherwise: give --solver=identity or leave --score_path out"
+    )
   bench = bench or Workbench(s)
+  bench = bench.with_evals(np.unique(distinct_points(bench.parts[POINTS])))  # a copy is no other test point
   if s.coverage_signal not in INFLUENCE:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
   folds = folds_of(bench, s)
@@ -335,9 +367,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
   counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  pooled = pool(observed, bench.parts[POINTS].topics, judged_points(bench), study.distinct)
-  table = table_of(pooled, whole, counted, study.distinct)
-  found = coverage_report.Findings(table, pooled, whole, observed, counted)
+  topics, judged = bench.parts[POINTS].topics, judged_points(bench)
+  pooled = pool(observed, topics, judged)
+  table = table_of(pooled, whole, counted)
+  topic_rows = by_topic(observed, topics, judged, s.coverage_signal)
+  found = coverage_report.Findings(table, pooled, whole, observed, counted, topic_rows)
   coverage_report.write(run_dir, s, bench, study.texts, found)
   return str(run_dir.path)
 

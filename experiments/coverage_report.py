@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 POINTS = "eval"  # the part whose examples are the test points
 YARDSTICK = "embedding, maximum"  # what influence has to be better than
+YARDSTICKS = (YARDSTICK, "whitened embedding, relative maximum")
 _LISTED = 10  # test points in each list
 
 
@@ -31,6 +32,7 @@ class Findings:
     whole: the test points under the whole training set.
     observed: the same under each fold's.
     counted: int, the test points that have a response.
+    by_topic: one row a held-out topic.
   """
 
   rows: Sequence[dict]
@@ -38,6 +40,7 @@ class Findings:
   whole: Any
   observed: Sequence[Any]
   counted: np.ndarray
+  by_topic: Sequence[dict]
 
 
 def best(rows: Sequence[dict], words: tuple[str, ...]) -> dict:
@@ -104,7 +107,7 @@ def figure(found: Findings, judged: str) -> Figure:
   left.axvline(0.5, color="grey", linewidth=1)
   left.axvline(0.9, color="grey", linestyle="--", linewidth=1)
   left.set_yticks(range(len(rows)), [row["signal"] for row in rows])
-  left.set(xlabel="AUC for held-out topics, DeLong interval", xlim=(0, 1))
+  left.set(xlabel="AUC for held-out topics, 95 % interval over redrawn test points", xlim=(0, 1))
   left.legend(frameon=False, fontsize=8, loc="upper left")
   pooled = found.pooled
   for known, color, label in ((False, report.SKY, "topic in training"), (True, report.VERMILION, "topic held out")):
@@ -135,6 +138,7 @@ def write(
     "coverage.json",
     {
       "rows": list(found.rows),
+      "by_topic": list(found.by_topic),
       "observations": len(found.pooled.points),
       "folds": [
         {
@@ -162,18 +166,22 @@ def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[di
       f"{len(bench.parts['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
-      f"points whose topic has a training example, {len(set(found.pooled.points.tolist()))} of them distinct. "
-      "A signal is high where the training set covers; AUC is that of a low signal for points of held-out topics. "
-      "Intervals redraw distinct test points; they say nothing of other held-out topics, between which AUC differs "
-      "more (by fold). Lower loss where the signal is higher is a negative correlation. 'base' and 'trained' say at "
-      "which model gradients are taken. The loss drop of fine-tuning itself tells held-out topics with an AUC of "
+      "points whose topic has a training example; of copies one is a test point. A signal is high where the training "
+      "set covers; AUC is that of a low signal for points of held-out topics. Intervals redraw test points; they say "
+      "nothing of other held-out topics, between which AUC differs more (by fold). Lower loss where the signal is "
+      "higher is a negative correlation. 'base' and 'trained' say at which model gradients are taken. The loss drop of "
+      "fine-tuning itself tells held-out topics with an AUC of "
       f"{drop_area(found.pooled)}.\n",
       "Mean, maximum and positive mass are over the training examples, of a test point's influence or cosine with "
-      "each. Relative maximum holds that maximum against the highest value that other test points would give, copies "
-      "left out: (a - b) / (|a| + |b|). It sees the other points of a held-out topic, as whoever has the evaluation "
+      "each. Relative maximum holds that maximum against the highest value that other test points would give: "
+      "(a - b) / (|a| + |b|). It sees the other points of a held-out topic, as whoever has the evaluation "
       "set does; a topic with a single test point looks covered to it.\n",
       "![Signals](plots/coverage.svg)\n",
       report.markdown_table(found.rows),
+      "## By held-out topic\n",
+      "Its test points against the covered ones of its fold. The loss drop of fine-tuning is what influence foretells: "
+      "where it does not tell a topic apart, training on the others helped there as well.\n",
+      report.markdown_table(found.by_topic),
       f"## Least covered by the whole training set ({s.coverage_signal})\n",
       report.markdown_table(points[:_LISTED], shown),
       "## Best covered, with the training examples that cover them\n",

@@ -78,12 +78,15 @@ class Workbench:
     evals = self.parts["eval"]
     if not 0 < count < len(evals):
       return self
+    drawn = {id(record) for record in _limit(evals.records, "eval", count, 0)}
+    return self.with_evals(np.flatnonzero([id(record) in drawn for record in evals.records]))
+
+  def with_evals(self, rows: np.ndarray) -> "Workbench":
+    """The same with some rows of the evaluation examples."""
     for made_for_all in ("shapes", "packed_shapes", "layout"):  # so that the same programs serve
       getattr(self, made_for_all)
     bench = copy.copy(self)
-    drawn = {id(record) for record in _limit(evals.records, "eval", count, 0)}
-    rows = np.flatnonzero([id(record) in drawn for record in evals.records])
-    bench.__dict__["parts"] = self.parts | {"eval": evals.take(rows)}
+    bench.__dict__["parts"] = self.parts | {"eval": self.parts["eval"].take(rows)}
     bench.__dict__.pop("summary", None)
     bench._hidden = {key: hidden for key, hidden in self._hidden.items() if key[0] != "eval"}
     return bench

@@ -8,6 +8,7 @@ their cosine.
 Letters: N and Q examples, D width, W rows of a batch, T tokens of a row.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -81,6 +82,31 @@ def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   if not (np.isfinite(a).all() and np.isfinite(b).all()):
     raise UserError("cosines of embeddings that are not finite: look for NaN in the weights")
   return np.clip(unit(a) @ unit(b).T, -1, 1).astype(np.float32)
+
+
+def whitening(vectors: np.ndarray, damping_ratio: float) -> Callable[[np.ndarray], np.ndarray]:
+  """A map to where some vectors have no direction in common: x -> (C + damping I)^-1/2 (x - mean).
+
+  C is their covariance, damping a share of its largest eigenvalue. Cosines of such images do not see what all texts
+  share, which rules those of plain embeddings.
+
+  Args:
+    vectors: [N, D], which mean and C are of.
+    damping_ratio: positive.
+
+  Returns:
+    [M, D] -> float64 [M, D].
+
+  Raises:
+    UserError: a ratio that is not positive, or vectors that are all the same.
+  """
+  vectors = np.asarray(vectors, np.float64)
+  center = vectors.mean(axis=0)
+  values, directions = np.linalg.eigh(np.cov(vectors.T, bias=True))
+  if not damping_ratio > 0 or not values[-1] > 0:
+    raise UserError(f"whitening of {len(vectors)} embeddings with ratio {damping_ratio}: need different ones, above 0")
+  scale = 1 / np.sqrt(np.maximum(values, 0) + damping_ratio * values[-1])
+  return lambda x: (np.asarray(x, np.float64) - center) @ directions * scale
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments import coverage as experiment
-from experiments import scoring, workbench
+from experiments import coverage_report, scoring, workbench
 from in2core_jax import coverage, evaluation, subtree, variants
 from in2core_jax.errors import UserError
 
@@ -87,8 +87,18 @@ def test_copies_are_one_point_as_far_as_they_are_read():
   points = types.SimpleNamespace(tokens=tokens, response_mask=masks)
   assert experiment.distinct_points(points).tolist() == [0, 1, 0, 3]
   one = types.SimpleNamespace(topics=(), signals={"a": np.arange(4.0)}, after=np.zeros(4), before=np.ones(4))
-  pooled = experiment.pool([one, one], ["a"] * 4, np.array([0, 2, 3]), experiment.distinct_points(points))
-  assert pooled.points.tolist() == [0, 0, 3, 0, 0, 3] and pooled.signals["a"].tolist() == [0, 2, 3] * 2
+  pooled = experiment.pool([one, one], ["a"] * 4, np.array([0, 2, 3]))
+  assert pooled.points.tolist() == pooled.signals["a"].tolist() == [0, 2, 3] * 2
+
+
+def test_topics_are_told_apart_from_what_is_covered_in_their_fold():
+  signals = {"own": np.array([0.0, 1.0, 2.0, 3.0, 9.0])} | dict.fromkeys(coverage_report.YARDSTICKS, np.ones(5))
+  one = types.SimpleNamespace(topics=("a", "b"), signals=signals, before=np.ones(5), after=np.array([1, 1, 0, 0, 0]))
+  # Point 4 is not judged, and those of b are no comparison for a.
+  rows = experiment.by_topic([one], ["a", "c", "b", "c", "c"], np.arange(4), "own")
+  found = [(row["topic"], row["test points"], row["AUC, own"], row["AUC, loss drop"]) for row in rows]
+  assert found == [("a", 1, 1.0, 0.75), ("b", 1, 0.5, 0.25)]
+  assert {row["AUC, embedding, maximum"] for row in rows} == {0.5}
 
 
 def test_interval_of_an_area_redraws_points():
@@ -156,6 +166,7 @@ def test_the_tables_hold_every_signal(finished, bench):
     assert fold["training_examples"] == sum(topic not in fold["topics"] for topic in train.topics)
     assert fold["uncovered"] == sum(topic in fold["topics"] for topic in evals.topics) > 0
   assert result["observations"] == 2 * int((evals.num_response_tokens > 0).sum())
+  assert [row["topic"] for row in result["by_topic"]] == sorted(topic for fold in folds for topic in fold["topics"])
   for name in ("coverage.md", "coverage.tex", "points.csv", "plots/coverage.svg", "plots/coverage.png"):
     assert (finished / name).stat().st_size > 300, name
   text = (finished / "coverage.md").read_text()
@@ -180,6 +191,21 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.artifacts.RunDir.load(str(finished))))
   np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
   np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
+
+
+@pytest.mark.real
+def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
+  both = {}
+  for path in ("auto", "projected"):
+    s = settings.replace(score_path=path, sketch_size=32)
+    both[path] = experiment.tables_of(bench, s, bench.params, scoring.NOTHING_KEPT)
+  assert (
+    both["auto"].shape
+    == both["projected"].shape
+    == (2, len(bench.parts["eval"]), sum(map(len, (bench.parts["train"], bench.parts["eval"]))))
+  )
+  for exact, sketched in zip(both["auto"], both["projected"], strict=True):
+    assert np.corrcoef(exact.ravel(), sketched.ravel())[0, 1] > 0.97
 
 
 def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
@@ -212,6 +238,7 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
     ({"hold_out_topics": "opera"}, "no test point and training example of 'opera'"),
     ({"folds": 9}, "need 9 topics"),
     ({"coverage_signal": "vibes"}, "is none of mean, base"),
+    ({"score_path": "projected", "solver": "lissa"}, "coverage has no inverse of projected gradients"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):

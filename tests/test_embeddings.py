@@ -93,3 +93,18 @@ def test_bm25_ranks_as_it_should_and_takes_what_is_empty():
   assert not lexical.bm25(["a"], ["", "?!"]).any()
   # Words beyond ASCII are words.
   assert lexical.bm25(["Füße 犬"], ["füße", "犬 猫", "fusse"])[0].tolist()[2] == 0
+
+
+def test_whitened_embeddings_have_no_direction_in_common():
+  rng = np.random.default_rng(4)
+  x = rng.standard_normal((400, 5)) * [30, 3, 1, 1, 1] + 7
+  white = embeddings.whitening(x, 1e-9)(x)
+  np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-9)
+  np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(5), atol=1e-5)
+  cov = np.cov(x.T, bias=True)
+  metric = np.linalg.inv(cov + 0.1 * np.linalg.eigvalsh(cov)[-1] * np.eye(5))
+  image, other = embeddings.whitening(x, 0.1)(x[:3]), x[:3] - x.mean(axis=0)
+  np.testing.assert_allclose(image @ image.T, other @ metric @ other.T)
+  for vectors, ratio in ((x, 0.0), (np.ones((4, 5)), 0.1)):
+    with pytest.raises(UserError, match="need different ones, above 0"):
+      embeddings.whitening(vectors, ratio)
