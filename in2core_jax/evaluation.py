@@ -405,7 +405,10 @@ def _compare(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: 
 
 
 def _paired(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: float) -> str:
-  """The paired bootstrap over test examples, where both sides kept the losses."""
+  """The paired bootstrap over test examples, where both sides kept the losses.
+
+  By example, and so said: the ratio beside it is by token, and may have the other sign.
+  """
   ours, theirs = (np.asarray(rows[0].loss_per_test_example) for rows in (group, against))
   if ours.size == 0 or theirs.size == 0:
     return ""
@@ -413,8 +416,8 @@ def _paired(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: f
   if math.isnan(change.low):
     return ""
   return (
-    f" (over the {change.count} test examples alone, not over seeds, the mean loss differs by {change.mean:+.3f} nats, "
-    f"{level:.0%} interval {change.low:+.3f} to {change.high:+.3f})"
+    f" (by example and not by token, over the {change.count} test examples alone and not over seeds, the mean loss "
+    f"differs by {change.mean:+.3f} nats, {level:.0%} interval {change.low:+.3f} to {change.high:+.3f})"
   )
 
 

@@ -243,7 +243,8 @@ def test_verdict_with_one_seed_each():
   rows = [row("random", 0, 4.0, losses=hard), row("matching", 0, 3.9, losses=hard - 0.1 + rng.normal(0, 0.1, 100))]
   text = ev.verdict(rows)
   assert "one seed each cannot tell them apart" in text
-  assert "over the 100 test examples alone, not over seeds, the mean loss differs by -0." in text
+  assert "by example and not by token, over the 100 test examples alone and not over seeds, the mean loss " in text
+  assert "differs by -0." in text
   assert "better" not in text
 
 
