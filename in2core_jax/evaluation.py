@@ -357,7 +357,8 @@ def verdict(rows: Sequence[RetrainRow], level: float = 0.95) -> str:
 
   A difference of log perplexities is called lower or higher only when its interval over seeds (`difference_interval`)
   excludes 0; otherwise the two cannot be told apart. With one seed on both sides the paired bootstrap over test
-  examples is reported instead, and said to be silent about other seeds.
+  examples is reported instead, and said to be silent about other seeds. Beside it belongs `many_comparisons`, which
+  counts the intervals of all verdicts that are read together.
   """
   groups = _by_policy(rows)
   others = [name for name in groups if name not in (RANDOM, FULL)]
@@ -371,6 +372,29 @@ def verdict(rows: Sequence[RetrainRow], level: float = 0.95) -> str:
     if RANDOM in groups:
       lines += _token_caveat(name, groups[name], groups[RANDOM])
   return "\n".join(lines)
+
+
+def many_comparisons(tables: Sequence[Sequence[RetrainRow]], level: float = 0.95) -> list[str]:
+  """One sentence, for all verdicts that are read together: how many of their calls are expected to be chance.
+
+  Args:
+    tables: the rows behind each verdict. level: of its intervals.
+
+  Returns:
+    The sentence, or nothing where at most one comparison with random sets has an interval.
+  """
+  counts = dict.fromkeys((RANDOM, FULL), 0)
+  for groups in map(_by_policy, tables):
+    for yardstick in counts.keys() & groups.keys():
+      judged = [name for name in groups if name not in counts]
+      # One seed on both sides has no interval and calls no difference.
+      counts[yardstick] += sum(len(groups[name]) > 1 or len(groups[yardstick]) > 1 for name in judged)
+  if counts[RANDOM] < 2:
+    return []
+  return [
+    f"{sum(counts.values())} comparisons, each at {level:.0%}: where nothing differs, one in {1 / (1 - level):.0f} is "
+    "called a difference by chance."
+  ]
 
 
 def _spread(values: Sequence[float], unit: str) -> str:

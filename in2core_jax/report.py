@@ -476,6 +476,7 @@ def retrain_report_markdown(
   settings: Mapping[str, object] | None = None,
   images: Mapping[str, str] | None = None,
   level: float = 0.95,
+  notes: Sequence[str] = (),
 ) -> str:
   """The report of retraining on each policy's set.
 
@@ -485,6 +486,7 @@ def retrain_report_markdown(
     settings: names and values of the recipe, such as steps and learning rate.
     images: caption -> path relative to the report.
     level: of the intervals in the table.
+    notes: sentences about all sections together, such as that of `evaluation.many_comparisons`.
 
   Returns:
     Markdown, ending in a newline.
@@ -497,6 +499,7 @@ def retrain_report_markdown(
   parts += [
     f"In brackets: {level:.0%} interval over seeds (Student t). Perplexity is on the test set, lower is better."
   ]
+  parts += [escape_markdown(note, 1000) for note in notes]
   parts += [f"![{escape_markdown(caption)}]({path})" for caption, path in (images or {}).items()]
   if settings:
     recipe = [{"name": name, "value": format_value(value)} for name, value in settings.items()]

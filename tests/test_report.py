@@ -252,8 +252,9 @@ def test_score_histogram_text():
 
 def test_retrain_report():
   page = report.retrain_report_markdown(
-    {"": (table_rows(), "First.\nmatching_quota: lower.")}, {"steps": 100}, {"p": "p.svg"}
+    {"": (table_rows(), "First.\nmatching_quota: lower.")}, {"steps": 100}, {"p": "p.svg"}, notes=["Mind_this."]
   )
   assert "- First.\n- matching\\_quota: lower." in page
   assert "| full | 1 | 700 | 9000 | 100 | 18000 | 3.320 | 3.320 |" in page
   assert "4.060 (3.910 to 4.210)" in page and "| steps | 100 |" in page and "![p](p.svg)" in page
+  assert page.count("Mind\\_this.") == 1
