@@ -91,8 +91,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  # Several processes may write the same name: each has a temporary file of its own, and the last rename wins.
-  temporary = Path(path.parent, f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+  temporary = temporary_beside(Path(path))
   try:
     with temporary.open("xb") as file:
       file.write(data)
@@ -107,6 +106,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     os.fsync(folder)  # or the rename itself could be lost
   finally:
     os.close(folder)
+
+
+def temporary_beside(path: Path) -> Path:
+  """A name of this call's own to write a local file under: several processes may write the same file at once.
+
+  The last rename wins. What is never renamed is for `remove_leftovers`, which knows such names.
+  """
+  return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
