@@ -137,6 +137,7 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
   folder = pathlib.Path(select.run(risky, bench))
   told = json.loads((folder / "summary.json").read_text())["warnings"]
   assert told[:2] == select.risky_settings(risky)
+  assert sum("--drop_copies" in line for line in told) == 1  # of this corpus, whose copies are selected too
   assert (
     "--checkpoint" in told[0] and "--solver=lissa" in told[1] and told[0][:40] in (folder / "report.md").read_text()
   )
