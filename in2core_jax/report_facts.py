@@ -154,8 +154,9 @@ def layers_of(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def length_rows(run: SelectRun) -> list[dict]:
   """Selected and left out by response length, in at most eight classes of about equally many examples."""
   lengths = run.response_tokens
-  edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1), method="inverted_cdf"))
-  classes = np.searchsorted(edges[1:-1], lengths, side="left")
+  # The inner quantiles alone: one that equals the shortest or the longest length still parts two classes.
+  edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1], method="inverted_cdf"))
+  classes = np.searchsorted(edges, lengths, side="left")
   rows = []
   for place in np.unique(classes):
     inside = classes == place

@@ -71,6 +71,19 @@ def test_length_classes_part_the_examples(lengths):
     end = high
 
 
+@pytest.mark.parametrize(
+  ("lengths", "labels"),
+  [
+    ([1] * 90 + [5, 7], ["1", "5 to 7"]),  # all inner quantiles are the shortest length
+    ([2] * 2 + [9] * 30, ["2 to 9"]),  # all are the longest
+    ([2] * 4 + [9] * 28, ["2", "9"]),
+  ],
+)
+def test_length_classes_of_lopsided_lengths(lengths, labels):
+  run = make_run([make_record(i, "p", " ".join(["w"] * n)) for i, n in enumerate(lengths)])
+  assert [row["response tokens"] for row in report_facts.length_rows(run)] == labels
+
+
 def test_coverage_by_hand():
   selected = [True, False, True]
   made = make_run([make_record(i, "p", "r") for i in range(3)], 2)
