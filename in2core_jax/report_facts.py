@@ -322,9 +322,13 @@ def _solver_findings(run: SelectRun) -> list[Finding]:
   solver, residual = run.summary["solver"], run.summary["solver_residual"]
   if residual is None:
     return [Finding("Nobody measured the residual of the solver.", solver.get("solver") != "identity")]
-  stopped = solver.get("converged") is False
   text = f"Residual of the solver: {report.format_value(residual)} after {run.summary['solver_steps']} steps"
-  return [Finding(text + (", above the tolerance that was asked for." if stopped else "."), stopped)]
+  troubles = []
+  if solver.get("converged") is False:  # some solvers know no tolerance
+    troubles.append("above the tolerance that was asked for")
+  if residual > 1:
+    troubles.append("worse than no answer, whose residual is 1")
+  return [Finding(", ".join([text, *troubles]) + ".", bool(troubles))]
 
 
 # -------------------------------------------------------------------------------------------------- figures

@@ -176,6 +176,13 @@ def test_the_solver_s_trouble_comes_after_the_warnings():
     "First.",
     "Residual of the solver: 0.2 after 30 steps, above the tolerance that was asked for.",
   ]
+  solver, worse = {"solver": "lissa", "converged": False}, "Residual of the solver: 3.5 after 30 steps, "
+  run = fine_run(summary=make_summary(warnings=[], solver=solver, solver_residual=3.5))
+  assert minded(run) == [worse + "above the tolerance that was asked for, worse than no answer, whose residual is 1."]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "ekfac"}, solver_residual=3.5))  # no tolerance
+  assert minded(run) == [worse + "worse than no answer, whose residual is 1."]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "low_rank"}, solver_residual=1.0))
+  assert minded(run) == []
   run = fine_run(summary=make_summary(warnings=[], solver={"solver": "datainf"}, solver_residual=None))
   assert minded(run) == ["Nobody measured the residual of the solver."]
   run = fine_run(summary=make_summary(warnings=[], solver={"solver": "identity"}, solver_residual=None))
