@@ -82,11 +82,6 @@ class SelectRun:
     """
     folder = epath.Path(folder)
     layers, queries = folder / "layer_scores.parquet", folder / "query_scores.parquet"
-    scores = files.read_parquet(queries, only=["influence"])["influence"] if queries.exists() else None
-    if scores is not None and scores.size != len(evals) * len(train):
-      raise UserError(
-        f"{queries}: {scores.size} rows for {len(evals)} times {len(train)} examples: the data are others"
-      )
     return cls(
       files.read_scores(folder / "scores.parquet"),
       train.records,
@@ -95,7 +90,7 @@ class SelectRun:
       files.read_json(folder / "summary.json"),
       layers_of(files.read_parquet(layers)) if layers.exists() else None,
       evals.records,
-      None if scores is None else scores.reshape(len(evals), len(train)),
+      _query_scores(queries, evals.ids, len(train)) if queries.exists() else None,
       retrain,
     )
 
@@ -139,6 +134,25 @@ class SelectRun:
     top = self.order[:TOP]
     texts = [" ".join(message["content"] for message in self.records[row].messages) for row in top]
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_copies.near_copies(texts)]
+
+
+def _query_scores(path: epath.Path, ids: Sequence[str], size: int) -> np.ndarray:
+  """query_scores.parquet as float32 [Q, N], a row for each of the evaluation `ids`, whatever their order in the file.
+
+  Raises:
+    UserError: it is of other evaluation examples, or of other than `size` training examples.
+  """
+  names = ("query", "influence")
+  table = files.read_parquet(path, required=names, only=names, repeated=["query"])
+  there = table["query"][::size]
+  fits = table["query"].size == len(ids) * size and sorted(there) == sorted(ids)
+  if not fits or (table["query"].reshape(-1, size) != there[:, None]).any():
+    raise UserError(
+      f"{path}: {table['query'].size} rows are not those of these {len(ids)} evaluation and {size} training examples: "
+      "the data are others"
+    )
+  place = {name: row for row, name in enumerate(there)}
+  return table["influence"].reshape(-1, size)[[place[name] for name in ids]]
 
 
 def layers_of(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
