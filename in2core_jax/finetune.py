@@ -35,7 +35,8 @@ class Recipe:
     batch_size: examples per step.
     learning_rate: peak of the schedule.
     warmup_ratio: share of the steps with linear warm-up; a cosine decay to 0 follows.
-    weight_decay: decoupled, on matrices only.
+    weight_decay: decoupled, on what is a matrix in each layer: kernels and LoRA factors; not on embedding, head, norms
+      and biases.
     max_grad_norm: global clipping norm; 0 turns clipping off.
     seed: of the order of the data.
   """
