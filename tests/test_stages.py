@@ -83,6 +83,15 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
   assert judge._trainer._step._cache_size() == 1
 
 
+def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
+  rows = np.arange(16)
+  judge, asked = Judge(bench, settings, [rows]), iter([False, True])
+  packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
+  log = finetune_lib.TrainLog(metrics=tmp_path / "metrics.jsonl", stop_requested=lambda: next(asked))
+  result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
+  assert len(result.losses) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_only_the_chosen_layers_are_trained(bench, trained):
   base, tuned = (subtree.leaf_paths(p) and p["layers"] for p in (bench.params, bench.checkpoint_params(trained)))
   for a, b in zip(leaves(base), leaves(tuned), strict=True):
