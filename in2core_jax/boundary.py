@@ -54,11 +54,6 @@ class BoundaryCache:
     """The cache of a subset of the examples, sharing the stored values."""
     return BoundaryCache(self.values, self.starts[rows], self.lengths[rows])
 
-  @property
-  def num_bytes(self) -> int:
-    """Size of the stored values."""
-    return self.values.nbytes
-
 
 def cache_bytes(num_tokens: np.ndarray, width: int, dtype: np.dtype) -> int:
   """Bytes that the cache of these examples takes."""
