@@ -8,7 +8,6 @@ Plots are `matplotlib.figure.Figure` objects drawn without pyplot, so that no gl
 import csv
 import io
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -194,14 +193,6 @@ def figure_bytes(figure: Figure, kind: str = "png") -> bytes:
   with matplotlib.rc_context(_STYLE):
     figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
   return out.getvalue()
-
-
-def save_figure(figure: Figure, path: str) -> None:
-  """Writes a figure to a local .png or .svg file, whole or not at all."""
-  data = figure_bytes(figure, os.path.splitext(path)[1].lstrip(".").lower())
-  with open(path + ".part", "wb") as file:
-    file.write(data)
-  os.replace(path + ".part", path)
 
 
 def score_histogram_plot(scores: np.ndarray, selected: np.ndarray, unit: str = "influence") -> Figure:
