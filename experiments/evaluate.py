@@ -282,6 +282,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   base_perplexity = perplexity_on_test(bench, base)
   tables = [group.table() for group in groups]
   verdicts = [evaluation.verdict(group.rows) for group in groups]
+  notes = evaluation.many_comparisons([group.rows for group in groups])
   recipe = {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(counted.sum()),
@@ -298,7 +299,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   images = _write_plots(run_dir, groups, tables)
   every = [row for table in tables for row in table]
   printed = report.retrain_rows(every)
-  run_dir.write_text("evaluation.md", report.retrain_report_markdown(sections, recipe, images))
+  run_dir.write_text("evaluation.md", report.retrain_report_markdown(sections, recipe, images, notes=notes))
   run_dir.write_text("evaluation.csv", report.csv_table(every))
   run_dir.write_text("evaluation.tex", report.latex_table(printed))
   lines = [
@@ -306,10 +307,10 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     for group, words in zip(groups, verdicts, strict=True)
     for line in words.splitlines()
   ]
-  found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines, "recipe": recipe}
+  found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines + notes, "recipe": recipe}
   _write_reports(run_dir, bench, s, found)
   run_dir.write_json("evaluation.json", found | {"devices": artifacts.device_summary()})
-  log.info("\n%s\n%s", report.markdown_table(printed), "" if many else "\n".join(lines))
+  log.info("\n%s\n%s", report.markdown_table(printed), "" if many else "\n".join(found["verdict"]))
   return str(run_dir.path)
 
 

@@ -119,7 +119,7 @@ class Settings:
   steps: int = _flag("finetune", 0, "optimiser steps; above 0 it replaces --epochs")
   batch_size: int = _flag("finetune", 16, "examples per optimiser step")
   warmup_ratio: float = _flag("finetune", 0.1, "share of the steps with linear warm-up")
-  weight_decay: float = _flag("finetune", 0.0, "AdamW's, on matrices")
+  weight_decay: float = _flag("finetune", 0.0, "AdamW's, on kernels and LoRA factors; embedding and head do not decay")
   max_grad_norm: float = _flag("finetune", 1.0, "global clipping norm; 0: none")
   checkpoint_every: int = _flag("finetune", 50, "steps between checkpoints")
   keep_checkpoints: int = _flag("finetune", 2, "newest checkpoints that stay; 0: all, for --trajectory")

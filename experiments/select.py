@@ -204,8 +204,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       _write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  warnings = [*risky_settings(s), *risky_data(bench.summary), *better_policy(s, aim)]
-  warnings += coreset.selection_warnings(rows, inputs, s.seed)
+  copies = risky_data(bench.summary)  # many of them are told of once, with the same remedy
+  warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
+  warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies)
   for warning in warnings:
     log.warning("%s", warning)
   if run_dir.writer:

@@ -283,6 +283,7 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   share = rows[-1].examples / rows[0].examples  # the first is full data, the last a choice
   by_scores = s.policy in coreset.SCORE_POLICIES
   lines = [*sentences(table, share, by_scores), *(line for line in words.splitlines() if line.strip())]
+  lines += evaluation.many_comparisons([rows])
   write_figure(run_dir, "transfer", report.perplexity_plot(summary))
   columns = list(dict.fromkeys(name for row in table for name in row))
   run_dir.write_text("transfer.csv", report.csv_table(table, columns))

@@ -11,9 +11,6 @@ from flax import traverse_util
 
 from in2core_jax.errors import UserError
 
-LORA_LEAVES = ("lora_a", "lora_b")
-SKETCH_LEAVES = ("left", "core", "right")
-
 
 def kernel_modules(params) -> tuple[str, ...]:
   """Modules of a layer that hold a kernel, for example "attention/q_proj"."""
@@ -72,18 +69,6 @@ def add_sketch(params, size: int, key: jax.Array):
     return {"left": left, "core": core, "right": jnp.swapaxes(right, 1, 2)}
 
   return _add(params, leaves, key)
-
-
-def fold_lora(params):
-  """Adds the LoRA product to each kernel and drops the factors: the same model without adapters."""
-  flat = traverse_util.flatten_dict(params["layers"], sep="/")
-  for module in kernel_modules(params):
-    if f"{module}/lora_a" in flat:
-      a, b = flat.pop(f"{module}/lora_a"), flat.pop(f"{module}/lora_b")
-      kernel = flat[f"{module}/kernel"]
-      low = jnp.einsum("lir,lro->lio", a, b, preferred_element_type=jnp.float32)
-      flat[f"{module}/kernel"] = (kernel + low).astype(kernel.dtype)
-  return {**params, "layers": traverse_util.unflatten_dict(flat, sep="/")}
 
 
 def _add(params, leaves, key):

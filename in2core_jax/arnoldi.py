@@ -73,14 +73,21 @@ def _combine(weights: jax.Array, basis: Tree) -> Tree:
   )
 
 
-@jax.jit
-def _orthogonalize(basis, w):
-  """Twice classical Gram-Schmidt (Giraud et al. 2005: enough for orthogonality to rounding)."""
+def _split(basis: Tree, w: Tree) -> tuple[Tree, jax.Array]:
+  """What w has outside of an orthonormal basis, leaves [q, ...], and its coefficients inside, [q, m].
+
+  Twice classical Gram-Schmidt (Giraud et al. 2005: enough for orthogonality to rounding).
+  """
   first = _dots(basis, w)
   w = algebra.subtract(w, _combine(first, basis))
   second = _dots(basis, w)
-  w = algebra.subtract(w, _combine(second, basis))
-  return w, (first + second)[0], algebra.norm(w)[0]
+  return algebra.subtract(w, _combine(second, basis)), first + second
+
+
+@jax.jit
+def _orthogonalize(basis, w):
+  w, inside = _split(basis, w)
+  return w, inside[0], algebra.norm(w)[0]
 
 
 @jax.jit
@@ -141,7 +148,9 @@ def fit_low_rank(matvec: Matvec, like: Tree, key: jax.Array, settings: LowRankSe
 
 @jax.jit
 def _apply(vectors, weights, v, damping):
-  return algebra.axpy(1 / damping, v, _combine(_dots(vectors, v) * weights, vectors))
+  # Not v / damping less what is too much of it: single precision loses that difference where eigenvalue >> damping.
+  outside, inside = _split(vectors, v)
+  return algebra.axpy(1 / damping, outside, _combine(inside * weights, vectors))
 
 
 def low_rank(v: Tree, fitted: LowRank, damping: float, matvec: Matvec | None = None) -> SolveResult:
@@ -170,7 +179,7 @@ def low_rank(v: Tree, fitted: LowRank, damping: float, matvec: Matvec | None = N
       f"low rank: H has the eigenvalue {smallest:.3g} with damping {damping:.3g}: "
       f"use a damping well above {-smallest:.3g} or --curvature=ggn"
     )
-  weights = 1 / (fitted.eigenvalues + damping) - 1 / damping
+  weights = 1 / (fitted.eigenvalues + damping)
   solution = _apply(fitted.vectors, weights, v, damping)
   measured = matvec is not None
   residual = relative_residual(matvec, solution, v, damping) if measured else np.full(queries, np.nan)

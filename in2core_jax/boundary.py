@@ -7,7 +7,6 @@ Hidden states are kept ragged (no padding), in memory or in a file that is memor
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from in2core_jax import files, packing, processes
 from in2core_jax import model as model_lib
-from in2core_jax import packing, processes
 from in2core_jax.errors import UserError
 from in2core_jax.subtree import Subtree
 
@@ -54,11 +53,6 @@ class BoundaryCache:
   def take(self, rows: np.ndarray) -> "BoundaryCache":
     """The cache of a subset of the examples, sharing the stored values."""
     return BoundaryCache(self.values, self.starts[rows], self.lengths[rows])
-
-  @property
-  def num_bytes(self) -> int:
-    """Size of the stored values."""
-    return self.values.nbytes
 
 
 def cache_bytes(num_tokens: np.ndarray, width: int, dtype: np.dtype) -> int:
@@ -124,7 +118,10 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   whole = file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize
   if processes.all_true(whole):
     return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
-  part = _part_file(file) if file is not None else None
+  part = None
+  if file is not None:
+    files.remove_leftovers(file.parent)  # of killed runs
+    part = files.temporary_beside(file)
   values = np.memmap(part, dtype, "w+", shape=shape) if part is not None else np.empty(shape, dtype)
   plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
@@ -141,18 +138,6 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     part.rename(file)
     values = np.memmap(file, dtype, "r", shape=shape)
   return BoundaryCache(values, starts, lengths)
-
-
-def _part_file(file: pathlib.Path) -> pathlib.Path:
-  """A name of this process's own, since another run may be writing the same file; those of killed runs are removed."""
-  for left in file.parent.glob(f"{file.stem}-*.part"):
-    try:
-      os.kill(int(left.stem.rsplit("-", 1)[1]), 0)
-    except ProcessLookupError:
-      left.unlink(missing_ok=True)
-    except (PermissionError, ValueError):  # somebody else's
-      continue
-  return file.with_name(f"{file.stem}-{os.getpid()}.part")
 
 
 _below = jax.jit(model_lib.run_below, static_argnums=(0, 1))

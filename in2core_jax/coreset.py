@@ -9,7 +9,8 @@ Rules that hold for every policy:
   `num_examples` that cannot be met without them is a UserError.
 - A token budget counts all tokens of an example. The order is walked until the next example would exceed the budget,
   and ends there: skipping on to whatever still fits would fill the rest with short examples, an unwanted length bias.
-- Copies of one example are different rows and may all be chosen; `selection_warnings` tells.
+- Copies of one example are different rows with ids of their own and may all be chosen; `selection_warnings` counts
+  them, by content.
 """
 
 import functools
@@ -112,6 +113,7 @@ class PolicyInputs:
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
     embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
     bm25: f64 [N], mean BM25 of the queries with the example's text.
+    content_keys: N names, equal for copies (`Record.content_key`); no policy looks at them, `selection_warnings` does.
 
   Raises:
     UserError: lengths or shapes differ, or there are no examples.
@@ -133,6 +135,7 @@ class PolicyInputs:
   target_mean: str = "examples"
   shrink: bool = False
   token_weights: np.ndarray | None = None
+  content_keys: Sequence[str] | None = None
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
@@ -143,7 +146,8 @@ class PolicyInputs:
     size = len(self.ids)
     if size == 0:
       raise UserError("there are no examples to select from; check the training data")
-    for name in ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", *SIMILARITIES):
+    lengths = ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", "content_keys")
+    for name in (*lengths, *SIMILARITIES):
       value = getattr(self, name)
       if value is not None and len(value) != size:
         raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
@@ -178,14 +182,14 @@ def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None
   """What the policies choose from, of a data set.
 
   Args:
-    dataset: N examples: its token counts, topics and ids.
+    dataset: N examples: its token counts, topics, ids and records.
     scores: f64 [N], or None for policies that need none.
     loss: f64 [N], or None.
     more: other fields of `PolicyInputs`.
   """
-  return PolicyInputs(
-    scores, loss, dataset.num_tokens, dataset.num_response_tokens, dataset.topics, dataset.ids, **more
-  )
+  sizes = dataset.num_tokens, dataset.num_response_tokens
+  keys = [record.content_key for record in dataset.records]
+  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=keys, **more)
 
 
 def _finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
@@ -484,11 +488,15 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
 # ------------------------------------------------------------------------------------------------ warnings
 
 
-def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0) -> list[str]:
+def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0, copies: bool = True) -> list[str]:
   """What looks risky about a selection, from the selection alone: one sentence each, with numbers and a remedy.
 
   Looks at topics of more than 2 % of the pool that keep less than 20 % of their share, response tokens below 80 % of
   the share of examples, the distance of the mean feature to the target beyond all of 20 random draws, and copies.
+
+  Args:
+    rows: int [S], the selection. inputs: what it was chosen from; copies are found by its content_keys, where given.
+    seed: of the random draws. copies: False where the reader has been told of the copies in the training set already.
   """
   rows, pool = np.asarray(rows), inputs.pool()
   found = _dropped_topics(rows, inputs, pool)
@@ -502,11 +510,13 @@ def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0) ->
     )
   if inputs.features is not None and inputs.target is not None and rows.size < pool.size:
     found += _poor_coverage(rows, inputs, pool, seed)
-  copies = rows.size - len({inputs.ids[r] for r in rows})
-  if copies:
-    found.append(
-      f"{copies:,} of the {rows.size:,} selected examples repeat an example id: remove copies from the data."
-    )
+  if copies and inputs.content_keys is not None:
+    repeats = rows.size - len({inputs.content_keys[r] for r in rows})
+    if repeats:
+      found.append(
+        f"{repeats:,} of the {rows.size:,} selected examples repeat another selected one, message for message: give "
+        "--drop_copies, to finetune, select and evaluate alike."
+      )
   return found
 
 

@@ -190,17 +190,6 @@ def fit(source: Source, key: jax.Array, settings: EkfacSettings = EkfacSettings(
   return Ekfac(factors, diagonals, info)
 
 
-def kronecker(fitted: Ekfac) -> Ekfac:
-  """The same factors without eigenvalue correction, lambda = diag(A) diag(S)^T: plain K-FAC, to compare with."""
-  plain = {
-    path: dataclasses.replace(factor, values=factor.left_values[..., :, None] * factor.right_values[..., None, :])
-    for path, factor in fitted.factors.items()
-  }
-  every = [factor.values for factor in plain.values()] + list(fitted.diagonals.values())
-  lambda_max = max(float(jnp.max(values)) for values in every)
-  return Ekfac(plain, fitted.diagonals, fitted.info | {"solver": "kfac", "lambda_max": lambda_max})
-
-
 def ekfac(
   v: Tree,
   fitted: Ekfac,

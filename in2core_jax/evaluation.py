@@ -357,7 +357,8 @@ def verdict(rows: Sequence[RetrainRow], level: float = 0.95) -> str:
 
   A difference of log perplexities is called lower or higher only when its interval over seeds (`difference_interval`)
   excludes 0; otherwise the two cannot be told apart. With one seed on both sides the paired bootstrap over test
-  examples is reported instead, and said to be silent about other seeds.
+  examples is reported instead, and said to be silent about other seeds. Beside it belongs `many_comparisons`, which
+  counts the intervals of all verdicts that are read together.
   """
   groups = _by_policy(rows)
   others = [name for name in groups if name not in (RANDOM, FULL)]
@@ -371,6 +372,29 @@ def verdict(rows: Sequence[RetrainRow], level: float = 0.95) -> str:
     if RANDOM in groups:
       lines += _token_caveat(name, groups[name], groups[RANDOM])
   return "\n".join(lines)
+
+
+def many_comparisons(tables: Sequence[Sequence[RetrainRow]], level: float = 0.95) -> list[str]:
+  """One sentence, for all verdicts that are read together: how many of their calls are expected to be chance.
+
+  Args:
+    tables: the rows behind each verdict. level: of its intervals.
+
+  Returns:
+    The sentence, or nothing where at most one comparison with random sets has an interval.
+  """
+  counts = dict.fromkeys((RANDOM, FULL), 0)
+  for groups in map(_by_policy, tables):
+    for yardstick in counts.keys() & groups.keys():
+      judged = [name for name in groups if name not in counts]
+      # One seed on both sides has no interval and calls no difference.
+      counts[yardstick] += sum(len(groups[name]) > 1 or len(groups[yardstick]) > 1 for name in judged)
+  if counts[RANDOM] < 2:
+    return []
+  return [
+    f"{sum(counts.values())} comparisons, each at {level:.0%}: where nothing differs, one in {1 / (1 - level):.0f} is "
+    "called a difference by chance."
+  ]
 
 
 def _spread(values: Sequence[float], unit: str) -> str:
@@ -405,7 +429,10 @@ def _compare(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: 
 
 
 def _paired(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: float) -> str:
-  """The paired bootstrap over test examples, where both sides kept the losses."""
+  """The paired bootstrap over test examples, where both sides kept the losses.
+
+  By example, and so said: the ratio beside it is by token, and may have the other sign.
+  """
   ours, theirs = (np.asarray(rows[0].loss_per_test_example) for rows in (group, against))
   if ours.size == 0 or theirs.size == 0:
     return ""
@@ -413,8 +440,8 @@ def _paired(group: Sequence[RetrainRow], against: Sequence[RetrainRow], level: f
   if math.isnan(change.low):
     return ""
   return (
-    f" (over the {change.count} test examples alone, not over seeds, the mean loss differs by {change.mean:+.3f} nats, "
-    f"{level:.0%} interval {change.low:+.3f} to {change.high:+.3f})"
+    f" (by example and not by token, over the {change.count} test examples alone and not over seeds, the mean loss "
+    f"differs by {change.mean:+.3f} nats, {level:.0%} interval {change.low:+.3f} to {change.high:+.3f})"
   )
 
 

@@ -91,8 +91,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  # Several processes may write the same name: each has a temporary file of its own, and the last rename wins.
-  temporary = Path(path.parent, f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+  temporary = temporary_beside(Path(path))
   try:
     with temporary.open("xb") as file:
       file.write(data)
@@ -107,6 +106,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     os.fsync(folder)  # or the rename itself could be lost
   finally:
     os.close(folder)
+
+
+def temporary_beside(path: Path) -> Path:
+  """A name of this call's own to write a local file under: several processes may write the same file at once.
+
+  The last rename wins. What is never renamed is for `remove_leftovers`, which knows such names.
+  """
+  return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -167,15 +174,18 @@ def _column(values: Any) -> pa.Array:
 
 
 def read_parquet(
-  path: epath.PathLike, required: Sequence[str] = (), only: Sequence[str] | None = None
+  path: epath.PathLike, required: Sequence[str] = (), only: Sequence[str] | None = None, repeated: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
   """Reads a table as name -> array [N], or [N, K] for columns of lists; `only` some of its columns when given.
+
+  Each different text of the columns `repeated` is made once and shared by its rows: a tenth of the memory.
 
   Raises:
     UserError: no such file, not Parquet, or a required column is missing.
   """
   try:
-    table = pq.read_table(io.BytesIO(epath.Path(path).read_bytes()), columns=only and list(only))
+    source = io.BytesIO(epath.Path(path).read_bytes())
+    table = pq.read_table(source, columns=only and list(only), read_dictionary=list(repeated))
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file") from error
   except pa.ArrowInvalid as error:
@@ -189,6 +199,10 @@ def read_parquet(
 def _array(column: pa.ChunkedArray) -> np.ndarray:
   if pa.types.is_fixed_size_list(column.type):
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+  if pa.types.is_dictionary(column.type):
+    whole = column.unify_dictionaries().combine_chunks()
+    words = np.append(whole.dictionary.to_numpy(zero_copy_only=False), None)  # the last one is for rows without
+    return words[whole.indices.fill_null(-1).to_numpy()]
   return column.to_numpy()
 
 

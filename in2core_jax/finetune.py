@@ -35,7 +35,8 @@ class Recipe:
     batch_size: examples per step.
     learning_rate: peak of the schedule.
     warmup_ratio: share of the steps with linear warm-up; a cosine decay to 0 follows.
-    weight_decay: decoupled, on matrices only.
+    weight_decay: decoupled, on what is a matrix in each layer: kernels and LoRA factors; not on embedding, head, norms
+      and biases.
     max_grad_norm: global clipping norm; 0 turns clipping off.
     seed: of the order of the data.
   """
@@ -229,7 +230,8 @@ class TrainLog:
     keep: checkpoints that stay, the newest ones; 0: all.
     meta: stored beside the checkpoint: what it depends on and how to use it.
     on_step: called with (step, steps, loss, tokens_per_second).
-    stop_requested: asked after every step; True ends the training there, with a checkpoint to go on from.
+    stop_requested: asked after every step; True ends the training there, with a checkpoint to go on from
+      where there is a folder.
   """
 
   folder: epath.Path | None = None
@@ -284,7 +286,9 @@ class TrainLog:
     return self._manager is not None and (step == steps or step % self.every == 0)
 
   def save(self, step: int, sub, state, losses) -> None:
-    """Writes a checkpoint, each process its own part; Orbax puts it into place when it is whole."""
+    """Writes a checkpoint where there is a folder, each process its own part; Orbax puts it into place when whole."""
+    if self._manager is None:
+      return
     self._write_metrics()  # first: a checkpoint has the lines of all its steps
     self._manager.save(
       step,

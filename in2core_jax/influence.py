@@ -395,40 +395,6 @@ def even_draw(rows: np.ndarray, size: int, build: Callable[[np.ndarray], Any]) -
   return lambda key: ihvp.Parts((build(even_rows(rows, size, key)),), (1.0,))
 
 
-def stratified_counts(sizes: list[int], size: int) -> list[int]:
-  """How many examples each group gives to a draw of about `size`: its share, at least one."""
-  return [max(1, round(size * count / sum(sizes))) for count in sizes]
-
-
-def stratified_draw(
-  groups: list[tuple[np.ndarray, Any]], size: int, build: Callable[[np.ndarray, Any, int], Any]
-) -> Callable[[jax.Array], ihvp.Parts]:
-  """Makes `draw`: about `size` examples, from each group in proportion to its share.
-
-  Fixed counts per shape keep one compiled program; the factors make the mean unbiased whatever the rounding.
-
-  Args:
-    groups: (rows, shape) of each batch shape.
-    size: examples drawn in all, about.
-    build: (rows, shape, count) -> batch on the devices.
-  """
-  groups = [(np.asarray(rows), shape) for rows, shape in groups if len(rows)]
-  total = sum(len(rows) for rows, _ in groups)
-  counts = stratified_counts([len(rows) for rows, _ in groups], size)
-  drawn = sum(counts)
-  factors = [len(rows) / total * drawn / count for (rows, _), count in zip(groups, counts, strict=True)]
-
-  def draw(key: jax.Array) -> ihvp.Parts:
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-    parts = []
-    for (rows, shape), count in zip(groups, counts, strict=True):
-      chosen = rng.choice(rows, size=count, replace=count > len(rows))
-      parts.append(build(np.sort(chosen), shape, count))
-    return ihvp.Parts(tuple(parts), tuple(factors))
-
-  return draw
-
-
 def _count(batch):
   return jnp.sum(batch.valid)
 

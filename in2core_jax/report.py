@@ -8,7 +8,6 @@ Plots are `matplotlib.figure.Figure` objects drawn without pyplot, so that no gl
 import csv
 import io
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -194,14 +193,6 @@ def figure_bytes(figure: Figure, kind: str = "png") -> bytes:
   with matplotlib.rc_context(_STYLE):
     figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
   return out.getvalue()
-
-
-def save_figure(figure: Figure, path: str) -> None:
-  """Writes a figure to a local .png or .svg file, whole or not at all."""
-  data = figure_bytes(figure, os.path.splitext(path)[1].lstrip(".").lower())
-  with open(path + ".part", "wb") as file:
-    file.write(data)
-  os.replace(path + ".part", path)
 
 
 def score_histogram_plot(scores: np.ndarray, selected: np.ndarray, unit: str = "influence") -> Figure:
@@ -476,6 +467,7 @@ def retrain_report_markdown(
   settings: Mapping[str, object] | None = None,
   images: Mapping[str, str] | None = None,
   level: float = 0.95,
+  notes: Sequence[str] = (),
 ) -> str:
   """The report of retraining on each policy's set.
 
@@ -485,6 +477,7 @@ def retrain_report_markdown(
     settings: names and values of the recipe, such as steps and learning rate.
     images: caption -> path relative to the report.
     level: of the intervals in the table.
+    notes: sentences about all sections together, such as that of `evaluation.many_comparisons`.
 
   Returns:
     Markdown, ending in a newline.
@@ -497,6 +490,7 @@ def retrain_report_markdown(
   parts += [
     f"In brackets: {level:.0%} interval over seeds (Student t). Perplexity is on the test set, lower is better."
   ]
+  parts += [escape_markdown(note, 1000) for note in notes]
   parts += [f"![{escape_markdown(caption)}]({path})" for caption, path in (images or {}).items()]
   if settings:
     recipe = [{"name": name, "value": format_value(value)} for name, value in settings.items()]

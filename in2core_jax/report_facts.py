@@ -82,11 +82,6 @@ class SelectRun:
     """
     folder = epath.Path(folder)
     layers, queries = folder / "layer_scores.parquet", folder / "query_scores.parquet"
-    scores = files.read_parquet(queries, only=["influence"])["influence"] if queries.exists() else None
-    if scores is not None and scores.size != len(evals) * len(train):
-      raise UserError(
-        f"{queries}: {scores.size} rows for {len(evals)} times {len(train)} examples: the data are others"
-      )
     return cls(
       files.read_scores(folder / "scores.parquet"),
       train.records,
@@ -95,7 +90,7 @@ class SelectRun:
       files.read_json(folder / "summary.json"),
       layers_of(files.read_parquet(layers)) if layers.exists() else None,
       evals.records,
-      None if scores is None else scores.reshape(len(evals), len(train)),
+      _query_scores(queries, evals.ids, len(train)) if queries.exists() else None,
       retrain,
     )
 
@@ -141,6 +136,25 @@ class SelectRun:
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_copies.near_copies(texts)]
 
 
+def _query_scores(path: epath.Path, ids: Sequence[str], size: int) -> np.ndarray:
+  """query_scores.parquet as float32 [Q, N], a row for each of the evaluation `ids`, whatever their order in the file.
+
+  Raises:
+    UserError: it is of other evaluation examples, or of other than `size` training examples.
+  """
+  names = ("query", "influence")
+  table = files.read_parquet(path, required=names, only=names, repeated=["query"])
+  there = table["query"][::size]
+  fits = table["query"].size == len(ids) * size and sorted(there) == sorted(ids)
+  if not fits or (table["query"].reshape(-1, size) != there[:, None]).any():
+    raise UserError(
+      f"{path}: {table['query'].size} rows are not those of these {len(ids)} evaluation and {size} training examples: "
+      "the data are others"
+    )
+  place = {name: row for row, name in enumerate(there)}
+  return table["influence"].reshape(-1, size)[[place[name] for name in ids]]
+
+
 def layers_of(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The columns of layer_scores.parquet (example after example, as `breakdown.layer_columns` makes them) by layer."""
   names = list(dict.fromkeys(table["layer"]))
@@ -154,8 +168,9 @@ def layers_of(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def length_rows(run: SelectRun) -> list[dict]:
   """Selected and left out by response length, in at most eight classes of about equally many examples."""
   lengths = run.response_tokens
-  edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1), method="inverted_cdf"))
-  classes = np.searchsorted(edges[1:-1], lengths, side="left")
+  # The inner quantiles alone: one that equals the shortest or the longest length still parts two classes.
+  edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)[1:-1], method="inverted_cdf"))
+  classes = np.searchsorted(edges, lengths, side="left")
   rows = []
   for place in np.unique(classes):
     inside = classes == place
@@ -321,9 +336,13 @@ def _solver_findings(run: SelectRun) -> list[Finding]:
   solver, residual = run.summary["solver"], run.summary["solver_residual"]
   if residual is None:
     return [Finding("Nobody measured the residual of the solver.", solver.get("solver") != "identity")]
-  stopped = solver.get("converged") is False
   text = f"Residual of the solver: {report.format_value(residual)} after {run.summary['solver_steps']} steps"
-  return [Finding(text + (", above the tolerance that was asked for." if stopped else "."), stopped)]
+  troubles = []
+  if solver.get("converged") is False:  # some solvers know no tolerance
+    troubles.append("above the tolerance that was asked for")
+  if residual > 1:
+    troubles.append("worse than no answer, whose residual is 1")
+  return [Finding(", ".join([text, *troubles]) + ".", bool(troubles))]
 
 
 # -------------------------------------------------------------------------------------------------- figures

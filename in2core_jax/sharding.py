@@ -167,11 +167,6 @@ def vector_specs(sub: Tree, mesh: Mesh, query_axis: bool, rules: Rules = PARTITI
   return specs
 
 
-def partition_notes(params: Tree, mesh: Mesh, rules: Rules = PARTITION_RULES) -> list[str]:
-  """What the rules would cut and the sizes forbid, one line per leaf and dimension; empty when everything divides."""
-  return _specs(params, mesh, rules, first=0)[1]
-
-
 def shardings(specs: Tree, mesh: Mesh) -> Tree:
   """NamedSharding for every spec: for `jax.jit`'s in_shardings and out_shardings, or `with_sharding_constraint`."""
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, _P))
@@ -241,11 +236,6 @@ def place_params(params: Tree, mesh: Mesh, rules: Rules = PARTITION_RULES, stric
 def place_vectors(vectors: Tree, mesh: Mesh, query_axis: bool, rules: Rules = PARTITION_RULES) -> Tree:
   """Puts vectors shaped like the subtree onto the mesh as `vector_specs` says."""
   return place(vectors, mesh, vector_specs(vectors, mesh, query_axis, rules))
-
-
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-  """Puts a whole copy of every leaf onto every device; all processes pass the same values."""
-  return place(tree, mesh, jax.tree.map(lambda _: _P(), tree))
 
 
 def place(tree: Tree, mesh: Mesh, specs: Tree) -> Tree:

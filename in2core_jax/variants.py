@@ -56,7 +56,8 @@ class Measures:
     scores: [Q, N], f_i . r_q; f_i is the feature, g_i itself unless told otherwise.
     losses: [N], l_i.
     norms: [N], |f_i|.
-    self_influence: [N], f_i . M f_i.
+    self_influence: [N], f_i . M f_i: how much the loss of i falls when i gets more weight (Koh and Liang 2017, arXiv
+      1703.04730, section 5.4), large where the model learnt i from i alone, as it must learn a wrong label.
     inverse_norms: [N], |M f_i|.
     direction_norms: [Q], |r_q|.
   """
@@ -197,21 +198,6 @@ def _per_example(measures: Measures, lengths: np.ndarray) -> np.ndarray:
       "the inverse is not positive definite; use --curvature=ggn or a larger damping"
     )
   return np.where(there, measures.scores / np.where(there, lengths, 1), 0).astype(np.float32)
-
-
-# ---- self-influence ------------------------------------------------------------------
-
-
-def self_influence(problem: Problem, stream: Stream, size: int, inverse: GradientMap = IDENTITY) -> np.ndarray:
-  """g_i . M g_i of every example, float64 [N]: |g_i|^2 for the identity.
-
-  How much the loss of i falls when i gets more weight (Koh and Liang 2017, arXiv 1703.04730, section 5.4): large where
-  the model learnt i from i alone, as it must learn a wrong label.
-
-  Raises:
-    UserError: as `measure`.
-  """
-  return measure(problem, stream, size, None, inverse).self_influence
 
 
 def inverse_map(

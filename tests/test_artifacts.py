@@ -239,6 +239,14 @@ def test_query_scores_are_a_column_of_rows(tmp_path):
   np.testing.assert_array_equal(files.read_parquet(tmp_path / "q.parquet")["influence"], matrix)
 
 
+def test_repeated_texts_are_read_as_they_are_and_made_once(tmp_path):
+  words = ["a", "b", "a", None, "b"] * 40
+  files.write_parquet(tmp_path / "t", {"word": words, "value": np.arange(200)})
+  found = files.read_parquet(tmp_path / "t", repeated=["word"])
+  assert found["word"].tolist() == words and found["value"].tolist() == list(range(200))
+  assert len({id(word) for word in found["word"]}) == 3
+
+
 @pytest.mark.parametrize(
   ("columns", "seen"),
   [

@@ -446,9 +446,18 @@ def test_warnings_of_a_risky_selection():
 
 
 def test_warning_of_copies():
-  inputs = make_inputs(40, ids=["same"] * 3 + [f"id{i}" for i in range(37)])
+  """By content: ids are unique, also those of copies."""
+  plain = make_inputs(40, features=None, target=None, query_topics=None)
+  inputs = dataclasses.replace(plain, content_keys=["same"] * 3 + [f"key {i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
-  assert found == ["2 of the 40 selected examples repeat an example id: remove copies from the data."]
+  assert found == [
+    "2 of the 40 selected examples repeat another selected one, message for message: give --drop_copies, to finetune, "
+    "select and evaluate alike."
+  ]
+  assert selection_warnings(np.arange(40), inputs, copies=False) == []
+  assert selection_warnings(np.arange(2, 40), inputs) == selection_warnings(np.arange(40), plain) == []
+  with pytest.raises(UserError, match="content_keys has 39 entries for 40"):
+    make_inputs(40, content_keys=["key"] * 39)
 
 
 def test_matching_in_blocks_comes_nearly_as_close():

@@ -243,7 +243,8 @@ def test_verdict_with_one_seed_each():
   rows = [row("random", 0, 4.0, losses=hard), row("matching", 0, 3.9, losses=hard - 0.1 + rng.normal(0, 0.1, 100))]
   text = ev.verdict(rows)
   assert "one seed each cannot tell them apart" in text
-  assert "over the 100 test examples alone, not over seeds, the mean loss differs by -0." in text
+  assert "by example and not by token, over the 100 test examples alone and not over seeds, the mean loss " in text
+  assert "differs by -0." in text
   assert "better" not in text
 
 
@@ -252,6 +253,20 @@ def test_verdict_minds_trained_tokens_and_nothing_to_judge():
   assert "Mind that longest trained on 150% of the response tokens that random did." in text
   assert "Mind" not in ev.verdict(RANDOM + [row("matching", 0, 3.0, tokens=1080)])
   assert "no selection to judge" in ev.verdict(RANDOM)
+
+
+def test_many_comparisons_are_counted_once_for_all_verdicts():
+  full = [row("full", 0, 3.5)]
+  one, two = [row("matching", 0, 3.0)], [row("longest", 0, 3.9)]
+  (said,) = ev.many_comparisons([RANDOM + full + one + two])
+  assert said == (
+    "2 comparisons, each at 95%: where nothing differs, one in 20 is called a difference by chance."
+  )  # those with full data have one seed each and no interval
+  assert ev.many_comparisons([RANDOM + full + one]) == ev.many_comparisons([full + one + two]) == []
+  assert ev.many_comparisons([RANDOM[:1] + one + two]) == ev.many_comparisons([]) == []
+  budgets = [RANDOM + full + [row("full", 1, 3.6)] + one, RANDOM + one]
+  (said,) = ev.many_comparisons(budgets, level=0.9)
+  assert said.startswith("3 comparisons, each at 90%: where nothing differs, one in 10")
 
 
 def test_verdict_is_rarely_wrong_when_nothing_differs():

@@ -817,6 +817,26 @@ def test_low_rank_bounds_its_errors_in_single_precision():
   assert fitted.eigenvalues[3] > 0.0018 and np.all(np.diff(fitted.eigenvalues) < 0)
 
 
+def test_low_rank_keeps_small_answers_in_single_precision():
+  """v lies mostly in the space, where the answer is 1e5 times smaller than v / damping."""
+  size, damping, rng = 200, 1e-5, np.random.default_rng(0)
+  space = np.linalg.qr(rng.normal(size=(size, 8)))[0]
+  h = ((space * np.linspace(0.3, 1, 8)) @ space.T).astype(np.float32)
+  v = (rng.normal(size=(3, 8)) @ space.T + 1e-3 * rng.normal(size=(3, size)) / np.sqrt(size)).astype(np.float32)
+  matvec = lambda x: {"x": jnp.dot(x["x"], h, precision="highest")}  # noqa: E731
+  right = {"x": jnp.asarray(v)}
+  fitted = ihvp.fit_low_rank(matvec, right, KEY, ihvp.LowRankSettings(10))
+  result = ihvp.low_rank(right, fitted, damping, matvec)
+  found, dense = np.asarray(result.solution["x"], np.float64), h.astype(np.float64) + damping * np.eye(size)
+  wanted = np.linalg.solve(dense, v.T.astype(np.float64)).T
+  # Outside of the space, single precision of v itself is worth about eps / damping.
+  assert np.all(np.linalg.norm(found - wanted, axis=1) < 2e-3 * np.linalg.norm(wanted, axis=1))
+  inside = np.linalg.norm((found - wanted) @ space, axis=1) / np.linalg.norm(wanted @ space, axis=1)
+  true = np.linalg.norm(found @ dense - v, axis=1) / np.linalg.norm(v, axis=1)
+  assert inside.max() < 1e-5 and true.max() < 1e-5
+  np.testing.assert_allclose(result.residual, true, atol=2e-6)
+
+
 def test_low_rank_refuses_what_it_cannot_invert(x64):
   v, h = queries(), spectrum_matrix(np.linspace(-1, 1, SIZE))
   fitted = ihvp.fit_low_rank(matrix_matvec(h), v, KEY, ihvp.LowRankSettings(SIZE))

@@ -107,11 +107,20 @@ def make_linear(kind, seed=0, draw_size=100):
   w = fit(kind, x["train"], y["train"], np.ones(N))
   problem = Problem(linear_objective(kind), {"a": jnp.asarray(w[:3]), "b": jnp.asarray(w[3:])}, (), microbatch=16)
   train, evals = stream_of(x["train"], y["train"]), stream_of(x["eval"], y["eval"])
-  groups = [(np.arange(0, 500), "first"), (np.arange(500, N), "second")]
-  draw = influence.stratified_draw(
-    groups, draw_size, lambda rows, shape, count: points(x["train"], y["train"], rows, count)
-  )
+  draw = two_parts(x["train"], y["train"], draw_size)
   return Linear(problem, train, evals, CurvatureData(train, train, draw), x, y, w)
+
+
+def two_parts(x, y, size):
+  """A draw in two parts, each of a group of its own; the factors make up for the rounding of the counts."""
+  groups = [np.arange(0, 500), np.arange(500, N)]
+  counts = [round(size * len(rows) / N) for rows in groups]
+  build = lambda rows: points(x, y, rows, len(rows))  # noqa: E731
+  draws = [influence.even_draw(rows, count, build) for rows, count in zip(groups, counts, strict=True)]
+  factors = tuple(len(rows) / N * sum(counts) / count for rows, count in zip(groups, counts, strict=True))
+  return lambda key: ihvp.Parts(
+    tuple(draw(jax.random.fold_in(key, i)).batches[0] for i, draw in enumerate(draws)), factors
+  )
 
 
 def measure(kind, linear, solver):
@@ -379,7 +388,7 @@ def test_what_is_not_finite_is_refused():
 # ---- draws ---------------------------------------------------------------------------
 
 
-def test_a_draw_is_stratified_unbiased_and_a_function_of_its_key(x64):
+def test_a_draw_in_two_parts_is_unbiased_and_a_function_of_its_key(x64):
   linear = make_linear("logistic", draw_size=10)
   draw, curvature = linear.data.draw, linear.problem.curvature("ggn")
   first = draw(jax.random.key(1))
@@ -399,17 +408,6 @@ def test_a_draw_is_stratified_unbiased_and_a_function_of_its_key(x64):
   error = np.std(products, axis=0) / np.sqrt(len(products))
   assert np.all(np.abs(np.mean(products, axis=0) - (h @ algebra.ravel(v)[0])) < 4 * error)
   assert np.all(error < 0.05 * np.linalg.norm(h @ algebra.ravel(v)[0]))
-
-
-def test_a_stratum_of_few_rows_counts_by_its_share():
-  built = []
-  build = lambda rows, shape, count: built.append((rows, shape, count)) or Points(rows, rows, jnp.ones(count))  # noqa: E731
-  groups = [(np.arange(97), "short"), (np.array([], int), "none"), (np.array([97, 98, 99]), "long")]
-  batch = influence.stratified_draw(groups, 8, build)(jax.random.key(0))
-  assert [(shape, count) for _, shape, count in built] == [("short", 8), ("long", 1)]
-  np.testing.assert_allclose(batch.factors, [0.97 * 9 / 8, 0.03 * 9], rtol=1e-6)
-  # Weighted by the factors, as many examples as were drawn: the mean over them weighs each stratum by its share.
-  assert sum(f * len(part.valid) for f, part in zip(batch.factors, batch.batches, strict=True)) == pytest.approx(9)
 
 
 # ---- a transformer -------------------------------------------------------------------
@@ -574,8 +572,7 @@ def test_a_second_call_compiles_nothing(caplog):
 
   def compiled(problem, batch, seed):
     stream = tiny_stream(batch)
-    build = lambda rows, shape, count: batch  # noqa: E731
-    data = CurvatureData(stream, stream, influence.stratified_draw([(np.arange(6), "one")], 6, build))
+    data = CurvatureData(stream, stream, influence.even_draw(np.arange(6), 6, lambda rows: batch))
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
       v = problem.mean_gradient(stream)
@@ -633,7 +630,7 @@ def planted():
   problem = Problem(model.make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
   batcher, evals = Batcher(train, (shape,)), Batcher(evaluation_set, (shape,))
   stream = lambda: batcher.sequential(128)  # noqa: E731
-  draw = influence.stratified_draw([(np.arange(len(right)), shape)], 16, batcher.batch)
+  draw = influence.even_draw(np.arange(len(right)), 16, lambda rows: batcher.batch(rows, shape, 16))
   for _ in range(30):  # as fine-tuning leaves it: how often each answer comes is learnt, which answer is right is not
     step = problem.mean_gradient(stream)
     problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 0.3 * d[0], problem.sub, step))

@@ -1,6 +1,7 @@
 """The decoder against one written again in plain NumPy, and what padding, prompts and dtypes may and may not change."""
 
 import dataclasses
+import os
 import types
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import adapters, batches, gradients, model, subtree
+from in2core_jax import adapters, batches, boundary, files, gradients, model, subtree
 from in2core_jax.errors import UserError
 
 LLAMA3 = (
@@ -228,6 +229,28 @@ def test_a_boundary_cache_below_a_chosen_embedding_is_refused():
   hidden = np.zeros((tiny.SIZE, tiny.NUM_TOKENS, t.config.hidden_size), np.float32)
   with pytest.raises(UserError, match="use no boundary cache"):
     t.objective.outputs(t.sub, t.frozen, t.batch._replace(hidden=hidden))
+
+
+def test_another_machine_may_write_the_same_boundary_cache(tmp_path, monkeypatch):
+  """On a file system that several see, where process numbers say nothing: here both have the same one."""
+  t, file = tiny.make_tiny(), tmp_path / "train.bin"
+  dataset = tiny.make_dataset(t.config.vocab_size)
+  job = boundary.BoundaryJob(t.config, t.subtree, t.frozen)
+  wanted = boundary.compute_boundary(job, dataset).values
+  elsewhere = tmp_path / f".train.bin.00000000-{os.getpid()}-0a1b2c3d{files.TEMPORARY}"
+  killed = tmp_path / f".train.bin.{files._MACHINE}-{os.getpid()}-0a1b2c3d{files.TEMPORARY}"
+  for left in (elsewhere, killed):
+    left.write_bytes(b"")
+
+  def meanwhile(batches, total):
+    with monkeypatch.context() as patch:
+      patch.setattr(files, "_MACHINE", "0badcafe")
+      np.testing.assert_array_equal(boundary.compute_boundary(job, dataset, file).values, wanted)
+    return batches
+
+  found = boundary.compute_boundary(dataclasses.replace(job, track=meanwhile), dataset, file)
+  np.testing.assert_array_equal(found.values, wanted)
+  assert {path.name for path in tmp_path.iterdir()} == {file.name, elsewhere.name}
 
 
 def test_the_boundary_cache_may_be_narrower_than_the_weights():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from in2core_jax import near_copies, report, report_charts, report_facts
+from in2core_jax import data, files, near_copies, report, report_charts, report_facts
 from in2core_jax.errors import UserError
 from tests.made_run import make_record, make_records, make_run, make_summary
 
@@ -69,6 +69,19 @@ def test_length_classes_part_the_examples(lengths):
     assert low > end and row["examples"] == inside.sum() and row["selected"] == run.selected[inside].sum()
     assert row["left out"] == row["examples"] - row["selected"]
     end = high
+
+
+@pytest.mark.parametrize(
+  ("lengths", "labels"),
+  [
+    ([1] * 90 + [5, 7], ["1", "5 to 7"]),  # all inner quantiles are the shortest length
+    ([2] * 2 + [9] * 30, ["2 to 9"]),  # all are the longest
+    ([2] * 4 + [9] * 28, ["2", "9"]),
+  ],
+)
+def test_length_classes_of_lopsided_lengths(lengths, labels):
+  run = make_run([make_record(i, "p", " ".join(["w"] * n)) for i, n in enumerate(lengths)])
+  assert [row["response tokens"] for row in report_facts.length_rows(run)] == labels
 
 
 def test_coverage_by_hand():
@@ -163,6 +176,13 @@ def test_the_solver_s_trouble_comes_after_the_warnings():
     "First.",
     "Residual of the solver: 0.2 after 30 steps, above the tolerance that was asked for.",
   ]
+  solver, worse = {"solver": "lissa", "converged": False}, "Residual of the solver: 3.5 after 30 steps, "
+  run = fine_run(summary=make_summary(warnings=[], solver=solver, solver_residual=3.5))
+  assert minded(run) == [worse + "above the tolerance that was asked for, worse than no answer, whose residual is 1."]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "ekfac"}, solver_residual=3.5))  # no tolerance
+  assert minded(run) == [worse + "worse than no answer, whose residual is 1."]
+  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "low_rank"}, solver_residual=1.0))
+  assert minded(run) == []
   run = fine_run(summary=make_summary(warnings=[], solver={"solver": "datainf"}, solver_residual=None))
   assert minded(run) == ["Nobody measured the residual of the solver."]
   run = fine_run(summary=make_summary(warnings=[], solver={"solver": "identity"}, solver_residual=None))
@@ -179,6 +199,36 @@ def test_a_run_that_does_not_fit_together_is_refused():
     make_run(made.records, 2, queries=made.queries[:, :5])
   with pytest.raises(UserError, match="'layer 0': 4"):
     make_run(made.records, layers={"layer 0": np.zeros(4)})
+
+
+def test_query_scores_go_to_their_evaluation_examples(tmp_path):
+  made = make_run(make_records(5), 4)
+  part = lambda name, records: data.TokenizedDataset(  # noqa: E731
+    name, tuple(records), *[[np.zeros(1, np.int32)] * len(records)] * 2, np.zeros(len(records), bool)
+  )
+  train, evals = part("train", made.records), part("eval", made.query_records)
+  files.write_parquet(tmp_path / "scores.parquet", made.columns)
+  files.write_json(tmp_path / "data_summary.json", made.data)
+  files.write_json(tmp_path / "summary.json", made.summary)
+  written = {
+    "query": np.repeat(np.array(evals.ids, dtype=object), 5),
+    "example": np.tile(np.array(train.ids, dtype=object), 4),
+    "influence": made.queries.reshape(-1),
+  }
+  files.write_parquet(tmp_path / "query_scores.parquet", written)
+  for rows in ([0, 1, 2, 3], [2, 0, 3, 1]):
+    loaded = report_facts.SelectRun.load(tmp_path, train, part("eval", [made.query_records[row] for row in rows]))
+    np.testing.assert_array_equal(loaded.queries, made.queries[rows])
+    assert loaded.queries.dtype == np.float32
+  others = part("eval", [*made.query_records[:3], make_record(99, "p", "r")])  # as many
+  for examples, queries in ((train, others), (train, evals.take([0, 1])), (train.take(range(4)), evals)):
+    with pytest.raises(UserError, match="query_scores.parquet: 20 rows are not those of these .*the data are others"):
+      report_facts.SelectRun.load(tmp_path, examples, queries)
+  mixed = written | {"query": written["query"][::-1].copy()}
+  mixed["query"][[0, 19]] = mixed["query"][[19, 0]]
+  files.write_parquet(tmp_path / "query_scores.parquet", mixed)
+  with pytest.raises(UserError, match="the data are others"):
+    report_facts.SelectRun.load(tmp_path, train, evals)
 
 
 # ------------------------------------------------------------------------------------------- pictures, figures
@@ -227,12 +277,12 @@ def test_curve_runs_from_the_first_to_the_last_step():
 def test_figures_are_svg_files_with_equal_bytes():
   records = [make_record(i, "p", "r " * (i % 5), "$x^2$ <b>&" if i % 2 else "") for i in range(30)]
   figures = report_facts.figures(make_run(records, 3))
-  files = {name: report.figure_bytes(figure, "svg") for name, figure in figures.items()}
+  drawn = {name: report.figure_bytes(figure, "svg") for name, figure in figures.items()}
   plain = {"scores.svg", "residual.svg", "kept-by-topic.svg", "kept-by-length.svg"}
-  assert set(files) == plain | {"layers.svg", "coverage.svg"}
-  for data in files.values():
-    assert ElementTree.fromstring(data).tag == "{http://www.w3.org/2000/svg}svg"
+  assert set(drawn) == plain | {"layers.svg", "coverage.svg"}
+  for text in drawn.values():
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
   again = report_facts.figures(make_run(records, 3))["kept-by-topic.svg"]
-  assert report.figure_bytes(again, "svg") == files["kept-by-topic.svg"]
+  assert report.figure_bytes(again, "svg") == drawn["kept-by-topic.svg"]
   short = make_run(records, summary=make_summary(solver_curve=[[4, [0.3]]]))
   assert set(report_facts.figures(short)) == plain - {"residual.svg"}

@@ -73,6 +73,10 @@ def test_a_sweep_has_every_policy_at_every_budget(sweep):
   assert sum(row["policy"] == "random" and row["seeds"] == "2" for row in rows) == 6
   page = (pathlib.Path(folder) / "evaluation.md").read_text()
   assert "## Equal epochs, 0.25 of the examples" in page and "](plots/sweep-tokens.png)" in page
+  # Three policies, two budgets, three times something equal, and said once for all of them.
+  said = "18 comparisons, each at 95%: where nothing differs, one in 20 is called a difference by chance."
+  words = json.loads((pathlib.Path(folder) / "evaluation.json").read_text())["verdict"]
+  assert page.count("comparisons, each") == 1 and said in page and words.count(said) == 1
 
 
 def test_equal_tokens_are_equal_within_a_step(sweep, bench):

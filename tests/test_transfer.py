@@ -66,6 +66,7 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert policies == {"full": (1, 24), "random": (2, 12)} | chosen
   text = (folder / "transfer.md").read_text()
   assert "one seed each cannot tell it" in text and "plots/transfer.svg" in text
+  assert text.count("3 comparisons, each at 95%") == 1
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
 

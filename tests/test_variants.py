@@ -163,10 +163,15 @@ def test_measures_of_the_decoder_are_a_loop_of_grad(x64):
     assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
 
 
+def self_influence(problem, stream, size, inverse=variants.IDENTITY):
+  """g_i . M g_i of every example."""
+  return variants.measure(problem, stream, size, None, inverse).self_influence
+
+
 def test_without_an_inverse_self_influence_is_the_squared_norm(dense):
   found = variants.measure(dense.problem, make_stream(), N, dense.directions)
   assert_measures(found, dense, np.eye(P))
-  alone = variants.self_influence(dense.problem, make_stream("mixed"), N)
+  alone = self_influence(dense.problem, make_stream("mixed"), N)
   np.testing.assert_allclose(alone, np.sum(dense.g**2, axis=1), rtol=1e-10)
 
 
@@ -218,7 +223,7 @@ def test_low_rank_self_influence_is_that_of_its_dense_operator(dense):
   assert_measures(found, dense, matrix)
   bent = arnoldi.LowRank(fitted.vectors, np.array([3.0, 1.0, 0.5, -1.0]), fitted.errors, -1.0)
   with pytest.raises(UserError, match="eigenvalue -1.*use a damping well above 1"):
-    variants.self_influence(dense.problem, make_stream(), N, variants.inverse_map("low_rank", bent, 0.1))
+    self_influence(dense.problem, make_stream(), N, variants.inverse_map("low_rank", bent, 0.1))
 
 
 # ---- normalisations ------------------------------------------------------------------
@@ -295,7 +300,7 @@ def test_a_second_call_compiles_nothing(caplog):
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
       variants.measure(problem, stream, N, directions, inverse)
-      variants.self_influence(problem, stream, N)
+      self_influence(problem, stream, N)
     return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
 
   assert compiled(problem, "mixed", 0.1, 2) > 0
@@ -347,9 +352,9 @@ def test_what_is_not_finite_is_refused():
     variants.measure(problem, make_stream(), N, jax.tree.map(lambda leaf: leaf * np.inf, directions))
   with pytest.raises(UserError, match=f"{N} of {N} self influence are not finite"):
     nan = variants.GradientMap(lambda context, g: jax.tree.map(lambda leaf: leaf / 0, g))
-    variants.self_influence(problem, make_stream(), N, nan)
+    self_influence(problem, make_stream(), N, nan)
   with pytest.raises(UserError, match="stream of batches is empty"):
-    variants.self_influence(problem, lambda: iter(()), N)
+    self_influence(problem, lambda: iter(()), N)
 
 
 def test_an_inverse_that_is_not_positive_is_refused(dense):
@@ -392,7 +397,7 @@ def test_self_influence_finds_wrong_labels(seed):
     problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 1.0 * d[0], problem.sub, step))
   fitted = fit_ekfac(problem, stream)
   for inverse in (variants.IDENTITY, variants.inverse_map("ekfac", fitted, 0.1 * fitted.lambda_max)):
-    auc = evaluation.roc_auc(variants.self_influence(problem, stream, size, inverse), wrong)
+    auc = evaluation.roc_auc(self_influence(problem, stream, size, inverse), wrong)
     print(auc)
     assert auc.low > 0.8
 
