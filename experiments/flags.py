@@ -321,9 +321,9 @@ class Settings:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
   def as_flags(self) -> list[str]:
-    """Every value that is not the default, as lines of a flagfile."""
+    """Lines of a flagfile: values other than the table's, and flags of which the command has a default of its own."""
     names = (field.name for field in dataclasses.fields(self) if field.name not in _NOT_REPEATED)
-    return [self.as_flag(name) for name in names if self.is_set(name)]
+    return [self.as_flag(name) for name in names if self.is_set(name) or _has_own_default(name)]
 
   def identity(self, *groups: str) -> dict[str, Any]:
     """The values of some groups, for the identity of a run folder (NaN as null).
@@ -434,6 +434,11 @@ def define(**defaults: Any) -> None:
       make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
       default = str(default) if meta["kind"] is str else default
       make[meta["kind"]](field.name, default, meta["help"], module_name=module)
+
+
+def _has_own_default(name: str) -> bool:
+  """Whether the command that runs has defined the flag with another default than the table's."""
+  return name in flags.FLAGS and str(flags.FLAGS[name].default) != str(getattr(Settings, name))
 
 
 def _batch_tokens(text: str) -> int | str:
