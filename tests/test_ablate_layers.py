@@ -234,11 +234,15 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
     ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
     ({"per_layer": True}, "--per_layer=true: .* leave it out"),
     ({"score_path": "projected"}, "--score_path=projected: "),
+    ({"ablate_solvers": "identity,ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    ({"seeds": ""}, "--seeds is empty: give at least one"),
+    ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert changes == {"ablate_modules": "heads"} or not (tmp_path / "run").exists()
 
 
 def test_a_choice_is_named_as_flags_name_it():
