@@ -212,8 +212,18 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
   rows[3]["perplexity"] = evaluation.confidence_interval([3.0, 3.1])  # below all layers' interval: better, not outside
   assert ablation_report.enough(rows)["name"] == "spread:8"
   rows[3]["overlap"] = 0.89
-  assert ablation_report.enough(rows)["name"] == "last:9"
-  assert "it was not retrained" in ablation_report.sentence(rows)
+  # last:9 agrees, but so did last:8, which failed: what was not retrained is not enough then.
+  assert ablation_report.enough(rows)["name"] == "first:16"
+  del rows[4]
+  assert ablation_report.enough(rows) is None
+  assert "retrained (last:8) are above" in ablation_report.sentence(rows)
+  assert "not retrained: last:9." in ablation_report.sentence(rows)
+  plain = [row | {"perplexity": None} for row in rows]
+  assert "last:8 is enough" in ablation_report.sentence(plain)
+  assert "it was not retrained" in ablation_report.sentence(plain)
+  once = [made("all", 1.0, 1.0, [5.0]), made("last:8", 0.95, 0.4, [9.0])]
+  assert "last:8 may be enough" in ablation_report.sentence(once)
+  assert "9, all layers' 5, and one seed cannot tell them apart" in ablation_report.sentence(once)
   few = [rows[0], rows[1]]
   assert "none that is cheaper" in ablation_report.sentence(few) and "cheap, shares 70%" in ablation_report.sentence(
     few
