@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
 from experiments.retraining import Candidate, Judge
-from in2core_jax import artifacts, embeddings, evaluation, influence
+from in2core_jax import artifacts, coreset, embeddings, evaluation, influence
 from in2core_jax.errors import UserError
 
 
@@ -175,7 +176,10 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert "## Equal steps" in (tmp_path / "study" / "study.md").read_text()
   no_training(monkeypatch)
   study.run(chosen, bench)
+  longer = tmp_path / "study" / "plots" / "study-tokens.svg"
+  longer.write_text("of an earlier --equal=steps,tokens")
   study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
+  assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
 
@@ -197,6 +201,46 @@ def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkey
   whole, half = rows[f"matching, cut at {length}"], rows[f"matching, cut at {short}"]
   assert whole["shared with its rule"] == "1.00" and whole["perplexity"] == rows["matching"]["perplexity"]
   assert 0 < float(half["shared with its rule"]) < 1 and half["perplexity"] != whole["perplexity"]
+  assert half["examples"] == whole["examples"] == "16"
+
+
+def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
+  part = lambda *responses: types.SimpleNamespace(  # noqa: E731
+    num_tokens=np.full(len(responses), 9), num_response_tokens=np.array(responses)
+  )
+  whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
+  rule = study.VARIANTS["matching, cut at 48"]
+  assert study.budget_for(settings.replace(fraction=0.5), rule, whole, cut) == coreset.Budget(num_examples=4)
+  tokens = settings.replace(token_budget=30)
+  assert study.budget_for(tokens, rule, whole, cut) == coreset.Budget(token_budget=30)
+  with pytest.raises(UserError, match="choose 6 examples, but only 5 have a response within 48 tokens"):
+    study.budget_for(study.settings_of(settings.replace(fraction=0.75, max_length=96), rule), rule, whole, cut)
+  assert study.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"checkpoint": "runs/x"}, "--checkpoint=runs/x: study's rules say themselves"),
+    ({"damping": 0.1}, "--damping=0.1: "),
+    ({"normalize": "cosine"}, "--normalize=cosine: "),
+    ({"policy": "longest"}, "--policy=longest: "),
+    ({"score_path": "projected"}, "--score_path=projected: "),
+    ({"variants": "matching; proponents, cg", "precondition": "ekfac"}, ""),
+    ({"variants": "proponents, datainf", "precondition": "ekfac"}, "'proponents, datainf': --precondition=ekfac with"),
+    ({"variants": "matching", "layers": "last:9"}, "--variants, 'matching': --layers=last:9"),
+    ({"variants": "matching, cut at 2"}, "'matching, cut at 2': .* has a response token within max_length=2"),
+  ],
+)
+def test_a_study_that_cannot_be_is_refused_before_the_work(settings, bench, tmp_path, monkeypatch, changes, words):
+  rules = study.VARIANTS | {"matching, cut at 2": study._variant("matching", trained=True, max_length=2)}
+  monkeypatch.setattr(study, "VARIANTS", rules)
+  if not words:
+    assert study.check_variants(bench, settings.replace(**changes)) is None
+    return
+  with pytest.raises(UserError, match=words):
+    study.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not list(tmp_path.iterdir())
 
 
 def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, bench):
