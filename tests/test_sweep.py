@@ -1,5 +1,6 @@
 """Tables of many trainings: the sweep of evaluate, the study of selection rules, all of them in one command."""
 
+import copy
 import csv
 import json
 import pathlib
@@ -135,6 +136,25 @@ def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
   for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
     with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
       evaluate.plan_of(bench, sweep.replace(**{name: value}))
+  other = copy.copy(bench)
+  other.__dict__["_loaded"] = (*bench._loaded[:3], "0" * 64)
+  with pytest.raises(UserError, match="another --model .* than hf:.*hash 000000000000.*: give evaluate the same"):
+    evaluate.plan_of(other, sweep)
+
+
+def test_selections_of_several_sizes_have_no_random_set_in_common(settings, bench, monkeypatch):
+  chosen = {"a/run": ("matching", 12), "b/run": ("proponents", 16), "c": ("longest", 16)}
+  columns = lambda count: {"selected": np.arange(32) < count}  # noqa: E731
+  monkeypatch.setattr(evaluate, "read_selection", lambda folder, _: (chosen[folder][0], columns(chosen[folder][1])))
+  plan = lambda runs, policies: evaluate.plan_of(bench, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
+  with pytest.raises(UserError, match="have selected 12, 16 examples, and random of --policies would have one size"):
+    plan("a/run,b/run", "full,random")
+  assert len(plan("a/run,b/run", "full").runs) == len(plan("b/run,c", "full,random").runs) == 2
+
+
+def test_reports_of_select_runs_have_names_of_their_own():
+  found = evaluate.report_names(["x/run-2", "a/run", "b/run/", "gs://bucket/c/run"])
+  assert found == ["report-run-2.html", "report-run.html", "report-run-3.html", "report-run-4.html"]
 
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
