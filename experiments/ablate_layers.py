@@ -306,13 +306,13 @@ def measure(ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Ch
 
   The processes that measure need the device. An accelerator is held by this one, so that they would not get it.
   """
-  platform, processes = jax.default_backend(), jax.process_count()
-  if platform != "cpu" or processes > 1:
+  platform = jax.default_backend()
+  if platform != "cpu":
     log.warning(
-      "--ablate_measure: nothing is measured, its columns stay empty: %s. The benchmark leaves the device to the "
-      "process that measures: python -m experiments.benchmark --flagfile=%s --run_dir=ANOTHER --measure=memory "
-      "--score_layers=last:8 --memory_examples=%d, once for each choice of layers (all is one)",
-      f"this is one of {processes} processes" if processes > 1 else f"this process holds the {platform}",
+      "--ablate_measure: nothing is measured, its columns stay empty: this process holds the %s. The benchmark leaves "
+      "the device to the process that measures: python -m experiments.benchmark --flagfile=%s --run_dir=ANOTHER "
+      "--measure=memory --score_layers=last:8 --memory_examples=%d, once for each choice of layers (all is one)",
+      platform,
       ablation.run_dir.path / "flags.txt",
       ablation.settings.ablate_examples,
     )
@@ -387,4 +387,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/ablate_layers")
-  cli.run(main)
+  cli.run(main, alone=True)

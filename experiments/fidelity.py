@@ -353,4 +353,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/fidelity")
-  cli.run(main)
+  cli.run(main, alone=True)

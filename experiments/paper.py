@@ -36,7 +36,6 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 
-import jax
 from absl import flags as command_line
 
 from experiments import children, cli, flags
@@ -563,8 +562,7 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
   """Tells before any work what could not go well.
 
   Raises:
-    UserError: a flag that no experiment would get, a folder that is not local, a file that cannot be read, or a job of
-      several processes.
+    UserError: a flag that no experiment would get, a folder that is not local, or a file that cannot be read.
   """
   foreign = sorted(set(named) - {*PASSED, *_OWN})
   if foreign:
@@ -575,11 +573,6 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
   for name in ("run_dir", "results_dir"):
     if artifacts.is_remote(getattr(s, name)):
       raise UserError(f"--{name}={getattr(s, name)}: paper works in local folders; give one, and copy it afterwards")
-  if jax.distributed.is_initialized():
-    raise UserError(
-      "paper runs one process at a time: start it on one machine, in one process, with --num_processes=1 where a "
-      "larger job is found"
-    )
   if any(step.needs_alpaca for step in steps):
     if "+" in os.path.abspath(s.alpaca):
       raise UserError(f"--alpaca={s.alpaca}: sources are joined by +, so its path must have none: rename or move it")
@@ -746,4 +739,4 @@ def main(_) -> int:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/paper")
-  cli.run(main)
+  cli.run(main, alone=True)

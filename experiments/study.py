@@ -423,4 +423,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/study", seeds="0,1,2,3,4", fixed_seeds="0,1,2")
-  cli.run(main)
+  cli.run(main, alone=True)

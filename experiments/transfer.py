@@ -350,4 +350,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/transfer")
-  cli.run(main)
+  cli.run(main, alone=True)
