@@ -84,7 +84,7 @@ class Settings:
   test_data: str = _flag("data", "", "source that judges it; empty: a part of --train_data, or half of --eval_data")
   data_fields: str = _flag("data", "", "column names, as prompt=question,response=answer,id=key,topic=kind")
   split: str = _flag(
-    "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the id)"
+    "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the messages)"
   )
   eval_topics: str = _flag("data", "", "keep only these topics, separated by commas, in evaluation and test set")
   train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
@@ -221,7 +221,12 @@ class Settings:
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")
-  only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all but `ablations`")
+  only: str = _flag(
+    "paper",
+    "",
+    "names of experiments, separated by commas; empty: all but ablations, study-distinct, study-length, "
+    "study-mixed-fresh, study-queries",
+  )
   results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
 
   halves: int = _flag("fidelity", 64, "random halves of the training set that are retrained")

@@ -101,7 +101,7 @@ class Step:
 
 _RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
 _MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
-# Each changes one thing of proponents or of matching.
+# Each changes one thing of proponents or of matching, some a second with it (`study.VARIANTS` says which).
 _ABLATIONS = "; ".join(
   (
     *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cg"),
@@ -253,7 +253,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "what makes the rules win or lose: each variant changes one thing",
+    "what makes the rules win or lose: variants that change one thing, or two that go together",
     (f"--variants={_ABLATIONS}", "--equal=steps,tokens"),
     extra=True,
   ),

@@ -295,7 +295,8 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   parts += ["![Test perplexity](plots/transfer.svg)", report.markdown_table(printed(table)).rstrip()]
   parts += [
     "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
-    "training examples. Chance is 0 and the share that is kept. The ratio's interval is over seeds of the training."
+    "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
+    "kept. The ratio's interval is over seeds of the training."
   ]
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]

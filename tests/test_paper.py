@@ -263,6 +263,12 @@ def test_an_extra_step_runs_only_when_it_is_named(made, monkeypatch):
   assert [step.name for step in paper.steps_of(Settings())] == ["first", "second"]
 
 
+def test_the_help_of_only_names_what_is_run_only_where_it_is_named():
+  (told,) = (field.metadata["help"] for field in paper.dataclasses.fields(Settings) if field.name == "only")
+  extra = sorted(step.name for step in paper.STEPS if step.extra)
+  assert told.endswith(f"; empty: all but {', '.join(extra)}")
+
+
 def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path):
   made.run(mesh="data:8", model=f"hf:{tmp_path}/models/mine")
   (line,) = (line for line in made.page("third/table.md").splitlines() if line.startswith("`"))
