@@ -118,6 +118,23 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 
 
+def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
+  """Of as many examples as are kept, whichever flag or run says so."""
+  (tmp_path / "summary.json").write_text(json.dumps({"policy": "matching", "selected": 4}))
+  own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
+  tokens = bench.parts["train"].num_tokens
+  steps = named(planning.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
+  for share, changes in (
+    (0.5, {}),
+    (0.25, {"num_examples": 10}),
+    (0.2, {"token_budget": int(tokens.sum() // 5)}),
+    (0.1, {"select_runs": str(tmp_path), "policies": "", "num_examples": 10}),
+  ):
+    s = own.replace(**changes)
+    assert planning.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
+    assert named(planning.evaluate_phases(bench, s), "1 trainings").flops == pytest.approx(share * steps, rel=0.01)
+
+
 @pytest.mark.parametrize(
   ("changes", "phase"),
   [
