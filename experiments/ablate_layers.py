@@ -15,7 +15,7 @@ import numpy as np
 from experiments import ablation_report, benchmark_alone, cli, flags, planning, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
-from experiments.flags import Settings, integers, listed
+from experiments.flags import Settings, integers, listed, seeds_of
 from experiments.pricing import Described
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
@@ -75,7 +75,7 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
   """Every choice that the flags ask for; the first is all layers with all modules.
 
   Raises:
-    UserError: an unknown position, or counts that are none.
+    UserError: an unknown position, counts that are none, or nothing but the first choice.
   """
   counts, positions, modules = (
     integers(s.ablate_counts, "ablate_counts"),
@@ -94,7 +94,27 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
       if count < num_layers:
         layers = spread(count, num_layers) if position == "spread" else None
         chosen.append((position, layers or subtree.parse_layers(f"{position}:{count}", num_layers)))
-  return [Choice(position, word, layers) for position, layers in chosen for word in dict.fromkeys((ALL, *modules))]
+  found = [Choice(position, word, layers) for position, layers in chosen for word in dict.fromkeys((ALL, *modules))]
+  if len(found) == 1:
+    raise UserError(
+      f"--ablate_counts={s.ablate_counts} --ablate_positions={s.ablate_positions} --ablate_modules={s.ablate_modules}: "
+      f"nothing is left to compare with all of the {num_layers} layers; give a smaller count, or other modules"
+    )
+  return found
+
+
+def solvers_of(s: Settings) -> list[str]:
+  """The solvers that the flags ask for.
+
+  Raises:
+    UserError: none, an unknown one, or one that does not go with the other flags.
+  """
+  found = listed(s.ablate_solvers)
+  if not found or any(name not in influence.SOLVERS for name in found):
+    raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")
+  for name in found:
+    solving.solver_settings(s.replace(solver=name))
+  return found
 
 
 def named(text: str, choices: Iterable[Choice], flag: str) -> list[Choice]:
@@ -118,10 +138,7 @@ class Ablation:
     self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
     self.choices = choices_of(s, bench.config.num_layers)
-    self.solvers = listed(s.ablate_solvers)
-    unknown = [name for name in self.solvers if name not in influence.SOLVERS]
-    if unknown or not self.solvers:
-      raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")
+    self.solvers = solvers_of(s)
     self.trees = {choice: subtree.make_subtree(self.params, choice.layers, choice.modules) for choice in self.choices}
 
   # ---- scores
@@ -262,6 +279,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
+  solvers_of(s)
   bench = bench or Workbench(s)
   identity = bench.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
@@ -269,7 +287,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   for name in ("layers", "modules", "solver"):  # each cell has its own
     identity["flags"].pop(name)
   identity["checkpoint"] = finetune.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
-  seeds = integers(s.seeds, "seeds")
+  seeds, _ = seeds_of(s)
   choices = choices_of(s, bench.config.num_layers)
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
@@ -288,13 +306,13 @@ def measure(ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Ch
 
   The processes that measure need the device. An accelerator is held by this one, so that they would not get it.
   """
-  platform, processes = jax.default_backend(), jax.process_count()
-  if platform != "cpu" or processes > 1:
+  platform = jax.default_backend()
+  if platform != "cpu":
     log.warning(
-      "--ablate_measure: nothing is measured, its columns stay empty: %s. The benchmark leaves the device to the "
-      "process that measures: python -m experiments.benchmark --flagfile=%s --run_dir=ANOTHER --measure=memory "
-      "--score_layers=last:8 --memory_examples=%d, once for each choice of layers (all is one)",
-      f"this is one of {processes} processes" if processes > 1 else f"this process holds the {platform}",
+      "--ablate_measure: nothing is measured, its columns stay empty: this process holds the %s. The benchmark leaves "
+      "the device to the process that measures: python -m experiments.benchmark --flagfile=%s --run_dir=ANOTHER "
+      "--measure=memory --score_layers=last:8 --memory_examples=%d, once for each choice of layers (all is one)",
+      platform,
       ablation.run_dir.path / "flags.txt",
       ablation.settings.ablate_examples,
     )
@@ -369,4 +387,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/ablate_layers")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -40,14 +40,20 @@ def agreeing(rows: Sequence[dict]) -> list[dict]:
 def enough(rows: Sequence[dict]) -> dict | None:
   """The cheapest choice that agrees with all layers and, if retrained, is no worse: its mean not above their interval.
 
+  Where a cheaper one has failed at that, agreement says too little: then only a retrained choice is enough. Without an
+  interval (one seed) nothing fails.
+
   Args:
     rows: of one solver, all layers and modules first; perplexity is an `evaluation.Interval` over seeds or None.
   """
-  whole = rows[0]["perplexity"]
+  whole, failed = rows[0]["perplexity"], False
   for row in agreeing(rows):
     own = row["perplexity"]
-    if own is None or whole is None or np.isnan(whole.high) or own.mean <= whole.high:
+    if whole is None or np.isnan(whole.high) or (own is None and not failed):
       return row
+    if own is not None and own.mean <= whole.high:
+      return row
+    failed = True
   return None
 
 
@@ -58,21 +64,28 @@ def sentence(rows: Sequence[dict]) -> str:
     others = agreeing(rows)
     if others:
       tried = ", ".join(one["name"] for one in others if one["perplexity"] is not None)
+      rest = ", ".join(one["name"] for one in others if one["perplexity"] is None)
       return (
         f"With {whole['solver']}, no choice is enough: those that agree with all layers and were retrained ({tried}) "
-        f"are above all layers' interval of perplexity, {whole['perplexity']}."
+        f"are above all layers' interval of perplexity, {whole['perplexity']}"
+        f"{f'; not retrained: {rest}' if rest else ''}."
       )
     best = max(rows[1:], key=lambda one: one["overlap"])
     return (
       f"With {whole['solver']}, no choice is enough: none that is cheaper than all layers and modules shares "
       f"{AGREES:.0%} of the selected set with them; the nearest, {best['name']}, shares {best['overlap']:.0%}."
     )
+  one_seed = None not in (row["perplexity"], whole["perplexity"]) and np.isnan(whole["perplexity"].high)
   said = (
-    f"With {row['solver']}, {row['name']} is enough: it shares {row['overlap']:.0%} of the selected set with all "
-    f"layers and takes {row['flops']:.0%} of the FLOPs and {row['bytes'] / whole['bytes']:.0%} of the memory on paper"
+    f"With {row['solver']}, {row['name']} {'may be' if one_seed else 'is'} enough: it shares {row['overlap']:.0%} of "
+    f"the selected set with all layers and takes {row['flops']:.0%} of the FLOPs and "
+    f"{row['bytes'] / whole['bytes']:.0%} of the memory on paper"
   )
   if row["perplexity"] is None or whole["perplexity"] is None:
     said += "; it was not retrained"
+  elif one_seed:
+    ours, theirs = row["perplexity"].mean, whole["perplexity"].mean
+    said += f"; retrained perplexity {ours:.4g}, all layers' {theirs:.4g}, and one seed cannot tell them apart"
   else:
     said += f"; retrained perplexity {row['perplexity'].mean:.4g}, all layers' {whole['perplexity']}"
   if row["seconds"] is not None and whole["seconds"] is not None:

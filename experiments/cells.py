@@ -13,7 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Cells:
-  """Results that are kept in the run folder, each under a hash of what it depends on."""
+  """Results that are kept in the run folder, each under a hash of what it depends on.
+
+  For one process: each would ask for the file by itself. Commands that use it say `cli.run(main, alone=True)`.
+  """
 
   def __init__(self, run_dir: artifacts.RunDir):
     self.folder, self.identity = run_dir.folder("cells"), run_dir.identity_sha256

@@ -35,7 +35,9 @@ class Terminated(BaseException):
   """SIGTERM arrived. Like KeyboardInterrupt not an Exception: code that handles errors must not swallow it."""
 
 
-def run(main_fn: Callable[[list[str]], int | None], help_fn: Callable[[], str] | None = None) -> NoReturn:
+def run(
+  main_fn: Callable[[list[str]], int | None], help_fn: Callable[[], str] | None = None, alone: bool = False
+) -> NoReturn:
   """Parses the flags, runs a command's main function, exits.
 
       if __name__ == "__main__":
@@ -44,10 +46,11 @@ def run(main_fn: Callable[[list[str]], int | None], help_fn: Callable[[], str] |
   Args:
     main_fn: gets argv without flags (its first item is the program); returns the exit code, None for 0.
     help_fn: text for --help; default: the command's docstring and all flags of the project.
+    alone: whether the command refuses to be one of several processes.
   """
   try:
     signal.signal(signal.SIGTERM, _terminate)
-    app.run(lambda argv: _prepare_and_call(main_fn, argv), flags_parser=lambda argv: _parse(argv, help_fn))
+    app.run(lambda argv: _prepare_and_call(main_fn, argv, alone), flags_parser=lambda argv: _parse(argv, help_fn))
   except UserError as error:
     _exit(2, f"error: {error}")
   except KeyboardInterrupt:
@@ -113,12 +116,15 @@ def _help_text() -> str:
 # --- surroundings -----------------------------------------------------------------------------------------------------
 
 
-def _prepare_and_call(main_fn: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+def _prepare_and_call(main_fn: Callable[[list[str]], int | None], argv: list[str], alone: bool) -> int | None:
   set_up_logging()
   set_up_compilation_cache()
   if "coordinator" not in flags.FLAGS:  # a command without the stages' flags is one process
     return main_fn(argv)
-  joined = join_processes(flags.FLAGS.coordinator, flags.FLAGS.process_id, flags.FLAGS.num_processes)
+  said = flags.FLAGS.coordinator, flags.FLAGS.process_id, flags.FLAGS.num_processes
+  if alone:
+    refuse_several(Path(argv[0]).stem, *said)
+  joined = join_processes(*said)
   code = main_fn(argv)
   if joined:
     from in2core_jax import processes
@@ -138,12 +144,31 @@ def join_processes(coordinator: str, process_id: int, num_processes: int) -> boo
   """
   from in2core_jax import processes  # which imports JAX; a command without these flags does not wait for it
 
-  said = (coordinator or None, None if process_id < 0 else process_id, num_processes or None)
-  joined = processes.initialize(*said)
+  joined = processes.initialize(*_said(coordinator, process_id, num_processes))
   if joined and not processes.is_writer():
     for name in PROJECT_LOGGERS:
       logging.getLogger(name).setLevel(logging.WARNING)
   return joined
+
+
+def refuse_several(command: str, coordinator: str, process_id: int, num_processes: int) -> None:
+  """Refuses to be one of several processes, before the others are waited for; arguments as in `join_processes`.
+
+  Raises:
+    UserError: the flags, SLURM or a TPU slice say that there are several.
+  """
+  from in2core_jax import processes
+
+  if processes.start_settings(*_said(coordinator, process_id, num_processes), os.environ) is not None:
+    raise UserError(
+      f"{command} runs in one process, and this is one of several: start it on one machine, in one process, with "
+      "--num_processes=1 where a larger job is found"
+    )
+
+
+def _said(coordinator: str, process_id: int, num_processes: int) -> tuple[str | None, int | None, int | None]:
+  """The flags as `processes.initialize` takes them."""
+  return coordinator or None, None if process_id < 0 else process_id, num_processes or None
 
 
 class _Handler(logging.Handler):

@@ -383,4 +383,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/coverage", layers="last:2", trainable_layers="last:2", solver="identity")
-  cli.run(main)
+  cli.run(main, alone=True)

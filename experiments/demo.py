@@ -7,15 +7,36 @@ import logging
 import time
 
 from experiments import cli, dry_run, evaluate, finetune, flags, select
+from experiments.flags import Settings, words
 from experiments.workbench import Workbench
+from in2core_jax import coreset, evaluation
+from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def settled(s: Settings) -> Settings:
+  """The flags as the stages take them: what --policy selects is compared anyway, and is left out of --policies.
+
+  Raises:
+    UserError: flags that would be passed over, a policy that there is not, or one whose sets differ from seed to seed.
+  """
+  flags.refuse(s, ("checkpoint", "select_runs"), "demo fine-tunes and selects by itself")
+  policies = words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
+  if s.fractions or s.policy not in policies:  # a sweep takes the scores of the run only, and merges the names itself
+    return s
+  if s.policy in coreset.SEEDED_POLICIES:
+    raise UserError(
+      f"--policy={s.policy} --policies={s.policies}: the one set of --policy and those of each seed would have one "
+      "name; select by another policy, or leave it out of --policies"
+    )
+  return s.replace(policies=",".join(name for name in policies if name != s.policy))
 
 
 def main(_) -> None:
   """Runs the chain; each stage writes a folder under --run_dir and is skipped when it is finished there."""
   began = time.perf_counter()
-  settings = flags.read(tells_costs=True)
+  settings = settled(flags.read(tells_costs=True))
   if settings.dry_run:
     dry_run.run(settings, "demo")
     return

@@ -5,6 +5,7 @@ python -m experiments.evaluate --select_runs=runs/a --fractions=0.05,0.1,0.25,0.
 """
 
 import dataclasses
+import itertools
 import logging
 
 import numpy as np
@@ -70,7 +71,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   """Reads the flags and the select runs.
 
   Raises:
-    UserError: an unknown policy, two candidates of one name, a run that does not fit.
+    UserError: an unknown policy, two candidates of one name, a run that does not fit, selections of several sizes.
   """
   seeds, fixed = seeds_of(s)
   folders, fractions = listed(s.select_runs), _fractions(s)
@@ -85,7 +86,15 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
     raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
   if fractions and set(names) & set(coreset.FEATURE_POLICIES):
-    _check_same_rule(folders[0], s)
+    _check_same_rule(folders[0], bench, s)
+  chosen_here = [policy for policy in wanted if policy != evaluation.FULL]
+  sizes = [int(columns["selected"].sum()) for _, columns in runs]
+  if len(set(sizes)) > 1 and chosen_here:
+    raise UserError(
+      f"--select_runs={s.select_runs} have selected {', '.join(map(str, sizes))} examples, and "
+      f"{', '.join(chosen_here)} of --policies would have one size for all: give runs of one size, each run in an "
+      "evaluation of its own, or --policies=full"
+    )
   called = [
     name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
     for name, folder in zip(names, folders, strict=True)
@@ -104,13 +113,18 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal_of(s))
 
 
-def _check_same_rule(folder: str, s: Settings) -> None:
+def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
   """In a sweep a policy that matches gradients chooses anew: it must do so as the select run did that names it.
 
   Raises:
     UserError: another model or other flags of the choice.
   """
   run = artifacts.read_json(epath.Path(folder) / "summary.json")["identity"]
+  if run["model_hash"] != bench.model_hash:
+    raise UserError(
+      f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
+      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model_hash[:12]}): give evaluate the same"
+    )
   for name in ("layers", "sketch_size", "matching_target", "matching_shrink", "loss_reduction"):
     theirs, ours = run["flags"].get(name), getattr(s, name)
     if theirs != ours:
@@ -334,9 +348,20 @@ def _write_reports(run_dir, bench: Workbench, s: Settings, found: dict) -> None:
   """The select runs' reports once more, with the table of this comparison."""
   if not run_dir.writer:
     return
-  for folder in listed(s.select_runs):
+  folders = listed(s.select_runs)
+  for name, folder in zip(report_names(folders), folders, strict=True):
     selected = report_facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
-    run_dir.write_text(f"report-{epath.Path(folder).name}.html", report_html.select_page(selected))
+    run_dir.write_text(name, report_html.select_page(selected))
+
+
+def report_names(folders: list[str]) -> list[str]:
+  """A file name for each select run's report: by the folder's own name, numbered where several end alike."""
+  found: list[str] = []
+  for folder in folders:
+    own = epath.Path(folder).name
+    free = (f"report-{own}{f'-{count}' if count > 1 else ''}.html" for count in itertools.count(1))
+    found.append(next(name for name in free if name not in found))
+  return found
 
 
 def main(_) -> None:

@@ -19,6 +19,7 @@ from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
 from experiments.solvers import ratios
+from experiments.solving import solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, datamodeling, influence, subtree
 from in2core_jax.errors import UserError
@@ -108,6 +109,13 @@ def variants_of(s: Settings) -> list[Variant]:
   return found
 
 
+def settings_of(s: Settings, variant: Variant) -> Settings:
+  """The flags with those of a variant in their place."""
+  depth = {"cg": s.cg_steps, "low_rank": s.krylov}.get(variant.solver, s.depth)
+  ratio = s.damping_ratio if math.isnan(variant.ratio) else variant.ratio
+  return s.replace(solver=variant.solver, layers=variant.layers, damping=math.nan, damping_ratio=ratio, depth=depth)
+
+
 @dataclasses.dataclass(frozen=True)
 class Removal:
   """A set of training examples that is left out.
@@ -164,10 +172,7 @@ class Task:
 
   def scores(self, variant: Variant) -> dict:
     """The cell of a variant: scores [Q][N] of each distinct evaluation example with every training example; seconds."""
-    s = self.settings
-    depth = {"cg": s.cg_steps, "low_rank": s.krylov}.get(variant.solver, s.depth)
-    ratio = s.damping_ratio if math.isnan(variant.ratio) else variant.ratio
-    own = s.replace(solver=variant.solver, layers=variant.layers, damping=math.nan, damping_ratio=ratio, depth=depth)
+    s, own = self.settings, settings_of(self.settings, variant)
 
     def make() -> dict:
       chosen = choose(self.bench, self.full if variant.at == "full" else self.bench.params, variant.layers, s.modules)
@@ -278,6 +283,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
   variants = variants_of(s)
+  for variant in variants:
+    solver_settings(settings_of(s, variant))  # told before hours of training
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   bench = bench or Workbench(s)
@@ -346,4 +353,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/fidelity")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -130,8 +130,9 @@ def printed_curves(rows: list[dict]) -> list[dict]:
     for part in ("eval", "test"):
       line[f"{part} loss"] = f"{row[f'{part} loss']:.3f}"
       if f"{part} minus random" in row:
-        bounds = (row[f"{part} {name}"] for name in ("minus random", "change low", "change high"))
-        line[f"{part} minus random"] = "{:+.3f} ({:+.3f} to {:+.3f})".format(*bounds)
+        change, low, high = (row[f"{part} {name}"] for name in ("minus random", "change low", "change high"))
+        bounds = "one seed each" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+        line[f"{part} minus random"] = f"{change:+.3f} ({bounds})"
     lines.append(line)
   return lines
 
@@ -142,12 +143,14 @@ def printed_curves(rows: list[dict]) -> list[dict]:
 def conclusions(measured: dict) -> list[str]:
   """What follows for solver, layers, damping and place, each changed alone, from the paired intervals over both."""
   default, lines = next(iter(measured)), []
+  # Of a default without damping, identity, that of the others, which comes first for each of them.
+  ratio = next((variant.ratio for variant in (default, *measured) if not math.isnan(variant.ratio)), math.nan)
   for factor, title in _FACTORS.items():
     group = {variant: lds for variant, lds in measured.items() if variant.differs(default) in ([], [factor])}
     if factor != "solver":
       group = {variant: lds for variant, lds in group.items() if variant.solver == default.solver}
     else:  # one of each solver: identity has one damping, the others also that of the default
-      group = {v: lds for v, lds in group.items() if math.isnan(v.ratio) or v.ratio == default.ratio}
+      group = {v: lds for v, lds in group.items() if math.isnan(v.ratio) or v.ratio == ratio}
     if len(group) > 1:
       lines.append(f"{title}: {_sentence(group, default, factor)}")
   return lines
@@ -172,10 +175,16 @@ def _sentence(group: dict, default, factor: str) -> str:
 def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
   """What two trainings of the same halves have in common, and what a perfect score would reach."""
   low, high = np.sqrt(np.maximum((repeated.both.low, repeated.both.high), 0))
-  return (
+  ceiling = datamodeling.ceiling(repeated)
+  agree = (
     f"Two trainings of the same {halves} halves, with other orders of the data, agree at Spearman "
-    f"{shown(repeated.both)}, mean over queries: a score that knew the expected losses would reach an LDS of about "
-    f"{datamodeling.ceiling(repeated):.2f}, the square root ({low:.2f} to {high:.2f})."
+    f"{shown(repeated.both)}, mean over queries"
+  )
+  if math.isnan(ceiling):
+    return f"{agree}: no better than chance, so that nothing can be told of the LDS that a perfect score would reach."
+  return (
+    f"{agree}: a score that knew the expected losses would reach an LDS of about {ceiling:.2f}, the square root "
+    f"({low:.2f} to {high:.2f})."
   )
 
 
@@ -190,7 +199,8 @@ def curve_sentences(rows: list[dict]) -> list[str]:
       lower = [f"{row['share']:.0%}" for row in group if row[f"{part} change high"] < 0]
       text = [f"above random's at {', '.join(higher)}"] if higher else []
       text += [f"below random's at {', '.join(lower)}"] if lower else []
-      text = text or ["not to be told apart from random's at any share"]
+      untold = group and all(math.isnan(row[f"{part} change low"]) for row in group)
+      text = text or [f"not to be told apart from random's {'by one seed each' if untold else 'at any share'}"]
       lines.append(f"Without {what}: {part} loss {'; '.join(text)}.")
   return lines
 

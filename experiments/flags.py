@@ -84,7 +84,7 @@ class Settings:
   test_data: str = _flag("data", "", "source that judges it; empty: a part of --train_data, or half of --eval_data")
   data_fields: str = _flag("data", "", "column names, as prompt=question,response=answer,id=key,topic=kind")
   split: str = _flag(
-    "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the id)"
+    "data", "0.7,0.15,0.15", "shares of train, eval, test when one source is given (by hash of the messages)"
   )
   eval_topics: str = _flag("data", "", "keep only these topics, separated by commas, in evaluation and test set")
   train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
@@ -221,7 +221,12 @@ class Settings:
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")
-  only: str = _flag("paper", "", "names of experiments, separated by commas; empty: all but `ablations`")
+  only: str = _flag(
+    "paper",
+    "",
+    "names of experiments, separated by commas; empty: all but ablations, study-distinct, study-length, "
+    "study-mixed-fresh, study-queries",
+  )
   results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
 
   halves: int = _flag("fidelity", 64, "random halves of the training set that are retrained")
@@ -321,9 +326,9 @@ class Settings:
     return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
 
   def as_flags(self) -> list[str]:
-    """Every value that is not the default, as lines of a flagfile."""
+    """Lines of a flagfile: values other than the table's, and flags of which the command has a default of its own."""
     names = (field.name for field in dataclasses.fields(self) if field.name not in _NOT_REPEATED)
-    return [self.as_flag(name) for name in names if self.is_set(name)]
+    return [self.as_flag(name) for name in names if self.is_set(name) or _has_own_default(name)]
 
   def identity(self, *groups: str) -> dict[str, Any]:
     """The values of some groups, for the identity of a run folder (NaN as null).
@@ -434,6 +439,11 @@ def define(**defaults: Any) -> None:
       make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
       default = str(default) if meta["kind"] is str else default
       make[meta["kind"]](field.name, default, meta["help"], module_name=module)
+
+
+def _has_own_default(name: str) -> bool:
+  """Whether the command that runs has defined the flag with another default than the table's."""
+  return name in flags.FLAGS and str(flags.FLAGS[name].default) != str(getattr(Settings, name))
 
 
 def _batch_tokens(text: str) -> int | str:

@@ -153,4 +153,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/oracle", depth=400)
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -8,10 +8,10 @@
                                                         study-queries
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
-again, unless its command, a flagfile or the file of --alpaca has changed: then what it left is removed and it starts
-anew; a study with other rules, seeds or kinds of budget goes on with what is missing. The next experiment starts when
-the one before has ended, however it ended; one that fails is told at the end. --overwrite starts everything anew, with
---only the experiments that it names.
+again, unless its command, a flagfile, the file of --alpaca or the files of --model have changed: then what it left is
+removed and it starts anew; a study with other rules, seeds or kinds of budget goes on with what is missing. The next
+experiment starts when the one before has ended, however it ended; one that fails is told at the end. --overwrite starts
+everything anew, with --only the experiments that it names.
 
 The experiments' flags are in experiments/flags/. Passed on to all of them, where given: --seed --mesh --boundary_cache
 --boundary_cache_gb --batch_tokens --microbatch --shard_batches --model --dtype. Other flags are refused. --model is the
@@ -36,13 +36,12 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 
-import jax
 from absl import flags as command_line
 
 from experiments import children, cli, flags
 from experiments.flags import Settings, listed
 from experiments.workbench import PARTS
-from in2core_jax import artifacts, data, report, sources
+from in2core_jax import artifacts, data, report, sources, weights
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ _FLAGS = _ROOT / "experiments" / "flags"
 _MOST_BYTES = 1_000_000  # of a published file
 # Flags of which an experiment's run folder takes other values: what it has is kept, what is missing is done.
 _LONGER = {"study": ("--variants", "--seeds", "--fixed_seeds", "--equal")}
+_MODEL = "content of --model"
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _FACTS = "run.json"  # beside a published table: what the index says of it
 _NOTE_SECONDS = 30.0  # between two notes of how long a running experiment has taken
 _PATIENCE = 60.0  # seconds that a stopped experiment has to save its work
@@ -102,7 +103,7 @@ class Step:
 
 _RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
 _MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
-# Each changes one thing of proponents or of matching.
+# Each changes one thing of proponents or of matching, some a second with it (`study.VARIANTS` says which).
 _ABLATIONS = "; ".join(
   (
     *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cg"),
@@ -254,7 +255,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "what makes the rules win or lose: each variant changes one thing",
+    "what makes the rules win or lose: variants that change one thing, or two that go together",
     (f"--variants={_ABLATIONS}", "--equal=steps,tokens"),
     extra=True,
   ),
@@ -338,7 +339,7 @@ def _without_folders(argument: str) -> str:
 
 
 def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, str]:
-  """What the step's results depend on, by name: its flags, the content of its flagfiles and of --alpaca.
+  """What the step's results depend on, by name: its flags, the content of its flagfiles, of --alpaca and --model.
 
   Of a step whose results it reads, what that one was run with, or will be in this very call.
   """
@@ -348,12 +349,38 @@ def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, 
     facts[f"content of {path.name}"] = artifacts.file_sha256(path)
   if step.needs_alpaca:
     facts |= {"--alpaca": os.path.abspath(s.alpaca), "content of --alpaca": artifacts.file_sha256(s.alpaca)}
+  content = model_content(s.model)
+  facts |= {_MODEL: content} if content else {}
   wanted = {other.name: other for other in steps_of(s)}
   for name in re.findall(r"\{runs\}/([\w-]+)", " ".join(step.changes)):
     theirs = facts_of(wanted[name], s, named) if name in wanted else read_note(s, name).get("command", {})
-    fast = tuple(f"--{flag}" for flag in HOW_FAST)
-    facts[f"command of {name}"] = artifacts.hash_of({k: v for k, v in theirs.items() if k not in fast})
+    apart = (*(f"--{flag}" for flag in HOW_FAST), _MODEL)  # the model is a fact of this step too
+    facts[f"command of {name}"] = artifacts.hash_of({k: v for k, v in theirs.items() if k not in apart})
   return facts
+
+
+def model_content(spec: str) -> str:
+  """A hash of the files of a model, which may be others tomorrow under the same name; empty where there are none.
+
+  Of hf:DIR what names its weights in run folders (`weights.hf_hash`: sizes, headers and pieces of every tensor, in
+  milliseconds) and its tokenizer's files; of gguf:FILE all bytes. Not times of files: a copy is the same model.
+  """
+  while spec.startswith("truncated:"):
+    spec = spec.removeprefix("truncated:").rpartition(":")[0]
+  kind, _, place = spec.partition(":")
+  path = pathlib.Path(place).expanduser()
+  if kind == "gguf" and path.is_file():
+    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
+  if kind == "hf" and (path / "config.json").is_file():
+    words = [file for pattern in _TOKENIZER for file in sorted(path.glob(pattern))]
+    return artifacts.hash_of([weights.hf_hash(path), {file.name: artifacts.file_sha256(file) for file in words}])
+  return ""  # embedded or random; or the experiment says what is missing
+
+
+@functools.cache
+def _sha256(path: pathlib.Path, size: int, changed: int) -> str:
+  """Of a large file, read once in a call although every step asks for it."""
+  return artifacts.file_sha256(path)
 
 
 def changes_of(
@@ -361,12 +388,13 @@ def changes_of(
 ) -> list[str]:
   """What is different, in words; nothing when both are the same.
 
-  Of a finished step the place of --alpaca does not count, its content does. One that is to go on may do so at another
-  speed, but only with the same paths, which its run folder was made for.
+  Of a finished step the place of --alpaca does not count, its content does; that of --model where both know it. One
+  that is to go on may do so at another speed, but only with the same paths, which its run folder was made for.
   """
   if not before:
     return ["what was there was being removed"]
   ignored = (*(f"--{name}" for name in HOW_FAST), *(("--alpaca",) if finished else ()), *also_ignored)
+  ignored += (_MODEL,) if _MODEL not in before or _MODEL not in now else ()  # an older note, or the model is gone
   names = [name for name in (before | now) if before.get(name) != now.get(name) and name not in ignored]
   told = lambda name, facts: repr(facts[name]) if name in facts else "not given"  # noqa: E731
   return [
@@ -422,7 +450,8 @@ def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
   if "command" not in note:
     return Task(step, facts, False, "")
   changed = changes_of(note["command"], facts, finished)
-  anew = changes_of(note["command"], facts, finished, _LONGER.get(step.module, ()))
+  # What is started goes on with the paths that its run folder was made for, also where it was finished once.
+  anew = changes_of(note["command"], facts, finished and not changed, _LONGER.get(step.module, ()))
   return Task(step, facts, finished and not changed, "; ".join(anew))
 
 
@@ -563,8 +592,7 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
   """Tells before any work what could not go well.
 
   Raises:
-    UserError: a flag that no experiment would get, a folder that is not local, a file that cannot be read, or a job of
-      several processes.
+    UserError: a flag that no experiment would get, a folder that is not local, or a file that cannot be read.
   """
   foreign = sorted(set(named) - {*PASSED, *_OWN})
   if foreign:
@@ -575,11 +603,6 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
   for name in ("run_dir", "results_dir"):
     if artifacts.is_remote(getattr(s, name)):
       raise UserError(f"--{name}={getattr(s, name)}: paper works in local folders; give one, and copy it afterwards")
-  if jax.distributed.is_initialized():
-    raise UserError(
-      "paper runs one process at a time: start it on one machine, in one process, with --num_processes=1 where a "
-      "larger job is found"
-    )
   if any(step.needs_alpaca for step in steps):
     if "+" in os.path.abspath(s.alpaca):
       raise UserError(f"--alpaca={s.alpaca}: sources are joined by +, so its path must have none: rename or move it")
@@ -746,4 +769,4 @@ def main(_) -> int:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/paper")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -187,7 +187,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   price = Pricer(bench, "evaluate", params, tree)
   rows = bench.parts["train"].num_response_tokens.nonzero()[0]
   one = training(price, s, rows, num_steps(s, len(rows)))
-  count, whole = num_trainings(s)
+  count, whole = num_trainings(s, share_kept(s, bench.parts["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
@@ -237,11 +237,29 @@ def num_steps(s: Settings, examples: int) -> int:
   return s.steps or finetune.steps_for(examples, s.batch_size, s.epochs)
 
 
-def num_trainings(s: Settings) -> tuple[int, float]:
+def share_kept(s: Settings, num_tokens: np.ndarray) -> float:
+  """Share of the training examples in a set of the one budget, by `evaluate.candidates` that of the first select run.
+
+  Args:
+    s: flags; of a select run that is not finished they are taken to be its own.
+    num_tokens: int [N], of the training examples with a response; a token budget is taken to keep average ones.
+  """
+  summaries = [epath.Path(folder) / "summary.json" for folder in listed(s.select_runs)[:1]]
+  counts = [artifacts.read_json(path)["selected"] for path in summaries if path.exists()] or [s.num_examples]
+  if counts[0]:
+    return min(1.0, counts[0] / len(num_tokens))
+  return min(1.0, s.token_budget / num_tokens.sum()) if s.token_budget else s.fraction
+
+
+def num_trainings(s: Settings, share: float | None = None) -> tuple[int, float]:
   """(trainings of an evaluation, how many of the full set's steps these are).
 
   As `evaluate.plan_of` compares: a policy has its seeds, and in a sweep every budget; a select run has the fixed seeds,
   and in a sweep it only names its policy. Full data is trained once for each seed, whatever is equal.
+
+  Args:
+    s: flags.
+    share: of the examples in a set, where there is one budget; --fraction when None.
   """
   seeds, fixed = seeds_of(s)
   budgets = [share for share in shares(s.fractions, "fractions") if share < 1]
@@ -249,6 +267,7 @@ def num_trainings(s: Settings) -> tuple[int, float]:
   if budgets:
     policies += [name for name in dict.fromkeys(map(_policy_of_run, runs)) if name not in policies]
     runs = []
+  kept = budgets or [s.fraction if share is None else share]
   compared = [(name, len(seeds if name in coreset.SEEDED_POLICIES else fixed)) for name in policies]
   count, whole = 0, 0.0
   for name, own in [*compared, *((name, len(fixed)) for name in runs)]:
@@ -256,9 +275,9 @@ def num_trainings(s: Settings) -> tuple[int, float]:
       count, whole = count + own, whole + own
       continue
     for equal in listed(s.equal):
-      count += own * max(1, len(budgets))
+      count += own * len(kept)
       # A smaller set has fewer steps in as many epochs; in as many tokens about the same.
-      whole += own * (sum(budgets or [s.fraction]) if equal == "epochs" else max(1, len(budgets)))
+      whole += own * (sum(kept) if equal == "epochs" else len(kept))
   return count, whole
 
 

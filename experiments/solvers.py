@@ -434,4 +434,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/solvers")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -2,9 +2,9 @@
 
 python -m experiments.study --flagfile=experiments/flags/study.flags --run_dir=runs/study-chatterbot
 
-Every variant changes one thing of a rule: the parameters at which gradients are taken, the solver, the layers, the
-length bias, quotas, the size of the evaluation set. All are trained by one recipe; a selection's seeds change the order
-of its data, a random set's the set too.
+Every variant changes one thing of a rule, or a few that belong together: the parameters at which gradients are taken,
+the solver with its damping, the layers, the length bias, quotas, the size of the evaluation set. All are trained by one
+recipe; a selection's seeds change the order of its data, a random set's the set too.
 """
 
 import dataclasses
@@ -20,14 +20,22 @@ from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
 from experiments.pictures import write_figure
 from experiments.resuming import FOLDER, Work
-from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
+from experiments.retraining import EQUAL, Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
 from experiments.select import budget_of, sketch_inputs, text_inputs
+from experiments.solving import solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
-from in2core_jax import artifacts, coreset, embeddings, evaluation, report
+from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree
+from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_DOES = "study's rules say themselves how they score and choose, and it fine-tunes by itself"
+_REFUSED = (
+  *("checkpoint", "damping", "normalize", "self_influence", "per_query", "per_layer", "per_token", "trajectory"),
+  "score_path=projected",
+  *flags.OTHER_POLICIES,
+)
 FULL, RANDOM = evaluation.FULL, evaluation.RANDOM
 # Flags of the choice, which scores do not depend on.
 _OF_THE_CHOICE = (
@@ -67,7 +75,9 @@ def _variant(policy: str, **changes) -> Variant:
   return Variant(policy, tuple(changes.items()), **own)
 
 
-# Name -> what it is; the first of each family is the rule itself, the others change one thing.
+# Name -> what it is; the first of each family is the rule itself. The others change one thing of it, some a second with
+# it: a solver has its damping; "summed losses" and "cosine" of proponents have no curvature; "plain" and "unit
+# gradients" of matching aim at the mean over examples, "plain" without shrinking.
 VARIANTS = {
   "proponents": _variant("proponents", trained=True),
   "proponents, base model": _variant("proponents"),
@@ -131,12 +141,12 @@ class Study:
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
-    s = self.settings.replace(policy=variant.policy, **dict(variant.changes))
-    s = s.replace(checkpoint=self.checkpoint if variant.trained else "")
-    bench = self.bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
-    bench = bench.with_queries(variant.queries)
-    budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
-    inputs = self._inputs(bench, s, variant)
+    s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
+    bench = bench_of(self.bench, s).with_queries(variant.queries)
+    whole = self.bench.parts["train"]
+    budget = budget_for(s, variant, whole, bench.parts["train"])
+    # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
+    inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
     every = coreset.select_rows(variant.policy, inputs, coreset.Budget(fraction=1.0), seed)
@@ -174,6 +184,59 @@ class Study:
     return np.array(kept["influence"]), np.array(kept["loss"])
 
 
+def settings_of(s: Settings, variant: Variant) -> Settings:
+  """The flags with those of a variant in their place; no cut keeps more of an example than --max_length."""
+  own = s.replace(policy=variant.policy, **dict(variant.changes))
+  return own.replace(max_length=min(own.max_length, s.max_length))
+
+
+def bench_of(bench: Workbench, s: Settings) -> Workbench:
+  """The bench with losses and lengths of a variant's `settings_of`."""
+  return bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
+
+
+def budget_for(
+  s: Settings, variant: Variant, whole: data.TokenizedDataset, cut: data.TokenizedDataset
+) -> coreset.Budget:
+  """How much a variant chooses: as many examples as if none was cut.
+
+  Args:
+    s: flags of the budget.
+    variant: the rule.
+    whole: the training set as it is trained on.
+    cut: as it is scored, where some responses may be cut off.
+
+  Raises:
+    UserError: fewer examples than that still have a response.
+  """
+  budget = coreset.Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
+  if budget.token_budget:
+    return budget
+  count = budget.limit(whole.num_tokens[whole.num_response_tokens > 0])
+  left = np.count_nonzero(cut.num_response_tokens)
+  if left < count:
+    raise UserError(f"it is to choose {count} examples, but only {left} have a response within {s.max_length} tokens")
+  return coreset.Budget(num_examples=count)
+
+
+def check_variants(bench: Workbench, s: Settings) -> None:
+  """Tells before the work what a variant could not do.
+
+  Raises:
+    UserError: names the variant.
+  """
+  for name, variant in variants_of(s).items():
+    own = settings_of(s, variant)
+    try:
+      if variant.policy in coreset.SCORE_POLICIES:
+        solver_settings(own)
+      if variant.policy in (*coreset.SCORE_POLICIES, *coreset.FEATURE_POLICIES):
+        subtree.make_subtree(bench.params, own.layers, own.modules)
+      budget_for(own, variant, bench.parts["train"], bench_of(bench, own).parts["train"])
+    except UserError as error:
+      raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
+
+
 def variants_of(s: Settings) -> dict[str, Variant]:
   """The variants that the flags ask for.
 
@@ -193,7 +256,9 @@ def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
       choose_rows = lambda variant=variant, seed=seed: {"rows": study.rows(variant, seed).tolist()}  # noqa: E731
-      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0)
+      # Not the sets of an earlier version, which chose fewer examples where some were cut.
+      cut = ("as many as uncut",) if "max_length" in dict(variant.changes) else ()
+      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0, *cut)
       found.append(Candidate(name, seed, np.array(kept["rows"], np.int64)))
   return found
 
@@ -208,10 +273,12 @@ def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, labe
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Chooses, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
-  bench = bench or Workbench(s)
+  flags.refuse(s, _REFUSED, _DOES)
   variants_of(s)
   equal = equal_of(s)
   seeds_of(s)
+  bench = bench or Workbench(s)
+  check_variants(bench, s)
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
@@ -241,7 +308,7 @@ _PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beat
 
 
 def shared_with_their_rule(chosen: list[Candidate]) -> dict[str, float]:
-  """For each variant the share of its examples that the rule of which it changes one thing has chosen too.
+  """For each variant the share of its examples that the rule which it changes has chosen too.
 
   "proponents, cg, cut at 96" changes "proponents, cg", or "proponents" where that was not asked for; rules without one
   are left out. Of several seeds the first counts.
@@ -316,6 +383,13 @@ def _sources(s: Settings) -> str:
   return f"{named} (block {s.limit_block} of the limits' size)" if s.limit_block else named
 
 
+def remove_pictures(run_dir: artifacts.RunDir, equal: list[str]) -> None:
+  """Removes the pictures of a longer --equal: they would be published beside tables that do not show them."""
+  for word in EQUAL if run_dir.writer else ():
+    for kind in ("svg", "png") if word not in equal else ():
+      (run_dir.path / "plots" / f"study-{word}.{kind}").unlink(missing_ok=True)
+
+
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, shared) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
   test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
@@ -327,6 +401,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     f"{perplexity:.3f}. In brackets: 95 % intervals over seeds.",
   ]
   every = []
+  remove_pictures(run_dir, [group.equal for group in groups])
   for group in groups:
     table = comparison(group.rows, shared)
     every += [{"equal": group.equal} | row for row in table]
@@ -348,4 +423,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/study", seeds="0,1,2,3,4", fixed_seeds="0,1,2")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -21,7 +21,7 @@ from experiments.scoring import score
 from experiments.select import budget_of, check_settings, sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose
-from in2core_jax import artifacts, coreset, evaluation, report, subtree
+from in2core_jax import artifacts, coreset, data, evaluation, report, subtree
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,9 @@ class Transfer:
     bench = self.bench_of(scorer)
     content = artifacts.hash_of([bench.model_hash, bench.data_identity("train", "eval")])
     name = ("scores", *dataclasses.astuple(scorer), content)
+    theirs, ours = (one.num_response_tokens for one in (bench.parts["train"], self.train))
+    if self.settings.policy in coreset.FEATURE_POLICIES and not np.array_equal(theirs, ours):
+      name += ("weighed by its own tokens",)  # an earlier version took those of the trained model
     return self.cells.get(lambda: self.score_anew(scorer, bench, artifacts.hash_of(name)[:16]), *name)
 
   def score_anew(self, scorer: Scorer, bench: Workbench, name: str) -> dict:
@@ -138,10 +141,7 @@ class Transfer:
     train = bench.parts["train"]
     more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
     more |= text_inputs(bench, {s.policy})
-    # Where the other tokenizer cuts a response off, the example is still there for the model that is trained.
-    inputs = coreset.PolicyInputs(
-      found.influence, found.loss, train.num_tokens, self.train.num_response_tokens, train.topics, train.ids, **more
-    )
+    inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {
       "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
@@ -192,6 +192,25 @@ class Transfer:
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
       found.append(evaluation.RetrainRow.from_json(cell))
     return found
+
+
+def inputs_for(trained: data.TokenizedDataset, scored: data.TokenizedDataset, **more) -> coreset.PolicyInputs:
+  """What a scorer chooses from, for the model that is trained.
+
+  Args:
+    trained: the training set as the trained model reads it: where the scorer's tokenizer cuts a response off, the
+      example is still there.
+    scored: as the scorer reads it, whose mean gradients are over its own response tokens.
+    more: other fields of `coreset.PolicyInputs`.
+  """
+  return coreset.PolicyInputs(
+    num_tokens=scored.num_tokens,
+    num_response_tokens=trained.num_response_tokens,
+    token_weights=scored.num_response_tokens,
+    topics=scored.topics,
+    ids=scored.ids,
+    **more,
+  )
 
 
 def agreement_rows(
@@ -296,7 +315,8 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   parts += ["![Test perplexity](plots/transfer.svg)", report.markdown_table(printed(table)).rstrip()]
   parts += [
     "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
-    "training examples. Chance is 0 and the share that is kept. The ratio's interval is over seeds of the training."
+    "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
+    "kept. The ratio's interval is over seeds of the training."
   ]
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]
@@ -351,4 +371,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.define(run_dir="runs/transfer")
-  cli.run(main)
+  cli.run(main, alone=True)

@@ -212,8 +212,18 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
   rows[3]["perplexity"] = evaluation.confidence_interval([3.0, 3.1])  # below all layers' interval: better, not outside
   assert ablation_report.enough(rows)["name"] == "spread:8"
   rows[3]["overlap"] = 0.89
-  assert ablation_report.enough(rows)["name"] == "last:9"
-  assert "it was not retrained" in ablation_report.sentence(rows)
+  # last:9 agrees, but so did last:8, which failed: what was not retrained is not enough then.
+  assert ablation_report.enough(rows)["name"] == "first:16"
+  del rows[4]
+  assert ablation_report.enough(rows) is None
+  assert "retrained (last:8) are above" in ablation_report.sentence(rows)
+  assert "not retrained: last:9." in ablation_report.sentence(rows)
+  plain = [row | {"perplexity": None} for row in rows]
+  assert "last:8 is enough" in ablation_report.sentence(plain)
+  assert "it was not retrained" in ablation_report.sentence(plain)
+  once = [made("all", 1.0, 1.0, [5.0]), made("last:8", 0.95, 0.4, [9.0])]
+  assert "last:8 may be enough" in ablation_report.sentence(once)
+  assert "9, all layers' 5, and one seed cannot tell them apart" in ablation_report.sentence(once)
   few = [rows[0], rows[1]]
   assert "none that is cheaper" in ablation_report.sentence(few) and "cheap, shares 70%" in ablation_report.sentence(
     few
@@ -234,11 +244,15 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
     ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
     ({"per_layer": True}, "--per_layer=true: .* leave it out"),
     ({"score_path": "projected"}, "--score_path=projected: "),
+    ({"ablate_solvers": "identity,ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    ({"seeds": ""}, "--seeds is empty: give at least one"),
+    ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert changes == {"ablate_modules": "heads"} or not (tmp_path / "run").exists()
 
 
 def test_a_choice_is_named_as_flags_name_it():

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
+
+from experiments import cli
+from in2core_jax import processes
+from in2core_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
@@ -121,3 +126,40 @@ print("after")
   assert code == 143 and len(lines) < 1000 and "after" not in lines
   assert lines[-1].startswith("end")  # the piece under way was finished
   assert err.splitlines()[-1].startswith("stopped by SIGTERM")
+
+
+SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.mark.parametrize(
+  ("arguments", "variables", "refused"),
+  [
+    ([], {}, False),
+    (["--coordinator=h:1", "--process_id=0", "--num_processes=2"], {}, True),
+    ([], SLURM, True),
+    (["--num_processes=1"], SLURM, False),
+  ],
+)
+def test_a_command_for_one_process_refuses_to_be_one_of_several(monkeypatch, arguments, variables, refused):
+  own = absl_flags.FlagValues()
+  absl_flags.DEFINE_string("coordinator", "", "", flag_values=own)
+  absl_flags.DEFINE_integer("process_id", -1, "", flag_values=own)
+  absl_flags.DEFINE_integer("num_processes", 0, "", flag_values=own)
+  monkeypatch.setattr(absl_flags, "FLAGS", own)
+  for name in ("set_up_logging", "set_up_compilation_cache"):
+    monkeypatch.setattr(cli, name, lambda: None)
+  monkeypatch.setattr(processes, "initialize", lambda *_: pytest.fail("waits for the others") if refused else False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  argv = own(["experiments/study.py", *arguments])
+  if refused:
+    with pytest.raises(UserError, match="study runs in one process, and this is one of several: .* --num_processes=1"):
+      cli._prepare_and_call(lambda _: 7, argv, alone=True)
+  else:
+    assert cli._prepare_and_call(lambda _: 7, argv, alone=True) == 7
+
+
+def test_commands_with_cells_are_for_one_process():
+  texts = {path.stem: path.read_text() for path in (ROOT / "experiments").glob("*.py")}
+  alone = {name for name, text in texts.items() if name != "cells" and "cli.run(main, alone=True)" in text}
+  assert alone == {"paper"} | {name for name, text in texts.items() if "import Cells" in text}

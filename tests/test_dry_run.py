@@ -1,5 +1,6 @@
 """--dry_run and --batch_tokens=auto: what they say is what the run has, and what does not fit is told with a flag."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -117,6 +118,23 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 
 
+def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
+  """Of as many examples as are kept, whichever flag or run says so."""
+  (tmp_path / "summary.json").write_text(json.dumps({"policy": "matching", "selected": 4}))
+  own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
+  tokens = bench.parts["train"].num_tokens
+  steps = named(planning.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
+  for share, changes in (
+    (0.5, {}),
+    (0.25, {"num_examples": 10}),
+    (0.2, {"token_budget": int(tokens.sum() // 5)}),
+    (0.1, {"select_runs": str(tmp_path), "policies": "", "num_examples": 10}),
+  ):
+    s = own.replace(**changes)
+    assert planning.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
+    assert named(planning.evaluate_phases(bench, s), "1 trainings").flops == pytest.approx(share * steps, rel=0.01)
+
+
 @pytest.mark.parametrize(
   ("changes", "phase"),
   [
@@ -190,14 +208,23 @@ def test_hardware_by_name():
 # ---- the flags -----------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def command(**defaults):
+  """Parses command lines of a command with some defaults of its own into settings."""
+  before = set(absl_flags.FLAGS)
+  flags.define(**defaults)
+  try:
+    yield lambda *line, **options: absl_flags.FLAGS(["command", *line]) and flags.read(**options)
+  finally:
+    for name in set(absl_flags.FLAGS) - before:
+      delattr(absl_flags.FLAGS, name)
+
+
 @pytest.fixture
 def parse():
   """Parses a command line into settings."""
-  before = set(absl_flags.FLAGS)
-  flags.define()
-  yield lambda *line, **options: absl_flags.FLAGS(["command", *line]) and flags.read(**options)
-  for name in set(absl_flags.FLAGS) - before:
-    delattr(absl_flags.FLAGS, name)
+  with command() as made:
+    yield made
 
 
 def test_batch_tokens_is_a_number_or_auto(parse):
@@ -208,6 +235,21 @@ def test_batch_tokens_is_a_number_or_auto(parse):
   for nonsense in ("many", "0", "-1", "1e3", ""):
     with pytest.raises(UserError, match=f"--batch_tokens={nonsense} is neither auto nor a whole number"):
       parse(f"--batch_tokens={nonsense}")
+
+
+def test_a_flagfile_repeats_the_run_of_a_command_with_defaults_of_its_own():
+  own = {"run_dir": "runs/coverage", "layers": "last:2", "solver": "identity", "fixed_seeds": "0,1,2", "depth": 400}
+  table = flags.Settings()
+  for line in ([], [f"--{name}={getattr(table, name)}" for name in own], ["--layers=all", "--depth=50"]):
+    with command(**own) as parse:
+      asked = parse(*line)
+      written = asked.as_flags()
+    with command(**own) as parse:
+      again = parse(*written)
+    with command() as parse:  # another command, from the same file
+      other = parse(*written)
+    for name in own:
+      assert getattr(asked, name) == getattr(again, name) == getattr(other, name), (line, name)
 
 
 def test_dry_run_is_refused_where_work_would_begin(parse):

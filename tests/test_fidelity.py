@@ -127,6 +127,8 @@ def test_variants_change_one_thing_at_a_time(settings):
     ({"damping": 0.1}, "--damping=0.1: "),
     ({"normalize": "cosine"}, "--normalize=cosine: "),
     ({"score_path": "projected"}, "--score_path=projected: "),
+    ({"precondition": "ekfac"}, "--precondition=ekfac with --solver=identity"),
+    ({"lds_solvers": "cg,ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
   ],
 )
 def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path, changes, message):
@@ -303,6 +305,32 @@ def test_conclusions_say_no_more_than_the_intervals():
     ("cg, last:1, damping 0.1, full", "identity, last:1, full"),
     ("cg, last:1, damping 0.01, full", "identity, last:1, full"),
   ]
+
+
+def test_a_default_without_damping_is_compared_with_the_others_first():
+  scores, masks, _, losses = made(0.5)
+  name = fidelity.Variant
+  ways = [name("identity", "last:1", np.nan, "full"), name("identity", "last:1", np.nan, "base")]
+  ways += [name("cg", "last:1", ratio, "full") for ratio in (0.01, 0.1)]
+  measured = {way: datamodeling.measure(scores, masks, losses) for way in ways}
+  solver, at = fidelity_report.conclusions(measured)
+  assert solver.startswith("Solver: identity has the highest LDS") and solver.endswith("told apart from cg.")
+  assert at.startswith("Where gradients are taken: ")
+
+
+def test_what_the_noise_does_not_tell_is_said():
+  _, _, _, losses = made(0.5)
+  said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, -losses, draws=10), 8)
+  assert "no better than chance, so that nothing can be told" in said and "nan" not in said
+  said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, losses, draws=10), 8)
+  assert "an LDS of about 1.00, the square root (1.00 to 1.00)." in said
+  facts = {"share": 0.1, "seed": 0, "examples": 3, "response_tokens": 9, "test": 1.0}
+  once = [facts | {"what": what, "eval": loss} for what, loss in (("top, cg", 2.0), ("random", 1.0))]
+  rows = fidelity_report.curve_rows(once)
+  assert fidelity_report.printed_curves(rows)[0]["eval minus random"] == "+1.000 (one seed each)"
+  assert fidelity_report.curve_sentences(rows)[0] == (
+    "Without top, cg: eval loss not to be told apart from random's by one seed each."
+  )
 
 
 def test_curves_are_compared_with_random_sets_of_the_same_size():

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from absl import flags as absl_flags
+from safetensors.numpy import save_file
 
 from experiments import cli, paper, workbench
 from experiments.flags import Settings
@@ -128,6 +130,53 @@ def test_a_longer_list_of_rules_goes_on_with_what_is_there(made, caplog, monkeyp
   assert "longest" in made.page("more/table.md")
   monkeypatch.setattr(paper, "STEPS", (more("--variants=matching", "--max_length=12"),))
   assert made.run() == (0, ["more"]) and made.starts("more") == "y"  # another number: anew
+
+
+def test_more_rules_on_a_file_that_has_moved_start_anew(made, caplog, monkeypatch):
+  """The run folder holds the path: it would refuse to go on, and so for good."""
+  more = lambda rules: paper.Step(  # noqa: E731
+    "more", "study", "table", str(made.flagfile), "rules", ("--train_data=jsonl:{alpaca}", f"--variants={rules}")
+  )
+  monkeypatch.setattr(paper, "STEPS", (more("matching"),))
+  assert made.run() == (0, ["more"])
+  moved = made.alpaca.with_name("elsewhere.json")
+  made.alpaca.rename(moved)
+  assert made.run(alpaca=str(moved)) == (0, [])
+  monkeypatch.setattr(paper, "STEPS", (more("matching; longest"),))
+  made.mark = "y"
+  assert made.run(alpaca=str(moved)) == (0, ["more"]) and made.starts("more") == "y"
+  assert "more starts anew" in caplog.text and "--alpaca was" in caplog.text
+
+
+def test_other_weights_under_the_same_name_start_anew(made, caplog, tmp_path):
+  folder = tmp_path / "mine"
+  folder.mkdir()
+  (folder / "config.json").write_text("{}")
+  (folder / "tokenizer.json").write_text("{}")
+  write = lambda value: save_file({"a": np.full(9, value, "f4")}, folder / "model.safetensors")  # noqa: E731
+  write(1)
+  run = lambda: made.run(model=f"truncated:hf:{folder}:2", only="first")  # noqa: E731
+  assert run() == (0, ["first"]) and run() == (0, [])
+  write(1)  # a copy
+  assert run() == (0, [])
+  write(2)
+  assert run() == (0, ["first"]) and "the content of --model changed" in caplog.text
+  (folder / "tokenizer.json").write_text("[]")
+  assert run() == (0, ["first"])
+  # A note of an older version does not know the content, and a model that is gone removes no results.
+  note = made.note("first")
+  content = note["command"].pop("content of --model")
+  (pathlib.Path(made.settings.run_dir) / "first.json").write_text(json.dumps(note))
+  assert run() == (0, [])
+  note["command"]["content of --model"] = content
+  (pathlib.Path(made.settings.run_dir) / "first.json").write_text(json.dumps(note))
+  (folder / "config.json").unlink()
+  assert run() == (0, [])
+  file = tmp_path / "mine.gguf"
+  file.write_bytes(b"1")
+  first = paper.model_content(f"gguf:{file}")
+  file.write_bytes(b"22")
+  assert first and paper.model_content(f"gguf:{file}") != first and paper.model_content("smollm2") == ""
 
 
 def test_how_fast_is_no_other_command(made):
@@ -261,6 +310,12 @@ def test_an_extra_step_runs_only_when_it_is_named(made, monkeypatch):
   assert made.run(only="more") == (0, ["more"])
   assert "more/table.md" in made.page("README.md")
   assert [step.name for step in paper.steps_of(Settings())] == ["first", "second"]
+
+
+def test_the_help_of_only_names_what_is_run_only_where_it_is_named():
+  (told,) = (field.metadata["help"] for field in paper.dataclasses.fields(Settings) if field.name == "only")
+  extra = sorted(step.name for step in paper.STEPS if step.extra)
+  assert told.endswith(f"; empty: all but {', '.join(extra)}")
 
 
 def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import evaluate, finetune, scoring, select, solving, workbench
+from experiments import demo, evaluate, finetune, flags, scoring, select, solving, workbench
 from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
 from in2core_jax import artifacts, data, evaluation, matching, report_facts, report_html, sharding, subtree
@@ -264,6 +264,22 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
     finetune.run(settings.replace(run_dir=str(tmp_path / "f"), trainable_layers="last:9"), bench)
   with pytest.raises(UserError, match="proponents needs the scores of a select run"):
     evaluate.run(settings.replace(run_dir=str(tmp_path / "e"), policies="proponents"), bench)
+
+
+def test_a_demo_is_settled_before_its_first_stage():
+  s = flags.Settings(policies="full,random,proponents,opponents")
+  assert demo.settled(s) == s  # as in demo.flags, with the default policy
+  chosen = s.replace(policy="proponents")
+  assert demo.settled(chosen) == chosen.replace(policies="full,random,opponents")
+  assert demo.settled(chosen.replace(fractions="0.5")) == chosen.replace(fractions="0.5")
+  for changes, words in (
+    ({"checkpoint": "runs/x"}, "--checkpoint=runs/x: demo fine-tunes and selects by itself; leave it out"),
+    ({"select_runs": "runs/x"}, "--select_runs=runs/x: demo"),
+    ({"policy": "random"}, "--policy=random --policies=full,random,.* one name"),
+    ({"policies": "full,best"}, "unknown 'best'"),
+  ):
+    with pytest.raises(UserError, match=words):
+      demo.settled(s.replace(**changes))
 
 
 @pytest.mark.parametrize("curvature_examples", [1, 8, 500])

@@ -1,8 +1,10 @@
 """Tables of many trainings: the sweep of evaluate, the study of selection rules, all of them in one command."""
 
+import copy
 import csv
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
 from experiments.retraining import Candidate, Judge
-from in2core_jax import artifacts, embeddings, evaluation, influence
+from in2core_jax import artifacts, coreset, embeddings, evaluation, influence
 from in2core_jax.errors import UserError
 
 
@@ -138,6 +140,25 @@ def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
   for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
     with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
       evaluate.plan_of(bench, sweep.replace(**{name: value}))
+  other = copy.copy(bench)
+  other.__dict__["_loaded"] = (*bench._loaded[:3], "0" * 64)
+  with pytest.raises(UserError, match="another --model .* than hf:.*hash 000000000000.*: give evaluate the same"):
+    evaluate.plan_of(other, sweep)
+
+
+def test_selections_of_several_sizes_have_no_random_set_in_common(settings, bench, monkeypatch):
+  chosen = {"a/run": ("matching", 12), "b/run": ("proponents", 16), "c": ("longest", 16)}
+  columns = lambda count: {"selected": np.arange(32) < count}  # noqa: E731
+  monkeypatch.setattr(evaluate, "read_selection", lambda folder, _: (chosen[folder][0], columns(chosen[folder][1])))
+  plan = lambda runs, policies: evaluate.plan_of(bench, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
+  with pytest.raises(UserError, match="have selected 12, 16 examples, and random of --policies would have one size"):
+    plan("a/run,b/run", "full,random")
+  assert len(plan("a/run,b/run", "full").runs) == len(plan("b/run,c", "full,random").runs) == 2
+
+
+def test_reports_of_select_runs_have_names_of_their_own():
+  found = evaluate.report_names(["x/run-2", "a/run", "b/run/", "gs://bucket/c/run"])
+  assert found == ["report-run-2.html", "report-run.html", "report-run-3.html", "report-run-4.html"]
 
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
@@ -179,7 +200,10 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert "## Equal steps" in (tmp_path / "study" / "study.md").read_text()
   no_training(monkeypatch)
   study.run(chosen, bench)
+  longer = tmp_path / "study" / "plots" / "study-tokens.svg"
+  longer.write_text("of an earlier --equal=steps,tokens")
   study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
+  assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
 
@@ -201,6 +225,46 @@ def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkey
   whole, half = rows[f"matching, cut at {length}"], rows[f"matching, cut at {short}"]
   assert whole["shared with its rule"] == "1.00" and whole["perplexity"] == rows["matching"]["perplexity"]
   assert 0 < float(half["shared with its rule"]) < 1 and half["perplexity"] != whole["perplexity"]
+  assert half["examples"] == whole["examples"] == "16"
+
+
+def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
+  part = lambda *responses: types.SimpleNamespace(  # noqa: E731
+    num_tokens=np.full(len(responses), 9), num_response_tokens=np.array(responses)
+  )
+  whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
+  rule = study.VARIANTS["matching, cut at 48"]
+  assert study.budget_for(settings.replace(fraction=0.5), rule, whole, cut) == coreset.Budget(num_examples=4)
+  tokens = settings.replace(token_budget=30)
+  assert study.budget_for(tokens, rule, whole, cut) == coreset.Budget(token_budget=30)
+  with pytest.raises(UserError, match="choose 6 examples, but only 5 have a response within 48 tokens"):
+    study.budget_for(study.settings_of(settings.replace(fraction=0.75, max_length=96), rule), rule, whole, cut)
+  assert study.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"checkpoint": "runs/x"}, "--checkpoint=runs/x: study's rules say themselves"),
+    ({"damping": 0.1}, "--damping=0.1: "),
+    ({"normalize": "cosine"}, "--normalize=cosine: "),
+    ({"policy": "longest"}, "--policy=longest: "),
+    ({"score_path": "projected"}, "--score_path=projected: "),
+    ({"variants": "matching; proponents, cg", "precondition": "ekfac"}, ""),
+    ({"variants": "proponents, datainf", "precondition": "ekfac"}, "'proponents, datainf': --precondition=ekfac with"),
+    ({"variants": "matching", "layers": "last:9"}, "--variants, 'matching': --layers=last:9"),
+    ({"variants": "matching, cut at 2"}, "'matching, cut at 2': .* has a response token within max_length=2"),
+  ],
+)
+def test_a_study_that_cannot_be_is_refused_before_the_work(settings, bench, tmp_path, monkeypatch, changes, words):
+  rules = study.VARIANTS | {"matching, cut at 2": study._variant("matching", trained=True, max_length=2)}
+  monkeypatch.setattr(study, "VARIANTS", rules)
+  if not words:
+    assert study.check_variants(bench, settings.replace(**changes)) is None
+    return
+  with pytest.raises(UserError, match=words):
+    study.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not list(tmp_path.iterdir())
 
 
 def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, bench):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from tiny import CONFIG, OneDevice, quick_compile, run_settings, write_model  # 
 
 from experiments import flags, scoring, transfer, workbench
 from experiments.retraining import Judge
-from in2core_jax import artifacts, model, subtree, weights
+from in2core_jax import artifacts, coreset, matching, model, subtree, weights
 from in2core_jax.errors import UserError
 
 
@@ -129,6 +130,22 @@ def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp
   weights.save_hf_dir(tmp_path / "other", config, jax.tree.map(lambda leaf: leaf * 1.5, params), tokenizer)
   assert task.scored(scorer)["of"] == 2
   assert len(set(folders)) == 2  # what the first left unfinished is not the second's
+
+
+def test_a_scorer_weighs_its_gradients_by_its_own_tokens():
+  """An example whose response the scorer cuts off can be chosen; the pool's mean is that of the scorer's tokens."""
+  part = lambda *responses: types.SimpleNamespace(  # noqa: E731
+    num_tokens=np.array(responses) + 5, num_response_tokens=np.array(responses), topics=[""] * 3, ids=["a", "b", "c"]
+  )
+  ours, theirs = part(4, 4, 4), part(9, 3, 0)
+  queries = {"target": np.array([[1.0, 0.0], [0.9, 0.3], [1.1, -0.2]]), "query_tokens": np.array([2, 1, 1])}
+  queries |= {"features": np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), "target_mean": "tokens", "shrink": True}
+  found = transfer.inputs_for(ours, theirs, scores=None, loss=None, **queries)
+  assert sorted(found.pool()) == [0, 1, 2]
+  wanted = matching.shrunk_target(queries["target"], queries["features"], np.array([2.0, 1, 1]), np.array([9, 3, 0]))
+  np.testing.assert_allclose(found.aim.target, wanted.target)
+  plain = coreset.inputs_of(ours, **queries).aim.target
+  assert not np.allclose(found.aim.target, plain)
 
 
 def test_scorers_are_read_with_their_layers():
