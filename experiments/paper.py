@@ -146,7 +146,16 @@ STEPS = (
     "rules of selection on a redundant corpus",
     (f"--variants={_RULES}",),
   ),
-  Step("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
+  Step("layers-tuned", "finetune", "", "ablate_layers.flags", "the model whose gradients the next step takes"),
+  Step(
+    "layers",
+    "ablate_layers",
+    "ablate_layers",
+    "ablate_layers.flags",
+    "how many layers are enough",
+    # At the base model all layers' own highest scores lose to random sets, so that agreeing with them says little.
+    ("--checkpoint={runs}/layers-tuned/checkpoint",),
+  ),
   Step(
     "fidelity",
     "fidelity",
