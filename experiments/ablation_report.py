@@ -206,7 +206,8 @@ def explanation(s: Settings, bench: Workbench) -> str:
   kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
   return (
     f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
-    f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected (proponents). Spearman and overlap "
+    f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "
+    "(proponents). Spearman and overlap "
     f"(of the {kept} that are kept) are with all layers and modules of the same solver. FLOPs and memory on paper "
     "are those that --dry_run tells for a whole select run with the choice, boundary cache included. Seconds and peak "
     f"memory were measured for some only: a score pass (jvp, no boundary cache) over {s.ablate_examples} training "
