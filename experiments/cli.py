@@ -85,7 +85,10 @@ def _exit(code: int, message: str) -> NoReturn:
 def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
   """absl's flags, with its errors as ours: absl would print several lines and exit with 1."""
   if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv[1:]):
-    print(help_fn() if help_fn else _help_text())
+    try:
+      print(help_fn() if help_fn else _help_text(), flush=True)
+    except BrokenPipeError:  # a reader that has seen enough, as `| head`; nothing may be flushed into it at the exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
   try:
     rest = flags.FLAGS(argv)

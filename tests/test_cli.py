@@ -107,6 +107,13 @@ def test_help_names_the_flags_and_exits_0(tmp_path):
   assert code == 0 and out.startswith("A command.") and "share to keep" in out and "ran" not in out
 
 
+def test_help_for_a_reader_that_has_gone(tmp_path):
+  process = command(tmp_path, "pass", "--help")
+  process.stdout.close()  # as `| head` does
+  assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+  process.stderr.close()
+
+
 def test_loop_finishes_its_piece_on_sigterm(tmp_path):
   body = """
 with cli.finish_on_sigterm() as stop_requested:
