@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _MANY_COPIES = 0.05  # share of the training set from which select warns of them
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
+_HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
 
 
 def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
@@ -206,6 +207,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     clock.lap("per query")
   copies = risky_data(bench.summary)  # many of them are told of once, with the same remedy
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
+  warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
   warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies)
   for warning in warnings:
     log.warning("%s", warning)
@@ -278,6 +280,23 @@ def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
     f"({100 * aim.beyond_chance:.0f} % of the difference of their means is more than chance). For such sets the half "
     "with the highest influence did as well as matching's in retraining, and a little better at equal response tokens. "
     "To compare both: evaluate with --policies=full,random,proponents."
+  ]
+
+
+def few_queries(s: Settings, aim: matching.Shrunk | None, size: int) -> list[str]:
+  """Where the evaluation set is too small to say what should be matched, in one sentence.
+
+  Args:
+    s: flags of the run.
+    aim: of the matching (`PolicyInputs.aim`); None where nothing was matched.
+    size: evaluation examples.
+  """
+  if aim is None or not s.matching_shrink or aim.kept >= _HARDLY_MATCHED:
+    return []
+  return [
+    f"The {size:,} evaluation examples know their own mean gradient less well than the training set does: "
+    f"{100 * aim.kept:.0f} % of the difference is matched, so that the selection stands for the training set and "
+    "hardly for them. Give more of them (--eval_data, --eval_limit), ten times as many where there are."
   ]
 
 

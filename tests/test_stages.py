@@ -163,6 +163,11 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   apart, alike = (matching.Shrunk(np.zeros(2), 0.6, share) for share in (0.47, 0.1))
   assert len(select.better_policy(told, apart)) == 1 and "(47 %" in select.better_policy(told, apart)[0]
   assert select.better_policy(told, alike) == select.better_policy(told, None) == []
+  unknown = matching.Shrunk(np.zeros(2), 0.04, 0.0)
+  assert "The 1,200 evaluation examples" in select.few_queries(told, unknown, 1200)[0]
+  assert "4 % of the difference" in select.few_queries(told, unknown, 1200)[0]
+  assert select.few_queries(told, apart, 1200) == select.few_queries(told, None, 1200) == []
+  assert select.few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
   for other in ({"checkpoint": ""}, {"solver": "identity"}, {"policy": "matching_quota"}, {"matching_shrink": False}):
     assert select.better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
