@@ -70,7 +70,7 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   """
   evals = bench.parts[POINTS]
   there = {topic for topic, tokens in zip(evals.topics, evals.num_response_tokens, strict=True) if tokens}
-  known = sorted(there & set(bench.parts["train"].topics))
+  known = sorted((there & set(bench.parts["train"].topics)) - {""})
   if s.hold_out_topics.strip().isdecimal():
     return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
   names = listed(s.hold_out_topics)

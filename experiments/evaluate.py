@@ -77,6 +77,8 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   folders, fractions = listed(s.select_runs), _fractions(s)
   runs = [read_selection(folder, bench) for folder in folders]
   wanted = listed(s.policies)
+  if not wanted and not runs:
+    raise UserError("--policies and --select_runs are empty: name what is to be compared, as in --policies=full,random")
   for policy in wanted:
     if policy != "full" and policy not in coreset.POLICIES:
       raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")

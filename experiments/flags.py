@@ -473,6 +473,11 @@ def read(tells_costs: bool = False) -> Settings:
     raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
   if settings.hardware and not settings.dry_run:
     raise UserError(f"--hardware={settings.hardware} is for --dry_run: a run takes the devices that are here (--mesh)")
+  if not settings.train_data.strip():
+    raise UserError("--train_data is empty: give chatterbot, jsonl:FILE.jsonl or another source (--help lists them)")
+  for name in ("damping_ratio", "solver_tol", "learning_rate", "weight_decay"):
+    if not math.isfinite(getattr(settings, name)):
+      raise UserError(f"--{name}={getattr(settings, name)} is no finite number")
   if not 0 < settings.fraction <= 1:
     raise UserError(f"--fraction={settings.fraction} is outside (0, 1]: 0.5 keeps half of the training examples")
   positive = ("max_length", "max_shapes", "batch_size", "microbatch", "shard_batches", "depth", "repeat", "sketch_size")

@@ -244,6 +244,8 @@ def variants_of(s: Settings) -> dict[str, Variant]:
     UserError: a name that is unknown.
   """
   wanted = words(s.variants, "variants", VARIANTS, ";") or list(VARIANTS)
+  if s.variants.strip() and not s.variants.strip(" ;"):
+    raise UserError(f"--variants={s.variants} names no rule: leave it empty for all, or name some, joined by ;")
   return {name: VARIANTS[name] for name in wanted}
 
 

@@ -84,7 +84,14 @@ def deal_topics(topics: Sequence[str], size: int, folds: int, seed: int) -> list
     UserError: fewer topics than that, or none left to train on.
   """
   names = sorted(set(topics))
-  if size < 1 or folds < 1 or size * folds > len(names) or size >= len(names):
+  if size < 1 or folds < 1:
+    raise UserError(f"{folds} folds of {size} held-out topics: both must be at least 1")
+  if len(names) < 2:
+    raise UserError(
+      f"coverage holds topics out, and the data has {names or 'none'}: give every record a column topic, source or "
+      "category, or name one with --data_fields=...,topic=NAME"
+    )
+  if size * folds > len(names) or size >= len(names):
     raise UserError(
       f"{folds} folds of {size} held-out topics need {folds * size} topics, and one more than a fold has to train on; "
       f"there are {len(names)} with training examples and test points: {', '.join(names)}"

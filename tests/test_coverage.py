@@ -47,9 +47,13 @@ def test_folds_are_whole_topics_each_once():
   assert sorted(name for fold in folds for name in fold) == list("abcdef")
   assert folds == coverage.deal_topics(topics[::-1], 2, 3, seed=0)
   assert any(coverage.deal_topics(topics, 2, 3, seed=seed) != folds for seed in range(1, 4))
-  for size, count in ((2, 4), (6, 1), (0, 1)):
+  for size, count in ((2, 4), (6, 1)):
     with pytest.raises(UserError, match="there are 6 with training examples and test points: a, b"):
       coverage.deal_topics(topics, size, count, seed=0)
+  with pytest.raises(UserError, match="1 folds of 0 held-out topics: both must be at least 1"):
+    coverage.deal_topics(topics, 0, 1, seed=0)
+  with pytest.raises(UserError, match="the data has none: give every record a column topic"):
+    coverage.deal_topics([], 3, 1, seed=0)
 
 
 def test_area_is_high_where_low_signals_are_uncovered():

@@ -206,6 +206,8 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
+  with pytest.raises(UserError, match="--variants=; names no rule"):
+    study.variants_of(chosen.replace(variants=";"))
 
 
 def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
