@@ -610,6 +610,9 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
       f"out, or run the experiment alone with it; passed on are --{', --'.join(PASSED)}"
     )
   for name in ("run_dir", "results_dir"):
+    place = pathlib.Path(getattr(s, name))
+    if not getattr(s, name) or place.exists() and not place.is_dir():
+      raise UserError(f"--{name}={getattr(s, name)}: give a folder, which is made where there is none")
     if artifacts.is_remote(getattr(s, name)):
       raise UserError(f"--{name}={getattr(s, name)}: paper works in local folders; give one, and copy it afterwards")
   if any(step.needs_alpaca for step in steps):

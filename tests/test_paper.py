@@ -343,6 +343,8 @@ def test_what_cannot_go_well_is_refused_before_the_work(made, monkeypatch):
   for named, changes, said in (
     (["epochs", "mesh"], {}, "--epochs is not passed on"),
     ([], {"run_dir": "gs://bucket/runs"}, "local folders"),
+    ([], {"results_dir": str(made.flagfile)}, "give a folder, which is made"),
+    ([], {"results_dir": ""}, "give a folder, which is made"),
     ([], {"alpaca": str(made.flagfile)}, "own.flags"),
   ):
     with pytest.raises(UserError, match=said):
