@@ -258,9 +258,7 @@ def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
       choose_rows = lambda variant=variant, seed=seed: {"rows": study.rows(variant, seed).tolist()}  # noqa: E731
-      # Not the sets of an earlier version, which chose fewer examples where some were cut.
-      cut = ("as many as uncut",) if "max_length" in dict(variant.changes) else ()
-      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0, *cut)
+      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0)
       found.append(Candidate(name, seed, np.array(kept["rows"], np.int64)))
   return found
 

@@ -118,9 +118,6 @@ class Transfer:
     bench = self.bench_of(scorer)
     content = artifacts.hash_of([bench.model_hash, bench.data_identity("train", "eval")])
     name = ("scores", *dataclasses.astuple(scorer), content)
-    theirs, ours = (one.num_response_tokens for one in (bench.parts["train"], self.train))
-    if self.settings.policy in coreset.FEATURE_POLICIES and not np.array_equal(theirs, ours):
-      name += ("weighed by its own tokens",)  # an earlier version took those of the trained model
     return self.cells.get(lambda: self.score_anew(scorer, bench, artifacts.hash_of(name)[:16]), *name)
 
   def score_anew(self, scorer: Scorer, bench: Workbench, name: str) -> dict:
