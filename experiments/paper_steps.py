@@ -1,0 +1,209 @@
+"""The experiments of `paper`: which command each is, with which flags, and what it shows."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One experiment.
+
+  Attributes:
+    name: of its folder, and in --only.
+    module: in experiments/.
+    table: name of its files without ending; it is finished when the .md is there. Empty: a fine-tuning that
+      only other steps read; nothing of it is published.
+    flagfile: in experiments/flags/.
+    about: what it shows, in a line.
+    changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.
+    full: flags that come after paper-full.flags, which comes after `changes`.
+    extra: it is run only where --only names it.
+  """
+
+  name: str
+  module: str
+  table: str
+  flagfile: str
+  about: str
+  changes: tuple[str, ...] = ()
+  full: tuple[str, ...] = ()
+  extra: bool = False
+
+  @property
+  def marker(self) -> str:
+    """The file that a finished run has."""
+    return f"{self.table}.md" if self.table else "finetune.json"
+
+  @property
+  def needs_alpaca(self) -> bool:
+    """Whether it reads the file of --alpaca."""
+    return any("{alpaca}" in change for change in self.changes)
+
+
+_RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
+_MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
+# Each changes one thing of proponents or of matching, some a second with it (`study.VARIANTS` says which).
+_ABLATIONS = "; ".join(
+  (
+    *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cg"),
+    *("proponents, cg at 0.1", "proponents, cg, copies last", "proponents, summed losses", "proponents, quota"),
+    *("proponents, worst 10 % left out", "random, copies last", "longest", "highest loss"),
+    *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
+    *("matching, mean over tokens", "matching, quota", "matching, unit gradients"),
+    *("matching, last layer", "matching, 16 queries"),
+  )
+)
+_MIXED = (
+  "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
+  *("--split=0.5,0.25,0.25", "--train_limit=600"),
+)
+_CUTS = ("", ", cut at 96", ", cut at 48")
+_BLOCK = ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000")  # of Alpaca, preset full
+STEPS = (
+  Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
+  Step(
+    "scores",
+    "select",
+    "report",
+    "sweep.flags",
+    "scores of the training examples, who is kept",
+    ("--checkpoint={runs}/tuned/checkpoint",),
+  ),
+  Step(
+    "sweep",
+    "evaluate",
+    "evaluation",
+    "sweep.flags",
+    "how much data is enough, by policy, at equal steps and at equal epochs",
+    ("--checkpoint={runs}/tuned/checkpoint", "--select_runs={runs}/scores"),
+  ),
+  Step(
+    "study-chatterbot",
+    "study",
+    "study",
+    "study.flags",
+    "rules of selection on a redundant corpus",
+    (f"--variants={_RULES}",),
+  ),
+  Step("layers-tuned", "finetune", "", "ablate_layers.flags", "the model whose gradients the next step takes"),
+  Step(
+    "layers",
+    "ablate_layers",
+    "ablate_layers",
+    "ablate_layers.flags",
+    "how many layers are enough",
+    # At the base model all layers' own highest scores lose to random sets, so that agreeing with them says little.
+    ("--checkpoint={runs}/layers-tuned/checkpoint",),
+  ),
+  Step(
+    "fidelity",
+    "fidelity",
+    "fidelity",
+    "fidelity.flags",
+    "do scores foretell what retraining gives (LDS)",
+    # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
+    full=("--train_limit=128", "--lds_every=true", "--lds_at=full,base", "--cg_steps=100"),
+  ),
+  Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
+  Step(
+    "transfer",
+    "transfer",
+    "transfer",
+    "transfer.flags",
+    "one model selects, another one is trained",
+    # At SmolLM2's rate Gemma learns the training examples by heart: its evaluation loss ends where it began.
+    ("--score_models=smollm2;truncated:smollm2:15;gemma3", "--model_rates=3e-4;3e-4;3e-5"),
+  ),
+  Step(
+    "study-alpaca",
+    "study",
+    "study",
+    "study.flags",
+    "the same on Alpaca",
+    ("--train_data=jsonl:{alpaca}", f"--variants={_MORE_RULES}"),
+    # A block, as the next step's: all of the data would leave nothing fresh.
+    _BLOCK,
+  ),
+  Step(
+    "study-alpaca-fresh",
+    "study",
+    "study",
+    "study.flags",
+    "the same on other examples of Alpaca, which nothing was tuned on",
+    (
+      *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
+      *("--variants=proponents; proponents, cg; matching", "--equal=steps,tokens"),
+    ),
+    _BLOCK,
+  ),
+  Step(
+    "study-mixed",
+    "study",
+    "study",
+    "study.flags",
+    "the same on a mixed pool with an evaluation set of one topic",
+    (
+      *(*_MIXED, "--eval_topics=trivia", "--equal=steps,tokens"),
+      "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
+    ),
+  ),
+  Step(
+    "study-mixed-fresh",
+    "study",
+    "study",
+    "study.flags",
+    "the same pool with evaluation and test examples of other topics, which nothing was tuned on",
+    (
+      *(*_MIXED, "--eval_topics=ai,psychology,emotion", "--equal=steps,tokens", "--fixed_seeds=0,1,2"),
+      "--variants=proponents, cg; matching; embedding",
+    ),
+    extra=True,
+  ),
+  Step(
+    "study-distinct",
+    "study",
+    "study",
+    "study.flags",
+    "the same where copies are left out before anything is chosen",
+    (
+      *("--drop_copies", "--equal=steps,tokens", "--fixed_seeds=0,1,2,3,4"),
+      "--variants=proponents; proponents, cg; matching; matching, plain; longest",
+    ),
+    extra=True,
+  ),
+  Step(
+    "study-length",
+    "study",
+    "study",
+    "study.flags",
+    "the effect of sequence length: examples that are not cut, scored as a whole and by how they begin",
+    (
+      *("--train_data=jsonl:{alpaca}", "--max_length=512", "--equal=steps,tokens"),
+      "--variants=" + "; ".join(f"{rule}{cut}" for rule in ("proponents, cg", "matching") for cut in _CUTS),
+    ),
+    _BLOCK,
+    extra=True,
+  ),
+  Step(
+    "study-queries",
+    "study",
+    "study",
+    "study.flags",
+    "Alpaca once more with many evaluation examples, or 120 of them, and a larger test set",
+    (
+      *("--train_data=jsonl:{alpaca}", "--split=0.3,0.4,0.3", "--eval_limit=1500", "--test_limit=800"),
+      "--equal=steps,tokens",
+      "--variants=proponents, cg; proponents, cg, 120 queries; matching; matching, 120 queries; "
+      "matching, mean over examples",
+    ),
+    extra=True,
+  ),
+  Step(
+    "ablations",
+    "study",
+    "study",
+    "study.flags",
+    "what makes the rules win or lose: variants that change one thing, or two that go together",
+    (f"--variants={_ABLATIONS}", "--equal=steps,tokens"),
+    extra=True,
+  ),
+)
