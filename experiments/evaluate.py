@@ -315,7 +315,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   images = _write_plots(run_dir, groups, tables)
   every = [row for table in tables for row in table]
   printed = report.retrain_rows(every)
-  run_dir.write_text("evaluation.md", report.retrain_report_markdown(sections, recipe, images, notes=notes))
+  page = report.retrain_report_markdown(sections, recipe, images, notes=notes, overviews=overviews(groups, tables))
+  run_dir.write_text("evaluation.md", page)
   run_dir.write_text("evaluation.csv", report.csv_table(every))
   run_dir.write_text("evaluation.tex", report.latex_table(printed))
   lines = [
@@ -328,6 +329,19 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   run_dir.write_json("evaluation.json", found | {"devices": artifacts.device_summary()})
   log.info("\n%s\n%s", report.markdown_table(printed), "" if many else "\n".join(found["verdict"]))
   return str(run_dir.path)
+
+
+def overviews(groups: list[Group], tables: list[list[dict]]) -> dict[str, list[dict]]:
+  """Title -> a row for each policy, its perplexity at every budget of a sweep; empty where there is one budget."""
+  found = {}
+  for group, table in zip(groups, tables, strict=True):
+    if group.fraction is None:
+      continue
+    lines = found.setdefault(f"test perplexity by token at equal {group.equal}, by share of the examples", {})
+    for row in table:
+      share = f"{100 * group.fraction:.3g} %"
+      lines.setdefault(row["policy"], {"policy": row["policy"]})[share] = f"{row['perplexity']:.3f}"
+  return {title: list(lines.values()) for title, lines in found.items()}
 
 
 def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict[str, str]:

@@ -304,6 +304,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 # ---- tables --------------------------------------------------------------------------
 
+FEW_TEST_EXAMPLES = 100
 _PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
 
 
@@ -377,6 +378,40 @@ def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow
   return f"{found.mean:.3f}" if np.isnan(found.low) else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
+_COLUMNS = (
+  '"to random" is the ratio of a rule\'s perplexity by token to what a new random half would have, "to full" to full '
+  'data\'s. "Beaten": below how many of the random halves it is. Each rule, and what it chose by:'
+)
+
+
+def rules_table(s: Settings) -> list[dict]:
+  """For every variant its policy, where its gradients are taken, its solver and what else it changes."""
+  found = []
+  for name, variant in variants_of(s).items():
+    own, policy = settings_of(s, variant), variant.policy
+    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss"
+    compared = policy in coreset.FEATURE_POLICIES
+    damped = scored and own.solver != "identity"
+    shown = ("solver", "damping_ratio", "layers")
+    more = [f"--{flag}={str(value).lower()}" for flag, value in variant.changes if flag not in shown]
+    more += ["gradients of length 1"] if variant.unit else []
+    more += [f"{variant.queries} evaluation examples"] if variant.queries else []
+    more += ["no text twice before every text is in"] if variant.copies_last else []
+    more += [f"the worst {variant.drop:.0%} left out, whatever the budget"] if variant.drop else []
+    line = {
+      "rule": name,
+      "policy": policy,
+      "gradients at": ("the fine-tuned model" if variant.trained else "the base model") if scored or compared else "",
+      "layers": own.layers if scored or compared else "",
+      "solver": own.solver if scored else "",
+      "damping ratio": f"{own.damping_ratio:g}" if damped else "",
+      "curvature of": f"{own.curvature_examples} examples" if damped and own.solver not in ("datainf", "ekfac") else "",
+      "more": "; ".join(more),
+    }
+    found.append(line)
+  return found
+
+
 def _sources(s: Settings) -> str:
   """The training data without the folders of files, and which block of it."""
   named = " + ".join(re.sub(r"^(jsonl:).*/", r"\1", source) for source in s.train_data.split("+"))
@@ -392,14 +427,16 @@ def remove_pictures(run_dir: artifacts.RunDir, equal: list[str]) -> None:
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, shared) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
-  test, perplexity = bench.parts["test"], perplexity_on_test(bench, base)
+  num_test, perplexity = np.count_nonzero(bench.parts["test"].num_response_tokens), perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
     f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
-    f"{np.count_nonzero(test.num_response_tokens)} test examples; the base model's test perplexity is "
-    f"{perplexity:.3f}. In brackets: 95 % intervals over seeds.",
+    f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
+    "over seeds, not over test examples.",
   ]
+  if num_test < FEW_TEST_EXAMPLES:
+    parts += [f"**{num_test} test examples are few**: others may put rules that are close in another order."]
   every = []
   remove_pictures(run_dir, [group.equal for group in groups])
   for group in groups:
@@ -408,6 +445,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(evaluation.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip(), ranges(group.rows)]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
+  if rules := rules_table(s):
+    parts += ["## Rules", _COLUMNS, report.markdown_table(rules).rstrip()]
   run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
   run_dir.write_text("study.csv", report.csv_table(every))
   run_dir.write_text("study.tex", report.latex_table(every))

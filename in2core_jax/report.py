@@ -468,6 +468,7 @@ def retrain_report_markdown(
   images: Mapping[str, str] | None = None,
   level: float = 0.95,
   notes: Sequence[str] = (),
+  overviews: Mapping[str, Sequence[Mapping]] | None = None,
 ) -> str:
   """The report of retraining on each policy's set.
 
@@ -478,11 +479,14 @@ def retrain_report_markdown(
     images: caption -> path relative to the report.
     level: of the intervals in the table.
     notes: sentences about all sections together, such as that of `evaluation.many_comparisons`.
+    overviews: title -> rows of a table over all sections, which comes before them.
 
   Returns:
     Markdown, ending in a newline.
   """
   parts = ["# Retrain and compare"]
+  for title, lines in (overviews or {}).items():
+    parts += [f"## {escape_markdown(title).capitalize()}", markdown_table(lines).rstrip()]
   for title, (table, verdict) in sections.items():
     lines = "\n".join(f"- {escape_markdown(line, 1000)}" for line in verdict.splitlines() if line.strip())
     parts += [f"## {escape_markdown(title).capitalize()}"] if title else []

@@ -13,7 +13,7 @@ import tiny
 from experiments import demo, evaluate, finetune, flags, scoring, select, solving, workbench
 from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
-from in2core_jax import artifacts, data, evaluation, matching, report_facts, report_html, sharding, subtree
+from in2core_jax import artifacts, data, evaluation, ihvp, matching, report_facts, report_html, sharding, subtree
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
@@ -173,6 +173,14 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
   aim = matching.Shrunk(np.zeros(2), summary["target_kept"], summary["target_beyond_chance"])
   assert [line for line in summary["warnings"] if "another kind" in line] == select.better_policy(told, aim)
+
+
+def test_a_solver_that_stopped_above_its_tolerance_is_told():
+  stopped = ihvp.SolveResult(None, np.array([0.1, 0.25]), 30, [], {"solver": "lissa", "converged": False})
+  said = "lissa stopped above its tolerance, at a relative residual of 0.25 after 30 steps"
+  assert said in select.unsolved(stopped)[0]
+  for info in ({"converged": True}, {}):  # some solvers know no tolerance
+    assert select.unsolved(dataclasses.replace(stopped, info=info)) == []
 
 
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):

@@ -75,6 +75,12 @@ def test_a_sweep_has_every_policy_at_every_budget(sweep):
   assert sum(row["policy"] == "random" and row["seeds"] == "2" for row in rows) == 6
   page = (pathlib.Path(folder) / "evaluation.md").read_text()
   assert "## Equal epochs, 0.25 of the examples" in page and "](plots/sweep-tokens.png)" in page
+  overview = page.split("## Test perplexity by token at equal tokens, by share of the examples\n\n")[1].split("\n\n")[0]
+  assert overview.startswith("| policy | 25 % | 50 % |")
+  mine = {(row["policy"], row["equal"], row["fraction"]): float(row["perplexity"]) for row in rows}
+  assert f"| {mine['bm25', 'tokens', '0.25']:.3f} |" in next(
+    line for line in overview.splitlines() if line.startswith("| bm25 |")
+  )
   # Three policies, two budgets, three times something equal, and said once for all of them.
   said = "18 comparisons, each at 95%: where nothing differs, one in 20 is called a difference by chance."
   words = json.loads((pathlib.Path(folder) / "evaluation.json").read_text())["verdict"]
@@ -197,7 +203,13 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert float(rows["matching"]["to full"]) == pytest.approx(ratio, abs=1e-3)
   # Ten evaluation examples are fewer than 16, so the same are chosen, and the same training is not done again.
   assert rows["matching"]["perplexity"] == rows["matching, 16 queries"]["perplexity"]
-  assert "## Equal steps" in (tmp_path / "study" / "study.md").read_text()
+  page = (tmp_path / "study" / "study.md").read_text()
+  assert "## Equal steps" in page and " test examples are few**: " in page
+  rules = {line.split(" | ")[0].strip("| "): line for line in page.split("## Rules")[1].splitlines() if "|" in line}
+  assert (
+    "| matching | the fine-tuned model |" in rules["matching"]
+    and "gradients of length 1" in rules["matching, unit gradients"]
+  )
   no_training(monkeypatch)
   study.run(chosen, bench)
   longer = tmp_path / "study" / "plots" / "study-tokens.svg"
