@@ -20,7 +20,7 @@ from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
 from experiments.select import budget_of, check_settings, sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
-from experiments.workbench import Workbench, choose
+from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, evaluation, report, subtree
 from in2core_jax.errors import UserError
 
@@ -30,6 +30,8 @@ _DOES = "transfer fine-tunes every model itself (--score_at), has no store of gr
 _REFUSED = (
   *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
 )
+# What a choice is held against beside full data and random sets: what length or dropped copies alone would give.
+AS_LONG, COPIES_LAST, LONGEST = "random, as long", "random, copies last", "longest"
 _LOSSES = ("its evaluation loss as given", "its evaluation loss where it scores")
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "model_rates", "layers")  # in the names of the cells
 
@@ -166,16 +168,31 @@ class Transfer:
     return np.sort([place[example] for example in ids])
 
   def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
-    """Every set to retrain on, with its seeds: full, random of the same size, each scorer's choice."""
-    s, rows = self.settings, trainable_rows(self.bench)
+    """Every set to retrain on, with its seeds: full, random ones of the same size, the longest, each scorer's choice.
+
+    Some of the random ones have the lengths of the trained model's own choice, some no text twice while there is
+    another.
+    """
+    s, usable = self.settings, trainable_rows(self.bench)
     seeds, fixed = seeds_of(s)
-    found = [Candidate("full", seed, rows) for seed in fixed]
-    size = len(next(iter(chosen.values())))
-    inputs = coreset.inputs_of(self.train)
-    for seed in seeds:
-      picked = coreset.select_rows("random", inputs, coreset.Budget(num_examples=size), seed)
-      found.append(Candidate("random", seed, np.sort(picked)))
-    return found + [Candidate(f"chosen by {name}", seed, rows) for name, rows in chosen.items() for seed in fixed]
+    found = [Candidate(evaluation.FULL, seed, usable) for seed in fixed]
+    own = next(iter(chosen.values()))
+    inputs, budget = coreset.inputs_of(self.train), coreset.Budget(num_examples=len(own))
+    lengths, first_of = self.train.num_response_tokens[usable], distinct_points(self.train)
+    drawn = {
+      evaluation.RANDOM: lambda seed: coreset.select_rows("random", inputs, budget, seed),
+      AS_LONG: lambda seed: usable[coreset.length_matched(np.searchsorted(usable, own), lengths, seed)],
+      COPIES_LAST: lambda seed: coreset.copies_last(self._shuffled(inputs, seed), first_of)[: len(own)],
+    }
+    found += [Candidate(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
+    chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget))} | {
+      f"chosen by {name}": rows for name, rows in chosen.items()
+    }
+    return found + [Candidate(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
+
+  @staticmethod
+  def _shuffled(inputs: coreset.PolicyInputs, seed: int) -> np.ndarray:
+    return coreset.select_rows("random", inputs, coreset.Budget(fraction=1.0), seed)
 
   def retrained(self, candidates: list[Candidate]) -> list[evaluation.RetrainRow]:
     """The trained model's test results for each set."""
@@ -275,6 +292,22 @@ def sentences(table: list[dict], share: float, by_scores: bool = True) -> list[s
   return lines
 
 
+def beside(rows: list[evaluation.RetrainRow]) -> list[str]:
+  """For each choice its ratio to what its length, or left-out copies, alone would give; one sentence each."""
+  perplexities: dict[str, list[float]] = {}
+  for row in rows:
+    perplexities.setdefault(row.policy, []).append(row.perplexity)
+  lines = []
+  for name in (name for name in perplexities if name.startswith("chosen by ")):
+    parts = []
+    for other in (AS_LONG, COPIES_LAST, LONGEST):
+      ratio = evaluation.ratio_interval(perplexities[name], perplexities[other])
+      bounds = "" if np.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
+      parts.append(f"{ratio.mean:.3f}{bounds} times that of {other}")
+    lines.append(f"{name}: {', '.join(parts)}.")
+  return lines
+
+
 def printed(table: list[dict]) -> list[dict]:
   """`agreement_rows` with an interval in one cell."""
 
@@ -299,7 +332,7 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   share = rows[-1].examples / rows[0].examples  # the first is full data, the last a choice
   by_scores = s.policy in coreset.SCORE_POLICIES
   lines = [*sentences(table, share, by_scores), *(line for line in words.splitlines() if line.strip())]
-  lines += evaluation.many_comparisons([rows])
+  lines += [*beside(rows), *evaluation.many_comparisons([rows])]
   write_figure(run_dir, "transfer", report.perplexity_plot(summary))
   columns = list(dict.fromkeys(name for row in table for name in row))
   run_dir.write_text("transfer.csv", report.csv_table(table, columns))
@@ -313,7 +346,10 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   parts += [
     "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
     "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
-    "kept. The ratio's interval is over seeds of the training."
+    "kept. The ratio's interval is over seeds of the training.",
+    f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice. "{COPIES_LAST}": random '
+    "sets without a text twice while there is another. What is no better than these has gained by length alone, or by "
+    "leaving out copies.",
   ]
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]

@@ -64,10 +64,17 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert all(half[name] != own[name] for name in transfer._LOSSES)
   policies = {row["policy"]: (row["seeds"], row["examples"]) for row in result["retrained"]}
   chosen = {f"chosen by {row['scores by']}": (1, 12) for row in (own, same, half)}
-  assert policies == {"full": (1, 24), "random": (2, 12)} | chosen
+  yardsticks = {"full": (1, 24), "longest": (1, 12)}
+  yardsticks |= dict.fromkeys(("random", transfer.AS_LONG, transfer.COPIES_LAST), (2, 12))
+  assert policies == yardsticks | chosen
+  tokens = {row["policy"]: row["response_tokens"] for row in result["retrained"]}
+  mine = tokens[f"chosen by {own['scores by']}"]
+  assert abs(tokens[transfer.AS_LONG] - mine) < abs(tokens["longest"] - mine)
+  assert tokens["longest"] == max(count for name, count in tokens.items() if name != "full")
   text = (folder / "transfer.md").read_text()
   assert "one seed each cannot tell it" in text and "plots/transfer.svg" in text
-  assert text.count("3 comparisons, each at 95%") == 1
+  assert text.count("8 comparisons, each at 95%") == 1
+  assert len([line for line in text.splitlines() if f" times that of {transfer.AS_LONG}, " in line]) == 3
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
 
