@@ -51,6 +51,10 @@ def run(
   try:
     signal.signal(signal.SIGTERM, _terminate)
     app.run(lambda argv: _prepare_and_call(main_fn, argv, alone), flags_parser=lambda argv: _parse(argv, help_fn))
+  except SystemExit as end:  # absl's way to hand on what the main function returned
+    if end.code is None or isinstance(end.code, int):
+      _end(end.code or 0)
+    raise
   except UserError as error:
     _exit(2, f"error: {error}")
   except KeyboardInterrupt:
@@ -70,13 +74,29 @@ def run(
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     _exit(1, f"error: out of device memory ({str(error).splitlines()[0]}); {_KEPT}, and smaller batches need less")
-  sys.exit(0)
+  _end(0)
 
 
 def _exit(code: int, message: str) -> NoReturn:
   """Prints one line on stderr, whatever line breaks the message has, and exits."""
   print(" ".join(message.split()), file=sys.stderr)
-  sys.exit(code)
+  _end(code)
+
+
+def _end(code: int) -> NoReturn:
+  """Exits, in a single process that has loaded JAX without taking anything down: everything is written by then.
+
+  JAX clears its backends at exit. Programs of a command that a signal has stopped may still run in them: seen were a
+  segmentation fault after SIGTERM and an abort after a finished run, exit codes that say the work failed.
+  """
+  jax = sys.modules.get("jax")
+  profiled = flags.FLAGS.is_parsed() and (flags.FLAGS.run_with_profiling or flags.FLAGS.profile_file)
+  if jax is None or profiled or jax.distributed.is_initialized():
+    sys.exit(code)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a closed stream
+      stream.flush()
+  os._exit(code)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,15 @@ def test_errors_are_one_line(tmp_path, body, code, start):
   assert err.startswith(start) and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+  ("end", "code"),
+  [("return 5", 5), ("return", 0), ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 143)],
+)
+def test_nothing_that_breaks_while_jax_is_taken_down_changes_the_exit_code(tmp_path, end, code):
+  body = f"import atexit, jax\natexit.register(os.abort)\nprint('done')\n{end}"
+  assert finish(command(tmp_path, body))[:2] == (code, "done\n")
+
+
 def test_our_own_bug_keeps_its_traceback(tmp_path):
   code, _, err = finish(command(tmp_path, "raise ValueError('ours')"))
   assert code == 1 and "Traceback" in err and "ValueError: ours" in err
