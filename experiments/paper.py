@@ -560,7 +560,11 @@ def write_index(s: Settings) -> None:
     if note and not note["finished"]:
       older.append(step.name)
   columns = ("experiment", "shows", "table", "date", "commit", "seconds", "machine")
-  lines = [f"# Results, preset {s.preset}", "", report.markdown_table(rows, columns).rstrip(), ""]
+  table = report.markdown_table(rows, columns).rstrip()
+  for row in rows:
+    name = report.escape_markdown(row["table"])
+    table = table.replace(f"| {name} |", f"| [{name}]({row['table']}) |")
+  lines = [f"# Results, preset {s.preset}", "", table, ""]
   lines += [f"{total:,.0f} seconds in all, {plain:,.0f} of them without --alpaca and --only.", ""]
   if older:
     lines += [f"Of an earlier run, the last one is not finished or failed: {', '.join(older)}.", ""]

@@ -118,7 +118,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "the same on Alpaca",
+    "rules of selection on Alpaca",
     ("--train_data=jsonl:{alpaca}", f"--variants={_MORE_RULES}"),
     # A block, as the next step's: all of the data would leave nothing fresh.
     _BLOCK,
@@ -128,7 +128,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "the same on other examples of Alpaca, which nothing was tuned on",
+    "rules of selection on other examples of Alpaca, which nothing was tuned on",
     (
       *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
       *("--variants=proponents; proponents, cg; matching", "--equal=steps,tokens"),
@@ -140,7 +140,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "the same on a mixed pool with an evaluation set of one topic",
+    "rules of selection on a mixed pool with an evaluation set of one topic",
     (
       *(*_MIXED, "--eval_topics=trivia", "--equal=steps,tokens"),
       "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
@@ -163,7 +163,7 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "the same where copies are left out before anything is chosen",
+    "rules of selection on ChatterBot where copies are left out before anything is chosen",
     (
       *("--drop_copies", "--equal=steps,tokens", "--fixed_seeds=0,1,2,3,4"),
       "--variants=proponents; proponents, cg; matching; matching, plain; longest",

@@ -437,6 +437,8 @@ def test_the_index_tells_when_where_and_how_long(made):
   assert all("cores of" in row and made.note("first")["date"] in row for row in rows[1:]) and len(rows) == 4
   total = sum(made.note(name)["seconds"] for name in ALL)
   assert f"{total:,.0f} seconds in all" in made.page("README.md")
+  linked = [row.split("](")[1].split(")")[0] for row in rows[1:]]
+  assert linked == [f"{name}/table.md" for name in ALL] and all(made.page(path) for path in linked)
 
 
 def test_a_failure_leaves_the_earlier_page_and_the_index_says_so(made):
