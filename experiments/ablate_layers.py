@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from experiments import ablation_report, benchmark_alone, cli, flags, planning, scoring, solving
+from experiments import ablation_report, benchmark_alone, cli, fitting, flags, planning, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, seeds_of
@@ -112,8 +112,11 @@ def solvers_of(s: Settings) -> list[str]:
   found = listed(s.ablate_solvers)
   if not found or any(name not in influence.SOLVERS for name in found):
     raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")
-  for name in found:
-    solving.solver_settings(s.replace(solver=name))
+  try:
+    for name in found:
+      solving.solver_settings(s.replace(solver=name))
+  except UserError as error:
+    raise UserError(f"--ablate_solvers={s.ablate_solvers}: {error}") from error
   return found
 
 
@@ -130,6 +133,15 @@ def named(text: str, choices: Iterable[Choice], flag: str) -> list[Choice]:
   return [known[word] for word in listed(text)]
 
 
+def tree_of(choice: Choice, params) -> subtree.Subtree:
+  """The subtree of a choice.
+
+  Raises:
+    UserError: the model has no such modules.
+  """
+  return subtree.make_subtree(params, choice.layers, choice.modules, ("--ablate_counts", "--ablate_modules"))
+
+
 class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
@@ -139,7 +151,7 @@ class Ablation:
     self.params = bench.checkpoint_params(s.checkpoint)
     self.choices = choices_of(s, bench.config.num_layers)
     self.solvers = solvers_of(s)
-    self.trees = {choice: subtree.make_subtree(self.params, choice.layers, choice.modules) for choice in self.choices}
+    self.trees = {choice: tree_of(choice, self.params) for choice in self.choices}
 
   # ---- scores
 
@@ -289,6 +301,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity["checkpoint"] = finetune.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
   seeds, _ = seeds_of(s)
   choices = choices_of(s, bench.config.num_layers)
+  params = fitting.scored_params(bench.config, s)
+  for choice in choices:
+    tree_of(choice, params)
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])

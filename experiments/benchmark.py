@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from experiments import benchmark_alone, cli, flags
 from experiments.benchmark_rows import FORWARD, Bench, make_rows
 from experiments.flags import Settings, words
-from in2core_jax import artifacts, report, timing
+from in2core_jax import artifacts, report, subtree, timing, weights
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -212,6 +212,9 @@ def measure(s: Settings) -> Found:
   if not wanted or not score_layers:
     raise UserError(f"--measure={s.measure} --score_layers={s.score_layers}: give at least one word each")
   examples, devices = counts(s.memory_examples, "memory_examples"), counts(s.device_counts, "device_counts")
+  num_layers = weights.describe_model(s.model)[0].num_layers
+  for layers in score_layers:
+    subtree.parse_layers(layers, num_layers, "--score_layers")
   found = Found()
   if s.scaling:
     found.scaling = benchmark_alone.measure_scaling(s, score_layers[0], devices)

@@ -250,6 +250,19 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
   return float(np.average(losses, weights=weights))
 
 
+def check_solvers(s: Settings, variants: list[Variant]) -> None:
+  """Refuses a solver that does not go with the other flags, before hours of training.
+
+  Raises:
+    UserError: names --lds_solvers.
+  """
+  try:
+    for variant in variants:
+      solver_settings(settings_of(s, variant))
+  except UserError as error:
+    raise UserError(f"--lds_solvers={s.lds_solvers}: {error}") from error
+
+
 def check_halves(s: Settings) -> None:
   """Refuses numbers of halves that have no correlation.
 
@@ -283,15 +296,14 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
   variants = variants_of(s)
-  for variant in variants:
-    solver_settings(settings_of(s, variant))  # told before hours of training
+  check_solvers(s, variants)
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   bench = bench or Workbench(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(bench)))
   for layers in words(s.lds_layers, "lds_layers", separator=";"):
-    subtree.make_subtree(bench.params, layers, s.modules)  # told before hours of training
+    subtree.make_subtree(bench.params, layers, s.modules, ("--lds_layers", "--modules"))  # before hours of training
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
   identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):

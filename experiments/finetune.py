@@ -37,7 +37,7 @@ def start_params(bench: Workbench, settings: Settings):
   if settings.trainable == "lora":
     with_lora = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed))
     params, modules = bench.place_params(with_lora), "lora"
-  return params, subtree.make_subtree(params, layers, modules, "trainable_")
+  return params, subtree.make_subtree(params, layers, modules, flags.TRAINED)
 
 
 def trainable_rows(bench: Workbench):

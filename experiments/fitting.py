@@ -85,10 +85,15 @@ def param_shapes(config: model.ModelConfig, dtype: str, lora_rank: int = 0) -> A
   return jax.eval_shape(make, jax.random.key(0))
 
 
-def scored_shapes(config: model.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
-  """(shapes of the scored parameters, chosen subtree); the checkpoint says whether there are LoRA factors."""
+def scored_params(config: model.ModelConfig, s: Settings) -> Any:
+  """Shapes of the scored parameters; the checkpoint says whether there are LoRA factors."""
   rank = finetune.checkpoint_meta(s.checkpoint)["lora_rank"] if s.checkpoint else 0
-  params = param_shapes(config, s.dtype, rank)
+  return param_shapes(config, s.dtype, rank)
+
+
+def scored_shapes(config: model.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
+  """(shapes of the scored parameters, chosen subtree)."""
+  params = scored_params(config, s)
   return params, subtree.make_subtree(params, s.layers, s.modules)
 
 

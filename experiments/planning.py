@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from experiments import fitting, solving
-from experiments.flags import Settings, integers, listed, seeds_of, shares
+from experiments.flags import TRAINED, Settings, integers, listed, seeds_of, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
 from experiments.scoring import topic_rows, trajectory_weights
 from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, packing, subtree
@@ -229,7 +229,8 @@ def trained_shapes(bench: Described, s: Settings) -> tuple[Any, subtree.Subtree]
   """(shapes of the trained model's parameters, what is trained), as `finetune.start_params`."""
   lora = s.trainable == "lora"
   params = fitting.param_shapes(bench.config, s.dtype, s.lora_rank if lora else 0)
-  return params, subtree.make_subtree(params, s.trainable_layers, "lora" if lora else s.trainable_modules, "trainable_")
+  modules = "lora" if lora else s.trainable_modules
+  return params, subtree.make_subtree(params, s.trainable_layers, modules, TRAINED)
 
 
 def num_steps(s: Settings, examples: int) -> int:

@@ -352,6 +352,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if not set(scored) <= set(compared):
     raise UserError(f"--agreement_ratios={s.agreement_ratios} must be among --compare_ratios={s.compare_ratios}")
   bench = bench or Workbench(s)
+  if s.mislabelled:  # which comes last
+    subtree.make_subtree(bench.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
   identity = bench.identity("solvers", s, ("data", "model", "finetune", "select", "solvers", "run"), ("train", "eval"))
   for name in ("compare_ratios", "agreement_ratios", "compare_bfloat16"):  # they say which cells are shown
     identity["flags"].pop(name)

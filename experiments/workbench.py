@@ -403,6 +403,8 @@ def split_sources(s: Settings) -> dict[str, list[data.Record]]:
     raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
   if len(shares) != 3:
     raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
+  if not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
+    raise UserError(f"--split={s.split}: the three shares must be at least 0 and add up to 1, such as 0.7,0.15,0.15")
   named = [spec for spec in (s.train_data, s.eval_data, s.test_data) if spec]
   some = any(sources.has_columns(spec) for spec in named)  # else --data_fields is refused, not ignored
   fields = {spec: s.data_fields if sources.has_columns(spec) or not some else None for spec in named}

@@ -122,23 +122,27 @@ def leaf_paths(params: Params) -> tuple[str, ...]:
   return tuple(sorted(traverse_util.flatten_dict(params["layers"], sep="/")))
 
 
-def make_subtree(params: Params, layers: str | tuple[int, ...], modules: str = "all", prefix: str = "") -> Subtree:
+def make_subtree(
+  params: Params,
+  layers: str | tuple[int, ...],
+  modules: str = "all",
+  named: tuple[str, str] = ("--layers", "--modules"),
+) -> Subtree:
   """Chooses a subtree of `params`.
 
   Args:
     params: the parameter tree (arrays or shapes), layers stacked on the leading axis.
     layers: text for `parse_layers`, or indices (negative ones count from the top).
     modules: comma-separated words out of `MODULE_PATTERNS` and `EXTRA_MODULES`, or leaf paths inside a layer.
-    prefix: of the flags' names in messages: "trainable_" for --trainable_layers and --trainable_modules.
+    named: the flags that layers and modules were given by, for messages.
 
   Raises:
     UserError: for a layer or a module that the tree does not have; the message lists what exists.
   """
   paths = leaf_paths(params)
   num_layers = int(traverse_util.flatten_dict(params["layers"], sep="/")[paths[0]].shape[0])
-  indices = parse_layers(
-    layers if isinstance(layers, str) else ",".join(map(str, layers)), num_layers, f"--{prefix}layers"
-  )
+  text = layers if isinstance(layers, str) else ",".join(map(str, layers))
+  indices = parse_layers(text, num_layers, named[0])
   chosen: set[str] = set()
   extras: list[str] = []
   for word in (part.strip() for part in modules.split(",")):
@@ -153,7 +157,7 @@ def make_subtree(params: Params, layers: str | tuple[int, ...], modules: str = "
       near = difflib.get_close_matches(word, [*known, *paths], n=1)
       hint = f" Did you mean {near[0]}?" if near else ""
       raise UserError(
-        f"--{prefix}modules={modules}: this model has no {word!r}.{hint} "
+        f"{named[1]}={modules}: this model has no {word!r}.{hint} "
         f"It has {', '.join(known)}; or paths: {', '.join(paths)}"
       )
     chosen.update(found)

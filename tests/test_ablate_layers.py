@@ -239,12 +239,15 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
     ({"ablate_positions": "top"}, "positions are last, first, middle, spread"),
     ({"ablate_counts": "0"}, "counts are at least 1"),
     ({"ablate_retrain": "last:3"}, "'last:3' is none of the choices all, all/mlp, last:1"),
-    ({"ablate_modules": "heads"}, "no 'heads'"),
+    ({"ablate_modules": "heads"}, "^--ablate_modules=heads: this model has no 'heads'"),
     ({"ablate_solvers": "newton"}, "must name some of"),
     ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
     ({"per_layer": True}, "--per_layer=true: .* leave it out"),
     ({"score_path": "projected"}, "--score_path=projected: "),
-    ({"ablate_solvers": "identity,ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    (
+      {"ablate_solvers": "identity,ekfac", "curvature": "hessian"},
+      "^--ablate_solvers=.*: --solver=ekfac with --curvature=hessian",
+    ),
     ({"seeds": ""}, "--seeds is empty: give at least one"),
     ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],
@@ -252,7 +255,7 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
-  assert changes == {"ablate_modules": "heads"} or not (tmp_path / "run").exists()
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_choice_is_named_as_flags_name_it():

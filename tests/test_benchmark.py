@@ -182,6 +182,7 @@ def test_verdicts():
   [
     ({"measure": "times,speed"}, "unknown 'speed'; use some of times, compile, memory"),
     ({"score_layers": "all,all"}, "a word is given twice"),
+    ({"score_layers": "all,last:99"}, "^--score_layers=last:99: 99 is not between"),
     ({"device_counts": "2,1"}, "not a list of growing numbers"),
     ({"memory_examples": "0"}, "not a list of growing numbers"),
     ({"synthetic_length": 1}, "needs 2 or more tokens"),

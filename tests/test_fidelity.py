@@ -127,8 +127,9 @@ def test_variants_change_one_thing_at_a_time(settings):
     ({"damping": 0.1}, "--damping=0.1: "),
     ({"normalize": "cosine"}, "--normalize=cosine: "),
     ({"score_path": "projected"}, "--score_path=projected: "),
-    ({"precondition": "ekfac"}, "--precondition=ekfac with --solver=identity"),
-    ({"lds_solvers": "cg,ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    ({"precondition": "ekfac"}, "^--lds_solvers=identity,cg: --precondition=ekfac with --solver=identity"),
+    ({"lds_solvers": "cg,ekfac", "curvature": "hessian"}, "^--lds_solvers=cg,ekfac: --solver=ekfac with --curvature"),
+    ({"lds_layers": "last:1;last:9"}, "^--lds_layers=last:9: 9 is not between"),
   ],
 )
 def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path, changes, message):

@@ -123,3 +123,10 @@ def test_ratios_that_mean_nothing_are_refused(text):
 def test_scores_are_compared_only_where_solutions_are(tmp_path):
   with pytest.raises(UserError, match="--agreement_ratios=0.2 must be among --compare_ratios=0.5,0.05"):
     solvers.run(settings_of(tmp_path, agreement_ratios="0.2"))
+
+
+def test_layers_of_the_last_comparison_are_refused_before_the_first(tmp_path):
+  settings = settings_of(tmp_path, mislabelled_layers="last:9")
+  with pytest.raises(UserError, match="^--mislabelled_layers=last:9: 9 is not between 1 and 2"):
+    solvers.run(settings, Workbench(settings))
+  assert not pathlib.Path(settings.run_dir).exists()

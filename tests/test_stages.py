@@ -418,9 +418,11 @@ def test_sources_are_split_as_documented(settings, tmp_path):
   assert len(named["eval"]) + len(named["test"]) == 200  # the corpus has no columns to name
   tested = split_sources(settings.replace(train_data=a, test_data=b))
   assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
-  for bad in ("1,2", "a,b,c", "0.5,0.5,0.5"):
-    with pytest.raises(UserError):
+  for bad in ("1,2", "a,b,c", "0.5,0.5,0.5", "1.2,-0.1,-0.1", "nan,0.5,0.5"):
+    with pytest.raises(UserError, match=f"--split={bad}"):
       split_sources(settings.replace(train_data=a, split=bad))
+  with pytest.raises(UserError, match="--split=0.5,0.1,0.1"):  # as with one source, whatever of it is used
+    split_sources(settings.replace(train_data=a, test_data=b, split="0.5,0.1,0.1"))
 
 
 def test_an_empty_evaluation_set_is_refused(settings, bench):
