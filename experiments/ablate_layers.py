@@ -17,9 +17,9 @@ from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, seeds_of
 from experiments.pricing import Described
+from experiments.refusals import budget_of
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
-from experiments.select import budget_of
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import algebra, artifacts, breakdown, coreset, evaluation, finetune, influence, passes, subtree
 from in2core_jax.errors import UserError

@@ -6,8 +6,9 @@
 import logging
 import time
 
-from experiments import cli, dry_run, evaluate, finetune, flags, select
-from experiments.flags import Settings, words
+from experiments import cli, dry_run, evaluate, finetune, flags, refusals, select
+from experiments.flags import Settings, seeds_of, words
+from experiments.retraining import equal_of
 from experiments.workbench import Workbench
 from in2core_jax import coreset, evaluation
 from in2core_jax.errors import UserError
@@ -19,9 +20,11 @@ def settled(s: Settings) -> Settings:
   """The flags as the stages take them: what --policy selects is compared anyway, and is left out of --policies.
 
   Raises:
-    UserError: flags that would be passed over, a policy that there is not, or one whose sets differ from seed to seed.
+    UserError: flags that would be passed over, a policy that there is not, or one whose sets differ from seed to seed;
+      lists that the last stage could not read.
   """
   flags.refuse(s, ("checkpoint", "select_runs"), "demo fine-tunes and selects by itself")
+  seeds_of(s), equal_of(s), evaluate.fractions_of(s)
   policies = words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
   if s.fractions or s.policy not in policies:  # a sweep takes the scores of the run only, and merges the names itself
     return s
@@ -42,6 +45,7 @@ def main(_) -> None:
     return
   root = settings.run_dir
   bench = Workbench(settings)
+  refusals.check_demo(bench, settings)
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
   selected = select.run(chosen, bench)

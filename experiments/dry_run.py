@@ -9,7 +9,7 @@ import itertools
 import pathlib
 import shutil
 
-from experiments import fitting, hardware, planning
+from experiments import fitting, hardware, planning, refusals
 from experiments.flags import Settings
 from experiments.hardware import Hardware
 from experiments.pricing import Described, Phase
@@ -130,6 +130,8 @@ def text(s: Settings, stage: str) -> str:
   """
   elsewhere = hardware.on_paper(s.hardware, s.dtype) if s.hardware else None
   bench = Described(s, elsewhere)
+  if stage in refusals.BEFORE:
+    refusals.BEFORE[stage](bench, s)
   longest = max(bench.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
   where = elsewhere or hardware.here(bench.config, s.dtype, longest.height, longest.num_tokens)
   found = estimate(bench, stage, where)

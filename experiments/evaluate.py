@@ -15,8 +15,9 @@ from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of, shares
 from experiments.pictures import write_figure
+from experiments.refusals import budget_of, check_budget
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
-from experiments.select import budget_of, sketch_inputs, text_inputs
+from experiments.select import sketch_inputs, text_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html
 from in2core_jax.errors import UserError
@@ -74,7 +75,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
     UserError: an unknown policy, two candidates of one name, a run that does not fit, selections of several sizes.
   """
   seeds, fixed = seeds_of(s)
-  folders, fractions = listed(s.select_runs), _fractions(s)
+  folders, fractions = listed(s.select_runs), fractions_of(s)
   runs = [read_selection(folder, bench) for folder in folders]
   wanted = listed(s.policies)
   if not wanted and not runs:
@@ -141,7 +142,7 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
     )
 
 
-def _fractions(s: Settings) -> tuple[float, ...]:
+def fractions_of(s: Settings) -> tuple[float, ...]:
   """The budgets of --fractions; 1 is the policy `full`."""
   found = shares(s.fractions, "fractions")
   if found == (1.0,):
@@ -246,7 +247,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs
   }
-  budget_of(s).limit(bench.parts["train"].num_tokens[trainable_rows(bench)])  # told before there is a run folder
+  check_budget(s, bench.parts["train"])  # told before there is a run folder
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   chosen = kept_candidates(run_dir, bench, s, plan)

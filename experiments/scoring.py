@@ -286,13 +286,12 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 def trajectory_scores(bench: Workbench, s: Settings, work: Work):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
-  Raises:
-    UserError: for LESS, a checkpoint of another subtree.
+  For LESS what is scored must be what was trained (`refusals.check_scores`): Adam's moments are of these numbers.
   """
   less = s.trajectory == "less"
   packed = not less and influence.score_path(s.score_path, len(topic_rows(bench, s))) == "jvp"
   make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
-  like = trained_subtree(bench, s) if less else None
+  like = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
   total, v, names = 0.0, None, []
   for step, weight in trajectory_weights(s.checkpoint).items():
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
@@ -323,16 +322,3 @@ def trajectory_weights(folder: str) -> dict[int, float]:
       "--keep_checkpoints=0 --overwrite"
     )
   return finetune.step_weights(folder, wanted)
-
-
-def trained_subtree(bench: Workbench, s: Settings):
-  """What the checkpoint's training changed, which must be what is scored: Adam's moments are of these numbers."""
-  params = bench.checkpoint_params(s.checkpoint)
-  saved = finetune.checkpoint_meta(s.checkpoint)["subtree"]
-  tree = subtree.make_subtree(params, s.layers, s.modules)
-  if finetune.subtree_meta(tree) != saved:
-    raise UserError(
-      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {s.checkpoint} trained layers "
-      f"{saved['layers']}, {', '.join(saved['paths'])}; choose the same, Adam's moments are theirs"
-    )
-  return subtree.split(params, tree)[0]

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments import cli, dry_run, flags
 from experiments.flags import Settings
+from experiments.refusals import budget_of, check_select
 from experiments.resuming import Work
 from experiments.scoring import (
   Clock,
@@ -21,11 +22,9 @@ from experiments.scoring import (
   query_scores,
   score,
   token_table,
-  trained_subtree,
   trajectory_weights,
 )
-from experiments.solving import solver_settings
-from experiments.workbench import Chosen, Workbench, choose
+from experiments.workbench import Workbench, choose
 from in2core_jax import (
   artifacts,
   coreset,
@@ -35,14 +34,12 @@ from in2core_jax import (
   ihvp,
   lexical,
   matching,
-  projected,
   records,
   report,
   report_facts,
   report_html,
   subtree,
 )
-from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,52 +47,6 @@ _MANY_COPIES = 0.05  # share of the training set from which select warns of them
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
-
-
-def check_settings(bench: Workbench, s: Settings, chosen: Chosen) -> None:
-  """Refuses what cannot be done before there is a run folder, which the corrected command could not use.
-
-  Raises:
-    UserError: flags that contradict each other.
-  """
-  solver_settings(s)
-  if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
-    raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
-  other_ways = [name for name in ("self_influence", "per_query", "per_layer", "per_token") if getattr(s, name)]
-  other_ways += ["normalize"] if s.normalize != "none" else []
-  if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
-    way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
-    raise UserError(f"--{other_ways[0]} does not go with {way}: leave one of them out")
-  if s.trajectory != "none" and (s.solver != "identity" or s.score_path == "projected"):
-    raise UserError(
-      f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
-    )
-  if s.trajectory != "none" and not s.checkpoint:
-    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
-  if s.trajectory == "less":
-    trained_subtree(bench, s)
-  if s.score_path == "projected":
-    missing = set(subtree.make_subtree(chosen.params, s.layers, "matrices").paths) - set(chosen.tree.paths)
-    if missing:
-      lacks = min(missing)
-      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
-  size = subtree.count(chosen.problem.sub)
-  if s.solver == "low_rank" and s.depth > size:
-    raise UserError(f"--solver=low_rank: --depth={s.depth} vectors of a subtree of {size} parameters: lower --depth")
-  if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
-    raise UserError(
-      f"--solver=exact: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: choose fewer layers or "
-      "modules, or --solver=cg"
-    )
-  if s.self_influence or s.normalize in ("relatif", "theta_relatif"):
-    wanted = "--self_influence" if s.self_influence else f"--normalize={s.normalize}"
-    if s.solver not in ("ekfac", "identity"):
-      raise UserError(
-        f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
-        "--solver=ekfac or --solver=identity only"
-      )
-  if (s.per_layer or s.per_token) and s.aggregate != "mean":
-    raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
 
 
 def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) -> dict:
@@ -145,17 +96,6 @@ def text_inputs(bench: Workbench, policies: Collection[str]) -> dict[str, np.nda
   return found
 
 
-def budget_of(s: Settings) -> coreset.Budget:
-  """The budget that the flags ask for."""
-  if s.num_examples and s.token_budget:
-    raise UserError(f"--num_examples={s.num_examples} and --token_budget={s.token_budget}: give one of the two")
-  if s.num_examples:
-    return coreset.Budget(num_examples=s.num_examples)
-  if s.token_budget:
-    return coreset.Budget(token_budget=s.token_budget)
-  return coreset.Budget(fraction=s.fraction)
-
-
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   s = settings
@@ -163,9 +103,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   budget = budget_of(s)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
-  check_settings(bench, s, chosen)
-  train = bench.parts["train"]
-  budget.limit(train.num_tokens[train.num_response_tokens > 0])  # what cannot be met is told before the work
+  check_select(bench, s)
   identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)

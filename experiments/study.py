@@ -19,10 +19,11 @@ from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
 from experiments.pictures import write_figure
+from experiments.refusals import budget_of
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import EQUAL, Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
-from experiments.select import budget_of, sketch_inputs, text_inputs
+from experiments.select import sketch_inputs, text_inputs
 from experiments.solving import solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree

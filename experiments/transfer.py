@@ -15,10 +15,11 @@ from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of
 from experiments.pictures import write_figure
+from experiments.refusals import budget_of, check_scores
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
-from experiments.select import budget_of, check_settings, sketch_inputs, text_inputs
+from experiments.select import sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, evaluation, report, subtree
@@ -156,7 +157,7 @@ class Transfer:
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
     start = subtree.merge(judge.sub, judge.frozen, judge.chosen)
-    check_settings(bench, s, choose(bench, start, s.layers, s.modules))  # told before the training
+    check_scores(s, start)  # told before the training
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))

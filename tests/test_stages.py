@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import demo, evaluate, finetune, flags, scoring, select, solving, workbench
+from experiments import demo, dry_run, evaluate, finetune, flags, refusals, scoring, select, solving, workbench
 from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
 from in2core_jax import artifacts, data, evaluation, ihvp, matching, report_facts, report_html, sharding, subtree
@@ -266,17 +266,54 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
     "sketch_size": {"score_path": "projected"},
     "--modules=attention lacks": {"score_path": "projected", "sketch_size": 32, "modules": "attention"},
     "lower --depth": {"solver": "low_rank", "depth": 50, "modules": "final_norm"},
+    "give one of the two": {"num_examples": 3, "token_budget": 9},
+    "token_budget=1 is less": {"token_budget": 1},
     "per_layer does not go with --trajectory": {"trajectory": "tracin", "solver": "identity", "per_layer": True},
   }
   for words, changes in wrong.items():
     folder = tmp_path / words.split(":")[0]
+    asked = settings.replace(run_dir=str(folder), **changes)
     with pytest.raises(UserError, match=words):
-      select.run(settings.replace(run_dir=str(folder), **changes), bench)
+      select.run(asked, bench)
     assert not folder.exists()
+    with pytest.raises(UserError, match=words):
+      dry_run.run(asked, "select")
   with pytest.raises(UserError, match="--trainable_layers=last:9"):
     finetune.run(settings.replace(run_dir=str(tmp_path / "f"), trainable_layers="last:9"), bench)
   with pytest.raises(UserError, match="proponents needs the scores of a select run"):
     evaluate.run(settings.replace(run_dir=str(tmp_path / "e"), policies="proponents"), bench)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"layers": "last:99"}, "^--layers=last:99: 99 is not between 1 and 4"),
+    ({"solver": "exact"}, "^--solver=exact: the subtree has 4,672 parameters, more than 4,096"),
+    (
+      {"solver": "low_rank", "modules": "final_norm"},
+      "--depth=50 vectors of a subtree of 16 parameters: lower --depth",
+    ),
+    ({"solver": "ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    ({"num_examples": 99}, "num_examples=99 is more than the 40 examples"),
+    ({"trajectory": "tracin", "solver": "cg"}, "--trajectory=tracin has no inverse"),
+    ({"trajectory": "less", "solver": "identity", "layers": "last:1"}, r"fine-tuning trains layers \[2, 3\]"),
+    ({"trajectory": "tracin", "solver": "identity"}, "all 4 checkpoints, .*: give --keep_checkpoints=0"),
+  ],
+)
+def test_a_demo_and_its_dry_run_refuse_before_the_fine_tuning(settings, bench, monkeypatch, changes, words):
+  s = settings.replace(**{"policies": "full,random", "steps": 12, "depth": 50} | changes)
+  monkeypatch.setattr(finetune, "run", lambda *_: pytest.fail("a demo that cannot end was begun"))
+  monkeypatch.setattr(demo, "Workbench", lambda _: bench)
+  for asked in (s, s.replace(dry_run=True)):
+    monkeypatch.setattr(flags, "read", lambda asked=asked, **_: asked)
+    with pytest.raises(UserError, match=words):
+      demo.main([])
+  assert not pathlib.Path(s.run_dir).exists()
+
+
+def test_a_demo_may_score_the_factors_that_it_trains(settings, bench):
+  own = settings.replace(trainable="lora", modules="lora", trajectory="less", solver="identity", keep_checkpoints=0)
+  assert refusals.check_demo(bench, own) is None
 
 
 def test_a_demo_is_settled_before_its_first_stage():
@@ -290,6 +327,9 @@ def test_a_demo_is_settled_before_its_first_stage():
     ({"select_runs": "runs/x"}, "--select_runs=runs/x: demo"),
     ({"policy": "random"}, "--policy=random --policies=full,random,.* one name"),
     ({"policies": "full,best"}, "unknown 'best'"),
+    ({"equal": "cost"}, "--equal=cost: unknown 'cost'"),
+    ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list"),
+    ({"seeds": ""}, "--seeds is empty"),
   ):
     with pytest.raises(UserError, match=words):
       demo.settled(s.replace(**changes))

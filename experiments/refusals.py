@@ -1,0 +1,127 @@
+"""What `select`, and what chooses as it does, could not do: told before any work, also by --dry_run and by `demo`."""
+
+import numpy as np
+
+from experiments import fitting, planning
+from experiments.flags import Settings
+from experiments.solving import solver_settings
+from experiments.workbench import Workbench
+from in2core_jax import coreset, costs, data, finetune, ihvp, projected, subtree
+from in2core_jax.errors import UserError
+
+
+def budget_of(s: Settings) -> coreset.Budget:
+  """The budget that the flags ask for."""
+  if s.num_examples and s.token_budget:
+    raise UserError(f"--num_examples={s.num_examples} and --token_budget={s.token_budget}: give one of the two")
+  if s.num_examples:
+    return coreset.Budget(num_examples=s.num_examples)
+  if s.token_budget:
+    return coreset.Budget(token_budget=s.token_budget)
+  return coreset.Budget(fraction=s.fraction)
+
+
+def check_budget(s: Settings, train: data.TokenizedDataset) -> None:
+  """Refuses a budget that the training examples with a response cannot meet."""
+  budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
+
+
+def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: str = "depth") -> None:
+  """Refuses a solver that is not for a subtree of that size.
+
+  Args:
+    s: the solver and its depth.
+    params: arrays or shapes.
+    tree: the subtree of them.
+    given: what the user gave of it, for the message.
+    depth: the flag that --depth is taken from.
+
+  Raises:
+    UserError: too many parameters for exact, too few for low_rank.
+  """
+  size = subtree.count(costs.split_shapes(params, tree)[0])
+  if s.solver == "low_rank" and s.depth > size:
+    raise UserError(f"{given}: --{depth}={s.depth} vectors of a subtree of {size} parameters: lower --{depth}")
+  if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
+    raise UserError(
+      f"{given}: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: choose fewer layers or modules, "
+      "or another solver, such as cg"
+    )
+
+
+def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, layers: str = "--layers") -> None:
+  """Refuses what `select` cannot score.
+
+  Args:
+    s: the flags of the scores.
+    params: that are scored, arrays or shapes.
+    trained: what a training changes that is still to come; None: --checkpoint tells, where there is one.
+    layers: the flag that --layers is taken from, for messages.
+
+  Raises:
+    UserError: flags that contradict each other, or ask for what the model does not have.
+  """
+  solver_settings(s)
+  if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
+    raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
+  other_ways = [name for name in ("self_influence", "per_query", "per_layer", "per_token") if getattr(s, name)]
+  other_ways += ["normalize"] if s.normalize != "none" else []
+  if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
+    way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
+    raise UserError(f"--{other_ways[0]} does not go with {way}: leave one of them out")
+  if s.trajectory != "none" and (s.solver != "identity" or s.score_path == "projected"):
+    raise UserError(
+      f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
+    )
+  if s.trajectory != "none" and trained is None and not s.checkpoint:
+    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  tree = subtree.make_subtree(params, s.layers, s.modules, (layers, "--modules"))
+  if s.trajectory == "less":
+    _check_trained(s, tree, trained)
+  if s.score_path == "projected":
+    missing = set(subtree.make_subtree(params, s.layers, "matrices").paths) - set(tree.paths)
+    if missing:
+      lacks = min(missing)
+      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
+  check_size(s, params, tree, f"--solver={s.solver}")
+  if s.self_influence or s.normalize in ("relatif", "theta_relatif"):
+    wanted = "--self_influence" if s.self_influence else f"--normalize={s.normalize}"
+    if s.solver not in ("ekfac", "identity"):
+      raise UserError(
+        f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
+        "--solver=ekfac or --solver=identity only"
+      )
+  if (s.per_layer or s.per_token) and s.aggregate != "mean":
+    raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
+
+
+def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree | None) -> None:
+  """LESS takes Adam's moments, which are of the numbers that were trained: refuses other ones."""
+  saved = finetune.subtree_meta(trained) if trained else finetune.checkpoint_meta(s.checkpoint)["subtree"]
+  if finetune.subtree_meta(tree) != saved:
+    who = "the fine-tuning trains" if trained else f"{s.checkpoint} trained"
+    raise UserError(
+      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {who} layers {saved['layers']}, "
+      f"{', '.join(saved['paths'])}; choose the same, Adam's moments are theirs"
+    )
+
+
+def check_select(bench: Workbench, s: Settings) -> None:
+  """What `select` refuses, by shapes and data alone."""
+  check_scores(s, fitting.scored_params(bench.config, s))
+  check_budget(s, bench.parts["train"])
+
+
+def check_demo(bench: Workbench, s: Settings) -> None:
+  """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
+  check_scores(s, *planning.trained_shapes(bench, s))
+  check_budget(s, bench.parts["train"])
+  made = -(-planning.num_steps(s, np.count_nonzero(bench.parts["train"].num_response_tokens)) // s.checkpoint_every)
+  if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
+    raise UserError(
+      f"--trajectory={s.trajectory} adds up over all {made} checkpoints, of which --keep_checkpoints="
+      f"{s.keep_checkpoints} leaves the newest: give --keep_checkpoints=0"
+    )
+
+
+BEFORE = {"select": check_select, "demo": check_demo}  # stages, for --dry_run
