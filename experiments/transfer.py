@@ -10,19 +10,19 @@ import math
 
 import numpy as np
 
-from experiments import cli, flags
+from experiments import cli, fitting, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of
 from experiments.pictures import write_figure
-from experiments.refusals import budget_of, check_scores
+from experiments.refusals import budget_of, check_budget, check_scores
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
 from experiments.select import sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose, distinct_points
-from in2core_jax import artifacts, coreset, data, evaluation, report, subtree
+from in2core_jax import artifacts, coreset, data, evaluation, report, subtree, weights
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,35 @@ def _rate(word: str, s: Settings) -> float:
   return rate
 
 
+def settings_of(s: Settings, scorer: Scorer) -> Settings:
+  """The flags with those of a scorer in their place."""
+  s = s.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
+  return s.replace(learning_rate=scorer.rate)
+
+
+def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
+  """Tells before the first training what a model could not do whose turn comes later; reads no weight.
+
+  Raises:
+    UserError: names the model and the flag.
+  """
+  lora = s.trainable == "lora"
+  modules = "lora" if lora else s.trainable_modules
+  for scorer in scorers:
+    named = scorer.model in listed(s.score_models, ";")
+    layers = "--model_layers" if named and s.model_layers else "--layers"
+    trains = "--model_trains" if named and s.model_trains else flags.TRAINED[0]
+    try:
+      config, _ = weights.describe_model(scorer.model)
+      params = fitting.param_shapes(config, s.dtype, s.lora_rank if lora else 0)
+      subtree.make_subtree(params, scorer.trains, modules, (trains, flags.TRAINED[1]))
+      check_scores(settings_of(s, scorer), params, layers=layers)
+    except UserError as error:
+      if not named:  # the model that is trained
+        raise
+      raise UserError(f"--score_models, {scorer.model!r}: {error}") from error
+
+
 class Transfer:
   """The trained model's bench and judge, and what each scorer makes of the same examples."""
 
@@ -131,8 +160,7 @@ class Transfer:
       bench: its own (`bench_of`).
       name: of the folder for what is unfinished.
     """
-    s = self.settings.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
-    s = s.replace(learning_rate=scorer.rate)
+    s = settings_of(self.settings, scorer)
     params, before, losses = self.params_of(bench, s)
     chosen = choose(bench, params, s.layers, s.modules)
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
@@ -156,8 +184,6 @@ class Transfer:
     """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
-    start = subtree.merge(judge.sub, judge.frozen, judge.chosen)
-    check_scores(s, start)  # told before the training
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.parts["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
@@ -369,7 +395,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   flags.refuse(s, _REFUSED, _DOES)
   if s.model_rates and s.score_at == "base":
     raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
+  check_scorers(s, scorers)
   bench = bench or Workbench(s)
+  check_budget(s, bench.parts["train"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:

@@ -179,6 +179,27 @@ def test_scorers_are_read_with_their_layers():
     transfer.scorers_of(s.replace(score_models="hf:x;hf:x"))
 
 
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"score_models": "foo"}, "^--score_models, 'foo': --model=foo is not understood; use smollm2"),
+    ({"score_models": "hf:nowhere"}, "^--score_models, 'hf:nowhere': .*nowhere"),
+    ({"model_layers": "last:1;last:2"}, "^--score_models, 'truncated:.*:1': --model_layers=last:2: 2 is not between"),
+    ({"model_trains": "last:1;last:2"}, "^--score_models, 'truncated:.*:1': --model_trains=last:2: 2 is not between"),
+    ({"layers": "last:9", "model_layers": "last:1"}, "^--layers=last:9: 9 is not between 1 and 2"),
+    ({"solver": "exact", "layers": "all"}, "^--solver=exact: the subtree has 4,672 parameters"),
+    ({"num_examples": 99}, "num_examples=99 is more than the 24 examples"),
+  ],
+)
+def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(
+  settings, bench, tmp_path, monkeypatch, changes, words
+):
+  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
+  with pytest.raises(UserError, match=words):
+    transfer.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not (tmp_path / "run").exists()
+
+
 def test_sentences_follow_the_intervals():
   row = {"scores by": "a", "Spearman": 0.5, "ratio to own": 1.1, "ratio low": 1.01, "ratio high": 1.2}
   row |= {"overlap of the choices": 0.7, "fine-tuned": True, "learning rate": 1e-3}
