@@ -17,7 +17,7 @@ from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, seeds_of
 from experiments.pricing import Described
-from experiments.refusals import budget_of
+from experiments.refusals import budget_of, check_budget, check_size
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.workbench import Chosen, Workbench, choose
@@ -291,7 +291,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
-  solvers_of(s)
+  solvers = solvers_of(s)
   bench = bench or Workbench(s)
   identity = bench.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
@@ -303,7 +303,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   choices = choices_of(s, bench.config.num_layers)
   params = fitting.scored_params(bench.config, s)
   for choice in choices:
-    tree_of(choice, params)
+    tree = tree_of(choice, params)
+    for name in solvers:
+      check_size(s.replace(solver=name), params, tree, f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}")
+  check_budget(s, bench.parts["train"])
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])

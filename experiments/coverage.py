@@ -17,6 +17,7 @@ from experiments import cli, coverage_report, flags, scoring, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, listed
+from experiments.refusals import check_size
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import Judge
 from experiments.workbench import Chosen, Workbench, choose, distinct_points
@@ -361,6 +362,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if s.coverage_signal not in INFLUENCE:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
   folds = folds_of(bench, s)
+  solving.solver_settings(s)  # as the rest, told before the first training
+  check_size(s, bench.params, subtree.make_subtree(bench.params, s.layers, s.modules), f"--solver={s.solver}")
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])

@@ -15,6 +15,7 @@ from experiments import cli, fidelity_report, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, seeds_of, words
+from experiments.refusals import check_size
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
@@ -302,8 +303,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   bench = bench or Workbench(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(bench)))
-  for layers in words(s.lds_layers, "lds_layers", separator=";"):
-    subtree.make_subtree(bench.params, layers, s.modules, ("--lds_layers", "--modules"))  # before hours of training
+  for variant in variants:  # told before hours of training
+    tree = subtree.make_subtree(bench.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
+    given = f"--lds_solvers={s.lds_solvers}, {variant.name}"
+    check_size(settings_of(s, variant), bench.params, tree, given, depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
   identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):

@@ -19,7 +19,7 @@ from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
 from experiments.pictures import write_figure
-from experiments.refusals import budget_of
+from experiments.refusals import budget_of, check_size
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import EQUAL, Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
@@ -229,10 +229,11 @@ def check_variants(bench: Workbench, s: Settings) -> None:
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
+      if variant.policy in (*coreset.SCORE_POLICIES, *coreset.FEATURE_POLICIES):
+        tree = subtree.make_subtree(bench.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
-      if variant.policy in (*coreset.SCORE_POLICIES, *coreset.FEATURE_POLICIES):
-        subtree.make_subtree(bench.params, own.layers, own.modules)
+        check_size(own, bench.params, tree, f"--solver={own.solver}")
       budget_for(own, variant, bench.parts["train"], bench_of(bench, own).parts["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error

@@ -248,6 +248,11 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
       {"ablate_solvers": "identity,ekfac", "curvature": "hessian"},
       "^--ablate_solvers=.*: --solver=ekfac with --curvature=hessian",
     ),
+    (
+      {"ablate_solvers": "datainf,exact"},
+      "^--ablate_solvers=datainf,exact, exact of all: .* 9,344 parameters, more than",
+    ),
+    ({"num_examples": 99}, "num_examples=99 is more than the 24 examples"),
     ({"seeds": ""}, "--seeds is empty: give at least one"),
     ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],

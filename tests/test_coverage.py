@@ -242,12 +242,16 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
     ({"hold_out_topics": "opera"}, "no test point and training example of 'opera'"),
     ({"folds": 9}, "need 9 topics"),
     ({"coverage_signal": "vibes"}, "is none of mean, base"),
+    ({"solver": "exact", "layers": "all"}, "--solver=exact: the subtree has 4,672 parameters, more than"),
+    ({"solver": "ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
+    ({"layers": "last:9"}, "--layers=last:9: 9 is not between 1 and 2"),
     ({"score_path": "projected", "solver": "lissa"}, "coverage has no inverse of projected gradients"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+  assert not (tmp_path / "run").exists()
 
 
 def test_points_of_topics_that_are_in_no_training_set_are_not_judged():

@@ -129,6 +129,11 @@ def test_variants_change_one_thing_at_a_time(settings):
     ({"score_path": "projected"}, "--score_path=projected: "),
     ({"precondition": "ekfac"}, "^--lds_solvers=identity,cg: --precondition=ekfac with --solver=identity"),
     ({"lds_solvers": "cg,ekfac", "curvature": "hessian"}, "^--lds_solvers=cg,ekfac: --solver=ekfac with --curvature"),
+    (
+      {"lds_solvers": "cg,exact", "lds_layers": "all"},
+      "^--lds_solvers=cg,exact, exact, all, .* 4,672 parameters, more",
+    ),
+    ({"lds_solvers": "cg,low_rank", "krylov": 9999}, "^--lds_solvers=cg,low_rank, .*: lower --krylov"),
     ({"lds_layers": "last:1;last:9"}, "^--lds_layers=last:9: 9 is not between"),
   ],
 )

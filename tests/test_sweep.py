@@ -267,6 +267,8 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     ({"variants": "matching; proponents, cg", "precondition": "ekfac"}, ""),
     ({"variants": "proponents, datainf", "precondition": "ekfac"}, "'proponents, datainf': --precondition=ekfac with"),
     ({"variants": "matching", "layers": "last:9"}, "--variants, 'matching': --layers=last:9"),
+    ({"variants": "proponents", "solver": "exact"}, "--variants, 'proponents': --solver=exact: .* 4,672 parameters"),
+    ({"variants": "matching; proponents, cg", "solver": "exact"}, ""),
     ({"variants": "matching, cut at 2"}, "'matching, cut at 2': .* has a response token within max_length=2"),
   ],
 )
