@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 ADDITIVE = ("identity", "datainf")
 POSITIONS = ("last", "first", "middle", "spread")
 ALL = "all"
-_DOES = "ablate_layers compares plain influence of the mean query, and the sets that --policy=proponents keeps"
+_DOES = "ablate_layers compares plain influence of the mean query, and what --policy=proponents keeps of one budget"
 _REFUSED = (
   *("normalize", "self_influence", "per_layer", "per_token", "per_query", "aggregate", "trajectory"),
-  "score_path=projected",
+  *("score_path=projected", "fractions"),
   *flags.OTHER_POLICIES,
 )
 # The cheapest choices that agree with all layers are retrained, so many of them, to see whether one is enough.

@@ -38,8 +38,11 @@ from in2core_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 POINTS = coverage_report.POINTS
-_DOES = "coverage fine-tunes the base model itself, without the held-out topics; scores are of single test points"
-_REFUSED = ("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory")
+_DOES = "coverage fine-tunes without the held-out topics itself; scores are of single test points, and choose nothing"
+_REFUSED = (
+  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
+  *flags.OTHER_POLICIES,
+)
 _CELLS = "train and points"  # columns of the arrays in cells
 AGGREGATES = ("mean", "maximum", "positive mass", "relative maximum")
 BASE, TRAINED = "base", "trained"

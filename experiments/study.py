@@ -31,10 +31,10 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_DOES = "study's rules say themselves how they score and choose, and it fine-tunes by itself"
+_DOES = "study's rules say themselves how they score and choose, all with one budget, and it fine-tunes by itself"
 _REFUSED = (
   *("checkpoint", "damping", "normalize", "self_influence", "per_query", "per_layer", "per_token", "trajectory"),
-  "score_path=projected",
+  *("score_path=projected", "fractions"),
   *flags.OTHER_POLICIES,
 )
 FULL, RANDOM = evaluation.FULL, evaluation.RANDOM
@@ -226,9 +226,12 @@ def check_variants(bench: Workbench, s: Settings) -> None:
   Raises:
     UserError: names the variant.
   """
+  queries = len(bench.parts["eval"])
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
+      if queries < variant.queries:
+        raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.FEATURE_POLICIES):
         tree = subtree.make_subtree(bench.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:

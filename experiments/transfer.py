@@ -27,9 +27,13 @@ from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_DOES = "transfer fine-tunes every model itself (--score_at), has no store of gradients and writes no tables of scores"
+_DOES = (
+  "transfer fine-tunes every model itself (--score_at), has no store of gradients, chooses with one budget and writes "
+  "no tables of scores"
+)
 _REFUSED = (
   *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
+  "fractions",
 )
 # What a choice is held against beside full data and random sets: what length or dropped copies alone would give.
 AS_LONG, COPIES_LAST, LONGEST = "random, as long", "random, copies last", "longest"

@@ -242,6 +242,7 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
     ({"ablate_modules": "heads"}, "^--ablate_modules=heads: this model has no 'heads'"),
     ({"ablate_solvers": "newton"}, "must name some of"),
     ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
+    ({"fractions": "0.1,0.5"}, "--fractions=0.1,0.5: ablate_layers .* one budget; leave it out"),
     ({"per_layer": True}, "--per_layer=true: .* leave it out"),
     ({"score_path": "projected"}, "--score_path=projected: "),
     (

@@ -241,6 +241,7 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   [
     ({"hold_out_topics": "opera"}, "no test point and training example of 'opera'"),
     ({"folds": 9}, "need 9 topics"),
+    ({"policy": "longest"}, "--policy=longest: coverage .* leave it out"),
     ({"coverage_signal": "vibes"}, "is none of mean, base"),
     ({"solver": "exact", "layers": "all"}, "--solver=exact: the subtree has 4,672 parameters, more than"),
     ({"solver": "ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),

@@ -191,7 +191,9 @@ def test_evaluation_topics(settings, bench):
 
 
 def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_path, monkeypatch):
-  names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 16 queries"
+  names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 10 queries"
+  every = study._variant("matching", trained=True, queries=10)
+  monkeypatch.setattr(study, "VARIANTS", study.VARIANTS | {"matching, 10 queries": every})
   chosen = settings.replace(run_dir=str(tmp_path / "study"), variants=names, eval_limit=10)
   folder = study.run(chosen, bench)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
@@ -201,8 +203,8 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
     assert float(row["perplexity"]) > 1
   ratio = float(rows["matching"]["perplexity"]) / float(rows["full"]["perplexity"])
   assert float(rows["matching"]["to full"]) == pytest.approx(ratio, abs=1e-3)
-  # Ten evaluation examples are fewer than 16, so the same are chosen, and the same training is not done again.
-  assert rows["matching"]["perplexity"] == rows["matching, 16 queries"]["perplexity"]
+  # There are ten evaluation examples: the same are chosen, and the same training is not done again.
+  assert rows["matching"]["perplexity"] == rows["matching, 10 queries"]["perplexity"]
   page = (tmp_path / "study" / "study.md").read_text()
   assert "## Equal steps" in page and " test examples are few**: " in page
   rules = {line.split(" | ")[0].strip("| "): line for line in page.split("## Rules")[1].splitlines() if "|" in line}
@@ -263,6 +265,8 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     ({"damping": 0.1}, "--damping=0.1: "),
     ({"normalize": "cosine"}, "--normalize=cosine: "),
     ({"policy": "longest"}, "--policy=longest: "),
+    ({"fractions": "0.1,0.5"}, "--fractions=0.1,0.5: study's rules .* one budget, .*; leave it out"),
+    ({"variants": "matching; matching, 16 queries"}, "'matching, 16 queries': it draws 16 of 10 evaluation examples"),
     ({"score_path": "projected"}, "--score_path=projected: "),
     ({"variants": "matching; proponents, cg", "precondition": "ekfac"}, ""),
     ({"variants": "proponents, datainf", "precondition": "ekfac"}, "'proponents, datainf': --precondition=ekfac with"),

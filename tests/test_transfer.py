@@ -188,6 +188,7 @@ def test_scorers_are_read_with_their_layers():
     ({"model_trains": "last:1;last:2"}, "^--score_models, 'truncated:.*:1': --model_trains=last:2: 2 is not between"),
     ({"layers": "last:9", "model_layers": "last:1"}, "^--layers=last:9: 9 is not between 1 and 2"),
     ({"solver": "exact", "layers": "all"}, "^--solver=exact: the subtree has 4,672 parameters"),
+    ({"fractions": "0.1,0.5"}, "^--fractions=0.1,0.5: transfer .* one budget .*; leave it out"),
     ({"num_examples": 99}, "num_examples=99 is more than the 24 examples"),
   ],
 )
