@@ -225,8 +225,8 @@ class Settings:
   only: str = _flag(
     "paper",
     "",
-    "names of experiments, separated by commas; empty: all but ablations, study-distinct, study-length, "
-    "study-mixed-fresh, study-queries",
+    "names of experiments, separated by commas; those whose results they read are run too, where not finished; empty: "
+    "all but ablations, study-distinct, study-length, study-mixed-fresh, study-queries",
   )
   results_dir: str = _flag("paper", "docs/results", "folder of the tables and pictures")
 

@@ -6,6 +6,7 @@
 ./run.sh paper --only=ablations,study-distinct          what no other call runs: many variants of the rules, and rules
                                                         without copies; with --alpaca study-length, study-mixed-fresh,
                                                         study-queries
+./run.sh paper --only=sweep                             and, where they are not finished, the steps that it reads
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
 again, unless its command, a flagfile, the file of --alpaca or the files of --model have changed: then what it left is
@@ -67,7 +68,7 @@ _CACHES = ("boundary", "ekfac", "projected")
 
 
 def steps_of(s: Settings) -> list[Step]:
-  """The steps that the flags ask for, in order.
+  """The steps that the flags ask for, each after those whose results it reads; those are added where not finished.
 
   Raises:
     UserError: --only names a step that there is not, or one that needs --alpaca.
@@ -81,7 +82,22 @@ def steps_of(s: Settings) -> list[Step]:
       raise UserError(f"--only={s.only}: {name} needs --alpaca, the path of an Alpaca JSON file")
   if s.alpaca and not pathlib.Path(s.alpaca).is_file():
     raise UserError(f"--alpaca={s.alpaca}: there is no such file; give a JSON file with instruction, input, output")
-  return [known[name] for name in dict.fromkeys(wanted)]
+  with_read: dict[str, Step] = {}
+
+  def add(name: str) -> None:
+    for other in known[name].reads:
+      if other in wanted or not _is_finished(s, known[other]):
+        add(other)
+    with_read.setdefault(name, known[name])
+
+  for name in wanted:
+    add(name)
+  return list(with_read.values())
+
+
+def is_named(s: Settings, step: Step) -> bool:
+  """Whether the flags ask for the step itself, not only for one that reads it."""
+  return not s.only or step.name in listed(s.only)
 
 
 # ---- commands ------------------------------------------------------------------------
@@ -156,7 +172,7 @@ def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, 
   content = model_content(s.model)
   facts |= {_MODEL: content} if content else {}
   wanted = {other.name: other for other in steps_of(s)}
-  for name in re.findall(r"\{runs\}/([\w-]+)", " ".join(step.changes)):
+  for name in step.reads:
     theirs = facts_of(wanted[name], s, named) if name in wanted else read_note(s, name).get("command", {})
     apart = (*(f"--{flag}" for flag in HOW_FAST), _MODEL)  # the model is a fact of this step too
     facts[f"command of {name}"] = artifacts.hash_of({k: v for k, v in theirs.items() if k not in apart})
@@ -227,6 +243,11 @@ def read_note(s: Settings, name: str) -> dict:
   return artifacts.read_json(path) if path.exists() else {}
 
 
+def _is_finished(s: Settings, step: Step) -> bool:
+  """Whether the step has run to its end, of whatever command, and what it made is there."""
+  return bool(read_note(s, step.name).get("finished")) and (folder_of(s, step.name) / step.marker).exists()
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
   """A step and what is to be done of it.
@@ -246,9 +267,8 @@ class Task:
 
 def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
   """Looks at what is there of a step."""
-  note, facts = read_note(s, step.name), facts_of(step, s, named)
-  finished = bool(note.get("finished")) and (folder_of(s, step.name) / step.marker).exists()
-  if s.overwrite:
+  note, facts, finished = read_note(s, step.name), facts_of(step, s, named), _is_finished(s, step)
+  if s.overwrite and is_named(s, step):
     return Task(step, facts, False, "--overwrite")
   # A note without a command is of an older version: the experiment itself goes on, or refuses.
   if "command" not in note:
@@ -462,6 +482,9 @@ def announce(s: Settings, tasks: Sequence[Task]) -> None:
   done, waiting = ([task for task in tasks if task.done == wanted] for wanted in (True, False))
   if done:
     log.info("finished already: %s", ", ".join(task.step.name for task in done))
+  read = [task.step.name for task in tasks if not is_named(s, task.step)]
+  if read:
+    log.info("--only=%s reads the results of %s, not there yet: run first", s.only, ", ".join(read))
   log.info("preset %s, to run: %s", s.preset, _left(s, waiting))
   for task in waiting:
     if task.anew:

@@ -1,6 +1,7 @@
 """The experiments of `paper`: which command each is, with which flags, and what it shows."""
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Step:
       only other steps read; nothing of it is published.
     flagfile: in experiments/flags/.
     about: what it shows, in a line.
-    changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir.
+    changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir;
+      {runs}/NAME in one of them says that the step reads what another one made.
     full: flags that come after paper-full.flags, which comes after `changes`.
     extra: it is run only where --only names it.
   """
@@ -37,6 +39,11 @@ class Step:
   def needs_alpaca(self) -> bool:
     """Whether it reads the file of --alpaca."""
     return any("{alpaca}" in change for change in self.changes)
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    """Names of the steps whose results it reads."""
+    return tuple(dict.fromkeys(re.findall(r"\{runs\}/([\w-]+)", " ".join(self.changes))))
 
 
 _RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"

@@ -203,6 +203,28 @@ def test_a_step_follows_the_one_whose_results_it_reads(made, monkeypatch):
   assert made.run() == (0, [])
 
 
+def test_only_runs_what_the_named_step_reads_first_where_it_is_not_there(made, caplog):
+  with caplog.at_level("INFO"):
+    assert made.run(only="second") == (0, ["first", "second"])
+  assert "--only=second reads the results of first, not there yet: run first" in caplog.text
+  assert made.run(only="second") == (0, [])
+  assert made.run(only="second,first", overwrite=True) == (0, ["first", "second"])  # whatever the order of the names
+  assert made.run(only="second", overwrite=True) == (0, ["second"])  # what is there is not made anew
+  made.codes["first"] = 3
+  made.run(only="first", overwrite=True)
+  made.codes.clear()
+  assert made.run(only="second", overwrite=True) == (0, ["first", "second"])
+  assert made.starts("first") == "xx"  # it went on: --overwrite is for the named ones
+
+
+def test_steps_say_what_they_read():
+  reads = {step.name: step.reads for step in paper.STEPS if step.reads}
+  assert reads == {"scores": ("tuned",), "sweep": ("tuned", "scores"), "layers": ("layers-tuned",)}
+  fresh = Settings(only="sweep", run_dir="nowhere")
+  assert [step.name for step in paper.steps_of(fresh)] == ["tuned", "scores", "sweep"]
+  assert [step.name for step in paper.steps_of(fresh.replace(only="layers"))] == ["layers-tuned", "layers"]
+
+
 def test_a_failed_step_goes_on_with_the_same_command_and_at_another_speed(made):
   made.codes["second"] = 3
   assert made.run() == (1, ALL)  # the others are not lost
