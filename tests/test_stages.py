@@ -158,7 +158,7 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
 
 
 def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp_path):
-  """Matching names the other policy where retraining spoke for it: a fine-tuned model, curvature, a real difference."""
+  """Matching names the other policy where retraining spoke for it: a fine-tuned model, CG, a real difference."""
   told = settings.replace(checkpoint=trained, solver="cg", policy="matching", run_dir=str(tmp_path / "run"))
   apart, alike = (matching.Shrunk(np.zeros(2), 0.6, share) for share in (0.47, 0.1))
   assert len(select.better_policy(told, apart)) == 1 and "(47 %" in select.better_policy(told, apart)[0]
@@ -168,7 +168,8 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   assert "4 % of the difference" in select.few_queries(told, unknown, 1200)[0]
   assert select.few_queries(told, apart, 1200) == select.few_queries(told, None, 1200) == []
   assert select.few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
-  for other in ({"checkpoint": ""}, {"solver": "identity"}, {"policy": "matching_quota"}, {"matching_shrink": False}):
+  others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching_quota"}]
+  for other in (*others, {"matching_shrink": False}):
     assert select.better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
   aim = matching.Shrunk(np.zeros(2), summary["target_kept"], summary["target_beyond_chance"])
