@@ -206,15 +206,26 @@ def counts(text: str, name: str) -> list[int]:
   return found
 
 
-def measure(s: Settings) -> Found:
-  """Everything that `--measure` or `--scaling` asks for; processes of their own first, while this one has no device."""
+def asked_of(s: Settings) -> tuple[list[str], list[str]]:
+  """(the words of --measure, those of --score_layers), told before there is a run folder.
+
+  Raises:
+    UserError: none of them, one that is unknown, or layers to be measured that the model does not have.
+  """
   wanted, score_layers = words(s.measure, "measure", MEASURES), words(s.score_layers, "score_layers")
   if not wanted or not score_layers:
     raise UserError(f"--measure={s.measure} --score_layers={s.score_layers}: give at least one word each")
-  examples, devices = counts(s.memory_examples, "memory_examples"), counts(s.device_counts, "device_counts")
   num_layers = weights.describe_model(s.model)[0].num_layers
-  for layers in score_layers:
+  used = len(score_layers) if "times" in wanted and not s.scaling else int("memory" in wanted or s.scaling)
+  for layers in score_layers[:used]:
     subtree.parse_layers(layers, num_layers, "--score_layers")
+  return wanted, score_layers
+
+
+def measure(s: Settings) -> Found:
+  """Everything that `--measure` or `--scaling` asks for; processes of their own first, while this one has no device."""
+  wanted, score_layers = asked_of(s)
+  examples, devices = counts(s.memory_examples, "memory_examples"), counts(s.device_counts, "device_counts")
   found = Found()
   if s.scaling:
     found.scaling = benchmark_alone.measure_scaling(s, score_layers[0], devices)
@@ -234,6 +245,7 @@ def measure(s: Settings) -> Found:
 
 def run(s: Settings) -> str:
   """Measures, prints the tables, writes benchmark.md and benchmark.json; returns the run folder."""
+  asked_of(s)
   identity = {"stage": "benchmark", "flags": s.identity("run", "data", "model", "select", "benchmark")}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.benchmark --flagfile=THIS"])

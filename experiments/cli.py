@@ -87,15 +87,22 @@ def _end(code: int) -> NoReturn:
   """Exits, in a single process that has loaded JAX without taking anything down: everything is written by then.
 
   JAX clears its backends at exit. Programs of a command that a signal has stopped may still run in them: seen were a
-  segmentation fault after SIGTERM and an abort after a finished run, exit codes that say the work failed.
+  segmentation fault after SIGTERM and an abort after a finished run, exit codes that say the work failed. A process
+  that is still one of several leaves in JAX's own way, which tells the others.
   """
   jax = sys.modules.get("jax")
   profiled = flags.FLAGS.is_parsed() and (flags.FLAGS.run_with_profiling or flags.FLAGS.profile_file)
   if jax is None or profiled or jax.distributed.is_initialized():
     sys.exit(code)
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):  # a reader that is gone, a closed stream
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    try:
       stream.flush()
+    except (BrokenPipeError, ValueError):  # a reader that has seen enough, a closed stream
+      pass
+    except OSError as error:
+      code = code or 1
+      with contextlib.suppress(OSError, ValueError):
+        print(f"error: output is lost ({error})", file=sys.stderr)
   os._exit(code)
 
 

@@ -92,8 +92,9 @@ def scored_params(config: model.ModelConfig, s: Settings) -> Any:
 
 
 def scored_shapes(config: model.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
-  """(shapes of the scored parameters, chosen subtree)."""
-  params = scored_params(config, s)
+  """(shapes of the scored parameters, chosen subtree); without a checkpoint the LoRA factors of a demo to come."""
+  to_come = s.trainable == "lora" and not s.checkpoint and "lora" in s.modules.split(",")
+  params = param_shapes(config, s.dtype, s.lora_rank) if to_come else scored_params(config, s)
   return params, subtree.make_subtree(params, s.layers, s.modules)
 
 

@@ -41,9 +41,9 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
   )
 
 
-# A flagfile repeats a run: it removes none, is the same in every process, and does the work.
-_ADDED = ("limit_block", "model_rates", "drop_copies")  # flags that older run folders did not know
 TRAINED = ("--trainable_layers", "--trainable_modules")  # for `subtree.make_subtree`
+_ADDED = ("limit_block", "model_rates", "drop_copies")  # flags that older run folders did not know
+# A flagfile repeats a run: it removes none, is the same in every process, and does the work.
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
 

@@ -68,7 +68,9 @@ _CACHES = ("boundary", "ekfac", "projected")
 
 
 def steps_of(s: Settings) -> list[Step]:
-  """The steps that the flags ask for, each after those whose results it reads; those are added where not finished.
+  """The steps that the flags ask for, each after those whose results it reads.
+
+  With --only those are added which are not finished, or read one that is not. A finished step reads nothing.
 
   Raises:
     UserError: --only names a step that there is not, or one that needs --alpaca.
@@ -84,14 +86,17 @@ def steps_of(s: Settings) -> list[Step]:
     raise UserError(f"--alpaca={s.alpaca}: there is no such file; give a JSON file with instruction, input, output")
   with_read: dict[str, Step] = {}
 
-  def add(name: str) -> None:
+  def missing(name: str) -> bool:
+    return not _is_finished(s, known[name]) or any(missing(other) for other in known[name].reads)
+
+  def add(name: str, ready: bool = False) -> None:
     for other in known[name].reads:
-      if other in wanted or not _is_finished(s, known[other]):
+      if other in wanted or not ready and missing(other):
         add(other)
     with_read.setdefault(name, known[name])
 
   for name in wanted:
-    add(name)
+    add(name, ready=_is_finished(s, known[name]) and not s.overwrite)
   return list(with_read.values())
 
 
@@ -484,7 +489,7 @@ def announce(s: Settings, tasks: Sequence[Task]) -> None:
     log.info("finished already: %s", ", ".join(task.step.name for task in done))
   read = [task.step.name for task in tasks if not is_named(s, task.step)]
   if read:
-    log.info("--only=%s reads the results of %s, not there yet: run first", s.only, ", ".join(read))
+    log.info("for --only=%s the results of %s are read, not all there yet: first these", s.only, ", ".join(read))
   log.info("preset %s, to run: %s", s.preset, _left(s, waiting))
   for task in waiting:
     if task.anew:

@@ -48,7 +48,9 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
   inverse = fitting.inverse_of(s, len(groups))
   held = memory.num_vectors(inverse)
   evals = functools.reduce(costs.Work.plus, (price.packed("eval", rows) for rows in groups.values()))
-  times = len(trajectory_weights(s.checkpoint)) if s.trajectory != "none" else 1
+  times = 1
+  if s.trajectory != "none":  # a demo has no checkpoint yet
+    times = len(trajectory_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
   found = [*price.boundary("train"), *price.boundary("eval")]
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
@@ -236,6 +238,11 @@ def trained_shapes(bench: Described, s: Settings) -> tuple[Any, subtree.Subtree]
 def num_steps(s: Settings, examples: int) -> int:
   """Optimiser steps of a training, as `finetune.recipe_of`."""
   return s.steps or finetune.steps_for(examples, s.batch_size, s.epochs)
+
+
+def num_checkpoints(bench: Described, s: Settings) -> int:
+  """Checkpoints that a training on all examples makes, before --keep_checkpoints removes some."""
+  return -(-num_steps(s, np.count_nonzero(bench.parts["train"].num_response_tokens)) // s.checkpoint_every)
 
 
 def share_kept(s: Settings, num_tokens: np.ndarray) -> float:

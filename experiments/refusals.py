@@ -1,12 +1,10 @@
-"""What `select`, and what chooses as it does, could not do: told before any work, also by --dry_run and by `demo`."""
-
-import numpy as np
+"""What stages could not do, `select` and what scores or chooses as it does above all: told before any work."""
 
 from experiments import fitting, planning
-from experiments.flags import Settings
+from experiments.flags import Settings, seeds_of, words
 from experiments.solving import solver_settings
 from experiments.workbench import Workbench
-from in2core_jax import coreset, costs, data, finetune, ihvp, projected, subtree
+from in2core_jax import coreset, costs, data, evaluation, finetune, ihvp, projected, subtree
 from in2core_jax.errors import UserError
 
 
@@ -44,8 +42,8 @@ def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: st
     raise UserError(f"{given}: --{depth}={s.depth} vectors of a subtree of {size} parameters: lower --{depth}")
   if s.solver == "exact" and size > ihvp.EXACT_LIMIT:
     raise UserError(
-      f"{given}: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: choose fewer layers or modules, "
-      "or another solver, such as cg"
+      f"{given}: the subtree has {size:,} parameters, more than {ihvp.EXACT_LIMIT:,}: take another solver, such as cg, "
+      "or, where they can be chosen, fewer layers or modules"
     )
 
 
@@ -116,7 +114,7 @@ def check_demo(bench: Workbench, s: Settings) -> None:
   """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
   check_scores(s, *planning.trained_shapes(bench, s))
   check_budget(s, bench.parts["train"])
-  made = -(-planning.num_steps(s, np.count_nonzero(bench.parts["train"].num_response_tokens)) // s.checkpoint_every)
+  made = planning.num_checkpoints(bench, s)
   if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
     raise UserError(
       f"--trajectory={s.trajectory} adds up over all {made} checkpoints, of which --keep_checkpoints="
@@ -124,4 +122,11 @@ def check_demo(bench: Workbench, s: Settings) -> None:
     )
 
 
-BEFORE = {"select": check_select, "demo": check_demo}  # stages, for --dry_run
+def check_evaluate(bench: Workbench, s: Settings) -> None:
+  """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
+  words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
+  seeds_of(s)
+  check_budget(s, bench.parts["train"])
+
+
+BEFORE = {"select": check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

@@ -147,7 +147,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
   warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
   warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies)
-  for warning in [*warnings, *unsolved(scored.result)]:
+  for warning in [*warnings, *unsolved(s, scored.result)]:
     log.warning("%s", warning)
   if run_dir.writer:
     scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
@@ -188,15 +188,16 @@ def risky_settings(s: Settings) -> list[str]:
   return found
 
 
-def unsolved(result: ihvp.SolveResult) -> list[str]:
+def unsolved(s: Settings, result: ihvp.SolveResult) -> list[str]:
   """That a solver has stopped above its tolerance, in one sentence; nothing where it has none."""
   if result.info.get("converged") is not False:
     return []
-  residual = float(np.max(result.residual))
+  damping = "--damping_ratio" if np.isnan(s.damping) else "--damping"
+  other = "" if s.solver == "cg" else "--solver=cg, "
   return [
-    f"{result.info.get('solver', 'The solver')} stopped above its tolerance, at a relative residual of {residual:.3g} "
-    f"after {result.steps} steps: scores are that far from the inverse asked for. Use --solver=cg, more --depth or a "
-    "higher --damping_ratio."
+    f"{s.solver} stopped above its tolerance of {s.solver_tol:g}, at a relative residual of "
+    f"{float(np.max(result.residual)):.3g} after {result.steps} steps. What helps: {other}more --depth, a higher "
+    f"{damping}."
   ]
 
 
@@ -295,7 +296,7 @@ def write_results(
   }
   images = _write_plots(run_dir, s, scored, selected)
   texts = [shown(record) for record in train.records]
-  told = [*warnings, *unsolved(scored.result)]  # report.html has the solver's facts beside its other findings
+  told = [*warnings, *unsolved(s, scored.result)]  # report.html has the solver's facts beside its other findings
   run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, told, images))
   found = report_facts.SelectRun(
     columns,

@@ -254,6 +254,17 @@ def variants_of(s: Settings) -> dict[str, Variant]:
   return {name: VARIANTS[name] for name in wanted}
 
 
+def with_enough_queries(bench: Workbench, s: Settings) -> Settings:
+  """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
+  if s.variants.strip():
+    return s
+  queries = len(bench.parts["eval"])
+  left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
+  if left_out:
+    log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
+  return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
+
+
 def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
   usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
@@ -283,6 +294,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   equal = equal_of(s)
   seeds_of(s)
   bench = bench or Workbench(s)
+  s = with_enough_queries(bench, s)
   check_variants(bench, s)
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
@@ -384,13 +396,19 @@ def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow
 
 
 _COLUMNS = (
-  '"to random" is the ratio of a rule\'s perplexity by token to what a new random half would have, "to full" to full '
-  'data\'s. "Beaten": below how many of the random halves it is. Each rule, and what it chose by:'
+  '"to random" is the ratio of a rule\'s perplexity by token to random sets\', "to full" to full data\'s; with one '
+  "training of the rule the interval is that of one new random set, with several that of the ratio of means. "
+  '"Beaten": below how many of the random sets it is. Each rule, and what it chose by:'
 )
 
 
-def rules_table(s: Settings) -> list[dict]:
-  """For every variant its policy, where its gradients are taken, its solver and what else it changes."""
+def rules_table(s: Settings, usable: int) -> list[dict]:
+  """For every variant its policy, where its gradients are taken, its solver and what else it changes.
+
+  Args:
+    s: the flags.
+    usable: training examples with a response.
+  """
   found = []
   for name, variant in variants_of(s).items():
     own, policy = settings_of(s, variant), variant.policy
@@ -398,7 +416,7 @@ def rules_table(s: Settings) -> list[dict]:
     compared = policy in coreset.FEATURE_POLICIES
     damped = scored and own.solver != "identity"
     shown = ("solver", "damping_ratio", "layers")
-    more = [f"--{flag}={str(value).lower()}" for flag, value in variant.changes if flag not in shown]
+    more = [f"--{flag}={str(getattr(own, flag)).lower()}" for flag, _ in variant.changes if flag not in shown]
     more += ["gradients of length 1"] if variant.unit else []
     more += [f"{variant.queries} evaluation examples"] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
@@ -410,11 +428,22 @@ def rules_table(s: Settings) -> list[dict]:
       "layers": own.layers if scored or compared else "",
       "solver": own.solver if scored else "",
       "damping ratio": f"{own.damping_ratio:g}" if damped else "",
-      "curvature of": f"{own.curvature_examples} examples" if damped and own.solver not in ("datainf", "ekfac") else "",
+      "curvature of": _curvature_of(own, usable) if damped else "",
       "more": "; ".join(more),
     }
     found.append(line)
   return found
+
+
+def _curvature_of(s: Settings, usable: int) -> str:
+  """Which training examples a solver's curvature is that of, in words."""
+  if s.solver == "datainf" or s.solver == "ekfac" and not s.ekfac_examples:
+    return "all examples"
+  if s.solver == "ekfac":
+    return f"{min(s.ekfac_examples, usable)} examples"
+  if s.solver == "lissa":
+    return f"{s.depth} minibatches of {min(s.curvature_batch, usable)}"
+  return f"{min(s.curvature_examples, max(1, usable // 2))} examples"  # as `solving.curvature_rows`
 
 
 def _sources(s: Settings) -> str:
@@ -450,8 +479,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(evaluation.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip(), ranges(group.rows)]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
-  if rules := rules_table(s):
-    parts += ["## Rules", _COLUMNS, report.markdown_table(rules).rstrip()]
+  rules = rules_table(s, len(trainable_rows(bench)))
+  parts += ["## Rules", _COLUMNS, report.markdown_table(rules).rstrip()]
   run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
   run_dir.write_text("study.csv", report.csv_table(every))
   run_dir.write_text("study.tex", report.latex_table(every))

@@ -216,7 +216,7 @@ class Transfer:
       COPIES_LAST: lambda seed: coreset.copies_last(self._shuffled(inputs, seed), first_of)[: len(own)],
     }
     found += [Candidate(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
-    chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget))} | {
+    chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget_of(s)))} | {
       f"chosen by {name}": rows for name, rows in chosen.items()
     }
     return found + [Candidate(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
@@ -324,7 +324,7 @@ def sentences(table: list[dict], share: float, by_scores: bool = True) -> list[s
 
 
 def beside(rows: list[evaluation.RetrainRow]) -> list[str]:
-  """For each choice its ratio to what its length, or left-out copies, alone would give; one sentence each."""
+  """For each choice its perplexity's ratio to that of sets as long as the own choice, without copies, the longest."""
   perplexities: dict[str, list[float]] = {}
   for row in rows:
     perplexities.setdefault(row.policy, []).append(row.perplexity)
@@ -333,9 +333,10 @@ def beside(rows: list[evaluation.RetrainRow]) -> list[str]:
     parts = []
     for other in (AS_LONG, COPIES_LAST, LONGEST):
       ratio = evaluation.ratio_interval(perplexities[name], perplexities[other])
-      bounds = "" if np.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
-      parts.append(f"{ratio.mean:.3f}{bounds} times that of {other}")
-    lines.append(f"{name}: {', '.join(parts)}.")
+      apart = not ratio.low <= 1 <= ratio.high
+      bounds = f"{ratio.low:.3f} to {ratio.high:.3f}{'' if apart else ', not told apart'}"
+      parts.append(f'{ratio.mean:.3f} times that of "{other}" ({"one seed each" if np.isnan(ratio.low) else bounds})')
+    lines.append(f"{name}: perplexity {'; '.join(parts)}.")
   return lines
 
 
@@ -378,9 +379,10 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
     "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
     "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
     "kept. The ratio's interval is over seeds of the training.",
-    f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice. "{COPIES_LAST}": random '
-    "sets without a text twice while there is another. What is no better than these has gained by length alone, or by "
-    "leaving out copies.",
+    f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice (response_tokens below '
+    f'tell how far another choice is from them). "{COPIES_LAST}": random sets without a text twice while there is '
+    "another. Where a choice is no better than these, its gain over random sets may be one of length, or of copies it "
+    "leaves out.",
   ]
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]

@@ -87,6 +87,13 @@ def test_nothing_that_breaks_while_jax_is_taken_down_changes_the_exit_code(tmp_p
   assert finish(command(tmp_path, body))[:2] == (code, "done\n")
 
 
+def test_output_that_is_lost_is_told(tmp_path):
+  code, _, err = finish(command(tmp_path, "import jax\nsys.stdout = open('/dev/full', 'w')\nprint('done')"))
+  assert code == 1 and err.startswith("error: output is lost") and err.count("\n") == 1
+  code, _, err = finish(command(tmp_path, "import jax\nsys.stdout = None"))
+  assert (code, err) == (0, "")
+
+
 def test_our_own_bug_keeps_its_traceback(tmp_path):
   code, _, err = finish(command(tmp_path, "raise ValueError('ours')"))
   assert code == 1 and "Traceback" in err and "ValueError: ours" in err

@@ -206,7 +206,7 @@ def test_a_step_follows_the_one_whose_results_it_reads(made, monkeypatch):
 def test_only_runs_what_the_named_step_reads_first_where_it_is_not_there(made, caplog):
   with caplog.at_level("INFO"):
     assert made.run(only="second") == (0, ["first", "second"])
-  assert "--only=second reads the results of first, not there yet: run first" in caplog.text
+  assert "for --only=second the results of first are read, not all there yet: first these" in caplog.text
   assert made.run(only="second") == (0, [])
   assert made.run(only="second,first", overwrite=True) == (0, ["first", "second"])  # whatever the order of the names
   assert made.run(only="second", overwrite=True) == (0, ["second"])  # what is there is not made anew
@@ -215,6 +215,8 @@ def test_only_runs_what_the_named_step_reads_first_where_it_is_not_there(made, c
   made.codes.clear()
   assert made.run(only="second", overwrite=True) == (0, ["first", "second"])
   assert made.starts("first") == "xx"  # it went on: --overwrite is for the named ones
+  (pathlib.Path(made.settings.run_dir) / "first" / "table.md").unlink()
+  assert made.run(only="second") == (0, [])  # a finished step reads nothing
 
 
 def test_steps_say_what_they_read():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -178,10 +179,13 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
 
 def test_a_solver_that_stopped_above_its_tolerance_is_told():
   stopped = ihvp.SolveResult(None, np.array([0.1, 0.25]), 30, [], {"solver": "lissa", "converged": False})
-  said = "lissa stopped above its tolerance, at a relative residual of 0.25 after 30 steps"
-  assert said in select.unsolved(stopped)[0]
+  s = flags.Settings(solver="lissa", solver_tol=0.01)
+  said = "lissa stopped above its tolerance of 0.01, at a relative residual of 0.25 after 30 steps"
+  assert said in select.unsolved(s, stopped)[0] and "--solver=cg" in select.unsolved(s, stopped)[0]
+  by_cg = select.unsolved(s.replace(solver="cg", damping=0.1), stopped)[0]
+  assert "--solver" not in by_cg and by_cg.endswith("a higher --damping.")
   for info in ({"converged": True}, {}):  # some solvers know no tolerance
-    assert select.unsolved(dataclasses.replace(stopped, info=info)) == []
+    assert select.unsolved(s, dataclasses.replace(stopped, info=info)) == []
 
 
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
@@ -315,6 +319,9 @@ def test_a_demo_and_its_dry_run_refuse_before_the_fine_tuning(settings, bench, m
 def test_a_demo_may_score_the_factors_that_it_trains(settings, bench):
   own = settings.replace(trainable="lora", modules="lora", trajectory="less", solver="identity", keep_checkpoints=0)
   assert refusals.check_demo(bench, own) is None
+  told = dry_run.text(own, "demo")
+  trained, scored = (re.search(rf"^{word}: ([\d,]+) parameters", told, re.M)[1] for word in ("trained", "scored"))
+  assert trained == scored
 
 
 def test_a_demo_is_settled_before_its_first_stage():

@@ -74,7 +74,7 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   text = (folder / "transfer.md").read_text()
   assert "one seed each cannot tell it" in text and "plots/transfer.svg" in text
   assert text.count("8 comparisons, each at 95%") == 1
-  assert len([line for line in text.splitlines() if f" times that of {transfer.AS_LONG}, " in line]) == 3
+  assert len([line for line in text.splitlines() if f' times that of "{transfer.AS_LONG}" (' in line]) == 3
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
 
