@@ -201,8 +201,8 @@ class Transfer:
   def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
     """Every set to retrain on, with its seeds: full, random ones of the same size, the longest, each scorer's choice.
 
-    Some of the random ones have the lengths of the trained model's own choice, some no text twice while there is
-    another.
+    Some of the random ones have the lengths of the trained model's own choice, some, where there are copies, no text
+    twice while there is another.
     """
     s, usable = self.settings, trainable_rows(self.bench)
     seeds, fixed = seeds_of(s)
@@ -215,6 +215,8 @@ class Transfer:
       AS_LONG: lambda seed: usable[coreset.length_matched(np.searchsorted(usable, own), lengths, seed)],
       COPIES_LAST: lambda seed: coreset.copies_last(self._shuffled(inputs, seed), first_of)[: len(own)],
     }
+    if len(np.unique(first_of[usable])) == len(usable):
+      drawn.pop(COPIES_LAST)
     found += [Candidate(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
     chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget_of(s)))} | {
       f"chosen by {name}": rows for name, rows in chosen.items()
@@ -331,7 +333,7 @@ def beside(rows: list[evaluation.RetrainRow]) -> list[str]:
   lines = []
   for name in (name for name in perplexities if name.startswith("chosen by ")):
     parts = []
-    for other in (AS_LONG, COPIES_LAST, LONGEST):
+    for other in (yardstick for yardstick in (AS_LONG, COPIES_LAST, LONGEST) if yardstick in perplexities):
       ratio = evaluation.ratio_interval(perplexities[name], perplexities[other])
       apart = not ratio.low <= 1 <= ratio.high
       bounds = f"{ratio.low:.3f} to {ratio.high:.3f}{'' if apart else ', not told apart'}"

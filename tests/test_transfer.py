@@ -79,6 +79,16 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert all((folder / name).stat().st_size > 100 for name in names)
 
 
+def test_without_copies_there_are_no_random_sets_without_copies(settings, bench, tmp_path, monkeypatch):
+  monkeypatch.setattr(transfer, "distinct_points", lambda points: np.arange(len(points.ids)))
+  task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
+  names = [candidate.policy for candidate in task.candidates({"hf:x": np.arange(12)})]
+  assert names == ["full", "random", "random", *[transfer.AS_LONG] * 2, transfer.LONGEST, "chosen by hf:x"]
+  row = lambda policy: types.SimpleNamespace(policy=policy, perplexity=2.0)  # noqa: E731
+  (line,) = transfer.beside([row(name) for name in names])
+  assert transfer.AS_LONG in line and transfer.COPIES_LAST not in line
+
+
 @pytest.mark.real
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, artifacts.RunDir.load(str(folder)))
