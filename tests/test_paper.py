@@ -360,7 +360,8 @@ def test_flagfiles_of_the_project_are_shown_with_their_folder():
   shown = paper.shown_command(step, Settings(preset="full", batch_tokens=512))
   assert "--flagfile=experiments/flags/transfer.flags" in shown and "--batch_tokens=512" in shown
   assert "--flagfile=experiments/flags/paper-full.flags" in shown and str(ROOT) not in shown
-  assert "'--score_models=smollm2;truncated:smollm2:24;truncated:smollm2:15;gemma3'" in shown  # to be pasted into a shell
+  models = "smollm2;truncated:smollm2:24;truncated:smollm2:15;gemma3"
+  assert f"'--score_models={models}'" in shown  # to be pasted into a shell
 
 
 def test_what_cannot_go_well_is_refused_before_the_work(made, monkeypatch):
