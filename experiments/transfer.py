@@ -382,9 +382,13 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
     "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
     "kept. The ratio's interval is over seeds of the training.",
     f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice (response_tokens below '
-    f'tell how far another choice is from them). "{COPIES_LAST}": random sets without a text twice while there is '
-    "another. Where a choice is no better than these, its gain over random sets may be one of length, or of copies it "
-    "leaves out.",
+    "tell how far another choice is from them): where a choice is no better, its gain over random sets may be one of "
+    "length."
+    + (
+      f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies that it leaves out.'
+      if any(row.policy == COPIES_LAST for row in rows)
+      else ""
+    ),
   ]
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]
