@@ -385,7 +385,7 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
     "tell how far another choice is from them): where a choice is no better, its gain over random sets may be one of "
     "length."
     + (
-      f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies that it leaves out.'
+      f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies it leaves out.'
       if any(row.policy == COPIES_LAST for row in rows)
       else ""
     ),
