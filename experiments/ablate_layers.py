@@ -17,7 +17,7 @@ from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, seeds_of
 from experiments.pricing import Described
-from experiments.refusals import budget_of, check_budget, check_size
+from experiments.refusals import budget_of, check_budget, check_size, check_solvers
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.workbench import Chosen, Workbench, choose
@@ -112,11 +112,7 @@ def solvers_of(s: Settings) -> list[str]:
   found = listed(s.ablate_solvers)
   if not found or any(name not in influence.SOLVERS for name in found):
     raise UserError(f"--ablate_solvers={s.ablate_solvers} must name some of {', '.join(influence.SOLVERS)}")
-  try:
-    for name in found:
-      solving.solver_settings(s.replace(solver=name))
-  except UserError as error:
-    raise UserError(f"--ablate_solvers={s.ablate_solvers}: {error}") from error
+  check_solvers(f"--ablate_solvers={s.ablate_solvers}", (s.replace(solver=name) for name in found))
   return found
 
 

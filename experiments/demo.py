@@ -7,10 +7,10 @@ import logging
 import time
 
 from experiments import cli, dry_run, evaluate, finetune, flags, refusals, select
-from experiments.flags import Settings, seeds_of, words
+from experiments.flags import Settings, seeds_of
 from experiments.retraining import equal_of
 from experiments.workbench import Workbench
-from in2core_jax import coreset, evaluation
+from in2core_jax import coreset
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def settled(s: Settings) -> Settings:
   """
   flags.refuse(s, ("checkpoint", "select_runs"), "demo fine-tunes and selects by itself")
   seeds_of(s), equal_of(s), evaluate.fractions_of(s)
-  policies = words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
+  policies = refusals.policies_of(s)
   if s.fractions or s.policy not in policies:  # a sweep takes the scores of the run only, and merges the names itself
     return s
   if s.policy in coreset.SEEDED_POLICIES:

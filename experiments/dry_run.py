@@ -159,10 +159,10 @@ def facts(bench: Described, stage: str, where: Hardware) -> list[str]:
   lines = [f"model: {every:,} parameters, {s.dtype}"]
   for name, stages, shapes in (
     ("trained", ("finetune", "evaluate", "demo"), planning.trained_shapes),
-    ("scored", ("select", "demo"), lambda bench, s: fitting.scored_shapes(bench.config, s)),
+    ("scored", ("select", "demo"), fitting.scored_shapes),
   ):
     if stage in stages:
-      params, tree = shapes(bench, s)
+      params, tree = shapes(bench.config, s)
       size = subtree.count(costs.split_shapes(params, tree)[0])
       layers = f"layers {tree.layers[0]} to {tree.layers[-1]}" if tree.layers else "no layer"
       lines.append(f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {len(tree.layers)} layers ({layers})")

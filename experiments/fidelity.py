@@ -15,12 +15,11 @@ from experiments import cli, fidelity_report, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, seeds_of, words
-from experiments.refusals import check_size
+from experiments.refusals import check_size, check_solvers
 from experiments.resuming import Work
 from experiments.retraining import Judge
 from experiments.scoring import query_scores
 from experiments.solvers import ratios
-from experiments.solving import solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, datamodeling, influence, subtree
 from in2core_jax.errors import UserError
@@ -251,19 +250,6 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
   return float(np.average(losses, weights=weights))
 
 
-def check_solvers(s: Settings, variants: list[Variant]) -> None:
-  """Refuses a solver that does not go with the other flags, before hours of training.
-
-  Raises:
-    UserError: names --lds_solvers.
-  """
-  try:
-    for variant in variants:
-      solver_settings(settings_of(s, variant))
-  except UserError as error:
-    raise UserError(f"--lds_solvers={s.lds_solvers}: {error}") from error
-
-
 def check_halves(s: Settings) -> None:
   """Refuses numbers of halves that have no correlation.
 
@@ -297,16 +283,16 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
   variants = variants_of(s)
-  check_solvers(s, variants)
+  given = f"--lds_solvers={s.lds_solvers}"
+  check_solvers(given, (settings_of(s, variant) for variant in variants))  # as the rest, before hours of training
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   bench = bench or Workbench(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(bench)))
-  for variant in variants:  # told before hours of training
+  for variant in variants:
     tree = subtree.make_subtree(bench.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
-    given = f"--lds_solvers={s.lds_solvers}, {variant.name}"
-    check_size(settings_of(s, variant), bench.params, tree, given, depth="krylov")
+    check_size(settings_of(s, variant), bench.params, tree, f"{given}, {variant.name}", depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
   identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):

@@ -579,7 +579,8 @@ def write_index(s: Settings) -> None:
     if not (target_of(s, step) / step.marker).exists():
       continue
     facts, note = _published(s, step), read_note(s, step.name)
-    row = {"experiment": step.name, "shows": step.about, "table": f"{step.name}/{step.table}.md"}
+    page = f"{step.name}/{step.table}.md"
+    row = {"experiment": step.name, "shows": step.about, "table": report.Link(page, page)}
     row |= {name: facts.get(name, "") for name in ("date", "commit")}
     seconds = facts.get("seconds")
     rows.append(row | {"seconds": "" if seconds is None else f"{seconds:,.0f}", "machine": facts.get("machine", "")})
@@ -588,11 +589,7 @@ def write_index(s: Settings) -> None:
     if note and not note["finished"]:
       older.append(step.name)
   columns = ("experiment", "shows", "table", "date", "commit", "seconds", "machine")
-  table = report.markdown_table(rows, columns).rstrip()
-  for row in rows:
-    name = report.escape_markdown(row["table"])
-    table = table.replace(f"| {name} |", f"| [{name}]({row['table']}) |")
-  lines = [f"# Results, preset {s.preset}", "", table, ""]
+  lines = [f"# Results, preset {s.preset}", "", report.markdown_table(rows, columns).rstrip(), ""]
   lines += [f"{total:,.0f} seconds in all, {plain:,.0f} of them without --alpaca and --only.", ""]
   if older:
     lines += [f"Of an earlier run, the last one is not finished or failed: {', '.join(older)}.", ""]

@@ -14,14 +14,14 @@ from experiments import fitting, solving
 from experiments.flags import TRAINED, Settings, integers, listed, seeds_of, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
 from experiments.scoring import topic_rows, trajectory_weights
-from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, packing, subtree
+from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, model, packing, subtree
 
 _FIT = "EK-FAC"  # begins the name of its phase
 
 
 def finetune_phases(bench: Described, s: Settings) -> list[Phase]:
   """Fine-tuning on the full training set."""
-  params, tree = trained_shapes(bench, s)
+  params, tree = trained_shapes(bench.config, s)
   price = Pricer(bench, "finetune", params, tree)
   rows = bench.parts["train"].num_response_tokens.nonzero()[0]
   steps = num_steps(s, len(rows))
@@ -185,7 +185,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   Args:
     known: trainings that are there already.
   """
-  params, tree = trained_shapes(bench, s)
+  params, tree = trained_shapes(bench.config, s)
   price = Pricer(bench, "evaluate", params, tree)
   rows = bench.parts["train"].num_response_tokens.nonzero()[0]
   one = training(price, s, rows, num_steps(s, len(rows)))
@@ -227,12 +227,14 @@ STAGES = {
 # ---- small parts ---------------------------------------------------------------------
 
 
-def trained_shapes(bench: Described, s: Settings) -> tuple[Any, subtree.Subtree]:
+def trained_shapes(
+  config: model.ModelConfig, s: Settings, named: tuple[str, str] = TRAINED
+) -> tuple[Any, subtree.Subtree]:
   """(shapes of the trained model's parameters, what is trained), as `finetune.start_params`."""
   lora = s.trainable == "lora"
-  params = fitting.param_shapes(bench.config, s.dtype, s.lora_rank if lora else 0)
+  params = fitting.param_shapes(config, s.dtype, s.lora_rank if lora else 0)
   modules = "lora" if lora else s.trainable_modules
-  return params, subtree.make_subtree(params, s.trainable_layers, modules, TRAINED)
+  return params, subtree.make_subtree(params, s.trainable_layers, modules, named)
 
 
 def num_steps(s: Settings, examples: int) -> int:

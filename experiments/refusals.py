@@ -1,5 +1,7 @@
 """What stages could not do, `select` and what scores or chooses as it does above all: told before any work."""
 
+from collections.abc import Iterable
+
 from experiments import fitting, planning
 from experiments.flags import Settings, seeds_of, words
 from experiments.solving import solver_settings
@@ -19,9 +21,31 @@ def budget_of(s: Settings) -> coreset.Budget:
   return coreset.Budget(fraction=s.fraction)
 
 
+def policies_of(s: Settings) -> list[str]:
+  """The words of --policies, told where one is unknown."""
+  return words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
+
+
 def check_budget(s: Settings, train: data.TokenizedDataset) -> None:
   """Refuses a budget that the training examples with a response cannot meet."""
   budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
+
+
+def check_solvers(given: str, settings: Iterable[Settings]) -> None:
+  """Refuses a solver of a list that does not go with the other flags, under the list's name.
+
+  Args:
+    given: the list, as --FLAG=VALUE.
+    settings: the flags with each of its solvers in turn.
+
+  Raises:
+    UserError: names what was given.
+  """
+  try:
+    for s in settings:
+      solver_settings(s)
+  except UserError as error:
+    raise UserError(f"{given}: {error}") from error
 
 
 def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: str = "depth") -> None:
@@ -112,7 +136,7 @@ def check_select(bench: Workbench, s: Settings) -> None:
 
 def check_demo(bench: Workbench, s: Settings) -> None:
   """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
-  check_scores(s, *planning.trained_shapes(bench, s))
+  check_scores(s, *planning.trained_shapes(bench.config, s))
   check_budget(s, bench.parts["train"])
   made = planning.num_checkpoints(bench, s)
   if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
@@ -124,7 +148,7 @@ def check_demo(bench: Workbench, s: Settings) -> None:
 
 def check_evaluate(bench: Workbench, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
-  words(s.policies, "policies", (evaluation.FULL, *coreset.POLICIES))
+  policies_of(s)
   seeds_of(s)
   check_budget(s, bench.parts["train"])
 

@@ -61,13 +61,17 @@ class CurvatureRows:
     return -(-len(self.fixed) // self.batch)
 
 
+def num_curvature_examples(s: Settings, usable: int) -> int:
+  """Size of the fixed set: at most half of the usable training examples, so that a small set leaves some to draw."""
+  return min(s.curvature_examples, max(1, usable // 2))
+
+
 def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
   dataset = bench.parts["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
   mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
-  # Half at most goes to the fixed set, so that a small data set leaves something to draw.
-  size = min(s.curvature_examples, max(1, len(usable) // 2))
+  size = num_curvature_examples(s, len(usable))
   fixed, drawn = np.sort(mixed[:size]), mixed[size:]
   drawn = drawn if len(drawn) else fixed
   drawn = drawn[np.argsort(-dataset.num_tokens[drawn], kind="stable")]

@@ -24,7 +24,7 @@ from experiments.resuming import FOLDER, Work
 from experiments.retraining import EQUAL, Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.scoring import score
 from experiments.select import sketch_inputs, text_inputs
-from experiments.solving import solver_settings
+from experiments.solving import num_curvature_examples, solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree
 from in2core_jax.errors import UserError
@@ -150,9 +150,8 @@ class Study:
     inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
-    every = coreset.select_rows(variant.policy, inputs, coreset.Budget(fraction=1.0), seed)
-    every = coreset.copies_last(every, distinct_points(bench.parts["train"]))
-    return np.sort(every[budget.cut(np.arange(len(every)), inputs.num_tokens[every])])
+    first_of = distinct_points(bench.parts["train"])
+    return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
 
   def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> coreset.PolicyInputs:
     """What the variant chooses from."""
@@ -443,7 +442,7 @@ def _curvature_of(s: Settings, usable: int) -> str:
     return f"{min(s.ekfac_examples, usable)} examples"
   if s.solver == "lissa":
     return f"{s.depth} minibatches of {min(s.curvature_batch, usable)}"
-  return f"{min(s.curvature_examples, max(1, usable // 2))} examples"  # as `solving.curvature_rows`
+  return f"{num_curvature_examples(s, usable)} examples"
 
 
 def _sources(s: Settings) -> str:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from experiments import cli, fitting, flags
+from experiments import cli, flags, planning
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of
@@ -106,17 +106,15 @@ def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
   Raises:
     UserError: names the model and the flag.
   """
-  lora = s.trainable == "lora"
-  modules = "lora" if lora else s.trainable_modules
   for scorer in scorers:
     named = scorer.model in listed(s.score_models, ";")
     layers = "--model_layers" if named and s.model_layers else "--layers"
     trains = "--model_trains" if named and s.model_trains else flags.TRAINED[0]
     try:
       config, _ = weights.describe_model(scorer.model)
-      params = fitting.param_shapes(config, s.dtype, s.lora_rank if lora else 0)
-      subtree.make_subtree(params, scorer.trains, modules, (trains, flags.TRAINED[1]))
-      check_scores(settings_of(s, scorer), params, layers=layers)
+      own = settings_of(s, scorer)
+      params, _ = planning.trained_shapes(config, own, (trains, flags.TRAINED[1]))
+      check_scores(own, params, layers=layers)
     except UserError as error:
       if not named:  # the model that is trained
         raise
@@ -213,7 +211,7 @@ class Transfer:
     drawn = {
       evaluation.RANDOM: lambda seed: coreset.select_rows("random", inputs, budget, seed),
       AS_LONG: lambda seed: usable[coreset.length_matched(np.searchsorted(usable, own), lengths, seed)],
-      COPIES_LAST: lambda seed: coreset.copies_last(self._shuffled(inputs, seed), first_of)[: len(own)],
+      COPIES_LAST: lambda seed: coreset.select_copies_last("random", inputs, budget, first_of, seed),
     }
     if len(np.unique(first_of[usable])) == len(usable):
       drawn.pop(COPIES_LAST)
@@ -222,10 +220,6 @@ class Transfer:
       f"chosen by {name}": rows for name, rows in chosen.items()
     }
     return found + [Candidate(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
-
-  @staticmethod
-  def _shuffled(inputs: coreset.PolicyInputs, seed: int) -> np.ndarray:
-    return coreset.select_rows("random", inputs, coreset.Budget(fraction=1.0), seed)
 
   def retrained(self, candidates: list[Candidate]) -> list[evaluation.RetrainRow]:
     """The trained model's test results for each set."""
@@ -383,13 +377,11 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
     "kept. The ratio's interval is over seeds of the training.",
     f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice (response_tokens below '
     "tell how far another choice is from them): where a choice is no better, its gain over random sets may be one of "
-    "length."
-    + (
-      f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies it leaves out.'
-      if any(row.policy == COPIES_LAST for row in rows)
-      else ""
-    ),
+    "length.",
   ]
+  if any(row.policy == COPIES_LAST for row in rows):
+    parts[-1] += f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies it '
+    parts[-1] += "leaves out."
   parts += ["## Retrained", report.markdown_table(report.retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", report.markdown_table(named, ["name", "value"])]
   text = "\n\n".join(parts)

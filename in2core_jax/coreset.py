@@ -485,6 +485,14 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
   return pool[budget.cut(_POLICIES[policy](task), task.tokens)].astype(np.int64)
 
 
+def select_copies_last(
+  policy: str, inputs: PolicyInputs, budget: Budget, first_of: np.ndarray, seed: int = 0
+) -> np.ndarray:
+  """As `select_rows`, but no example a second time while there is another text; `first_of` as for `copies_last`."""
+  every = copies_last(select_rows(policy, inputs, Budget(fraction=1.0), seed), first_of)
+  return every[budget.cut(np.arange(len(every)), inputs.num_tokens[every])]
+
+
 # ------------------------------------------------------------------------------------------------ warnings
 
 

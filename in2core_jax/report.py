@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -76,6 +77,13 @@ def format_value(value, digits: int = 4) -> str:
 # --------------------------------------------------------------------------------------------------- tables
 
 
+class Link(NamedTuple):
+  """A cell of a Markdown table that leads to a file; `target` is no text from outside."""
+
+  text: str
+  target: str
+
+
 def _cells(rows: Sequence[Mapping], columns: Sequence[str] | None, digits: int) -> tuple[list[str], list[list]]:
   """Column names and the raw values; columns from all rows, in order of first appearance, when not given."""
   if not rows and not columns:
@@ -103,12 +111,16 @@ def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None
     bool(column) and all(_is_number(v) for v in column if v is not None) for column in zip(*values, strict=True)
   ]
   numeric = numeric or [False] * len(names)
-  lines = [names] + [[format_value(v, digits) for v in row] for row in values]
-  text = [
-    f"| {' | '.join(cell if _is_plain(cell) else escape_markdown(cell, 500) for cell in line)} |" for line in lines
-  ]
+  text = [f"| {' | '.join(_markdown_cell(value, digits) for value in line)} |" for line in [names, *values]]
   rule = "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
   return "\n".join([text[0], rule, *text[1:]]) + "\n"
+
+
+def _markdown_cell(value, digits: int) -> str:
+  if isinstance(value, Link):
+    return f"[{escape_markdown(value.text)}]({value.target})"
+  cell = format_value(value, digits)
+  return cell if _is_plain(cell) else escape_markdown(cell, 500)
 
 
 def _is_number(value) -> bool:

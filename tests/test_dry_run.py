@@ -82,7 +82,7 @@ def test_training_takes_the_steps_of_the_recipe(bench):
   s = bench.settings
   phases = planning.finetune_phases(bench, s)
   shape = packing.training_shape([bench.packer("train")], 8, [0])
-  price = Pricer(bench, "", *planning.trained_shapes(bench, s))
+  price = Pricer(bench, "", *planning.trained_shapes(bench.config, s))
   steps = planning.num_steps(s, 40)
   assert steps == 10
   work = planning.shape_work(shape, 1, 8).times(steps)
