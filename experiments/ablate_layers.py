@@ -4,10 +4,11 @@ python -m experiments.ablate_layers --flagfile=experiments/flags/ablate_layers.f
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ _REFUSED = (
   *("score_path=projected", "fractions"),
   *flags.OTHER_POLICIES,
 )
-# The cheapest choices that agree with all layers are retrained, so many of them, to see whether one is enough.
+# The cheapest choices that agree with all layers are retrained until one is enough, at most so many of them.
 _TRIED = 3
 
 
@@ -259,23 +260,22 @@ class Ablation:
     draw = lambda seed: np.sort(coreset.select_rows("random", inputs, budget_of(self.settings), seed))  # noqa: E731
     return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 
-  def retrained(self, sets: dict[str, list[np.ndarray]], seeds: Sequence[int]) -> dict[str, evaluation.Interval]:
+  def retrained(
+    self, sets: dict[str, list[np.ndarray]], seeds: Sequence[int], judge: Callable[[], Judge]
+  ) -> dict[str, evaluation.Interval]:
     """Test perplexity after training on each of the sets, with its interval over seeds.
 
     Args:
       sets: rows by name, one for each seed; equal rows are trained once.
       seeds: of the order of the data.
+      judge: what trains; asked for only where something is missing.
     """
-    every = [rows for one in sets.values() for rows in one]
-    judges: list[Judge] = []
     found: dict[str, list[float]] = {}
     for name, one in sets.items():
       for seed, rows in zip(seeds, one, strict=True):
 
         def make(name=name, seed=seed, rows=rows) -> dict:
-          if not judges:
-            judges.append(Judge(self.bench, self.settings, every))
-          row = judges[0].retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
+          row = judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
           return {"perplexity": row.perplexity, "response_tokens": row.response_tokens, "steps": row.steps}
 
         cell = self.cells.get(make, "retrained", artifacts.hash_of(rows.tolist())[:16], seed)
@@ -376,22 +376,38 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
 def retrain(
   ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Choice], seeds: Sequence[int]
 ) -> dict[str, evaluation.Interval]:
-  """Retrains on the top sets of all layers, of the choices asked for and of the cheapest that agree; fills the rows.
+  """Retrains on the top sets of all layers and of the choices asked for; fills the rows.
+
+  Then, for each solver, on those of the cheapest choices that agree, one after the other until one is enough.
 
   Returns:
     Intervals of full data and random sets.
   """
-  sets = ablation.yardsticks(seeds)
+  yardsticks = ablation.yardsticks(seeds)
   wanted = {choice.name for choice in asked} | {ablation.choices[0].name}
-  for rows in found.values():
-    tried = [row["name"] for row in ablation_report.agreeing(rows)[:_TRIED]]
-    for row in rows:
-      if row["name"] in wanted or row["name"] in tried:
-        sets[f"{row['solver']}, {row['name']}"] = [row["top"]] * len(seeds)
-  intervals = ablation.retrained(sets, seeds)
-  for row in (row for rows in found.values() for row in rows):
-    row["perplexity"] = intervals.get(f"{row['solver']}, {row['name']}")
-  return {name: intervals[name] for name in ("full", "random")}
+  tried = {solver: ablation_report.agreeing(rows)[:_TRIED] for solver, rows in found.items()}
+  every = [row for rows in found.values() for row in rows]
+  names = {solver: wanted | {row["name"] for row in rows} for solver, rows in tried.items()}
+  # Of all sets that may be trained on, so that no number depends on which of them are.
+  own = [rows for one in yardsticks.values() for rows in one]
+  own += [row["top"] for row in every if row["name"] in names[row["solver"]]]
+  judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, own))
+
+  def fill(row: dict) -> None:
+    name = f"{row['solver']}, {row['name']}"
+    row["perplexity"] = ablation.retrained({name: [row["top"]] * len(seeds)}, seeds, judge)[name]
+
+  intervals = ablation.retrained(yardsticks, seeds, judge)
+  for row in every:
+    if row["name"] in wanted:
+      fill(row)
+  for solver, rows in found.items():
+    for row in tried[solver]:
+      if row["perplexity"] is None:
+        fill(row)
+      if ablation_report.enough(rows) is row:
+        break
+  return intervals
 
 
 def main(_) -> None:

@@ -45,6 +45,7 @@ _REFUSED = (
   *("score_path=projected", "trajectory"),
   *flags.OTHER_POLICIES,
 )
+_JUDGED = ("eval", "test")  # parts whose losses the leave-out curves show; of the halves only eval's are asked for
 _LEAST_HALVES = 3  # that have a rank correlation with an interval
 _OF_VARIANTS = ("solver", "layers", "damping", "damping_ratio", "per_query", "checkpoint")
 
@@ -160,7 +161,7 @@ class Task:
     found = []
     for count, (number, seed) in enumerate(jobs):
       label = f"half {count + 1}/{len(jobs)}"
-      found.append(trained(self.cells, self.judge, self.halves[number], seed, label)["eval"])
+      found.append(trained(self.cells, self.judge, self.halves[number], seed, label, ("eval",))["eval"])
     return np.array(found[: len(self.halves)]), np.array(found[len(self.halves) :])
 
   @functools.cached_property
@@ -210,8 +211,8 @@ class Task:
     found = []
     for count, removal in enumerate(removals):
       label = f"left out {count + 1}/{len(removals)}: {removal.what}"
-      cell = trained(self.cells, judge, removal.rows, removal.seed, label)
-      losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in ("eval", "test")}
+      cell = trained(self.cells, judge, removal.rows, removal.seed, label, _JUDGED)
+      losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in _JUDGED}
       out = np.setdiff1d(self.rows, removal.rows)
       tokens = int(self.bench.parts["train"].num_response_tokens[out].sum())
       facts = {"what": removal.what, "share": removal.share, "seed": removal.seed}
@@ -224,15 +225,17 @@ def half_of(rows: np.ndarray, seed: int, number: int) -> np.ndarray:
   return np.sort(np.random.default_rng((seed, 31, number)).choice(rows, len(rows) // 2, replace=False))
 
 
-def trained(cells: Cells, judge: Callable[[], Judge], rows: np.ndarray, seed: int, label: str) -> dict:
-  """The cell of a training: mean nats per response token of each evaluation and test example."""
+def trained(
+  cells: Cells, judge: Callable[[], Judge], rows: np.ndarray, seed: int, label: str, parts: tuple[str, ...]
+) -> dict:
+  """The cell of a training: mean nats per response token of each example of the parts, by part."""
 
   def make() -> dict:
     result = judge().train(rows, seed, label)
-    losses = {part: judge().losses(result.sub, part).tolist() for part in ("eval", "test")}
+    losses = {part: judge().losses(result.sub, part).tolist() for part in parts}
     return losses | {"last_loss": float(result.losses[-5:].mean())}
 
-  return cells.get(make, "training", artifacts.hash_of(rows.tolist())[:16], seed)
+  return cells.get(make, "training", artifacts.hash_of(rows.tolist())[:16], seed, *parts)
 
 
 def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:

@@ -275,8 +275,8 @@ class Settings:
   ablate_retrain: str = _flag(
     "ablate_layers",
     "last:1,last:8",
-    "choices to retrain, as last:8 or spread:4/attention, besides all layers and the cheapest that agree; "
-    "empty: nothing is retrained",
+    "choices to retrain, as last:8 or spread:4/attention, besides all layers and the cheapest that agree, up to the "
+    "first that is enough; empty: nothing is retrained",
   )
   ablate_measure: str = _flag(
     "ablate_layers",

@@ -162,6 +162,36 @@ def test_a_choice_is_measured_in_a_process_of_its_own(settings, bench, tmp_path,
   assert found["seconds"] > 0 and found["peak memory"] > 50e6
 
 
+class Retrained:
+  """An ablation whose trainings give set numbers, and which notes what was trained on."""
+
+  def __init__(self, perplexities):
+    self.choices, self.bench, self.settings = [Choice("all", "all", (0, 1))], None, None
+    self.perplexities, self.trained = perplexities, []
+
+  def yardsticks(self, seeds):
+    return {"full": [np.arange(4)] * len(seeds), "random": [np.arange(2)] * len(seeds)}
+
+  def retrained(self, sets, seeds, judge):
+    self.trained += sets
+    found = {name: self.perplexities.get(name.rpartition(" ")[2], [5.0, 5.2]) for name in sets}
+    return {name: evaluation.confidence_interval(values) for name, values in found.items()}
+
+
+def test_the_cheapest_that_agree_are_retrained_until_one_is_enough():
+  names = {"all": 1.0, "dear": 0.9, "good": 0.3, "bad": 0.2, "last:1": 0.1, "apart": 0.05}
+  overlap = {"all": 1.0, "apart": 0.5, "last:1": 0.6}
+  rows = [made(name, overlap.get(name, 0.95), flops) | {"top": np.arange(2)} for name, flops in names.items()]
+  ablation = Retrained({"bad": [9.0, 9.1]})
+  intervals = ablate_layers.retrain(ablation, {"identity": rows}, [Choice("last", "all", (1,))], (0, 1))
+  trained = [name.removeprefix("identity, ") for name in ablation.trained]
+  # "bad" is the cheapest that agrees and is worse, "good" the next and enough; "dear" could not be the cheapest.
+  assert set(intervals) == {"full", "random"}
+  assert trained == ["full", "random", "all", "last:1", "bad", "good"]
+  assert rows[3]["perplexity"].mean > 9 and rows[1]["perplexity"] is None
+  assert ablation_report.enough(rows) is rows[2]
+
+
 def test_the_table_of_leaves_is_the_score_apart():
   t = tiny.make_tiny("1,3", "attention,mlp")
   direction = tiny.direction(t.sub, queries=2)
