@@ -165,6 +165,11 @@ class Study:
     """One for all training sets, which are trained for the same steps by one program."""
     return Judge(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
 
+  @functools.cached_property
+  def before(self) -> np.ndarray:
+    """Mean nats of each test point at the base model, float64 [Q], the same for all training sets."""
+    return self.judge.losses(self.judge.sub, POINTS)
+
   def answered(self, topics: tuple[str, ...]) -> np.ndarray:
     """Those of `rows` that have a response."""
     return np.intersect1d(self.rows(topics), trainable_rows(self.bench))
@@ -192,7 +197,7 @@ class Study:
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
     self._score(fold, params, name)
     return {
-      "before": judge.losses(judge.sub, POINTS).tolist(),
+      "before": self.before.tolist(),
       "after": judge.losses(result.sub, POINTS).tolist(),
       "steps": judge.recipe.steps,
     }
