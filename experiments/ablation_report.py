@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from experiments.flags import Settings
 from experiments.pictures import write_figure
@@ -119,7 +120,7 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluat
   """Cost against agreement (left) and against retrained perplexity (right); a row of plots for each solver."""
   made = Figure(figsize=(10, 0.9 + 3.6 * len(found)), layout="constrained")
   FigureCanvasAgg(made)
-  axes = made.subplots(len(found), 2, squeeze=False)
+  axes, names = made.subplots(len(found), 2, squeeze=False), []
   for (left, right), (solver, rows) in zip(axes, found.items(), strict=True):
     modules = list(dict.fromkeys(row["modules"] for row in rows))
     for row in rows:
@@ -132,9 +133,9 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluat
       }
       left.plot(row["flops"], row["overlap"], **style)
       if row["perplexity"] is not None:
-        right.plot(row["flops"], row["perplexity"].mean, **style)
-        name = row["name"]
-        right.annotate(name, (row["flops"], row["perplexity"].mean), (4, 4), textcoords="offset points", fontsize=7)
+        place = row["flops"], row["perplexity"].mean
+        right.plot(*place, **style)
+        names.append(right.annotate(row["name"], place, (4, 4), textcoords="offset points", fontsize=7))
     for position in _COLORS:
       for name in modules:
         line = [row for row in rows if row["position"] == position and row["modules"] == name]
@@ -157,7 +158,18 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluat
     plot.set(xlabel="FLOPs of a select run, share of all layers and modules", xlim=(0, 1.06))
     plot.grid(alpha=0.3)
   _legend(axes[0, 0], [row for rows in found.values() for row in rows])
+  _part(made, names)
   return made
+
+
+def _part(made: Figure, names: Sequence[Annotation]) -> None:
+  """Moves names of neighbouring points up, the lowest first, until none covers another."""
+  made.draw_without_rendering()
+  placed = []
+  for name in sorted(names, key=lambda one: one.xy[1]):
+    while any(name.get_window_extent().overlaps(other) for other in placed):
+      name.xyann = name.xyann[0], name.xyann[1] + 1
+    placed.append(name.get_window_extent())
 
 
 def _legend(plot, rows: Sequence[dict]) -> None:

@@ -192,6 +192,15 @@ def test_the_cheapest_that_agree_are_retrained_until_one_is_enough():
   assert ablation_report.enough(rows) is rows[2]
 
 
+def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
+  names = {"all": 1.0, "last:4": 0.35, "last:4/mlp": 0.34, "last:4/attention": 0.33}
+  rows = [made(name, 1.0, flops, [5.0, 5.2]) | {"position": "last", "modules": "all"} for name, flops in names.items()]
+  drawn = ablation_report.figure({"identity": rows}, {})
+  labels = [text for text in drawn.axes[1].texts if text.get_text() in names]
+  boxes = [label.get_window_extent() for label in labels]
+  assert len(boxes) == 4 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_the_table_of_leaves_is_the_score_apart():
   t = tiny.make_tiny("1,3", "attention,mlp")
   direction = tiny.direction(t.sub, queries=2)
