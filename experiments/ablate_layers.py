@@ -261,26 +261,25 @@ class Ablation:
     return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 
   def retrained(
-    self, sets: dict[str, list[np.ndarray]], seeds: Sequence[int], judge: Callable[[], Judge]
-  ) -> dict[str, evaluation.Interval]:
+    self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Judge]
+  ) -> evaluation.Interval:
     """Test perplexity after training on each of the sets, with its interval over seeds.
 
     Args:
-      sets: rows by name, one for each seed; equal rows are trained once.
+      name: of the sets, in a progress display.
+      sets: rows, a set for each seed; equal rows are trained once.
       seeds: of the order of the data.
       judge: what trains; asked for only where something is missing.
     """
-    found: dict[str, list[float]] = {}
-    for name, one in sets.items():
-      for seed, rows in zip(seeds, one, strict=True):
 
-        def make(name=name, seed=seed, rows=rows) -> dict:
-          row = judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
-          return {"perplexity": row.perplexity, "response_tokens": row.response_tokens, "steps": row.steps}
+    def trained(seed: int, rows: np.ndarray) -> float:
+      def make() -> dict:
+        row = judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
+        return {"perplexity": row.perplexity, "response_tokens": row.response_tokens, "steps": row.steps}
 
-        cell = self.cells.get(make, "retrained", artifacts.hash_of(rows.tolist())[:16], seed)
-        found.setdefault(name, []).append(cell["perplexity"])
-    return {name: evaluation.confidence_interval(values) for name, values in found.items()}
+      return self.cells.get(make, "retrained", artifacts.hash_of(rows.tolist())[:16], seed)["perplexity"]
+
+    return evaluation.confidence_interval([trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)])
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -385,22 +384,20 @@ def retrain(
   """
   yardsticks = ablation.yardsticks(seeds)
   wanted = {choice.name for choice in asked} | {ablation.choices[0].name}
+  surely = [row for rows in found.values() for row in rows if row["name"] in wanted]
   tried = {solver: ablation_report.agreeing(rows)[:_TRIED] for solver, rows in found.items()}
-  every = [row for rows in found.values() for row in rows]
-  names = {solver: wanted | {row["name"] for row in rows} for solver, rows in tried.items()}
   # Of all sets that may be trained on, so that no number depends on which of them are.
-  own = [rows for one in yardsticks.values() for rows in one]
-  own += [row["top"] for row in every if row["name"] in names[row["solver"]]]
-  judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, own))
+  perhaps = [row for rows in tried.values() for row in rows if row["name"] not in wanted]
+  every = [rows for one in yardsticks.values() for rows in one] + [row["top"] for row in surely + perhaps]
+  judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, every))
 
   def fill(row: dict) -> None:
     name = f"{row['solver']}, {row['name']}"
-    row["perplexity"] = ablation.retrained({name: [row["top"]] * len(seeds)}, seeds, judge)[name]
+    row["perplexity"] = ablation.retrained(name, [row["top"]] * len(seeds), seeds, judge)
 
-  intervals = ablation.retrained(yardsticks, seeds, judge)
-  for row in every:
-    if row["name"] in wanted:
-      fill(row)
+  intervals = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
+  for row in surely:
+    fill(row)
   for solver, rows in found.items():
     for row in tried[solver]:
       if row["perplexity"] is None:

@@ -45,7 +45,6 @@ _REFUSED = (
   *("score_path=projected", "trajectory"),
   *flags.OTHER_POLICIES,
 )
-_JUDGED = ("eval", "test")  # parts whose losses the leave-out curves show; of the halves only eval's are asked for
 _LEAST_HALVES = 3  # that have a rank correlation with an interval
 _OF_VARIANTS = ("solver", "layers", "damping", "damping_ratio", "per_query", "checkpoint")
 
@@ -211,8 +210,8 @@ class Task:
     found = []
     for count, removal in enumerate(removals):
       label = f"left out {count + 1}/{len(removals)}: {removal.what}"
-      cell = trained(self.cells, judge, removal.rows, removal.seed, label, _JUDGED)
-      losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in _JUDGED}
+      cell = trained(self.cells, judge, removal.rows, removal.seed, label, fidelity_report.JUDGED)
+      losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in fidelity_report.JUDGED}
       out = np.setdiff1d(self.rows, removal.rows)
       tokens = int(self.bench.parts["train"].num_response_tokens[out].sum())
       facts = {"what": removal.what, "share": removal.share, "seed": removal.seed}

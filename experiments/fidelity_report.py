@@ -15,6 +15,7 @@ from in2core_jax.evaluation import Interval
 log = logging.getLogger(__name__)
 
 BASELINES = ("identity", "datainf")
+JUDGED = ("eval", "test")  # parts whose losses the leave-out curves show
 _COLORS = (report.BLUE, report.ORANGE, report.GREEN, report.VERMILION, report.SKY, report.PURPLE, report.GREY)
 _FACTORS = {"solver": "Solver", "layers": "Layers", "ratio": "Damping ratio", "at": "Where gradients are taken"}
 
@@ -107,7 +108,7 @@ def curve_rows(curves: list[dict]) -> list[dict]:
   for (what, share), group in groups.items():
     row = {"left out": what, "share": share, "examples": group[0]["examples"], "seeds": len(group)}
     row["response tokens"] = round(float(np.mean([one["response_tokens"] for one in group])))
-    for part in ("eval", "test"):
+    for part in JUDGED:
       values = [one[part] for one in group]
       interval = evaluation.confidence_interval(values)
       row |= {f"{part} loss": interval.mean, f"{part} low": interval.low, f"{part} high": interval.high}
@@ -127,7 +128,7 @@ def printed_curves(rows: list[dict]) -> list[dict]:
   lines = []
   for row in rows:
     line = {name: row[name] for name in ("left out", "share", "examples", "response tokens", "seeds")}
-    for part in ("eval", "test"):
+    for part in JUDGED:
       line[f"{part} loss"] = f"{row[f'{part} loss']:.3f}"
       if f"{part} minus random" in row:
         change, low, high = (row[f"{part} {name}"] for name in ("minus random", "change low", "change high"))
@@ -194,7 +195,7 @@ def curve_sentences(rows: list[dict]) -> list[str]:
   lines = []
   for what in kinds:
     group = [row for row in rows if row["left out"] == what and "eval minus random" in row]
-    for part in ("eval", "test"):
+    for part in JUDGED:
       higher = [f"{row['share']:.0%}" for row in group if row[f"{part} change low"] > 0]
       lower = [f"{row['share']:.0%}" for row in group if row[f"{part} change high"] < 0]
       text = [f"above random's at {', '.join(higher)}"] if higher else []
