@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -58,6 +61,9 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 }
 
 
+_GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
 def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
   """Builds the tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE with scores.
 
@@ -89,17 +95,14 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
       f"{path}: its SentencePiece vocabulary wants a space in front of every text, which is not supported; use the "
       "model's Hugging Face folder"
     )
-  needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
-  missing = [key for key in needed if not metadata.get(f"tokenizer.ggml.{key}")]
-  if missing:
-    raise UserError(f"{path}: the file has no tokenizer.ggml.{missing[0]}, so no tokenizer; use another file")
-  backend = _byte_level_bpe(metadata, _PRE_TOKENIZERS[cut]()) if kind == "gpt2" else _scored_bpe(metadata)
-  _add_whole_tokens(backend, metadata)
-  names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+  _check_vocabulary(path, metadata, "merges" if kind == "gpt2" else "scores")
+  with told_by_tokenizers(f"{path}: the tokenizer cannot be made"):
+    backend = _byte_level_bpe(metadata, _PRE_TOKENIZERS[cut]()) if kind == "gpt2" else _scored_bpe(metadata)
+    _add_whole_tokens(backend, metadata)
   vocabulary = metadata["tokenizer.ggml.tokens"]
   named = {
     role: vocabulary[metadata[f"tokenizer.ggml.{key}_token_id"]]
-    for role, key in names.items()
+    for role, key in _GGUF_ROLES.items()
     if f"tokenizer.ggml.{key}_token_id" in metadata
   }
   is_gemma = kind == "llama" and {"<start_of_turn>", "<end_of_turn>"} <= set(vocabulary)
@@ -109,6 +112,47 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
     clean_up_tokenization_spaces=False,
     **named,
   )
+
+
+def _check_vocabulary(path: Any, metadata: dict[str, Any], ranks: str) -> None:
+  """Looks at all that the tokenizer is made of before it is made.
+
+  Args:
+    path: of the file, for messages.
+    metadata: of the file.
+    ranks: what decides the merges: "merges" or "scores".
+
+  Raises:
+    UserError: a list is missing, has another kind of entries or another length than the tokens; a token stands twice; a
+      special token's id is no token; the template is no text.
+  """
+  kinds = {"tokens": str, "token_type": int, "merges": str, "scores": float}
+  lists = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", ranks)}
+  for key, values in lists.items():
+    if not isinstance(values, list) or not values:
+      raise UserError(f"{path}: the file has no tokenizer.ggml.{key}, so no tokenizer; use another file")
+    wrong = next((value for value in values if type(value) is not kinds[key]), None)
+    if wrong is not None or (key == "scores" and not np.isfinite(values).all()):
+      what = "NaN or infinite" if wrong is None else repr(wrong)[:40]
+      raise UserError(f"{path}: tokenizer.ggml.{key} holds {what}; the file is damaged, use another one")
+    if key != "merges" and len(values) != len(lists["tokens"]):
+      raise UserError(
+        f"{path}: tokenizer.ggml.{key} has {len(values):,} entries for {len(lists['tokens']):,} tokens; use another "
+        "file"
+      )
+  tokens = lists["tokens"]
+  if len(set(tokens)) < len(tokens):
+    twice = collections.Counter(tokens).most_common(1)[0][0]
+    raise UserError(f"{path}: the token {twice!r} stands twice in tokenizer.ggml.tokens; use another file")
+  for name in [f"tokenizer.ggml.{key}_token_id" for key in _GGUF_ROLES.values()]:
+    if name in metadata and (type(metadata[name]) is not int or not 0 <= metadata[name] < len(tokens)):
+      raise UserError(
+        f"{path}: {name} is {metadata[name]!r}, but the tokens are 0 to {len(tokens) - 1}; use another file"
+      )
+  if not isinstance(metadata.get("tokenizer.chat_template", ""), str):
+    raise UserError(f"{path}: tokenizer.chat_template is not a text; use another file")
+  if ranks == "scores" and "tokenizer.ggml.unknown_token_id" not in metadata:
+    raise UserError(f"{path}: the file has no tokenizer.ggml.unknown_token_id, which its kind needs; use another file")
 
 
 def _byte_level_bpe(metadata: dict[str, Any], pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
@@ -160,33 +204,186 @@ def _add_whole_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any]) -
   )
 
 
+_MOST_BYTES = 2**29  # of a tokenizer file: the largest known are some 35 MB
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
 def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedTokenizerFast:
   """Reads the tokenizer of a Hugging Face folder; nothing is downloaded and no code of the folder is run.
 
+  The ids are those of `tokenizer.json`, whatever class `tokenizer_config.json` names: transformers rebuilds the
+  tokenizers of some classes by rules of the class, which can differ from the file's.
+
   Args:
-    path: a folder with `tokenizer.json` and `tokenizer_config.json`.
+    path: a folder with `tokenizer.json`; special tokens and the chat template come from the files beside it, where they
+      are: `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `chat_template.json`,
+      `additional_chat_templates/`.
 
   Returns:
-    The fast tokenizer.
+    The fast tokenizer. Its `chat_template` is a text, or {name: text} with "default" where there are several.
 
   Raises:
-    UserError: no such folder, no `tokenizer.json` in it, or one that cannot be read.
+    UserError: no such folder, no `tokenizer.json` in it, files that cannot be read or contradict each other, or named
+      templates of which none is the default.
   """
   folder = pathlib.Path(path).expanduser()
   if not folder.is_dir():
     raise UserError(f"{path}: no such folder; give a Hugging Face model folder with tokenizer.json")
-  if not (folder / "tokenizer.json").is_file():
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
-    raise UserError(f"{folder}: no tokenizer.json (found: {found}); save the model's fast tokenizer there")
+  file = folder / "tokenizer.json"
+  if not file.is_file():
+    entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
+    raise UserError(f"{folder}: no tokenizer.json (found: {entries}); save the model's fast tokenizer there")
+  content = _read_object(file)
+  if not isinstance(content.get("model"), dict):
+    raise UserError(f"{file} has no 'model', so it is no tokenizer; save the tokenizer again")
+  with told_by_tokenizers(f"{file}: the tokenizer cannot be loaded"):
+    backend = tokenizers.Tokenizer.from_file(str(file))
+  # Cutting and padding are state that a tokenizer may have been saved in; they are no part of its ids.
+  backend.no_truncation()
+  backend.no_padding()
+  config = {}
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one decides
+    if (folder / name).is_file():
+      config |= {key: value for key, value in _read_object(folder / name).items() if value is not None}
+  _add_configured_tokens(backend, config, folder)
+  roles = _role_tokens(backend, config, folder)
+  with told_by_tokenizers(f"{folder}: the tokenizer cannot be used"):
+    return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend,
+      chat_template=_chat_template(folder, config),
+      clean_up_tokenization_spaces=False,
+      **roles,
+    )
+
+
+@contextlib.contextmanager
+def told_by_tokenizers(what: str):
+  """Turns what the tokenizers library raises into one line that begins with `what`.
+
+  It raises bare `Exception`s, and its panics are `BaseException`s, which nothing else would stop.
+  """
   try:
-    # Parsed here first: for a broken file the tokenizers library raises a bare Exception, without the file's name.
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    yield
+  except UserError:
+    raise
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    if isinstance(error, MemoryError):
+      raise
+    detail = " ".join(str(error).split())[:300] or type(error).__name__
+    raise UserError(f"{what} ({detail}); save the tokenizer again, or take it from the model's own source") from error
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+  """A file that holds one JSON object.
+
+  Raises:
+    UserError: it does not, or it is far larger than any such file.
+  """
+  size = file.stat().st_size
+  if size > _MOST_BYTES:
+    raise UserError(f"{file} has {size:,} bytes, far more than any tokenizer file; save the tokenizer again")
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except RecursionError:
+    raise UserError(f"{file}: lists and objects are nested too deeply; save the tokenizer again") from None
   except ValueError as error:
-    raise UserError(f"{folder / 'tokenizer.json'} is not JSON ({error}); save the tokenizer again") from error
-  if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-    raise UserError(f"{folder / 'tokenizer.json'} has no 'model', so it is no tokenizer; save the tokenizer again")
-  try:
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-  except (ValueError, OSError, KeyError) as error:
-    detail = " ".join(str(error).split())[:300]
-    raise UserError(f"{folder}: the tokenizer cannot be loaded ({detail}); check tokenizer_config.json") from error
+    raise UserError(f"{file} is not JSON ({error}); save the tokenizer again") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{file} does not hold a JSON object; save the tokenizer again")
+  return content
+
+
+def _token_text(value: Any, what: str) -> str:
+  """The text of a token that is written as a string or as an object."""
+  text = value.get("content") if isinstance(value, dict) else value
+  if not isinstance(text, str):
+    raise UserError(f"{what} is {str(value)[:80]!r}, neither a string nor an object with 'content'")
+  return text
+
+
+def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path) -> None:
+  """Adds the tokens of tokenizer_config.json that tokenizer.json lacks, under the ids that the former gives them.
+
+  Raises:
+    UserError: the two files give a token different ids.
+  """
+  where = folder / "tokenizer_config.json"
+  listed = config.get("added_tokens_decoder", {})
+  if not isinstance(listed, dict) or not all(str(key).isdecimal() and len(str(key)) < 10 for key in listed):
+    raise UserError(f"{where}: added_tokens_decoder must be an object of ids and tokens; save the tokenizer again")
+  for key, value in sorted(listed.items(), key=lambda item: int(item[0])):
+    text = _token_text(value, f"{where}: the added token {key}")
+    known = backend.token_to_id(text)
+    if known is None:
+      flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+      given = {name: bool(value[name]) for name in flags if isinstance(value, dict) and name in value}
+      backend.add_tokens([tokenizers.AddedToken(text, **given)])
+      known = backend.token_to_id(text)
+    if known != int(key):
+      raise UserError(
+        f"{where} gives the token {text!r} the id {key}, but by tokenizer.json it is {known}: the two files are not of "
+        "one tokenizer; save it again"
+      )
+
+
+def _role_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
+  """{role: token} of the special tokens that tokenizer.json knows.
+
+  Raises:
+    UserError: the beginning or the end of a text has a token that tokenizer.json does not know.
+  """
+  found = {}
+  for role in _ROLES:
+    if role not in config:
+      continue
+    text = _token_text(config[role], f"{folder}: {role} in the tokenizer's files")
+    if backend.token_to_id(text) is not None:
+      found[role] = text
+    elif role in ("bos_token", "eos_token"):  # a chat template may write these; nothing of ours needs the others
+      raise UserError(
+        f"{folder}: the tokenizer's files name {text!r} as {role}, and tokenizer.json does not know it; save the "
+        "tokenizer again"
+      )
+  return found
+
+
+def _chat_template(folder: pathlib.Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+  """The chat template: files of its own come before tokenizer_config.json, as in transformers.
+
+  Raises:
+    UserError: something else than a text, or several named ones without a default.
+  """
+  named = {}
+  inside, where = config.get("chat_template"), folder / "tokenizer_config.json"
+  beside = folder / "chat_template.json"  # the place of multimodal models, whose processor has it
+  if inside is None and beside.is_file():
+    inside, where = _read_object(beside).get("chat_template"), beside
+  if isinstance(inside, list) and all(isinstance(each, dict) and {"name", "template"} <= set(each) for each in inside):
+    inside = {each["name"]: each["template"] for each in inside}
+  if isinstance(inside, str):
+    named["default"] = inside
+  elif isinstance(inside, dict):
+    named |= inside
+  elif inside is not None:
+    raise UserError(f"{where}: chat_template is neither a text nor a list of named ones; save the tokenizer again")
+  files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+  if (folder / "chat_template.jinja").is_file():
+    files["default"] = folder / "chat_template.jinja"
+  for name, file in files.items():
+    try:
+      named[name] = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+      raise UserError(f"{file} is not UTF-8 text ({error}); save the tokenizer again") from error
+  for name, template in named.items():
+    if not isinstance(name, str) or not isinstance(template, str):
+      raise UserError(f"{where}: the chat template {str(name)[:40]!r} is not a text; save the tokenizer again")
+  if named and "default" not in named:
+    if len(named) > 1:
+      raise UserError(
+        f"{folder}: several chat templates ({', '.join(named)}) and none is named default; name one of them default in "
+        f"{where.name}, or put it into chat_template.jinja"
+      )
+    return next(iter(named.values()))
+  return named["default"] if len(named) == 1 else named or None

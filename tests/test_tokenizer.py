@@ -1,5 +1,7 @@
 """Tokenizers: a GGUF file written here, a Hugging Face folder, the embedded file; round trips and refusals."""
 
+import dataclasses
+
 import gguf
 import jinja2
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from in2core_jax import tokenizer
 from in2core_jax.assets import asset_path
 from in2core_jax.errors import UserError
 from in2core_jax.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
@@ -68,8 +71,13 @@ def _write_gguf(path, pre="smollm", model="gpt2", leave_out=()):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-  return tokenizer_from_gguf(_write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf"))
+def small_file(tmp_path_factory):
+  return _write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf")
+
+
+@pytest.fixture(scope="module")
+def small(small_file):
+  return tokenizer_from_gguf(small_file)
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +225,43 @@ def test_embedded_tokenizer():
     0,
   )
   assert tokenizer("<|im_start|>user\n")["input_ids"] == [1, tokenizer.convert_tokens_to_ids("user"), 198]
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("bos_token_id", 10**9, "bos_token_id is 1000000000, but the tokens are 0 to"),
+    ("eos_token_id", -1, "eos_token_id is -1"),
+    ("padding_token_id", 1.0, "padding_token_id is 1.0"),
+    ("unknown_token_id", "x", "unknown_token_id is 'x'"),
+    ("tokens", ["a", "a"], "2 tokens|entries for 2"),
+    ("tokens", "abc", "no tokenizer.ggml.tokens"),
+    ("tokens", [1, 2], "tokens holds 1"),
+    ("token_type", [3], "token_type has 1 entries"),
+    ("token_type", ["x"], "token_type holds 'x'"),
+    ("merges", [7], "merges holds 7"),
+    ("merges", ["no space at all nowhere"], "cannot be made"),
+    ("merges", ["alone"], "cannot be made"),
+    ("chat_template", 7, "chat_template is not a text"),
+  ],
+)
+def test_absurd_values_of_a_gguf_vocabulary_are_refused(small_file, monkeypatch, key, value, message):
+  read = tokenizer.read_gguf(small_file)
+  name = f"tokenizer.{key}" if key == "chat_template" else f"tokenizer.ggml.{key}"
+  changed = dataclasses.replace(read, metadata=read.metadata | {name: value})
+  monkeypatch.setattr(tokenizer, "read_gguf", lambda place: changed)
+  with pytest.raises(UserError, match=message):
+    tokenizer_from_gguf(small_file)
+
+
+def test_scores_that_are_no_numbers_and_tokens_that_stand_twice_are_refused(tmp_path, monkeypatch):
+  read = tokenizer.read_gguf(_write_sentencepiece_gguf(tmp_path / "pieces.gguf"))
+  tokens = read.metadata["tokenizer.ggml.tokens"]
+  for key, value, message in (
+    ("scores", [float("nan")] * len(tokens), "scores holds NaN"),
+    ("tokens", [*tokens[:-1], tokens[0]], "'<pad>' stands twice"),
+  ):
+    changed = dataclasses.replace(read, metadata=read.metadata | {f"tokenizer.ggml.{key}": value})
+    monkeypatch.setattr(tokenizer, "read_gguf", lambda place, changed=changed: changed)
+    with pytest.raises(UserError, match=message):
+      tokenizer_from_gguf(tmp_path)
