@@ -2,10 +2,22 @@
 # One door to the project: sets up .venv when it has to, then runs a command inside it. ./run.sh help tells more.
 set -euo pipefail
 
-ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+# The folder of the file itself, when it is called through symbolic links too. No readlink -f: older macOS has none.
+SELF="${BASH_SOURCE[0]}"
+while [ -L "$SELF" ]; do
+  LINK="$(readlink -- "$SELF")"
+  case "$LINK" in
+    /*) SELF="$LINK" ;;
+    *) SELF="$(dirname -- "$SELF")/$LINK" ;;
+  esac
+done
+ROOT="$(cd -- "$(dirname -- "$SELF")" && pwd -P)"
 VENV="$ROOT/.venv"
-STAMP="$VENV/in2core-stamp"          # what .venv was made from; written last, so that it exists only after a whole set-up
-UNFINISHED="$VENV/in2core-unfinished" # exists while a set-up is under way: what it left behind is not trusted
+# A set-up works in $NEW and is swapped in when it is whole, so that one that fails leaves a working .venv as it was.
+NEW="$ROOT/.venv.new"
+OLD="$ROOT/.venv.old"
+STAMP="in2core-stamp"                 # in both: what it was made from; written last, so only a whole set-up has it
+UNFINISHED="$VENV/in2core-unfinished" # what a set-up of an older run.sh left when it was broken off
 LOG="$ROOT/.cache/setup.log"
 REQUIREMENTS="$ROOT/requirements.txt"
 ASSETS="$ROOT/third_party/requirements-assets.txt"
@@ -62,7 +74,7 @@ sha256() {
 
 choose_accelerator() {
   local recorded=""
-  if [ -f "$STAMP" ]; then recorded="$(sed -n 's/^accelerator //p' "$STAMP")"; fi
+  if [ -f "$VENV/$STAMP" ]; then recorded="$(sed -n 's/^accelerator //p' "$VENV/$STAMP")"; fi
   ACCELERATOR="${IN2CORE_ACCELERATOR:-${recorded:-cpu}}"
   case "$ACCELERATOR" in
     cpu | cuda12 | tpu) ;;
@@ -70,19 +82,20 @@ choose_accelerator() {
   esac
 }
 
+# Args: the environment, here and below.
 venv_python() {
-  sed -n 's/^version *= *//p' "$VENV/pyvenv.cfg" 2>/dev/null
+  sed -n 's/^version *= *//p' "$1/pyvenv.cfg" 2>/dev/null
 }
 
 wanted_stamp() {
-  printf 'python %s\n' "$(venv_python)"
+  printf 'python %s\n' "$(venv_python "$1")"
   printf 'accelerator %s\n' "$ACCELERATOR"
   printf 'requirements %s\n' "$(cat "$REQUIREMENTS" "$ASSETS" | sha256)"
 }
 
 is_ready() {
-  [ -x "$VENV/bin/python" ] && [ -f "$VENV/pyvenv.cfg" ] && [ ! -e "$UNFINISHED" ] && [ -f "$STAMP" ] &&
-    [ "$(cat "$STAMP")" = "$(wanted_stamp)" ]
+  [ -x "$VENV/bin/python" ] && [ -f "$VENV/pyvenv.cfg" ] && [ ! -e "$UNFINISHED" ] && [ -f "$VENV/$STAMP" ] &&
+    [ "$(cat "$VENV/$STAMP")" = "$(wanted_stamp "$VENV")" ]
 }
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -133,15 +146,16 @@ check_disk() {
 
 # Says why pip failed, in one line. Args: what was being installed.
 explain_failure() {
-  local last
+  local last kept=""
+  if [ -e "$VENV/bin/python" ]; then kept="; .venv is as it was"; fi
   last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300)"
   if grep -qiE 'No space left on device|Disk quota exceeded' "$LOG"; then
-    die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again"
+    die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again$kept"
   fi
   if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|Max retries exceeded|ProxyError|Connection(Reset)?Error|Temporary failure in name resolution|Network is unreachable' "$LOG"; then
-    die "no network: pip cannot reach a package index to install $1; check the connection or pip's proxy settings, then run the same command again (log: $LOG)"
+    die "no network: pip cannot reach a package index to install $1; check the connection or pip's proxy settings, then run the same command again (log: $LOG)$kept"
   fi
-  die "pip could not install $1: ${last:-no reason given} (log: $LOG)"
+  die "pip could not install $1: ${last:-no reason given} (log: $LOG)$kept"
 }
 
 # A line now and then while pip works; ends with the set-up, even when that is killed.
@@ -161,36 +175,58 @@ tick() {
 pip_install() {
   local what="$1" code=0
   shift
-  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
+  "$NEW/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then explain_failure "$what"; fi
 }
 
-make_venv() {
+make_new() {
   find_python
   check_disk "$NEEDED_GB"
   say "setting up .venv with $PYTHON for $ACCELERATOR: installing about 90 packages, a few minutes the first time (log: $LOG)"
-  rm -rf -- "$VENV"
-  mkdir -p -- "$VENV"
-  : >"$UNFINISHED"
-  "$PYTHON" -m venv "$VENV" >>"$LOG" 2>&1 || {
-    if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $VENV"; fi
-    die "$PYTHON could not create $VENV: $(tail -n 1 "$LOG")"
+  "$PYTHON" -m venv "$NEW" >>"$LOG" 2>&1 || {
+    if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $NEW"; fi
+    die "$PYTHON could not create $NEW: $(tail -n 1 "$LOG")"
   }
 }
 
 # True when pip can bring .venv up to date: it works, no set-up of it was broken off, and it was made for the same accelerator.
 can_update() {
   [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
-  if [ -f "$STAMP" ]; then grep -qx "accelerator $ACCELERATOR" "$STAMP" && grep -qx "python $(venv_python)" "$STAMP"; fi
+  if [ -f "$VENV/$STAMP" ]; then
+    grep -qx "accelerator $ACCELERATOR" "$VENV/$STAMP" && grep -qx "python $(venv_python "$VENV")" "$VENV/$STAMP"
+  fi
 }
 
-# A .venv without our stamp is somebody's own: used when it will do, never deleted.
+# A .venv without our stamp is somebody's own: used when it will do, never thrown away.
 check_foreign_venv() {
-  if [ -f "$STAMP" ] || [ -e "$UNFINISHED" ] || [ -z "$(ls -A "$VENV" 2>/dev/null)" ]; then return; fi
-  case "$(venv_python)" in
+  if [ -f "$VENV/$STAMP" ] || [ -e "$UNFINISHED" ] || [ -z "$(ls -A "$VENV" 2>/dev/null)" ]; then return; fi
+  case "$(venv_python "$VENV")" in
     3.11.* | 3.12.* | 3.13.*) if can_update; then return; fi ;;
   esac
   die "$VENV was not made by run.sh and is not a working Python 3.11 to 3.13 environment with pip: move it away"
+}
+
+# The second half of the swap; also for a set-up that was killed in it: the new one is whole, or the old one is there.
+finish_swap() {
+  if [ ! -e "$VENV" ] && [ ! -L "$VENV" ]; then
+    if [ -f "$NEW/$STAMP" ]; then
+      mv -- "$NEW" "$VENV"
+    elif [ -e "$OLD" ]; then
+      mv -- "$OLD" "$VENV"
+    fi
+  fi
+  rm -rf -- "$OLD"
+}
+
+# Scripts name the folder that they were installed in: activate, and the first line of bin/*.
+rename_scripts() {
+  "$NEW/bin/python" -c '
+import pathlib, sys
+old, new = (name.encode() for name in sys.argv[1:])
+for file in pathlib.Path(sys.argv[1], "bin").iterdir():
+  if file.is_file() and not file.is_symlink() and old in (content := file.read_bytes()):
+    file.write_bytes(content.replace(old, new))
+' "$NEW" "$VENV"
 }
 
 install_everything() {
@@ -199,24 +235,31 @@ install_everything() {
   : >"$LOG"
   NEEDED_GB=3
   if [ "$ACCELERATOR" = cuda12 ]; then NEEDED_GB=10; fi
+  rm -rf -- "$NEW"
+  TICKER=""
+  trap 'if [ -n "$TICKER" ]; then kill "$TICKER" 2>/dev/null || true; fi; rm -rf -- "$NEW"' EXIT
   if can_update; then
-    check_disk 1
+    check_disk "$NEEDED_GB"
     say "requirements are new or changed: bringing .venv up to date (log: $LOG)"
-    : >"$UNFINISHED"
+    cp -a -- "$VENV/." "$NEW" 2>>"$LOG" || die "could not copy .venv to $NEW: $(tail -n 1 "$LOG"); .venv is as it was"
+    rm -f -- "$NEW/$STAMP"
   else
-    make_venv
+    make_new
   fi
   tick 9>&- &
   TICKER=$!
-  trap 'kill "$TICKER" 2>/dev/null || true' EXIT
   local extra=()
   if [ "$ACCELERATOR" != cpu ]; then extra=("jax[$ACCELERATOR]"); fi # its version is the one that requirements.txt pins
   pip_install "requirements.txt" -r "$REQUIREMENTS" ${extra[@]+"${extra[@]}"}
   pip_install "third_party/requirements-assets.txt" --no-deps -r "$ASSETS"
   kill "$TICKER" 2>/dev/null || true
+  TICKER=""
+  rename_scripts
+  wanted_stamp "$NEW" >"$NEW/$STAMP"
   trap - EXIT INT TERM
-  wanted_stamp >"$STAMP"
-  rm -f -- "$UNFINISHED"
+  # No single call swaps two folders. Killed between these renames, the next call finishes the swap.
+  if [ -e "$VENV" ] || [ -L "$VENV" ]; then mv -- "$VENV" "$OLD"; fi
+  finish_swap
   say "$(printf '\r')set-up done in $SECONDS s"
 }
 
@@ -231,6 +274,8 @@ ensure_venv() {
       flock 9
     }
   fi
+  finish_swap
+  choose_accelerator # what a swap has just brought back may say which
   # Whoever held the lock may have done the work.
   if ! is_ready; then install_everything; fi
   exec 9>&-
@@ -266,7 +311,7 @@ main() {
     help | -h | --help) usage ;;
     setup)
       enter
-      say "ready: $VENV (Python $(venv_python), $ACCELERATOR)"
+      say "ready: $VENV (Python $(venv_python "$VENV"), $ACCELERATOR)"
       ;;
     test)
       enter

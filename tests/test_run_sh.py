@@ -28,11 +28,14 @@ def project(tmp_path):
 
 def run(project: Path, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
   """Calls run.sh with programs in the project's `bin` before all others."""
-  kept = {name: value for name, value in os.environ.items() if not name.startswith(("IN2CORE_", "HF_", "JAX_"))}
-  path = f"{project}/bin{os.pathsep}{kept['PATH']}"
-  settings = kept | {"PATH": path, "IN2CORE_PYTHON": sys.executable} | environment
+  settings = environment_of(project) | environment
   command = [str(project / "run.sh"), *arguments]
   return subprocess.run(command, cwd=cwd or project, env=settings, capture_output=True, text=True, timeout=300)
+
+
+def environment_of(project: Path) -> dict[str, str]:
+  kept = {name: value for name, value in os.environ.items() if not name.startswith(("IN2CORE_", "HF_", "JAX_"))}
+  return kept | {"PATH": f"{project}/bin{os.pathsep}{kept['PATH']}", "IN2CORE_PYTHON": sys.executable}
 
 
 def fake(project: Path, name: str, body: str) -> str:
@@ -99,15 +102,41 @@ def test_set_up_once_then_repair_and_update(project):
   assert "requirements are new or changed" in run(project, "select").stderr
   assert (project / ".venv/kept").exists()
 
-  # A failure says why, and the next call repairs. Nothing listens on port 9 of this machine: as good as a cut cable.
+  # A failure says why and leaves what there was. Nothing listens on port 9 of this machine: as good as a cut cable.
   (project / "requirements.txt").write_text("six==1.17.0\n")
   offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
   alone = {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
-  assert_one_line(run(project, "select", **offline, **alone), "no network", "requirements.txt", "setup.log")
-  (project / "requirements.txt").write_text("# nothing again\n")
-  assert "set-up done" in run(project, "select").stderr
-  assert not (project / ".venv/kept").exists()
+  for _ in range(2):
+    failed = run(project, "select", **offline, **alone)
+    assert_one_line(failed, "no network", "requirements.txt", "setup.log", ".venv is as it was")
+  with_gpus = run(project, "select", IN2CORE_ACCELERATOR="cuda12", **offline, **alone)
+  assert_one_line(with_gpus, "no network", ".venv is as it was")
+  (project / "requirements.txt").write_text("# still nothing\n")
   assert run(project, "select").stderr == ""
+  assert (project / ".venv/kept").exists()
+
+  # Scripts of a swapped environment name the place where it is.
+  first = (project / ".venv/bin/pip").read_text().splitlines()[0]
+  assert str(project / ".venv/bin/python") in first, first
+
+  # Killed between the two renames of the swap: the whole new environment, or else the old one, is put back.
+  for there in (".venv.new", ".venv.old"):
+    (project / ".venv").rename(project / there)
+    assert run(project, "select").stderr == "", there
+    assert (project / ".venv/kept").exists() and not (project / there).exists()
+
+  # Through a symbolic link to run.sh, and to a link to it; a linked .venv is replaced, and what it points to stays.
+  (project / "bin/in2core").symlink_to("../run.sh")
+  (work / "again").symlink_to(project / "bin/in2core")
+  called = subprocess.run(
+    [work / "again", "select"], cwd=work, env=environment_of(project), capture_output=True, text=True
+  )
+  assert (called.stdout, called.stderr) == (f"{work} [] 1 {project}/.venv\n", "")
+  (project / ".venv").rename(work / "linked")
+  (project / ".venv").symlink_to(work / "linked")
+  (project / "requirements.txt").write_text("# nothing once more\n")
+  assert "set-up done" in run(project, "select").stderr
+  assert not (project / ".venv").is_symlink() and (work / "linked/kept").exists()
 
 
 def test_unsuited_pythons_are_named(project):
