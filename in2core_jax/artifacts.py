@@ -13,12 +13,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from in2core_jax import files, processes
+from in2core_jax import files, locks, processes
 from in2core_jax.errors import UserError
 
 # The file layer's words, so that callers need one import.
@@ -115,13 +116,13 @@ class RunDir:
       overwrite: start anew where another run's results are; removes the files that the manifest names, never others.
 
     Raises:
-      UserError: the folder belongs to a run of another identity, or to no run at all, or a process does not see it.
-        Raised in all processes, so that none waits for one that has stopped.
+      UserError: the folder belongs to a run of another identity, or to no run at all, or another job writes there, or
+        a process does not see it. Raised in all processes, so that none waits for one that has stopped.
     """
     opened, refusal = None, None
     if processes.is_writer():
       try:
-        opened = cls._open(path, identity, overwrite, writer=True)
+        opened = cls._open_locked(path, identity, overwrite)
       except UserError as error:
         refusal = str(error)
     refusal = processes.from_writer(refusal)
@@ -133,6 +134,39 @@ class RunDir:
         "machines share, gs:// or a shared file system"
       )
     return opened or cls._open(path, identity, False, writer=False)
+
+  @staticmethod
+  def refuse_held(path: epath.PathLike) -> None:
+    """Refuses a folder that another job writes into: for before the work that comes before `open`. Collective.
+
+    Raises:
+      UserError: names the other job.
+    """
+    refusal = None
+    if processes.is_writer():
+      try:
+        locks.refuse_held(_folder_path(path))
+      except UserError as error:
+        refusal = str(error)
+    refusal = processes.from_writer(refusal)
+    if refusal is not None:
+      raise UserError(refusal)
+
+  @classmethod
+  def _open_locked(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool) -> RunDir:
+    """`open` in the writer, which alone may write into the folder as long as the opened `RunDir` lives."""
+    path = _folder_path(path)
+    if cls._read(path) is None:
+      _refuse_foreign(path)
+    _make_folder(path)
+    lock = locks.take(path)
+    try:
+      opened = cls._open(path, identity, overwrite, writer=True)
+    except BaseException:
+      lock.release()
+      raise
+    weakref.finalize(opened, lock.release)
+    return opened
 
   @classmethod
   def _open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, writer: bool) -> RunDir:
@@ -299,7 +333,9 @@ def _make_folder(path: epath.Path) -> None:
 def _refuse_foreign(path: epath.Path) -> None:
   """A folder with files and no manifest is somebody else's."""
   names = (
-    sorted(item.name for item in path.iterdir() if not item.name.endswith(files.TEMPORARY)) if path.exists() else []
+    sorted(item.name for item in path.iterdir() if not item.name.endswith((files.TEMPORARY, locks.NAME)))
+    if path.exists()
+    else []
   )
   if names:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
