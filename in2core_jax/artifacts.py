@@ -36,6 +36,7 @@ from in2core_jax.files import write_parquet as write_parquet
 from in2core_jax.files import write_text as write_text
 
 MANIFEST = "manifest.json"
+LOST_LOG = "log_lost.txt"  # what a job had to say when nobody could read it any more; in no manifest
 _FORMAT = "in2core_jax run folder 1"
 _PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors", "gguf"),
@@ -234,7 +235,7 @@ class RunDir:
 
   def _remove_entries(self) -> None:
     """Removes what the manifest names, but not the manifest: a kill in between leaves a run folder."""
-    for name in self.entries:
+    for name in [*self.entries, LOST_LOG]:
       if "/" in name or name in ("", ".", ".."):
         raise UserError(f"{self.path / MANIFEST}: the entry {name!r} is not a name; choose another --run_dir")
       entry = self.path / name

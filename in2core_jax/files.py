@@ -28,8 +28,8 @@ from in2core_jax import locks
 from in2core_jax.errors import UserError
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
-# In these names, beside a process number, which means something on its own machine only.
-_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+# In these names, beside a process number, which means something on its own machine, and in its own container, only.
+_MACHINE = hashlib.sha256(f"{platform.node()} {locks.process_namespace()}".encode()).hexdigest()[:8]
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def take(folder: epath.PathLike) -> Lock:
       return Lock(key)
     path = epath.Path(folder) / NAME
     try:
-      taken = _take_remote(path) if _is_remote(folder) else _take_local(path)
+      taken = _take_remote(path) if is_remote(folder) else _take_local(path)
     except OSError as error:
       if error.errno in _CANNOT_WRITE:
         return Lock(None)
@@ -138,7 +138,7 @@ def _take_local(path: epath.Path) -> _Held:
         continue
       found = _parsed(os.pread(descriptor, 4096, 0))
       if not free or _may_live(found, exact, os.fstat(descriptor).st_mtime):
-        if time.monotonic() < deadline and (not free or not found):
+        if not free and time.monotonic() < deadline:
           time.sleep(0.05)
           continue
         raise UserError(_refusal(path, found))
@@ -178,7 +178,7 @@ def refuse_held(folder: epath.PathLike) -> None:
   if _key(folder) in _held or (found := _read(path)) is None:
     return
   exact, changed = False, time.time()
-  if not _is_remote(folder):
+  if not is_remote(folder):
     try:
       with open(path, "rb+") as file:
         free, exact = _flock(file.fileno())
@@ -220,7 +220,7 @@ def _may_live(found: dict[str, Any], exact: bool, changed: float) -> bool:
     exact: whether the kernel keeps locks on this file system.
     changed: when the file was touched last, seconds since the epoch.
   """
-  if not found:
+  if not found.get("host"):  # killed before it had written
     return False
   us = _identity()
   if found.get("boot") == us["boot"]:
@@ -250,7 +250,7 @@ def _identity() -> dict[str, Any]:
   return {
     "host": platform.node(),
     "boot": _text("/proc/sys/kernel/random/boot_id"),
-    "pids": _link("/proc/self/ns/pid"),
+    "pids": process_namespace(),
     "pid": os.getpid(),
     "started": _started(os.getpid()),
   }
@@ -278,9 +278,10 @@ def _text(path: str) -> str | None:
     return None
 
 
-def _link(path: str) -> str | None:
+def process_namespace() -> str | None:
+  """Names what process numbers are counted in: a container has its own."""
   try:
-    return os.readlink(path)
+    return os.readlink("/proc/self/ns/pid")
   except OSError:
     return None
 
@@ -301,12 +302,13 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_remote(path: epath.PathLike) -> bool:
+def is_remote(path: epath.PathLike) -> bool:
+  """True for `gs://` and its kin."""
   return "://" in os.fspath(path)
 
 
 def _key(folder: epath.PathLike) -> str:
-  return os.fspath(folder) if _is_remote(folder) else os.path.realpath(folder)
+  return os.fspath(folder) if is_remote(folder) else os.path.realpath(folder)
 
 
 # ---- while it is held ----------------------------------------------------------------
