@@ -129,9 +129,10 @@ class Stream(io.TextIOBase):
     folder = next((path for path in locks.folders() if not locks.is_remote(path)), None)
     if folder is None:
       return
-    with contextlib.suppress(OSError):  # that disk is full too: nothing is left to tell it on
-      with (Path(folder) / LOST_LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write("".join(self._waiting))
+    text = "".join(self._waiting).encode("utf-8", "backslashreplace")
+    # That disk may be full too: nothing is left then to tell it on.
+    with contextlib.suppress(OSError), (Path(folder) / LOST_LOG).open("ab") as file:
+      file.write(text)
     self._waiting = []
 
 

@@ -108,13 +108,16 @@ class RunDir:
   resumed: bool = False
 
   @classmethod
-  def open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False) -> RunDir:
+  def open(
+    cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False, shared: bool = False
+  ) -> RunDir:
     """Makes the folder, or continues one of the same identity; collective: the writer of a job comes first.
 
     Args:
       path: the folder, local or gs://; the processes of a job must all see it.
       identity: JSON object: flags and hashes that the results depend on; not what only says where or how fast.
       overwrite: start anew where another run's results are; removes the files that the manifest names, never others.
+      shared: several jobs may write here at once: only for what is the same whoever writes it, each file whole.
 
     Raises:
       UserError: the folder belongs to a run of another identity, or to no run at all, or another job writes there, or
@@ -123,7 +126,7 @@ class RunDir:
     opened, refusal = None, None
     if processes.is_writer():
       try:
-        opened = cls._open_locked(path, identity, overwrite)
+        opened = cls._open_locked(path, identity, overwrite, shared)
       except UserError as error:
         refusal = str(error)
     refusal = processes.from_writer(refusal)
@@ -154,8 +157,10 @@ class RunDir:
       raise UserError(refusal)
 
   @classmethod
-  def _open_locked(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool) -> RunDir:
+  def _open_locked(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, shared: bool) -> RunDir:
     """`open` in the writer, which alone may write into the folder as long as the opened `RunDir` lives."""
+    if shared and not overwrite:
+      return cls._open(path, identity, overwrite, writer=True)
     path = _folder_path(path)
     if cls._read(path) is None:
       _refuse_foreign(path)
@@ -295,6 +300,25 @@ class RunDir:
   def read_json(self, name: str) -> Any:
     """A file of the folder in every process, as the writer reads it; collective."""
     return processes.from_writer(read_json(self.path / name) if processes.is_writer() else None)
+
+
+def hold(folder: epath.PathLike) -> locks.Lock:
+  """Makes a folder that several run folders lie in, and takes it for this job; collective.
+
+  Raises:
+    UserError: another job has it, or it cannot be made; in all processes.
+  """
+  lock, refusal = locks.Lock(None), None
+  if processes.is_writer():
+    try:
+      _make_folder(_folder_path(folder))
+      lock = locks.take(_folder_path(folder))
+    except UserError as error:
+      refusal = str(error)
+  refusal = processes.from_writer(refusal)
+  if refusal is not None:
+    raise UserError(refusal)
+  return lock
 
 
 def beside(run_dir: epath.PathLike, name: str) -> epath.Path:

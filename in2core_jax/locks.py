@@ -236,10 +236,9 @@ def _may_live(found: dict[str, Any], exact: bool, changed: float) -> bool:
 
 def _refusal(path: epath.Path, found: dict[str, Any]) -> str:
   who = f"process {found.get('pid', '?')} on {found.get('host', 'an unknown host')}"
-  return (
-    f"{path.parent}: another job writes there, {who}, since {found.get('since', 'just now')} ({found.get('command', '?')})"
-    f": wait for it or end it, or choose another --run_dir; if that process is gone, remove {path}"
-  )
+  what = f"since {found.get('since', 'just now')} ({found.get('command', '?')})"
+  advice = f"wait for it or end it, or choose another --run_dir; if that process is gone, remove {path}"
+  return f"{path.parent}: another job writes there, {who}, {what}: {advice}"
 
 
 # ---- what a lock file says -----------------------------------------------------------

@@ -302,6 +302,7 @@ def test_object_store(monkeypatch):
   memory = fsspec.get_filesystem_class("memory")
   for scheme in ("gs", "gcs"):
     monkeypatch.setitem(fsspec_registry, scheme, memory)
+  monkeypatch.setattr(locks, "_REMOTE_SETTLES", 0.0)
   memory.store.clear()
   run = RunDir.open("gs://bucket/run", IDENTITY)
   assert files.is_remote(run.path) and not files.is_remote(epath.Path("/tmp/x"))

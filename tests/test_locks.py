@@ -22,6 +22,7 @@ HOLD = """
 import sys, time
 from in2core_jax import locks
 from in2core_jax.errors import UserError
+locks.PATIENCE = 0.0
 try:
   lock = locks.take(sys.argv[1])
 except UserError as error:
@@ -38,11 +39,16 @@ def impatient(monkeypatch):
   monkeypatch.setattr(locks, "PATIENCE", 0.0)
 
 
-def hold(folder: Path, seconds: float = 30) -> tuple[subprocess.Popen, str]:
-  """A process that takes a folder, and what it says."""
+def start(folder: Path, seconds: float = 30) -> subprocess.Popen:
+  """A process that takes a folder, and tells what came of it."""
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
-  process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def hold(folder: Path, seconds: float = 30) -> tuple[subprocess.Popen, str]:
+  """The same, with what it says."""
+  process = start(folder, seconds)
   return process, process.stdout.readline()
 
 
@@ -80,9 +86,9 @@ def test_a_stopped_writer_blocks_nobody(tmp_path, number):
 
 def test_of_many_that_start_at_once_one_writes(tmp_path):
   (tmp_path / locks.NAME).write_text(json.dumps(locks._identity() | {"boot": "an earlier one"}))
-  found = [hold(tmp_path, 20) for _ in range(4)]
-  assert sorted(said.split()[0] for _, said in found) == ["held", "refused", "refused", "refused"]
-  for process, _ in found:
+  found = [start(tmp_path) for _ in range(4)]
+  assert sorted(process.stdout.readline().split()[0] for process in found) == ["held", *["refused"] * 3]
+  for process in found:
     end(process)
 
 
