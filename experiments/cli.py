@@ -131,8 +131,9 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _short(text: str, most: int = 300) -> str:
+  """The first line, its middle left out where it is long: what happened may stand at the end."""
   line = (text.strip().splitlines() or [""])[0]
-  return line if len(line) <= most else f"{line[:most]}..."
+  return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -263,7 +264,7 @@ def _said(coordinator: str, process_id: int, num_processes: int) -> tuple[str | 
 def set_up_logging() -> None:
   """Plain lines on stderr: everything of this project, warnings of others."""
   root = logging.getLogger()
-  handler = output.Handler()
+  handler = output.Handler(lambda error: outcome(error) is not None)
   handler.setFormatter(output.Formatter("%(message)s"))
   logging.captureWarnings(True)
   root.handlers[:] = [handler]

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -41,8 +42,18 @@ class Formatter(logging.Formatter):
 class Handler(logging.Handler):
   """Plain lines on stderr, above a progress bar when there is one."""
 
+  def __init__(self, told: Callable[[BaseException], bool] = lambda error: False):
+    """
+    Args:
+      told: whether an error ends the command in one line: the traceback that a library logs of it is left out.
+    """
+    super().__init__()
+    self._told = told
+
   def emit(self, record: logging.LogRecord) -> None:
     """Writes the line."""
+    if record.exc_info and record.exc_info[1] is not None and self._told(record.exc_info[1]):
+      return
     tqdm.write(self.format(record), file=sys.stderr)
 
 
