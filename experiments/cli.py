@@ -3,7 +3,7 @@
 | exit code | means |
 |---|---|
 | 0 | done |
-| 1 | our bug (with a traceback), or no memory or disk left (one line) |
+| 1 | our bug (with a traceback), or the machine's fault: no memory or disk left, the folder removed (one line) |
 | 2 | a mistake in flags, files or data, or a place that may not be read or written (one line) |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; finished work is kept and the same command continues |
 """
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from tqdm import tqdm
 
-from in2core_jax.errors import UserError
+from experiments import output
+from in2core_jax import locks
+from in2core_jax.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def run(
     help_fn: text for --help; default: the command's docstring and all flags of the project.
     alone: whether the command refuses to be one of several processes.
   """
+  output.guard()
   try:
     signal.signal(signal.SIGTERM, _terminate)
     app.run(lambda argv: _prepare_and_call(main_fn, argv, alone), flags_parser=lambda argv: _parse(argv, help_fn))
@@ -55,31 +57,88 @@ def run(
     if end.code is None or isinstance(end.code, int):
       _end(end.code or 0)
     raise
-  except UserError as error:
-    _exit(2, f"error: {error}")
   except KeyboardInterrupt:
     _exit(130, f"stopped by Ctrl-C; {_KEPT}")
   except Terminated:
     _exit(143, f"stopped by SIGTERM; {_KEPT}")
-  except MemoryError as error:
-    _exit(1, f"error: out of memory ({error or 'no size given'}); {_KEPT}, and smaller batches need less")
-  except OSError as error:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-      _exit(2, f"error: {error.filename}: {error.strerror}; choose a place that this user may read and write; {_KEPT}")
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+  except BaseException as error:  # pyo3's panics are no Exception
+    told = outcome(error)
+    if told is None:
+      locks.release_all()
       raise
-    _exit(1, f"error: disk full ({error}); {_KEPT} once there is space")
-  except RuntimeError as error:
-    # jaxlib's error for a device without memory; it has no class of its own.
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    _exit(1, f"error: out of device memory ({str(error).splitlines()[0]}); {_KEPT}, and smaller batches need less")
+    _exit(*told)
   _end(0)
+
+
+# What the texts of errors say where a library gives no errno: tensorstore, Orbax, Arrow.
+_NO_SPACE = {
+  errno.ENOSPC: "No space left on device",
+  errno.EDQUOT: "Disk quota exceeded",
+  errno.EFBIG: "File too large",
+}
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def outcome(error: BaseException) -> tuple[int, str] | None:
+  """Exit code and line of an error that is a mistake of the user's or the machine's fault; None for a bug of ours."""
+  if isinstance(error, UserError):
+    return 2, f"error: {error}"
+  lost = str(error) if isinstance(error, locks.Lost) else locks.lost()
+  if lost:
+    return 1, f"error: {lost}"
+  chain = list(_chain(error))
+  full = next((str(each) for each in chain if _is_full(each)), None)
+  if full is not None:
+    limit = "file too large for the limit of this user or disk" if "too large" in full.lower() else "disk full"
+    return 1, f"error: {limit} ({_short(full)}); {_KEPT} once there is space"
+  if isinstance(error, MemoryError):
+    return 1, f"error: out of memory ({error or 'no size given'}); {_KEPT}, and smaller batches need less"
+  if isinstance(error, OSError) and error.filename and error.errno in (*_NOT_ALLOWED, *_NO_PLACE):
+    advice = (
+      "choose a place that this user may read and write" if error.errno in _NOT_ALLOWED else "choose another path"
+    )
+    return 2, f"error: {error.filename}: {error.strerror}; {advice}; {_KEPT}"
+  # jaxlib's error for a device without memory; it has no class of its own.
+  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    return 1, f"error: out of device memory ({_short(str(error))}); {_KEPT}, and smaller batches need less"
+  if isinstance(error, RecursionError):
+    return 1, f"error: something is nested too deeply ({_short(str(error))}): look for such data, templates or models"
+  if type(error).__name__ == "PanicException":  # pyo3's, which Rust libraries such as tokenizers end in
+    return (
+      1,
+      f"error: a library has failed inside ({_short(str(error))}): look at the tokenizer and the files of --model",
+    )
+  return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+  """An error, what it was raised from, and the members of groups."""
+  waiting, seen = [error], set()
+  while waiting:
+    each = waiting.pop(0)
+    if each is None or id(each) in seen:
+      continue
+    seen.add(id(each))
+    yield each
+    waiting += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
+def _is_full(error: BaseException) -> bool:
+  if isinstance(error, OSError):
+    return error.errno in _NO_SPACE
+  return isinstance(error, Exception) and any(text in str(error) for text in _NO_SPACE.values())
+
+
+def _short(text: str, most: int = 300) -> str:
+  """The first line, its middle left out where it is long: what happened may stand at the end."""
+  line = (text.strip().splitlines() or [""])[0]
+  return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def _exit(code: int, message: str) -> NoReturn:
   """Prints one line on stderr, whatever line breaks the message has, and exits."""
-  print(" ".join(message.split()), file=sys.stderr)
+  print(printable(" ".join(message.split())), file=sys.stderr)
   _end(code)
 
 
@@ -90,19 +149,23 @@ def _end(code: int) -> NoReturn:
   segmentation fault after SIGTERM and an abort after a finished run, exit codes that say the work failed. A process
   that is still one of several leaves in JAX's own way, which tells the others.
   """
+  locks.release_all()
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    try:
+      stream.flush()
+      lost = output.loss(stream)
+    except (BrokenPipeError, ValueError):  # a reader that has seen enough, a closed stream
+      lost = None
+    except OSError as error:
+      lost = error
+    if lost is not None and stream is not sys.stderr:  # the log may go: what was asked for is done
+      code = code or 1
+      with contextlib.suppress(OSError, ValueError):
+        print(f"error: output is lost ({lost})", file=sys.stderr)
   jax = sys.modules.get("jax")
   profiled = flags.FLAGS.is_parsed() and (flags.FLAGS.run_with_profiling or flags.FLAGS.profile_file)
   if jax is None or profiled or jax.distributed.is_initialized():
     sys.exit(code)
-  for stream in filter(None, (sys.stdout, sys.stderr)):
-    try:
-      stream.flush()
-    except (BrokenPipeError, ValueError):  # a reader that has seen enough, a closed stream
-      pass
-    except OSError as error:
-      code = code or 1
-      with contextlib.suppress(OSError, ValueError):
-        print(f"error: output is lost ({error})", file=sys.stderr)
   os._exit(code)
 
 
@@ -112,10 +175,7 @@ def _end(code: int) -> NoReturn:
 def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
   """absl's flags, with its errors as ours: absl would print several lines and exit with 1."""
   if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv[1:]):
-    try:
-      print(help_fn() if help_fn else _help_text(), flush=True)
-    except BrokenPipeError:  # a reader that has seen enough, as `| head`; nothing may be flushed into it at the exit
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(help_fn() if help_fn else _help_text(), flush=True)
     sys.exit(0)
   try:
     rest = flags.FLAGS(argv)
@@ -201,18 +261,12 @@ def _said(coordinator: str, process_id: int, num_processes: int) -> tuple[str | 
   return coordinator or None, None if process_id < 0 else process_id, num_processes or None
 
 
-class _Handler(logging.Handler):
-  """Plain lines on stderr, above a progress bar when there is one."""
-
-  def emit(self, record: logging.LogRecord) -> None:
-    tqdm.write(self.format(record), file=sys.stderr)
-
-
 def set_up_logging() -> None:
   """Plain lines on stderr: everything of this project, warnings of others."""
   root = logging.getLogger()
-  handler = _Handler()
-  handler.setFormatter(logging.Formatter("%(message)s"))
+  handler = output.Handler(lambda error: outcome(error) is not None)
+  handler.setFormatter(output.Formatter("%(message)s"))
+  logging.captureWarnings(True)
   root.handlers[:] = [handler]
   root.setLevel(logging.WARNING)
   logging.getLogger("absl").setLevel(logging.WARNING)  # which Orbax writes to
@@ -221,8 +275,16 @@ def set_up_logging() -> None:
 
 
 def cache_folder() -> Path:
-  """A place on a local disk for what can be made again: IN2CORE_CACHE, or ~/.cache/in2core_jax."""
-  return Path(os.environ.get("IN2CORE_CACHE") or os.path.join("~", ".cache", "in2core_jax")).expanduser()
+  """A place on a local disk for what can be made again: IN2CORE_CACHE, or ~/.cache/in2core_jax.
+
+  Raises:
+    UserError: this user has no home folder.
+  """
+  given = os.environ.get("IN2CORE_CACHE")
+  try:
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "in2core_jax"
+  except RuntimeError as error:
+    raise UserError("this user has no home folder: set IN2CORE_CACHE to a folder that can be written") from error
 
 
 def set_up_compilation_cache() -> None:
@@ -232,10 +294,10 @@ def set_up_compilation_cache() -> None:
   """
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
-  folder = cache_folder() / "xla"
   try:
+    folder = cache_folder() / "xla"
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
+  except (OSError, UserError) as error:
     log.warning("no compilation cache: %s; set IN2CORE_CACHE to a folder that can be written", error)
     return
   settings = {

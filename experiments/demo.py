@@ -10,7 +10,7 @@ from experiments import cli, dry_run, evaluate, finetune, flags, refusals, selec
 from experiments.flags import Settings, seeds_of
 from experiments.retraining import equal_of
 from experiments.workbench import Workbench
-from in2core_jax import coreset
+from in2core_jax import artifacts, coreset
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,10 @@ def main(_) -> None:
     dry_run.run(settings, "demo")
     return
   root = settings.run_dir
+  artifacts.RunDir.refuse_held(root)
   bench = Workbench(settings)
   refusals.check_demo(bench, settings)
+  lock = artifacts.hold(root)  # to the end: each stage reads what the ones before it have written
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
   selected = select.run(chosen, bench)
@@ -53,6 +55,7 @@ def main(_) -> None:
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
   log.info("done in %.0f s; open %s/evaluation.md and %s/report.html", time.perf_counter() - began, result, selected)
+  lock.release()
 
 
 if __name__ == "__main__":

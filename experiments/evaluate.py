@@ -235,6 +235,7 @@ class Trainings:
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   s = settings
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   plan = plan_of(bench, s)
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))

@@ -52,6 +52,7 @@ def identity_of(bench: Workbench, settings: Settings) -> dict:
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
+  artifacts.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(settings)
   identity = identity_of(bench, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.

@@ -7,13 +7,15 @@ frozen `Settings` back. Stages take `Settings`, so that one script can run a sta
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
 from absl import flags
 
+from experiments import ranges
 from in2core_jax import coreset, influence
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, printable
 
 GROUPS = {
   "run": "where results go, and on what they are computed",
@@ -451,7 +453,7 @@ def _batch_tokens(text: str) -> int | str:
   """Reads --batch_tokens: "auto" or a whole number."""
   if text == "auto":
     return text
-  if not text.strip().isdecimal() or int(text) < 1:
+  if not re.fullmatch(r"\s*\d{1,18}\s*", text) or int(text) < 1:
     raise UserError(f"--batch_tokens={text} is neither auto nor a whole number of at least 1, such as 2048")
   return int(text)
 
@@ -470,52 +472,14 @@ def read(tells_costs: bool = False) -> Settings:
   folders = [os.path.expanduser(folder.strip()) for folder in settings.select_runs.split(",")]
   settings = settings.replace(select_runs=",".join(folders), **at_home)  # what the shell leaves of ~ after a comma or =
   settings = settings.replace(batch_tokens=_batch_tokens(settings.batch_tokens))
+  for name, value in dataclasses.asdict(settings).items():
+    if isinstance(value, str) and "\0" in value:
+      raise UserError(f"--{name}={printable(value)} holds a NUL character, which no path and no text has")
   if settings.dry_run and not tells_costs:
     raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
   if settings.hardware and not settings.dry_run:
     raise UserError(f"--hardware={settings.hardware} is for --dry_run: a run takes the devices that are here (--mesh)")
   if not settings.train_data.strip():
     raise UserError("--train_data is empty: give chatterbot, jsonl:FILE.jsonl or another source (--help lists them)")
-  for name in ("damping_ratio", "solver_tol", "learning_rate", "weight_decay"):
-    if not math.isfinite(getattr(settings, name)):
-      raise UserError(f"--{name}={getattr(settings, name)} is no finite number")
-  if not 0 < settings.fraction <= 1:
-    raise UserError(f"--fraction={settings.fraction} is outside (0, 1]: 0.5 keeps half of the training examples")
-  positive = ("max_length", "max_shapes", "batch_size", "microbatch", "shard_batches", "depth", "repeat", "sketch_size")
-  for name in (
-    *positive,
-    "curvature_examples",
-    "curvature_batch",
-    "query_block",
-    "checkpoint_every",
-    "lora_rank",
-    "check_examples",
-    "curve_every",
-    "cg_steps",
-    "krylov",
-    "rounds",
-    "ablate_examples",
-    "folds",
-    "kills",
-    "halves",
-  ):
-    if getattr(settings, name) < 1:
-      raise UserError(f"--{name}={getattr(settings, name)} must be at least 1")
-  limits = ("train_limit", "eval_limit", "test_limit", "steps", "num_examples", "token_budget")
-  for name in (*limits, "limit_block", "ekfac_examples", "keep_checkpoints", "synthetic_length", "halves_again"):
-    if getattr(settings, name) < 0:
-      raise UserError(f"--{name}={getattr(settings, name)} must not be negative; 0 means not set")
-  if settings.damping < 0 or not settings.damping_ratio >= 0 or not 0 <= settings.average < 1:
-    raise UserError(
-      f"--damping={settings.damping} and --damping_ratio={settings.damping_ratio} must not be negative, "
-      f"--average={settings.average} must be in [0, 1)"
-    )
-  if settings.scale <= 0 or not settings.solver_tol > 0:
-    raise UserError(f"--scale={settings.scale} and --solver_tol={settings.solver_tol} must be above 0")
-  if not 0 < settings.epochs < math.inf:
-    raise UserError(f"--epochs={settings.epochs} must be a number above 0")
-  for name in ("seed", "seeds", "fixed_seeds"):
-    values = integers(str(getattr(settings, name)), name)
-    if min(values, default=0) < 0 or len(set(values)) < len(values):
-      raise UserError(f"--{name}={getattr(settings, name)}: seeds must not be negative, nor given twice")
+  ranges.check(dataclasses.asdict(settings))
   return settings

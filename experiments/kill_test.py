@@ -20,7 +20,7 @@ import numpy as np
 from experiments import children, cli, flags
 from experiments.flags import Settings
 from experiments.resuming import FOLDER
-from in2core_jax import artifacts, files, report
+from in2core_jax import artifacts, files, locks, report
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class Run:
 
 def results_of(folder: pathlib.Path) -> dict[str, bytes]:
   """Name -> bytes of all files of a finished run folder, without what may differ: times, and the folder's own name."""
-  found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  paths = [path for path in folder.rglob("*") if path.is_file() and path.name != locks.NAME]
+  found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
   summary = json.loads(found["summary.json"])
   kept = {name: value for name, value in summary.items() if name not in _MAY_DIFFER}
   repeat = [line for line in found["flags.txt"].splitlines() if not line.startswith(b"--run_dir=")]

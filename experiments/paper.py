@@ -286,8 +286,11 @@ def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
 
 def clear(s: Settings, step: Step) -> None:
   """Removes what this command has made of a step; a kill in between is told from a finished removal."""
+  folders = (folder_of(s, step.name), folder_of(s, f"{step.name}-full"))
+  for folder in folders:  # somebody may have started the experiment by itself
+    artifacts.RunDir.refuse_held(folder)
   artifacts.write_json(folder_of(s, f"{step.name}.json"), {"command": {}, "seconds": 0.0, "finished": False})
-  for folder in (folder_of(s, step.name), folder_of(s, f"{step.name}-full")):
+  for folder in folders:
     if folder.is_symlink():
       folder.unlink()
     elif folder.exists():
@@ -392,7 +395,7 @@ def run(s: Settings, named: Collection[str] = ()) -> int:
   """
   steps = steps_of(s)
   check_settings(s, steps, named)
-  open_folder(s)
+  run_dir, published = open_folder(s), artifacts.hold(pathlib.Path(s.results_dir) / s.preset)
   tasks = [task_of(step, s, named) for step in steps]
   announce(s, tasks)
   waiting, failed, began = [task for task in tasks if not task.done], [], time.monotonic()
@@ -414,6 +417,8 @@ def run(s: Settings, named: Collection[str] = ()) -> int:
     write_index(s)
   if failed:
     log.error("failed: %s; the same command goes on with them", ", ".join(failed))
+  published.release()
+  del run_dir  # and its lock
   return 1 if failed else 0
 
 
@@ -463,7 +468,7 @@ def _check_block(step: Step, s: Settings, sizes: dict[str, int]) -> None:
       )
 
 
-def open_folder(s: Settings) -> None:
+def open_folder(s: Settings) -> artifacts.RunDir:
   """Makes the run folder or continues it, and notes as its own what the experiments will write into it.
 
   Raises:
@@ -480,6 +485,7 @@ def open_folder(s: Settings) -> None:
       run_dir.file(name)
   for name in _CACHES:
     run_dir.file(name)
+  return run_dir
 
 
 def announce(s: Settings, tasks: Sequence[Task]) -> None:

@@ -99,6 +99,7 @@ def text_inputs(bench: Workbench, policies: Collection[str]) -> dict[str, np.nda
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   s = settings
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   budget = budget_of(s)
   params = bench.checkpoint_params(s.checkpoint)

@@ -13,12 +13,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from in2core_jax import files, processes
+from in2core_jax import files, locks, processes
 from in2core_jax.errors import UserError
 
 # The file layer's words, so that callers need one import.
@@ -35,6 +36,7 @@ from in2core_jax.files import write_parquet as write_parquet
 from in2core_jax.files import write_text as write_text
 
 MANIFEST = "manifest.json"
+LOST_LOG = "log_lost.txt"  # what a job had to say when nobody could read it any more; in no manifest
 _FORMAT = "in2core_jax run folder 1"
 _PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors", "gguf"),
@@ -106,22 +108,25 @@ class RunDir:
   resumed: bool = False
 
   @classmethod
-  def open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False) -> RunDir:
+  def open(
+    cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool = False, shared: bool = False
+  ) -> RunDir:
     """Makes the folder, or continues one of the same identity; collective: the writer of a job comes first.
 
     Args:
       path: the folder, local or gs://; the processes of a job must all see it.
       identity: JSON object: flags and hashes that the results depend on; not what only says where or how fast.
       overwrite: start anew where another run's results are; removes the files that the manifest names, never others.
+      shared: several jobs may write here at once: only for what is the same whoever writes it, each file whole.
 
     Raises:
-      UserError: the folder belongs to a run of another identity, or to no run at all, or a process does not see it.
-        Raised in all processes, so that none waits for one that has stopped.
+      UserError: the folder belongs to a run of another identity, or to no run at all, or another job writes there, or
+        a process does not see it. Raised in all processes, so that none waits for one that has stopped.
     """
     opened, refusal = None, None
     if processes.is_writer():
       try:
-        opened = cls._open(path, identity, overwrite, writer=True)
+        opened = cls._open_locked(path, identity, overwrite, shared)
       except UserError as error:
         refusal = str(error)
     refusal = processes.from_writer(refusal)
@@ -133,6 +138,41 @@ class RunDir:
         "machines share, gs:// or a shared file system"
       )
     return opened or cls._open(path, identity, False, writer=False)
+
+  @staticmethod
+  def refuse_held(path: epath.PathLike) -> None:
+    """Refuses a folder that another job writes into: for before the work that comes before `open`. Collective.
+
+    Raises:
+      UserError: names the other job.
+    """
+    refusal = None
+    if processes.is_writer():
+      try:
+        locks.refuse_held(_folder_path(path))
+      except UserError as error:
+        refusal = str(error)
+    refusal = processes.from_writer(refusal)
+    if refusal is not None:
+      raise UserError(refusal)
+
+  @classmethod
+  def _open_locked(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, shared: bool) -> RunDir:
+    """`open` in the writer, which alone may write into the folder as long as the opened `RunDir` lives."""
+    if shared and not overwrite:
+      return cls._open(path, identity, overwrite, writer=True)
+    path = _folder_path(path)
+    if cls._read(path) is None:
+      _refuse_foreign(path)
+    _make_folder(path)
+    lock = locks.take(path)
+    try:
+      opened = cls._open(path, identity, overwrite, writer=True)
+    except BaseException:
+      lock.release()
+      raise
+    weakref.finalize(opened, lock.release)
+    return opened
 
   @classmethod
   def _open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, writer: bool) -> RunDir:
@@ -200,7 +240,7 @@ class RunDir:
 
   def _remove_entries(self) -> None:
     """Removes what the manifest names, but not the manifest: a kill in between leaves a run folder."""
-    for name in self.entries:
+    for name in [*self.entries, LOST_LOG]:
       if "/" in name or name in ("", ".", ".."):
         raise UserError(f"{self.path / MANIFEST}: the entry {name!r} is not a name; choose another --run_dir")
       entry = self.path / name
@@ -262,6 +302,25 @@ class RunDir:
     return processes.from_writer(read_json(self.path / name) if processes.is_writer() else None)
 
 
+def hold(folder: epath.PathLike) -> locks.Lock:
+  """Makes a folder that several run folders lie in, and takes it for this job; collective.
+
+  Raises:
+    UserError: another job has it, or it cannot be made; in all processes.
+  """
+  lock, refusal = locks.Lock(None), None
+  if processes.is_writer():
+    try:
+      _make_folder(_folder_path(folder))
+      lock = locks.take(_folder_path(folder))
+    except UserError as error:
+      refusal = str(error)
+  refusal = processes.from_writer(refusal)
+  if refusal is not None:
+    raise UserError(refusal)
+  return lock
+
+
 def beside(run_dir: epath.PathLike, name: str) -> epath.Path:
   """A folder beside a run folder, for what several runs use: local or gs://, as the run folder is."""
   return files.absolute(run_dir).parent / name
@@ -299,7 +358,9 @@ def _make_folder(path: epath.Path) -> None:
 def _refuse_foreign(path: epath.Path) -> None:
   """A folder with files and no manifest is somebody else's."""
   names = (
-    sorted(item.name for item in path.iterdir() if not item.name.endswith(files.TEMPORARY)) if path.exists() else []
+    sorted(item.name for item in path.iterdir() if not item.name.endswith((files.TEMPORARY, locks.NAME)))
+    if path.exists()
+    else []
   )
   if names:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

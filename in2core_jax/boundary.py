@@ -122,7 +122,8 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   if file is not None:
     files.remove_leftovers(file.parent)  # of killed runs
     part = files.temporary_beside(file)
-  values = np.memmap(part, dtype, "w+", shape=shape) if part is not None else np.empty(shape, dtype)
+    files.reserve(part, shape[0] * shape[1] * dtype.itemsize)
+  values = np.memmap(part, dtype, "r+", shape=shape) if part is not None else np.empty(shape, dtype)
   plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
   for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):

@@ -24,11 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from in2core_jax import locks
 from in2core_jax.errors import UserError
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
-# In these names, beside a process number, which means something on its own machine only.
-_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+# In these names, beside a process number, which means something on its own machine, and in its own container, only.
+_MACHINE = hashlib.sha256(f"{platform.node()} {locks.process_namespace()}".encode()).hexdigest()[:8]
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   store a plain write already behaves so.
   """
   path = epath.Path(path)
+  locks.check(path)  # a folder that was removed must not come back in part
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
     path.write_bytes(data)
@@ -114,6 +116,26 @@ def temporary_beside(path: Path) -> Path:
   The last rename wins. What is never renamed is for `remove_leftovers`, which knows such names.
   """
   return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def reserve(path: Path, size: int) -> None:
+  """Makes a new local file of `size` bytes, all of them zero, whose space on disk is taken.
+
+  Raises:
+    OSError: no space, a quota or a size limit; nothing is left then. A sparse file would end the process much later,
+      by a bus error, when a page of it finds no room.
+  """
+  with path.open("xb") as file:
+    try:
+      if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file.fileno(), 0, size)
+      else:
+        for start in range(0, size, 1 << 24):
+          file.write(bytes(min(1 << 24, size - start)))
+        file.flush()
+    except OSError as error:
+      path.unlink(missing_ok=True)
+      raise OSError(error.errno, f"{error.strerror}, {size:,} bytes are needed", str(path)) from error
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -61,9 +61,19 @@ class Recipe:
       )
 
 
+_MOST_STEPS = 10**7  # as `experiments.ranges` has it for --steps
+
+
 def steps_for(num_examples: int, batch_size: int, epochs: float) -> int:
-  """Steps of `epochs` passes over `num_examples`."""
-  return max(1, round(epochs * -(-num_examples // batch_size)))
+  """Steps of `epochs` passes over `num_examples`.
+
+  Raises:
+    UserError: more than any training takes.
+  """
+  steps = max(1, round(epochs * -(-num_examples // batch_size)))
+  if steps > _MOST_STEPS:
+    raise UserError(f"--epochs={epochs} of {num_examples:,} examples are {steps:,} steps, more than {_MOST_STEPS:,}")
+  return steps
 
 
 def make_schedule(recipe: Recipe) -> optax.Schedule:

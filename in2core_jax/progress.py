@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from in2core_jax.errors import printable
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -34,14 +36,16 @@ class Progress:
       unit: what is counted, plural.
       initial: units that an earlier run has done.
     """
-    self.total, self.what, self.unit, self.count = total, what, unit, initial
+    self.total, self.what, self.unit, self.count = total, printable(what), unit, initial
     self._initial = initial
     self._start = self._last_line = time.monotonic()
     self._shown: dict[str, object] = {}
     self._last_count: int | None = None
     self._bar = None
     if sys.stderr.isatty():
-      self._bar = tqdm(total=total, desc=what, unit=f" {unit}", initial=initial, dynamic_ncols=True, file=sys.stderr)
+      self._bar = tqdm(
+        total=total, desc=self.what, unit=f" {unit}", initial=initial, dynamic_ncols=True, file=sys.stderr
+      )
 
   def update(self, count: int = 1, **shown: object) -> None:
     """Counts `count` more units; `shown` are figures to show beside them (a loss, a residual)."""
@@ -94,7 +98,7 @@ class Progress:
 
 def _figures(shown: dict[str, object]) -> str:
   return ", ".join(
-    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    f"{name} {value:.4g}" if isinstance(value, float) else printable(f"{name} {value}") for name, value in shown.items()
   )
 
 

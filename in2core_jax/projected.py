@@ -240,7 +240,7 @@ class ProjectedStore:
       "sketch": sketch.identity() | {"dtype": sketch.settings.dtype},
       "num_examples": num_examples,
     }
-    return cls(RunDir.open(path, whole, overwrite=overwrite), sketch, num_examples)
+    return cls(RunDir.open(path, whole, overwrite=overwrite, shared=True), sketch, num_examples)
 
   def slices(self) -> list[np.ndarray]:
     """The rows of each shard."""

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from fsspec.registry import _registry as fsspec_registry
 
-from in2core_jax import artifacts, files, processes
+from in2core_jax import artifacts, files, locks, processes
 from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
@@ -76,7 +76,10 @@ def test_overwrite_removes_ours_and_nothing_else(tmp_path):
   (run.folder("checkpoints") / "step").write_text("7")
   (tmp_path / "notes.txt").write_text("the user's")
   (tmp_path / "mine").mkdir()
+  del run  # the job has ended, and its lock with it
   again = RunDir.open(tmp_path, {"layers": "all"}, overwrite=True)
+  assert (tmp_path / locks.NAME).exists()
+  (tmp_path / locks.NAME).unlink()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "mine", "notes.txt"]
   assert not again.resumed and RunDir.load(tmp_path).identity == {"layers": "all"}
 
@@ -299,6 +302,7 @@ def test_object_store(monkeypatch):
   memory = fsspec.get_filesystem_class("memory")
   for scheme in ("gs", "gcs"):
     monkeypatch.setitem(fsspec_registry, scheme, memory)
+  monkeypatch.setattr(locks, "_REMOTE_SETTLES", 0.0)
   memory.store.clear()
   run = RunDir.open("gs://bucket/run", IDENTITY)
   assert files.is_remote(run.path) and not files.is_remote(epath.Path("/tmp/x"))
@@ -308,6 +312,8 @@ def test_object_store(monkeypatch):
   assert store.done() == (3,)
   assert RunDir.open("gs://bucket/run", IDENTITY).resumed
   assert files.read_scores("gs://bucket/run/scores.parquet")["rank"].tolist() == [1, 2, 0]
+  del run, store
+  assert not epath.Path(f"gs://bucket/run/{locks.NAME}").exists()
   RunDir.open("gs://bucket/run", {"layers": "all"}, overwrite=True)
   assert [path.name for path in epath.Path("gs://bucket/run").iterdir()] == ["manifest.json"]
 

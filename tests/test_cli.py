@@ -18,6 +18,7 @@ HEAD = """
 import logging, os, signal, sys, time
 from absl import flags
 from experiments import cli
+from in2core_jax.errors import UserError
 flags.DEFINE_float("fraction", 0.5, "share to keep", lower_bound=0.0)
 flags.DEFINE_string("run_dir", "", "folder")
 """
@@ -70,6 +71,13 @@ def test_wrong_flags_are_one_line_and_exit_code_2(tmp_path, arguments, seen):
       "error: out of device memory (RESOURCE_EXHAUSTED: 9 GB)",
     ),
     ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 143, "stopped by SIGTERM; finished work is kept"),
+    ("raise OSError(27, 'File too large', 'x')", 1, "error: file too large"),
+    ("raise OSError(36, 'File name too long', 'x')", 2, "error: x: File name too long; choose another path"),
+    ("raise ValueError('RESOURCE_EXHAUSTED: x: No space left on device')", 1, "error: disk full (RESOURCE_EXHAUSTED"),
+    ("raise ExceptionGroup('a', [OSError(122, 'Disk quota exceeded')])", 1, "error: disk full"),
+    ("def f(): f()\nf()", 1, "error: something is nested too deeply (maximum recursion"),
+    ("raise type('PanicException', (BaseException,), {})('index out')", 1, "error: a library has failed inside (index"),
+    ("raise UserError('\\x1b[2Jhi\\u202e \\ud800 \\u2028 x')", 2, r"error: \x1b[2Jhi\u202e \ud800 x"),
   ],
 )
 def test_errors_are_one_line(tmp_path, body, code, start):
@@ -92,6 +100,61 @@ def test_output_that_is_lost_is_told(tmp_path):
   assert code == 1 and err.startswith("error: output is lost") and err.count("\n") == 1
   code, _, err = finish(command(tmp_path, "import jax\nsys.stdout = None"))
   assert (code, err) == (0, "")
+
+
+LOUD = """
+import logging, pathlib
+from in2core_jax import locks
+log = logging.getLogger("in2core_jax.x")
+log.info("before")
+pathlib.Path("run").mkdir()
+lock = locks.take("run")
+log.info("after")
+print("result", file=sys.stderr)
+pathlib.Path("run/result").write_text("done")
+"""
+
+
+def test_a_job_whose_log_is_lost_goes_on_and_says_it_in_the_run_folder(tmp_path):
+  process = command(tmp_path, LOUD)
+  process.stderr.close()  # as `| head` does
+  assert process.wait(timeout=60) == 0
+  process.stdout.close()
+  told = (tmp_path / "run" / "log_lost.txt").read_text()
+  assert (tmp_path / "run" / "result").read_text() == "done"
+  assert told.startswith("--- stderr was lost ([Errno 32] Broken pipe); the job goes on")
+  assert told.endswith("---\nbefore\nafter\nresult\n")
+  assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log_lost.txt", "result"]
+
+
+@pytest.mark.parametrize("ends", ["2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>/dev/full >/dev/null"])
+def test_a_full_or_closed_log_changes_no_exit_code(tmp_path, ends):
+  process = command(tmp_path, LOUD + "print('out')\nreturn 3")
+  process.kill()
+  process.communicate()
+  line = f"cd {tmp_path}; PYTHONPATH={ROOT} exec {sys.executable} -P command.py {ends}"
+  done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+  assert done.returncode == 3 and done.stderr == ""
+  assert "after\nresult\n" in (tmp_path / "run" / "log_lost.txt").read_text()
+  assert (tmp_path / "run" / "result").read_text() == "done"
+
+
+def test_no_text_steers_the_terminal(tmp_path):
+  body = """
+import logging, warnings
+from in2core_jax.progress import Progress
+text = "a\\x1b[31mb\\u202ec\\x9bd\\u2029e\\ud800"
+logging.getLogger("in2core_jax.x").info("%s\\nnext", text)
+print(text)
+warnings.warn(text)
+with Progress(2, text) as progress:
+  progress.update(2, loss=text)
+raise ValueError(text)
+"""
+  code, out, err = finish(command(tmp_path, body))
+  assert code == 1 and out == "a\\x1b[31mb\\u202ec\\x9bd\\u2029e\\ud800\n"
+  assert err.splitlines()[:2] == [out.strip(), "next"] and err.count(out.strip()) >= 5
+  assert not [c for c in out + err if c < " " and c != "\n" or c in "\x1b\x9b\u202e\u2029"]
 
 
 def test_our_own_bug_keeps_its_traceback(tmp_path):
