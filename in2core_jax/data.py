@@ -1,16 +1,14 @@
 """Records -> chat template -> token ids with response mask; splits and summaries.
 
-The response mask follows from the structure of the chat template, never from searching the text for a marker. For the
-assistant turn k of a conversation, with `render` the template and `render+` the template with its generation prompt:
-
-    start = len(render+(messages[:k]))   end = len(render(messages[:k + 1]))      in characters of render(messages)
+The response mask follows from the structure of the chat template (`template_layout`), never from searching the text for
+a marker:
 
     <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n
                                                            ^start         ^end (trailing white space is not response)
 
 The whole rendering is tokenised once, and a token is a response token when its first character lies in [start, end).
-So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: in an example
-whose texts spell a control token, those texts are tokenised apart from the template, as plain characters.
+So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: where a text
+spells a control token, that is tokenised as plain characters (`quoting`).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,8 @@ from in2core_jax.chat_template import Renderer
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
 from in2core_jax.sources import load_records
+from in2core_jax.template_layout import Rendered
+from in2core_jax.template_program import TemplateRefusal
 
 __all__ = [
   "Record",
@@ -53,6 +53,8 @@ class TokenizedDataset:
     response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
       Never True at t = 0.
     truncated: bool [N], whether tokens were cut off at the maximal length.
+    template: what the chat template did to the whole part, where there is anything to say: `date` that it printed,
+      `changes` of what stands in the records {words: turns}.
   """
 
   name: str
@@ -60,6 +62,7 @@ class TokenizedDataset:
   tokens: tuple[np.ndarray, ...]
   response_mask: tuple[np.ndarray, ...]
   truncated: np.ndarray
+  template: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
@@ -101,6 +104,7 @@ class TokenizedDataset:
       tuple(self.tokens[i] for i in rows),
       tuple(self.response_mask[i] for i in rows),
       self.truncated[rows],
+      self.template,
     )
 
 
@@ -133,7 +137,14 @@ def split_records(
 
 
 def tokenize(
-  records: Sequence[Record], tokenizer: Any, max_length: int, system_prompt: str = "default", name: str = "train"
+  records: Sequence[Record],
+  tokenizer: Any,
+  max_length: int,
+  system_prompt: str = "default",
+  name: str = "train",
+  *,
+  date: str | None = None,
+  bad: Any = None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
@@ -144,6 +155,9 @@ def tokenize(
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
+    date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
+    bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
+      first one is an error.
 
   Returns:
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
@@ -153,20 +167,29 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
-  render = Renderer(tokenizer, system_prompt)
-  tokens, masks, truncated = [], [], []
+  render = Renderer(tokenizer, system_prompt, date)
+  kept, tokens, masks, truncated = [], [], [], []
   for start in range(0, len(records), _CHUNK):
-    chunk = records[start : start + _CHUNK]
-    rendered = [render.spans(record) for record in chunk]
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    encodings = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for record, (ids, offsets), (text, spans) in zip(chunk, encodings, rendered, strict=True):
+    done = list(_rendered(render, records[start : start + _CHUNK], bad))
+    texts = [rendered.text for _, rendered in done]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
+    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
-        ids, offsets = render.encode_quoted(record, text)
+        try:
+          ids, offsets = render.encode_quoted(record, rendered.text)
+        except TemplateRefusal as refusal:
+          _refuse(record, refusal, bad)
+          continue
+      kept.append(record)
       tokens.append(np.array(ids[:max_length], np.int32))
-      masks.append(_response_mask(offsets[:max_length], spans))
+      masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
       truncated.append(len(ids) > max_length)
-  dataset = TokenizedDataset(name, tuple(records), tuple(tokens), tuple(masks), np.array(truncated, bool))
+  notes = {key: count for key, count in sorted(render.notes.items()) if key and count}
+  template = ({"date": render.date} if render.date else {}) | ({"changes": notes} if notes else {})
+  dataset = TokenizedDataset(
+    name, tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool), template=template
+  )
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
@@ -175,12 +198,45 @@ def tokenize(
   return dataset
 
 
-def _response_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-  """Marks the tokens whose first character lies in one of the spans: bool [T]."""
+def _rendered(render: Renderer, records: Sequence[Record], bad: Any) -> Iterator[tuple[Record, Rendered]]:
+  """The records with their renderings, but for those that are refused."""
+  for record in records:
+    try:
+      yield record, render(record)
+    except TemplateRefusal as refusal:
+      _refuse(record, refusal, bad)
+
+
+def _refuse(record: Record, refusal: TemplateRefusal, bad: Any) -> None:
+  if bad is None:
+    raise UserError(f"example {record.example_id!r} ({record.source}:{record.line}): {refusal}") from refusal
+  bad.refuse(f"{record.source}:{record.line}", record.raw, str(refusal))
+
+
+def _response_mask(
+  offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], marked: bool = False
+) -> np.ndarray:
+  """Marks the tokens of the responses: bool [T].
+
+  Args:
+    offsets: the characters [start, end) that each token came from.
+    spans: the characters of each response.
+    marked: False: a token is a response token when its first character lies in a span. True: the spans are those of
+      `{% generation %}` marks, and a response has the tokens from that of its first character to the first one of its
+      last character, as transformers counts.
+  """
   places = np.asarray(offsets, np.int64).reshape(-1, 2)
   mask = np.zeros(len(places), bool)
-  for start, end in spans:
-    mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
+  if marked:
+    of = lambda at: np.flatnonzero((places[:, 0] <= at) & (at < places[:, 1]))  # noqa: E731
+    for start, end in spans:
+      first, last = of(start), of(end - 1)
+      if not len(first):
+        break  # cut off
+      mask[first[0] : last[0] + 1 if len(last) and last[0] else len(mask)] = True
+  else:
+    for start, end in spans:
+      mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
   mask[:1] = False  # nothing comes before the first token that could predict it
   return mask
 
