@@ -38,6 +38,7 @@ class Renderer:
       )
     self.tokenizer, self._system_prompt, self._date = tokenizer, system_prompt, date or DEFAULT_DATE
     self.notes: collections.Counter = collections.Counter()
+    self._changed: dict[int, set[str]] = collections.defaultdict(set)  # content keys of what is rendered as one text
     self._layouts: dict[str, Layout] = {}
     self._quoting = Quoting(tokenizer)
     self._layout(False)
@@ -67,8 +68,17 @@ class Renderer:
     """
     tools = getattr(record, "tools", ())
     rendered = self._layout(bool(tools)).spans(record.messages, tools)
-    self.notes += rendered.notes
+    if any(rendered.notes.values()):
+      self.notes.update(rendered.notes)
+      self._changed[hash(rendered.text)].add(record.content_key)
     return rendered
+
+  def told(self) -> dict[str, Any]:
+    """What there is to tell of the template: `date` that it prints, `changes` and `alike` (`data.data_summary`)."""
+    changes = {words: count for words, count in sorted(self.notes.items()) if words and count}
+    alike = sum(len(keys) for keys in self._changed.values() if len(keys) > 1)
+    found = {"date": self.date, "changes": changes, "alike": alike}
+    return {key: value for key, value in found.items() if value}
 
   def spells_control_token(self, record: Record) -> bool:
     """Whether a text of the record contains the name of a control token."""

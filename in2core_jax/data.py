@@ -53,8 +53,8 @@ class TokenizedDataset:
     response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
       Never True at t = 0.
     truncated: bool [N], whether tokens were cut off at the maximal length.
-    template: what the chat template did to the whole part, where there is anything to say: `date` that it printed,
-      `changes` of what stands in the records {words: turns}.
+    template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
+      `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
   """
 
   name: str
@@ -185,11 +185,8 @@ def tokenize(
       tokens.append(np.array(ids[:max_length], np.int32))
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
       truncated.append(len(ids) > max_length)
-  notes = {key: count for key, count in sorted(render.notes.items()) if key and count}
-  template = ({"date": render.date} if render.date else {}) | ({"changes": notes} if notes else {})
-  dataset = TokenizedDataset(
-    name, tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool), template=template
-  )
+  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+  dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
@@ -252,6 +249,9 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     duplicates (examples whose messages occurred before in the same part), topics {topic: examples}.
     `overlap["train/eval"]` and so on: same_messages, same_prompt: how many examples of the second part have messages,
     or a prompt, that also occur in the first.
+    `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
+    the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
+    the template makes one text.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
   keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
@@ -273,7 +273,25 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
       "same_messages": sum(key in known for key in keys[second]),
       "same_prompt": sum(key in known_prompts for key in prompts[second]),
     }
-  return summary
+  dates = [part.template["date"] for part in parts.values() if "date" in part.template]
+  template: dict[str, Any] = {"date": dates[0]} if dates else {}
+  for key in ("changes", "alike"):
+    found = {name: part.template[key] for name, part in parts.items() if key in part.template}
+    template |= {key: found} if found else {}
+  return summary | ({"template": template} if template else {})
+
+
+def template_lines(summary: dict[str, Any]) -> list[str]:
+  """What a `data_summary` has to tell of the chat template, one sentence each."""
+  template, lines = summary.get("template", {}), []
+  if "date" in template:
+    lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
+  for name, changes in template.get("changes", {}).items():
+    counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
+    lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")
+  for name, count in template.get("alike", {}).items():
+    lines.append(f"{name}: {count:,} examples that differ become equal to another one by this")
+  return lines
 
 
 def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
@@ -296,4 +314,4 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
   for pair, counts in summary["overlap"].items():
     lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
-  return "\n".join(lines)
+  return "\n".join([*lines, *template_lines(summary)])
