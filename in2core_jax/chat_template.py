@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Callable
 from typing import Any
 
 from in2core_jax.errors import UserError
@@ -154,10 +155,10 @@ def _texts(value: Any) -> list[str]:
   return [text for child in children for text in _texts(child)]
 
 
-def _mapped(value: Any, change: Any, key: str = "") -> Any:
-  """A JSON value with its texts changed, but for roles, ids and the names of keys."""
+def _mapped(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+  """A JSON value with its texts and the names of its keys changed, but for roles."""
   if isinstance(value, str):
-    return value if key in ("role", "type", "id", "tool_call_id") else change(value)
+    return value if key == "role" else change(value)
   if isinstance(value, dict):
-    return {name: _mapped(child, change, name) for name, child in value.items()}
+    return {change(name): _mapped(child, change, name) for name, child in value.items()}
   return [_mapped(child, change) for child in value] if isinstance(value, (list, tuple)) else value

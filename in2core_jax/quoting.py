@@ -25,7 +25,7 @@ class Quoting:
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
-    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special and str(token.content)]
     self._words = sorted({str(token.content) for token in added}, key=len, reverse=True)
     self._ids = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     self._control = re.compile("|".join(map(re.escape, self._words)) or "(?!)")

@@ -43,8 +43,7 @@ class Turn:
   """The template's words around a response.
 
   Attributes:
-    region: the number of the turn mark (`Structure.cuts`) at which its region begins; -1: by other means.
-    region_end: that of the mark at which it ends; -1: at the end of the text, or by other means.
+    region: (turn, n): its region begins at the n-th mark from the end that takes up this turn; None: there is none.
     lead: characters between the response's first character and its first mark.
     header: what stands in the region before the response.
     ahead: what the generation prompt would write beyond the header.
@@ -52,8 +51,7 @@ class Turn:
     terminator: how many characters of them are response.
   """
 
-  region: int
-  region_end: int
+  region: tuple[int, int] | None
   lead: int
   header: str
   ahead: str
@@ -68,7 +66,6 @@ class Structure:
   Attributes:
     pieces: template, turn, key, template, turn, key, ..., template.
     turns: the assistant turns whose texts are rendered, by their numbers.
-    cuts: the turn that each mark of the loop takes up.
     lost: (turn, key) of what is not rendered.
     texts_only: nothing but content and reasoning was there to be rendered.
     as_text: the arguments of tool calls are given as JSON text.
@@ -76,7 +73,6 @@ class Structure:
 
   pieces: list[str]
   turns: dict[int, Turn]
-  cuts: tuple[int, ...]
   lost: frozenset[tuple[int, str]]
   texts_only: bool
   as_text: bool
@@ -205,7 +201,6 @@ class Layout:
     return Structure(
       _MARK.split(text),
       {k: turn for k, turn in turns.items() if turn},
-      tuple(turn for _, turn in cuts),
       frozenset(lost),
       not words,
       as_text,
@@ -230,6 +225,10 @@ class Layout:
     is_last = k + 1 == len(marked)
     if region_end < 0 and not is_last:
       end = self._prefix(marked[: k + 1], tools, text, last, high) or end
+    after = len(cuts) if region_end < 0 and is_last else region_end
+    named = None
+    if region >= 0 and after == region + 1:
+      named = cuts[region][1], sum(turn == cuts[region][1] for _, turn in cuts[region:])
     before = text[start:first]
     if marked[k].get("tool_calls") and not any(mark[0] == "\ue000" for mark in (text[slice(*o)] for o in own)):
       before = self._plain_header() if before.startswith(self._plain_header()) else before
@@ -238,7 +237,7 @@ class Layout:
     terminator = len(tail.rstrip())
     if is_last:
       terminator = self._last_terminator(tail, text[last:end].rstrip(), before)
-    return Turn(region, region_end, first - start - length, before[:length], ahead, tail, terminator)
+    return Turn(named, first - start - length, before[:length], ahead, tail, terminator)
 
   def _prefix(self, messages: list[Message], tools: Sequence[dict], text: str, low: int, high: int) -> int:
     """Where the rendering of the first messages ends in that of all; 0 where it does not, or not in [low, high]."""
@@ -403,17 +402,25 @@ class Layout:
   ) -> None:
     """Finds the responses by the regions of the template's loop in the true rendering."""
     text, cuts = rendered.text, self._true_cuts(messages, tools, rendered.text)
-    fits = structure is not None and tuple(turn for _, turn in cuts) == structure.cuts
     for k in learnt:
       turn = structure.turns.get(k) if structure is not None else None
       if structure is not None and turn is None:
         continue  # nothing of the answer is rendered
-      span = _in_region(text, cuts, turn, k + 1 == len(messages)) if fits else None
+      span = _in_region(text, cuts, turn, k + 1 == len(messages)) if turn is not None else None
       if span is None:
-        span = self._by_prefixes(messages, tools, text, k), 0
+        span = self._by_prefixes(messages, tools, text, turn, k)
       (start, end), terminator = span
+      start = self._behind_prompt(messages[:k], tools, text, start, end)
       rendered.spans.append((start, end))
       rendered.notes[_change(messages[k], text[start : end - terminator])] += 1
+
+  def _behind_prompt(self, before: list[Message], tools: Sequence[dict], text: str, start: int, end: int) -> int:
+    """Where a response begins whose generation prompt, which may depend on the texts, reaches beyond `start`."""
+    try:
+      prompt = self.render(before, tools, generation_prompt=True) if before else ""
+    except TemplateRefusal:
+      return start
+    return len(prompt) if start < len(prompt) <= end and text.startswith(prompt) else start
 
   def _true_cuts(self, messages: list[Message], tools: Sequence[dict], text: str) -> list[tuple[int, int]]:
     """The marks of the template's loop in the rendering of `messages`; none where marks change what is rendered."""
@@ -421,7 +428,10 @@ class Layout:
     marked, cuts = self._render_cuts(messages, tools, (next(free), next(free)))
     return cuts if marked == text else []
 
-  def _by_prefixes(self, messages: list[Message], tools: Sequence[dict], text: str, k: int) -> Span:
+  def _by_prefixes(
+    self, messages: list[Message], tools: Sequence[dict], text: str, turn: Turn | None, k: int
+  ) -> tuple[Span, int]:
+    """Finds a response where the template has no loop over turns: by what is rendered without those that follow."""
     before = self.render(messages[:k], tools, generation_prompt=True)
     through = text if k + 1 == len(messages) else self.render(messages[: k + 1], tools)
     if not (text.startswith(before) and text.startswith(through)) or len(before) > len(through):
@@ -429,7 +439,10 @@ class Layout:
         f"the chat template renders turn {k} differently when other turns follow, so the response tokens cannot be "
         "located; use single-turn data or a template that renders turn by turn"
       )
-    return len(before), len(through.rstrip())
+    start, end = len(before), len(through.rstrip())
+    if turn is not None and text.startswith(turn.header, start):
+      start += len(turn.header)  # no generation prompt tells of it
+    return (start, max(start, end)), 0
 
   def _by_generation(
     self, messages: list[Message], tools: Sequence[dict], learnt: list[int], barred: set[int], rendered: Rendered
@@ -555,13 +568,16 @@ def _common(a: str, b: str) -> int:
   return low
 
 
-def _in_region(
-  text: str, cuts: list[tuple[int, int]], turn: Turn | None, is_last: bool
-) -> tuple[tuple[int, int], int] | None:
+def _in_region(text: str, cuts: list[tuple[int, int]], turn: Turn, is_last: bool) -> tuple[Span, int] | None:
   """A response in its region of a true rendering: its span, and how much of it is terminator; None: not to be found."""
-  if turn is None or turn.region < 0 or (turn.region_end < 0 and not is_last):
+  if turn.region is None:
     return None
-  start, stop = cuts[turn.region][0], cuts[turn.region_end][0] if turn.region_end >= 0 else len(text)
+  label, back = turn.region
+  found = [i for i, (_, owner) in enumerate(cuts) if owner == label]
+  if len(found) < back:
+    return None
+  start, following = cuts[found[-back]][0], found[-back] + 1
+  stop = cuts[following][0] if following < len(cuts) else len(text)
   if not text.startswith(turn.header, start):
     return None
   start += len(turn.header)
