@@ -83,7 +83,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "recipe": dataclasses.asdict(recipe),
     "checkpoint_every": settings.checkpoint_every,
     "identity": run_dir.identity_sha256,
-  }
+  } | ({"template_date": bench.template_date} if bench.template_date else {})
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   with Progress(recipe.steps, "finetune", "steps") as progress, cli.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731

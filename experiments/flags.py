@@ -5,6 +5,7 @@ frozen `Settings` back. Stages take `Settings`, so that one script can run a sta
 """
 
 import dataclasses
+import datetime
 import math
 import os
 import re
@@ -44,7 +45,7 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 
 
 TRAINED = ("--trainable_layers", "--trainable_modules")  # for `subtree.make_subtree`
-_ADDED = ("limit_block", "model_rates", "drop_copies")  # flags that older run folders did not know
+_ADDED = ("limit_block", "model_rates", "drop_copies", "template_date")  # flags that older run folders did not know
 # A flagfile repeats a run: it removes none, is the same in every process, and does the work.
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
@@ -101,6 +102,9 @@ class Settings:
   )
   max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
   system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")
+  template_date: str = _flag(
+    "data", "2024-07-26", "the day that a chat template which prints the date is told, YYYY-MM-DD"
+  )
   max_shapes: int = _flag("data", 4, "batch shapes to compile at most")
   loss_reduction: str = _flag("data", "mean", "loss of an example over its response tokens", ("mean", "sum"))
 
@@ -458,6 +462,13 @@ def _batch_tokens(text: str) -> int | str:
   return int(text)
 
 
+def _check_date(text: str) -> None:
+  try:
+    datetime.date.fromisoformat(text)
+  except ValueError:
+    raise UserError(f"--template_date={text} is no day, such as 2024-07-26") from None
+
+
 def read(tells_costs: bool = False) -> Settings:
   """The parsed flags.
 
@@ -475,6 +486,7 @@ def read(tells_costs: bool = False) -> Settings:
   for name, value in dataclasses.asdict(settings).items():
     if isinstance(value, str) and "\0" in value:
       raise UserError(f"--{name}={printable(value)} holds a NUL character, which no path and no text has")
+  _check_date(settings.template_date)
   if settings.dry_run and not tells_costs:
     raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
   if settings.hardware and not settings.dry_run:

@@ -227,7 +227,7 @@ class Mislabelled(Workbench):
     count = max(2, round(s.mislabelled * len(usable)))
     rows = np.random.default_rng((s.seed, 19)).choice(usable, count, replace=False)
     records, self.wrong = deal_answers(list(train.records), rows, s.seed)
-    made = data.tokenize(records, self.tokenizer, s.max_length, s.system_prompt, name="train")
+    made = data.tokenize(records, self.tokenizer, s.max_length, s.system_prompt, name="train", date=s.template_date)
     self.__dict__["parts"] = bench.parts | {"train": made}
 
 

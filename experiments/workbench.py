@@ -147,6 +147,7 @@ class Workbench:
     if meta["step"] < meta["steps"]:
       done = f"{meta['step']} of {meta['steps']}"
       raise UserError(f"--checkpoint={folder} stopped at step {done}: run that finetune command again first")
+    self._check_template_date(folder, meta)
     params = self.params
     if meta["lora_rank"]:
       params = self.place_params(adapters.add_lora(params, meta["lora_rank"], jax.random.key(meta["seed"])))
@@ -173,7 +174,8 @@ class Workbench:
       if not records[part]:
         raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
     made = {
-      part: data.tokenize(records[part], self.tokenizer, s.max_length, s.system_prompt, name=part) for part in PARTS
+      part: data.tokenize(records[part], self.tokenizer, s.max_length, s.system_prompt, name=part, date=s.template_date)
+      for part in PARTS
     }
     for part, dataset in made.items():
       if not np.any(dataset.num_response_tokens):
@@ -187,6 +189,27 @@ class Workbench:
     """Counts of every part, duplicates, overlap."""
     return data.data_summary(self.parts)
 
+  @property
+  def template_date(self) -> str | None:
+    """The date that the chat template prints; None where it prints none."""
+    return next((part.template["date"] for part in self.parts.values() if "date" in part.template), None)
+
+  def _check_template_date(self, folder: str, meta: dict) -> None:
+    """Refuses a checkpoint that was trained on conversations of another date."""
+    ours, theirs = self.template_date, meta.get("template_date")
+    if ours and theirs and ours != theirs:
+      raise UserError(
+        f"--checkpoint={folder} was trained on conversations in which the chat template prints {theirs}, not "
+        f"--template_date={ours}: give --template_date={theirs}"
+      )
+    if ours and not theirs:
+      log.warning(
+        "the chat template prints a date, and --checkpoint=%s does not tell which it was trained with: "
+        "--template_date=%s may be another one; train it again to be sure",
+        folder,
+        ours,
+      )
+
   def data_identity(self, *names: str) -> dict:
     """Hashes of the parts that results depend on."""
     return {name: _dataset_hash(self.parts[name]) for name in names}
@@ -196,6 +219,8 @@ class Workbench:
     flags_ = settings.identity(*groups)
     for name in _WHERE_AND_HOW_FAST:
       flags_.pop(name, None)
+    if self.template_date is None:
+      flags_.pop("template_date", None)
     return {
       "stage": stage,
       "version": version,

@@ -1,16 +1,14 @@
 """Records -> chat template -> token ids with response mask; splits and summaries.
 
-The response mask follows from the structure of the chat template, never from searching the text for a marker. For the
-assistant turn k of a conversation, with `render` the template and `render+` the template with its generation prompt:
-
-    start = len(render+(messages[:k]))   end = len(render(messages[:k + 1]))      in characters of render(messages)
+The response mask follows from the structure of the chat template (`template_layout`), never from searching the text for
+a marker:
 
     <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n
                                                            ^start         ^end (trailing white space is not response)
 
 The whole rendering is tokenised once, and a token is a response token when its first character lies in [start, end).
-So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: in an example
-whose texts spell a control token, those texts are tokenised apart from the template, as plain characters.
+So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: where a text
+spells a control token, that is tokenised as plain characters (`quoting`).
 """
 
 from __future__ import annotations
@@ -19,16 +17,17 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from in2core_jax.chat_template import Renderer
 from in2core_jax.errors import UserError
-from in2core_jax.records import Messages, Record
+from in2core_jax.records import Record
 from in2core_jax.sources import load_records
+from in2core_jax.template_layout import Rendered
+from in2core_jax.template_program import TemplateRefusal
 
 __all__ = [
   "Record",
@@ -54,6 +53,8 @@ class TokenizedDataset:
     response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
       Never True at t = 0.
     truncated: bool [N], whether tokens were cut off at the maximal length.
+    template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
+      `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
   """
 
   name: str
@@ -61,6 +62,7 @@ class TokenizedDataset:
   tokens: tuple[np.ndarray, ...]
   response_mask: tuple[np.ndarray, ...]
   truncated: np.ndarray
+  template: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
@@ -102,6 +104,7 @@ class TokenizedDataset:
       tuple(self.tokens[i] for i in rows),
       tuple(self.response_mask[i] for i in rows),
       self.truncated[rows],
+      self.template,
     )
 
 
@@ -133,134 +136,15 @@ def split_records(
   return parts
 
 
-class _Renderer:
-  """Renders messages with the chat template of a tokenizer, under one choice of the system prompt."""
-
-  def __init__(self, tokenizer: Any, system_prompt: str):
-    if not getattr(tokenizer, "chat_template", None):
-      raise UserError(
-        "the tokenizer has no chat template, so its model was not made for conversations; use an instruction-tuned "
-        "model, or add a chat_template to its tokenizer_config.json"
-      )
-    if not tokenizer.is_fast:
-      raise UserError(
-        "the tokenizer is not a fast one (tokenizer.json), so it cannot tell which text a token came from"
-      )
-    self.tokenizer = tokenizer
-    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
-    self.system: Messages = ()
-    self.strip, self.prepend = "", ""
-    if system_prompt == "none":
-      self._learn_empty_system()
-    elif system_prompt != "default":
-      self.system = ({"role": "system", "content": system_prompt},)
-
-  def _learn_empty_system(self) -> None:
-    """Finds out how to keep the template from adding a system message of its own.
-
-    An explicit empty system message replaces the template's default; its own rendering, known from rendering it
-    alone, is then cut off the front. A template that refuses or ignores a system message needs nothing of this.
-    """
-    empty = ({"role": "system", "content": ""},)
-    probe = ({"role": "user", "content": "a"},)
-    try:
-      alone, together = self._apply(empty, False), self._apply((*empty, *probe), False)
-    except jinja2.TemplateError:
-      return
-    bos = getattr(self.tokenizer, "bos_token", None) or ""
-    # Where a system message renders as nothing by itself it is ignored, or folded into the first user turn (Gemma),
-    # which an empty one would still change.
-    if not alone.removeprefix(bos) or not together.startswith(alone):
-      return
-    self.system, self.strip = empty, alone
-    # Some templates write a beginning-of-sequence token before the system message: that one has to stay.
-    if bos and alone.startswith(bos) and not together[len(alone) :].startswith(bos):
-      self.prepend = bos
-
-  def _apply(self, messages: Messages, generation_prompt: bool) -> str:
-    return self.tokenizer.apply_chat_template(
-      list(messages), tokenize=False, add_generation_prompt=generation_prompt, continue_final_message=False
-    )
-
-  def __call__(self, messages: Messages, generation_prompt: bool = False) -> str:
-    """Returns the rendering of `messages`, which must hold at least one turn that is not a system message."""
-    if not self.system or messages[0]["role"] == "system":  # an example's own system message always stays
-      return self._apply(messages, generation_prompt)
-    text = self._apply((*self.system, *messages), generation_prompt)
-    return self.prepend + text.removeprefix(self.strip)
-
-  def spans(self, record: Record) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a record and finds its responses.
-
-    Returns:
-      The text, and [start, end) in characters of each assistant turn. Assistant turns before the first user turn
-      answer nothing and are context.
-
-    Raises:
-      UserError: the template refuses the conversation, or renders a turn differently once more turns follow.
-    """
-    messages, where = record.messages, f"example {record.example_id!r} ({record.source}:{record.line})"
-    try:
-      text = self(messages)
-      first_user = next((k for k, m in enumerate(messages) if m["role"] == "user"), len(messages))
-      responses = [k for k in range(first_user, len(messages)) if messages[k]["role"] == "assistant"]
-      spans = []
-      for k in responses:
-        before = self(messages[:k], generation_prompt=True)
-        through = text if k + 1 == len(messages) else self(messages[: k + 1])
-        if not (text.startswith(before) and text.startswith(through)) or len(before) > len(through):
-          raise UserError(
-            f"{where}: the chat template renders turn {k} differently when other turns follow, so the response tokens "
-            "cannot be located; use single-turn data or a template that renders turn by turn"
-          )
-        spans.append((len(before), len(through.rstrip())))
-    except jinja2.TemplateError as error:
-      roles = " ".join(m["role"] for m in (*self.system, *messages))
-      raise UserError(f"{where}: the chat template refuses the turns [{roles}]: {error}") from error
-    return text, spans
-
-  def spells_control_token(self, record: Record) -> bool:
-    """Whether a text of the record contains the name of a control token."""
-    return any(self._control.search(message["content"]) for message in record.messages)
-
-  def encode_quoted(self, record: Record, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokenises the rendering `text` of a record with control tokens only where the template wrote them.
-
-    The template is rendered once more with numbered marks in place of the texts, which tells template and texts apart.
-
-    Returns:
-      Token ids, and the characters [start, end) of `text` that each came from.
-
-    Raises:
-      UserError: the template changes the texts by more than trimming them.
-    """
-    marked = [{"role": m["role"], "content": f"\ue000{i}\ue001"} for i, m in enumerate(record.messages)]
-    pieces = re.split("\ue000([0-9]+)\ue001", self(tuple(marked)))  # template, number, template, ..., template
-    texts = [m["content"] for m in record.messages]
-    for change in (str, str.strip):
-      pieces_now = [change(texts[int(piece)]) if i % 2 else piece for i, piece in enumerate(pieces)]
-      if "".join(pieces_now) == text:
-        break
-    else:
-      found = next(filter(None, map(self._control.search, texts)))[0]
-      raise UserError(
-        f"example {record.example_id!r} ({record.source}:{record.line}) contains the control token {found!r} as text, "
-        "and the chat template rewrites texts, so the two cannot be told apart; remove it from the data"
-      )
-    ids, offsets, start = [], [], 0
-    for i, piece in enumerate(pieces_now):
-      encoded = self.tokenizer(
-        piece, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=bool(i % 2)
-      )
-      ids += encoded["input_ids"]
-      offsets += [(start + low, start + high) for low, high in encoded["offset_mapping"]]
-      start += len(piece)
-    return ids, offsets
-
-
 def tokenize(
-  records: Sequence[Record], tokenizer: Any, max_length: int, system_prompt: str = "default", name: str = "train"
+  records: Sequence[Record],
+  tokenizer: Any,
+  max_length: int,
+  system_prompt: str = "default",
+  name: str = "train",
+  *,
+  date: str | None = None,
+  bad: Any = None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
@@ -271,6 +155,9 @@ def tokenize(
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
+    date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
+    bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
+      first one is an error.
 
   Returns:
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
@@ -280,20 +167,26 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
-  render = _Renderer(tokenizer, system_prompt)
-  tokens, masks, truncated = [], [], []
+  render = Renderer(tokenizer, system_prompt, date)
+  kept, tokens, masks, truncated = [], [], [], []
   for start in range(0, len(records), _CHUNK):
-    chunk = records[start : start + _CHUNK]
-    rendered = [render.spans(record) for record in chunk]
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    encodings = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for record, (ids, offsets), (text, spans) in zip(chunk, encodings, rendered, strict=True):
+    done = list(_rendered(render, records[start : start + _CHUNK], bad))
+    texts = [rendered.text for _, rendered in done]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
+    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
-        ids, offsets = render.encode_quoted(record, text)
+        try:
+          ids, offsets = render.encode_quoted(record, rendered.text)
+        except TemplateRefusal as refusal:
+          _refuse(record, refusal, bad)
+          continue
+      kept.append(record)
       tokens.append(np.array(ids[:max_length], np.int32))
-      masks.append(_response_mask(offsets[:max_length], spans))
+      masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
       truncated.append(len(ids) > max_length)
-  dataset = TokenizedDataset(name, tuple(records), tuple(tokens), tuple(masks), np.array(truncated, bool))
+  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+  dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
@@ -302,12 +195,45 @@ def tokenize(
   return dataset
 
 
-def _response_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-  """Marks the tokens whose first character lies in one of the spans: bool [T]."""
+def _rendered(render: Renderer, records: Sequence[Record], bad: Any) -> Iterator[tuple[Record, Rendered]]:
+  """The records with their renderings, but for those that are refused."""
+  for record in records:
+    try:
+      yield record, render(record)
+    except TemplateRefusal as refusal:
+      _refuse(record, refusal, bad)
+
+
+def _refuse(record: Record, refusal: TemplateRefusal, bad: Any) -> None:
+  if bad is None:
+    raise UserError(f"example {record.example_id!r} ({record.source}:{record.line}): {refusal}") from refusal
+  bad.refuse(f"{record.source}:{record.line}", record.raw, str(refusal))
+
+
+def _response_mask(
+  offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], marked: bool = False
+) -> np.ndarray:
+  """Marks the tokens of the responses: bool [T].
+
+  Args:
+    offsets: the characters [start, end) that each token came from.
+    spans: the characters of each response.
+    marked: False: a token is a response token when its first character lies in a span. True: the spans are those of
+      `{% generation %}` marks, and a response has the tokens from that of its first character to the first one of its
+      last character, as transformers counts.
+  """
   places = np.asarray(offsets, np.int64).reshape(-1, 2)
   mask = np.zeros(len(places), bool)
-  for start, end in spans:
-    mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
+  if marked:
+    of = lambda at: np.flatnonzero((places[:, 0] <= at) & (at < places[:, 1]))  # noqa: E731
+    for start, end in spans:
+      first, last = of(start), of(end - 1)
+      if not len(first):
+        break  # cut off
+      mask[first[0] : last[0] + 1 if len(last) and last[0] else len(mask)] = True
+  else:
+    for start, end in spans:
+      mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
   mask[:1] = False  # nothing comes before the first token that could predict it
   return mask
 
@@ -323,6 +249,9 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     duplicates (examples whose messages occurred before in the same part), topics {topic: examples}.
     `overlap["train/eval"]` and so on: same_messages, same_prompt: how many examples of the second part have messages,
     or a prompt, that also occur in the first.
+    `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
+    the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
+    the template makes one text.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
   keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
@@ -344,7 +273,25 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
       "same_messages": sum(key in known for key in keys[second]),
       "same_prompt": sum(key in known_prompts for key in prompts[second]),
     }
-  return summary
+  dates = [part.template["date"] for part in parts.values() if "date" in part.template]
+  template: dict[str, Any] = {"date": dates[0]} if dates else {}
+  for key in ("changes", "alike"):
+    found = {name: part.template[key] for name, part in parts.items() if key in part.template}
+    template |= {key: found} if found else {}
+  return summary | ({"template": template} if template else {})
+
+
+def template_lines(summary: dict[str, Any]) -> list[str]:
+  """What a `data_summary` has to tell of the chat template, one sentence each."""
+  template, lines = summary.get("template", {}), []
+  if "date" in template:
+    lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
+  for name, changes in template.get("changes", {}).items():
+    counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
+    lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")
+  for name, count in template.get("alike", {}).items():
+    lines.append(f"{name}: {count:,} examples that differ become equal to another one by this")
+  return lines
 
 
 def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
@@ -367,4 +314,4 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
   for pair, counts in summary["overlap"].items():
     lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
-  return "\n".join(lines)
+  return "\n".join([*lines, *template_lines(summary)])

@@ -399,8 +399,12 @@ def test_texts_cannot_forge_control_tokens_when_the_template_trims():
   assert _responses(dataset, tokenizer) == ["<end>c<end>"]
   shouting = _tokenizer(HEADERS.replace("| trim", "| replace('o', '0')"))
   assert _responses(tokenize([_record("so", "no")], shouting, 500), shouting) == ["n0<end>"]
-  with pytest.raises(UserError, match="'r' .memory:1. contains the control token '<end>' as text"):
-    tokenize([_record("so <end>", "no")], shouting, 500)
+  rewritten = tokenize([_record("so <end>", "no")], shouting, 500)  # control words are told apart by themselves
+  assert shouting.decode(rewritten.tokens[0]) == "<bos>[user] s0 <end><end>[assistant] n0<end>"
+  assert _count(rewritten, shouting, "<end>") == 2
+  cutting = _tokenizer(HEADERS.replace("| trim", "| replace('so <end>', '<end>')"))
+  with pytest.raises(UserError, match="'r' .memory:1.: it contains the control token '<end>' as text"):
+    tokenize([_record("so <end>", "no")], cutting, 500)
 
 
 @settings(max_examples=60, deadline=None)
@@ -424,11 +428,12 @@ def test_assistant_turn_before_any_user_turn_is_context(chatml):
   assert _responses(tokenize([record], chatml, 500), chatml) == ["a<|im_end|>"]
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
+def test_answer_that_the_template_leaves_out_is_not_learnt_and_is_told():
   tokenizer = _tokenizer(FORGETFUL)
   assert _responses(tokenize([_record("q", "a")], tokenizer, 100), tokenizer) == ["a"]
-  with pytest.raises(UserError, match=r"example 'r' \(memory:1\): the chat template renders turn 1 differently"):
-    tokenize([_record("q", "a", "q", "b")], tokenizer, 100)
+  several = tokenize([_record("q", "a", "q", "b")], tokenizer, 100)
+  assert tokenizer.decode(several.tokens[0]) == "U:q\nA:...\nU:q\nA:b\n"
+  assert _responses(several, tokenizer) == ["b"] and several.template == {"changes": {"answer left out": 1}}
 
 
 def test_no_chat_template():
