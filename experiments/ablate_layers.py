@@ -182,7 +182,7 @@ class Ablation:
       self.cells.write_array(table, "contributions", *solvers)
       return {"solver_seconds": dict(zip(solvers, seconds, strict=True))}
 
-    self.cells.get(make, "contributions", *solvers)
+    self.cells.get(make, "contributions", *solvers, with_array=True)
     table = self.cells.read_array("contributions", *solvers)
     self.work.remove()
     return table

@@ -178,7 +178,7 @@ class Study:
     """All signals and losses with some topics held out."""
     rows = self.rows(topics)
     name = (TRAINED, _CELLS, *topics)
-    cell = self.cells.get(lambda: self._train_and_score(topics, rows, name), *name)
+    cell = self.cells.get(lambda: self._train_and_score(topics, rows, name), *name, with_array=True)
     tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(*name)}
     signals, nearest, size = {}, {}, len(rows)
     for at, table in tables.items():
@@ -216,7 +216,7 @@ class Study:
       self._score(fold, fold.params, name)
       return {}
 
-    self.cells.get(make, *name)
+    self.cells.get(make, *name, with_array=True)
     return self.cells.read_array(*name)
 
   def _score(self, fold: Workbench, params, name: tuple[str, ...]) -> None:

@@ -35,7 +35,8 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
   path = epath.Path(folder)
   if not (path / "summary.json").exists():
     raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
-  columns = artifacts.read_scores(path / "scores.parquet")
+  chosen = artifacts.RunDir.load(folder)
+  columns = chosen.read_scores("scores.parquet")
   if tuple(columns["example_id"]) != bench.parts["train"].ids:
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
@@ -46,7 +47,7 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
     raise UserError(
       f"--select_runs: {folder}/coreset.jsonl is not what it selected from --train_data: the data changed"
     )
-  return artifacts.read_json(path / "summary.json")["policy"], columns
+  return chosen.load_json("summary.json")["policy"], columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
   Raises:
     UserError: another model or other flags of the choice.
   """
-  run = artifacts.read_json(epath.Path(folder) / "summary.json")["identity"]
+  run = artifacts.RunDir.load(folder).load_json("summary.json")["identity"]
   if run["model_hash"] != bench.model_hash:
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
@@ -225,9 +226,10 @@ class Trainings:
     """The candidate's training over so many steps, done now unless it was."""
     name = [candidate.policy, candidate.seed, candidate.fraction, steps]
     file = f"trainings/{artifacts.hash_of(name)[:12]}.json"
-    if not self._run_dir.holds(file):
+    rows = artifacts.hash_of(candidate.rows.tolist())
+    if not self._run_dir.holds(file) or self._run_dir.read_json(file).get("rows_sha256", rows) != rows:
       row = self.judge.retrain(candidate, label, steps)
-      self._run_dir.write_json(file, row.as_json())
+      self._run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
       log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
     return evaluation.RetrainRow.from_json(self._run_dir.read_json(file))
 

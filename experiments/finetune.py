@@ -59,11 +59,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   rows = trainable_rows(bench)
   (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
   run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
-  folder = run_dir.file("checkpoint")
-  if run_dir.holds("finetune.json"):
+  folder = run_dir.file(artifacts.CHECKPOINT)
+  sub, frozen = subtree.split(params, chosen)
+  if run_dir.is_whole("finetune.json") and finetune.is_finished(folder, recipe.steps, sub):
     log.info("%s is finished already", run_dir.path)
     return str(folder)
-  sub, frozen = subtree.split(params, chosen)
   log.info(
     "training %s numbers in layers %s for %d steps of %d examples",
     f"{subtree.count(sub):,}",
@@ -91,7 +91,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     )
     train_log = finetune.TrainLog(
       folder,
-      run_dir.file("metrics.jsonl"),
+      run_dir,
       settings.checkpoint_every,
       settings.keep_checkpoints,
       meta,

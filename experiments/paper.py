@@ -43,7 +43,7 @@ from experiments import children, cli, flags
 from experiments.flags import Settings, listed
 from experiments.paper_steps import STEPS, Step
 from experiments.workbench import PARTS
-from in2core_jax import artifacts, data, report, sources, weights
+from in2core_jax import artifacts, data, files, report, sources, weights
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -187,8 +187,8 @@ def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, 
 def model_content(spec: str) -> str:
   """A hash of the files of a model, which may be others tomorrow under the same name; empty where there are none.
 
-  Of hf:DIR what names its weights in run folders (`weights.hf_hash`: sizes, headers and pieces of every tensor, in
-  milliseconds) and its tokenizer's files; of gguf:FILE all bytes. Not times of files: a copy is the same model.
+  Of hf:DIR what names its weights in run folders (`weights.hf_hash`) and its tokenizer's files; of gguf:FILE all bytes.
+  Not times of files: a copy is the same model.
   """
   while spec.startswith("truncated:"):
     spec = spec.removeprefix("truncated:").rpartition(":")[0]
@@ -198,8 +198,15 @@ def model_content(spec: str) -> str:
     return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
   if kind == "hf" and (path / "config.json").is_file():
     words = [file for pattern in _TOKENIZER for file in sorted(path.glob(pattern))]
-    return artifacts.hash_of([weights.hf_hash(path), {file.name: artifacts.file_sha256(file) for file in words}])
+    there = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir()))
+    return artifacts.hash_of([_hf_hash(path, there), {file.name: artifacts.file_sha256(file) for file in words}])
   return ""  # embedded or random; or the experiment says what is missing
+
+
+@functools.cache
+def _hf_hash(path: pathlib.Path, there: tuple) -> str:
+  """Of a folder, read once in a call while its files (names, sizes, times) are the same."""
+  return weights.hf_hash(path)
 
 
 @functools.cache
@@ -245,12 +252,31 @@ def read_note(s: Settings, name: str) -> dict:
   devices.
   """
   path = folder_of(s, f"{name}.json")
-  return artifacts.read_json(path) if path.exists() else {}
+  if not path.exists():
+    return {}
+  try:
+    return files.unsealed(artifacts.read_json(path), str(path))[0]
+  except UserError as error:
+    log.warning("%s; %s counts as not finished and goes on", error, name)
+    return {}
+
+
+def write_note(s: Settings, name: str, note: dict) -> None:
+  """Keeps what is known of a step's run, with a checksum."""
+  artifacts.write_json(folder_of(s, f"{name}.json"), files.sealed(note))
 
 
 def _is_finished(s: Settings, step: Step) -> bool:
   """Whether the step has run to its end, of whatever command, and what it made is there."""
-  return bool(read_note(s, step.name).get("finished")) and (folder_of(s, step.name) / step.marker).exists()
+  folder = folder_of(s, step.name)
+  if not read_note(s, step.name).get("finished") or not (folder / step.marker).exists():
+    return False
+  if not (folder / artifacts.MANIFEST).exists():
+    return True
+  damaged = artifacts.RunDir.load(folder).damaged()
+  for name, reason in damaged.items():
+    log.warning("%s: %s; %s goes on and computes it again", folder / name, reason, step.name)
+  return not damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +315,7 @@ def clear(s: Settings, step: Step) -> None:
   folders = (folder_of(s, step.name), folder_of(s, f"{step.name}-full"))
   for folder in folders:  # somebody may have started the experiment by itself
     artifacts.RunDir.refuse_held(folder)
-  artifacts.write_json(folder_of(s, f"{step.name}.json"), {"command": {}, "seconds": 0.0, "finished": False})
+  write_note(s, step.name, {"command": {}, "seconds": 0.0, "finished": False})
   for folder in folders:
     if folder.is_symlink():
       folder.unlink()
@@ -300,14 +326,14 @@ def clear(s: Settings, step: Step) -> None:
 def run_step(task: Task, s: Settings, named: Collection[str] = ()) -> int:
   """Runs the step's command to its end and notes where and for how long, also when it is stopped; its exit code."""
   step = task.step
-  note, path = {"seconds": 0.0, "finished": False} | read_note(s, step.name), folder_of(s, f"{step.name}.json")
+  note = {"seconds": 0.0, "finished": False} | read_note(s, step.name)
   note |= {"command": task.facts, "shown": shown_command(step, s, named), "finished": False}
   note["commit"], note["machine"] = _then(note.get("commit"), commit()), _then(note.get("machine"), machine())
   before, began = note["seconds"], time.monotonic()
 
   def keep() -> None:
     note["seconds"] = before + time.monotonic() - began
-    artifacts.write_json(path, note)
+    write_note(s, step.name, note)
 
   keep()
   code, process = None, subprocess.Popen(command(step, s, named), env=children.environment())
@@ -323,7 +349,7 @@ def run_step(task: Task, s: Settings, named: Collection[str] = ()) -> int:
   if code == 0:
     folder = folder_of(s, step.name)
     note |= {"finished": True, "date": datetime.date.today().isoformat(), "devices": devices(folder)}
-    artifacts.write_json(path, note)
+    write_note(s, step.name, note)
   return code
 
 

@@ -254,8 +254,8 @@ def share_kept(s: Settings, num_tokens: np.ndarray) -> float:
     s: flags; of a select run that is not finished they are taken to be its own.
     num_tokens: int [N], of the training examples with a response; a token budget is taken to keep average ones.
   """
-  summaries = [epath.Path(folder) / "summary.json" for folder in listed(s.select_runs)[:1]]
-  counts = [artifacts.read_json(path)["selected"] for path in summaries if path.exists()] or [s.num_examples]
+  summaries = filter(None, map(_summary_of, listed(s.select_runs)[:1]))
+  counts = [summary["selected"] for summary in summaries] or [s.num_examples]
   if counts[0]:
     return min(1.0, counts[0] / len(num_tokens))
   return min(1.0, s.token_budget / num_tokens.sum()) if s.token_budget else s.fraction
@@ -293,9 +293,14 @@ def num_trainings(s: Settings, share: float | None = None) -> tuple[int, float]:
 
 def _policy_of_run(folder: str) -> str:
   """The policy of a select run, or the folder's name while it is not finished."""
-  path = epath.Path(folder)
-  summary = path / "summary.json"
-  return artifacts.read_json(summary)["policy"] if summary.exists() else path.name
+  summary = _summary_of(folder)
+  return summary["policy"] if summary else epath.Path(folder).name
+
+
+def _summary_of(folder: str) -> dict | None:
+  """summary.json of a select run, None while it is not finished."""
+  there = (epath.Path(folder) / "summary.json").exists()
+  return artifacts.RunDir.load(folder).load_json("summary.json") if there else None
 
 
 def shape_work(shape: packing.PackedShape, groups: int, examples: int) -> costs.Work:

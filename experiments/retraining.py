@@ -10,7 +10,7 @@ import numpy as np
 from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, words
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, evaluation, finetune, model, packing, subtree
+from in2core_jax import artifacts, evaluation, files, finetune, model, packing, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -137,7 +137,7 @@ class Judge:
     if candidate.policy == "full" and of_recipe and self._checkpoint_is_full():
       log.info("%s: the checkpoint of --checkpoint is this very training", label)
       sub = finetune.load_sub(self.settings.checkpoint, self.sub)
-      stored = artifacts.read_json(artifacts.beside(self.settings.checkpoint, "finetune.json"))
+      stored = artifacts.RunDir.load(files.absolute(self.settings.checkpoint).parent).load_json("finetune.json")
       return self.row(candidate, sub, stored["trained_response_tokens"], self.recipe.steps)
     result = self.train(candidate.rows, candidate.seed, label, steps)
     return self.row(candidate, result.sub, result.trained_response_tokens, steps or self.recipe.steps)

@@ -109,10 +109,12 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)
   if s.trajectory != "none":
-    identity["trajectory"] = {str(step): weight for step, weight in trajectory_weights(s.checkpoint).items()}
+    weights = trajectory_weights(s.checkpoint)
+    identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
+    identity["trajectory_weights"] = finetune.steps_hash(s.checkpoint, weights)
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   work = Work(run_dir, s.shard_batches)
-  if run_dir.holds("summary.json"):
+  if run_dir.is_whole("summary.json"):
     work.remove()  # what a run that was killed at its very end has left
     log.info("%s is finished already", run_dir.path)
     return str(run_dir.path)

@@ -128,8 +128,11 @@ class Comparison:
     return self.problem.scores(stream, len(train), directions, "vmap")
 
 
-def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> dict:
-  """The cell of an estimator at a damping ratio: curve, residual, steps, products; its solution beside it."""
+def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None, with_solution: bool = False) -> dict:
+  """The cell of an estimator at a damping ratio: curve, residual, steps, products; its solution beside it.
+
+  The solution is removed when its scores are stored; `with_solution` solves again where it is gone.
+  """
 
   def make() -> dict:
     damping = (shared.settings.damping_ratio if ratio is None else ratio) * shared.lambda_max
@@ -154,7 +157,7 @@ def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None) -> 
       "solver_seconds": round(time.perf_counter() - began, 2),
     }
 
-  return cells.get(make, name, ratio)
+  return cells.get(make, name, ratio, with_array=with_solution)
 
 
 def _plain(curve) -> list:
@@ -170,6 +173,7 @@ def agreement(shared: Comparison, cells: Cells, ratio: float) -> dict:
       own = None if name in FREE else ratio
       if solved(shared, cells, name, own)["diverged"]:
         continue
+      solved(shared, cells, name, own, with_solution=True)
       names.append(name)
       solutions.append(algebra.unravel(cells.read_array(name, own), shared.v))
     return {"scores": dict(zip(names, shared.scores(solutions).tolist(), strict=True))}
@@ -369,7 +373,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if ratio in scored:
       scores[ratio] = agreement(shared, cells, ratio)["scores"]
       for name in names:  # they are large, and their scores are stored
-        cells.path(name, ratio)[1].unlink(missing_ok=True)
+        cells.remove_array(name, ratio)
   narrow = half_precision(shared, cells, scored[0], scores[scored[0]]) if s.compare_bfloat16 else None
   found = mislabelled(bench, s, cells) if s.mislabelled else None
   write(run_dir, shared, curves | {None: free}, scores, narrow, found)

@@ -453,9 +453,9 @@ def _sources(s: Settings) -> str:
 
 def remove_pictures(run_dir: artifacts.RunDir, equal: list[str]) -> None:
   """Removes the pictures of a longer --equal: they would be published beside tables that do not show them."""
-  for word in EQUAL if run_dir.writer else ():
+  for word in EQUAL:
     for kind in ("svg", "png") if word not in equal else ():
-      (run_dir.path / "plots" / f"study-{word}.{kind}").unlink(missing_ok=True)
+      run_dir.remove(f"plots/study-{word}.{kind}")
 
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, shared) -> None:

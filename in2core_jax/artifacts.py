@@ -1,22 +1,26 @@
 """The run folder: who wrote it from what, and the flagfile, versions and devices that are its record.
 
 A run folder is a folder with a `manifest.json`. The manifest holds the run's *identity*, all that its results depend on
-(flags, hashes of data and weights), and the names of what was written. A folder is continued only by a run of the same
-identity, so results of two settings never mix.
+(flags, hashes of data and weights), the names of what was written, and a checksum of each file. A folder is continued
+only by a run of the same identity, so results of two settings never mix; a file that is not as it was written is named
+and never used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from in2core_jax import files, locks, processes
@@ -35,8 +39,11 @@ from in2core_jax.files import write_json as write_json
 from in2core_jax.files import write_parquet as write_parquet
 from in2core_jax.files import write_text as write_text
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 LOST_LOG = "log_lost.txt"  # what a job had to say when nobody could read it any more; in no manifest
+CHECKPOINT = "checkpoint"  # the folder of a training's checkpoints: they carry their own checksums
 _FORMAT = "in2core_jax run folder 1"
 _PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors", "gguf"),
@@ -53,6 +60,11 @@ def write_flags(path: epath.PathLike, flags: Iterable[str], header: Iterable[str
   Raises:
     UserError: a flag's value holds a line break, or blanks at its end, which a flagfile cannot hold.
   """
+  write_bytes(path, flags_bytes(flags, header))
+
+
+def flags_bytes(flags: Iterable[str], header: Iterable[str] = ()) -> bytes:
+  """The bytes that `write_flags` writes; raises as it does."""
   flags = list(flags)
   for flag in flags:
     if flag != flag.strip() or len(flag.splitlines()) != 1:
@@ -60,7 +72,7 @@ def write_flags(path: epath.PathLike, flags: Iterable[str], header: Iterable[str
         f"{flag.split('=')[0]}: the value holds a line break or ends in blanks, which a flagfile cannot hold"
       )
   lines = [f"# {line}".rstrip() for entry in header for line in entry.splitlines() or [""]]
-  write_text(path, "\n".join([*lines, *flags]) + "\n")
+  return files.text_bytes("\n".join([*lines, *flags]) + "\n")
 
 
 def package_versions() -> dict[str, str]:
@@ -88,6 +100,8 @@ def device_summary() -> dict[str, Any]:
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
+_AGAIN = "start the command that wrote it once more, with the same flags: it computes again what is missing or damaged"
+
 
 @dataclasses.dataclass
 class RunDir:
@@ -97,6 +111,8 @@ class RunDir:
     path: the folder.
     identity: JSON object: all that the results depend on.
     entries: names in the folder that this project wrote, in the manifest so that `overwrite` removes these, no others.
+    checksums: file -> sha256 of what was written last; None for a folder of an older version, which has none. Shards
+      and checkpoints carry their own.
     writer: whether this process writes shared files; process 0 of a job does (shards are written by all).
     resumed: whether the folder was there already, of the same identity.
   """
@@ -104,6 +120,7 @@ class RunDir:
   path: epath.Path
   identity: dict[str, Any]
   entries: list[str] = dataclasses.field(default_factory=list)
+  checksums: dict[str, str] | None = dataclasses.field(default_factory=dict)
   writer: bool = True
   resumed: bool = False
 
@@ -187,7 +204,9 @@ class RunDir:
       old = None
     elif old.identity != identity:
       raise UserError(_difference(path, old.identity, identity))
-    run_dir = cls(path, identity, old.entries if old else [], writer, old is not None)
+    run_dir = cls(path, identity, writer=writer, resumed=old is not None)
+    if old is not None:
+      run_dir.entries, run_dir.checksums = old.entries, old.checksums
     if writer:
       _make_folder(path)
       for folder in (path, *(path / name for name in run_dir.entries)):
@@ -195,6 +214,8 @@ class RunDir:
           files.remove_leftovers(folder)
       if old is None:
         run_dir._write_manifest()
+      elif old.checksums is None:
+        run_dir._adopt()
     return run_dir
 
   @classmethod
@@ -208,6 +229,8 @@ class RunDir:
     old = cls._read(path)
     if old is None:
       raise UserError(f"{path}: not a run folder (no {MANIFEST}); give the --run_dir of an earlier run")
+    if old.checksums is None:
+      _tell_unchecked(path)
     return old
 
   @classmethod
@@ -217,12 +240,19 @@ class RunDir:
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
       raise UserError(f"{path / MANIFEST}: not the manifest of a run folder; choose another --run_dir")
-    identity, entries = manifest.get("identity"), manifest.get("entries")
-    if hash_of(identity) != manifest.get("identity_sha256") or not isinstance(entries, list):
+    try:
+      manifest, is_sealed = files.unsealed(manifest, str(path / MANIFEST))
+    except UserError as error:
+      raise UserError(f"{error}: remove that folder, or choose another --run_dir") from error
+    identity, entries, checksums = (manifest.get(name) for name in ("identity", "entries", "checksums"))
+    old = not is_sealed and checksums is None
+    fits = hash_of(identity) == manifest.get("identity_sha256")
+    if not fits or not isinstance(entries, list) or not (old or is_sealed and isinstance(checksums, dict)):
       raise UserError(
-        f"{path / MANIFEST}: changed by hand (its identity_sha256 does not fit); choose another --run_dir"
+        f"{path / MANIFEST}: damaged or changed by hand (its checksums do not fit): remove that folder, or choose "
+        "another --run_dir"
       )
-    return cls(path, identity, entries, writer=False, resumed=True)
+    return cls(path, identity, entries, checksums, writer=False, resumed=True)
 
   @property
   def identity_sha256(self) -> str:
@@ -235,8 +265,16 @@ class RunDir:
       "identity_sha256": self.identity_sha256,
       "identity": self.identity,
       "entries": self.entries,
+      "checksums": dict(sorted((self.checksums or {}).items())),
     }
-    write_json(self.path / MANIFEST, manifest)
+    write_json(self.path / MANIFEST, files.sealed(manifest))
+
+  def _adopt(self) -> None:
+    """Takes the files of a folder from before there were checksums as they are, and notes theirs from now on."""
+    names = list(_files_below(self.path, self.entries))
+    self.checksums = {name: file_sha256(self.path / name) for name in names}
+    self._write_manifest()
+    log.warning("%s: of an older version, without checksums: its %d files are taken as they are", self.path, len(names))
 
   def _remove_entries(self) -> None:
     """Removes what the manifest names, but not the manifest: a kill in between leaves a run folder."""
@@ -249,22 +287,83 @@ class RunDir:
       else:
         entry.unlink(missing_ok=True)
 
-  def file(self, name: str) -> epath.Path:
+  def file(self, name: str, sha256: str | None = None) -> epath.Path:
     """The path of a file or folder in the run folder, noted in the manifest as ours before it exists.
 
-    Writers that do not go through this class (Orbax, plots) ask here for their path. `name` may hold folders:
-    `plots/curve.svg`.
+    Writers that do not go through this class and have checksums of their own (Orbax, shards) ask here for their path.
+    `name` may hold folders: `plots/curve.svg`. A checksum is noted before its file is written: what a kill leaves in
+    between is a file that is missing or does not fit, never one that is trusted too early.
     """
     top = name.split("/")[0]
     assert top not in ("", ".", "..", MANIFEST), name
-    if self.writer and top not in self.entries:
+    noted = (list(self.entries), dict(self.checksums or {}))
+    if top not in self.entries:
       self.entries = sorted([*self.entries, top])
+    if sha256 is not None:
+      self.checksums = (self.checksums or {}) | {name: sha256}
+    if self.writer and noted != (self.entries, self.checksums or {}):
       self._write_manifest()
     return self.path / name
 
+  def wrote(self, name: str) -> bool:
+    """Whether a file is a part of the run, which may be damaged or gone by now."""
+    return (self.path / name).exists() if self.checksums is None else name in self.checksums
+
+  def remove(self, name: str) -> None:
+    """Removes a file that is not needed any more, where there is one; it is no longer a part of the run."""
+    if self.writer:
+      (self.path / name).unlink(missing_ok=True)
+      if (self.checksums or {}).pop(name, None) is not None:
+        self._write_manifest()
+
+  def distrust(self, name: str, data: bytes | None = None) -> str | None:
+    """Why a file is not to be used, in words, or None where it is as it was written.
+
+    Args:
+      name: of the file.
+      data: its bytes; read when None.
+    """
+    path = self.path / name
+    if data is None and not path.exists():
+      return "missing"
+    if self.checksums is None:
+      return None
+    if name not in self.checksums:
+      return f"not written by this run ({MANIFEST} has no checksum of it)"
+    found = file_sha256(path) if data is None else files.bytes_sha256(data)
+    if found != self.checksums[name]:
+      return f"damaged or changed since it was written (its SHA-256 is not that of {MANIFEST})"
+    return None
+
   def holds(self, name: str) -> bool:
-    """Whether a file is there, for all processes as the writer sees it; collective."""
-    return processes.from_writer((self.path / name).exists())
+    """Whether a file is there and as it was written, for all processes as the writer sees it; collective.
+
+    One that is not to be used is named in a warning: the caller computes it again.
+    """
+    reason = self.distrust(name) if processes.is_writer() else None
+    if reason and ((self.path / name).exists() or name in (self.checksums or {})):
+      log.warning("%s: %s; it is computed again", self.path / name, reason)
+    return processes.from_writer(reason is None)
+
+  def is_whole(self, mark: str) -> bool:
+    """Whether a run is finished: its last file is there, and all files of the manifest are as they were written.
+
+    What is not is named in a warning: the caller computes it again. Collective.
+
+    Args:
+      mark: the file that was written last.
+    """
+    if not self.holds(mark):
+      return False
+    wrong = self.damaged() if processes.is_writer() else {}
+    for name, reason in wrong.items():
+      log.warning("%s: %s; it is computed again", self.path / name, reason)
+    return processes.from_writer(not wrong)
+
+  def damaged(self) -> dict[str, str]:
+    """Files of the manifest that are missing or not as they were written, each with the reason. Reads all of them."""
+    reasons = {name: self.distrust(name) for name in sorted(self.checksums or {})}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
   def folder(self, name: str) -> epath.Path:
     """Like `file`, and makes the folder."""
@@ -275,31 +374,59 @@ class RunDir:
   def write_bytes(self, name: str, data: bytes) -> None:
     """`write_bytes` into the run folder; does nothing on a process that is not the writer. So do the four below."""
     if self.writer:
-      write_bytes(self.file(name), data)
+      write_bytes(self.file(name, files.bytes_sha256(data)), data)
 
   def write_text(self, name: str, text: str) -> None:
     """`write_text` into the run folder."""
-    if self.writer:
-      write_text(self.file(name), text)
+    self.write_bytes(name, files.text_bytes(text))
 
   def write_json(self, name: str, obj: Any) -> None:
     """`write_json` into the run folder."""
     if self.writer:
-      write_json(self.file(name), obj)
+      self.write_bytes(name, files.json_bytes(obj))
 
   def write_parquet(self, name: str, columns: Mapping[str, Any]) -> None:
     """`write_parquet` into the run folder."""
     if self.writer:
-      write_parquet(self.file(name), columns)
+      self.write_bytes(name, files.parquet_bytes(columns))
 
   def write_flags(self, name: str, flags: Iterable[str], header: Iterable[str] = ()) -> None:
     """`write_flags` into the run folder."""
-    if self.writer:
-      write_flags(self.file(name), flags, header)
+    self.write_bytes(name, flags_bytes(flags, header))
+
+  def read_bytes(self, name: str) -> bytes:
+    """A file of the folder, checked against its checksum. So do the three below.
+
+    Raises:
+      UserError: it is missing, or not as it was written.
+    """
+    path = self.path / name
+    try:
+      data = path.read_bytes()
+    except FileNotFoundError as error:
+      raise UserError(f"{path}: no such file; {_AGAIN}") from error
+    reason = self.distrust(name, data)
+    if reason is not None:
+      raise UserError(f"{path}: {reason}; {_AGAIN}")
+    return data
+
+  def load_json(self, name: str) -> Any:
+    """A JSON file of the folder, read by this process."""
+    return files.parse_json(self.read_bytes(name), self.path / name)
+
+  def read_parquet(
+    self, name: str, required: Sequence[str] = (), only: Sequence[str] | None = None, repeated: Sequence[str] = ()
+  ) -> dict[str, np.ndarray]:
+    """`read_parquet` of a table of the folder."""
+    return files.parse_parquet(self.read_bytes(name), self.path / name, required, only, repeated)
+
+  def read_scores(self, name: str) -> dict[str, np.ndarray]:
+    """`read_scores` of a table of the folder."""
+    return files.checked_scores(self.read_parquet(name, required=files.SCORE_COLUMNS), self.path / name)
 
   def read_json(self, name: str) -> Any:
-    """A file of the folder in every process, as the writer reads it; collective."""
-    return processes.from_writer(read_json(self.path / name) if processes.is_writer() else None)
+    """`load_json` in every process, as the writer reads it; collective."""
+    return processes.from_writer(self.load_json(name) if processes.is_writer() else None)
 
 
 def hold(folder: epath.PathLike) -> locks.Lock:
@@ -339,6 +466,24 @@ def _folder_path(path: epath.PathLike) -> epath.Path:
   except ImportError as error:  # etils asks for the file system's package on first use
     raise UserError(f"{path}: {error}; install it into the environment: pip install gcsfs") from error
   return path
+
+
+@functools.cache
+def _tell_unchecked(path: epath.Path) -> None:
+  """Once for a folder, however often it is read."""
+  log.warning("%s: of an older version, without checksums: its files are taken as they are", path)
+
+
+def _files_below(folder: epath.Path, names: Iterable[str], prefix: str = "") -> Iterator[str]:
+  """Files under some names of a folder, as paths below it, but for links and what carries a checksum of its own."""
+  for name in names:
+    path = folder / name
+    if _is_link(path) or name == CHECKPOINT or name.endswith((files.SHARD, files.TEMPORARY)) or not path.exists():
+      continue
+    if path.is_dir():
+      yield from _files_below(path, sorted(item.name for item in path.iterdir()), f"{prefix}{name}/")
+    else:
+      yield prefix + name
 
 
 def _is_link(path: epath.Path) -> bool:

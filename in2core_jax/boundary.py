@@ -7,6 +7,7 @@ Hidden states are kept ragged (no padding), in memory or in a file that is memor
 
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from in2core_jax import files, packing, processes
 from in2core_jax import model as model_lib
 from in2core_jax.errors import UserError
 from in2core_jax.subtree import Subtree
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     job: the model and how to run it.
     dataset: has `tokens`, int32 [T_i] for each example.
     file: where to keep the values (written aside, then renamed, so that a killed run leaves no half file under this
-      name); in memory when None. An existing file of the right size is reused.
+      name); in memory when None. An existing file that is as it was written is reused: its checksum lies beside it.
 
   Returns:
     The cache.
@@ -115,7 +118,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
   shape = (int(lengths.sum()), job.config.hidden_size)
   dtype = np.dtype(job.dtype)
-  whole = file is not None and file.exists() and file.stat().st_size == shape[0] * shape[1] * dtype.itemsize
+  whole = file is not None and _is_whole(file, shape[0] * shape[1] * dtype.itemsize)
   if processes.all_true(whole):
     return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
   part = None
@@ -136,9 +139,37 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     _store(values, starts, lengths, *waiting)
   if part is not None:
     values.flush()
+    checksum = _checksum(part, file.name)
     part.rename(file)
+    files.write_text(_beside(file), checksum)
     values = np.memmap(file, dtype, "r", shape=shape)
   return BoundaryCache(values, starts, lengths)
+
+
+def _beside(file: pathlib.Path) -> pathlib.Path:
+  """Where the checksum of a file of hidden states lies."""
+  return file.with_name(f"{file.name}.sha256")
+
+
+def _checksum(content: pathlib.Path, name: str) -> str:
+  """A line with the sha256 of a file's bytes, and the name that they belong to: no other cache's are taken for them."""
+  return f"{files.file_sha256(content)}  {name}\n"
+
+
+def _is_whole(file: pathlib.Path, size: int) -> bool:
+  """Whether hidden states are there, `size` bytes of them, as they were written; what is not is named."""
+  if not file.exists():
+    return False
+  if file.stat().st_size != size:
+    reason = f"{file.stat().st_size} bytes and not {size}"
+  elif not _beside(file).exists():
+    reason = "without a checksum beside it, by a killed run or an older version"
+  elif _beside(file).read_bytes() != _checksum(file, file.name).encode():
+    reason = "damaged (its checksum does not fit)"
+  else:
+    return True
+  log.warning("%s: hidden states, %s; they are computed again", file, reason)
+  return False
 
 
 _below = jax.jit(model_lib.run_below, static_argnums=(0, 1))

@@ -1,10 +1,7 @@
-"""A fitted EK-FAC on disk: one .npz of plain arrays, tied to what it was fitted from by a hash."""
+"""A fitted EK-FAC on disk: plain arrays with a checksum (`shards.pack`), tied to what it was fitted from by a hash."""
 
 import dataclasses
-import io
-import json
 import logging
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from in2core_jax import ekfac, files, passes, processes
+from in2core_jax import ekfac, files, passes, processes, shards
 from in2core_jax.ekfac import FIELDS, Ekfac, EkfacSettings, Factor, Source
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = "in2core_jax ekfac 1"
+FORMAT = "in2core_jax ekfac 2"
+_MAGIC = f"{FORMAT} ".encode()
 
 
 def identity_of(source: Source, key: jax.Array, settings: EkfacSettings, data: Mapping[str, Any]) -> str:
@@ -49,10 +47,7 @@ def save(path: epath.PathLike, fitted: Ekfac, identity: str) -> None:
     arrays |= {f"{leaf}|{name}": processes.to_host(getattr(factor, name)) for name in FIELDS}
   if not processes.is_writer():
     return
-  header = files.canonical_json({"format": FORMAT, "identity": identity, "info": fitted.info})
-  buffer = io.BytesIO()
-  np.savez(buffer, header=np.frombuffer(header.encode(), np.uint8), **dict(sorted(arrays.items())))
-  files.write_bytes(path, buffer.getvalue())
+  files.write_bytes(path, shards.pack(_MAGIC, {"identity": identity, "info": fitted.info}, arrays))
 
 
 def load(path: epath.PathLike, identity: str) -> Ekfac:
@@ -66,14 +61,9 @@ def load(path: epath.PathLike, identity: str) -> Ekfac:
     UserError: no such file, a damaged or foreign one, or one that was fitted from something else.
   """
   try:
-    with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as stored:
-      header = json.loads(stored["header"].tobytes())
-      arrays = {name: stored[name] for name in stored.files if name != "header"}
-  except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+    header, arrays = shards.unpack(_MAGIC, epath.Path(path).read_bytes())
+  except (OSError, shards.DamagedError) as error:
     raise UserError(f"{path} is no readable EK-FAC file ({error}): remove it and fit again") from error
-  if not isinstance(header, dict) or header.get("format") != FORMAT:
-    found = header.get("format") if isinstance(header, dict) else header
-    raise UserError(f"{path} has the format {found!r}, not {FORMAT!r}: remove it and fit again")
   if header["identity"] != identity:
     raise UserError(
       f"{path} was fitted from other weights, data or settings (hash {header['identity'][:12]}, "
@@ -94,13 +84,13 @@ def stored_fit(folder: epath.PathLike, data: Mapping[str, Any]) -> Callable[[Sou
   A damaged or foreign file is never trusted: it is told in a warning, fitted again and replaced.
 
   Args:
-    folder: of files IDENTITY.npz; made when needed.
+    folder: of files IDENTITY.ekfac; made when needed.
     data: names model and examples, as in `identity_of`.
   """
 
   def fit(source: Source, key: jax.Array, settings: EkfacSettings) -> Ekfac:
     identity = identity_of(source, key, settings, data)
-    path = epath.Path(folder) / f"{identity[:16]}.npz"
+    path = epath.Path(folder) / f"{identity[:16]}.ekfac"
     fitted = None
     if processes.from_writer(path.exists()):
       try:

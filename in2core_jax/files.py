@@ -28,6 +28,7 @@ from in2core_jax import locks
 from in2core_jax.errors import UserError
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
+SHARD = ".shard"  # ends the names of pieces that carry a checksum of their own (shards.py)
 # In these names, beside a process number, which means something on its own machine, and in its own container, only.
 _MACHINE = hashlib.sha256(f"{platform.node()} {locks.process_namespace()}".encode()).hexdigest()[:8]
 
@@ -59,6 +60,11 @@ def hash_of(obj: Any) -> str:
   return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 
 
+def bytes_sha256(data: bytes) -> str:
+  """sha256 (hex) of bytes."""
+  return hashlib.sha256(data).hexdigest()
+
+
 def file_sha256(path: epath.PathLike) -> str:
   """sha256 (hex) of a file's bytes, read in blocks of 1 MiB."""
   digest = hashlib.sha256()
@@ -66,6 +72,35 @@ def file_sha256(path: epath.PathLike) -> str:
     while block := file.read(1 << 20):
       digest.update(block)
   return digest.hexdigest()
+
+
+# --- values that carry their own checksum -----------------------------------------------------------------------------
+
+_SEAL = "content_sha256"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+  """A JSON object with the checksum of all that stands in it; NaN and infinities are null in it, as in `write_json`."""
+  content = json.loads(canonical_json(_finite(content)))  # as it will be read
+  return {**content, _SEAL: hash_of(content)}
+
+
+def unsealed(stored: Any, name: str) -> tuple[dict[str, Any], bool]:
+  """What was sealed, and whether there was a seal: files of older versions have none.
+
+  Args:
+    stored: JSON object as it was read.
+    name: of the place, for the message.
+
+  Raises:
+    UserError: the checksum does not fit, or it is no JSON object.
+  """
+  if not isinstance(stored, dict):
+    raise UserError(f"{name}: damaged or changed by hand (it holds no JSON object)")
+  content = {key: value for key, value in stored.items() if key != _SEAL}
+  if _SEAL in stored and stored[_SEAL] != hash_of(content):
+    raise UserError(f"{name}: damaged or changed by hand (its checksum does not fit)")
+  return content, _SEAL in stored
 
 
 # --- atomic writes ----------------------------------------------------------------------------------------------------
@@ -140,13 +175,22 @@ def reserve(path: Path, size: int) -> None:
 
 def write_text(path: epath.PathLike, text: str) -> None:
   """Writes UTF-8 text, atomically. What UTF-8 has no form for (lone surrogates) becomes backslash escapes."""
-  write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+  write_bytes(path, text_bytes(text))
+
+
+def text_bytes(text: str) -> bytes:
+  """The bytes that `write_text` writes."""
+  return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
   """Writes indented JSON, atomically, keys in the given order. NaN and infinities become null: JSON has neither."""
-  text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
-  write_text(path, text + "\n")
+  write_bytes(path, json_bytes(obj))
+
+
+def json_bytes(obj: Any) -> bytes:
+  """The bytes that `write_json` writes."""
+  return text_bytes(json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -166,10 +210,20 @@ def read_json(path: epath.PathLike) -> Any:
     UserError: there is no such file, or it is not JSON.
   """
   try:
-    return json.loads(epath.Path(path).read_text())
+    return parse_json(epath.Path(path).read_bytes(), path)
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file") from error
-  except ValueError as error:
+
+
+def parse_json(data: bytes, path: epath.PathLike) -> Any:
+  """The value of a JSON file's bytes; `path` is for the message.
+
+  Raises:
+    UserError: it is not JSON.
+  """
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path}: not JSON ({error}); it was written by something else or damaged: remove it") from error
 
 
@@ -183,10 +237,15 @@ def write_parquet(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
     path: the file.
     columns: name -> values, all of one length N: a list, an array [N], or an array [N, K] (stored as lists of K).
   """
+  write_bytes(path, parquet_bytes(columns))
+
+
+def parquet_bytes(columns: Mapping[str, Any]) -> bytes:
+  """The bytes that `write_parquet` writes."""
   table = pa.table({name: _column(values) for name, values in columns.items()})
   buffer = io.BytesIO()
-  pq.write_table(table, buffer, compression="zstd")
-  write_bytes(path, buffer.getvalue())
+  pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+  return buffer.getvalue()
 
 
 def _column(values: Any) -> pa.Array:
@@ -200,22 +259,40 @@ def read_parquet(
 ) -> dict[str, np.ndarray]:
   """Reads a table as name -> array [N], or [N, K] for columns of lists; `only` some of its columns when given.
 
-  Each different text of the columns `repeated` is made once and shared by its rows: a tenth of the memory.
+  Each different text of the columns `repeated` is made once and shared by its rows: a tenth of the memory. Pages have
+  checksums of their own, the rest of the file has none: `RunDir.read_parquet` checks all bytes of a run's tables.
 
   Raises:
-    UserError: no such file, not Parquet, or a required column is missing.
+    UserError: no such file, not Parquet, damaged, or a required column is missing.
   """
   try:
-    source = io.BytesIO(epath.Path(path).read_bytes())
-    table = pq.read_table(source, columns=only and list(only), read_dictionary=list(repeated))
+    data = epath.Path(path).read_bytes()
   except FileNotFoundError as error:
     raise UserError(f"{path}: no such file") from error
-  except pa.ArrowInvalid as error:
-    raise UserError(f"{path}: not a Parquet file ({error})") from error
-  missing = [name for name in required if name not in table.column_names]
-  if missing:
-    raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
-  return {name: _array(table.column(name)) for name in table.column_names}
+  return parse_parquet(data, path, required, only, repeated)
+
+
+def parse_parquet(
+  data: bytes,
+  path: epath.PathLike,
+  required: Sequence[str] = (),
+  only: Sequence[str] | None = None,
+  repeated: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+  """The table of a Parquet file's bytes; `path` is for messages, the rest as in `read_parquet`."""
+  how = {"columns": only and list(only), "read_dictionary": list(repeated), "page_checksum_verification": True}
+  try:
+    table = pq.read_table(io.BytesIO(data), **how)
+    table.validate(full=True)
+    missing = [name for name in required if name not in table.column_names]
+    if missing:
+      raise UserError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    return {name: _array(table.column(name)) for name in table.column_names}
+  except UserError:
+    raise
+  except Exception as error:  # of damaged bytes Arrow raises errors of many classes: OSError, KeyError, MemoryError ...
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise UserError(f"{path}: not a Parquet file, or a damaged one ({reason})") from error
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:
@@ -228,13 +305,24 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
   return column.to_numpy()
 
 
+SCORE_COLUMNS = ("example_id", "influence")
+
+
 def read_scores(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads `scores.parquet`: example_id, influence f32 [N] and the other columns that are there.
 
   Raises:
     UserError: no such table, no influence in it, an id twice, or an influence that is not a number.
   """
-  scores = read_parquet(path, required=("example_id", "influence"))
+  return checked_scores(read_parquet(path, required=SCORE_COLUMNS), path)
+
+
+def checked_scores(scores: dict[str, np.ndarray], path: epath.PathLike) -> dict[str, np.ndarray]:
+  """A table with `SCORE_COLUMNS`, when its ids and numbers can be scores; `path` is for messages.
+
+  Raises:
+    UserError: an id twice, or an influence that is not a number.
+  """
   bad = np.flatnonzero(~np.isfinite(scores["influence"]))
   if bad.size:
     names = ", ".join(map(str, scores["example_id"][bad[:3]]))

@@ -8,8 +8,9 @@ Orbax, so a killed run started again ends with the same numbers.
 import dataclasses
 import itertools
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,11 +20,16 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from in2core_jax import files, gradients, processes
+from in2core_jax import checkpoints, files, gradients, processes
+from in2core_jax.artifacts import RunDir
 from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
 from in2core_jax.packing import Packer
 from in2core_jax.subtree import Subtree
+
+log_ = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +199,7 @@ class Trainer:
       answered = int(np.count_nonzero(batch.weight))
       tokens, responses = tokens + seen, responses + answered
       if step < first:
+        log.was_done(step + 1, losses[step], seen)
         continue
       sub, state, loss = processes.settle(self._step(sub, state, frozen, self.place(batch), rates[step]))
       pending.append((step, loss, seen, rows))
@@ -235,7 +242,7 @@ class TrainLog:
 
   Attributes:
     folder: of the checkpoints; None keeps nothing.
-    metrics: JSONL file with step, loss, tokens, tokens_per_second; written with every checkpoint and at the end.
+    run_dir: gets metrics.jsonl with step, loss, tokens, tokens_per_second: with every checkpoint and at the end.
     every: steps between checkpoints.
     keep: checkpoints that stay, the newest ones; 0: all.
     meta: stored beside the checkpoint: what it depends on and how to use it.
@@ -245,7 +252,7 @@ class TrainLog:
   """
 
   folder: epath.Path | None = None
-  metrics: epath.Path | None = None
+  run_dir: RunDir | None = None
   every: int = 50
   keep: int = 2
   meta: dict = dataclasses.field(default_factory=dict)
@@ -261,26 +268,43 @@ class TrainLog:
       self._manager = ocp.CheckpointManager(files.absolute(self.folder), options=options)
 
   def restore(self, sub, state):
-    """(steps done, sub, state, losses) of the newest checkpoint, or the start."""
-    step = self._manager.latest_step() if self._manager else None
-    losses: list[float] = []
-    if step is not None:
-      found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore({"sub": sub, "optimizer": state}), meta=ocp.args.JsonRestore()
-        ),
-      )
-      stored, ours = (
-        {**meta, "checkpoint_every": 0} for meta in (found.meta["meta"], json.loads(json.dumps(self.meta)))
-      )
-      if stored != ours:  # how often it was saved changes no number
-        raise UserError(f"{self.folder} holds a training with other settings; use --overwrite or another --run_dir")
-      sub, state, losses = found.state["sub"], found.state["optimizer"], list(found.meta["losses"])
-    if step and self.metrics is not None and self.metrics.exists():
+    """(steps done, sub, state, losses) of the newest checkpoint that is whole, or the start; others are named."""
+    done, losses = 0, []
+    for step in sorted(self._manager.all_steps(), reverse=True) if self._manager else ():
+      found = self._read(step, {"sub": sub, "optimizer": state})
+      if found is not None:
+        done, (sub, state, losses) = step, found
+        break
+      self._manager.delete(step)  # it will be written again
+    if done and self.run_dir is not None and self.run_dir.holds(METRICS) and processes.is_writer():
       # Lines after the checkpoint belong to work that is done again.
-      self._lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-    return step or 0, sub, state, losses
+      lines = self.run_dir.read_bytes(METRICS).decode().splitlines()
+      self._lines = [line for line in lines if json.loads(line)["step"] <= done]
+    return done, sub, state, losses
+
+  def _read(self, step: int, like: dict) -> tuple[Any, Any, list[float]] | None:
+    """(sub, optimiser's state, losses) of a checkpoint, or None where it is damaged, which is told.
+
+    Raises:
+      UserError: it is of another training.
+    """
+    note = found = None
+    try:
+      note = checkpoints.read_note(self.folder, step)
+      found = checkpoints.restore(self.folder, step, like, note)
+    except UserError as error:
+      log_.warning("%s. The training goes on from an older checkpoint, or from its start", error)
+    if not processes.all_true(found is not None):
+      return None
+    stored, ours = ({**meta, "checkpoint_every": 0} for meta in (note.meta, json.loads(json.dumps(self.meta))))
+    if stored != ours:  # how often it was saved changes no number
+      raise UserError(f"{self.folder} holds a training with other settings; use --overwrite or another --run_dir")
+    return found["sub"], found["optimizer"], list(note.losses)
+
+  def was_done(self, step: int, loss: float, tokens: int) -> None:
+    """Notes a step that an earlier process has done, where its line is lost; nobody knows how fast it was."""
+    if len(self._lines) < step:
+      self._lines.append(json.dumps({"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": None}))
 
   def step(self, step: int, steps: int, loss: float, tokens: int) -> None:
     """Reports one finished step."""
@@ -300,17 +324,11 @@ class TrainLog:
     if self._manager is None:
       return
     self._write_metrics()  # first: a checkpoint has the lines of all its steps
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave({"sub": sub, "optimizer": state}),
-        meta=ocp.args.JsonSave({"meta": self.meta, "losses": list(losses)}),
-      ),
-    )
+    checkpoints.save(self._manager, step, {"sub": sub, "optimizer": state}, self.meta, losses)
 
   def _write_metrics(self) -> None:
-    if self.metrics is not None and processes.is_writer():
-      files.write_text(self.metrics, "".join(line + "\n" for line in self._lines))
+    if self.run_dir is not None:
+      self.run_dir.write_text(METRICS, "".join(line + "\n" for line in self._lines))
 
   def close(self) -> None:
     """Waits for writes and closes files."""
@@ -326,33 +344,47 @@ def checkpoint_hash(folder: epath.PathLike) -> str:
 
 
 def checkpoint_meta(folder: epath.PathLike) -> dict:
-  """The `meta` of the newest checkpoint in a folder.
+  """The `meta` of the newest checkpoint in a folder, with its step and what names its weights.
 
   Raises:
-    UserError: no checkpoint there.
+    UserError: no checkpoint there, or a damaged one.
   """
-  folder = files.absolute(folder)
-  if not folder.is_dir():
-    raise UserError(f"--checkpoint={folder}: there is no such folder; give the `checkpoint` folder of a finetune run")
-  with ocp.CheckpointManager(folder) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise UserError(
-        f"--checkpoint={folder}: no checkpoint in this folder; give the `checkpoint` folder of a finetune run"
-      )
-    try:
-      found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    except (KeyError, FileNotFoundError) as error:
-      raise UserError(
-        f"--checkpoint={folder}: {step} is no checkpoint of a finetune run; give its `checkpoint` folder"
-      ) from error
-  return found.meta["meta"] | {"step": step}
+  step, note = checkpoints.newest(folder)
+  return note.meta | {"step": step} | _named_weights(note)
+
+
+def _named_weights(note: checkpoints.Note) -> dict[str, str]:
+  """The hash of the trained weights; nothing where an older version has kept none."""
+  return {"weights_sha256": note.sha256["sub"]} if note.sha256 else {}
 
 
 def kept_steps(folder: epath.PathLike) -> list[int]:
   """Steps of the checkpoints in a folder, in order."""
-  with ocp.CheckpointManager(files.absolute(folder)) as manager:
-    return sorted(manager.all_steps())
+  return checkpoints.steps(folder)
+
+
+def steps_hash(folder: epath.PathLike, steps: Iterable[int]) -> str:
+  """Names the parameters of several checkpoints of a training, in identities."""
+  return files.hash_of({str(step): _named_weights(checkpoints.read_note(folder, step)) for step in steps})
+
+
+def is_finished(folder: epath.PathLike, steps: int, like) -> bool:
+  """Whether a training has saved its last step, and that is as it was written; what is not is named.
+
+  Args:
+    folder: of its checkpoints.
+    steps: of the training.
+    like: the trained subtree.
+  """
+  if kept_steps(folder)[-1:] != [steps]:
+    log_.warning("%s: the checkpoint of step %d is missing; it is trained again", folder, steps)
+    return False
+  try:
+    load_sub(folder, like)
+  except UserError as error:
+    log_.warning("%s. It is trained again", error)
+    return False
+  return True
 
 
 def step_weights(folder: epath.PathLike, steps: list[int]) -> dict[int, float]:
@@ -368,9 +400,9 @@ def load_sub(folder: epath.PathLike, like, step: int | None = None) -> Any:
   """The subtree of a checkpoint, the newest unless told, shaped like `like` (the optimiser's state stays on disk).
 
   Raises:
-    UserError: the checkpoint's subtree has other shapes.
+    UserError: the checkpoint's subtree has other shapes, is damaged, or is of another training than the newest one.
   """
-  restored = _restore(folder, step, {"sub": like})
+  restored = _restore(folder, step, {"sub": gradients.widen(like)})  # as it was trained and saved
   return jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), restored["sub"], like)
 
 
@@ -381,21 +413,15 @@ def load_state(folder: epath.PathLike, step: int, sub) -> Any:
   return _restore(folder, step, {"optimizer": state})["optimizer"]
 
 
-def _restore(folder: epath.PathLike, step: int | None, target: dict) -> dict:
-  folder = files.absolute(folder)
-  if step is None:
-    with ocp.CheckpointManager(folder) as manager:
-      step = manager.latest_step()
-  path = folder / str(step) / "state"
-  with ocp.PyTreeCheckpointer() as reader:
-    target = jax.tree.map(jnp.asarray, target)  # gives shapes, and the shardings to restore into
-    how = ocp.checkpoint_utils.construct_restore_args(target)
-    try:
-      return reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True))
-    except (ValueError, KeyError) as error:
-      raise UserError(
-        f"--checkpoint={folder}: its subtree does not fit this model: {str(error).splitlines()[0]}"
-      ) from error
+def _restore(folder: epath.PathLike, step: int | None, like: dict) -> dict:
+  last, newest = checkpoints.newest(folder)
+  step = last if step is None else step
+  note = newest if step == last else checkpoints.read_note(folder, step)
+  if note.meta != newest.meta:
+    raise UserError(
+      f"--checkpoint={folder}: step {step} is of another training than step {last}: fine-tune again with --overwrite"
+    )
+  return checkpoints.restore(folder, step, like, note)
 
 
 def subtree_meta(subtree: Subtree) -> dict:

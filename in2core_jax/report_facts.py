@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from matplotlib.figure import Figure
 
-from in2core_jax import evaluation, files, near_copies, report
+from in2core_jax import evaluation, near_copies, report
+from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
 
@@ -80,17 +80,16 @@ class SelectRun:
     Raises:
       UserError: a file is missing or damaged, or the data are others.
     """
-    folder = epath.Path(folder)
-    layers, queries = folder / "layer_scores.parquet", folder / "query_scores.parquet"
+    run, layers, queries = RunDir.load(folder), "layer_scores.parquet", "query_scores.parquet"
     return cls(
-      files.read_scores(folder / "scores.parquet"),
+      run.read_scores("scores.parquet"),
       train.records,
       train.truncated,
-      files.read_json(folder / "data_summary.json"),
-      files.read_json(folder / "summary.json"),
-      layers_of(files.read_parquet(layers)) if layers.exists() else None,
+      run.load_json("data_summary.json"),
+      run.load_json("summary.json"),
+      layers_of(run.read_parquet(layers)) if run.wrote(layers) else None,
       evals.records,
-      _query_scores(queries, evals.ids, len(train)) if queries.exists() else None,
+      _query_scores(run, queries, evals.ids, len(train)) if run.wrote(queries) else None,
       retrain,
     )
 
@@ -136,20 +135,20 @@ class SelectRun:
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_copies.near_copies(texts)]
 
 
-def _query_scores(path: epath.Path, ids: Sequence[str], size: int) -> np.ndarray:
+def _query_scores(run: RunDir, name: str, ids: Sequence[str], size: int) -> np.ndarray:
   """query_scores.parquet as float32 [Q, N], a row for each of the evaluation `ids`, whatever their order in the file.
 
   Raises:
     UserError: it is of other evaluation examples, or of other than `size` training examples.
   """
   names = ("query", "influence")
-  table = files.read_parquet(path, required=names, only=names, repeated=["query"])
+  table = run.read_parquet(name, required=names, only=names, repeated=["query"])
   there = table["query"][::size]
   fits = table["query"].size == len(ids) * size and sorted(there) == sorted(ids)
   if not fits or (table["query"].reshape(-1, size) != there[:, None]).any():
     raise UserError(
-      f"{path}: {table['query'].size} rows are not those of these {len(ids)} evaluation and {size} training examples: "
-      "the data are others"
+      f"{run.path / name}: {table['query'].size} rows are not those of these {len(ids)} evaluation and {size} training "
+      "examples: the data are others"
     )
   place = {name: row for row, name in enumerate(there)}
   return table["influence"].reshape(-1, size)[[place[name] for name in ids]]

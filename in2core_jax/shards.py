@@ -4,7 +4,8 @@ A killed run keeps its finished shards; the same command reads them and computes
 its bytes have the checksum that it names and it was written for the same work: anything else is named, and recomputed.
 
 A shard file is a line `in2core_jax shard 1 SHA256` (of all that follows), a line of JSON (index, identity, names,
-dtypes and shapes of the arrays), and the arrays' bytes, little-endian, row-major, by name. No pickle.
+dtypes and shapes of the arrays), and the arrays' bytes, little-endian, row-major, by name. No pickle. `pack` and
+`unpack` write and read this form for other files too, under a first word of their own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from in2core_jax.artifacts import RunDir
 log = logging.getLogger(__name__)
 
 _MAGIC = b"in2core_jax shard 1 "
-_HEAD = len(_MAGIC) + 64 + 1  # the magic, the checksum in hex, the line's end
-_SUFFIX = ".shard"
 _FOREIGN = "written for other settings, such as other --batch_tokens, --microbatch, --mesh or devices"
 
 
@@ -59,7 +58,7 @@ class ShardStore:
 
   def file(self, index: int):
     """The path of a shard."""
-    return self.path / f"{index:06d}{_SUFFIX}"
+    return self.path / f"{index:06d}{files.SHARD}"
 
   def write(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a shard, atomically; the same arrays give the same bytes.
@@ -68,20 +67,8 @@ class ShardStore:
       index: the shard's number, from 0.
       arrays: name -> array of any numeric or boolean dtype, bfloat16 included.
     """
-    arrays = {name: _little_endian(np.asarray(arrays[name])) for name in sorted(arrays)}
-    header = {
-      "index": index,
-      "identity_sha256": self.identity_sha256,
-      "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()},
-    }
-    body = b"".join(
-      [
-        files.canonical_json(header).encode(),
-        b"\n",
-        *(np.ascontiguousarray(array).tobytes() for array in arrays.values()),
-      ]
-    )
-    files.write_bytes(self.file(index), _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    header = {"index": index, "identity_sha256": self.identity_sha256}
+    files.write_bytes(self.file(index), pack(_MAGIC, header, arrays))
 
   def read(self, index: int) -> dict[str, np.ndarray] | None:
     """Reads a shard; None when there is none, or none to be trusted (a warning names the file and why)."""
@@ -90,41 +77,61 @@ class ShardStore:
       data = path.read_bytes()
     except FileNotFoundError:
       return None
-    reason = self._distrust(index, data)
-    if reason == _FOREIGN:
+    try:
+      header, arrays = unpack(_MAGIC, data)
+    except DamagedError as error:
+      log.warning("%s: %s; it is recomputed", path, error)
+      return None
+    if header["identity_sha256"] != self.identity_sha256:
       if not self._told_foreign:  # once: the others of the store will be so too
-        log.warning("%s: %s; shards like it are recomputed", path, reason)
+        log.warning("%s: %s; shards like it are recomputed", path, _FOREIGN)
       self._told_foreign = True
       return None
-    if reason:
-      log.warning("%s: %s; it is recomputed", path, reason)
-      return None
-    header, start = _header(data)
-    return _arrays(header, data, start)
-
-  def _distrust(self, index: int, data: bytes) -> str | None:
-    """Why a shard's bytes are not to be used, or None."""
-    if not data.startswith(_MAGIC):
-      return "not a shard" if data else "empty"
-    if hashlib.sha256(data[_HEAD:]).hexdigest().encode() != data[len(_MAGIC) : _HEAD - 1]:
-      return "damaged (its checksum does not fit)"
-    header, _ = _header(data)
-    if header["identity_sha256"] != self.identity_sha256:
-      return _FOREIGN
     if header["index"] != index:
-      return f"a copy of shard {header['index']}"
-    return None
+      log.warning("%s: a copy of shard %d; it is recomputed", path, header["index"])
+      return None
+    return arrays
 
   def done(self) -> tuple[int, ...]:
     """The numbers of the shards that `read` would return, in order. Reads every one of them."""
-    numbers = (re.fullmatch(rf"(\d{{6,}}){re.escape(_SUFFIX)}", path.name) for path in self.path.iterdir())
+    numbers = (re.fullmatch(rf"(\d{{6,}}){re.escape(files.SHARD)}", path.name) for path in self.path.iterdir())
     return tuple(sorted(i for i in (int(number[1]) for number in numbers if number) if self.read(i) is not None))
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
-  """The JSON line of a shard whose checksum fits, and where the arrays start."""
-  end = data.index(b"\n", _HEAD)
-  return json.loads(data[_HEAD:end]), end + 1
+class DamagedError(ValueError):
+  """Bytes that `pack` has not made, or that have changed since; the message says which, in a few words."""
+
+
+def pack(magic: bytes, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+  """Arrays and a JSON object as the bytes of a file whose first line holds the checksum of all others.
+
+  Args:
+    magic: how the file begins, with a blank at its end.
+    header: JSON object; it gets one more key, "arrays".
+    arrays: name -> array of any numeric or boolean dtype, bfloat16 included.
+  """
+  arrays = {name: _little_endian(np.asarray(arrays[name])) for name in sorted(arrays)}
+  head = {**header, "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()}}
+  parts = (np.ascontiguousarray(array).tobytes() for array in arrays.values())
+  body = b"".join([files.canonical_json(head).encode(), b"\n", *parts])
+  return magic + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def unpack(magic: bytes, data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Inverse of `pack`: (header, arrays), when every byte is as it was written.
+
+  Raises:
+    DamagedError: another file, or a damaged one.
+  """
+  if not data.startswith(magic):
+    raise DamagedError("damaged (it does not begin as it should)" if data else "empty")
+  start = len(magic) + 64 + 1  # the checksum in hex, the line's end
+  body = memoryview(data)[start:]
+  if data[len(magic) : start] != hashlib.sha256(body).hexdigest().encode() + b"\n":
+    raise DamagedError("damaged (its checksum does not fit)")
+  end = data.index(b"\n", start)
+  header = json.loads(data[start:end])
+  return header, _arrays(header, data, end + 1)
 
 
 def _arrays(header: Mapping[str, Any], data: bytes, start: int) -> dict[str, np.ndarray]:

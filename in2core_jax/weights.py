@@ -5,6 +5,7 @@ store [out, in] per layer. A reader takes every tensor of the file or refuses: a
 that the decoder computes something else than the file's author did.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -283,25 +284,13 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
 
 
 def hf_hash(path: str | pathlib.Path) -> str:
-  """Content hash of a Hugging Face folder that costs milliseconds for any size.
-
-  SHA-256 over config.json and, per weight file, its size, its header (names, types, shapes) and of every tensor up to
-  64 pieces of 256 bytes spread evenly over it. Training touches every piece of a matrix, so another checkpoint has
-  another hash; a single number changed by hand inside a large tensor may go unseen.
-  """
+  """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
   folder = pathlib.Path(path)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  for file in sorted(set(_hf_files(folder).values())):
-    data = np.memmap(file, np.uint8, mode="r")
-    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = data[8:begin].tobytes()
-    digest.update(f"{file.name} {data.size}".encode() + header)
-    for name, entry in json.loads(header).items():
-      if name == "__metadata__":
-        continue
-      start, stop = (begin + offset for offset in entry["data_offsets"])
-      for position in sorted({int(p) for p in np.linspace(start, max(start, stop - 256), 64)}):
-        digest.update(data[position : min(stop, position + 256)].tobytes())
+  weight_files = sorted(set(_hf_files(folder).values()))
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+    for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
+      digest.update(f"{file.name} {content}\n".encode())
   return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 
 import pytest
@@ -11,7 +10,7 @@ from absl import flags as absl_flags
 
 from experiments import dry_run, fitting, flags, hardware, planning, scaling, solving, workbench
 from experiments.pricing import Described, Pricer
-from in2core_jax import costs, packing, weights
+from in2core_jax import artifacts, costs, packing, weights
 from in2core_jax.errors import UserError
 
 quick_compile = tiny.quick_compile
@@ -94,7 +93,7 @@ def test_training_takes_the_steps_of_the_recipe(bench):
 
 @pytest.mark.parametrize(("policy", "trainings"), [("opponents", 1 + 6), ("bm25", 1 + 6 + 3), ("random", 1 + 6)])
 def test_a_select_run_in_a_sweep_names_its_policy(tmp_path, policy, trainings):
-  (tmp_path / "summary.json").write_text(json.dumps({"policy": policy}))
+  artifacts.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": policy})
   s = flags.Settings(policies="full,opponents,random", seeds="0", fixed_seeds="", fractions="0.1,0.2,0.5")
   s = s.replace(select_runs=str(tmp_path))
   assert planning.num_trainings(s) == (trainings, trainings)
@@ -120,7 +119,7 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
 
 def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   """Of as many examples as are kept, whichever flag or run says so."""
-  (tmp_path / "summary.json").write_text(json.dumps({"policy": "matching", "selected": 4}))
+  artifacts.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
   own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
   tokens = bench.parts["train"].num_tokens
   steps = named(planning.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops

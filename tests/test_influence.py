@@ -533,10 +533,10 @@ def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, cap
   assert "factors of an earlier fit" in text
   tiny.assert_trees_equal(reused, first)
   # A file of another fit under this name, half a file, a flipped bit: a warning, a new fit, and the file is mended.
-  ekfac_file.save(tmp_path / "other.npz", influence.fit_ekfac(d.problem, settings, d.data), "of other weights")
+  ekfac_file.save(tmp_path / "other.ekfac", influence.fit_ekfac(d.problem, settings, d.data), "of other weights")
   flipped = bytearray(stored)
   flipped[len(stored) // 2] ^= 1
-  for bad in ((tmp_path / "other.npz").read_bytes(), stored[: len(stored) // 2], bytes(flipped)):
+  for bad in ((tmp_path / "other.ekfac").read_bytes(), stored[: len(stored) // 2], bytes(flipped)):
     path.write_bytes(bad)
     mended, text = again()
     assert "EK-FAC is fitted again" in text and path.read_bytes() == stored

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from in2core_jax import data, files, near_copies, report, report_charts, report_facts
+from in2core_jax import data, near_copies, report, report_charts, report_facts
+from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from tests.made_run import make_record, make_records, make_run, make_summary
 
@@ -207,15 +208,16 @@ def test_query_scores_go_to_their_evaluation_examples(tmp_path):
     name, tuple(records), *[[np.zeros(1, np.int32)] * len(records)] * 2, np.zeros(len(records), bool)
   )
   train, evals = part("train", made.records), part("eval", made.query_records)
-  files.write_parquet(tmp_path / "scores.parquet", made.columns)
-  files.write_json(tmp_path / "data_summary.json", made.data)
-  files.write_json(tmp_path / "summary.json", made.summary)
+  run = RunDir.open(tmp_path, {})
+  run.write_parquet("scores.parquet", made.columns)
+  run.write_json("data_summary.json", made.data)
+  run.write_json("summary.json", made.summary)
   written = {
     "query": np.repeat(np.array(evals.ids, dtype=object), 5),
     "example": np.tile(np.array(train.ids, dtype=object), 4),
     "influence": made.queries.reshape(-1),
   }
-  files.write_parquet(tmp_path / "query_scores.parquet", written)
+  run.write_parquet("query_scores.parquet", written)
   for rows in ([0, 1, 2, 3], [2, 0, 3, 1]):
     loaded = report_facts.SelectRun.load(tmp_path, train, part("eval", [made.query_records[row] for row in rows]))
     np.testing.assert_array_equal(loaded.queries, made.queries[rows])
@@ -226,7 +228,7 @@ def test_query_scores_go_to_their_evaluation_examples(tmp_path):
       report_facts.SelectRun.load(tmp_path, examples, queries)
   mixed = written | {"query": written["query"][::-1].copy()}
   mixed["query"][[0, 19]] = mixed["query"][[19, 0]]
-  files.write_parquet(tmp_path / "query_scores.parquet", mixed)
+  run.write_parquet("query_scores.parquet", mixed)
   with pytest.raises(UserError, match="the data are others"):
     report_facts.SelectRun.load(tmp_path, train, evals)
 

@@ -88,7 +88,8 @@ def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   rows = np.arange(16)
   judge, asked = Judge(bench, settings, [rows]), iter([False, True])
   packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
-  log = finetune_lib.TrainLog(metrics=tmp_path / "metrics.jsonl", stop_requested=lambda: next(asked))
+  run_dir = artifacts.RunDir.open(tmp_path, {})
+  log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
   result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
   assert len(result.losses) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -439,7 +440,7 @@ def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
   np.testing.assert_allclose(scores[0], scores[2], rtol=1e-4, atol=1e-5 * np.abs(scores[2]).max())
   np.testing.assert_array_equal(scores[0], scores[1])
   kept = [path.suffix for path in (tmp_path / "boundary").iterdir()]
-  assert kept and set(kept) == {".bin"}
+  assert kept and set(kept) == {".bin", ".sha256"}
 
 
 def test_lora_trains_and_scores(settings, bench, tmp_path):

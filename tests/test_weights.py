@@ -293,6 +293,12 @@ def test_folder_hash_follows_the_content(tmp_path):
   weights.save_hf_dir(moved, CONFIG, make_params(CONFIG))
   assert weights.hf_hash(first) == weights.hf_hash(moved) != weights.hf_hash(second)
   before = weights.hf_hash(moved)
+  whole = (moved / "model.safetensors").read_bytes()
+  for at in (len(whole) // 3, len(whole) // 2, len(whole) - 1):  # any one bit
+    (moved / "model.safetensors").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert weights.hf_hash(moved) != before
+  (moved / "model.safetensors").write_bytes(whole)
+  assert weights.hf_hash(moved) == before
   edit_tensors(
     moved, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.2.mlp.up_proj.weight"] * 1.01})
   )
