@@ -149,6 +149,14 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
   heads = values["num_attention_heads"]
   if values.get("head_dim") is None and values["hidden_size"] % heads:
     raise UserError(f"{origin}: hidden_size {values['hidden_size']} is not a multiple of {heads} heads; give head_dim")
+  shared, head_dim = (
+    values.get("num_key_value_heads") or heads,
+    values.get("head_dim") or values["hidden_size"] // heads,
+  )
+  if heads % shared:
+    raise UserError(f"{origin}: num_key_value_heads: {heads} heads cannot share {shared} key-value heads evenly")
+  if head_dim % 2:
+    raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embeddings need pairs")
   # Llama ignores the key; Qwen2 uses it only with use_sliding_window, which is refused above.
   family = {"sliding_window": values["sliding_window"] if kind == "mistral" else None}
   if kind == "gemma3_text":
@@ -160,8 +168,8 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     intermediate_size=values["intermediate_size"],
     num_layers=values["num_hidden_layers"],
     num_heads=heads,
-    num_kv_heads=values.get("num_key_value_heads") or heads,
-    head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+    num_kv_heads=shared,
+    head_dim=head_dim,
     rope_theta=theta,
     rms_eps=float(values["rms_norm_eps"]),
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),

@@ -255,6 +255,8 @@ def expand(path: str) -> pathlib.Path:
   """
   try:
     found = pathlib.Path(path).expanduser()
+    if "\0" in path:  # pathlib says of such a name only that nothing is there
+      raise ValueError("it holds a zero byte")
     found.exists()
   except RuntimeError as error:
     raise UserError(f"{path}: no home directory is known for ~: write the whole path") from error

@@ -265,9 +265,10 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
   if not all(name in where for name in pair):
     return config
   embedding, head = (model_files.open_safetensors(where[name]).get_slice(name) for name in pair)
-  rows, same = 4096, embedding.get_shape() == head.get_shape()
-  for start in range(0, embedding.get_shape()[0], rows):
-    same = same and np.array_equal(embedding[start : start + rows], head[start : start + rows])
+  count, same = embedding.get_shape()[0], embedding.get_shape() == head.get_shape()
+  for start in range(0, count, 4096):
+    stop = min(count, start + 4096)
+    same = same and np.array_equal(embedding[start:stop], head[start:stop])
   if same:
     return config
   model_files.say(
@@ -455,13 +456,11 @@ def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
   stored = set(stored)
   if expected - stored == {HF_NAMES["lm_head/kernel"]}:
     return "config.json does not say tie_word_embeddings true; if the model is tied, write it there"
-  if {name.removeprefix("model.") for name in expected} & stored:
+  if any(re.search(_QUANTISED, name) for name in stored):
+    return _STRANGE[_QUANTISED]
+  if not any(name.startswith("model.") for name in stored) and {n.removeprefix("model.") for n in expected} & stored:
     return "the folder holds a model without language-model head (names without model.); save it as a CausalLM"
-  return (
-    _why_strange(stored)
-    if any(re.search(_QUANTISED, name) for name in stored)
-    else ("the file is incomplete or of another architecture")
-  )
+  return "the file is incomplete or of another architecture"
 
 
 def _why_strange(stored: Iterable[str]) -> str:
