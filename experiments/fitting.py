@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from in2core_jax import adapters, costs, finetune, gradients, memory, model, packing, processes, sharding, subtree
 from in2core_jax.batches import Batch
 from in2core_jax.errors import UserError
+from in2core_jax.timing import host_bytes
 
 if TYPE_CHECKING:
   from experiments.flags import Settings
@@ -51,14 +50,6 @@ def device_bytes(device: Any) -> int:
   if "bytes_limit" not in stats:
     raise UserError(f"{device} does not tell how much memory it has: give --batch_tokens a number, such as 8192")
   return int(stats["bytes_limit"])
-
-
-def host_bytes() -> int:
-  """Memory of this machine, or of the container that the process runs in."""
-  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-  text = limit.read_text().strip() if limit.is_file() else "max"
-  return total if text == "max" else min(total, int(text))
 
 
 def usable_bytes(device: Any) -> int:

@@ -24,6 +24,8 @@ class ModelConfig:
     global_every: every so many layers a global one, with `rope_theta`, `rope_scaling` and no window; the layers between
       are local, with `local_rope_theta` and `sliding_window`. None: all layers are alike.
     local_rope_theta: of local layers.
+    carried: JSON text of what came with the model and export writes back (`hf_config.carry`): no computation uses it,
+      so it is no part of the model's identity.
   """
 
   vocab_size: int
@@ -47,6 +49,7 @@ class ModelConfig:
   query_scalar: float | None = None
   global_every: int | None = None
   local_rope_theta: float = 10000.0
+  carried: str = dataclasses.field(default="", repr=False, compare=False)
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:

@@ -5,6 +5,7 @@ round, and ratios are taken within a round before the median over the rounds.
 """
 
 import dataclasses
+import os
 import pathlib
 import resource
 import sys
@@ -157,3 +158,11 @@ def device_bytes(tree, device: jax.Device) -> int:
   return sum(
     shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.device == device
   )
+
+
+def host_bytes() -> int:
+  """Memory of this machine, or of the container that the process runs in."""
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+  text = limit.read_text().strip() if limit.is_file() else "max"
+  return total if text == "max" else min(total, int(text))

@@ -17,15 +17,17 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from in2core_jax import assets, hf_config, model
+from in2core_jax import assets, hf_config, model, model_files
 from in2core_jax import tokenizer as tokenizer_lib
 from in2core_jax.errors import UserError
-from in2core_jax.gguf_file import GgufFile, Place, parts_of, read_gguf
+from in2core_jax.gguf_config import gguf_config
+from in2core_jax.gguf_file import Place, parts_of, read_gguf
 from in2core_jax.model_config import ModelConfig
+from in2core_jax.model_schema import plain
+from in2core_jax.timing import host_bytes
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
@@ -78,6 +80,13 @@ HF_POST_NORM_NAMES = HF_NAMES | {
 }
 # Tensors that old exports carry and that follow from the configuration.
 HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+_QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
+_STRANGE = {
+  _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
+  r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
+  r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
+  r"experts|_exps": "a mixture of experts, which this decoder is not",
+}
 GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/k_proj/kernel": "num_kv_heads"}
 
 
@@ -119,9 +128,9 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
     return _fewer_layers(spec, config, layers), tokenizer
   kind, path = _parse_spec(spec)
   if kind == "gguf":
-    return _gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
+    return gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
   if kind == "hf":
-    return hf_config.read_config(path / "config.json"), tokenizer_lib.tokenizer_from_dir(path)
+    return _hf_config(path), tokenizer_lib.tokenizer_from_dir(path)
   config = hf_config.read_config(path)
   return config, _embedded_tokenizer(path, config)
 
@@ -153,10 +162,16 @@ def _parse_spec(spec: str) -> tuple[str, Any]:
   """(hf, gguf or random; its folder or file, or the parts of its file)."""
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
-  kind, _, rest = spec.partition(":")
-  if kind not in ("hf", "gguf", "random") or not rest:
-    raise UserError(f"--model={spec} is not understood; use {SPECS}")
-  return kind, pathlib.Path(rest).expanduser()
+  kind, _, rest = full_spec(spec).partition(":")
+  path = model_files.expand(rest)
+  if kind == "random" and path.is_dir():
+    raise UserError(f"--model={spec}: random: takes a file: give random:{path / 'config.json'}, or hf:{path}")
+  return kind, path
+
+
+def full_spec(spec: str) -> str:
+  """What `--model` says with its kind in front: a bare path becomes hf: or gguf: where it is one."""
+  return spec if spec.startswith("truncated:") else model_files.full_spec(spec, tuple(EMBEDDED_MODELS), SPECS)
 
 
 def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
@@ -189,7 +204,7 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
   """
   dtype = _dtype(dtype)
   file = read_gguf(place)
-  config = _gguf_config(file)
+  config = gguf_config(file)
 
   def read(name: str, leaf: str) -> np.ndarray:
     array = file.read(name)
@@ -200,7 +215,8 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
     heads = getattr(config, GGUF_ROTARY[leaf])
     return array.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
-  return config, _assemble(config, GGUF_NAMES, set(file.tensors), read, dtype, str(file.path))
+  stored = {name: tensor.shape for name, tensor in file.tensors.items()}
+  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
 
 
 def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
@@ -218,33 +234,62 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
       over, misshapen or with NaN; each is named.
   """
   dtype, folder = _dtype(dtype), pathlib.Path(path)
-  config = hf_config.read_config(folder / "config.json")
-  where = _hf_files(folder)
-  handles = {file: _open_safetensors(file) for file in sorted(set(where.values()))}
+  config, where = _hf_config(folder), _hf_files(folder)
+  handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
 
   def read(name: str, leaf: str) -> np.ndarray:
-    stored = handles[where[name]].get_slice(name).get_dtype()
-    if stored not in ("F64", "F32", "F16", "BF16"):
-      raise UserError(f"{where[name]}: tensor {name} is stored as {stored}; convert it to float32, float16 or bfloat16")
     return handles[where[name]].get_tensor(name)
 
-  missing = [name for name, file in where.items() if name not in set(handles[file].keys())]
-  if missing:
-    raise UserError(f"{where[missing[0]]}: the index says that it holds {missing[0]}, but it does not; fetch it again")
   ignored = {name for name in where if re.fullmatch(HF_IGNORED, name)}
   if config.tie_embeddings:
-    ignored.add(HF_NAMES["lm_head/kernel"])  # some exports write the tied matrix twice
-  return config, _assemble(config, _hf_names(config), set(where) - ignored, read, dtype, str(folder))
+    ignored.add(HF_NAMES["lm_head/kernel"])  # equal to the embedding: some exports write the tied matrix twice
+  names, stored = _hf_names(config), {}
+  for name in where.keys() - ignored:
+    header = handles[where[name]].get_slice(name)
+    stored[name] = tuple(header.get_shape())
+    if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+      raise UserError(
+        f"{where[name]}: tensor {plain(name)} is stored as {header.get_dtype()}; convert it to float32, float16 or "
+        "bfloat16 (of a quantised checkpoint use the unquantised one)"
+      )
+  return config, _assemble(config, names, stored, read, dtype, str(folder))
+
+
+def _hf_config(folder: pathlib.Path) -> ModelConfig:
+  """The shape that config.json states; untied where a tied model stores a head that is not its embedding."""
+  model_files.check_folder(folder)
+  config = hf_config.read_config(folder / "config.json")
+  if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+    return config
+  where = _hf_files(folder)
+  pair = [HF_NAMES[leaf] for leaf in ("embed/embedding", "lm_head/kernel")]
+  if not all(name in where for name in pair):
+    return config
+  embedding, head = (model_files.open_safetensors(where[name]).get_slice(name) for name in pair)
+  count, same = embedding.get_shape()[0], embedding.get_shape() == head.get_shape()
+  for start in range(0, count, 4096):
+    stop = min(count, start + 4096)
+    same = same and np.array_equal(embedding[start:stop], head[start:stop])
+  if same:
+    return config
+  model_files.say(
+    f"{folder}: config.json says tie_word_embeddings, but the stored {pair[1]} is not the embedding: it is used, "
+    "untied, as transformers does; write tie_word_embeddings false into config.json"
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tuple[ModelConfig, Any]:
   """Random weights for a configuration with the keys of a Hugging Face config.json; same seed, same weights."""
   config = hf_config.read_config(pathlib.Path(path))
+  _check_memory(config, np.dtype(np.float32), str(path))  # drawn in float32, then rounded
   return config, model.init_params(config, jax.random.key(seed), _dtype(dtype))
 
 
 def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer=None) -> None:
-  """Writes config.json and model.safetensors (and the tokenizer) for transformers to load.
+  """Writes config.json, model.safetensors and what the model came with, for transformers to load.
+
+  Kept of the source (`config.carried`): max_position_embeddings, token ids, generation_config.json.
 
   LoRA factors are folded in: W + A B, added in float32 and rounded to the dtype of W.
 
@@ -255,7 +300,8 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
     tokenizer: a transformers tokenizer, saved beside the weights when given.
 
   Raises:
-    UserError: a configuration that no known Hugging Face model type expresses, or leaves that have no place there.
+    UserError: a configuration that no known Hugging Face model type expresses, leaves that have no place there, or a
+      folder with other weights.
   """
   folder = pathlib.Path(path)
   leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), _hf_names(config)
@@ -271,10 +317,19 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
     for i, row in rows:
       tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
   values = hf_config.write_config(config, tensors[HF_NAMES["embed/embedding"]].dtype.name)
+  foreign = sorted({*folder.glob("*.safetensors*"), *folder.glob("adapter_*")} - {folder / "model.safetensors"})
+  if foreign:
+    raise UserError(f"export to {folder}: {foreign[0].name} of another model is there; give an empty folder")
   folder.mkdir(parents=True, exist_ok=True)
   if tokenizer is not None:
     tokenizer.save_pretrained(folder)
-    values |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    values = ids | values  # what the model itself came with is more exact: it may end a text with several tokens
+  generation = json.loads(config.carried)["generation_config"] if config.carried else None
+  if generation is not None:
+    partial = folder / "generation_config.json.partial"
+    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "generation_config.json")
   partial = folder / "model.safetensors.partial"
   safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
   partial.replace(folder / "model.safetensors")
@@ -306,6 +361,11 @@ def _hf_names(config: ModelConfig) -> dict[str, str]:
   return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
 
 
+def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Tensor name -> safetensors file that holds it."""
+  return model_files.weight_files(folder)
+
+
 def _file_hash(place: Place) -> str:
   """SHA-256 of a file's content, however many parts it comes in."""
   digest = hashlib.sha256()
@@ -316,10 +376,27 @@ def _file_hash(place: Place) -> str:
   return digest.hexdigest()
 
 
+def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
+  """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
+  heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
+  layer = 2 * heads * width + 3 * width * config.intermediate_size
+  count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
+  need, there = count * dtype.itemsize, host_bytes()
+  if need > there:
+    raise UserError(
+      f"{origin}: its {count:,} parameters take {need / 1e9:,.0f} GB as {dtype.name}, and this machine has "
+      f"{there / 1e9:,.0f} GB of memory: use a smaller model or a larger machine"
+    )
+
+
 def _assemble(
-  config: ModelConfig, names: dict[str, str], stored: set[str], read: Callable, dtype: np.dtype, origin: str
+  config: ModelConfig, names: dict[str, str], stored: dict[str, tuple[int, ...]], read: Callable, dtype, origin: str
 ) -> dict:
-  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time."""
+  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
+
+  Names and shapes, `stored`, are compared before anything is allocated.
+  """
+  _check_memory(config, dtype, origin)
   shapes = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
   shapes = {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
   strange = sorted(leaf for leaf in shapes if leaf not in names)
@@ -330,21 +407,24 @@ def _assemble(
     leaf: [names[leaf].format(i=i) for i in (layers if leaf.startswith("layers/") else (0,))] for leaf in shapes
   }
   expected = {name for group in wanted.values() for name in group}
-  _refuse(origin, expected - stored, "tensors are missing", "the file is incomplete or of another architecture")
-  _refuse(origin, stored - expected, "tensors are not part of this decoder", "the model is of another architecture")
+  _refuse(origin, expected - stored.keys(), "tensors are missing", _why_missing(expected, stored.keys()))
+  _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
+  for leaf, shape in shapes.items():
+    right = shape[1:] if leaf.startswith("layers/") else shape
+    for name in wanted[leaf]:
+      found = stored[name][::-1] if leaf.endswith("/kernel") else stored[name]
+      if found != right:
+        raise UserError(
+          f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
+          "file and configuration do not belong together"
+        )
   params = {}
   for leaf, shape in shapes.items():
     stacked = np.empty(shape, dtype)
     for i, name in enumerate(wanted[leaf]):
       target = stacked[i] if leaf.startswith("layers/") else stacked
       array = read(name, leaf)
-      array = array.T if leaf.endswith("/kernel") else array
-      if array.shape != target.shape:
-        raise UserError(
-          f"{origin}: tensor {name} is {array.shape} ([in, out]), the configuration asks for {target.shape}; "
-          "file and configuration do not belong together"
-        )
-      target[...] = array
+      target[...] = array.T if leaf.endswith("/kernel") else array
       if not np.isfinite(target).all():
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
@@ -358,97 +438,25 @@ def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
   listed = sorted(names)
   if listed:
     more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise UserError(f"{origin}: {what}: {', '.join(listed[:5])}{more}; {why}")
+    raise UserError(f"{origin}: {what}: {', '.join(map(plain, listed[:5]))}{more}; {why}")
 
 
-def _gguf_config(file: GgufFile) -> ModelConfig:
-  """The shape that a GGUF file of a known architecture states in its metadata."""
-  values, origin = file.metadata, str(file.path)
-  architecture = values.get("general.architecture")
-  if architecture not in ("llama", "gemma3"):
-    raise UserError(
-      f"{origin}: architecture {architecture!r} is not supported; known: llama (Llama, Mistral, SmolLM2), gemma3"
-    )
-  embedding = file.tensors.get(GGUF_NAMES["embed/embedding"])
-  if embedding is None:
-    raise UserError(f"{origin}: tensor {GGUF_NAMES['embed/embedding']} is missing; the file is incomplete")
-
-  def get(key: str, default=None):
-    value = values.get(f"{architecture}.{key}", default)
-    if value is None:
-      raise UserError(f"{origin}: metadata {architecture}.{key} is missing; the file is incomplete")
-    # The file holds float32: 9.99999975e-06 was written as 1e-05.
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-  heads = get("attention.head_count")
-  head_dim = get("attention.key_length", get("embedding_length") // heads)
-  scaling = values.get(f"{architecture}.rope.scaling.type", "none")
-  partial_rotary = get("rope.dimension_count", head_dim) != head_dim
-  if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors or partial_rotary:
-    raise UserError(
-      f"{origin}: its rotary frequencies are scaled in a way that is not read from GGUF; use the model's hf: folder"
-    )
-  factor = (("factor", get("rope.scaling.factor")), ("rope_type", "linear")) if scaling == "linear" else None
-  if architecture == "llama":
-    family = {"sliding_window": values.get("llama.attention.sliding_window")}
-  else:
-    family = _gemma3_traits(get, origin)
-  return ModelConfig(
-    vocab_size=embedding.shape[0],
-    hidden_size=get("embedding_length"),
-    intermediate_size=get("feed_forward_length"),
-    num_layers=get("block_count"),
-    num_heads=heads,
-    num_kv_heads=get("attention.head_count_kv", heads),
-    head_dim=head_dim,
-    rope_theta=get("rope.freq_base", 10000.0),
-    rms_eps=get("attention.layer_norm_rms_epsilon"),
-    tie_embeddings=GGUF_NAMES["lm_head/kernel"] not in file.tensors,
-    rope_scaling=factor,
-    **family,
-  )
+def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
+  stored = set(stored)
+  if expected - stored == {HF_NAMES["lm_head/kernel"]}:
+    return "config.json does not say tie_word_embeddings true; if the model is tied, write it there"
+  if any(re.search(_QUANTISED, name) for name in stored):
+    return _STRANGE[_QUANTISED]
+  if not any(name.startswith("model.") for name in stored) and {n.removeprefix("model.") for n in expected} & stored:
+    return "the folder holds a model without language-model head (names without model.); save it as a CausalLM"
+  return "the file is incomplete or of another architecture"
 
 
-def _gemma3_traits(get: Callable, origin: str) -> dict[str, Any]:
-  """What files of the architecture gemma3 leave to the program that reads them (llama.cpp holds the same constants)."""
-  if get("block_count") == 62 or get("final_logit_softcapping", 0.0) or get("attention.sliding_window_pattern", 6) != 6:
-    raise UserError(
-      f"{origin}: Gemma 3 27B, capped logits and other turns of local and global layers than five to one are not read "
-      "from GGUF; use the model's hf: folder"
-    )
-  return hf_config.GEMMA3 | {
-    "sliding_window": get("attention.sliding_window"),
-    "global_every": 6,
-    "local_rope_theta": get("rope.freq_base_swa", 10000.0),
-    "query_scalar": float(get("attention.key_length")),
-  }
-
-
-def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Tensor name -> safetensors file that holds it."""
-  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-  if single.is_file():
-    return dict.fromkeys(_open_safetensors(single).keys(), single)
-  if not index.is_file():
-    pickled = " Pickled weights (*.bin) are never loaded: save them as safetensors." if [*folder.glob("*.bin")] else ""
-    raise UserError(f"{folder}: neither {single.name} nor {index.name} is there; give a Hugging Face folder.{pickled}")
-  try:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-    raise UserError(f"{index}: not a safetensors index ({error!r}); fetch it again") from error
-  absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-  if absent:
-    raise UserError(
-      f"{folder}: {len(absent)} shards named in {index.name} are missing: {', '.join(absent[:5])}; fetch them"
-    )
-  return {name: folder / file for name, file in weight_map.items()}
-
-
-def _open_safetensors(file: pathlib.Path):
-  try:
-    return safetensors.safe_open(file, framework="np")
-  except safetensors.SafetensorError as error:
-    raise UserError(f"{file}: not a complete safetensors file ({error}); fetch it again") from error
+def _why_strange(stored: Iterable[str]) -> str:
+  for pattern, why in _STRANGE.items():
+    if any(re.search(pattern, name) for name in stored):
+      return why
+  return "the model is of another architecture"
 
 
 def _fold_lora(params) -> dict:
