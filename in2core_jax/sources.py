@@ -6,67 +6,199 @@ To add a source: a function that yields `Item`s, and its word in `load_records`.
 from __future__ import annotations
 
 import json
+import math
+import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from in2core_jax.assets import asset_path
-from in2core_jax.errors import UserError
-from in2core_jax.records import Item, Record, parse_fields, shorten, to_records
+from in2core_jax.errors import UserError, printable
+from in2core_jax.json_files import json_items
+from in2core_jax.records import BadRecords, Item, Record, shorten, to_records
+from in2core_jax.shapes import ROLES
 
 _KNOWN_SOURCES = "chatterbot[:topic,topic], jsonl:PATH, tfds:NAME/SPLIT[@DATA_DIR], or several of them joined by +"
 _JOINED = re.compile(r"\+(?=chatterbot(?:[:+]|$)|jsonl:|tfds:)")
+_NAMES_SOURCE = re.compile(rf"(.+?)=((?:{'|'.join(ROLES)})\s*=.*)", re.DOTALL)
+_ROLE_FIRST = re.compile(rf"\s*(?:{'|'.join(ROLES)})\s*=")
 
 
-def load_records(spec: str, data_fields: str | None = None) -> list[Record]:
+def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | None = None) -> list[Record]:
   """Reads all records of a source.
 
   Args:
-    spec: `chatterbot[:topic,topic]` (the installed corpus), `jsonl:PATH` (JSON lines or one JSON array) or
-      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow). Several of them
-      are joined by `+`: `chatterbot+jsonl:PATH` is a mixed pool.
-    data_fields: columns by role, `prompt=question,response=answer,id=key,topic=kind`, for records of another shape;
-      in a mixed pool they are those of its files and prepared sets, and the corpus goes without.
+    spec: `chatterbot[:topic,topic]` (the installed corpus), `jsonl:PATH` (JSON lines or one JSON array; the path alone
+      will do) or `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow).
+      Several of them are joined by `+`: `chatterbot+jsonl:PATH` is a mixed pool.
+    data_fields: columns by role, see `parse_fields`; the corpus goes without.
+    bad: gets the records that cannot be read; those of other sources than `spec` may be in it. When None, they are an
+      error.
 
   Returns:
     The records in source order, with unique ids.
 
   Raises:
-    UserError: unknown source, missing or broken file, unknown column or record shape, wrong types, one given id for
-      two different conversations, no record at all, or no response in any record.
+    UserError: unknown source, missing or broken file, unknown column, records that cannot be read, no record at all, or
+      no response in any record.
   """
-  fields = parse_fields(data_fields)
-  if fields and not has_columns(spec):
+  groups = parse_fields(data_fields)
+  parts = split_spec(spec)
+  if groups and not has_columns(spec):
     raise UserError(f"data_fields={data_fields}: the chatterbot source has no columns; leave data_fields out")
-  records = to_records([item for part in _JOINED.split(spec) for item in _items(part)], fields)
+  collected = BadRecords() if bad is None else bad
+  before = len(collected)
+  records = to_records([item for part in parts for item in _items(part, fields_of(part, groups), collected)], collected)
+  if bad is None:
+    collected.raise_if_any()
+  if len(collected) > before and not records:
+    raise UserError(
+      printable(
+        f"{spec}: none of its {len(collected) - before} records can be used; the first is {collected.kept[-1]['place']}: "
+        f"{collected.kept[-1]['reason']}"
+      )
+    )
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
   if not any(record.has_response for record in records):
     raise UserError(
       f"{spec}: none of the {len(records)} records has a response (a non-empty assistant turn), so there is nothing to "
-      f"learn from; the first is {records[0].source}:{records[0].line} {shorten(records[0].raw)}"
+      f"learn from; the first is {records[0].place} {shorten(records[0].raw)}"
     )
   return records
 
 
+def parse_fields(data_fields: str | None) -> dict[str, dict[str, str]]:
+  """Parses `ROLE=COLUMN,ROLE=COLUMN`, for all sources, or several of them: `SOURCE=ROLE=COLUMN,...;SOURCE=...`.
+
+  Returns:
+    {source, as it was written, or "" for all others: {role: column}}.
+
+  Raises:
+    UserError: names the roles that exist.
+  """
+  groups: dict[str, dict[str, str]] = {}
+  # A semicolon that no ROLE= or SOURCE= follows belongs to the name of a column.
+  for group in re.split(r";(?=[^;,]*=)", data_fields or ""):
+    source, rest = "", group
+    named = _NAMES_SOURCE.match(group)
+    if named and not _ROLE_FIRST.match(group):
+      source, rest = named[1].strip(), named[2]
+    fields = groups.setdefault(source, {})
+    for part in rest.split(","):
+      if not part.strip():
+        continue
+      role, equals, column = (text.strip() for text in part.partition("="))
+      if not equals or not column or role not in ROLES or role in fields:
+        raise UserError(
+          f"data_fields={data_fields!r}: cannot use {part.strip()!r}; write ROLE=COLUMN once per role, separated by "
+          f"commas, or SOURCE=ROLE=COLUMN,...;SOURCE=ROLE=COLUMN,...; roles: {', '.join(ROLES)}"
+        )
+      fields[role] = column
+  return {source: fields for source, fields in groups.items() if fields}
+
+
+def fields_of(part: str, groups: Mapping[str, dict[str, str]]) -> dict[str, str]:
+  """The columns of one source: those that name it, or else those for all."""
+  if part.partition(":")[0] == "chatterbot":
+    return {}
+  return next((groups[name] for name in (part, part.removeprefix("jsonl:")) if name in groups), groups.get("", {}))
+
+
+def check_fields(data_fields: str | None, specs: Iterable[str]) -> None:
+  """Refuses --data_fields of a source that none of the data flags has, which would be passed over.
+
+  Raises:
+    UserError: names the sources.
+  """
+  parts = [part for spec in specs for part in split_spec(spec)]
+  known = {name for part in parts for name in (part, part.removeprefix("jsonl:"))}
+  for source in parse_fields(data_fields):
+    if source and source not in known:
+      raise UserError(f"data_fields={data_fields!r}: there is no source {source!r}; the sources: {', '.join(parts)}")
+
+
+def split_spec(spec: str) -> list[str]:
+  """The sources that a flag names, joined by +; a bare path becomes `jsonl:PATH` where there is something."""
+  found = []
+  for part in _JOINED.split(spec):
+    pieces = part.split("+") if not _is_there(part.removeprefix("jsonl:")) else [part]
+    # A + belongs to the name of a file unless what it parts are all sources.
+    if len(pieces) < 2 or not all(_is_source(piece) for piece in pieces):
+      pieces = [part]
+    found += [f"jsonl:{piece}" if not _has_word(piece) and _is_there(piece) else piece for piece in pieces]
+  return found
+
+
+def _has_word(part: str) -> bool:
+  return re.match(r"chatterbot(:|$)|jsonl:|tfds:", part) is not None
+
+
+def _is_source(part: str) -> bool:
+  return _is_there(part.removeprefix("jsonl:")) or re.match(r"chatterbot(:|$)|tfds:", part) is not None
+
+
+def _is_there(path: str) -> bool:
+  try:
+    return bool(path) and os.path.lexists(os.path.expanduser(path))
+  except ValueError:  # a zero byte
+    return False
+
+
 def has_columns(spec: str) -> bool:
   """Whether any part of a source has records with columns, which `data_fields` can name."""
-  return any(part.partition(":")[0] != "chatterbot" for part in _JOINED.split(spec))
+  return any(part.partition(":")[0] != "chatterbot" for part in split_spec(spec))
 
 
-def _items(spec: str) -> Iterator[Item]:
+def _items(part: str, fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
   """Yields what one source holds."""
-  kind, _, rest = spec.partition(":")
+  kind, _, rest = part.partition(":")
   if kind == "chatterbot":
     return _chatterbot_items(rest)
   if kind == "jsonl" and rest:
-    return _json_items(pathlib.Path(rest).expanduser())
+    return _checked(json_items(_path(rest), fields, bad), fields)
   if kind == "tfds" and rest:
-    return _tfds_items(rest)
-  raise UserError(f"unknown data source {spec!r}; use one of {_KNOWN_SOURCES}")
+    return _checked(_tfds_items(rest, fields), fields)
+  raise UserError(f"unknown data source {part!r}; {_meant(kind, rest, part)}use one of {_KNOWN_SOURCES}")
+
+
+def _path(text: str) -> pathlib.Path:
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:  # ~ of a user without a home
+    raise UserError(f"{text}: {error}; write the whole path") from error
+
+
+def _meant(kind: str, rest: str, part: str) -> str:
+  """What an unknown source may have been meant for."""
+  if kind in ("hf", "gguf", "random", "truncated", "smollm2", "gemma3"):
+    return f"{kind}: names a model, for --model; "
+  if rest.startswith("//"):
+    return "nothing is fetched from the network, copy the file here; "
+  if part.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")) and not rest:
+    return "no such file; "
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", part):
+    return "neither a file nor, as names of a hub are, downloaded: save that data set as JSON lines first; "
+  return ""
+
+
+def _checked(items: Iterator[Item], fields: dict[str, str]) -> Iterator[Item]:
+  """The items of a source, all of them read, if it has the columns that are named.
+
+  Raises:
+    UserError: a column that no record has.
+  """
+  found = list(items)
+  columns = dict.fromkeys(key for item in found if isinstance(item.value, dict) for key in item.value) if fields else {}
+  for role, column in fields.items():
+    if found and column not in columns:
+      raise UserError(
+        printable(f"data_fields: no column {column!r} (for {role}) in the data; columns: {', '.join(columns)}")
+      )
+  return iter(found)
 
 
 def _chatterbot_items(topics: str) -> Iterator[Item]:
@@ -88,75 +220,10 @@ def _chatterbot_items(topics: str) -> Iterator[Item]:
       messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
       value = {"topic": topic, "messages": messages}
       raw = json.dumps(value, ensure_ascii=False)
-      yield Item(value, raw, f"chatterbot/{files[topic].name}", conversation.start_mark.line + 1, has_columns=False)
+      yield Item(value, raw, f"chatterbot/{files[topic].name}", conversation.start_mark.line + 1)
 
 
-def _json_items(path: pathlib.Path) -> Iterator[Item]:
-  """Yields the elements of a JSON array, or else of JSON lines."""
-  if not path.is_file():
-    raise UserError(f"{path}: no such file; give the path of a JSON lines file or of a JSON array")
-  data = path.read_bytes()
-  try:
-    text = data.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    line = data.count(b"\n", 0, error.start) + 1
-    raise UserError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8") from error
-  if not text.strip():
-    raise UserError(f"{path} is empty; it must hold one JSON object a line, or one JSON array")
-  return _array_items(path, text) if text.lstrip().startswith("[") else _line_items(path, text)
-
-
-def _line_items(path: pathlib.Path, text: str) -> Iterator[Item]:
-  # Lines end at \n and nowhere else: str.splitlines would also cut at U+2028 and its kin, which JSON allows in strings.
-  for number, line in enumerate(text.split("\n"), 1):
-    line = line.removesuffix("\r")
-    if not line.strip():
-      continue
-    try:
-      value = json.loads(line)
-    except ValueError as error:
-      raise UserError(
-        f"{path}:{number}: broken JSON ({error}) in {shorten(line, 80)!r}; each line must be one whole JSON object "
-        "(or the file one JSON array)"
-      ) from error
-    yield Item(value, line, str(path), number)
-
-
-def _array_items(path: pathlib.Path, text: str) -> Iterator[Item]:
-  decoder, end = json.JSONDecoder(), len(text)
-
-  def skip_space(at: int) -> int:
-    while at < end and text[at] in " \t\r\n":
-      at += 1
-    return at
-
-  def broken(what: str, at: int) -> UserError:
-    line = text.count("\n", 0, at) + 1
-    return UserError(f"{path}:{line}: broken JSON array ({what}) at {shorten(text[at:], 40)!r}")
-
-  at = skip_space(skip_space(0) + 1)
-  line, counted = 1, 0
-  closed = at < end and text[at] == "]"
-  while not closed:
-    try:
-      value, stop = decoder.raw_decode(text, at)
-    except ValueError as error:
-      raise broken(getattr(error, "msg", str(error)), min(getattr(error, "pos", at), end)) from error
-    line, counted = line + text.count("\n", counted, at), at
-    source_text = text[at:stop]
-    # `raw` is one line; an element that was printed over several lines has to be printed anew.
-    raw = json.dumps(value, ensure_ascii=False) if "\n" in source_text else source_text.replace("\r", "")
-    yield Item(value, raw, str(path), line)
-    at = skip_space(stop)
-    if at >= end or text[at] not in ",]":
-      raise broken("expected a comma or the closing bracket", at)
-    closed = text[at] == "]"
-    at = at if closed else skip_space(at + 1)
-  if skip_space(at + 1) < end:
-    raise broken("text after the closing bracket", skip_space(at + 1))
-
-
-def _tfds_items(rest: str) -> Iterator[Item]:
+def _tfds_items(rest: str, fields: dict[str, str]) -> Iterator[Item]:
   """Yields the examples of a prepared data set through `tfds.data_source`, which needs no TensorFlow."""
   import tensorflow_datasets as tfds
 
@@ -184,11 +251,11 @@ def _tfds_items(rest: str) -> Iterator[Item]:
     ) from error
   for i in range(len(source)):
     value = _to_plain(source[i])
-    yield Item(value, json.dumps(value, ensure_ascii=False), f"tfds:{name}/{split}", i + 1)
+    yield Item(value, json.dumps(value, ensure_ascii=False), f"tfds:{name}/{split}", i + 1, fields)
 
 
 def _to_plain(value: Any) -> Any:
-  """Turns a decoded tfds example into plain JSON values: bytes are text, arrays are lists."""
+  """Turns a decoded tfds example into plain JSON values: bytes are text, arrays are lists, NaN is null."""
   if isinstance(value, bytes):
     return value.decode("utf-8", errors="replace")
   if isinstance(value, dict):
@@ -197,4 +264,4 @@ def _to_plain(value: Any) -> Any:
     return [_to_plain(item) for item in value]
   if hasattr(value, "tolist"):
     return _to_plain(value.tolist())
-  return value
+  return None if isinstance(value, float) and math.isnan(value) else value
