@@ -25,8 +25,8 @@ import numpy as np
 from in2core_jax.chat_template import Renderer
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
+from in2core_jax.responses import Rendered
 from in2core_jax.sources import load_records
-from in2core_jax.template_layout import Rendered
 from in2core_jax.template_program import TemplateRefusal
 
 __all__ = [
