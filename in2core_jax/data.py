@@ -191,6 +191,7 @@ def tokenize(
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
       f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
+      + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
     )
   return dataset
 
