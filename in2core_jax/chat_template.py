@@ -10,7 +10,7 @@ from typing import Any
 from in2core_jax.errors import UserError
 from in2core_jax.quoting import Quoting
 from in2core_jax.records import Record
-from in2core_jax.template_layout import Layout, Rendered
+from in2core_jax.responses import Rendered, Responses
 from in2core_jax.template_program import DEFAULT_DATE, TemplateRefusal
 
 
@@ -40,15 +40,15 @@ class Renderer:
     self.tokenizer, self._system_prompt, self._date = tokenizer, system_prompt, date or DEFAULT_DATE
     self.notes: collections.Counter = collections.Counter()
     self._changed: dict[int, set[str]] = collections.defaultdict(set)  # content keys of what is rendered as one text
-    self._layouts: dict[str, Layout] = {}
+    self._layouts: dict[str, Responses] = {}
     self._quoting = Quoting(tokenizer)
     self._layout(False)
 
-  def _layout(self, with_tools: bool) -> Layout:
+  def _layout(self, with_tools: bool) -> Responses:
     source = self._sources[with_tools]
     if source not in self._layouts:
       try:
-        self._layouts[source] = Layout(source, self.tokenizer, self._system_prompt, self._date)
+        self._layouts[source] = Responses(source, self.tokenizer, self._system_prompt, self._date)
       except TemplateRefusal as refusal:
         raise UserError(
           f"the tokenizer's chat template cannot be used: {refusal}; correct it, or take another model"

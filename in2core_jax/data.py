@@ -25,8 +25,8 @@ import numpy as np
 from in2core_jax.chat_template import Renderer
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record
+from in2core_jax.responses import Rendered
 from in2core_jax.sources import load_records
-from in2core_jax.template_layout import Rendered
 from in2core_jax.template_program import TemplateRefusal
 
 __all__ = [
@@ -191,6 +191,7 @@ def tokenize(
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
       f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
+      + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
     )
   return dataset
 

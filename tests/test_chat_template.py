@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers.utils import chat_template_utils
 
 from experiments.flags import Settings
+from experiments.workbench import Workbench
 from in2core_jax import template_program
 from in2core_jax.chat_template import Renderer
 from in2core_jax.data import Record, data_summary, format_summary, tokenize
@@ -395,6 +396,22 @@ def test_date_is_that_of_the_flag_and_told(monkeypatch):
     assert "today is 2031-01-02 (--template_date)" in format_summary(data_summary({"train": later}))
   assert tokenize([record], _bytes(templates.CHATML), 500).template == {}
   assert Settings.template_date == template_program.DEFAULT_DATE
+
+
+def test_date_is_part_of_a_run_and_of_a_checkpoint_where_the_template_prints_it():
+  record, s = _record(_user("Q"), _answer("A.")), Settings(template_date="2031-01-02")
+  benches = {}
+  for name, template in (("dated", templates.LLAMA32), ("plain", templates.CHATML)):
+    bench = benches[name] = Workbench(s)
+    bench.__dict__["parts"] = {"train": tokenize([record], _bytes(template), 500, date=s.template_date)}
+    bench.__dict__["_loaded"] = (None, None, None, "hash")
+  flags = {name: bench.identity("x", s, ("data",), ("train",))["flags"] for name, bench in benches.items()}
+  assert flags["dated"]["template_date"] == "2031-01-02" and "template_date" not in flags["plain"]
+  assert "template_date" not in Settings().identity("data")  # older run folders go on
+  benches["dated"]._check_template_date("c", {"template_date": "2031-01-02"})
+  benches["plain"]._check_template_date("c", {})
+  with pytest.raises(UserError, match=r"prints 2024-07-26, not --template_date=2031-01-02: give --template_date=2024"):
+    benches["dated"]._check_template_date("c", {"template_date": "2024-07-26"})
 
 
 HOSTILE = [
