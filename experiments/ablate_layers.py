@@ -17,6 +17,7 @@ from experiments import ablation_report, benchmark_alone, cli, fitting, flags, p
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, integers, listed, seeds_of
+from experiments.judging import judged, tell_size
 from experiments.pricing import Described
 from experiments.refusals import budget_of, check_budget, check_size, check_solvers
 from experiments.resuming import Work
@@ -262,8 +263,8 @@ class Ablation:
 
   def retrained(
     self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Judge]
-  ) -> evaluation.Interval:
-    """Test perplexity after training on each of the sets, with its interval over seeds.
+  ) -> list[evaluation.RetrainRow]:
+    """The trained model's test results after training on each of the sets.
 
     Args:
       name: of the sets, in a progress display.
@@ -272,14 +273,13 @@ class Ablation:
       judge: what trains; asked for only where something is missing.
     """
 
-    def trained(seed: int, rows: np.ndarray) -> float:
-      def make() -> dict:
-        row = judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}")
-        return {"perplexity": row.perplexity, "response_tokens": row.response_tokens, "steps": row.steps}
+    def trained(seed: int, rows: np.ndarray) -> evaluation.RetrainRow:
+      make = lambda: judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
+      # Of older runs "retrained" has no losses by test example.
+      cell = self.cells.get(make, "retrained row", artifacts.hash_of(rows.tolist())[:16], seed)
+      return judged(self.bench.parts["test"], evaluation.RetrainRow.from_json(cell | {"policy": name}))
 
-      return self.cells.get(make, "retrained", artifacts.hash_of(rows.tolist())[:16], seed)["perplexity"]
-
-    return evaluation.confidence_interval([trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)])
+    return [trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)]
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -303,11 +303,13 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       check_size(s.replace(solver=name), params, tree, f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}")
   check_budget(s, bench.parts["train"])
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
+  if asked[0]:
+    tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])
   ablation = Ablation(bench, s, run_dir)
   found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}
-  intervals = retrain(ablation, found, asked[0], seeds) if asked[0] else {}
+  intervals = retrain(ablation, found, asked[0], seeds) if asked[0] else ablation_report.Yardsticks()
   ablation_report.write(run_dir, ablation.settings, bench, found, intervals)  # what follows can fail
   if asked[1] and measure(ablation, found, asked[1]):
     ablation_report.write(run_dir, ablation.settings, bench, found, intervals)
@@ -365,6 +367,8 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
         "bytes": paper[choice]["bytes"],
         "top": top,
         "perplexity": None,
+        "ratio": None,
+        "ratio by example": None,
         "seconds": None,
         "peak": None,
       }
@@ -374,13 +378,13 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
 
 def retrain(
   ablation: Ablation, found: dict[str, list[dict]], asked: Sequence[Choice], seeds: Sequence[int]
-) -> dict[str, evaluation.Interval]:
+) -> ablation_report.Yardsticks:
   """Retrains on the top sets of all layers and of the choices asked for; fills the rows.
 
   Then, for each solver, on those of the cheapest choices that agree, one after the other until one is enough.
 
   Returns:
-    Intervals of full data and random sets.
+    The perplexities of full data and random sets, with their intervals.
   """
   yardsticks = ablation.yardsticks(seeds)
   wanted = {choice.name for choice in asked} | {ablation.choices[0].name}
@@ -391,20 +395,25 @@ def retrain(
   every = [rows for one in yardsticks.values() for rows in one] + [row["top"] for row in surely + perhaps]
   judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, every))
 
-  def fill(row: dict) -> None:
-    name = f"{row['solver']}, {row['name']}"
-    row["perplexity"] = ablation.retrained(name, [row["top"]] * len(seeds), seeds, judge)
+  trained = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
 
-  intervals = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
+  def train(row: dict) -> None:
+    name = ablation_report.name_of(row)
+    trained[name] = ablation.retrained(name, [row["top"]] * len(seeds), seeds, judge)
+
   for row in surely:
-    fill(row)
+    train(row)
+  compared = ablation_report.fill(found, trained)
   for solver, rows in found.items():
     for row in tried[solver]:
       if row["perplexity"] is None:
-        fill(row)
+        train(row)
+        compared = ablation_report.fill(found, trained)
       if ablation_report.enough(rows) is row:
         break
-  return intervals
+  return ablation_report.Yardsticks(
+    {name: compared.mean(name, "token").ratio() for name in yardsticks}, ablation_report.notes(found, compared)
+  )
 
 
 def main(_) -> None:

@@ -1,5 +1,6 @@
 """What `ablate_layers` says: which choice is enough, tables and a figure."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -11,24 +12,73 @@ from matplotlib.text import Annotation
 from experiments.flags import Settings
 from experiments.pictures import write_figure
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, evaluation, report
+from in2core_jax import artifacts, evaluation, paired, report, verdict
 
 log = logging.getLogger(__name__)
 
+SLACK = 1.01  # times all layers' perplexity: a choice is enough where a higher ratio is excluded
 AGREES = 0.9  # overlap of the selected sets from which on a choice agrees with all layers
 _COLORS = {"all": "black", "last": report.BLUE, "first": report.ORANGE, "middle": report.GREEN, "spread": report.PURPLE}
 _MARKERS = "osD^vPX"
 
 
-def worse_than_random(rows: Sequence[dict], yardsticks: Mapping[str, evaluation.Interval]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Yardsticks:
+  """What the choices are held against.
+
+  Attributes:
+    perplexity: of full data and of random sets, with intervals.
+    notes: how many of all comparisons are expected to be chance, and how large a difference would have been seen.
+  """
+
+  perplexity: Mapping[str, evaluation.Interval] = dataclasses.field(default_factory=dict)
+  notes: Sequence[str] = ()
+
+
+def name_of(row: Mapping) -> str:
+  """What the trainings on a choice are called."""
+  return f"{row['solver']}, {row['name']}"
+
+
+def fill(
+  found: Mapping[str, Sequence[dict]], trained: Mapping[str, Sequence[evaluation.RetrainRow]]
+) -> verdict.Comparison:
+  """Puts perplexities, and their ratios to all layers' own choice and to random sets, into the rows."""
+  compared = verdict.Comparison([row for rows in trained.values() for row in rows])
+  for rows in found.values():
+    whole = name_of(rows[0])
+    for row in (row for row in rows if name_of(row) in trained):
+      name = name_of(row)
+      row["perplexity"] = compared.mean(name, "token").ratio()
+      row["to random"] = compared.difference(name, evaluation.RANDOM, "token").ratio()
+      if name != whole:
+        row["ratio"], row["ratio by example"] = (compared.difference(name, whole, by).ratio() for by in paired.BY)
+  return compared
+
+
+def notes(found: Mapping[str, Sequence[dict]], compared: verdict.Comparison) -> list[str]:
+  """What all comparisons with all layers' own choice say together."""
+  pairs = [
+    (name_of(row), name_of(rows[0]), by)
+    for rows in found.values()
+    for row in rows[1:]
+    if row["ratio"] is not None
+    for by in paired.BY
+  ]
+  every = {f"{name} against {whole} by {by}": compared.difference(name, whole, by) for name, whole, by in pairs}
+  seen = [compared.difference(name, whole, by) for name, whole, by in pairs if by == "token"]
+  return [*verdict.chance_sentence(every), *verdict.seen_sentence(seen)]
+
+
+def worse_than_random(rows: Sequence[dict]) -> list[str]:
   """A warning where all layers' own choice loses to random sets: agreement with it is then no merit."""
-  whole, random = rows[0]["perplexity"], yardsticks.get(evaluation.RANDOM)
-  if whole is None or random is None or not whole.mean > random.mean:
+  whole, ratio = rows[0]["perplexity"], rows[0].get("to random")
+  if whole is None or ratio is None or not ratio.low > 1:
     return []
   return [
     f"Mind that with {rows[0]['solver']} all layers' own highest scores retrain to {whole.mean:.4g}, worse than random "
-    f"sets of the size ({random.mean:.4g}): what agrees with them is as bad. Another policy or other parameters at "
-    "which gradients are taken matter more here than layers."
+    f"sets of the size ({verdict.shown(ratio)} times theirs): what agrees with them is as bad. Another policy or other "
+    "parameters at which gradients are taken matter more here than layers."
   ]
 
 
@@ -39,20 +89,22 @@ def agreeing(rows: Sequence[dict]) -> list[dict]:
 
 
 def enough(rows: Sequence[dict]) -> dict | None:
-  """The cheapest choice that agrees with all layers and, if retrained, is no worse: its mean not above their interval.
+  """The cheapest choice that agrees with all layers and, if retrained, is not worse by its interval of the ratio.
 
   Where a cheaper one has failed at that, agreement says too little: then only a retrained choice is enough. Without an
-  interval (one seed) nothing fails.
+  interval (one seed) nothing fails. Not to fail is not to be as good: `sentence` says "enough" only where the interval
+  ends below SLACK.
 
   Args:
-    rows: of one solver, all layers and modules first; perplexity is an `evaluation.Interval` over seeds or None.
+    rows: of one solver, all layers and modules first; ratio is the `evaluation.Interval` of its perplexity to all
+      layers' own, for new test examples and new trainings, or None.
   """
-  whole, failed = rows[0]["perplexity"], False
+  failed = False
   for row in agreeing(rows):
-    own = row["perplexity"]
-    if whole is None or np.isnan(whole.high) or (own is None and not failed):
+    ratio = row["ratio"]
+    if ratio is None and not failed:
       return row
-    if own is not None and own.mean <= whole.high:
+    if ratio is not None and not ratio.low > 1:
       return row
     failed = True
   return None
@@ -68,7 +120,7 @@ def sentence(rows: Sequence[dict]) -> str:
       rest = ", ".join(one["name"] for one in others if one["perplexity"] is None)
       return (
         f"With {whole['solver']}, no choice is enough: those that agree with all layers and were retrained ({tried}) "
-        f"are above all layers' interval of perplexity, {whole['perplexity']}"
+        f"are above all layers' perplexity, {whole['perplexity'].mean:.4g}, by more than the interval of the ratio"
         f"{f'; not retrained: {rest}' if rest else ''}."
       )
     best = max(rows[1:], key=lambda one: one["overlap"])
@@ -76,25 +128,31 @@ def sentence(rows: Sequence[dict]) -> str:
       f"With {whole['solver']}, no choice is enough: none that is cheaper than all layers and modules shares "
       f"{AGREES:.0%} of the selected set with them; the nearest, {best['name']}, shares {best['overlap']:.0%}."
     )
-  one_seed = None not in (row["perplexity"], whole["perplexity"]) and np.isnan(whole["perplexity"].high)
+  ratio = row["ratio"]
+  sure = ratio is not None and ratio.high <= SLACK
   said = (
-    f"With {row['solver']}, {row['name']} {'may be' if one_seed else 'is'} enough: it shares {row['overlap']:.0%} of "
+    f"With {row['solver']}, {row['name']} {'is' if sure else 'may be'} enough: it shares {row['overlap']:.0%} of "
     f"the selected set with all layers and takes {row['flops']:.0%} of the FLOPs and "
     f"{row['bytes'] / whole['bytes']:.0%} of the memory on paper"
   )
-  if row["perplexity"] is None or whole["perplexity"] is None:
-    said += "; it was not retrained"
-  elif one_seed:
-    ours, theirs = row["perplexity"].mean, whole["perplexity"].mean
-    said += f"; retrained perplexity {ours:.4g}, all layers' {theirs:.4g}, and one seed cannot tell them apart"
-  else:
-    said += f"; retrained perplexity {row['perplexity'].mean:.4g}, all layers' {whole['perplexity']}"
+  said += "; it was not retrained" if ratio is None else f"; {_retrained(row, whole, ratio)}"
   if row["seconds"] is not None and whole["seconds"] is not None:
     said += (
       f"; its score pass was measured at {row['seconds']:.3g} s instead of {whole['seconds']:.3g} s and "
       f"{row['peak'] / 1e6:.0f} MB instead of {whole['peak'] / 1e6:.0f} MB"
     )
   return said + "."
+
+
+def _retrained(row: dict, whole: dict, ratio: evaluation.Interval) -> str:
+  """What the retrained perplexity of a choice says."""
+  said = f"retrained perplexity {row['perplexity'].mean:.4g}, all layers' {whole['perplexity'].mean:.4g}"
+  if np.isnan(ratio.low):
+    return f"{said}, and one training each cannot tell them apart"
+  said += f", {verdict.shown(ratio)} times"
+  if ratio.high < 1:
+    return f"{said}, which is lower (better)"
+  return said if ratio.high <= SLACK else f"{said}: up to {100 * (ratio.high - 1):.2g} % worse is not excluded"
 
 
 def table_rows(rows: Sequence[dict]) -> list[dict]:
@@ -109,6 +167,8 @@ def table_rows(rows: Sequence[dict]) -> list[dict]:
       "memory on paper, MB": round(row["bytes"] / 1e6),
       "test perplexity": None if row["perplexity"] is None else row["perplexity"].mean,
       "interval": None if row["perplexity"] is None else f"{row['perplexity'].low:.4g} to {row['perplexity'].high:.4g}",
+      "to all layers": None if row["ratio"] is None else verdict.shown(row["ratio"]),
+      "by example, to all layers": None if row["ratio"] is None else verdict.shown(row["ratio by example"]),
       "score pass, s": row["seconds"],
       "its peak memory, MB": None if row["peak"] is None else round(row["peak"] / 1e6),
     }
@@ -144,8 +204,9 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, evaluat
     left.set(title=f"{solver}: agreement", ylabel="overlap of the selected sets")
     right.set(title=f"{solver}: retrained", ylabel="test perplexity")
     whole = rows[0]["perplexity"]
-    if whole is not None and not np.isnan(whole.low):
-      right.axhspan(whole.low, whole.high, color="grey", alpha=0.2, linewidth=0)
+    for row in (row for row in rows if whole is not None and row["ratio"] is not None):
+      bounds = whole.mean * row["ratio"].low, whole.mean * row["ratio"].high
+      right.vlines(row["flops"], *bounds, color=_COLORS[row["position"]], linewidth=1.2)  # NaN draws nothing
     for name, color in (("full", "black"), ("random", report.VERMILION)):
       if name in yardsticks:
         right.axhline(yardsticks[name].mean, color=color, linestyle=":", linewidth=1.2)
@@ -185,24 +246,25 @@ def write(
   s: Settings,
   bench: Workbench,
   found: Mapping[str, Sequence[dict]],
-  yardsticks: Mapping[str, evaluation.Interval],
+  yardsticks: Yardsticks,
 ) -> None:
   """Table as Markdown, CSV and LaTeX, figure as SVG and PNG; ablate_layers.json last."""
   rows = table_rows([row for each in found.values() for row in each])
   sentences = [sentence(each) for each in found.values()]
-  warnings = [line for each in found.values() for line in worse_than_random(each, yardsticks)]
-  write_figure(run_dir, "ablate_layers", figure(found, yardsticks))
+  warnings = [line for each in found.values() for line in worse_than_random(each)]
+  write_figure(run_dir, "ablate_layers", figure(found, yardsticks.perplexity))
   run_dir.write_text("ablate_layers.csv", report.csv_table(rows))
   run_dir.write_text("ablate_layers.tex", report.latex_table(rows, caption="Layers and modules against all of them."))
   text = [f"# Layers\n\n{explanation(s, bench)}\n\n![Cost](plots/ablate_layers.svg)\n\n{report.markdown_table(rows)}\n"]
-  text += [f"- {name}: test perplexity {interval}\n" for name, interval in yardsticks.items()]
-  text.append("\n" + "\n\n".join(warnings + sentences) + "\n")
+  text += [f"- {name}: test perplexity {interval}\n" for name, interval in yardsticks.perplexity.items()]
+  text.append("\n" + "\n\n".join([*warnings, *sentences, *yardsticks.notes]) + "\n")
   run_dir.write_text("ablate_layers.md", "".join(text))
   run_dir.write_json(
     "ablate_layers.json",
     {
       "rows": rows,
-      "yardsticks": {name: str(interval) for name, interval in yardsticks.items()},
+      "yardsticks": {name: str(interval) for name, interval in yardsticks.perplexity.items()},
+      "notes": list(yardsticks.notes),
       "warnings": warnings,
       "sentences": sentences,
       "training_examples": len(bench.parts["train"]),
@@ -224,5 +286,6 @@ def explanation(s: Settings, bench: Workbench) -> str:
     "are those that --dry_run tells for a whole select run with the choice, boundary cache included. Seconds and peak "
     f"memory were measured for some only: a score pass (jvp, no boundary cache) over {s.ablate_examples} training "
     "examples in a process of its own. "
-    f"Retrained: layers {s.trainable_layers}, seeds {s.seeds}, equal steps, with the interval over seeds."
+    f"Retrained: layers {s.trainable_layers}, seeds {s.seeds}, equal steps. {verdict.BRACKETS} Bars in the picture: "
+    "the interval of the ratio to all layers' own choice, times its perplexity."
   )

@@ -60,7 +60,8 @@ def sentence(found: Findings, judged: str) -> str:
     f"The influence received ({judged}) finds test points of held-out topics with an AUC of {own['AUC']:.3f} "
     f"({own['low']:.3f} to {own['high']:.3f}), which {aim} 0.9, and {said} the largest cosine of embeddings "
     f"({embedding['AUC']:.3f}): difference {gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f} over redrawn test "
-    f"points). Found by looking at this table, the best influence signal is {looked[0]['signal']} with "
+    f"points, for these topics and trainings). Found by looking at this table, the best influence signal is "
+    f"{looked[0]['signal']} with "
     f"{looked[0]['AUC']:.3f}, the best of embeddings {looked[1]['signal']} with {looked[1]['AUC']:.3f}."
   )
 
@@ -168,7 +169,8 @@ def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[di
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
       "points whose topic has a training example; of copies one is a test point. A signal is high where the training "
       "set covers; AUC is that of a low signal for points of held-out topics. Intervals redraw test points; they say "
-      "nothing of other held-out topics, between which AUC differs more (by fold). Lower loss where the signal is "
+      "nothing of other held-out topics, between which AUC differs more (by fold), nor of other trainings (one a "
+      "fold). Lower loss where the signal is "
       "higher is a negative correlation. 'base' and 'trained' say at which model gradients are taken. The loss drop of "
       "fine-tuning itself tells held-out topics with an AUC of "
       f"{drop_area(found.pooled)}.\n",

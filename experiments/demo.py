@@ -8,6 +8,7 @@ import time
 
 from experiments import cli, dry_run, evaluate, finetune, flags, refusals, select
 from experiments.flags import Settings, seeds_of
+from experiments.judging import tell_size
 from experiments.retraining import equal_of
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset
@@ -48,6 +49,7 @@ def main(_) -> None:
   bench = Workbench(settings)
   refusals.check_demo(bench, settings)
   lock = artifacts.hold(root)  # to the end: each stage reads what the ones before it have written
+  tell_size(bench.parts["test"])
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
   selected = select.run(chosen, bench)

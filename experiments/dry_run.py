@@ -12,6 +12,7 @@ import shutil
 from experiments import fitting, hardware, planning, refusals
 from experiments.flags import Settings
 from experiments.hardware import Hardware
+from experiments.judging import too_small
 from experiments.pricing import Described, Phase
 from in2core_jax import costs, files, report, subtree
 
@@ -135,7 +136,8 @@ def text(s: Settings, stage: str) -> str:
   longest = max(bench.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
   where = elsewhere or hardware.here(bench.config, s.dtype, longest.height, longest.num_tokens)
   found = estimate(bench, stage, where)
-  lines = [*facts(bench, stage, where), "", table(found), *totals(found)]
+  small = too_small(bench.parts["test"]) if stage in ("evaluate", "demo") else []
+  lines = [*facts(bench, stage, where), "", table(found), *totals(found), *small]
   too_large = found.too_large()
   if not too_large:
     return "\n".join([*lines, "Everything fits."])

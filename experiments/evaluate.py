@@ -14,12 +14,13 @@ from etils import epath
 from experiments import cli, dry_run, flags
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of, shares
+from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
 from experiments.refusals import budget_of, check_budget
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
 from experiments.select import sketch_inputs, text_inputs
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html
+from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html, verdict
 from in2core_jax.errors import UserError
 from in2core_jax.records import raw_lines
 
@@ -231,7 +232,7 @@ class Trainings:
       row = self.judge.retrain(candidate, label, steps)
       self._run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
       log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
-    return evaluation.RetrainRow.from_json(self._run_dir.read_json(file))
+    return judged(self._bench.parts["test"], evaluation.RetrainRow.from_json(self._run_dir.read_json(file)))
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -251,6 +252,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     for name, columns in plan.runs
   }
   check_budget(s, bench.parts["train"])  # told before there is a run folder
+  tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   chosen = kept_candidates(run_dir, bench, s, plan)
@@ -290,8 +292,8 @@ class Group:
     return f"equal {self.equal}{share}"
 
   def table(self) -> list[dict]:
-    """A dictionary for each policy: the group, then what `evaluation.summarise` says."""
-    return [{"equal": self.equal, "fraction": self.fraction} | row for row in evaluation.summarise(self.rows)]
+    """A dictionary for each policy: the group, then what `verdict.summarise` says."""
+    return [{"equal": self.equal, "fraction": self.fraction} | row for row in verdict.summarise(self.rows)]
 
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
@@ -301,8 +303,10 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   tokens = test.num_response_tokens[counted]
   base_perplexity = perplexity_on_test(bench, base)
   tables = [group.table() for group in groups]
-  verdicts = [evaluation.verdict(group.rows) for group in groups]
-  notes = evaluation.many_comparisons([group.rows for group in groups])
+  verdicts = [verdict.verdict(group.rows) for group in groups]
+  compared = {group.title if len(groups) > 1 else "": group.rows for group in groups}
+  notes = [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
+  notes += filter(None, [test_examples(test).about])
   recipe = {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(counted.sum()),

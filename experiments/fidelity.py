@@ -15,6 +15,7 @@ from experiments import cli, fidelity_report, flags
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, seeds_of, words
+from experiments.judging import test_examples
 from experiments.refusals import check_size, check_solvers
 from experiments.resuming import Work
 from experiments.retraining import Judge
@@ -215,7 +216,8 @@ class Task:
       out = np.setdiff1d(self.rows, removal.rows)
       tokens = int(self.bench.parts["train"].num_response_tokens[out].sum())
       facts = {"what": removal.what, "share": removal.share, "seed": removal.seed}
-      found.append(facts | {"examples": len(out), "response_tokens": tokens} | losses)
+      points = {part: judged_losses(self.bench, part, np.array(cell[part])) for part in fidelity_report.JUDGED}
+      found.append(facts | {"examples": len(out), "response_tokens": tokens, "points": points} | losses)
     return found
 
 
@@ -250,6 +252,20 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
   tokens = bench.parts[part].num_response_tokens
   weights = tokens if bench.settings.loss_reduction == "sum" else tokens > 0
   return float(np.average(losses, weights=weights))
+
+
+def judged_losses(bench: Workbench, part: str, losses: np.ndarray) -> dict:
+  """What intervals of `mean_loss` need: losses of the examples with a response, their tokens and groups.
+
+  Args:
+    bench: data.
+    part: eval or test.
+    losses: [N], mean nats per response token of each example.
+  """
+  examples = test_examples(bench.parts[part])
+  by = "token" if bench.settings.loss_reduction == "sum" else "example"
+  counted = bench.parts[part].num_response_tokens > 0
+  return {"losses": losses[counted], "tokens": examples.tokens, "groups": examples.groups, "by": by}
 
 
 def check_halves(s: Settings) -> None:

@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.flags import Settings
 from experiments.pictures import write_figure
-from in2core_jax import artifacts, datamodeling, evaluation, report
+from in2core_jax import artifacts, datamodeling, paired, report
 from in2core_jax.evaluation import Interval
 
 log = logging.getLogger(__name__)
@@ -100,20 +101,24 @@ def difference_rows(measured: dict) -> list[dict]:
 
 
 def curve_rows(curves: list[dict]) -> list[dict]:
-  """One row for each set left out: mean loss over seeds, its interval, the difference to random sets of that size."""
+  """One row for each set left out: mean loss over seeds, its interval, the difference to random sets of that size.
+
+  Both intervals hold for new examples of the part that is judged and for new trainings (`paired`).
+  """
   groups: dict = {}
   for row in curves:
     groups.setdefault((row["what"], row["share"]), []).append(row)
+  compared = {part: _paired(groups, part) for part in JUDGED} if groups else {}
   rows = []
   for (what, share), group in groups.items():
     row = {"left out": what, "share": share, "examples": group[0]["examples"], "seeds": len(group)}
     row["response tokens"] = round(float(np.mean([one["response_tokens"] for one in group])))
     for part in JUDGED:
-      values = [one[part] for one in group]
-      interval = evaluation.confidence_interval(values)
+      by = group[0]["points"][part]["by"]
+      interval = compared[part].mean((what, share), by).interval()
       row |= {f"{part} loss": interval.mean, f"{part} low": interval.low, f"{part} high": interval.high}
       if what not in ("random", "nothing") and ("random", share) in groups:
-        change = evaluation.difference_interval(values, [one[part] for one in groups["random", share]])
+        change = compared[part].difference((what, share), ("random", share), by).interval()
         row |= {
           f"{part} minus random": change.mean,
           f"{part} change low": change.low,
@@ -121,6 +126,13 @@ def curve_rows(curves: list[dict]) -> list[dict]:
         }
     rows.append(row)
   return rows
+
+
+def _paired(groups: Mapping[tuple, Sequence[dict]], part: str) -> paired.Paired:
+  """The losses of a part after every training, by what was left out."""
+  losses = {name: np.stack([one["points"][part]["losses"] for one in group]) for name, group in groups.items()}
+  points = next(iter(groups.values()))[0]["points"][part]
+  return paired.Paired(losses, points["tokens"], points["groups"])
 
 
 def printed_curves(rows: list[dict]) -> list[dict]:
@@ -298,6 +310,10 @@ def markdown(found: Found, rows: list[dict], differences: list[dict], curves: li
     parts += ["## Leaving examples out", items(curve_sentences(curves))]
     parts += ["![Evaluation loss](plots/curve-eval.svg)", "![Test loss](plots/curve-test.svg)"]
     parts += [report.markdown_table(printed_curves(curves)).rstrip()]
-    parts += ["In brackets: 95 % interval of the difference to random sets of the same number of examples, over seeds."]
+    parts += [
+      "In brackets: 95 % interval of the difference to random sets of the same number of examples, which holds for new "
+      "evaluation or test examples and for new trainings; a set that was left out in one training has the spread of "
+      "those with several."
+    ]
   recipe = [{"name": name, "value": report.format_value(value)} for name, value in found.recipe.items()]
   return "\n\n".join([*parts, "## Recipe", report.markdown_table(recipe, ["name", "value"])])

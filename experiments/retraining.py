@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.finetune import identity_of, recipe_of, start_params, trainable_rows
 from experiments.flags import Settings, words
+from experiments.judging import judged
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, evaluation, files, finetune, model, packing, subtree
 from in2core_jax.errors import UserError
@@ -163,7 +164,7 @@ class Judge:
     counted = test.num_response_tokens > 0
     tokens = test.num_response_tokens[counted]
     nll = losses[counted] * tokens
-    return evaluation.RetrainRow(
+    row = evaluation.RetrainRow(
       candidate.policy,
       candidate.seed,
       len(candidate.rows),
@@ -175,3 +176,4 @@ class Judge:
       evaluation.example_perplexity(nll, tokens),
       losses[counted],
     )
+    return judged(test, row)

@@ -158,9 +158,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   work.remove()
   tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
-    "selected %d of %d examples by %s, %.0f %% of the response tokens: %s",
+    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
     len(rows),
     len(inputs.ids),
+    coreset.taking_no_part(inputs, bench.parts["train"].truncated),
     s.policy,
     100 * tokens / size,
     run_dir.path / "coreset.jsonl",

@@ -18,6 +18,7 @@ from experiments.cells import Cells
 from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
+from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
 from experiments.refusals import budget_of, check_size
 from experiments.resuming import FOLDER, Work
@@ -26,7 +27,7 @@ from experiments.scoring import score
 from experiments.select import sketch_inputs, text_inputs
 from experiments.solving import num_curvature_examples, solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
-from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree
+from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree, verdict
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -282,7 +283,7 @@ def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, labe
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
   train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
   stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
-  return evaluation.RetrainRow.from_json(stored | {"policy": candidate.policy})
+  return judged(judge.bench.parts["test"], evaluation.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -298,6 +299,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
+  tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `experiments.finetune` makes it.
@@ -320,7 +322,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 # ---- tables --------------------------------------------------------------------------
 
-FEW_TEST_EXAMPLES = 100
+_RATIOS = {"to ": "token", "by example, to ": "example"}
 _PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
 
 
@@ -354,6 +356,7 @@ def comparison(rows: list[evaluation.RetrainRow], shared: dict[str, float] | Non
   for row in rows:
     by_rule.setdefault(row.policy, []).append(row)
   random = {field: np.array([getattr(row, field) for row in by_rule[RANDOM]]) for field in _PERPLEXITIES}
+  compared = verdict.Comparison(rows)
   found = []
   for name, own in by_rule.items():
     mean = lambda field, own=own: float(np.mean([getattr(row, field) for row in own]))  # noqa: E731
@@ -366,8 +369,10 @@ def comparison(rows: list[evaluation.RetrainRow], shared: dict[str, float] | Non
       "perplexity": round(mean("perplexity"), 3),
       "by example": round(mean("example_perplexity"), 3),
     }
-    for other in (RANDOM, FULL):
-      line[f"to {other}"] = "" if name == other else _ratio(own, by_rule[other])
+    for column, by in _RATIOS.items():
+      for other in (RANDOM, FULL):
+        ratio = "" if name == other else verdict.shown(compared.difference(name, other, by).ratio())
+        line[f"{column}{other}"] = ratio
     for field, column in _PERPLEXITIES.items():
       beaten = int(np.sum(mean(field) < random[field]))
       line[column] = "" if name == RANDOM else f"{beaten} of {len(random[field])}"
@@ -389,14 +394,10 @@ def ranges(rows: list[evaluation.RetrainRow]) -> str:
   return f"Lowest and highest of several trainings, by example in brackets: {'; '.join(told)}." if told else ""
 
 
-def _ratio(ours: list[evaluation.RetrainRow], theirs: list[evaluation.RetrainRow]) -> str:
-  found = evaluation.ratio_interval(*([row.perplexity for row in rows] for rows in (ours, theirs)))
-  return f"{found.mean:.3f}" if np.isnan(found.low) else f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
 _COLUMNS = (
-  '"to random" is the ratio of a rule\'s perplexity by token to random sets\', "to full" to full data\'s; with one '
-  "training of the rule the interval is that of one new random set, with several that of the ratio of means. "
+  '"to random" is the ratio of a rule\'s perplexity by token to random sets\', "to full" to full data\'s, both also by '
+  "example. In brackets: 95 % intervals that hold for new test examples and for new trainings; a rule with one "
+  "training has the spread of those with several. "
   '"Beaten": below how many of the random sets it is. Each rule, and what it chose by:'
 )
 
@@ -466,16 +467,18 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
-    "over seeds, not over test examples.",
+    "that hold for new test examples and for new trainings.",
+    test_examples(bench.parts["test"]).about,
   ]
-  if num_test < FEW_TEST_EXAMPLES:
-    parts += [f"**{num_test} test examples are few**: others may put rules that are close in another order."]
+  titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
+  notes = [*verdict.many_comparisons(titled), *verdict.sensitivity(list(titled.values()))]
+  parts += [report.escape_markdown(note, 4000) for note in notes]
   every = []
   remove_pictures(run_dir, [group.equal for group in groups])
   for group in groups:
     table = comparison(group.rows, shared)
     every += [{"equal": group.equal} | row for row in table]
-    write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(evaluation.summarise(group.rows)))
+    write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(verdict.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip(), ranges(group.rows)]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
   rules = rules_table(s, len(trainable_rows(bench)))
@@ -483,7 +486,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
   run_dir.write_text("study.csv", report.csv_table(every))
   run_dir.write_text("study.tex", report.latex_table(every))
-  facts = {"base_perplexity": perplexity, "table": every}
+  facts = {"base_perplexity": perplexity, "table": every, "notes": notes}
   run_dir.write_json("study.json", facts | {"devices": artifacts.device_summary()})
   log.info("\n%s", "\n\n".join(parts))
 

@@ -14,6 +14,7 @@ from experiments import cli, flags, planning
 from experiments.cells import Cells
 from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of
+from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
 from experiments.refusals import budget_of, check_budget, check_scores
 from experiments.resuming import Work
@@ -22,7 +23,7 @@ from experiments.scoring import score
 from experiments.select import sketch_inputs, text_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose, distinct_points
-from in2core_jax import artifacts, coreset, data, evaluation, report, subtree, weights
+from in2core_jax import artifacts, coreset, data, evaluation, report, subtree, verdict, weights
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ _REFUSED = (
 # What a choice is held against beside full data and random sets: what length or dropped copies alone would give.
 AS_LONG, COPIES_LAST, LONGEST = "random, as long", "random, copies last", "longest"
 _LOSSES = ("its evaluation loss as given", "its evaluation loss where it scores")
+_RATIOS = {"token": "ratio", "example": "ratio by example"}
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "model_rates", "layers")  # in the names of the cells
 
 
@@ -231,7 +233,7 @@ class Transfer:
       make = lambda candidate=candidate, label=label: judge().retrain(candidate, label).as_json()  # noqa: E731
       which = artifacts.hash_of(candidate.rows.tolist())[:16]
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
-      found.append(evaluation.RetrainRow.from_json(cell))
+      found.append(judged(self.bench.parts["test"], evaluation.RetrainRow.from_json(cell)))
     return found
 
 
@@ -268,7 +270,7 @@ def agreement_rows(
   own = next(iter(cells.values()))
   ids = sorted(own["influence"])
   values = lambda cell: np.array([cell["influence"][example] for example in ids])  # noqa: E731
-  perplexities = lambda name: [row.perplexity for row in rows if row.policy == f"chosen by {name}"]  # noqa: E731
+  compared, mine = verdict.Comparison(rows), f"chosen by {scorers[0].model}"
   table = []
   for number, scorer in enumerate(scorers):
     cell = cells[scorer.model]
@@ -279,11 +281,12 @@ def agreement_rows(
     row |= {"Spearman": rank.mean, "Spearman low": rank.low, "Spearman high": rank.high}
     row["top-half overlap"] = evaluation.top_overlap(values(cell), values(own), 0.5)
     row["overlap of the choices"] = len(set(cell["selected"]) & set(own["selected"])) / len(own["selected"])
-    ours, theirs = perplexities(scorer.model), perplexities(scorers[0].model)
-    row["perplexity"] = float(np.mean(ours))
+    name = f"chosen by {scorer.model}"
+    row["perplexity"] = float(np.mean([one.perplexity for one in compared.groups[name]]))
     if number:
-      ratio = evaluation.ratio_interval(ours, theirs)
-      row |= {"ratio to own": ratio.mean, "ratio low": ratio.low, "ratio high": ratio.high}
+      for by, word in _RATIOS.items():
+        ratio = compared.difference(name, mine, by).ratio()
+        row |= {f"{word} to own": ratio.mean, f"{word} low": ratio.low, f"{word} high": ratio.high}
     table.append(row)
   return table
 
@@ -298,13 +301,7 @@ def sentences(table: list[dict], share: float, by_scores: bool = True) -> list[s
   """
   lines = []
   for row in table[1:]:
-    bounds = f"{row['ratio to own']:.3f} times, 95 % interval {row['ratio low']:.3f} to {row['ratio high']:.3f}"
-    if np.isnan(row["ratio low"]):
-      said = f"one seed each cannot tell it from the model's own choice ({row['ratio to own']:.3f} times)"
-    elif row["ratio low"] > 1 or row["ratio high"] < 1:
-      said = f"perplexity {'above' if row['ratio low'] > 1 else 'below'} that of the model's own choice ({bounds})"
-    else:
-      said = f"perplexity not to be told apart from that of the model's own choice ({bounds})"
+    said = " and ".join(_against_own(row, *one) for one in _RATIOS.items())
     agreement = f"its choice shares {row['overlap of the choices']:.0%} with the model's own, {share:.0%} by chance"
     agreement += f"; Spearman of the scores {row['Spearman']:.2f}" if by_scores else ""
     lines.append(f"Chosen by {row['scores by']} ({agreement}): {said}.")
@@ -319,21 +316,39 @@ def sentences(table: list[dict], share: float, by_scores: bool = True) -> list[s
   return lines
 
 
+def _against_own(row: dict, by: str, word: str) -> str:
+  """One clause of `sentences`, by token or by example."""
+  ratio, low, high = (row[f"{word} {end}"] for end in ("to own", "low", "high"))
+  if np.isnan(low):
+    return f"by {by} {ratio:.3f} times the perplexity of the model's own choice (no interval: one training each)"
+  bounds = f"{ratio:.3f} times, 95 % interval {low:.3f} to {high:.3f}"
+  if low > 1 or high < 1:
+    return f"by {by} perplexity {'above' if low > 1 else 'below'} that of the model's own choice ({bounds})"
+  return f"by {by} perplexity not to be told apart from that of the model's own choice ({bounds})"
+
+
 def beside(rows: list[evaluation.RetrainRow]) -> list[str]:
   """For each choice its perplexity's ratio to that of sets as long as the own choice, without copies, the longest."""
-  perplexities: dict[str, list[float]] = {}
-  for row in rows:
-    perplexities.setdefault(row.policy, []).append(row.perplexity)
-  lines = []
-  for name in (name for name in perplexities if name.startswith("chosen by ")):
-    parts = []
-    for other in (yardstick for yardstick in (AS_LONG, COPIES_LAST, LONGEST) if yardstick in perplexities):
-      ratio = evaluation.ratio_interval(perplexities[name], perplexities[other])
-      apart = not ratio.low <= 1 <= ratio.high
-      bounds = f"{ratio.low:.3f} to {ratio.high:.3f}{'' if apart else ', not told apart'}"
-      parts.append(f'{ratio.mean:.3f} times that of "{other}" ({"one seed each" if np.isnan(ratio.low) else bounds})')
-    lines.append(f"{name}: perplexity {'; '.join(parts)}.")
+  compared, lines = verdict.Comparison(rows), []
+  for name in (name for name in compared.groups if name.startswith("chosen by ")):
+    there = [other for other in (AS_LONG, COPIES_LAST, LONGEST) if other in compared.groups]
+    lines.append(f"{name}: {'; '.join(verdict.clause(compared, name, other, other) for other in there)}.")
   return lines
+
+
+def chance(rows: list[evaluation.RetrainRow]) -> list[str]:
+  """`verdict.many_comparisons` of all that is told: against full data, random sets, the own choice and its likes."""
+  compared = verdict.Comparison(rows)
+  chosen = [name for name in compared.groups if name.startswith("chosen by ")]
+  likes = [name for name in (*chosen[:1], AS_LONG, COPIES_LAST, LONGEST) if name in compared.groups]
+  more = {
+    f"{name} against {other} by {by}": compared.difference(name, other, by)
+    for name in chosen
+    for other in likes
+    for by in _RATIOS
+    if name != other
+  }
+  return verdict.chance_sentence(compared.estimates() | more)
 
 
 def printed(table: list[dict]) -> list[dict]:
@@ -349,18 +364,21 @@ def printed(table: list[dict]) -> list[dict]:
     line["Spearman with own scores"] = show(row, "Spearman", "Spearman low", "Spearman high")
     line |= {name: row[name] for name in ("top-half overlap", "overlap of the choices")}
     line["perplexity"] = f"{row['perplexity']:.3f}"
-    line["ratio to own choice"] = show(row, "ratio to own", "ratio low", "ratio high") if "ratio low" in row else "1"
+    for word in _RATIOS.values():
+      names = [f"{word} {end}" for end in ("to own", "low", "high")]
+      line[f"{word} to own choice"] = show(row, *names) if names[0] in row else "1"
     lines.append(line)
   return lines
 
 
-def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list, recipe: dict) -> None:
+def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list, recipe: dict, about: str = "") -> None:
   """transfer.md, .csv, .tex, retrained.csv, .tex, the figure; transfer.json last."""
-  summary, words = evaluation.summarise(rows), evaluation.verdict(rows)
+  summary, words = verdict.summarise(rows), verdict.verdict(rows)
   share = rows[-1].examples / rows[0].examples  # the first is full data, the last a choice
   by_scores = s.policy in coreset.SCORE_POLICIES
   lines = [*sentences(table, share, by_scores), *(line for line in words.splitlines() if line.strip())]
-  lines += [*beside(rows), *evaluation.many_comparisons([rows])]
+  lines += [*beside(rows), *chance(rows), *verdict.sensitivity([rows])]
+  lines += filter(None, [about])
   write_figure(run_dir, "transfer", report.perplexity_plot(summary))
   columns = list(dict.fromkeys(name for row in table for name in row))
   run_dir.write_text("transfer.csv", report.csv_table(table, columns))
@@ -374,7 +392,7 @@ def write(run_dir: artifacts.RunDir, s: Settings, table: list[dict], rows: list,
   parts += [
     "Spearman and overlaps are with the trained model's own scores and choice; the interval is a bootstrap over "
     "training examples. Chance is 0 for Spearman, one half for the top halves, and for the choices the share that is "
-    "kept. The ratio's interval is over seeds of the training.",
+    f"kept. {verdict.BRACKETS}",
     f'"{AS_LONG}": random sets with the response lengths of the trained model\'s own choice (response_tokens below '
     "tell how far another choice is from them): where a choice is no better, its gain over random sets may be one of "
     "length.",
@@ -402,6 +420,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   check_scorers(s, scorers)
   bench = bench or Workbench(s)
   check_budget(s, bench.parts["train"])
+  tell_size(bench.parts["test"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
@@ -426,7 +445,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "batch size": plan.batch_size,
     "learning rate": plan.learning_rate,
   }
-  write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe)
+  about = test_examples(bench.parts["test"]).about
+  write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe, about)
   return str(run_dir.path)
 
 

@@ -192,6 +192,22 @@ def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None
   return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=keys, **more)
 
 
+def taking_no_part(inputs: PolicyInputs, truncated: np.ndarray | None = None) -> str:
+  """Why fewer are chosen than a fraction of all, in brackets: examples without a response are not counted.
+
+  Args:
+    inputs: what is chosen from.
+    truncated: bool [N], which examples were cut at the maximal length; such a cut may have taken the response.
+  """
+  empty = inputs.num_response_tokens == 0
+  if not empty.any():
+    return ""
+  cut = 0 if truncated is None else int(np.count_nonzero(empty & np.asarray(truncated, bool)))
+  why = f", {cut:,} of them because --max_length cut it off," if cut else ""
+  left = len(inputs.ids) - int(empty.sum())
+  return f" ({int(empty.sum()):,} have no response{why} and take no part; a fraction is one of the other {left:,})"
+
+
 def _finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
   """`values`, or a UserError when they are missing or not finite (with the count and the first ids)."""
   if values is None:
@@ -537,7 +553,8 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     kept, share = int(np.sum(topics[rows] == topic)), size * rows.size / pool.size
     if share >= 1 and kept < 0.2 * share:
       found.append(
-        f"Topic '{topic}' is almost dropped: {kept} of its {size} examples are selected where an even share would be "
+        f"Topic '{topic}' is almost dropped: {kept} of its {size} examples with a response are selected where an even "
+        "share would be "
         f"{share:.0f}. Use the policy topic_quota, matching or matching_quota."
       )
   return found

@@ -19,6 +19,7 @@ from scipy import sparse
 SHINGLE = 5  # words
 MOST_WORDS = 5_000  # of one text; what comes later is not looked at
 THRESHOLD = 0.5
+_SHARED_BY = 10  # texts: what more than so many and a tenth of all say is not compared by `alike`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,20 @@ def shingles(text: str) -> set[tuple[str, ...]]:
   return set(zip(*(words[start:] for start in range(SHINGLE)), strict=False))
 
 
-def similarities(texts: Sequence[str]) -> np.ndarray:
-  """Jaccard similarity of every pair: float64 [n, n], 0 with a text that has no word."""
+def _members(texts: Sequence[str]) -> sparse.csr_array:
+  """Which text has which shingle: 1 or nothing, [n, shingles]."""
   sets = [shingles(text) for text in texts]
   column: dict[tuple[str, ...], int] = {}
   found = [[column.setdefault(shingle, len(column)) for shingle in sorted(own)] for own in sets]
-  sizes = np.array([len(own) for own in found])
   places = np.array([place for own in found for place in own], np.int64)
-  starts = np.concatenate([[0], np.cumsum(sizes)])
-  member = sparse.csr_array((np.ones(len(places)), places, starts), shape=(len(sets), max(len(column), 1)))
+  starts = np.concatenate([[0], np.cumsum([len(own) for own in found])])
+  return sparse.csr_array((np.ones(len(places)), places, starts), shape=(len(sets), max(len(column), 1)))
+
+
+def similarities(texts: Sequence[str]) -> np.ndarray:
+  """Jaccard similarity of every pair: float64 [n, n], 0 with a text that has no word."""
+  member = _members(texts)
+  sizes = member.sum(axis=1)
   both = (member @ member.T).toarray()
   either = sizes[:, None] + sizes[None, :] - both
   return both / np.maximum(either, 1)
@@ -69,3 +75,30 @@ def near_copies(texts: Sequence[str], threshold: float = THRESHOLD) -> list[Grou
     if len(rows) > 1:
       groups.append(Group(rows, similar[np.ix_(rows, rows)].max(axis=1)))
   return groups
+
+
+def alike(texts: Sequence[str], keys: Sequence[str], threshold: float = THRESHOLD, block: int = 512) -> np.ndarray:
+  """Numbers the groups that copies and near copies make: int [n], equal within a group, for many texts.
+
+  What more than a tenth of the texts say (an instruction that they share) makes no near copies and is not compared.
+
+  Args:
+    texts: n of them.
+    keys: n names, equal for copies.
+    threshold: of the similarity.
+    block: texts that are compared at a time with all others.
+  """
+  size = len(texts)
+  member = _members(texts)
+  member = member[:, np.asarray(member.sum(axis=0)).ravel() <= max(_SHARED_BY, size // 10)].tocsr()
+  sizes, edges = np.asarray(member.sum(axis=1)).ravel(), [np.zeros((2, 0), np.int64)]
+  for start in range(0, size, block):
+    both = (member[start : start + block] @ member.T).tocoo()
+    either = sizes[start + both.row] + sizes[both.col] - both.data
+    close = both.data >= threshold * either
+    edges.append(np.stack([start + both.row[close], both.col[close]]))
+  first: dict[str, int] = {}
+  edges.append(np.array([[first.setdefault(key, row), row] for row, key in enumerate(keys)], np.int64).reshape(-1, 2).T)
+  rows, columns = np.concatenate(edges, axis=1)
+  linked = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+  return sparse.csgraph.connected_components(linked, directed=False)[1].astype(np.int64)

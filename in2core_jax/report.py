@@ -283,22 +283,27 @@ def residual_plot(curve: Sequence[float], solver: str = "LiSSA", steps: Sequence
 
 
 def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
-  """Perplexity of each policy as a point with its interval over seeds, best on top; the range of random as a band.
+  """Perplexity of each policy as a point, best on top; the range of random as a band.
+
+  A bar is the interval of the ratio to random sets, times their perplexity: where it holds the dotted line, the two
+  cannot be told apart. Perplexities' own intervals overlap for all, since the test examples' difficulty is in them.
 
   Args:
-    table: dicts with policy, seeds, perplexity, perplexity_low, perplexity_high, perplexity_min, perplexity_max
-      (the output of `evaluation.summarise`); NaN bounds draw no interval.
+    table: the output of `verdict.summarise`: dicts with policy, seeds, perplexity, perplexity_min, perplexity_max, and
+      to_random_low, to_random_high where there are random sets; NaN bounds draw no interval.
     level: of the intervals, for the caption.
   """
   if not table:
     raise UserError("no retrained models to plot; run the evaluate stage with at least one policy")
   table = sorted(table, key=lambda row: -row["perplexity"])
   names = max(len(row["policy"]) for row in table)
+  random = [row["perplexity"] for row in table if row["policy"] == "random"]
   figure, axes = _figure(max(6.4, 5.4 + 0.09 * names), 1.4 + 0.36 * len(table))
   for place, row in enumerate(table):
     color = {"random": VERMILION, "full": "black"}.get(row["policy"], BLUE)
-    if not math.isnan(row["perplexity_low"]):
-      axes.hlines(place, row["perplexity_low"], row["perplexity_high"], color=color, linewidth=2)
+    low, high = row.get("to_random_low", math.nan), row.get("to_random_high", math.nan)
+    if not math.isnan(low):
+      axes.hlines(place, low * random[0], high * random[0], color=color, linewidth=2)
     axes.plot(row["perplexity"], place, "o", color=color, markersize=7)
     axes.annotate(
       f"{row['perplexity']:.2f}", (row["perplexity"], place), (0, 6), textcoords="offset points", ha="center"
@@ -306,29 +311,34 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
     if row["policy"] == "random":
       label = f"range of {row['seeds']} random sets"
       axes.axvspan(row["perplexity_min"], row["perplexity_max"], color=VERMILION, alpha=0.15, linewidth=0, label=label)
+      axes.axvline(row["perplexity"], color=VERMILION, linestyle=":", linewidth=1)
       axes.legend(frameon=False, loc="upper right")
   axes.set_yticks(range(len(table)), [row["policy"] for row in table])
   axes.set_ylim(-0.6, len(table) - 0.3)
-  axes.set_xlabel(f"test perplexity (lower is better)\nmean and {level:.0%} interval over seeds")
+  bars = f"\nbars: {level:.0%} intervals of the difference to random sets, for new test examples and trainings"
+  axes.set_xlabel("test perplexity (lower is better)" + (bars if random else ""))
   axes.grid(axis="x", alpha=0.3)
   return figure
 
 
 def sweep_plot(table: Sequence[Mapping]) -> Figure:
-  """Perplexity of each policy against the share of the examples that it kept, with its interval over seeds as a band.
+  """Perplexity of each policy against the share of the examples that it kept; bands as the bars of `perplexity_plot`.
 
   Args:
     table: dicts as for `perplexity_plot`, with `fraction` besides; full data is drawn as a level.
   """
   figure, axes = _figure(7.2, 4.6)
   names = [name for name in dict.fromkeys(row["policy"] for row in table) if name != "full"]
+  random = {row["fraction"]: row["perplexity"] for row in table if row["policy"] == "random"}
   for number, name in enumerate(names):
     rows = sorted((row for row in table if row["policy"] == name), key=lambda row: row["fraction"])
     x, y = [row["fraction"] for row in rows], [row["perplexity"] for row in rows]
     color = "black" if name == "random" else _CYCLE[number % len(_CYCLE)]
     style = "-" if number < len(_CYCLE) else "--"
     axes.plot(x, y, style, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=5, label=name)
-    low, high = ([row[f"perplexity_{side}"] for row in rows] for side in ("low", "high"))
+    level = [random.get(row["fraction"], math.nan) for row in rows]
+    bounds = ([row.get(f"to_random_{side}", math.nan) for row in rows] for side in ("low", "high"))
+    low, high = (np.array(level) * np.array(bound) for bound in bounds)
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)  # NaN draws nothing
   full = [row["perplexity"] for row in table if row["policy"] == "full"]
   if full:
@@ -340,7 +350,8 @@ def sweep_plot(table: Sequence[Mapping]) -> Figure:
   axes.set_xscale("log")
   axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
   axes.minorticks_off()
-  axes.set(xlabel="training examples kept", ylabel="test perplexity (lower is better)")
+  bands = "\nbands: 95 % intervals of the difference to random sets, for new test examples and trainings"
+  axes.set(xlabel="training examples kept" + (bands if random else ""), ylabel="test perplexity (lower is better)")
   axes.grid(alpha=0.3)
   axes.legend(frameon=False, fontsize="small", ncols=2)
   return figure
@@ -485,12 +496,12 @@ def retrain_report_markdown(
   """The report of retraining on each policy's set.
 
   Args:
-    sections: title -> (the output of `evaluation.summarise`, that of `evaluation.verdict`, one line for each policy) of
+    sections: title -> (the output of `verdict.summarise`, that of `verdict.verdict`, one line for each policy) of
       trainings that are compared with each other; a single one may have an empty title.
     settings: names and values of the recipe, such as steps and learning rate.
     images: caption -> path relative to the report.
     level: of the intervals in the table.
-    notes: sentences about all sections together, such as that of `evaluation.many_comparisons`.
+    notes: sentences about all sections together, such as that of `verdict.many_comparisons`.
     overviews: title -> rows of a table over all sections, which comes before them.
 
   Returns:
@@ -504,9 +515,12 @@ def retrain_report_markdown(
     parts += [f"## {escape_markdown(title).capitalize()}"] if title else []
     parts += [lines, markdown_table(retrain_rows(table)).rstrip()]
   parts += [
-    f"In brackets: {level:.0%} interval over seeds (Student t). Perplexity is on the test set, lower is better."
+    f"In brackets: {level:.0%} intervals that hold for new test examples and for new trainings. Perplexity is on the "
+    "test set, lower is better; its own interval is wide, because test examples differ in difficulty. to_random is the "
+    "ratio to random sets on the same test examples, which is what policies are compared by; in evaluation.csv also "
+    "that to full data. A policy with one training has the spread of those with several."
   ]
-  parts += [escape_markdown(note, 1000) for note in notes]
+  parts += [escape_markdown(note, 4000) for note in notes]
   parts += [f"![{escape_markdown(caption)}]({path})" for caption, path in (images or {}).items()]
   if settings:
     recipe = [{"name": name, "value": format_value(value)} for name, value in settings.items()]
@@ -515,7 +529,7 @@ def retrain_report_markdown(
 
 
 def retrain_rows(table: Sequence[Mapping]) -> list[dict]:
-  """`evaluation.summarise` as rows to print: the two perplexities with their intervals in one cell each.
+  """`verdict.summarise` as rows to print: perplexities and ratios to random sets with their intervals in a cell each.
 
   Keys `equal` and `fraction`, where rows have them, are shown when they differ.
   """
@@ -524,8 +538,10 @@ def retrain_rows(table: Sequence[Mapping]) -> list[dict]:
     row = {name: summary[name] for name in ("equal", "fraction") if name in several}
     names = ("policy", "seeds", "examples", "response_tokens", "steps", "trained_tokens")
     row |= {name: summary[name] for name in names}
-    for name in ("perplexity", "example_perplexity"):
-      low, high = summary[f"{name}_low"], summary[f"{name}_high"]
-      row[name] = f"{summary[name]:.3f}" + ("" if math.isnan(low) else f" ({low:.3f} to {high:.3f})")
+    ratios = [name for name in ("to_random", "example_to_random") if name in summary]
+    for name in ("perplexity", "example_perplexity", *ratios):
+      value, low, high = (summary[f"{name}{end}"] for end in ("", "_low", "_high"))
+      bounds = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+      row[name] = "" if math.isnan(value) else f"{value:.3f}{bounds}"
     rows.append(row)
   return rows

@@ -96,7 +96,8 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
     assert float(whole["test perplexity"]) > 1 and float(rows[solver, "last:1"]["test perplexity"]) > 1
   assert rows["identity", "first:2/mlp"]["score pass, s"] == ""
   text = (finished / "ablate_layers.md").read_text()
-  assert text.rstrip().endswith(result["sentences"][-1]) and len(result["sentences"]) == 2
+  assert all(sentence in text for sentence in result["sentences"]) and len(result["sentences"]) == 2
+  assert text.rstrip().endswith(result["notes"][-1]) and "Measured on these" in result["notes"][-1]
   assert "random: test perplexity" in text
   assert (finished / "ablate_layers.tex").read_text().count("last:2/mlp") == 2
   for name in ("svg", "png"):
@@ -174,7 +175,12 @@ class Retrained:
 
   def retrained(self, name, sets, seeds, judge):
     self.trained.append(name)
-    return evaluation.confidence_interval(self.perplexities.get(name.rpartition(" ")[2], [5.0, 5.2]))
+    values = self.perplexities.get(name.rpartition(" ")[2], [5.0, 5.2])
+    tokens, hard = np.full(30, 7), np.linspace(-1, 1, 30)
+    return [
+      evaluation.RetrainRow(name, seed, 2, 9, 4, 1, 4, value, value, np.log(value) + hard, tokens)
+      for seed, value in zip(seeds, values, strict=True)
+    ]
 
 
 def test_the_cheapest_that_agree_are_retrained_until_one_is_enough():
@@ -185,15 +191,18 @@ def test_the_cheapest_that_agree_are_retrained_until_one_is_enough():
   intervals = ablate_layers.retrain(ablation, {"identity": rows}, [Choice("last", "all", (1,))], (0, 1))
   trained = [name.removeprefix("identity, ") for name in ablation.trained]
   # "bad" is the cheapest that agrees and is worse, "good" the next and enough; "dear" could not be the cheapest.
-  assert set(intervals) == {"full", "random"}
+  assert set(intervals.perplexity) == {"full", "random"}
+  assert "comparisons by token or by example" in intervals.notes[0] and "Measured on these 30" in intervals.notes[1]
   assert trained == ["full", "random", "all", "last:1", "bad", "good"]
-  assert rows[3]["perplexity"].mean > 9 and rows[1]["perplexity"] is None
+  assert rows[3]["perplexity"].mean > 9 and rows[3]["ratio"].low > 1 and rows[1]["perplexity"] is None
   assert ablation_report.enough(rows) is rows[2]
 
 
 def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
   names = {"all": 1.0, "last:4": 0.35, "last:4/mlp": 0.34, "last:4/attention": 0.33}
-  rows = [made(name, 1.0, flops, [5.0, 5.2]) | {"position": "last", "modules": "all"} for name, flops in names.items()]
+  rows = [
+    made(name, 1.0, flops, (1.0, 0.9, 1.1)) | {"position": "last", "modules": "all"} for name, flops in names.items()
+  ]
   drawn = ablation_report.figure({"identity": rows}, {})
   labels = [text for text in drawn.axes[1].texts if text.get_text() in names]
   boxes = [label.get_window_extent() for label in labels]
@@ -227,28 +236,42 @@ def test_spread_layers_are_even():
   assert ablate_layers.spread(4, 30) == (3, 11, 18, 26) and ablate_layers.spread(8, 8) == tuple(range(8))
 
 
-def made(name, overlap, flops, perplexity=None):
+def interval(mean, low=np.nan, high=np.nan):
+  return evaluation.Interval(mean, low, high, 30)
+
+
+def made(name, overlap, flops, ratio=None):
+  """A choice; `ratio` (estimate, low, high) to all layers' own choice where it was retrained."""
   row = {"solver": "identity", "name": name, "overlap": overlap, "flops": flops, "bytes": 1e6 * flops, "seconds": None}
-  return row | {"perplexity": None if perplexity is None else evaluation.confidence_interval(perplexity), "peak": None}
+  ratios = dict.fromkeys(("ratio", "ratio by example"), None if ratio is None else interval(*ratio))
+  return row | ratios | {"perplexity": None if ratio is None else interval(5 * ratio[0]), "peak": None}
+
+
+def whole():
+  return made("all", 1.0, 1.0) | {"perplexity": interval(5.0, 3.0, 8.0)}
 
 
 def test_a_whole_that_loses_to_random_is_told():
-  rows = [made("all", 1.0, 1.0, [5.0, 5.2])]
-  level = lambda *values: {"random": evaluation.confidence_interval(values)}  # noqa: E731
-  (line,) = ablation_report.worse_than_random(rows, level(4.0, 4.2))
-  assert "retrain to 5.1, worse than random sets of the size (4.1)" in line
-  assert ablation_report.worse_than_random(rows, level(6.0, 6.1)) == ablation_report.worse_than_random(rows, {}) == []
+  against = lambda *ratio: ablation_report.worse_than_random([whole() | {"to random": interval(*ratio)}])  # noqa: E731
+  (line,) = against(1.2, 1.1, 1.3)
+  assert "retrain to 5, worse than random sets of the size (1.200 (1.100 to 1.300) times theirs)" in line
+  assert against(1.2, 0.9, 1.6) == against(0.8, 0.7, 0.9) == against(1.2) == []
+  assert ablation_report.worse_than_random([whole()]) == []
 
 
-def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
-  rows = [made("all", 1.0, 1.0, [5.0, 5.2]), made("cheap", 0.7, 0.1, [5.1, 5.1]), made("last:8", 0.95, 0.4, [9.0, 9.1])]
+def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
+  worse, unsure, equal = (1.8, 1.5, 2.1), (1.02, 0.96, 1.08), (1.0, 0.995, 1.005)
+  rows = [whole(), made("cheap", 0.7, 0.1, equal), made("last:8", 0.95, 0.4, worse)]
   assert ablation_report.enough(rows) is None
   assert "no choice is enough" in ablation_report.sentence(rows) and "(last:8)" in ablation_report.sentence(rows)
-  rows += [made("spread:8", 0.9, 0.6, [5.1, 5.3]), made("first:16", 0.99, 0.9, [5.1, 5.1]), made("last:9", 0.9, 0.65)]
+  rows += [made("spread:8", 0.9, 0.6, equal), made("first:16", 0.99, 0.9, equal), made("last:9", 0.9, 0.65)]
   assert ablation_report.enough(rows)["name"] == "spread:8"
   assert "spread:8 is enough" in ablation_report.sentence(rows)
-  rows[3]["perplexity"] = evaluation.confidence_interval([3.0, 3.1])  # below all layers' interval: better, not outside
-  assert ablation_report.enough(rows)["name"] == "spread:8"
+  rows[3] |= made("spread:8", 0.9, 0.6, unsure)  # not told apart is not as good
+  said = ablation_report.sentence(rows)
+  assert "spread:8 may be enough" in said and "1.020 (0.960 to 1.080) times: up to 8 % worse is not excluded" in said
+  rows[3] |= made("spread:8", 0.9, 0.6, (0.9, 0.85, 0.95))
+  assert "spread:8 is enough" in ablation_report.sentence(rows) and "lower (better)" in ablation_report.sentence(rows)
   rows[3]["overlap"] = 0.89
   # last:9 agrees, but so did last:8, which failed: what was not retrained is not enough then.
   assert ablation_report.enough(rows)["name"] == "first:16"
@@ -256,12 +279,12 @@ def test_enough_is_the_cheapest_that_agrees_and_is_as_good():
   assert ablation_report.enough(rows) is None
   assert "retrained (last:8) are above" in ablation_report.sentence(rows)
   assert "not retrained: last:9." in ablation_report.sentence(rows)
-  plain = [row | {"perplexity": None} for row in rows]
-  assert "last:8 is enough" in ablation_report.sentence(plain)
+  plain = [row | {"perplexity": None, "ratio": None} for row in rows]
+  assert "last:8 may be enough" in ablation_report.sentence(plain)
   assert "it was not retrained" in ablation_report.sentence(plain)
-  once = [made("all", 1.0, 1.0, [5.0]), made("last:8", 0.95, 0.4, [9.0])]
+  once = [whole(), made("last:8", 0.95, 0.4, (1.8,))]
   assert "last:8 may be enough" in ablation_report.sentence(once)
-  assert "9, all layers' 5, and one seed cannot tell them apart" in ablation_report.sentence(once)
+  assert "9, all layers' 5, and one training each cannot tell them apart" in ablation_report.sentence(once)
   few = [rows[0], rows[1]]
   assert "none that is cheaper" in ablation_report.sentence(few) and "cheap, shares 70%" in ablation_report.sentence(
     few

@@ -437,7 +437,7 @@ def test_warnings_of_a_risky_selection():
   )
   found = selection_warnings(select_rows("proponents", inputs, Budget(fraction=0.5)), inputs)
   assert len(found) == 4
-  assert found[0].startswith("Topic 't0' is almost dropped: 0 of its 100 examples are selected where an even share")
+  assert found[0].startswith("Topic 't0' is almost dropped: 0 of its 100 examples with a response are selected where ")
   assert "would be 50. Use the policy topic_quota" in found[0] and "'t1'" in found[1]
   assert "2,000 response tokens, 50% of what 200 average examples would have (4,000)" in found[2]
   assert "further than all 20 random selections" in found[3] and "Use the policy matching" in found[3]

@@ -324,14 +324,22 @@ def test_a_default_without_damping_is_compared_with_the_others_first():
   assert at.startswith("Where gradients are taken: ")
 
 
+def left_out(what, seed, loss):
+  """A training of the leave-out curves, judged on 20 examples that all differ alike."""
+  facts = {"what": what, "share": 0.1, "seed": seed, "examples": 3, "response_tokens": 9}
+  points = {"tokens": np.full(20, 7), "groups": np.arange(20), "by": "example"}
+  judged = {"eval": loss, "test": 1.0 + seed}
+  losses = {part: points | {"losses": value + np.linspace(-1, 1, 20)} for part, value in judged.items()}
+  return facts | judged | {"points": losses}
+
+
 def test_what_the_noise_does_not_tell_is_said():
   _, _, _, losses = made(0.5)
   said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, -losses, draws=10), 8)
   assert "no better than chance, so that nothing can be told" in said and "nan" not in said
   said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, losses, draws=10), 8)
   assert "an LDS of about 1.00, the square root (1.00 to 1.00)." in said
-  facts = {"share": 0.1, "seed": 0, "examples": 3, "response_tokens": 9, "test": 1.0}
-  once = [facts | {"what": what, "eval": loss} for what, loss in (("top, cg", 2.0), ("random", 1.0))]
+  once = [left_out("top, cg", 0, 2.0), left_out("random", 0, 1.0)]
   rows = fidelity_report.curve_rows(once)
   assert fidelity_report.printed_curves(rows)[0]["eval minus random"] == "+1.000 (one seed each)"
   assert fidelity_report.curve_sentences(rows)[0] == (
@@ -340,17 +348,8 @@ def test_what_the_noise_does_not_tell_is_said():
 
 
 def test_curves_are_compared_with_random_sets_of_the_same_size():
-  row = lambda what, seed, loss: {  # noqa: E731
-    "what": what,
-    "share": 0.1,
-    "seed": seed,
-    "examples": 3,
-    "response_tokens": 9,
-    "eval": loss,
-    "test": 1.0 + seed,
-  }
-  curves = [row("top, cg", 0, 2.0), row("opponents, cg", 0, 1.05)]
-  curves += [row("random", seed, 1.0 + 0.1 * seed) for seed in range(3)]
+  curves = [left_out("top, cg", 0, 2.0), left_out("opponents, cg", 0, 1.05)]
+  curves += [left_out("random", seed, 1.0 + 0.1 * seed) for seed in range(3)]
   rows = fidelity_report.curve_rows(curves)
   assert rows[0]["eval minus random"] == pytest.approx(0.9) and rows[0]["eval change low"] > 0
   lines = fidelity_report.curve_sentences(rows)

@@ -81,10 +81,12 @@ def test_a_sweep_has_every_policy_at_every_budget(sweep):
   assert f"| {mine['bm25', 'tokens', '0.25']:.3f} |" in next(
     line for line in overview.splitlines() if line.startswith("| bm25 |")
   )
-  # Three policies, two budgets, three times something equal, and said once for all of them.
-  said = "18 comparisons, each at 95%: where nothing differs, one in 20 is called a difference by chance."
+  # Three policies against random sets and full data and the one of these two, by token and by example, two budgets,
+  # three times something equal: said once for all of them.
   words = json.loads((pathlib.Path(folder) / "evaluation.json").read_text())["verdict"]
-  assert page.count("comparisons, each") == 1 and said in page and words.count(said) == 1
+  (said,) = [line for line in words if " comparisons by token or by example, each at 95%: " in line]
+  assert said.startswith("84 ") and page.count("comparisons by token or") == 1
+  assert sum(line.startswith("Measured on these ") for line in words) == 1
 
 
 def test_equal_tokens_are_equal_within_a_step(sweep, bench):
@@ -202,11 +204,12 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   for row in rows.values():
     assert float(row["perplexity"]) > 1
   ratio = float(rows["matching"]["perplexity"]) / float(rows["full"]["perplexity"])
-  assert float(rows["matching"]["to full"]) == pytest.approx(ratio, abs=1e-3)
+  assert float(rows["matching"]["to full"].split(" (")[0]) == pytest.approx(ratio, abs=1e-3)
+  assert " to " in rows["matching"]["by example, to random"]
   # There are ten evaluation examples: the same are chosen, and the same training is not done again.
   assert rows["matching"]["perplexity"] == rows["matching, 10 queries"]["perplexity"]
   page = (tmp_path / "study" / "study.md").read_text()
-  assert "## Equal steps" in page and " test examples are few**: " in page
+  assert "## Equal steps" in page and "comparisons by token or by example" in page and "Measured on these " in page
   rules = {line.split(" | ")[0].strip("| "): line for line in page.split("## Rules")[1].splitlines() if "|" in line}
   assert (
     "| matching | the fine-tuned model |" in rules["matching"]

@@ -12,7 +12,7 @@ from tiny import CONFIG, OneDevice, quick_compile, run_settings, write_model  # 
 
 from experiments import flags, scoring, transfer, workbench
 from experiments.retraining import Judge
-from in2core_jax import artifacts, coreset, matching, model, subtree, weights
+from in2core_jax import artifacts, coreset, evaluation, matching, model, subtree, weights
 from in2core_jax.errors import UserError
 
 
@@ -72,9 +72,11 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert abs(tokens[transfer.AS_LONG] - mine) < abs(tokens["longest"] - mine)
   assert tokens["longest"] == max(count for name, count in tokens.items() if name != "full")
   text = (folder / "transfer.md").read_text()
-  assert "one seed each cannot tell it" in text and "plots/transfer.svg" in text
-  assert text.count("8 comparisons, each at 95%") == 1
-  assert len([line for line in text.splitlines() if f' times that of "{transfer.AS_LONG}" (' in line]) == 3
+  assert (
+    "perplexity not to be told apart from that of the model's own choice (" in text and "plots/transfer.svg" in text
+  )
+  assert text.count(" comparisons by token or by example, each at 95%") == 1 and "Measured on these 6 test" in text
+  assert len([line for line in text.splitlines() if f" times {transfer.AS_LONG}'s, 95% interval" in line]) == 3
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
 
@@ -84,8 +86,8 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
   task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
   names = [candidate.policy for candidate in task.candidates({"hf:x": np.arange(12)})]
   assert names == ["full", "random", "random", *[transfer.AS_LONG] * 2, transfer.LONGEST, "chosen by hf:x"]
-  row = lambda policy: types.SimpleNamespace(policy=policy, perplexity=2.0)  # noqa: E731
-  (line,) = transfer.beside([row(name) for name in names])
+  row = lambda policy, seed: evaluation.RetrainRow(policy, seed, 2, 9, 4, 1, 4, 2.0, 2.0)  # noqa: E731
+  (line,) = transfer.beside([row(name, seed) for seed, name in enumerate(names)])
   assert transfer.AS_LONG in line and transfer.COPIES_LAST not in line
 
 
@@ -213,15 +215,17 @@ def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(
 
 def test_sentences_follow_the_intervals():
   row = {"scores by": "a", "Spearman": 0.5, "ratio to own": 1.1, "ratio low": 1.01, "ratio high": 1.2}
+  row |= {"ratio by example to own": 1.1, "ratio by example low": 0.9, "ratio by example high": 1.3}
   row |= {"overlap of the choices": 0.7, "fine-tuned": True, "learning rate": 1e-3}
   row |= dict(zip(transfer._LOSSES, (4.0, 3.0), strict=True))
   said = lambda **changes: transfer.sentences([row, row | changes], 0.5)  # noqa: E731
-  assert "perplexity above that" in said()[0] and len(said()) == 1
+  assert "by token perplexity above that" in said()[0] and len(said()) == 1
+  assert "by example perplexity not to be told apart from that" in said()[0]
   assert "shares 70% with the model's own, 50% by chance; Spearman of the scores 0.50)" in said()[0]
   assert "Spearman" not in transfer.sentences([row, row], 0.5, by_scores=False)[0]
   assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})[0]
   assert "not to be told apart" in said(**{"ratio low": 0.9})[0]
-  assert "one seed each" in said(**{"ratio low": np.nan, "ratio high": np.nan})[0]
+  assert "one training each" in said(**{"ratio low": np.nan, "ratio high": np.nan})[0]
   worse = {transfer._LOSSES[1]: 4.1}
   assert "evaluation loss of a (4.000 before, 4.100 after): overfitted or diverged" in said(**worse)[1]
   assert len(said(**worse, **{"fine-tuned": False})) == 1
