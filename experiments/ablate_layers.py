@@ -306,6 +306,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if asked[0]:
     tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])
   ablation = Ablation(bench, s, run_dir)
   found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}

@@ -374,6 +374,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   check_size(s, bench.params, subtree.make_subtree(bench.params, s.layers, s.modules), f"--solver={s.solver}")
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]

@@ -254,6 +254,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   check_budget(s, bench.parts["train"])  # told before there is a run folder
   tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   chosen = kept_candidates(run_dir, bench, s, plan)
   for candidate in chosen:

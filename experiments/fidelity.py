@@ -317,6 +317,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     identity["flags"].pop(name)
   identity["flags"] |= {name: getattr(s, name) for name in ("cg_steps", "krylov")}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.fidelity --flagfile=THIS"])
   task = Task(bench, s, run_dir)
   every = task.losses()

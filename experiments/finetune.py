@@ -59,6 +59,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   rows = trainable_rows(bench)
   (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
   run_dir = artifacts.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
+  bench.write_skipped(run_dir)
   folder = run_dir.file(artifacts.CHECKPOINT)
   sub, frozen = subtree.split(params, chosen)
   if run_dir.is_whole("finetune.json") and finetune.is_finished(folder, recipe.steps, sub):

@@ -45,7 +45,7 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 
 
 TRAINED = ("--trainable_layers", "--trainable_modules")  # for `subtree.make_subtree`
-_ADDED = ("limit_block", "model_rates", "drop_copies", "template_date")  # flags that older run folders did not know
+_ADDED = ("limit_block", "model_rates", "drop_copies", "template_date", "skip_bad_records")  # flags that older run folders did not know
 # A flagfile repeats a run: it removes none, is the same in every process, and does the work.
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 
@@ -99,6 +99,9 @@ class Settings:
   )
   drop_copies: bool = _flag(
     "data", False, "leave out training examples that repeat an earlier one, message for message, before the limits"
+  )
+  skip_bad_records: bool = _flag(
+    "data", False, "leave out records that cannot be used, into skipped_records.jsonl; otherwise they stop the command"
   )
   max_length: int = _flag("data", 512, "tokens kept of an example; what was cut is counted")
   system_prompt: str = _flag("data", "default", "default (the template's own) | none | a text")

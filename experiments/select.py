@@ -113,12 +113,13 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
     identity["trajectory_weights"] = finetune.steps_hash(s.checkpoint, weights)
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  bench.write_skipped(run_dir)
   work = Work(run_dir, s.shard_batches)
   if run_dir.is_whole("summary.json"):
     work.remove()  # what a run that was killed at its very end has left
     log.info("%s is finished already", run_dir.path)
     return str(run_dir.path)
-  log.info("\n%s", data.format_summary(bench.summary))
+  log.info("\n%s", data.format_summary(bench.summary, told=False))
   run_dir.write_json("data_summary.json", bench.summary)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
   for line in without_effect(s):

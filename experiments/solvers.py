@@ -231,8 +231,7 @@ class Mislabelled(Workbench):
     count = max(2, round(s.mislabelled * len(usable)))
     rows = np.random.default_rng((s.seed, 19)).choice(usable, count, replace=False)
     records, self.wrong = deal_answers(list(train.records), rows, s.seed)
-    made = data.tokenize(records, self.tokenizer, s.max_length, s.system_prompt, name="train", date=s.template_date)
-    self.__dict__["parts"] = bench.parts | {"train": made}
+    self.__dict__["parts"] = bench.parts | {"train": self.tokenized("train", records)}
 
 
 def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
@@ -362,6 +361,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   for name in ("compare_ratios", "agreement_ratios", "compare_bfloat16"):  # they say which cells are shown
     identity["flags"].pop(name)
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.solvers --flagfile=THIS"])
   cells, shared = Cells(run_dir), Comparison(bench, s)
   curves: dict = {}

@@ -301,6 +301,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   )  # not the lists of variants and seeds: more of them go on in the same folder
   tell_size(bench.parts["test"])
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `experiments.finetune` makes it.
   checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)

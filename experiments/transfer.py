@@ -426,6 +426,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   for name in _OF_SCORERS:
     identity["flags"].pop(name, None)
   run_dir = artifacts.RunDir.open(s.run_dir, identity, s.overwrite)
+  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
   task = Transfer(bench, s, run_dir)
   cells = {scorer.model: task.scored(scorer) for scorer in scorers}

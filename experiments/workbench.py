@@ -34,6 +34,7 @@ from in2core_jax import (
 )
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
+from in2core_jax.records import BadRecords
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ PARTS = ("train", "eval", "test")
 # Flags that change no number of a result.
 _WHERE_AND_HOW_FAST = (
   *("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"),
-  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches"),
+  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches", "skip_bad_records"),
 )
 
 
@@ -100,16 +101,24 @@ class Workbench:
 
   @functools.cached_property
   def _loaded(self):
+    self.parts  # noqa: B018 - refuses wrong data first
     log.info("loading model %s", self.settings.model)
     config, params, tokenizer, model_hash = weights.load_model(
       self.settings.model, self.settings.dtype, self.settings.seed
     )
     return config, self.place_params(params), tokenizer, model_hash
 
+  @functools.cached_property
+  def _described(self):
+    """(config, tokenizer), which need no weights: what is wrong with the data is told before these are read."""
+    if "_loaded" in self.__dict__:
+      return self._loaded[0], self._loaded[2]
+    return weights.describe_model(self.settings.model)
+
   @property
   def config(self) -> model.ModelConfig:
     """The model's shape."""
-    return self._loaded[0]
+    return self._described[0]
 
   @property
   def params(self):
@@ -119,7 +128,7 @@ class Workbench:
   @property
   def tokenizer(self):
     """The model's tokenizer."""
-    return self._loaded[2]
+    return self._described[1]
 
   @property
   def model_hash(self) -> str:
@@ -163,31 +172,60 @@ class Workbench:
   @functools.cached_property
   def parts(self) -> dict[str, data.TokenizedDataset]:
     """Tokenised train, eval and test sets."""
-    s = self.settings
-    records = split_sources(s)
+    s, self.bad = self.settings, BadRecords(self.settings.skip_bad_records)
+    records = split_sources(s, self.bad)
+    self.bad.raise_if_any()
     for part in PARTS:
       if part != "train" and s.eval_topics:
         records[part] = _of_topics(records[part], part, listed(s.eval_topics))
       if part == "train" and s.drop_copies:
         records[part] = _without_copies(records[part])
       records[part] = _limit(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
-      if not records[part]:
-        raise UserError(f"the {part} set is empty: give --{part}_data, or another --split={s.split}")
-    made = {
-      part: data.tokenize(records[part], self.tokenizer, s.max_length, s.system_prompt, name=part, date=s.template_date)
-      for part in PARTS
-    }
+    made = {part: self.tokenized(part, records[part], self.bad) for part in PARTS}
+    self.bad.raise_if_any()
     for part, dataset in made.items():
+      if not len(dataset):
+        raise UserError(f"the {part} set is empty: none of its records can be used; look at the data")
       if not np.any(dataset.num_response_tokens):
         raise UserError(
           f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
         )
+    for line in data.told_lines(self._summary_of(made)):
+      log.warning("%s", line)
     return made
+
+  def tokenized(self, part: str, records: list[data.Record], bad: BadRecords | None = None) -> data.TokenizedDataset:
+    """Records as a part, by the flags' template and lengths; arguments and errors of `data.tokenize`."""
+    s = self.settings
+    return data.tokenize(
+      records,
+      self.tokenizer,
+      s.max_length,
+      s.system_prompt,
+      name=part,
+      vocab_size=self.config.vocab_size,
+      date=s.template_date,
+      bad=bad,
+    )
 
   @functools.cached_property
   def summary(self) -> dict:
-    """Counts of every part, duplicates, overlap."""
-    return data.data_summary(self.parts)
+    """Counts of every part, duplicates, overlap, and what of the data is not used."""
+    return self._summary_of(self.parts)
+
+  def _summary_of(self, parts: dict[str, data.TokenizedDataset]) -> dict:
+    s, bad = self.settings, self.__dict__.get("bad")
+    summary = data.data_summary(parts)
+    if s.eval_data and not s.test_data:
+      halves = " and ".join(f"{len(parts[part]):,} of them are the {part} set" for part in ("eval", "test"))
+      summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
+    return summary | ({"skipped_records": bad.summary()} if bad else {})
+
+  def write_skipped(self, run_dir: artifacts.RunDir) -> None:
+    """Writes the records that --skip_bad_records has left out into a run folder, where there are some."""
+    bad = self.__dict__.get("bad")
+    if bad:
+      run_dir.write_text("skipped_records.jsonl", bad.lines())
 
   @property
   def template_date(self) -> str | None:
@@ -420,8 +458,16 @@ def track(source, total: int, what: str) -> Iterator:
       progress.update(1)
 
 
-def split_sources(s: Settings) -> dict[str, list[data.Record]]:
-  """Records of the three parts; what has no source of its own is split off by a hash of the content."""
+def split_sources(s: Settings, bad: BadRecords | None = None) -> dict[str, list[data.Record]]:
+  """Records of the three parts; what has no source of its own is split off by a hash of the content.
+
+  Args:
+    s: the flags of the data.
+    bad: gets the records that cannot be read; None: they are an error.
+
+  Raises:
+    UserError: whatever is wrong with the flags or the sources, or a part that gets nothing.
+  """
   try:
     shares = tuple(float(part) for part in s.split.split(","))
   except ValueError:
@@ -433,18 +479,34 @@ def split_sources(s: Settings) -> dict[str, list[data.Record]]:
   named = [spec for spec in (s.train_data, s.eval_data, s.test_data) if spec]
   some = any(sources.has_columns(spec) for spec in named)  # else --data_fields is refused, not ignored
   fields = {spec: s.data_fields if sources.has_columns(spec) or not some else None for spec in named}
-  read = functools.cache(lambda spec: data.load_records(spec, fields[spec] or None))
+  sources.check_fields(s.data_fields, named)
+  read = functools.cache(lambda spec: data.load_records(spec, fields[spec] or None, bad))
   train = read(s.train_data)
+  given = {"train": train}
   if s.eval_data and s.test_data:
     return {"train": train, "eval": read(s.eval_data), "test": read(s.test_data)}
   if s.eval_data:
-    _, first, second = data.split_records(read(s.eval_data), (0.0, 0.5, 0.5))
-    return {"train": train, "eval": first, "test": second}
-  if s.test_data:
+    whole = read(s.eval_data)
+    _, first, second = data.split_records(whole, (0.0, 0.5, 0.5))
+    parts, how = {"train": train, "eval": first, "test": second}, "its two halves, by a hash of the messages"
+    given |= dict.fromkeys(("eval", "test"), whole)
+  elif s.test_data:
     keep = shares[0] + shares[2]
     first, second, _ = data.split_records(train, (keep, 1 - keep, 0.0))
-    return {"train": first, "eval": second, "test": read(s.test_data)}
-  return dict(zip(PARTS, data.split_records(train, shares), strict=True))
+    parts, how = {"train": first, "eval": second, "test": read(s.test_data)}, f"--split={s.split}"
+    given |= {"eval": train, "test": parts["test"]}
+  else:
+    parts, how = dict(zip(PARTS, data.split_records(train, shares), strict=True)), f"--split={s.split}"
+    given = dict.fromkeys(PARTS, train)
+  for part in PARTS:
+    if not parts[part]:
+      flag = "--eval_data" if s.eval_data and part != "train" else "--train_data"
+      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in PARTS if given[name] is given[part] and parts[name])
+      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
+      raise UserError(
+        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); {own}"
+      )
+  return parts
 
 
 def _of_topics(records: list, part: str, topics: list[str]) -> list:

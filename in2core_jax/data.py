@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.chat_template import Renderer
-from in2core_jax.errors import UserError
-from in2core_jax.records import Record
+from in2core_jax.errors import UserError, printable
+from in2core_jax.records import BadRecords, Record
 from in2core_jax.responses import Rendered
 from in2core_jax.sources import load_records
 from in2core_jax.template_program import TemplateRefusal
@@ -143,8 +143,9 @@ def tokenize(
   system_prompt: str = "default",
   name: str = "train",
   *,
+  vocab_size: int | None = None,
   date: str | None = None,
-  bad: Any = None,
+  bad: BadRecords | None = None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
@@ -155,6 +156,7 @@ def tokenize(
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
+    vocab_size: rows of the model's embedding; None: not looked at.
     date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
     bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
       first one is an error.
@@ -163,7 +165,8 @@ def tokenize(
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
 
   Raises:
-    UserError: no chat template, a template that refuses an example, or records of which none keeps a response token.
+    UserError: no chat template, a template that refuses an example, a token that the embedding has no row for, or
+      records of which none keeps a response token.
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
@@ -181,6 +184,8 @@ def tokenize(
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
+      if vocab_size is not None and ids and max(ids) >= vocab_size:
+        raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
       kept.append(record)
       tokens.append(np.array(ids[:max_length], np.int32))
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
@@ -196,7 +201,18 @@ def tokenize(
   return dataset
 
 
-def _rendered(render: Renderer, records: Sequence[Record], bad: Any) -> Iterator[tuple[Record, Rendered]]:
+def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, tokenizer: Any) -> str:
+  worst = next(one for one in ids if one >= vocab_size)
+  return (
+    f"example {record.example_id!r} ({record.place}) holds the token {tokenizer.convert_ids_to_tokens(worst)!r} with "
+    f"id {worst}, and the model's embedding has {vocab_size:,} rows (ids 0 to {vocab_size - 1}): tokenizer and model do "
+    "not fit; enlarge the embedding (resize_token_embeddings) or use the model's own tokenizer"
+  )
+
+
+def _rendered(
+  render: Renderer, records: Sequence[Record], bad: BadRecords | None
+) -> Iterator[tuple[Record, Rendered]]:
   """The records with their renderings, but for those that are refused."""
   for record in records:
     try:
@@ -205,7 +221,7 @@ def _rendered(render: Renderer, records: Sequence[Record], bad: Any) -> Iterator
       _refuse(record, refusal, bad)
 
 
-def _refuse(record: Record, refusal: TemplateRefusal, bad: Any) -> None:
+def _refuse(record: Record, refusal: TemplateRefusal, bad: BadRecords | None) -> None:
   if bad is None:
     raise UserError(f"example {record.example_id!r} ({record.source}:{record.line}): {refusal}") from refusal
   bad.refuse(f"{record.source}:{record.line}", record.raw, str(refusal))
@@ -253,6 +269,7 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
     the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
     the template makes one text.
+    `unread_keys`, only where there are some: {key of the records that nobody reads: {"count": records, "first": place}}.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
   keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
@@ -274,6 +291,11 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
       "same_messages": sum(key in known for key in keys[second]),
       "same_prompt": sum(key in known_prompts for key in prompts[second]),
     }
+  unread: dict[str, dict[str, Any]] = {}
+  for record in (record for part in parts.values() for record in part.records):
+    for key in record.unread:
+      unread.setdefault(key, {"count": 0, "first": record.place})["count"] += 1
+  summary |= {"unread_keys": unread} if unread else {}
   dates = [part.template["date"] for part in parts.values() if "date" in part.template]
   template: dict[str, Any] = {"date": dates[0]} if dates else {}
   for key in ("changes", "alike"):
@@ -282,9 +304,20 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
   return summary | ({"template": template} if template else {})
 
 
-def template_lines(summary: dict[str, Any]) -> list[str]:
-  """What a `data_summary` has to tell of the chat template, one sentence each."""
+def told_lines(summary: dict[str, Any]) -> list[str]:
+  """What a `data_summary` has to tell of data that is not used, or not as it stands; one sentence each."""
   template, lines = summary.get("template", {}), []
+  if "halved" in summary:
+    lines.append(summary["halved"])
+  if "skipped_records" in summary:
+    skipped = summary["skipped_records"]
+    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
+    lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
+  for key, found in summary.get("unread_keys", {}).items():
+    lines.append(
+      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says is "
+      "no part of the conversation"
+    )
   if "date" in template:
     lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
   for name, changes in template.get("changes", {}).items():
@@ -295,8 +328,8 @@ def template_lines(summary: dict[str, Any]) -> list[str]:
   return lines
 
 
-def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
-  """Formats a `data_summary` as a small text table."""
+def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = True) -> str:
+  """Formats a `data_summary` as a small text table; `told`: with the sentences of `told_lines`."""
   columns = ("examples", "tokens", "response_tokens", "truncated", "empty_responses", "duplicates")
   rows = [("part", *(column.replace("_", " ") for column in columns))]
   rows += [(name, *(f"{part[column]:,}" for column in columns)) for name, part in summary["parts"].items()]
@@ -309,10 +342,10 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6) -> str:
     for row in rows
   ]
   for name, part in summary["parts"].items():
-    named = [(topic or "(none)", count) for topic, count in part["topics"].items()]
+    named = [(printable(topic) or "(none)", count) for topic, count in part["topics"].items()]
     if len(named) > 1 or (named and named[0][0] != "(none)"):
       more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
   for pair, counts in summary["overlap"].items():
     lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
-  return "\n".join([*lines, *template_lines(summary)])
+  return "\n".join([*lines, *map(printable, told_lines(summary) if told else ())])

@@ -120,7 +120,7 @@ def _inside(path: pathlib.Path) -> str:
   if files:
     return f" with {', '.join(files[:3])}{' and others' if len(files) > 3 else ''}: name each file, joined by +"
   kinds = sorted({pathlib.PurePath(name).suffix for name in names} - {""})[:4]
-  return f" with {len(names):,} entries{f' ({", ".join(kinds)})' if kinds else ''}"
+  return f" with {len(names):,} entries" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def _kind_of(path: pathlib.Path, head: bytes) -> tuple[str, str] | None:

@@ -262,6 +262,7 @@ class Finding:
 def findings(run: SelectRun) -> list[Finding]:
   """What to mind first: the warnings of the run, then what its numbers say about data, scores and solver."""
   found = [Finding(report.plain_line(warning, 1000), True) for warning in run.summary["warnings"]]
+  found += [Finding(report.plain_line(line, 1000), True) for line in data.told_lines(run.data)]
   found += [*_overlap_findings(run), *_train_findings(run), *_score_findings(run), *_solver_findings(run)]
   return sorted(found, key=lambda finding: not finding.mind)
 
