@@ -99,7 +99,12 @@ def results_of(folder: pathlib.Path) -> dict[str, bytes]:
   summary = json.loads(found["summary.json"])
   kept = {name: value for name, value in summary.items() if name not in _MAY_DIFFER}
   repeat = [line for line in found["flags.txt"].splitlines() if not line.startswith(b"--run_dir=")]
-  return found | {"summary.json": json.dumps(kept).encode(), "flags.txt": b"\n".join(repeat)}
+  manifest = json.loads(found[artifacts.MANIFEST])
+  del manifest[files.SEAL]
+  for name in ("summary.json", "flags.txt"):  # these are compared without what may differ
+    del manifest["checksums"][name]
+  plain = {"summary.json": kept, artifacts.MANIFEST: manifest}
+  return found | {name: json.dumps(value).encode() for name, value in plain.items()} | {"flags.txt": b"\n".join(repeat)}
 
 
 def differences(wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:

@@ -76,13 +76,13 @@ def file_sha256(path: epath.PathLike) -> str:
 
 # --- values that carry their own checksum -----------------------------------------------------------------------------
 
-_SEAL = "content_sha256"
+SEAL = "content_sha256"
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
   """A JSON object with the checksum of all that stands in it; NaN and infinities are null in it, as in `write_json`."""
   content = json.loads(canonical_json(_finite(content)))  # as it will be read
-  return {**content, _SEAL: hash_of(content)}
+  return {**content, SEAL: hash_of(content)}
 
 
 def unsealed(stored: Any, name: str) -> tuple[dict[str, Any], bool]:
@@ -97,10 +97,10 @@ def unsealed(stored: Any, name: str) -> tuple[dict[str, Any], bool]:
   """
   if not isinstance(stored, dict):
     raise UserError(f"{name}: damaged or changed by hand (it holds no JSON object)")
-  content = {key: value for key, value in stored.items() if key != _SEAL}
-  if _SEAL in stored and stored[_SEAL] != hash_of(content):
+  content = {key: value for key, value in stored.items() if key != SEAL}
+  if SEAL in stored and stored[SEAL] != hash_of(content):
     raise UserError(f"{name}: damaged or changed by hand (its checksum does not fit)")
-  return content, _SEAL in stored
+  return content, SEAL in stored
 
 
 # --- atomic writes ----------------------------------------------------------------------------------------------------
