@@ -248,7 +248,6 @@ def run(s: Settings) -> str:
   asked_of(s)
   identity = {"stage": "benchmark", "flags": s.identity("run", "data", "model", "select", "benchmark")}
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.benchmark --flagfile=THIS"])
   found, measured_on = measure(s), facts(s)
   asked = verdicts(found.figures, measured_on["platform"])

@@ -45,7 +45,13 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 
 
 TRAINED = ("--trainable_layers", "--trainable_modules")  # for `subtree.make_subtree`
-_ADDED = ("limit_block", "model_rates", "drop_copies", "template_date", "skip_bad_records")  # flags that older run folders did not know
+_ADDED = (
+  "limit_block",
+  "model_rates",
+  "drop_copies",
+  "template_date",
+  "skip_bad_records",
+)  # flags that older run folders did not know
 # A flagfile repeats a run: it removes none, is the same in every process, and does the work.
 _NOT_REPEATED = ("overwrite", "coordinator", "process_id", "num_processes", "dry_run", "hardware")
 

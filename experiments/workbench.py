@@ -501,10 +501,12 @@ def split_sources(s: Settings, bad: BadRecords | None = None) -> dict[str, list[
   for part in PARTS:
     if not parts[part]:
       flag = "--eval_data" if s.eval_data and part != "train" else "--train_data"
-      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in PARTS if given[name] is given[part] and parts[name])
+      shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
+      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
       own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
       raise UserError(
-        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); {own}"
+        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
+        f"{own}"
       )
   return parts
 

@@ -67,7 +67,7 @@ class Renderer:
       TemplateRefusal: the template refuses the conversation or does not render a part of it, or the responses cannot
         be told from the template's words.
     """
-    tools = getattr(record, "tools", ())
+    tools = record.tools
     rendered = self._layout(bool(tools)).spans(record.messages, tools)
     if any(rendered.notes.values()):
       self.notes.update(rendered.notes)
@@ -83,7 +83,7 @@ class Renderer:
 
   def spells_control_token(self, record: Record) -> bool:
     """Whether a text of the record contains the name of a control token."""
-    return any(self._quoting.spells(text) for text in _texts([*record.messages, *getattr(record, "tools", ())]))
+    return any(self._quoting.spells(text) for text in _texts([*record.messages, *record.tools]))
 
   def encode_quoted(self, record: Record, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokenises the rendering `text` of a record with control tokens only where the template wrote them.
@@ -98,7 +98,7 @@ class Renderer:
       TemplateRefusal: the template rewrites texts that spell control tokens, or the tokenizer makes a control token
         from plain text.
     """
-    tools = getattr(record, "tools", ())
+    tools = record.tools
     marks = self._quoting.marks(text)
     change = lambda value: self._quoting.mark(value, marks)  # noqa: E731
     try:
@@ -122,7 +122,7 @@ class Renderer:
     return encoded
 
   def _found(self, record: Record) -> str:
-    texts = _texts([*record.messages, *getattr(record, "tools", ())])
+    texts = _texts([*record.messages, *record.tools])
     return next(filter(None, map(self._quoting.spells, texts)))
 
 

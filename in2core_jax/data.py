@@ -205,14 +205,12 @@ def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, token
   worst = next(one for one in ids if one >= vocab_size)
   return (
     f"example {record.example_id!r} ({record.place}) holds the token {tokenizer.convert_ids_to_tokens(worst)!r} with "
-    f"id {worst}, and the model's embedding has {vocab_size:,} rows (ids 0 to {vocab_size - 1}): tokenizer and model do "
-    "not fit; enlarge the embedding (resize_token_embeddings) or use the model's own tokenizer"
+    f"id {worst}, and the model's embedding has {vocab_size:,} rows (ids 0 to {vocab_size - 1}): tokenizer and model "
+    "do not fit; enlarge the embedding (resize_token_embeddings) or use the model's own tokenizer"
   )
 
 
-def _rendered(
-  render: Renderer, records: Sequence[Record], bad: BadRecords | None
-) -> Iterator[tuple[Record, Rendered]]:
+def _rendered(render: Renderer, records: Sequence[Record], bad: BadRecords | None) -> Iterator[tuple[Record, Rendered]]:
   """The records with their renderings, but for those that are refused."""
   for record in records:
     try:
@@ -269,7 +267,7 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
     the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
     the template makes one text.
-    `unread_keys`, only where there are some: {key of the records that nobody reads: {"count": records, "first": place}}.
+    `unread_keys`, only where there are some: {key that nobody reads: {"count": records, "first": place}}.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
   keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
@@ -315,8 +313,8 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
   for key, found in summary.get("unread_keys", {}).items():
     lines.append(
-      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says is "
-      "no part of the conversation"
+      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
+      "is no part of the conversation"
     )
   if "date" in template:
     lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")

@@ -10,7 +10,9 @@ import stat
 
 from in2core_jax.errors import UserError
 
-_TO_JSON = "convert it to JSON lines, for example with datasets.load_dataset({kind!r}, data_files=FILE)['train'].to_json"
+_TO_JSON = (
+  "convert it to JSON lines, for example with datasets.load_dataset({kind!r}, data_files=FILE)['train'].to_json"
+)
 _UNPACK = "unpack it first: {command} FILE"
 # First bytes -> what such a file is, what to do.
 _MAGIC = (
@@ -58,7 +60,9 @@ def check_data_file(path: pathlib.Path) -> None:
     raise UserError(f"{path} is a folder{_inside(path)}; give the path of a JSON lines file or of a JSON array")
   if not stat.S_ISREG(found.st_mode):
     kind = "a pipe" if stat.S_ISFIFO(found.st_mode) else "a socket" if stat.S_ISSOCK(found.st_mode) else "a device"
-    raise UserError(f"{path} is {kind}, which can be read once only or never ends; write its contents into a file first")
+    raise UserError(
+      f"{path} is {kind}, which can be read once only or never ends; write its contents into a file first"
+    )
   free = available_bytes()
   if found.st_size * _MEMORY_FACTOR > free:
     raise UserError(
@@ -141,7 +145,10 @@ def _kind_of(path: pathlib.Path, head: bytes) -> tuple[str, str] | None:
   if head.startswith(_UTF_16) or (len(head) > 3 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
     return "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"
   if len(head) > 9 and head[8:10] == b'{"' and head[4:8] == b"\0\0\0\0":
-    return "a safetensors file, weights of a model", "it belongs into a folder for --model=hf:FOLDER; data are JSON lines"
+    return (
+      "a safetensors file, weights of a model",
+      "it belongs into a folder for --model=hf:FOLDER; data are JSON lines",
+    )
   if b"\x00" in head:
     return "a binary file, not text", "give JSON lines, or a JSON array"
   return _kind_of_text(path, head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").lstrip())
@@ -151,12 +158,12 @@ def _kind_of_text(path: pathlib.Path, text: str) -> tuple[str, str] | None:
   first = text.partition("\n")[0]
   if re.match(r"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
     return "a web page (HTML) or XML, perhaps saved instead of the file", "download the file itself"
-  if not text or text[0] in '{["' or re.match(r"-?\d|(true|false|null|NaN)\b", text):
-    table = path.suffix.lower() in (".csv", ".tsv") and text and text[0] not in "{["
-    if not table:
-      return None
-  if path.suffix.lower() in (".csv", ".tsv") or "," in first or "\t" in first:
-    if path.suffix.lower() in (".csv", ".tsv", ".txt", "") or re.match(r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$", first):
-      kind = "separated by tabs (TSV)" if "\t" in first else "separated by commas (CSV)"
-      return f"a table {kind}", _TO_JSON.format(kind="csv")
+  named = path.suffix.lower() in (".csv", ".tsv")
+  if not text or text[0] in "{[":
+    return None
+  if not named and (text[0] == '"' or re.match(r"-?\d|(true|false|null|NaN)\b", text)):
+    return None  # JSON values, though no records
+  if named or re.match(r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$", first):
+    kind = "separated by tabs (TSV)" if "\t" in first else "separated by commas (CSV)"
+    return f"a table {kind}", _TO_JSON.format(kind="csv")
   return None

@@ -72,7 +72,8 @@ def _why_broken(error: Refused, line: str) -> str:
   if error.position is None or "deep" in str(error):
     return f"{error}; mend or remove it"
   return (
-    f"broken JSON ({error}) in {shorten(line, 80)!r}; each line must be one whole JSON object (or the file one JSON array)"
+    f"broken JSON ({error}) in {shorten(line, 80)!r}; each line must be one whole JSON object (or the file one JSON "
+    "array)"
   )
 
 

@@ -17,31 +17,203 @@ _SHORT = 500  # characters: an id, a source or a list of tags; a longer text may
 
 # Names in lower case with underscores, whatever their spelling in the data.
 _NO_MEANING = frozenset(
-  """
-  id ids idx index no nr number key uid uuid guid qid pid sha md5 sha1 sha256 hash hashed_ip fingerprint unnamed_0
-  source sources dataset dataset_name dataset_source data_source origin provenance subset config corpus url urls uri
-  link links website domain file files file_name filename file_path filepath path line line_number page section
-  license licence copyright author authors annotator annotators annotator_ids user username user_name owner
-  contributor created created_at updated updated_at date year time timestamp datetime lang langs language languages
-  locale country state
-  topic topics category categories subcategory class cluster cluster_id genre subject field area task tasks task_type
-  task_name type kind tag tags keyword keywords label_name title group difficulty complexity level grade round
-  score scores rating ratings rank quality reward rewards confidence similarity perplexity ppl toxicity toxic redacted
-  upvotes downvotes votes likes reviews review_count popularity logprob logprobs entropy ifd
-  model models model_name model_id llm engine generator generated_by teacher provider version revision temperature
-  top_p top_k max_tokens seed sampling_params stop finish_reason stop_reason usage cost latency duration
-  length len tokens token_count n_tokens turn turns turn_identifier turn_index num_turns size count
-  metadata meta meta_data header headers annotations moderation openai_moderation detoxify_moderation
-  parallel_tool_calls tool_choice cache_control end_turn
-  """.split()
+  [
+    "id",
+    "ids",
+    "idx",
+    "index",
+    "no",
+    "nr",
+    "number",
+    "key",
+    "uid",
+    "uuid",
+    "guid",
+    "qid",
+    "pid",
+    "sha",
+    "md5",
+    "sha1",
+    "sha256",
+    "hash",
+    "hashed_ip",
+    "fingerprint",
+    "unnamed_0",
+    "source",
+    "sources",
+    "dataset",
+    "dataset_name",
+    "dataset_source",
+    "data_source",
+    "origin",
+    "provenance",
+    "subset",
+    "config",
+    "corpus",
+    "url",
+    "urls",
+    "uri",
+    "link",
+    "links",
+    "website",
+    "domain",
+    "file",
+    "files",
+    "file_name",
+    "filename",
+    "file_path",
+    "filepath",
+    "path",
+    "line",
+    "line_number",
+    "page",
+    "section",
+    "license",
+    "licence",
+    "copyright",
+    "author",
+    "authors",
+    "annotator",
+    "annotators",
+    "annotator_ids",
+    "user",
+    "username",
+    "user_name",
+    "owner",
+    "contributor",
+    "created",
+    "created_at",
+    "updated",
+    "updated_at",
+    "date",
+    "year",
+    "time",
+    "timestamp",
+    "datetime",
+    "lang",
+    "langs",
+    "language",
+    "languages",
+    "locale",
+    "country",
+    "state",
+    "topic",
+    "topics",
+    "category",
+    "categories",
+    "subcategory",
+    "class",
+    "cluster",
+    "cluster_id",
+    "genre",
+    "subject",
+    "field",
+    "area",
+    "task",
+    "tasks",
+    "task_type",
+    "task_name",
+    "type",
+    "kind",
+    "tag",
+    "tags",
+    "keyword",
+    "keywords",
+    "label_name",
+    "title",
+    "group",
+    "difficulty",
+    "complexity",
+    "level",
+    "grade",
+    "round",
+    "score",
+    "scores",
+    "rating",
+    "ratings",
+    "rank",
+    "quality",
+    "reward",
+    "rewards",
+    "confidence",
+    "similarity",
+    "perplexity",
+    "ppl",
+    "toxicity",
+    "toxic",
+    "redacted",
+    "upvotes",
+    "downvotes",
+    "votes",
+    "likes",
+    "reviews",
+    "review_count",
+    "popularity",
+    "logprob",
+    "logprobs",
+    "entropy",
+    "ifd",
+    "model",
+    "models",
+    "model_name",
+    "model_id",
+    "llm",
+    "engine",
+    "generator",
+    "generated_by",
+    "teacher",
+    "provider",
+    "version",
+    "revision",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "sampling_params",
+    "stop",
+    "finish_reason",
+    "stop_reason",
+    "usage",
+    "cost",
+    "latency",
+    "duration",
+    "length",
+    "len",
+    "tokens",
+    "token_count",
+    "n_tokens",
+    "turn",
+    "turns",
+    "turn_identifier",
+    "turn_index",
+    "num_turns",
+    "size",
+    "count",
+    "metadata",
+    "meta",
+    "meta_data",
+    "header",
+    "headers",
+    "annotations",
+    "moderation",
+    "openai_moderation",
+    "detoxify_moderation",
+    "parallel_tool_calls",
+    "tool_choice",
+    "cache_control",
+    "end_turn",
+  ]
 )
-_ANY_SIZE = frozenset("metadata meta meta_data header headers moderation openai_moderation detoxify_moderation".split())
+_ANY_SIZE = frozenset(
+  ["metadata", "meta", "meta_data", "header", "headers", "moderation", "openai_moderation", "detoxify_moderation"]
+)
 _OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
 _OF_WORDS = re.compile(
   r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
   r"|(index_level|unnamed)_\d+|score_\w+"
 )
-_COUNTED_LISTS = frozenset("tokens turns".split())  # numbers have no meaning, lists under these names may be the data
+_COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
 
 _MEDIUM = r"(image|img|picture|photo|pic|video|audio|pixel)s?"
 _MEDIA = re.compile(
@@ -53,35 +225,78 @@ _ANSWER = r"(response|answer|message|conversation|output|completion|text|content
 _PREFERENCE = re.compile(rf"(chosen|rejected)(_{_ANSWER})?|{_ANSWER}_(chosen|rejected)|(non_?)?preferred_{_ANSWER}")
 
 # With a boolean: whether the answer is a good one (KTO).
-_WANTED = frozenset("label kto_tag kto_label desirable chosen accepted preferred".split())
-_UNWANTED = frozenset("rejected undesirable".split())
+_WANTED = frozenset(["label", "kto_tag", "kto_label", "desirable", "chosen", "accepted", "preferred"])
+_UNWANTED = frozenset(["rejected", "undesirable"])
 
 # True, 1: the loss counts it.
 LEARNT = frozenset(
-  """
-  weight train trained training trainable train_on train_on_turn do_train should_train is_trained is_train learn learned
-  learnt loss has_loss compute_loss calculate_loss calc_loss use_loss with_loss in_loss loss_weight loss_scale loss_mask
-  train_mask training_mask is_target supervised
-  """.split()
+  [
+    "weight",
+    "train",
+    "trained",
+    "training",
+    "trainable",
+    "train_on",
+    "train_on_turn",
+    "do_train",
+    "should_train",
+    "is_trained",
+    "is_train",
+    "learn",
+    "learned",
+    "learnt",
+    "loss",
+    "has_loss",
+    "compute_loss",
+    "calculate_loss",
+    "calc_loss",
+    "use_loss",
+    "with_loss",
+    "in_loss",
+    "loss_weight",
+    "loss_scale",
+    "loss_mask",
+    "train_mask",
+    "training_mask",
+    "is_target",
+    "supervised",
+  ]
 )
 # True, 1: the loss passes it over.
 NOT_LEARNT = frozenset(
-  """
-  masked is_masked ignore ignored ignore_loss no_loss no_train no_training skip_loss exclude_loss exclude_from_loss
-  exclude_from_training dont_train do_not_train untrained
-  """.split()
+  [
+    "masked",
+    "is_masked",
+    "ignore",
+    "ignored",
+    "ignore_loss",
+    "no_loss",
+    "no_train",
+    "no_training",
+    "skip_loss",
+    "exclude_loss",
+    "exclude_from_loss",
+    "exclude_from_training",
+    "dont_train",
+    "do_not_train",
+    "untrained",
+  ]
 )
 _DETAILS = re.compile(r"(train|training|loss|mask)_(detail|details|range|ranges|spans?)")
-_ABOUT_LOSS = frozenset("loss train training trained mask masked masking weight weights".split())
-_SAMPLE_WEIGHTS = frozenset("weight weights sample_weight example_weight loss_weight loss_scale row_weight".split())
+_ABOUT_LOSS = frozenset(["loss", "train", "training", "trained", "mask", "masked", "masking", "weight", "weights"])
+_SAMPLE_WEIGHTS = frozenset(
+  ["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale", "row_weight"]
+)
 # Keys of a whole record that other trainers have as settings, and the value that says what we do anyway.
 _SETTINGS = {
-  **dict.fromkeys("train_on_input train_on_inputs train_on_prompt train_on_prompts train_on_user".split(), False),
-  **dict.fromkeys("mask_history last_turn_only only_last_turn train_on_last_turn_only only_last".split(), False),
-  **dict.fromkeys("mask_input mask_inputs mask_prompt mask_prompts mask_user assistant_only_loss".split(), True),
-  **dict.fromkeys("completion_only_loss train_on_response train_on_responses train_on_responses_only".split(), True),
+  **dict.fromkeys(["train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "train_on_user"], False),
+  **dict.fromkeys(["mask_history", "last_turn_only", "only_last_turn", "train_on_last_turn_only", "only_last"], False),
+  **dict.fromkeys(
+    ["mask_input", "mask_inputs", "mask_prompt", "mask_prompts", "mask_user", "assistant_only_loss"], True
+  ),
+  **dict.fromkeys(["completion_only_loss", "train_on_response", "train_on_responses", "train_on_responses_only"], True),
 }
-_MASKED_ROLES = frozenset("user users human instruction prompt input".split())  # NeMo: whose turns are masked
+_MASKED_ROLES = frozenset(["user", "users", "human", "instruction", "prompt", "input"])  # NeMo: whose turns are masked
 
 
 def snake(key: str) -> str:
@@ -147,7 +362,9 @@ def check_record_key(key: str, value: Any) -> bool:
     raise UserError(f"{key!r} holds earlier rounds beside a list of turns; put them into the list, or remove the key")
   if name in _SETTINGS:
     if flag is not _SETTINGS[name]:
-      raise UserError(f"{out}, which asks for other turns in the loss than every response; write 'train' into the turns")
+      raise UserError(
+        f"{out}, which asks for other turns in the loss than every response; write 'train' into the turns"
+      )
     return True
   if name == "mask" and isinstance(value, str):
     if value.lower() not in _MASKED_ROLES:

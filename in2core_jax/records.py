@@ -208,9 +208,7 @@ def to_records(items: Iterable[Item], bad: BadRecords) -> list[Record]:
   keys = [content_key(found.messages, found.tools) for _, found in read]
   read, given, keys = _told_apart(read, keys, bad)
   return [
-    Record(
-      example_id, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread
-    )
+    Record(example_id, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread)
     for example_id, (item, found) in zip(_unique_ids(given, keys), read, strict=True)
   ]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from in2core_jax import evaluation, near_copies, report
+from in2core_jax import data, evaluation, near_copies, report
 from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
 from in2core_jax.records import Record

@@ -55,11 +55,9 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
   if bad is None:
     collected.raise_if_any()
   if len(collected) > before and not records:
+    count, shown = len(collected) - before, collected.kept[-1]
     raise UserError(
-      printable(
-        f"{spec}: none of its {len(collected) - before} records can be used; the first is {collected.kept[-1]['place']}: "
-        f"{collected.kept[-1]['reason']}"
-      )
+      printable(f"{spec}: none of its {count:,} records can be used; one is {shown['place']}: {shown['reason']}")
     )
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
