@@ -140,15 +140,15 @@ def _kind_of(path: pathlib.Path, head: bytes) -> tuple[str, str] | None:
     return "a tar archive", _UNPACK.format(command="tar xf")
   if _PICKLE.match(head):
     return "a Python pickle", "such files can run code and are not opened; give conversations as JSON lines"
-  if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
-    return "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8 FILE"
-  if head.startswith(_UTF_16) or (len(head) > 3 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
-    return "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"
   if len(head) > 9 and head[8:10] == b'{"' and head[4:8] == b"\0\0\0\0":
     return (
       "a safetensors file, weights of a model",
       "it belongs into a folder for --model=hf:FOLDER; data are JSON lines",
     )
+  if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+    return "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8 FILE"
+  if head.startswith(_UTF_16) or (len(head) > 3 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
+    return "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"
   if b"\x00" in head:
     return "a binary file, not text", "give JSON lines, or a JSON array"
   return _kind_of_text(path, head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").lstrip())

@@ -57,14 +57,8 @@ TOOL = {
 }
 
 
-class ToolRecord(Record):
-  """A record with tool definitions."""
-
-  tools = (TOOL,)
-
-
 def _record(*messages, tools=False):
-  return (ToolRecord if tools else Record)("r", tuple(messages), "", "{}", "memory", 1)
+  return Record("r", tuple(messages), "", "{}", "memory", 1, (TOOL,) if tools else ())
 
 
 def _responses(dataset, tokenizer, row=0):

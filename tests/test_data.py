@@ -243,8 +243,11 @@ MISTAKES = [
   ('{"messages": "hi"}', r"'messages' must be a list of turns but is a string"),
   ('{"messages": []}', r"d.jsonl:1: the conversation has no turn with text"),
   ('{"messages": [{"role": "user"}]}', r"turn 0 of 'messages' must be an object with 'role' and 'content'"),
-  ('{"messages": [{"role": "robot", "content": "x"}]}', r"turn 0 of 'messages' has role='robot'; known: system, user"),
-  ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"turn 0 of 'messages'.*is a list"),
+  (
+    '{"messages": [{"role": "robot", "content": "x"}]}',
+    r"turn 0 of 'messages' has role='robot'; known: system, developer",
+  ),
+  ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', r"part 0 of 'content' must have a string 'text'"),
   ('{"id": {"a": 1}, "prompt": "p", "response": "r"}', r"d.jsonl:1: the id is an object"),
   (
     '{"id": 1, "prompt": "p", "response": "r"}\n{"id": "1", "prompt": "p", "response": "s"}',
