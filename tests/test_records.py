@@ -168,7 +168,7 @@ def test_plain_turns_keep_the_hash_that_they_had():
     (chat(U, A, audio="a.wav"), "images, audio and video"),
     (
       chat(turn("user", [{"type": "image_url", "image_url": {"url": "x"}}]), A),
-      "'image_url': images, audio, video and",
+      "images, audio",
     ),
     (chat(turn("user", [{"type": "input_audio", "input_audio": {}}]), A), "images, audio, video and files"),
     ({"instruction": "Q", "output": "A", "history": "earlier"}, "'history' must be a list of earlier rounds"),
@@ -180,7 +180,7 @@ def test_plain_turns_keep_the_hash_that_they_had():
     (chat(U, A, weight=2.5), "all examples weigh the same"),
     (chat(U, A, train_on_inputs=True), "asks for other turns in the loss"),
     (chat(U, A, tools="not json"), "tools"),
-    (chat(U, turn("assistant", "", tool_calls="x")), "tool_calls"),
+    (chat(U, turn("assistant", "", tool_calls="x")), "is a tool call"),
     ({"prompt": "Q", "response": "A", "system": "a", "system_prompt": "b"}, "different system prompts"),
   ],
 )
