@@ -12,9 +12,11 @@ import pathlib
 import sys
 import zlib
 
+import jax
 import numpy as np
 import safetensors.numpy
-from test_weights import GEMMA3_IN_GGUF, VARIANTS, make_params, write_gemma3_gguf, write_gguf
+import tiny
+from test_weights import GEMMA3_IN_GGUF, VARIANTS, write_gguf
 
 from in2core_jax import weights
 
@@ -39,13 +41,16 @@ def tiny_tensors(name: str) -> dict[str, np.ndarray]:
 def export(name: str, source: pathlib.Path, out: pathlib.Path):
   """Writes a source, reads it, exports it; returns what was read: (config, params)."""
   source.mkdir(parents=True, exist_ok=True)
-  if name == "gguf-llama":
-    values = {"llama.context_length": 96, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
-    config = VARIANTS["llama"]
-    config, params = weights.load_gguf(write_gguf(source / "m.gguf", config, make_params(config), **values))
-  elif name == "gguf-gemma3":
-    config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF)
-    path, _ = write_gemma3_gguf(source / "m.gguf", config, **{"gemma3.context_length": 96})
+  if name in GGUF:
+    config, architecture = VARIANTS["llama"], name.removeprefix("gguf-")
+    values = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
+    if architecture == "gemma3":
+      config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF)
+      values = {"attention.sliding_window": config.sliding_window, "attention.key_length": config.head_dim}
+      values = {f"gemma3.{key}": value for key, value in values.items()}
+    params = jax.tree.map(np.asarray, tiny.make_params(config))  # drawn by NumPy, alike on every machine
+    values[f"{architecture}.context_length"] = 96
+    path = write_gguf(source / "m.gguf", config, params, architecture=architecture, **values)
     config, params = weights.load_gguf(path)
   else:  # "head": config.json says tied, and another head is stored
     base = "linear" if name == "head" else name

@@ -198,7 +198,7 @@ def test_tiny_model_matches_pytorch(name, tmp_path):
 
 @pytest.mark.parametrize("name", exported.NAMES)
 def test_exports_are_read_by_pytorch_and_by_us(name, tmp_path):
-  """transformers read the very same folder when make_reference.py made the values: config.json and tensors are equal."""
+  """The folders are the very ones that transformers read for make_reference.py: same config.json, same tensors."""
   entry, out = EXPORTS[name], tmp_path / "out"
   read, _ = exported.export(name, tmp_path / "source", out)
   written = json.loads((out / "config.json").read_text())
