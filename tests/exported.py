@@ -45,7 +45,7 @@ def export(name: str, source: pathlib.Path, out: pathlib.Path):
     config, architecture = VARIANTS["llama"], name.removeprefix("gguf-")
     values = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
     if architecture == "gemma3":
-      config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF)
+      config = dataclasses.replace(VARIANTS["gemma3"], **GEMMA3_IN_GGUF, num_layers=7)  # the sixth is global
       values = {"attention.sliding_window": config.sliding_window, "attention.key_length": config.head_dim}
       values = {f"gemma3.{key}": value for key, value in values.items()}
     params = jax.tree.map(np.asarray, tiny.make_params(config))  # drawn by NumPy, alike on every machine
