@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import exported
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "re
 PROMPTS = json.loads((REFERENCE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
 GEMMA3_PROMPTS = json.loads((REFERENCE / "gemma3_prompts.json").read_text(encoding="utf-8"))["prompts"]
 TINY = json.loads((REFERENCE / "tiny.json").read_text(encoding="utf-8"))
+EXPORTS = json.loads((REFERENCE / "exports.json").read_text(encoding="utf-8"))
 LENGTHS = (80, 256)  # few shapes, few compilations; padding on the right changes nothing under a causal mask
 
 
@@ -181,12 +183,7 @@ def assert_losses(config, params, short):
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_model_matches_pytorch(name, tmp_path):
-  entry = TINY[name]
-  rng = np.random.default_rng(entry["seed"])
-  tensors = {}
-  for key in sorted(entry["shapes"]):  # as tiny_weights in make_reference.py draws them
-    draw = rng.standard_normal(entry["shapes"][key])
-    tensors[key] = (1 + 0.1 * draw if "norm" in key else 0.2 * draw).astype(np.float32)
+  entry, tensors = TINY[name], exported.tiny_tensors(name)
   checksum = sum(np.abs(tensor.astype(np.float64)).sum() for tensor in tensors.values())
   assert checksum == pytest.approx(entry["checksum"], rel=1e-9), "NumPy draws other numbers: make the reference again"
   (tmp_path / "config.json").write_text(json.dumps(entry["config"]))
@@ -197,3 +194,27 @@ def test_tiny_model_matches_pytorch(name, tmp_path):
   with np.load(REFERENCE / "tiny.npz") as stored:
     expected = stored[name]
   np.testing.assert_allclose(ours, expected, rtol=0, atol=4.3e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", exported.NAMES)
+def test_exports_are_read_by_pytorch_and_by_us(name, tmp_path):
+  """The folders are the very ones that transformers read for make_reference.py: same config.json, same tensors."""
+  entry, out = EXPORTS[name], tmp_path / "out"
+  read, _ = exported.export(name, tmp_path / "source", out)
+  written = json.loads((out / "config.json").read_text())
+  assert written == entry["config"], "the exporter writes other folders: make the reference again"
+  assert exported.checksum(safetensors.numpy.load_file(out / "model.safetensors")) == entry["checksum"]
+  length = 96 if name in exported.GGUF else 128
+  assert written["max_position_embeddings"] == entry["max_position_embeddings"] == length
+  generation = out / "generation_config.json"
+  if name != "gguf-gemma3":  # whose file has no token ids
+    kept = json.loads(generation.read_text())
+    assert kept["eos_token_id"] == entry["eos_token_id"] == [2, 5]
+    assert name in exported.GGUF or kept == exported.GENERATION
+
+  config, params = weights.load_hf_dir(out)
+  assert config == read and config.carried == read.carried
+  ours = np.asarray(model.logits(config, params, jnp.asarray(entry["token_ids"])))
+  with np.load(REFERENCE / "exports.npz") as stored:
+    expected = stored[name]
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -20,14 +20,19 @@ into third_party/reference/:
                    transformers' GemmaTokenizer, which must agree
     tiny.json      small configurations, the shapes and the seed of their weights, token ids
     tiny.npz       their logits [B, T, V]
+    exports.json   folders that our exporter wrote (python tests/exported.py OUT, in the project's environment; then
+                   --exports=OUT here), as transformers read them: config.json, checksum of the tensors, token ids
+    exports.npz    their logits [B, T, V]
 """
 
 import argparse
 import json
 import pathlib
+import zlib
 
 import gguf
 import numpy as np
+import safetensors.numpy
 import tokenizers
 import torch
 import transformers
@@ -425,13 +430,44 @@ def make_tiny() -> None:
   np.savez_compressed(OUT / "tiny.npz", **arrays)
 
 
+def make_exports(root: pathlib.Path) -> None:
+  """Writes exports.json and exports.npz: what transformers makes of folders of our exporter."""
+  entries, arrays = {}, {}
+  for folder in sorted(path.parent for path in root.glob("*/config.json")):
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, told)
+    config, crc = json.loads((folder / "config.json").read_text(encoding="utf-8")), 0
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in sorted(tensors):
+      crc = zlib.crc32(np.ascontiguousarray(tensors[name]).tobytes(), zlib.crc32(name.encode(), crc))
+    tokens = np.random.default_rng(TINY_SEED).integers(0, config["vocab_size"], (TINY_BATCH, TINY_LENGTH))
+    arrays[folder.name] = model.eval()(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+    entries[folder.name] = {
+      "config": config,
+      "checksum": crc,
+      "max_position_embeddings": model.config.max_position_embeddings,
+      "eos_token_id": model.generation_config.eos_token_id,
+      "token_ids": tokens.tolist(),
+    }
+    print(folder.name, type(model).__name__, float(np.abs(arrays[folder.name]).max()))
+  lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+  (OUT / "exports.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+  np.savez_compressed(OUT / "exports.npz", **arrays)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--gguf", type=pathlib.Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
   parser.add_argument("--gemma", type=pathlib.Path, help="gemma-3-270m-q4_k_m.gguf, its parts put together")
+  parser.add_argument("--exports", type=pathlib.Path, help="folder of exported folders, from tests/exported.py")
   arguments = parser.parse_args()
   OUT.mkdir(exist_ok=True)
   torch.set_grad_enabled(False)
+  if arguments.exports:
+    make_exports(arguments.exports)
+    return
   make_tiny()
   if arguments.gguf:
     make_smollm2(arguments.gguf)
