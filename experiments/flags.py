@@ -34,7 +34,7 @@ GROUPS = {
   "benchmark": "seconds, memory, compilation",
   "ablate_layers": "how many layers are enough",
   "coverage": "which test points the training set does not cover",
-  "kill_test": "select runs, killed and started again",
+  "kill_test": "runs, killed and started again",
 }
 
 
@@ -311,7 +311,8 @@ class Settings:
     "coverage", "maximum cosine, trained", "the signal by which test points are listed and influence is judged"
   )
 
-  kills: int = _flag("kill_test", 10, "how often a select run is killed")
+  kills: int = _flag("kill_test", 10, "how often a run is killed")
+  kill_command: str = _flag("kill_test", "select", "which one", ("select", "finetune", "evaluate", "study"))
 
   measure: str = _flag("benchmark", "times,compile,memory", "what is measured, of times, compile and memory")
   scaling: bool = _flag("benchmark", False, "instead: the score pass over --device_counts (simulated on a CPU)")

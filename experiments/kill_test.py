@@ -1,11 +1,12 @@
-"""Kills `select` runs at random moments, starts them again and compares their results with those of a run left alone.
+"""Kills runs at random moments, starts them again and compares their results with those of a run left alone.
 
 python -m experiments.kill_test --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
+python -m experiments.kill_test --kill_command=evaluate --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
 
 Two runs are left alone: they must give the same bytes, and the second, which finds the programs compiled, says how long
 a run takes. The moments of the kills are spread evenly over that time, at random within each stretch, in random order.
 A killed run is started again and perhaps killed again; when it ends, its files must be those of the first run, byte by
-byte. Only seconds and peak memory in summary.json may differ.
+byte. Only seconds, rates and peak memory may differ.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ import numpy as np
 from experiments import children, cli, flags
 from experiments.flags import Settings
 from experiments.resuming import FOLDER
-from in2core_jax import artifacts, files, locks, report
+from in2core_jax import artifacts, files, finetune, locks, report
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_MAY_DIFFER = ("seconds", "peak_memory_gb")  # of summary.json: no result of the run
+_MAY_DIFFER = ("seconds", "solver_seconds", "tokens_per_second", "peak_memory_gb")  # no results of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Kill:
 
 
 class Run:
-  """A `select` command with a folder of its own; caches beside the run folder are not shared between runs."""
+  """A command with a folder of its own; caches beside the run folder are not shared between runs."""
 
   def __init__(self, settings: Settings, place: pathlib.Path):
     """Writes the flagfile into `place`; the run folder is made below it."""
-    self.folder, self._log = place / "select", place / "select.log"
+    self.name = settings.kill_command
+    self.folder, self._log = place / self.name, place / f"{self.name}.log"
     own = settings.replace(run_dir=str(self.folder))
-    self._command = children.command("select", own, place / "select.flags")
+    self._command = children.command(self.name, own, place / f"{self.name}.flags")
 
   def start(self, moment: float | None = None) -> float | None:
     """Runs the command to its end, or kills it after `moment` seconds.
@@ -75,13 +77,21 @@ class Run:
         process.kill()
         process.wait()
     if code:
-      raise UserError(f"the select command failed by itself (exit code {code}): {self.last_line()}; see {self._log}")
+      raise UserError(
+        f"the {self.name} command failed by itself (exit code {code}): {self.last_line()}; see {self._log}"
+      )
     return time.perf_counter() - began
 
   def last_line(self) -> str:
     """The last line that the command has logged."""
     lines = self._log.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+  def results(self) -> dict[str, bytes]:
+    """`results_of` the run folder, and of the fine-tuning that `study` keeps beside its own."""
+    folders = (self.folder, self.folder.with_name(f"{self.name}-full"))
+    every = {folder.name: results_of(folder) for folder in folders if folder.exists()}
+    return {f"{name}/{file}": data for name, found in every.items() for file, data in found.items()}
 
   def kept(self) -> str:
     """Pieces of unfinished work, counted."""
@@ -93,18 +103,35 @@ class Run:
 
 
 def results_of(folder: pathlib.Path) -> dict[str, bytes]:
-  """Name -> bytes of all files of a finished run folder, without what may differ: times, and the folder's own name."""
+  """Name -> bytes of all files of a finished run folder, without what may differ: times, and the folder's own name.
+
+  Of a checkpoint it is the note, which holds the hash of the weights: Orbax writes times and drawn names beside them.
+  """
   paths = [path for path in folder.rglob("*") if path.is_file() and path.name != locks.NAME]
   found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-  summary = json.loads(found["summary.json"])
-  kept = {name: value for name, value in summary.items() if name not in _MAY_DIFFER}
-  repeat = [line for line in found["flags.txt"].splitlines() if not line.startswith(b"--run_dir=")]
-  manifest = json.loads(found[artifacts.MANIFEST])
-  del manifest[files.SEAL]
-  for name in ("summary.json", "flags.txt"):  # these are compared without what may differ
-    del manifest["checksums"][name]
-  plain = {"summary.json": kept, artifacts.MANIFEST: manifest}
-  return found | {name: json.dumps(value).encode() for name, value in plain.items()} | {"flags.txt": b"\n".join(repeat)}
+  found = {name: data for name, data in found.items() if "checkpoint" not in name.split("/") or _is_note(name)}
+  return {name: _comparable(name.rpartition("/")[2], data) for name, data in found.items()}
+
+
+def _is_note(name: str) -> bool:
+  return name.endswith("/meta/metadata")
+
+
+def _comparable(name: str, data: bytes) -> bytes:
+  """A file's bytes without what may differ."""
+  if name == "flags.txt":
+    return b"\n".join(line for line in data.splitlines() if not line.startswith(b"--run_dir="))
+  if name == finetune.METRICS:
+    lines = (json.loads(line) for line in data.splitlines())
+    return json.dumps(
+      [{key: value for key, value in line.items() if key not in _MAY_DIFFER} for line in lines]
+    ).encode()
+  values = json.loads(data) if name.endswith(".json") else None
+  if not isinstance(values, dict):
+    return data
+  if name == artifacts.MANIFEST:  # the files themselves are compared
+    values |= {"checksums": list(values["checksums"]), files.SEAL: ""}
+  return json.dumps({key: value for key, value in values.items() if key not in _MAY_DIFFER}).encode()
 
 
 def differences(wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
@@ -126,8 +153,8 @@ def run(s: Settings) -> bool:
   alone, again = make("alone"), make("alone_again")
   alone.start()
   seconds = again.start()
-  wanted = results_of(alone.folder)
-  wrong = {"alone_again": differences(wanted, results_of(again.folder))}
+  wanted = alone.results()
+  wrong = {"alone_again": differences(wanted, again.results())}
   log.info("a run left alone takes %.1f s; two of them: %s", seconds, _verdict(wrong["alone_again"]))
   left, kills, number = moments(s.kills, seconds, s.seed), [], 0
   while left:
@@ -138,7 +165,7 @@ def run(s: Settings) -> bool:
       log.info("run %d: killed after %.1f s, kept: %s", number, kills[-1].seconds, kills[-1].kept)
     if len(kills) == before:  # faster than the one that was measured: over before its moment
       left[0] = 0.9 * took
-    wrong[f"run-{number:02d}"] = differences(wanted, results_of(each.folder))
+    wrong[f"run-{number:02d}"] = differences(wanted, each.results())
     log.info("run %d: %s", number, _verdict(wrong[f"run-{number:02d}"]))
   rows = [dataclasses.asdict(kill) | {"result": _verdict(wrong[f"run-{kill.run:02d}"])} for kill in kills]
   print(report.markdown_table(rows), end="")

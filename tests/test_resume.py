@@ -306,6 +306,23 @@ def test_moments_cover_the_run():
   assert sorted(int(moment // 5) for moment in found) == list(range(10)) and found != sorted(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "study"])
+def test_other_commands_that_are_killed_end_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch, command):
+  for name, value in tiny.child_environment(devices=1).items():
+    monkeypatch.setenv(name, value)
+  own = settings.replace(
+    run_dir=str(tmp_path / "kills"),
+    kills=3,
+    kill_command=command,
+    policies="full,random,bm25",
+    variants="matching; highest loss",
+    steps=12,
+  )
+  assert kill_test.run(own)
+  assert "killed and resumed: 3 of 3 identical" in capsys.readouterr().out
+
+
 @pytest.mark.real
 def test_a_process_that_is_killed_ends_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch):
   for name, value in tiny.child_environment(devices=1).items():

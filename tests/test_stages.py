@@ -362,6 +362,12 @@ def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
     folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / name)), fresh))
     files.append([(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")])
   assert files[0] == files[1]
+  (tmp_path / "b" / "coreset.jsonl").write_bytes(b"another's\n")  # "finished" means that all files are whole
+  (tmp_path / "b" / "report.md").unlink()
+  with pytest.raises(UserError, match="coreset.jsonl is not what it selected"):
+    evaluate.read_selection(str(tmp_path / "b"), bench)
+  folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / "b")), bench))
+  assert [(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")] == files[0]
 
 
 class OnTwoDevices(workbench.Workbench):
@@ -421,6 +427,13 @@ def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained
   assert all(row["examples"] == 20 for name, row in table.items() if name != "full")
   assert all(1 < row["perplexity"] < result["base_perplexity"] * 1.2 for row in table.values())
   assert "full" in (folder / "evaluation.md").read_text()
+  kept = [folder / "base.json", folder / "candidates.json", next((folder / "trainings").iterdir())]
+  whole = [path.read_bytes() for path in kept]
+  for path, content in zip(kept, whole, strict=True):  # other numbers that are no less JSON
+    path.write_bytes(content.replace(b"1", b"2"))
+  evaluate.run(chosen, bench)
+  assert [path.read_bytes() for path in kept] == whole
+  assert json.loads((folder / "evaluation.json").read_text()) == result
   monkeypatch.setattr(evaluate.Judge, "retrain", lambda *_: pytest.fail("a finished training was done again"))
   evaluate.run(chosen, bench)
   with pytest.raises(UserError, match="unknown 'best'"):
