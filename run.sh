@@ -14,8 +14,8 @@ done
 ROOT="$(cd -- "$(dirname -- "$SELF")" && pwd -P)"
 VENV="$ROOT/.venv"
 # A set-up works in $NEW and is swapped in when it is whole, so that one that fails leaves a working .venv as it was.
-NEW="$ROOT/.venv.new"
-OLD="$ROOT/.venv.old"
+NEW="$ROOT/.cache/venv.new" # below .cache, where nothing but ours is
+OLD="$ROOT/.cache/venv.old"
 STAMP="in2core-stamp"                 # in both: what it was made from; written last, so only a whole set-up has it
 UNFINISHED="$VENV/in2core-unfinished" # what a set-up of an older run.sh left when it was broken off
 LOG="$ROOT/.cache/setup.log"
@@ -183,7 +183,7 @@ make_new() {
   find_python
   check_disk "$NEEDED_GB"
   say "setting up .venv with $PYTHON for $ACCELERATOR: installing about 90 packages, a few minutes the first time (log: $LOG)"
-  "$PYTHON" -m venv "$NEW" >>"$LOG" 2>&1 || {
+  "$PYTHON" -m venv --prompt .venv "$NEW" >>"$LOG" 2>&1 || {
     if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $NEW"; fi
     die "$PYTHON could not create $NEW: $(tail -n 1 "$LOG")"
   }
@@ -265,7 +265,10 @@ install_everything() {
 
 ensure_venv() {
   choose_accelerator
-  if is_ready; then return; fi
+  if is_ready; then
+    if [ -e "$OLD" ]; then rm -rf -- "$OLD"; fi # a set-up was killed after its swap
+    return
+  fi
   mkdir -p -- "$ROOT/.cache" 2>/dev/null || die "cannot write to $ROOT"
   if command -v flock >/dev/null; then
     exec 9>"$ROOT/.cache/setup.lock"

@@ -28,6 +28,7 @@ from in2core_jax.records import BadRecords, Record
 from in2core_jax.responses import Rendered
 from in2core_jax.sources import load_records
 from in2core_jax.template_program import TemplateRefusal
+from in2core_jax.tokenizer import told_by_tokenizers
 
 __all__ = [
   "Record",
@@ -175,12 +176,13 @@ def tokenize(
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
+    encoded = _encoded(tokenizer, texts, [record for record, _ in done]) if texts else {}
     encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
     for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
-          ids, offsets = render.encode_quoted(record, rendered.text)
+          with told_by_tokenizers(_no_tokens(record)):
+            ids, offsets = render.encode_quoted(record, rendered.text)
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
@@ -199,6 +201,23 @@ def tokenize(
       + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
     )
   return dataset
+
+
+def _no_tokens(record: Record) -> str:
+  return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record]) -> Any:
+  """Token ids and offsets of the texts; where the tokenizer fails, its record is named."""
+  encode = lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)  # noqa: E731
+  try:
+    with told_by_tokenizers("the tokenizer makes no tokens"):
+      return encode(list(texts))
+  except UserError:
+    for record, text in zip(records, texts, strict=True):
+      with told_by_tokenizers(_no_tokens(record)):
+        encode([text])
+    raise
 
 
 def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, tokenizer: Any) -> str:

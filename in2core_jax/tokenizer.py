@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from in2core_jax.errors import UserError
 from in2core_jax.gguf_file import Place, read_gguf
+from in2core_jax.model_files import read_object
 
 # tokenizer.ggml.token_type: control and user-defined tokens are never made by merging, but matched in the text as they
 # are.
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_TOKEN_TYPES = frozenset(range(7))  # with 0 undefined, 2 unknown, 5 unused
 
 # Gemma 3's own turn format, for files of its vocabulary that carry no template (those of pre-trained models): the
 # system message is folded into the first user turn.
@@ -86,7 +87,7 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
       f"{path}: tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) can be read "
       "from GGUF; use the model's Hugging Face folder"
     )
-  if kind == "gpt2" and cut not in _PRE_TOKENIZERS:
+  if kind == "gpt2" and not (isinstance(cut, str) and cut in _PRE_TOKENIZERS):
     raise UserError(
       f"{path}: tokenizer.ggml.pre is {cut!r}; known: {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder"
     )
@@ -140,6 +141,11 @@ def _check_vocabulary(path: Any, metadata: dict[str, Any], ranks: str) -> None:
         f"{path}: tokenizer.ggml.{key} has {len(values):,} entries for {len(lists['tokens']):,} tokens; use another "
         "file"
       )
+  strange = set(lists["token_type"]) - _TOKEN_TYPES
+  if strange:
+    raise UserError(
+      f"{path}: tokenizer.ggml.token_type holds {min(strange)}, which is no kind of token; use another file"
+    )
   tokens = lists["tokens"]
   if len(set(tokens)) < len(tokens):
     twice = collections.Counter(tokens).most_common(1)[0][0]
@@ -204,7 +210,6 @@ def _add_whole_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any]) -
   )
 
 
-_MOST_BYTES = 2**29  # of a tokenizer file: the largest known are some 35 MB
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -233,18 +238,20 @@ def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedToken
   if not file.is_file():
     entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
     raise UserError(f"{folder}: no tokenizer.json (found: {entries}); save the model's fast tokenizer there")
-  content = _read_object(file)
+  content = _read(file)
   if not isinstance(content.get("model"), dict):
     raise UserError(f"{file} has no 'model', so it is no tokenizer; save the tokenizer again")
+  _check_content(file, content)
   with told_by_tokenizers(f"{file}: the tokenizer cannot be loaded"):
     backend = tokenizers.Tokenizer.from_file(str(file))
+  _check_added(file, content, backend)
   # Cutting and padding are state that a tokenizer may have been saved in; they are no part of its ids.
   backend.no_truncation()
   backend.no_padding()
   config = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one decides
     if (folder / name).is_file():
-      config |= {key: value for key, value in _read_object(folder / name).items() if value is not None}
+      config |= {key: value for key, value in _read(folder / name).items() if value is not None}
   _add_configured_tokens(backend, config, folder)
   roles = _role_tokens(backend, config, folder)
   with told_by_tokenizers(f"{folder}: the tokenizer cannot be used"):
@@ -264,35 +271,50 @@ def told_by_tokenizers(what: str):
   """
   try:
     yield
-  except UserError:
-    raise
   except BaseException as error:
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-      raise
-    if isinstance(error, MemoryError):
+    # Its errors are of Python's own classes; what is derived from these has a reason of its own.
+    bare = type(error) in (Exception, ValueError, TypeError, KeyError, OSError, OverflowError)
+    if not bare and type(error).__name__ != "PanicException":
       raise
     detail = " ".join(str(error).split())[:300] or type(error).__name__
     raise UserError(f"{what} ({detail}); save the tokenizer again, or take it from the model's own source") from error
 
 
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-  """A file that holds one JSON object.
+def _read(file: pathlib.Path) -> dict[str, Any]:
+  return read_object(file, "save the tokenizer again")
+
+
+def _check_content(file: pathlib.Path, content: dict[str, Any]) -> None:
+  """Refuses what the tokenizers library would accept and make other tokens of, or end the whole process at.
 
   Raises:
-    UserError: it does not, or it is far larger than any such file.
+    UserError: merges dropped at random, a prefix that merges do not have (the library aborts), an id for two tokens.
   """
-  size = file.stat().st_size
-  if size > _MOST_BYTES:
-    raise UserError(f"{file} has {size:,} bytes, far more than any tokenizer file; save the tokenizer again")
-  try:
-    content = json.loads(file.read_text(encoding="utf-8"))
-  except RecursionError:
-    raise UserError(f"{file}: lists and objects are nested too deeply; save the tokenizer again") from None
-  except ValueError as error:
-    raise UserError(f"{file} is not JSON ({error}); save the tokenizer again") from error
-  if not isinstance(content, dict):
-    raise UserError(f"{file} does not hold a JSON object; save the tokenizer again")
-  return content
+  model = content["model"]
+  if model.get("dropout"):
+    raise UserError(
+      f"{file}: its model has dropout={model['dropout']}, so that tokens are drawn at random; set it to null"
+    )
+  prefix, merges = model.get("continuing_subword_prefix"), model.get("merges") or []
+  if isinstance(prefix, str) and prefix and model.get("type") == "BPE":
+    seconds = [merge[-1] if isinstance(merge, list) and merge else str(merge).rpartition(" ")[2] for merge in merges]
+    if not all(str(second).startswith(prefix) for second in seconds):
+      raise UserError(f"{file}: continuing_subword_prefix is {prefix!r}, which its merges do not have; save it again")
+  vocabulary = model.get("vocab")
+  if isinstance(vocabulary, dict):
+    ids = [value for value in vocabulary.values() if isinstance(value, int)]
+    if len(set(ids)) < len(vocabulary):
+      raise UserError(f"{file}: tokens of its vocabulary share an id, or have none; save the tokenizer again")
+
+
+def _check_added(file: pathlib.Path, content: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
+  """Refuses added tokens that the library has put elsewhere than the file says."""
+  for token in content.get("added_tokens") or ():
+    if backend.token_to_id(token["content"]) != token["id"]:
+      raise UserError(
+        f"{file} gives the added token {token['content']!r} the id {token['id']}, but by its order it is "
+        f"{backend.token_to_id(token['content'])}; save the tokenizer again"
+      )
 
 
 def _token_text(value: Any, what: str) -> str:
@@ -359,8 +381,10 @@ def _chat_template(folder: pathlib.Path, config: dict[str, Any]) -> str | dict[s
   inside, where = config.get("chat_template"), folder / "tokenizer_config.json"
   beside = folder / "chat_template.json"  # the place of multimodal models, whose processor has it
   if inside is None and beside.is_file():
-    inside, where = _read_object(beside).get("chat_template"), beside
+    inside, where = _read(beside).get("chat_template"), beside
   if isinstance(inside, list) and all(isinstance(each, dict) and {"name", "template"} <= set(each) for each in inside):
+    if len({str(each["name"]) for each in inside}) < len(inside):
+      raise UserError(f"{where}: two chat templates have the same name; save the tokenizer again")
     inside = {each["name"]: each["template"] for each in inside}
   if isinstance(inside, str):
     named["default"] = inside

@@ -120,7 +120,7 @@ def test_set_up_once_then_repair_and_update(project):
   assert str(project / ".venv/bin/python") in first, first
 
   # Killed between the two renames of the swap: the whole new environment, or else the old one, is put back.
-  for there in (".venv.new", ".venv.old"):
+  for there in (".cache/venv.new", ".cache/venv.old"):
     (project / ".venv").rename(project / there)
     assert run(project, "select").stderr == "", there
     assert (project / ".venv/kept").exists() and not (project / there).exists()

@@ -196,7 +196,7 @@ def test_folder_errors(tmp_path):
   with pytest.raises(UserError, match=r"no tokenizer.json \(found: model.safetensors\)"):
     tokenizer_from_dir(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"version": ')
-  with pytest.raises(UserError, match="tokenizer.json is not JSON"):
+  with pytest.raises(UserError, match="tokenizer.json: broken JSON"):
     tokenizer_from_dir(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
   with pytest.raises(UserError, match="has no 'model'"):

@@ -5,6 +5,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from in2core_jax.data import Record, tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.tokenizer import tokenizer_from_dir
 
@@ -218,6 +219,10 @@ def test_the_chat_template_is_found_where_models_keep_it(tmp_path):
 _GOOD = json.loads(_word_level().to_str())
 
 
+_ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | {"content": "<new>"}
+_BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+
+
 def _with(**changes):
   return json.dumps(_GOOD | changes)
 
@@ -235,6 +240,12 @@ def _with(**changes):
     _with(model={"type": "Unigram", "unk_id": 99, "vocab": [["a", 0.0]]}),
     _with(added_tokens=[{"id": -1, "content": "x"}]),
     _with(added_tokens={"id": 1}),
+    _with(added_tokens=[_ADDED | {"id": 60000}]),
+    _with(added_tokens=[_ADDED | {"id": 0}]),
+    _with(model=_GOOD["model"] | {"vocab": {"a": 0, "b": 0}}),
+    _with(model={"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "dropout": 0.5}),
+    _with(model=_BPE | {"continuing_subword_prefix": "x"}),
+    '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model": {}}',
     _with(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
     _with(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
   ],
@@ -245,6 +256,16 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path, content):
   with pytest.raises(UserError, match="tokenizer") as told:
     tokenizer_from_dir(folder)
   assert "\n" not in str(told.value) and len(str(told.value)) < 900
+
+
+def test_a_text_of_which_no_tokens_can_be_made_is_named(tmp_path):
+  made = _word_level()
+  made.pre_tokenizer = pre_tokenizers.FixedLength(0)
+  config = {"chat_template": "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"}
+  tokenizer = tokenizer_from_dir(write_folder(tmp_path / "model", made, config))
+  messages = ({"role": "user", "content": "the"}, {"role": "assistant", "content": "12"})
+  with pytest.raises(UserError, match=r"example 'e' .d.jsonl:3.: the tokenizer makes no tokens of it"):
+    tokenize([Record("e", messages, "", "{}", "d.jsonl", 3)], tokenizer, 64)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.json"])
