@@ -287,6 +287,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   s = settings
   flags.refuse(s, _REFUSED, _DOES)
   solvers = solvers_of(s)
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   identity = bench.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")

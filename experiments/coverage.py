@@ -365,6 +365,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       f"--score_path=projected --solver={s.solver}: coverage has no inverse of projected gradients, and whole ones for "
       "every test point otherwise: give --solver=identity or leave --score_path out"
     )
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   bench = bench.with_evals(np.unique(distinct_points(bench.parts[POINTS])))  # a copy is no other test point
   if s.coverage_signal not in INFLUENCE:

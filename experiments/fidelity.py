@@ -305,6 +305,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   check_solvers(given, (settings_of(s, variant) for variant in variants))  # as the rest, before hours of training
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(bench)))

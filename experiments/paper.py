@@ -192,6 +192,7 @@ def model_content(spec: str) -> str:
   """
   while spec.startswith("truncated:"):
     spec = spec.removeprefix("truncated:").rpartition(":")[0]
+  spec = weights.full_spec(spec)  # of a bare path
   kind, _, place = spec.partition(":")
   path = pathlib.Path(place).expanduser()
   if kind == "gguf" and path.is_file():

@@ -354,6 +354,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
   if not set(scored) <= set(compared):
     raise UserError(f"--agreement_ratios={s.agreement_ratios} must be among --compare_ratios={s.compare_ratios}")
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   if s.mislabelled:  # which comes last
     subtree.make_subtree(bench.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))

@@ -293,6 +293,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   variants_of(s)
   equal = equal_of(s)
   seeds_of(s)
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   s = with_enough_queries(bench, s)
   check_variants(bench, s)

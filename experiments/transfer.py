@@ -418,6 +418,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if s.model_rates and s.score_at == "base":
     raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
   check_scorers(s, scorers)
+  artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   check_budget(s, bench.parts["train"])
   tell_size(bench.parts["test"])
