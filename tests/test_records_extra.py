@@ -20,7 +20,11 @@ TURN_KEYS = (
   *("name", "tool_call_id", "mask", "tools", "images", "mood", "type", "text", "function", "arguments", "user"),
 )
 SCALARS = st.one_of(
-  st.none(), st.booleans(), st.integers(-1, 2), st.sampled_from([0.0, 0.5, 1.0, float("inf")]), st.text(max_size=3)
+  st.none(),
+  st.booleans(),
+  st.integers(-1, 2),
+  st.sampled_from([0.0, 0.5, 1.0, float("inf")]),
+  st.sampled_from(["", " ", "x", "\ud800", "\x1b"]),
 )
 WORDS = st.sampled_from(["user", "gpt", "tool", "system", "function_call", "text", "thinking", "[]", '{"name": "f"}'])
 
@@ -29,13 +33,13 @@ def _objects(values):
   return st.dictionaries(st.sampled_from(TURN_KEYS), values, max_size=4)
 
 
-VALUES = st.recursive(SCALARS | WORDS, lambda part: st.lists(part, max_size=3) | _objects(part), max_leaves=8)
+VALUES = st.recursive(SCALARS | WORDS, lambda part: st.lists(part, max_size=3) | _objects(part), max_leaves=5)
 TURNS = st.lists(
   st.fixed_dictionaries({"role": WORDS, "content": VALUES}, optional=dict.fromkeys(TURN_KEYS[2:], VALUES)), max_size=3
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(RECORD_KEYS), VALUES | TURNS, max_size=5))
 def test_any_record_is_read_or_refused(value):
   bad = BadRecords(skip=True)
