@@ -42,6 +42,7 @@ _MAGIC = (
 _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _HEAD = 4096
+_TABLE_HEAD = r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$"
 # A file's bytes, its text, and the lists and objects made of it: measured 3 times the size of the file for short texts.
 _MEMORY_FACTOR = 3
 
@@ -161,9 +162,9 @@ def _kind_of_text(path: pathlib.Path, text: str) -> tuple[str, str] | None:
   named = path.suffix.lower() in (".csv", ".tsv")
   if not text or text[0] in "{[":
     return None
-  if not named and (text[0] == '"' or re.match(r"-?\d|(true|false|null|NaN)\b", text)):
+  if not named and re.match(r"-?\d|(true|false|null|NaN)\b", text):
     return None  # JSON values, though no records
-  if named or re.match(r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$", first):
+  if named or re.match(_TABLE_HEAD, first):
     kind = "separated by tabs (TSV)" if "\t" in first else "separated by commas (CSV)"
     return f"a table {kind}", _TO_JSON.format(kind="csv")
   return None

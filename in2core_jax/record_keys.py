@@ -76,7 +76,6 @@ _NO_MEANING = frozenset(
     "annotator",
     "annotators",
     "annotator_ids",
-    "user",
     "username",
     "user_name",
     "owner",

@@ -230,6 +230,8 @@ class TurnReader:
     if not isinstance(call, dict) or call.get("type", "function") not in ("function", None):
       raise UserError(f"{at}: a tool call must be an object of type 'function' but is {shown(call)}")
     function = _from_text(call.get("function", call), f"{at}: the function of a tool call")
+    if not isinstance(function, dict):
+      raise UserError(f"{at}: the function of a tool call must be an object but is {type_name(function)}")
     arguments = next((key for key in ("arguments", "parameters", "args", "input") if key in function), "arguments")
     name, given = function.get("name"), _arguments(function.get(arguments))
     if not isinstance(name, str) or not name.strip():
