@@ -34,6 +34,7 @@ from in2core_jax import (
   variants,
 )
 from in2core_jax.errors import UserError
+from in2core_jax.records import spoken
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +258,7 @@ class Study:
 
 def text_of(record) -> str:
   """All messages of a record."""
-  return " ".join(message["content"] for message in record.messages)
+  return " ".join(map(spoken, record.messages))
 
 
 # ---- what the signals tell -----------------------------------------------------------

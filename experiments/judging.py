@@ -9,6 +9,7 @@ from scipy import sparse
 
 from in2core_jax import data, near_copies, paired, verdict
 from in2core_jax.evaluation import RetrainRow
+from in2core_jax.records import spoken
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def _grouped(
 
 def _text(record: data.Record) -> str:
   """What was asked and answered; a system prompt is the same for many."""
-  return " ".join(message["content"] for message in record.messages if message["role"] != "system")
+  return " ".join(spoken(message) for message in record.messages if message["role"] != "system")
 
 
 def _joined(copies: np.ndarray, topics: np.ndarray) -> np.ndarray:

@@ -415,7 +415,7 @@ def _unit(s: Settings) -> str:
 
 def shown(record: data.Record) -> str:
   """A conversation in one string, for reports."""
-  return " ".join(f"[{message['role']}] {message['content']}" for message in record.messages)
+  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)
 
 
 def _flat(summary: dict, prefix: str = "") -> dict:

@@ -34,6 +34,7 @@ from in2core_jax import (
   variants,
 )
 from in2core_jax.errors import UserError
+from in2core_jax.shapes import is_learnt
 
 log = logging.getLogger(__name__)
 
@@ -209,13 +210,13 @@ def half_precision(shared: Comparison, cells: Cells, ratio: float, scores: dict)
 def deal_answers(records: list[data.Record], rows: np.ndarray, seed: int) -> tuple[list[data.Record], np.ndarray]:
   """Gives the last answer of each of the rows to another of them -> (records, bool [N] whose answer is another now)."""
   order = np.random.default_rng((seed, 23)).permutation(rows)
-  last = lambda record: max(i for i, m in enumerate(record.messages) if m["role"] == "assistant")  # noqa: E731
+  last = lambda record: max(i for i, m in enumerate(record.messages) if is_learnt(m))  # noqa: E731
   dealt, wrong = list(records), np.zeros(len(records), bool)
   for to, source in zip(order, np.roll(order, 1), strict=True):
-    answer = records[source].messages[last(records[source])]["content"]
+    answer = records[source].messages[last(records[source])]
     messages, place = list(records[to].messages), last(records[to])
-    wrong[to] = messages[place]["content"] != answer
-    messages[place] = messages[place] | {"content": answer}
+    wrong[to] = messages[place] != answer
+    messages[place] = answer
     dealt[to] = dataclasses.replace(records[to], messages=type(records[to].messages)(messages))
   return dealt, wrong
 

@@ -43,7 +43,7 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _HEAD = 4096
 _TABLE_HEAD = r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$"
-# A file's bytes, its text, and the lists and objects made of it: measured 3 times the size of the file for short texts.
+# A file's bytes, its text, and the lists and objects made of it: an estimate, not a measurement.
 _MEMORY_FACTOR = 3
 
 

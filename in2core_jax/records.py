@@ -117,8 +117,11 @@ class BadRecords:
       raw: its text.
       reason: what is wrong with it and what to do, without the place.
     """
-    if self.skip or not self.kept:
-      self.kept.append({"place": place, "reason": reason, "record": raw})
+    entry = {"place": place, "reason": reason, "record": raw}
+    if self.skip:
+      self.kept.append(entry)
+    elif not self.kept or _comes_before(place, self.kept[0]["place"]):
+      self.kept = [entry]
     kind = re.sub(r"'[^']*'|\"[^\"]*\"", "...", reason.partition(";")[0])
     self.kinds[shorten(re.sub(r"\d[\d,.]*", "N", kind), 100)] += 1
 
@@ -151,8 +154,20 @@ class BadRecords:
     return {"count": len(self), "reasons": dict(self.kinds.most_common())}
 
   def lines(self) -> str:
-    """The text of skipped_records.jsonl."""
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.kept)
+    """The text of skipped_records.jsonl: source by source, in the order of their lines."""
+    order: dict[str, int] = {}
+
+    def place_of(entry: dict[str, str]) -> tuple[int, int]:
+      source, _, line = entry["place"].rpartition(":")
+      return order.setdefault(source, len(order)), int(line) if line.isdecimal() else 0
+
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in sorted(self.kept, key=place_of))
+
+
+def _comes_before(place: str, other: str) -> bool:
+  """Whether a place is an earlier line of the same file: broken lines are found before what is wrong in whole ones."""
+  (source, _, line), (source_there, _, line_there) = place.rpartition(":"), other.rpartition(":")
+  return source == source_there and line.isdecimal() and line_there.isdecimal() and int(line) < int(line_there)
 
 
 def shorten(text: str, limit: int = 120) -> str:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from in2core_jax import data, evaluation, near_copies, report
 from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
-from in2core_jax.records import Record
+from in2core_jax.records import Record, spoken
 
 TOP = 300  # strongest proponents that are searched for near copies
 LENGTH_BINS = 8
@@ -131,7 +131,7 @@ class SelectRun:
   def top_copies(self) -> list[near_copies.Group]:
     """Near copies among the `TOP` strongest proponents; rows of the whole table."""
     top = self.order[:TOP]
-    texts = [" ".join(message["content"] for message in self.records[row].messages) for row in top]
+    texts = [" ".join(map(spoken, self.records[row].messages)) for row in top]
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_copies.near_copies(texts)]
 
 

@@ -26,7 +26,7 @@ import markupsafe
 import numpy as np
 
 from in2core_jax import report, report_charts, report_facts
-from in2core_jax.records import Record
+from in2core_jax.records import Record, spoken
 from in2core_jax.report_facts import SelectRun
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,7 +41,7 @@ TOPIC_ROWS = 50
 NAME = 100  # characters of an id or a topic
 # How the page names the turns: r a response, whose tokens the loss counts, and a an assistant's turn before the first
 # user's, which is no response.
-_ROLES = {"system": "s", "user": "u", "assistant": "r"}
+_ROLES = {"system": "s", "user": "u", "assistant": "r", "tool": "t"}
 
 
 def select_page(run: SelectRun) -> str:
@@ -128,7 +128,7 @@ class _Listing:
     special = _special_rows(run)
     ends = np.concatenate([run.order[: LISTED // 2], run.order[-(LISTED // 2) :]])
     rows = np.unique(np.concatenate([ends, special]))
-    lengths = {row: sum(len(message["content"]) for message in run.records[row].messages) for row in rows.tolist()}
+    lengths = {row: sum(len(spoken(message)) for message in run.records[row].messages) for row in rows.tolist()}
     sizes = np.array(list(lengths.values()), np.int64)
     cut = next((size for size in CUTS if np.minimum(sizes, size).sum() <= TEXT_BUDGET), CUTS[-1])
     limits = dict.fromkeys(lengths, cut)
@@ -166,9 +166,9 @@ def _texts(records: Sequence[Record], limits: Iterable[int]) -> dict[str, list]:
   """
   roles, texts = [], []
   for record, limit in zip(records, limits, strict=True):
-    contents = [message["content"] for message in record.messages]
+    contents = [spoken(message) for message in record.messages]
     first = next((i for i, message in enumerate(record.messages) if message["role"] == "user"), len(contents))
-    letters = [_ROLES[message["role"]] for message in record.messages]
+    letters = [_ROLES[message["role"]] if message.get("train", True) else "a" for message in record.messages]
     roles.append("".join("a" if letter == "r" and i < first else letter for i, letter in enumerate(letters)))
     share = limit if sum(map(len, contents)) <= limit else max(limit // len(contents), 1)
     texts.append([text if len(text) <= share else [text[:share], len(text) - share] for text in contents])

@@ -63,8 +63,8 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
   if not any(record.has_response for record in records):
     raise UserError(
-      f"{spec}: none of the {len(records)} records has a response (a non-empty assistant turn), so there is nothing to "
-      f"learn from; the first is {records[0].place} {shorten(records[0].raw)}"
+      f"{spec}: none of the {len(records)} records has a response (a non-empty assistant turn that is not taken out of "
+      f"the loss), so there is nothing to learn from; the first is {records[0].place} {shorten(records[0].raw)}"
     )
   return records
 
@@ -176,6 +176,8 @@ def _meant(kind: str, rest: str, part: str) -> str:
     return f"{kind}: names a model, for --model; "
   if rest.startswith("//"):
     return "nothing is fetched from the network, copy the file here; "
+  if any(sign in part for sign in "*?["):
+    return "a pattern: name each file, jsonl:ONE.jsonl+jsonl:OTHER.jsonl; "
   if part.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")) and not rest:
     return "no such file; "
   if re.fullmatch(r"[\w.-]+/[\w.-]+", part):
