@@ -1,8 +1,8 @@
 """Makes the reference values of tests/test_parity.py with PyTorch, independently of in2core_jax.
 
 Nothing of the package is imported: the GGUF file is dequantised by `gguf`, the tokenizer is built here from the file's
-vocabulary, and the numbers are those of transformers' own models in float32. Run it in an environment of its own,
-never in the project's (which has no torch):
+vocabulary, and the numbers are those of transformers' own models in float32 (of the tiny ones in float64). Run it in
+an environment of its own, never in the project's (which has no torch):
 
     python3.11 -m venv /tmp/reference
     /tmp/reference/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sentencepiece==0.2.3 protobuf==7.36.2
@@ -412,7 +412,7 @@ def make_tiny() -> None:
   for name, values in TINY_CONFIGS.items():
     config = transformers.AutoConfig.for_model(**values)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     if values["tie_word_embeddings"]:
       shapes.pop("lm_head.weight")
@@ -420,7 +420,8 @@ def make_tiny() -> None:
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
     assert not unexpected and missing in ([], ["lm_head.weight"]), (missing, unexpected)
     tokens = np.random.default_rng(TINY_SEED).integers(0, values["vocab_size"], (TINY_BATCH, TINY_LENGTH))
-    arrays[name] = model(torch.from_numpy(tokens), use_cache=False).logits.numpy()
+    # In float64: in float32 the reference would be as far from the truth as what is held against it.
+    arrays[name] = model(torch.from_numpy(tokens), use_cache=False).logits.numpy().astype(np.float32)
     checksum = float(sum(np.abs(weight.astype(np.float64)).sum() for weight in weights.values()))
     entries[name] = {"config": values, "seed": TINY_SEED, "shapes": shapes, "checksum": checksum}
     entries[name] |= {"token_ids": tokens.tolist()}
