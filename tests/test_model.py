@@ -250,7 +250,7 @@ def test_another_machine_may_write_the_same_boundary_cache(tmp_path, monkeypatch
 
   found = boundary.compute_boundary(dataclasses.replace(job, track=meanwhile), dataset, file)
   np.testing.assert_array_equal(found.values, wanted)
-  assert {path.name for path in tmp_path.iterdir()} == {file.name, elsewhere.name}
+  assert {path.name for path in tmp_path.iterdir()} == {file.name, f"{file.name}.sha256", elsewhere.name}
 
 
 def test_the_boundary_cache_may_be_narrower_than_the_weights():
