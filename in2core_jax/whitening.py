@@ -1,0 +1,153 @@
+"""Cosines of gradients in the metric in which the pool's gradients have no direction in common. NumPy and SciPy only.
+
+  <x, y>_M = x . M y,   M = (C + damping I)^-1,   C = (1/n) sum_i u_i u_i^T,   u_i = g_i / |g_i|
+  cos_M(x, y) = <x, y>_M / sqrt(<x, x>_M <y, y>_M)
+
+What all gradients share (the direction that every example pulls the model in) decides a plain product or cosine, and
+says nothing about which example serves which query. M divides it out. Unit gradients make C, so that a few examples
+with large gradients do not decide what counts as shared; cosines make the length of an example's gradient mean nothing.
+
+M is never formed. With fewer rows than numbers in a row it is written over the rows (Woodbury's identity, K = U U^T):
+
+  <x, y>_M = (x . y - (U x) . (n damping I + K)^-1 (U y)) / damping
+
+Letters: N examples of the pool, Q queries, W numbers of one projected gradient, n rows behind C.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+
+from in2core_jax.errors import UserError
+
+MOST_ROWS = 4096  # behind C: their products with each other are 134 MB, and more rows hardly move C
+_COLUMNS = 4096  # of the features that are float64 at the same time
+
+
+def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """a_i . b_j of every pair, summed in float64 without a float64 copy of all columns; float64 [len(a), len(b)]."""
+  total = np.zeros((len(a), len(b)))
+  for start in range(0, a.shape[1], _COLUMNS):
+    left = a[:, start : start + _COLUMNS].astype(np.float64)
+    right = left if b is a else b[:, start : start + _COLUMNS].astype(np.float64)
+    total += left @ right.T
+  return total
+
+
+def lengths(rows: np.ndarray) -> np.ndarray:
+  """|x_i| in float64 [N], without a float64 copy of all rows."""
+  return np.sqrt(np.concatenate([np.sum(part.astype(np.float64) ** 2, axis=1) for part in _blocks(rows)]))
+
+
+def _blocks(rows: np.ndarray, size: int = 1024):
+  return [rows[start : start + size] for start in range(0, max(len(rows), 1), size)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WhitenedMetric:
+  """M = (C + damping I)^-1 of a pool; make one with `fit`.
+
+  Attributes:
+    rows: f64 or f32 [n, W], unit gradients behind C; a square root of C, [W, W], in the form over the numbers.
+    factor: Cholesky factor of C + damping I (over the numbers) or of damping I + K / n (over the rows).
+    damping: absolute.
+    over_rows: which of the two forms this is.
+  """
+
+  rows: np.ndarray
+  factor: np.ndarray
+  damping: float
+  over_rows: bool
+
+  @classmethod
+  def fit(cls, features: np.ndarray, damping_ratio: float, ids: Sequence[str] | None = None) -> "WhitenedMetric":
+    """The metric of a pool.
+
+    Args:
+      features: f32 or f64 [N, W]; rows of zeros say nothing and are left out of C.
+      damping_ratio: damping as a share of C's largest eigenvalue, positive.
+      ids: N example ids; of more than `MOST_ROWS` examples those with the smallest hashes of their ids make C, so that
+        the order of reading does not matter. Without ids: by row.
+
+    Raises:
+      UserError: no row that is not zero, or a ratio that is not positive and finite.
+    """
+    size = lengths(features)
+    kept = np.flatnonzero(size > 0)
+    if not 0 < damping_ratio < np.inf or not kept.size:
+      raise UserError(
+        f"whitened metric of {kept.size} gradients that are not 0, damping ratio {damping_ratio}: it needs at least "
+        "one gradient, and a ratio above 0"
+      )
+    width = features.shape[1]
+    over_rows = min(len(kept), MOST_ROWS) < width
+    if over_rows and len(kept) > MOST_ROWS:
+      kept = np.sort(kept[np.argsort([_hash(str(row) if ids is None else ids[row]) for row in kept])[:MOST_ROWS]])
+    if over_rows:
+      rows = (features[kept] / size[kept, None]).astype(features.dtype)
+      matrix = products(rows, rows) / len(rows)
+    else:
+      matrix, rows = np.zeros((width, width)), np.zeros((0, width))
+      for part in _blocks(kept):
+        unit = features[part].astype(np.float64) / size[part, None]
+        matrix += unit.T @ unit / len(kept)
+    damping = damping_ratio * _largest_eigenvalue(matrix)
+    matrix[np.diag_indices(len(matrix))] += damping
+    return cls(rows, scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True), damping, over_rows)
+
+  def _image(self, x: np.ndarray) -> np.ndarray:
+    """[m, W] -> what is multiplied beside the plain products, f64 [m, n or W]."""
+    image = products(x, self.rows) / np.sqrt(len(self.rows)) if self.over_rows else x.astype(np.float64)
+    return scipy.linalg.solve_triangular(self.factor, image.T, lower=True, overwrite_b=True).T
+
+  def inner(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """<x_i, y_j>_M of every pair, float64 [len(x), len(y)].
+
+    Args:
+      x: [A, W].
+      y: [B, W].
+    """
+    images = self._image(x), self._image(y)
+    inside = images[0] @ images[1].T
+    return (products(x, y) - inside) / self.damping if self.over_rows else inside
+
+  def square(self, x: np.ndarray) -> np.ndarray:
+    """<x_i, x_i>_M, float64 [len(x)], never negative."""
+    inside = np.sum(self._image(x) ** 2, axis=1)
+    return np.maximum((lengths(x) ** 2 - inside) / self.damping if self.over_rows else inside, 0)
+
+  def cosines(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """cos_M(x_i, y_j), float64 [len(x), len(y)] within [-1, 1]; 0 with a row of zeros."""
+    scale = np.sqrt(np.outer(self.square(x), self.square(y)))
+    return np.clip(np.divide(self.inner(x, y), scale, out=np.zeros_like(scale), where=scale > 0), -1, 1)
+
+
+def _hash(name: str) -> bytes:
+  return hashlib.sha256(f"whitened/{name}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _largest_eigenvalue(matrix: np.ndarray) -> float:
+  if len(matrix) < 64:
+    return float(np.linalg.eigvalsh(matrix)[-1])
+  start = np.ones(len(matrix))  # a fixed start: the same numbers at every call
+  return float(scipy.sparse.linalg.eigsh(matrix, k=1, v0=start, return_eigenvectors=False)[0])
+
+
+def nearest_mean(cosines: np.ndarray, count: int) -> np.ndarray:
+  """Mean of each example's `count` largest values over the queries: how well its nearest queries match it.
+
+  Args:
+    cosines: [Q, N].
+    count: at least 1; all queries where there are fewer.
+
+  Returns:
+    f64 [N].
+  """
+  if count < 1:
+    raise UserError(f"nearest queries: {count} of them; need at least 1")
+  kept = min(count, len(cosines))
+  return np.partition(cosines, len(cosines) - kept, axis=0)[len(cosines) - kept :].mean(axis=0)
