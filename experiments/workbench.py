@@ -190,7 +190,8 @@ class Workbench:
         raise UserError(
           f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
         )
-    for line in data.told_lines(self._summary_of(made)):
+    self.summary = self._summary_of(made)  # hashes every record: once
+    for line in data.told_lines(self.summary):
       log.warning("%s", line)
     return made
 
