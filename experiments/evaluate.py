@@ -17,8 +17,8 @@ from experiments.flags import Settings, listed, seeds_of, shares
 from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
 from experiments.refusals import budget_of, check_budget
-from experiments.retraining import Candidate, Judge, equal_of, equal_steps, perplexity_on_test
-from experiments.select import sketch_inputs, text_inputs
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps, many_passes, perplexity_on_test
+from experiments.select import policy_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html, verdict
 from in2core_jax.errors import UserError
@@ -90,7 +90,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   if fractions and len(runs) > 1:
     raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
-  if fractions and set(names) & set(coreset.FEATURE_POLICIES):
+  if fractions and set(names) & set(coreset.GRADIENT_POLICIES):
     _check_same_rule(folders[0], bench, s)
   chosen_here = [policy for policy in wanted if policy != evaluation.FULL]
   sizes = [int(columns["selected"].sum()) for _, columns in runs]
@@ -171,7 +171,7 @@ def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidat
     for fraction, budget in budgets:
       rows = np.sort(coreset.select_rows(policy, inputs, budget, seed))
       found.append(Candidate(policy, seed, rows, fraction))
-      if policy in coreset.FEATURE_POLICIES:
+      if policy in coreset.GRADIENT_POLICIES:
         where = policy if fraction is None else f"{policy}, {fraction:.0%}"
         warnings += [f"{where}: {warning}" for warning in coreset.selection_warnings(rows, inputs, seed)]
   if not plan.fractions:
@@ -184,11 +184,9 @@ def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
   """What the policies of this call choose from; scores are those of the first select run."""
   scores = plan.runs[0][1] if plan.runs else {}
   inputs = coreset.inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
-  names = {policy for policy, _ in plan.policies}
-  if names & set(coreset.FEATURE_POLICIES):
-    # Where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
-    inputs = dataclasses.replace(inputs, **sketch_inputs(bench, s, bench.checkpoint_params(s.checkpoint)))
-  return dataclasses.replace(inputs, **text_inputs(bench, names))
+  # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
+  params = bench.checkpoint_params(s.checkpoint)
+  return dataclasses.replace(inputs, **policy_inputs(bench, s, params, {policy for policy, _ in plan.policies}))
 
 
 def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:
@@ -245,7 +243,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
   of_policies += ("matching_target", "matching_shrink")
   identity["flags"] |= {name: getattr(s, name) for name in of_policies}
-  if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.FEATURE_POLICIES):
+  if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {
     name: artifacts.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
@@ -306,7 +304,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   tables = [group.table() for group in groups]
   verdicts = [verdict.verdict(group.rows) for group in groups]
   compared = {group.title if len(groups) > 1 else "": group.rows for group in groups}
-  notes = [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
+  notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
+  notes += [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
   notes += filter(None, [test_examples(test).about])
   recipe = {
     "base model's test perplexity": f"{base_perplexity:.3f}",

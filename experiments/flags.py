@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from experiments import ranges
-from in2core_jax import coreset, influence
+from in2core_jax import aggregation, coreset, influence
 from in2core_jax.errors import UserError, printable
 
 GROUPS = {
@@ -162,8 +162,9 @@ class Settings:
   normalize: str = _flag(
     "select",
     "none",
-    "scores by cosine, or over what the inverse (ekfac, identity) makes of the example: relatif, theta_relatif",
-    ("none", "cosine", "relatif", "theta_relatif"),
+    "scores by cosine, or over what the inverse (ekfac, identity) makes of the example: relatif, theta_relatif; "
+    "whitened_cosine (identity): of projected gradients, freed of what all of them share",
+    ("none", "cosine", "relatif", "theta_relatif", "whitened_cosine"),
   )
   self_influence: bool = _flag(
     "select", False, "also write each example's influence on itself, large for wrong answers (solver ekfac or identity)"
@@ -172,11 +173,19 @@ class Settings:
   per_token: bool = _flag("select", False, "also write each response token's share of the scores; before --normalize")
   policy: str = _flag(
     "select",
-    "matching",
-    "how the coreset is chosen: matching by gradients as a group, proponents (the paper's rule) by the scores",
+    "auto",
+    "how the coreset is chosen. auto: what is similar to the evaluation examples by gradients and hidden states "
+    "(hybrid) where these are of another kind than the training set, else at random without copies; proponents: the "
+    "paper's rule",
     coreset.POLICIES,
   )
-  aggregate: str = _flag("select", "mean", "of several evaluation topics", ("mean", "topic_max", "topic_quota"))
+  aggregate: str = _flag(
+    "select",
+    "auto",
+    "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn; "
+    "auto: nearest for whitened_cosine, round_robin for rds, mean for all others",
+    ("auto", *aggregation.AGGREGATES),
+  )
   fraction: float = _flag("select", 0.5, "share of the training examples to keep")
   num_examples: int = _flag("select", 0, "examples to keep; above 0 it replaces --fraction")
   token_budget: int = _flag("select", 0, "tokens to keep; above 0 it replaces --fraction")
@@ -219,7 +228,10 @@ class Settings:
   fixed_seeds: str = _flag("evaluate", "", "seeds for policies that choose one set; empty: --seeds")
   fractions: str = _flag("evaluate", "", "several budgets in place of one, such as 0.05,0.1,0.25,0.5,0.75: a sweep")
   equal: str = _flag(
-    "evaluate", "steps", "what compared trainings have in common: steps, epochs, tokens (of responses), or a list"
+    "evaluate",
+    "steps",
+    "what compared trainings have in common, one or a list: steps or tokens (of responses) of all data, epochs of "
+    "their own set, budget_tokens (as many tokens as a random set of their size has in so many epochs)",
   )
 
   check_examples: int = _flag("check", 4, "training examples that a self-check looks at")

@@ -112,3 +112,13 @@ def tell_size(test: data.TokenizedDataset) -> None:
   """Warns of a test set that is `too_small`, and says which of its examples count together."""
   for line in (*filter(None, [test_examples(test).about]), *too_small(test)):
     log.warning("%s", line)
+
+
+def of_the_target(train: data.TokenizedDataset, evals: data.TokenizedDataset) -> np.ndarray | None:
+  """Which training examples come from where the evaluation examples come from, bool [N].
+
+  That is their topic, or without a topic the file or data set. None where it says nothing: all of them or none do.
+  """
+  wanted = {record.topic or record.source for record in evals.records}
+  found = np.array([(record.topic or record.source) in wanted for record in train.records])
+  return found if found.any() and not found.all() else None

@@ -13,7 +13,7 @@ from etils import epath
 from experiments import fitting, solving
 from experiments.flags import TRAINED, Settings, integers, listed, seeds_of, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
-from experiments.scoring import topic_rows, trajectory_weights
+from experiments.scoring import WHITENED, topic_rows, trajectory_weights
 from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, model, packing, subtree
 
 _FIT = "EK-FAC"  # begins the name of its phase
@@ -55,7 +55,7 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
   found += score_phases(price, s, inverse, times)
-  if s.policy in coreset.FEATURE_POLICIES:
+  if s.policy in coreset.GRADIENT_POLICIES:
     found += projection_phases(price, s, ("train", "eval"))
   if s.per_layer:
     work = price.by_row("train")
@@ -110,6 +110,8 @@ def score_phases(price: Pricer, s: Settings, inverse: costs.Inverse, times: int)
   losses = price.packed_pass("losses", "losses", train)
   if s.score_path == "projected":
     return [losses, *projection_phases(price, s, ("train",), loaded=False)]
+  if s.normalize == WHITENED:
+    return [losses, *projection_phases(price, s, ("train", "eval"))]
   if s.normalize != "none" or s.self_influence:
     rows = price.by_row("train")
     a_row = costs.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
@@ -194,7 +196,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
   named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
-  if named & set(coreset.FEATURE_POLICIES):
+  if named & set(coreset.GRADIENT_POLICIES):
     found += projection_phases(price, s, ("train", "eval"))
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
   return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]

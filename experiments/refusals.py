@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from experiments import fitting, planning
 from experiments.flags import Settings, seeds_of, words
+from experiments.scoring import WHITENED, score_aggregate
 from experiments.solving import solver_settings
 from experiments.workbench import Workbench
 from in2core_jax import coreset, costs, data, evaluation, finetune, ihvp, projected, subtree
@@ -113,7 +114,10 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
         f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
         "--solver=ekfac or --solver=identity only"
       )
-  if (s.per_layer or s.per_token) and s.aggregate != "mean":
+  if s.normalize == WHITENED and (s.solver != "identity" or s.self_influence):
+    given = "--self_influence" if s.solver == "identity" else f"--solver={s.solver}"
+    raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
+  if (s.per_layer or s.per_token) and score_aggregate(s) != "mean":
     raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
 
 

@@ -17,7 +17,10 @@ from in2core_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
-EQUAL = ("steps", "epochs", "tokens")  # what trainings on sets of different sizes can have in common
+# What trainings on sets of different sizes can have in common: optimiser steps or response tokens of the training on
+# all data, passes over their own set, or the response tokens of such passes with examples of mean length.
+EQUAL = ("steps", "epochs", "tokens", "budget_tokens")
+_MANY_TIMES = 5.0  # as often as all of the data is passed over: beyond what those who train on a small set do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +72,28 @@ def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> 
   every = trainable_rows(bench)
   steps = recipe_of(s, len(every)).steps
   responses = bench.parts["train"].num_response_tokens
-  share = {
-    "steps": 1.0,
-    "epochs": len(rows) / len(every),
-    "tokens": responses[every].mean() / responses[rows].mean(),
-  }
+  epochs, shorter = len(rows) / len(every), responses[every].mean() / responses[rows].mean()
+  share = {"steps": 1.0, "epochs": epochs, "tokens": shorter, "budget_tokens": epochs * shorter}
   return max(1, round(steps * share[equal]))
+
+
+def many_passes(equal: str, rows: Sequence[evaluation.RetrainRow], batch_size: int) -> list[str]:
+  """One sentence where trainings that are compared repeat a small set far more often than all of the data is repeated.
+
+  Args:
+    equal: what they have in common, a word of `EQUAL`.
+    rows: of all candidates, full data among them; without it there is nothing to compare with.
+    batch_size: examples of a step.
+  """
+  passes = {row: row.steps * batch_size / row.examples for row in rows}
+  full = [passes[row] for row in rows if row.policy == evaluation.FULL]
+  if not full or max(passes.values()) <= _MANY_TIMES * full[0]:
+    return []
+  most = max(rows, key=passes.__getitem__)
+  return [
+    f"Equal {equal}: {most.policy} passes {passes[most]:.0f} times over its {most.examples:,} examples, full data "
+    f"{full[0]:.2g} times. Nobody trains on so few examples for so long: read --equal=epochs or --equal=budget_tokens."
+  ]
 
 
 def perplexity_on_test(bench: Workbench, losses: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from experiments.resuming import NOTHING_KEPT, Work
 from experiments.solving import announce, curvature_data, solve, solver_settings
 from experiments.workbench import Chosen, Workbench, choose
 from in2core_jax import (
+  aggregation,
   algebra,
   artifacts,
   breakdown,
@@ -31,6 +32,7 @@ from in2core_jax import (
   subtree,
   trajectory,
   variants,
+  whitening,
 )
 from in2core_jax.errors import UserError
 
@@ -74,9 +76,18 @@ class Scored:
   queries: np.ndarray | None = None
 
 
+def score_aggregate(s: Settings) -> str:
+  """How scores on single queries become the influence of an example, a word of `aggregation.AGGREGATES`.
+
+  A policy by similarity aggregates that, not the scores, which are reported beside it.
+  """
+  return "mean" if s.aggregate == "auto" or s.policy in coreset.SIMILARITIES else s.aggregate
+
+
 def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
-  clock = Clock()
+  clock, how = Clock(), score_aggregate(s)
+  with_response = np.flatnonzero(bench.parts["eval"].num_response_tokens)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
@@ -87,7 +98,7 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
     result = solve(bench, s, chosen, v, work.pieces("solver", queries=passes.tree_sha256(v)))
     clock.lap("solver")
   else:
-    raw, v, names = trajectory_scores(bench, s, work)
+    raw, v, names = _trajectory_scores(bench, s, work, with_response)
     result = ihvp.identity(v)
   announce(result)
   pieces = pieces_along(work, "scores", result.solution)
@@ -96,6 +107,9 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   elif s.score_path == "projected":
     raw, facts = projected_scores(bench, s, chosen, result.solution)
     result = dataclasses.replace(result, info=result.info | facts)
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.normalize == WHITENED:
+    raw, names = whitened_cosines(bench, s, chosen, with_response)
     loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
   elif s.normalize != "none" or s.self_influence:
     found = measure(bench, s, chosen, result, pieces)
@@ -106,8 +120,11 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
       train = bench.batcher("train", chosen.tree, chosen.params)
     stream = bench.stream(train, "losses and scores", pieces)
     loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+  if how in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED:
+    raw = query_scores(bench, s, chosen, work, with_response)
+    names = [""] * len(raw)
   clock.lap("scores")
-  total = coreset.aggregate(raw, names, s.aggregate, bench.parts["train"].ids)
+  total = aggregation.aggregate(raw, names, how, bench.parts["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
@@ -116,6 +133,7 @@ def pieces_along(work: Work, name: str, directions) -> passes.Pieces | None:
   return work.pieces(name, directions=passes.tree_sha256(directions))
 
 
+WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)
 _NORMALIZE = {
   "none": lambda found: found.scores,
   "cosine": variants.cosine,
@@ -202,13 +220,20 @@ def token_table(bench: Workbench, chosen: Chosen, result: ihvp.SolveResult, work
 def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
   topics = np.array(bench.parts["eval"].topics)
-  if s.aggregate == "mean":
+  if score_aggregate(s) not in aggregation.BY_TOPIC:
     return {"all": np.arange(len(topics))}
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
 
 
-def queries(bench: Workbench, s: Settings, chosen: Chosen, work: Work = NOTHING_KEPT, name: str = "queries"):
-  """The aggregated queries and their names: one for --aggregate=mean, else one for each evaluation topic.
+def queries(
+  bench: Workbench,
+  s: Settings,
+  chosen: Chosen,
+  work: Work = NOTHING_KEPT,
+  name: str = "queries",
+  groups: dict[str, np.ndarray] | None = None,
+):
+  """The aggregated queries and their names: one, or one for each evaluation topic with --aggregate by topic.
 
   Args:
     bench: data and model.
@@ -216,8 +241,9 @@ def queries(bench: Workbench, s: Settings, chosen: Chosen, work: Work = NOTHING_
     chosen: where gradients are taken.
     work: where their sums are kept, under `name`.
     name: another one at other parameters.
+    groups: name -> rows of each query; those of --aggregate when None.
   """
-  gradients, groups = [], topic_rows(bench, s)
+  gradients, groups = [], topic_rows(bench, s) if groups is None else groups
   for number, (topic, rows) in enumerate(groups.items()):
     pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
     stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient", pieces)
@@ -264,6 +290,15 @@ class Projection:
     return store
 
 
+def whitened_cosines(
+  bench: Workbench, s: Settings, chosen: Chosen, queries: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+  """Cosines of projected gradients in the training set's whitened metric, float64 [Q, N], and the queries' topics."""
+  projection, evals, train = Projection(bench, s, chosen.params, s.seed), bench.parts["eval"], bench.parts["train"]
+  features, target = projection.store().features(), projection.features("eval")[queries]
+  return whitening.cosines_to(target, features, train.ids), [evals.topics[row] for row in queries]
+
+
 def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:
   """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
   ours = Projection(bench, s, chosen.params, s.seed)
@@ -283,13 +318,34 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def trajectory_scores(bench: Workbench, s: Settings, work: Work):
+def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response: np.ndarray):
+  """`trajectory_scores`, of every single query with a response where these are aggregated."""
+  if score_aggregate(s) not in aggregation.BY_QUERY:
+    return trajectory_scores(bench, s, work, topic_rows(bench, s))
+  found, v = [], None
+  for start in range(0, len(with_response), s.query_block):
+    block = with_response[start : start + s.query_block]
+    log.info("evaluation examples %d..%d of %d", start + 1, start + len(block), len(with_response))
+    alone = {str(row): np.array([row]) for row in block}
+    scores, v, _ = trajectory_scores(bench, s, work, alone, f"-of-{block[0]:06d}-{block[-1]:06d}")
+    found.append(scores)
+  return np.concatenate(found), v, [""] * len(with_response)
+
+
+def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   For LESS what is scored must be what was trained (`refusals.check_scores`): Adam's moments are of these numbers.
+
+  Args:
+    bench: data and model.
+    s: which sum.
+    work: keeps finished pieces.
+    groups: name -> rows of the evaluation set whose mean is a query.
+    which: names the pieces of these groups, where a run has several.
   """
   less = s.trajectory == "less"
-  packed = not less and influence.score_path(s.score_path, len(topic_rows(bench, s))) == "jvp"
+  packed = not less and influence.score_path(s.score_path, len(groups)) == "jvp"
   make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
   like = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
   total, v, names = 0.0, None, []
@@ -297,8 +353,9 @@ def trajectory_scores(bench: Workbench, s: Settings, work: Work):
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
     chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
     train = make("train", chosen.tree, chosen.params)
-    v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}")
-    stream = bench.stream(train, f"scores at step {step}", pieces_along(work, f"scores-at-{step:08d}", v))
+    v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
+    pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
+    stream = bench.stream(train, f"scores at step {step}", pieces)
     state = bench.place_params(finetune.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:

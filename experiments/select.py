@@ -15,12 +15,14 @@ from experiments.flags import Settings
 from experiments.refusals import budget_of, check_select
 from experiments.resuming import Work
 from experiments.scoring import (
+  WHITENED,
   Clock,
   Projection,
   Scored,
   layer_table,
   query_scores,
   score,
+  score_aggregate,
   token_table,
   trajectory_weights,
 )
@@ -31,14 +33,17 @@ from in2core_jax import (
   data,
   embeddings,
   finetune,
+  hybrid,
   ihvp,
   lexical,
   matching,
+  near_copies,
   records,
   report,
   report_facts,
   report_html,
   subtree,
+  whitening,
 )
 
 log = logging.getLogger(__name__)
@@ -72,28 +77,64 @@ def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) ->
   }
 
 
-def policy_inputs(bench: Workbench, s: Settings, params, scored: Scored) -> coreset.PolicyInputs:
-  """All that the policies choose from; features only where the policy needs them."""
-  train = bench.parts["train"]
-  sketched = sketch_inputs(bench, s, params) if s.policy in coreset.FEATURE_POLICIES else {}
-  return coreset.inputs_of(train, scored.influence, scored.loss, **sketched, **text_inputs(bench, {s.policy}))
-
-
-def text_inputs(bench: Workbench, policies: Collection[str]) -> dict[str, np.ndarray]:
-  """What policies that look at texts alone choose from, as `coreset.PolicyInputs` takes it; at the base model.
+def policy_inputs(bench: Workbench, s: Settings, params, policies: Collection[str], stored: bool = True) -> dict:
+  """All that policies choose from beside scores and losses, as `coreset.PolicyInputs` takes it.
 
   Args:
     bench: data and model.
-    policies: those that are wanted; others have no entry in the result.
+    s: how gradients are projected, similarities aggregated.
+    params: where gradients are taken.
+    policies: those that are wanted: what only others need is not computed.
+    stored: as of `sketch_inputs`.
+  """
+  wanted = set(policies)
+  found = sketch_inputs(bench, s, params, stored) if wanted & set(coreset.GRADIENT_POLICIES) else {}
+  gradients = found.get("target"), found.get("features")
+  if not wanted & set(coreset.FEATURE_POLICIES):
+    found = {name: value for name, value in found.items() if name == "query_topics"}  # what matching alone aims at
+  if wanted & {"auto", *coreset.SIMILARITIES}:
+    found |= _similarity_inputs(bench, s, wanted, gradients)
+  return found
+
+
+def _similarity_inputs(bench: Workbench, s: Settings, wanted: set[str], gradients) -> dict:
+  """What policies by similarity choose from; hidden states and texts at the base model.
+
+  Evaluation examples without a response are left out, as where gradients are compared.
+
+  Args:
+    bench: data and model.
+    s: how similarities are aggregated.
+    wanted: policies.
+    gradients: projected, of these evaluation examples and of the training set, where `wanted` needs them.
   """
   train, evals = bench.parts["train"], bench.parts["eval"]
-  found = {}
-  if "embedding" in policies:
-    found["embedding"] = embeddings.cosine_to(bench.embeddings("eval"), bench.embeddings("train")).mean(axis=0)
-  if "bm25" in policies:
-    texts = [[shown(record) for record in part.records] for part in (evals, train)]
-    found["bm25"] = lexical.bm25(*texts).mean(axis=0)
+  keep, counted = np.flatnonzero(evals.num_response_tokens), train.num_response_tokens > 0
+  texts = [shown(record) for record in train.records]
+  found: dict = {"query_topics": [evals.topics[row] for row in keep], "similarities": {}}
+  found["aggregate"] = None if s.aggregate == "auto" else s.aggregate
+  found["alike"] = near_copies.alike(texts, [record.content_key for record in train.records])
+  similar = found["similarities"]
+  if "bm25" in wanted:
+    similar["bm25"] = lexical.bm25([shown(evals.records[row]) for row in keep], texts)
+  if "rds" in wanted:
+    similar["rds"] = embeddings.cosine_to(*_hidden(bench, keep, "position"))
+  hidden = _hidden(bench, keep) if wanted & {"auto", "hybrid", "whitened_embedding", "embedding"} else None
+  if "embedding" in wanted:
+    similar["embedding"] = embeddings.cosine_to(*hidden)
+  if "whitened_embedding" in wanted:
+    similar["whitened_embedding"] = hybrid.whitened_embedding(hidden[0], hidden[1][counted], hidden[1])
+  if "whitened_cosine" in wanted:
+    similar["whitened_cosine"] = whitening.cosines_to(*gradients, train.ids)
+  if wanted & {"auto", "hybrid"}:
+    both = hybrid.hybrid(gradients, hidden, train.ids, counted)
+    similar["hybrid"], found["beyond_chance"] = both.similarity, both.beyond_chance
   return found
+
+
+def _hidden(bench: Workbench, queries: np.ndarray, pooling: str = "mean") -> tuple[np.ndarray, np.ndarray]:
+  """Pooled last hidden states of some evaluation examples and of the training set."""
+  return bench.embeddings("eval", rows=queries, pooling=pooling), bench.embeddings("train", pooling=pooling)
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -127,12 +168,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   scored = score(bench, s, chosen, work)
   clock = Clock()
-  inputs = policy_inputs(bench, s, params, scored)
+  more = policy_inputs(bench, s, params, {s.policy})
+  inputs = coreset.inputs_of(bench.parts["train"], scored.influence, scored.loss, **more)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
   aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
   if aim is not None and s.matching_shrink:
     apart = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
     log.info("%s: %s is more than chance; %.0f %% of it is matched", s.policy, apart, 100 * aim.kept)
+  if inputs.beyond_chance is not None:
+    log.info("%s", chosen_by(s, inputs))
   clock.lap("selection")
   if s.per_layer:
     table = layer_table(bench, s, chosen, scored.result, work)
@@ -155,7 +199,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     log.warning("%s", warning)
   if run_dir.writer:
     scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
-    write_results(run_dir, bench, s, scored, rows, warnings, aim)
+    write_results(run_dir, bench, s, scored, rows, warnings, _told(s, inputs, aim))
   work.remove()
   tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
   log.info(
@@ -284,7 +328,7 @@ def write_results(
   scored: Scored,
   rows: np.ndarray,
   warnings: list[str],
-  aim: matching.Shrunk | None = None,
+  told: dict | None = None,
 ) -> None:
   """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
   train = bench.parts["train"]
@@ -293,16 +337,17 @@ def write_results(
   columns = score_columns(train, scored, selected)
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
   run_dir.write_parquet("scores.parquet", columns)
-  summary = _summary(run_dir, bench, s, scored, selected, warnings) | _told(aim)
+  summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
+  known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {
-    "Selection": {"policy": s.policy} | (_told(aim) if aim else {}),
+    "Selection": {"policy": s.policy} | known,
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
     "Data": _flat(bench.summary),
   }
   images = _write_plots(run_dir, s, scored, selected)
   texts = [shown(record) for record in train.records]
-  told = [*warnings, *unsolved(s, scored.result)]  # report.html has the solver's facts beside its other findings
-  run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, told, images))
+  found_risky = [*warnings, *unsolved(s, scored.result)]  # report.html has the solver's facts beside its other findings
+  run_dir.write_text("report.md", report.select_report_markdown(columns, texts, sections, found_risky, images))
   found = report_facts.SelectRun(
     columns,
     train.records,
@@ -319,12 +364,34 @@ def write_results(
   run_dir.write_json("summary.json", summary)
 
 
-def _told(aim: matching.Shrunk | None) -> dict[str, float | None]:
-  """What summary.json says of the target of the matching."""
+def _told(s: Settings, inputs: coreset.PolicyInputs, aim: matching.Shrunk | None) -> dict[str, float | str | None]:
+  """What summary.json says of the rule that chose, and of what it aimed at."""
   return {
+    "rule": rule_of(s, inputs),
+    "beyond_chance": inputs.beyond_chance,
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
   }
+
+
+def rule_of(s: Settings, inputs: coreset.PolicyInputs) -> str:
+  """The rule that chose: with --policy=auto the one that was taken."""
+  if s.policy != "auto":
+    return s.policy
+  return "hybrid" if coreset.aims(inputs) else "random without copies"
+
+
+def chosen_by(s: Settings, inputs: coreset.PolicyInputs) -> str:
+  """How far the evaluation set is from the training set, and what follows from it with --policy=auto."""
+  share = f"{inputs.beyond_chance:.0%} of the distance between evaluation and training set is more than chance"
+  if s.policy != "auto":
+    return f"{s.policy}: {share}"
+  if coreset.aims(inputs):
+    return f"auto: {share}, so what is similar to the evaluation examples is chosen (--policy=hybrid)"
+  return (
+    f"auto: {share}, less than {coreset.ANOTHER_KIND:.0%}: they are of one kind, where no rule was reliably better "
+    "than a random choice without copies, so that is taken (--policy names a rule)"
+  )
 
 
 def score_columns(train: data.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:
@@ -395,14 +462,17 @@ def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: n
 
 def _unit(s: Settings) -> str:
   """What a score is a number of."""
-  if s.aggregate == "topic_max":
+  how = score_aggregate(s)
+  if how == "topic_max":
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
-  if s.aggregate == "topic_quota":
+  if how in ("topic_quota", "round_robin"):
     return "none: a priority, the number of examples for the first choice down to 1 for the last"
   if s.trajectory == "less":
     return "learning rate: a sum of cosines, each times the mean learning rate before its checkpoint"
   if s.trajectory == "tracin":
     return "loss, summed over the checkpoints: what steps along the example's gradient take off the evaluation loss"
+  if s.normalize == WHITENED:
+    return "none: cosines of projected gradients in the whitened metric of the training set's, over the queries"
   if s.normalize == "cosine":
     return "none: the cosine of the example's gradient and the direction that the solver made of the query's"
   if s.normalize != "none":

@@ -18,13 +18,21 @@ from experiments.cells import Cells
 from experiments.evaluate import Group
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
-from experiments.judging import judged, tell_size, test_examples
+from experiments.judging import judged, of_the_target, tell_size, test_examples
 from experiments.pictures import write_figure
 from experiments.refusals import budget_of, check_size
 from experiments.resuming import FOLDER, Work
-from experiments.retraining import EQUAL, Candidate, Judge, equal_of, equal_steps, perplexity_on_test
+from experiments.retraining import (
+  EQUAL,
+  Candidate,
+  Judge,
+  equal_of,
+  equal_steps,
+  many_passes,
+  perplexity_on_test,
+)
 from experiments.scoring import score
-from experiments.select import sketch_inputs, text_inputs
+from experiments.select import policy_inputs
 from experiments.solving import num_curvature_examples, solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree, verdict
@@ -118,8 +126,14 @@ VARIANTS = {
   # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
   "matching, cut at 96": _variant("matching", trained=True, max_length=96),
   "matching, cut at 48": _variant("matching", trained=True, max_length=48),
+  "whitened cosine": _variant("whitened_cosine", trained=True),
+  "whitened cosine, base model": _variant("whitened_cosine"),
+  "whitened cosine, in turns": _variant("whitened_cosine", trained=True, aggregate="round_robin"),
   "embedding": _variant("embedding"),
+  "embedding, in turns": _variant("embedding", aggregate="round_robin"),
+  "rds+": _variant("rds"),
   "bm25": _variant("bm25"),
+  "bm25, in turns": _variant("bm25", aggregate="round_robin"),
   "length-matched random": _variant("length_matched_random"),
   "longest": _variant("longest"),
   "highest loss": _variant("highest_loss", solver="identity"),
@@ -161,9 +175,7 @@ class Study:
     influence = loss = None
     if policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
-    more = text_inputs(bench, {policy})
-    if policy in coreset.FEATURE_POLICIES:
-      more |= sketch_inputs(bench, s, params)
+    more = policy_inputs(bench, s, params, {policy})
     if variant.unit:
       more |= {name: embeddings.unit(more[name]) for name in ("features", "target")}
     return coreset.inputs_of(bench.parts["train"], influence, loss, **more)
@@ -232,7 +244,7 @@ def check_variants(bench: Workbench, s: Settings) -> None:
     try:
       if queries < variant.queries:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
-      if variant.policy in (*coreset.SCORE_POLICIES, *coreset.FEATURE_POLICIES):
+      if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(bench.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
@@ -310,7 +322,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   chosen = candidates(study, s, cells)
   judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
-  groups, shared = [], shared_with_their_rule(chosen)
+  groups, of_sets = [], SetFacts(shared_with_their_rule(chosen), shares_of_target(bench, chosen))
   for word in equal:
     rows = []
     for number, candidate in enumerate(chosen):
@@ -318,7 +330,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       label = f"equal {word}, {number + 1}/{len(chosen)}: {candidate}"
       rows.append(retrained(judge, cells, candidate, steps, label))
     groups.append(Group(word, None, rows))
-  write_tables(run_dir, bench, s, groups, np.array(base), shared)
+  write_tables(run_dir, bench, s, groups, np.array(base), of_sets)
   return str(run_dir.path)
 
 
@@ -347,12 +359,39 @@ def shared_with_their_rule(chosen: list[Candidate]) -> dict[str, float]:
   return shared
 
 
-def comparison(rows: list[evaluation.RetrainRow], shared: dict[str, float] | None = None) -> list[dict]:
+def shares_of_target(bench: Workbench, chosen: list[Candidate]) -> dict[str, float]:
+  """For each rule the share of its examples that come from where the evaluation examples do, a mean over its seeds.
+
+  Empty where that is not known (`judging.of_the_target`).
+  """
+  mask = of_the_target(bench.parts["train"], bench.parts["eval"])
+  if mask is None:
+    return {}
+  found: dict[str, list[float]] = {}
+  for candidate in chosen:
+    found.setdefault(candidate.policy, []).append(float(mask[candidate.rows].mean()))
+  return {name: float(np.mean(shares)) for name, shares in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SetFacts:
+  """What is told of the sets that rules choose, by name of the rule.
+
+  Attributes:
+    shared: see `shared_with_their_rule`.
+    of_target: see `shares_of_target`.
+  """
+
+  shared: dict[str, float] = dataclasses.field(default_factory=dict)
+  of_target: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def comparison(rows: list[evaluation.RetrainRow], of_sets: SetFacts = SetFacts()) -> list[dict]:
   """A row for each rule: perplexities, their ratios to random sets' and full data's, how many random sets it beats.
 
   Args:
     rows: trainings that have something in common, full data and random sets among them.
-    shared: see `shared_with_their_rule`.
+    of_sets: of the rules' sets.
   """
   by_rule: dict[str, list[evaluation.RetrainRow]] = {}
   for row in rows:
@@ -378,7 +417,8 @@ def comparison(rows: list[evaluation.RetrainRow], shared: dict[str, float] | Non
     for field, column in _PERPLEXITIES.items():
       beaten = int(np.sum(mean(field) < random[field]))
       line[column] = "" if name == RANDOM else f"{beaten} of {len(random[field])}"
-    line["shared with its rule"] = f"{shared[name]:.2f}" if shared and name in shared else ""
+    line["shared with its rule"] = f"{of_sets.shared[name]:.2f}" if name in of_sets.shared else ""
+    line["of the target"] = f"{of_sets.of_target[name]:.2f}" if name in of_sets.of_target else ""
     found.append(line)
   return found
 
@@ -400,7 +440,8 @@ _COLUMNS = (
   '"to random" is the ratio of a rule\'s perplexity by token to random sets\', "to full" to full data\'s, both also by '
   "example. In brackets: 95 % intervals that hold for new test examples and for new trainings; a rule with one "
   "training has the spread of those with several. "
-  '"Beaten": below how many of the random sets it is. Each rule, and what it chose by:'
+  '"Beaten": below how many of the random sets it is. "Of the target": the share of its examples that have the '
+  "topic, or else the source, of evaluation examples. Each rule, and what it chose by:"
 )
 
 
@@ -415,7 +456,7 @@ def rules_table(s: Settings, usable: int) -> list[dict]:
   for name, variant in variants_of(s).items():
     own, policy = settings_of(s, variant), variant.policy
     scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss"
-    compared = policy in coreset.FEATURE_POLICIES
+    compared = policy in coreset.GRADIENT_POLICIES
     damped = scored and own.solver != "identity"
     shown = ("solver", "damping_ratio", "layers")
     more = [f"--{flag}={str(getattr(own, flag)).lower()}" for flag, _ in variant.changes if flag not in shown]
@@ -461,7 +502,7 @@ def remove_pictures(run_dir: artifacts.RunDir, equal: list[str]) -> None:
       run_dir.remove(f"plots/study-{word}.{kind}")
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, shared) -> None:
+def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, of_sets: SetFacts) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
   num_test, perplexity = np.count_nonzero(bench.parts["test"].num_response_tokens), perplexity_on_test(bench, base)
   parts = [
@@ -473,12 +514,13 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     test_examples(bench.parts["test"]).about,
   ]
   titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
-  notes = [*verdict.many_comparisons(titled), *verdict.sensitivity(list(titled.values()))]
+  notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
+  notes += [*verdict.many_comparisons(titled), *verdict.sensitivity(list(titled.values()))]
   parts += [report.escape_markdown(note, 4000) for note in notes]
   every = []
   remove_pictures(run_dir, [group.equal for group in groups])
   for group in groups:
-    table = comparison(group.rows, shared)
+    table = comparison(group.rows, of_sets)
     every += [{"equal": group.equal} | row for row in table]
     write_figure(run_dir, f"study-{group.equal}", report.perplexity_plot(verdict.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", report.markdown_table(table).rstrip(), ranges(group.rows)]

@@ -20,7 +20,7 @@ from experiments.refusals import budget_of, check_budget, check_scores
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
-from experiments.select import sketch_inputs, text_inputs
+from experiments.select import policy_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, evaluation, report, subtree, verdict, weights
@@ -171,8 +171,7 @@ class Transfer:
     found = score(bench, s, chosen, work)
     work.remove()
     train = bench.parts["train"]
-    more = sketch_inputs(bench, s, params, stored=False) if s.policy in coreset.FEATURE_POLICIES else {}
-    more |= text_inputs(bench, {s.policy})
+    more = policy_inputs(bench, s, params, {s.policy}, stored=False)
     inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {

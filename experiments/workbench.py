@@ -418,18 +418,25 @@ class Workbench:
       lambda source, total: track(source, total, what),
     )
 
-  def embeddings(self, part: str, params=None, rows=None) -> np.ndarray:
-    """Mean-pooled last hidden states of a part's examples, float32 [N, D].
+  def embeddings(self, part: str, params=None, rows=None, pooling: str = "mean") -> np.ndarray:
+    """Pooled last hidden states of a part's examples, float32 [N, D].
 
     Args:
       part: train, eval or test.
       params: of the model; the base model's when None.
       rows: only these examples.
+      pooling: weights of the tokens, a word of `embeddings.POOLINGS`.
     """
+    below = None
     dataset = self.parts[part] if rows is None else self.parts[part].take(rows)
+    if params is None:  # what scoring keeps at the base model need not be run again
+      kept = {key[1]: hidden for key, hidden in self._hidden.items() if key[0] == part and key[2] == "base"}
+      if kept:
+        hidden, first = kept[max(kept)], max(kept)
+        below = hidden if rows is None else hidden.take(np.asarray(rows)), first
     tree = embeddings.above_all(self.config.num_layers)
     job = self._below_job(tree, self.params if params is None else params, f"embeddings ({part})")
-    return embeddings.mean_pooled(job, dataset)
+    return embeddings.pooled(job, dataset, pooling, below)
 
 
 def cache_on_disk(s: Settings, size: int) -> bool:

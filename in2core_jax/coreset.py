@@ -15,18 +15,28 @@ Rules that hold for every policy:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from in2core_jax import matching
+from in2core_jax.aggregation import aggregate, finite, topic_means
 from in2core_jax.errors import UserError
 
 _LENGTH_BINS = 20
-AGGREGATES = ("mean", "topic_max", "topic_quota")
 TARGETS = ("both", "tokens", "examples")
-SIMILARITIES = ("embedding", "bm25")  # policies that look at texts alone, and the inputs that they choose from
+# Policies by how similar each example is to each query: the inputs they choose from, and how these become one order
+# (`aggregation`).
+SIMILARITIES = {
+  "hybrid": "nearest",
+  "whitened_cosine": "nearest",
+  "whitened_embedding": "nearest",
+  "embedding": "mean",
+  "rds": "round_robin",
+  "bm25": "mean",
+}
+ANOTHER_KIND = 0.25  # share of the distance between evaluation and training set beyond chance, from which `auto` aims
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,14 @@ class PolicyInputs:
     token_weights: f64 [N], the pool's weights in a mean over tokens; `num_response_tokens` when None. They differ where
       another tokenizer's model took the gradients.
     target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
-    embedding: f64 [N], mean cosine of the example's embedding with those of the queries.
-    bm25: f64 [N], mean BM25 of the queries with the example's text.
+    similarities: name of a policy of `SIMILARITIES` -> [Q, N], how similar each example is to each query. hybrid and
+      its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
+      that weigh tokens by position. bm25: of each query with the example's text.
+    beyond_chance: how far the queries are from the pool as a whole (`hybrid.Hybrid`), which decides for `auto`.
+    aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
+      `aggregation.AGGREGATES`; None: the policy's own.
+    alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
+      before every other example is in.
     content_keys: N names, equal for copies (`Record.content_key`); no policy looks at them, `selection_warnings` does.
 
   Raises:
@@ -129,8 +145,10 @@ class PolicyInputs:
   target: np.ndarray | None = None
   query_topics: Sequence[str] | None = None
   target_weights: np.ndarray | None = None
-  embedding: np.ndarray | None = None
-  bm25: np.ndarray | None = None
+  similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
+  beyond_chance: float | None = None
+  aggregate: str | None = None
+  alike: np.ndarray | None = None
   query_tokens: np.ndarray | None = None
   target_mean: str = "examples"
   shrink: bool = False
@@ -139,18 +157,20 @@ class PolicyInputs:
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
-    types |= dict.fromkeys(SIMILARITIES, np.float64)
     for name, dtype in types.items():
       if getattr(self, name) is not None:
         object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
     size = len(self.ids)
     if size == 0:
       raise UserError("there are no examples to select from; check the training data")
-    lengths = ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", "content_keys")
-    for name in (*lengths, *SIMILARITIES):
+    lengths = ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", "content_keys", "alike")
+    for name in lengths:
       value = getattr(self, name)
       if value is not None and len(value) != size:
         raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
+    for name, values in self.similarities.items():
+      if np.ndim(values) != 2 or np.shape(values)[1] != size:
+        raise UserError(f"{name} has the shape {np.shape(values)} for {size} example ids; need [queries, examples]")
     if self.scores is not None and self.scores.ndim != 1:
       raise UserError(f"scores have shape {self.scores.shape}; policies take [N], so call aggregate first")
     if self.features is not None:
@@ -206,81 +226,6 @@ def taking_no_part(inputs: PolicyInputs, truncated: np.ndarray | None = None) ->
   why = f", {cut:,} of them because --max_length cut it off," if cut else ""
   left = len(inputs.ids) - int(empty.sum())
   return f" ({int(empty.sum()):,} have no response{why} and take no part; a fraction is one of the other {left:,})"
-
-
-def _finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
-  """`values`, or a UserError when they are missing or not finite (with the count and the first ids)."""
-  if values is None:
-    raise UserError(f"{what} needs {name}, which were not given; compute them or choose another policy")
-  finite = np.isfinite(values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64))
-  if not finite.all():
-    bad = np.flatnonzero(~finite)
-    first = ", ".join(f"row {i}" if ids is None else str(ids[i]) for i in bad[:3])
-    raise UserError(
-      f"{name}: {bad.size} of {finite.size} are NaN or infinite (first: {first}); check weights, learning rate, damping"
-    )
-  return values
-
-
-# ----------------------------------------------------------------------------------------------- aggregation
-
-
-def aggregate(
-  scores: np.ndarray, query_topics: Sequence[str], how: str = "mean", ids: Sequence[str] | None = None
-) -> np.ndarray:
-  """Per-query scores -> one value per example.
-
-  mean: mean over the queries, the aggregated query of METHOD.md section 1.
-  topic_max: mean inside each evaluation topic, divided by that topic's root mean square over the examples, then the
-    maximum over topics (LESS, arXiv 2402.04333). LESS needs no division because it compares cosines; inner products
-    do, or the topic with the largest gradients decides alone. Zero and sign keep their meaning.
-  topic_quota: topics take turns (in sorted order of their names), each choosing its best example not yet taken. The
-    result is a priority, N for the first choice down to 1, not an influence: use it to choose, not to report.
-
-  Args:
-    scores: [Q, N].
-    query_topics: Q names.
-    how: mean, topic_max or topic_quota.
-    ids: N example ids, for the ties of topic_quota; without them ties go by row.
-
-  Returns:
-    f64 [N].
-
-  Raises:
-    UserError: unknown `how`, shapes that do not match, scores that are not finite.
-  """
-  if how not in AGGREGATES:
-    raise UserError(f"aggregate={how} is unknown; choose one of {', '.join(AGGREGATES)}")
-  scores = np.asarray(scores, np.float64)
-  if scores.ndim != 2 or len(query_topics) != scores.shape[0]:
-    raise UserError(f"scores have shape {scores.shape} for {len(query_topics)} query topics; expected [Q, N]")
-  _finite(scores.T, "scores", f"aggregate={how}", ids)
-  if how == "mean":
-    return scores.mean(axis=0)
-  by_topic = _topic_means(scores, query_topics)
-  if how == "topic_max":
-    rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
-    return np.max(by_topic / np.where(rms > 0, rms, 1.0), axis=0)
-  return _round_robin(by_topic, ids)
-
-
-def _topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
-  """Rows [Q, ...] -> means by topic [G, ...], topics in sorted order; weights [Q], equal when None."""
-  codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
-  weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-  return np.stack([np.average(values[codes == g], axis=0, weights=weights[codes == g]) for g in range(codes.max() + 1)])
-
-
-def _round_robin(by_topic: np.ndarray, ids: Sequence[str] | None) -> np.ndarray:
-  """Priorities N..1 from topics taking turns."""
-  size = by_topic.shape[1]
-  by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
-  queues = [iter(by_id[np.argsort(-row[by_id], kind="stable")]) for row in by_topic]
-  priority = np.zeros(size)
-  for turn in range(size):
-    row = next(r for r in queues[turn % len(queues)] if priority[r] == 0)
-    priority[row] = size - turn
-  return priority
 
 
 # ---------------------------------------------------------------- policies: pure functions, orders of row numbers
@@ -367,7 +312,7 @@ class _Task:
     """The pool's part of a per-example array; NaN matters only where it could be chosen."""
     part = getattr(self.inputs, name)
     ids = [self.inputs.ids[row] for row in self.pool]
-    return _finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
+    return finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
 
   @property
   def tokens(self) -> np.ndarray:
@@ -423,14 +368,14 @@ def _target(inputs: PolicyInputs, by_token: bool) -> matching.Shrunk:
 def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:
   """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
   inputs = task.inputs
-  features = _finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
-  target = _finite(inputs.target, "target", f"policy {task.policy}", None)
+  features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
+  target = finite(inputs.target, "target", f"policy {task.policy}", None)
   if by_topic:
     if inputs.query_topics is None or len(inputs.query_topics) != len(target):
       seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
       raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
     target = np.mean(
-      [_topic_means(target, inputs.query_topics, _query_weights(inputs, by_token)) for by_token in _means(inputs)],
+      [topic_means(target, inputs.query_topics, _query_weights(inputs, by_token)) for by_token in _means(inputs)],
       axis=0,
     )
   if merge:
@@ -442,20 +387,52 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
   return position[rows]
 
 
+def _by_similarity(task: _Task, name: str) -> np.ndarray:
+  inputs, values = task.inputs, task.inputs.similarities.get(name)
+  if values is None:
+    raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
+  how = inputs.aggregate or SIMILARITIES[name]
+  topics = [""] * len(values) if inputs.query_topics is None else inputs.query_topics
+  order = proponents(aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool]))
+  return _copies_last(task, order)
+
+
+def _copies_last(task: _Task, order: np.ndarray) -> np.ndarray:
+  alike = task.inputs.alike
+  return order if alike is None else copies_last(order, np.asarray(alike)[task.pool])
+
+
+def aims(inputs: PolicyInputs) -> bool:
+  """Whether `auto` takes what is similar to the queries: else these are of the pool's own kind, and it draws at random.
+
+  Raises:
+    UserError: nobody has measured it.
+  """
+  if inputs.beyond_chance is None:
+    raise UserError("policy auto needs beyond_chance, which was not given; compute it or choose another policy")
+  return inputs.beyond_chance >= ANOTHER_KIND
+
+
+def _auto(task: _Task) -> np.ndarray:
+  if aims(task.inputs):
+    return _by_similarity(task, "hybrid")
+  return _copies_last(task, random_order(len(task.pool), task.seed))
+
+
 def _length_matched_random(task: _Task) -> np.ndarray:
   chosen = task.budget.cut(proponents(task.values("scores")), task.tokens)
   return length_matched(chosen, task.inputs.num_response_tokens[task.pool], task.seed)
 
 
 _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
+  "auto": _auto,
   "proponents": lambda task: proponents(task.values("scores")),
   "opponents": lambda task: opponents(task.values("scores")),
   "random": lambda task: random_order(len(task.pool), task.seed),
   "length_matched_random": _length_matched_random,
   "longest": lambda task: longest(task.inputs.num_response_tokens[task.pool], task.tokens),
   "highest_loss": lambda task: proponents(task.values("loss")),
-  "embedding": lambda task: proponents(task.values("embedding")),
-  "bm25": lambda task: proponents(task.values("bm25")),
+  **{name: functools.partial(_by_similarity, name=name) for name in SIMILARITIES},
   "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
   "matching": _matching,
   "matching_topic": lambda task: _matching(task, by_topic=True),
@@ -465,6 +442,7 @@ _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
 POLICIES = tuple(_POLICIES)
 SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
 FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
+GRADIENT_POLICIES = (*FEATURE_POLICIES, "auto", "hybrid", "whitened_cosine")  # which need projected gradients
 SEEDED_POLICIES = ("random", "length_matched_random")
 # What a select run must have measured first.
 SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quota", "highest_loss")
@@ -474,9 +452,12 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
   """Chooses the coreset.
 
   Args:
-    policy: one of `POLICIES`. proponents, opponents: highest, lowest score first. random. length_matched_random: random
-      with the response lengths of the proponents. longest: most response tokens. highest_loss. embedding, bm25: closest
-      to the queries by mean cosine of embeddings, by mean BM25 of the texts. topic_quota: proponents, every training
+    policy: one of `POLICIES`. auto: hybrid where the queries are of another kind than the pool (`aims`), else random
+      with copies last. proponents, opponents: highest, lowest score first. random. length_matched_random: random
+      with the response lengths of the proponents. longest: most response tokens. highest_loss. hybrid,
+      whitened_cosine, whitened_embedding, embedding, rds, bm25: most similar to the queries by gradients and hidden
+      states, by one of the two, by embeddings (rds: as RDS+ makes them), by the words of the texts;
+      `PolicyInputs.aggregate` says over which queries. topic_quota: proponents, every training
       topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
       matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
       topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same

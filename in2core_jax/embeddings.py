@@ -1,9 +1,10 @@
 """Embeddings of examples by the model itself: what influence is compared with where texts alone are looked at.
 
-  e_i = mean over the tokens t of example i, prompt and response, of norm(h_it)     h: hidden states above the top layer
+  e_i = sum over the tokens t of example i, prompt and response, of w_t norm(h_it)    h: last hidden states
+  "mean": w_t = 1 / T          "position": w_t = t / (1 + 2 + ... + T)
 
-Padding counts nothing, and examples that share a packed row do not see each other. Two embeddings are compared by
-their cosine.
+Weights by position are those of RDS+ (arXiv 2503.01807): a late token has seen more of the text. Padding counts
+nothing, and examples that share a packed row do not see each other. Two embeddings are compared by their cosine.
 
 Letters: N and Q examples, D width, W rows of a batch, T tokens of a row.
 """
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from in2core_jax import model, packing, processes
-from in2core_jax.boundary import BoundaryJob
+from in2core_jax.boundary import BoundaryCache, BoundaryJob
 from in2core_jax.errors import UserError
 from in2core_jax.subtree import Subtree
 
@@ -26,20 +27,31 @@ def above_all(num_layers: int) -> Subtree:
   return Subtree((), num_layers, ())
 
 
-def mean_pooled(job: BoundaryJob, dataset: Any) -> np.ndarray:
+POOLINGS = ("mean", "position")
+
+
+def pooled(
+  job: BoundaryJob, dataset: Any, pooling: str = "mean", below: tuple[BoundaryCache, int] | None = None
+) -> np.ndarray:
   """Mean of each example's last hidden states, after the final norm.
 
   Args:
     job: the model and how to run it; `job.subtree` is `above_all`, `job.frozen` are all parameters.
     dataset: has `tokens`, int32 [T_i] for each of N examples.
+    pooling: weights of the tokens, a word of `POOLINGS`.
+    below: hidden states of the very same examples that enter a layer, and which layer: those below it are not run
+      again.
 
   Returns:
     float32 [N, D].
 
   Raises:
+    ValueError: an unknown pooling.
     UserError: a subtree whose boundary is below a layer (its hidden states are not the last), or an example without
       tokens.
   """
+  if pooling not in POOLINGS:
+    raise ValueError(f"pooling={pooling!r}: use one of {POOLINGS}")
   if job.subtree.boundary != job.subtree.num_layers:
     raise UserError(f"embeddings need all layers below the boundary, which is {job.subtree.boundary}: use above_all")
   lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
@@ -48,11 +60,21 @@ def mean_pooled(job: BoundaryJob, dataset: Any) -> np.ndarray:
   found = np.zeros((len(lengths), job.config.hidden_size), np.float32)
   plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
-    tokens, offsets = job.place((packed.tokens, packed.offsets))
-    hidden = processes.to_host(_last_hidden(job.config, job.subtree, job.frozen, tokens, offsets))
+    if below is None:
+      tokens, offsets = job.place((packed.tokens, packed.offsets))
+      hidden = processes.to_host(_last_hidden(job.config, job.subtree, job.frozen, tokens, offsets))
+    else:
+      cache, first = below
+      entering = cache.lay_out(packed.examples, packed.places, packed.tokens.size).reshape(*packed.tokens.shape, -1)
+      entering, offsets = job.place((entering, packed.offsets))
+      hidden = processes.to_host(_last_from(job.config, first, job.frozen, entering, offsets))
     flat = hidden.reshape(-1, hidden.shape[-1])
     for example, place in zip(packed.examples, packed.places, strict=True):
-      found[example] = flat[place : place + lengths[example]].mean(axis=0, dtype=np.float64)
+      rows = flat[place : place + lengths[example]]
+      if pooling == "mean":
+        found[example] = rows.mean(axis=0, dtype=np.float64)
+      else:
+        found[example] = np.average(rows.astype(np.float64), axis=0, weights=np.arange(1, len(rows) + 1))
   return found
 
 
@@ -61,6 +83,14 @@ def _last_hidden(config, subtree, params, tokens, offsets):
   """[W,T,D]."""
   h = model.run_below(config, subtree, params, tokens, offsets)
   return model.final_norm(config, params, h)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _last_from(config, first, params, hidden, offsets):
+  """[W,T,D] from the hidden states that enter layer `first`."""
+  above = jax.tree.map(lambda leaf: leaf[first:], params["layers"])
+  h = hidden.astype(params["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
+  return model.final_norm(config, params, model.run_layers(config, above, h, offsets, first))
 
 
 def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import scipy.sparse.linalg
 from in2core_jax.errors import UserError
 
 MOST_ROWS = 4096  # behind C: their products with each other are 134 MB, and more rows hardly move C
+DAMPING_RATIO = 0.1
 _COLUMNS = 4096  # of the features that are float64 at the same time
 
 
@@ -64,7 +65,9 @@ class WhitenedMetric:
   over_rows: bool
 
   @classmethod
-  def fit(cls, features: np.ndarray, damping_ratio: float, ids: Sequence[str] | None = None) -> "WhitenedMetric":
+  def fit(
+    cls, features: np.ndarray, damping_ratio: float = DAMPING_RATIO, ids: Sequence[str] | None = None
+  ) -> "WhitenedMetric":
     """The metric of a pool.
 
     Args:
@@ -86,7 +89,7 @@ class WhitenedMetric:
     width = features.shape[1]
     over_rows = min(len(kept), MOST_ROWS) < width
     if over_rows and len(kept) > MOST_ROWS:
-      kept = np.sort(kept[np.argsort([_hash(str(row) if ids is None else ids[row]) for row in kept])[:MOST_ROWS]])
+      kept = kept[spread_rows([str(row) if ids is None else ids[row] for row in kept], MOST_ROWS)]
     if over_rows:
       rows = (features[kept] / size[kept, None]).astype(features.dtype)
       matrix = products(rows, rows) / len(rows)
@@ -126,6 +129,46 @@ class WhitenedMetric:
     return np.clip(np.divide(self.inner(x, y), scale, out=np.zeros_like(scale), where=scale > 0), -1, 1)
 
 
+def cosines_to(queries: np.ndarray, features: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
+  """cos_M of every query and every example of the pool whose metric it is.
+
+  Args:
+    queries: [Q, W].
+    features: f32 or f64 [N, W]; examples without a gradient are rows of zeros.
+    ids: as `WhitenedMetric.fit` takes them.
+
+  Returns:
+    f64 [Q, N].
+
+  Raises:
+    UserError: gradients that are not finite, or all 0.
+  """
+  check_gradients(queries, features)
+  return WhitenedMetric.fit(features, ids=ids).cosines(queries, features)
+
+
+def check_gradients(queries: np.ndarray, features: np.ndarray) -> None:
+  """Refuses gradients that are not finite.
+
+  Raises:
+    UserError: tells of which set, and how many.
+  """
+  for name, rows in (("evaluation", queries), ("training", features)):
+    bad = np.count_nonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
+    if bad:
+      raise UserError(f"projected gradients of {bad} {name} examples are not finite: look at their losses")
+
+
+def spread_rows(ids: Sequence[str], count: int) -> np.ndarray:
+  """At most `count` rows in growing order: those whose ids have the smallest hashes, in any order of reading the same.
+
+  Args:
+    ids: one a row.
+    count: how many.
+  """
+  return np.sort(np.argsort([_hash(name) for name in ids], kind="stable")[:count])
+
+
 def _hash(name: str) -> bytes:
   return hashlib.sha256(f"whitened/{name}".encode("utf-8", "surrogatepass")).digest()
 
@@ -135,19 +178,3 @@ def _largest_eigenvalue(matrix: np.ndarray) -> float:
     return float(np.linalg.eigvalsh(matrix)[-1])
   start = np.ones(len(matrix))  # a fixed start: the same numbers at every call
   return float(scipy.sparse.linalg.eigsh(matrix, k=1, v0=start, return_eigenvectors=False)[0])
-
-
-def nearest_mean(cosines: np.ndarray, count: int) -> np.ndarray:
-  """Mean of each example's `count` largest values over the queries: how well its nearest queries match it.
-
-  Args:
-    cosines: [Q, N].
-    count: at least 1; all queries where there are fewer.
-
-  Returns:
-    f64 [N].
-  """
-  if count < 1:
-    raise UserError(f"nearest queries: {count} of them; need at least 1")
-  kept = min(count, len(cosines))
-  return np.partition(cosines, len(cosines) - kept, axis=0)[len(cosines) - kept :].mean(axis=0)

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from in2core_jax import coreset, matching
-from in2core_jax.coreset import Budget, PolicyInputs, aggregate, select_rows, selection_warnings
+from in2core_jax import aggregation, coreset, matching
+from in2core_jax.coreset import Budget, PolicyInputs, select_rows, selection_warnings
 from in2core_jax.errors import UserError
 
 
@@ -24,8 +24,8 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "features": rng.normal(size=(size, width)),
     "target": rng.normal(size=(5, width)),
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
-    "embedding": rng.uniform(-1, 1, size),
-    "bm25": rng.gamma(1.0, size=size),
+    "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in coreset.SIMILARITIES},
+    "beyond_chance": 0.5,
   }
   return PolicyInputs(**{**values, **changes})
 
@@ -105,11 +105,12 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
   responses[empty] = 0
   scores = inputs.scores.copy()
   scores[empty] = np.nan  # what cannot be chosen must not matter
-  names = ("loss", "num_tokens", "topics", "ids", "features", "embedding", "bm25")
+  names = ("loss", "num_tokens", "topics", "ids", "features")
   shuffle = np.random.default_rng(1).permutation(40)
 
   def at(order):
     changes = {name: np.asarray(getattr(inputs, name))[order] for name in names}
+    changes["similarities"] = {name: values[:, order] for name, values in inputs.similarities.items()}
     return make_inputs(scores=scores[order], num_response_tokens=responses[order], **changes)
 
   here, there = at(np.arange(40)), at(shuffle)
@@ -122,13 +123,46 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
     select_rows(policy, here, Budget(num_examples=38))
 
 
-def test_similarities_choose_the_closest_first():
+def test_similarities_choose_by_their_mean_their_nearest_or_in_turns():
   inputs = make_inputs()
-  for name in ("embedding", "bm25"):
-    values = getattr(inputs, name)
-    assert select_rows(name, inputs, Budget(num_examples=7)).tolist() == np.argsort(-values)[:7].tolist()
+  seven = Budget(num_examples=7)
+  for name, values in inputs.similarities.items():
+    best = lambda means: np.argsort(-means)[:7].tolist()  # noqa: E731
+    wanted = {"mean": best(values.mean(axis=0)), "nearest": best(aggregation.nearest_mean(values))}
+    for how, rows in wanted.items():
+      assert select_rows(name, dataclasses.replace(inputs, aggregate=how), seven).tolist() == rows
+    turns = select_rows(name, dataclasses.replace(inputs, aggregate="round_robin"), seven).tolist()
+    for turn, row in enumerate(turns):  # the best of each query's that is left
+      left = [other for other in range(40) if other not in turns[:turn]]
+      assert row == left[int(np.argmax(values[turn % 5, left]))]
+    own = coreset.SIMILARITIES[name]
+    assert select_rows(name, inputs, seven).tolist() == (turns if own == "round_robin" else wanted[own])
     with pytest.raises(UserError, match=f"policy {name} needs {name}"):
-      select_rows(name, make_inputs(**{name: None}), Budget(num_examples=7))
+      select_rows(name, make_inputs(similarities={}), seven)
+
+
+def test_auto_aims_at_queries_of_another_kind_alone():
+  inputs = make_inputs(alike=np.arange(40) // 2)
+  ten = Budget(num_examples=10)
+  assert select_rows("auto", inputs, ten, 3).tolist() == select_rows("hybrid", inputs, ten).tolist()
+  own_kind = dataclasses.replace(inputs, beyond_chance=0.1)
+  drawn = select_rows("auto", own_kind, Budget(num_examples=20), 3)
+  assert len(set(drawn // 2)) == 20  # no two that say nearly the same
+  assert (
+    drawn.tolist() == coreset.select_copies_last("random", inputs, Budget(num_examples=20), inputs.alike, 3).tolist()
+  )
+  with pytest.raises(UserError, match="policy auto needs beyond_chance"):
+    select_rows("auto", make_inputs(beyond_chance=None), ten)
+
+
+@pytest.mark.parametrize("policy", coreset.SIMILARITIES)
+def test_near_copies_share_one_slot(policy):
+  plain = make_inputs()
+  order = select_rows(policy, plain, Budget(fraction=1.0))
+  alike = np.arange(40)
+  alike[order[1]] = alike[order[2]] = alike[order[0]]  # the three best say nearly the same
+  chosen = select_rows(policy, dataclasses.replace(plain, alike=alike), Budget(num_examples=38))
+  assert chosen[0] == order[0] and chosen.tolist() == [order[0], *order[3:]]
 
 
 def test_ties_go_by_id():
@@ -348,37 +382,6 @@ def test_matching_beats_proponents_where_the_target_needs_two_kinds():
 # ------------------------------------------------------------------------------------------- aggregation
 
 
-def test_aggregate_mean_and_topic_max():
-  scores = np.random.default_rng(0).normal(size=(5, 12))
-  scores[4] *= 1000  # the topic with large gradients must not decide alone
-  topics = ["b", "a", "b", "a", "c"]
-  np.testing.assert_allclose(aggregate(scores, topics, "mean"), scores.mean(axis=0))
-  means = np.stack([scores[[1, 3]].mean(axis=0), scores[[0, 2]].mean(axis=0), scores[4]])
-  expected = (means / np.sqrt((means**2).mean(axis=1))[:, None]).max(axis=0)
-  result = aggregate(scores, topics, "topic_max")
-  np.testing.assert_allclose(result, expected)
-  scaled = scores * np.array([1.0, 7.0, 1.0, 7.0, 0.001])[:, None]
-  np.testing.assert_allclose(aggregate(scaled, topics, "topic_max"), expected)
-  assert np.all(aggregate(np.zeros((2, 3)), ["a", "b"], "topic_max") == 0)
-
-
-def test_aggregate_topic_quota_takes_turns():
-  scores = np.array([[5.0, 4.0, 3.0, 0.0, 0.0], [9.0, 1.0, 2.0, 0.0, 0.0]])
-  priority = aggregate(scores, ["a", "b"], "topic_quota", ids=["v", "w", "x", "z", "y"])
-  # a takes 0; b's best is 0, taken, so 2; a takes 1; then the ties of zeros go by id: 4 (y) before 3 (z)
-  assert np.argsort(-priority).tolist() == [0, 2, 1, 4, 3]
-  assert priority.tolist() == [5, 3, 4, 1, 2]
-
-
-def test_aggregate_refuses():
-  with pytest.raises(UserError, match="choose one of mean"):
-    aggregate(np.zeros((1, 2)), ["a"], "median")
-  with pytest.raises(UserError, match="expected"):
-    aggregate(np.zeros((1, 2)), ["a", "b"])
-  with pytest.raises(UserError, match="1 of 2 are NaN or infinite .first: y"):
-    aggregate(np.array([[0.0, np.nan]]), ["a"], "mean", ids=["x", "y"])
-
-
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -397,7 +400,7 @@ def test_not_finite_scores_tell_how_many_and_which():
 
 
 def test_refusals_say_what_is_missing():
-  with pytest.raises(UserError, match="policy=best is unknown; choose one of proponents"):
+  with pytest.raises(UserError, match="policy=best is unknown; choose one of auto, proponents"):
     select_rows("best", make_inputs(), Budget(fraction=0.5))
   with pytest.raises(UserError, match="policy matching needs features"):
     select_rows("matching", make_inputs(features=None, target=None), Budget(fraction=0.5))

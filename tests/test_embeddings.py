@@ -20,15 +20,32 @@ def job_of(params, batch_tokens, tree=None, config=CONFIG):
   return boundary.BoundaryJob(config, tree, params, batch_tokens)
 
 
-def one_by_one(params, dataset, config=CONFIG):
+def one_by_one(params, dataset, config=CONFIG, by_position=False):
   """Each example alone in its row, by the model's own layers and RMS norm written out."""
   found = []
   for tokens in dataset.tokens:
     h = np.asarray(model.run_layers(config, params["layers"], model.embed(config, params, tokens[None]))[0], np.float64)
     scale = config.norm_offset + np.asarray(params["final_norm"]["scale"])
     h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + config.rms_eps) * scale
-    found.append(h.sum(axis=0) / len(tokens))
+    weights = np.arange(1, len(tokens) + 1) if by_position else np.ones(len(tokens))
+    found.append(weights @ h / weights.sum())
   return np.array(found)
+
+
+def test_hidden_states_that_are_kept_give_the_same_embeddings():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  tree = subtree.make_subtree(params, "last:2")
+  cache = boundary.compute_boundary(job_of(params, 26, tree), dataset)
+  found = embeddings.pooled(job_of(params, 26), dataset, below=(cache, tree.boundary))
+  np.testing.assert_allclose(found, embeddings.pooled(job_of(params, 26), dataset), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_by_position_are_those_of_rds_plus():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  found = embeddings.pooled(job_of(params, 26), dataset, "position")
+  np.testing.assert_allclose(found, one_by_one(params, dataset, by_position=True), rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="pooling='last'"):
+    embeddings.pooled(job_of(params, 26), dataset, "last")
 
 
 @pytest.mark.parametrize("norm_offset", [0.0, 1.0])
@@ -36,27 +53,27 @@ def test_embeddings_are_means_over_the_examples_own_tokens(norm_offset):
   config = tiny.make_config(norm_offset=norm_offset)
   params, dataset = tiny.make_params(config), tiny.make_dataset(config.vocab_size)
   wanted = one_by_one(params, dataset, config)
-  found = embeddings.mean_pooled(job_of(params, 26, config=config), dataset)
+  found = embeddings.pooled(job_of(params, 26, config=config), dataset)
   assert found.dtype == np.float32 and found.shape == (len(tiny.ROLES), CONFIG.hidden_size)
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_embeddings_depend_neither_on_the_batches_nor_on_the_neighbours():
   params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
-  whole = embeddings.mean_pooled(job_of(params, 1000), dataset)
-  cut = embeddings.mean_pooled(job_of(params, 1), dataset)
+  whole = embeddings.pooled(job_of(params, 1000), dataset)
+  cut = embeddings.pooled(job_of(params, 1), dataset)
   np.testing.assert_allclose(whole, cut, rtol=1e-4, atol=1e-5)
   others = types.SimpleNamespace(ids=dataset.ids[:2], tokens=dataset.tokens[:2])
-  np.testing.assert_allclose(embeddings.mean_pooled(job_of(params, 1000), others), whole[:2], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(embeddings.pooled(job_of(params, 1000), others), whole[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings_need_all_layers_and_a_token():
   params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
   with pytest.raises(UserError, match="all layers below the boundary, which is 2: use above_all"):
-    embeddings.mean_pooled(job_of(params, 26, subtree.make_subtree(params, "2,3")), dataset)
+    embeddings.pooled(job_of(params, 26, subtree.make_subtree(params, "2,3")), dataset)
   dataset.tokens = (*dataset.tokens[:1], np.zeros(0, np.int32), *dataset.tokens[2:])
   with pytest.raises(UserError, match="'example-1' has no token"):
-    embeddings.mean_pooled(job_of(params, 26), dataset)
+    embeddings.pooled(job_of(params, 26), dataset)
   assert not jax.tree.leaves(subtree.split(params, embeddings.above_all(CONFIG.num_layers))[0])
 
 

@@ -111,12 +111,13 @@ def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
 
 
 def test_similar_texts_are_chosen(sweep, bench):
-  _, folder = sweep
-  inputs = select.text_inputs(bench, {"bm25", "embedding"})
+  chosen, folder = sweep
+  inputs = select.policy_inputs(bench, chosen, bench.params, {"bm25", "embedding"})
   ids = np.array(bench.parts["train"].ids)
   for name in ("bm25", "embedding"):
     kept = {json.loads(line)["messages"][0]["content"] for line in coreset_lines(folder, f"{name}-0.25-0")}
-    best = np.argsort(-inputs[name], kind="stable")[:8]
+    order = np.argsort(-inputs["similarities"][name].mean(axis=0), kind="stable")
+    best = coreset.copies_last(order, inputs["alike"])[:8]
     assert len(kept) <= 8 and set(ids[best]) <= set(ids)
     assert kept == {bench.parts["train"].records[row].messages[0]["content"] for row in best}
 
@@ -349,9 +350,11 @@ def test_shares_of_rules_that_change_another_by_hand():
   shared = study.shared_with_their_rule(chosen)
   assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
   table = study.comparison(
-    [evaluation.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")], shared
+    [evaluation.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")],
+    study.SetFacts(shared, {"random": 0.25, "cg": 1.0}),
   )
   assert [row["shared with its rule"] for row in table] == ["", "", "", "0.50"]
+  assert [row["of the target"] for row in table] == ["", "0.25", "1.00", ""]
 
 
 def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):

@@ -74,16 +74,17 @@ def test_float32_features_are_summed_in_float64():
   np.testing.assert_allclose(WhitenedMetric.fit(features, 0.03).cosines(queries, features), wide, atol=1e-5)
 
 
-def test_the_nearest_queries_of_an_example_decide():
-  cosines = np.array([[0.9, 0.1], [0.1, 0.3], [0.5, 0.2]])
-  np.testing.assert_allclose(whitening.nearest_mean(cosines, 1), [0.9, 0.3])
-  np.testing.assert_allclose(whitening.nearest_mean(cosines, 2), [0.7, 0.25])
-  np.testing.assert_allclose(whitening.nearest_mean(cosines, 9), cosines.mean(axis=0))
-  with pytest.raises(UserError, match="at least 1"):
-    whitening.nearest_mean(cosines, 0)
-
-
 @pytest.mark.parametrize(("features", "ratio"), [(np.zeros((3, 4)), 0.1), (pool(3, 4), 0.0), (pool(3, 4), np.nan)])
 def test_a_metric_of_nothing_is_refused(features, ratio):
   with pytest.raises(UserError, match="whitened metric"):
     WhitenedMetric.fit(features, ratio)
+
+
+def test_cosines_to_a_pool_are_those_of_its_metric():
+  features, queries = pool(40, 90), pool(5, 90, seed=1)
+  found = whitening.cosines_to(queries, features)
+  wanted = dense_cosines(features, queries, features, whitening.DAMPING_RATIO)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
+  features[3, 2] = np.nan
+  with pytest.raises(UserError, match="1 training examples are not finite"):
+    whitening.cosines_to(queries, features)

@@ -1,0 +1,61 @@
+"""From values on single queries to one per example: against the rules spelled out."""
+
+import numpy as np
+import pytest
+
+from in2core_jax import aggregation
+from in2core_jax.aggregation import aggregate
+from in2core_jax.errors import UserError
+
+
+def test_aggregate_mean_and_topic_max():
+  scores = np.random.default_rng(0).normal(size=(5, 12))
+  scores[4] *= 1000  # the topic with large gradients must not decide alone
+  topics = ["b", "a", "b", "a", "c"]
+  np.testing.assert_allclose(aggregate(scores, topics, "mean"), scores.mean(axis=0))
+  means = np.stack([scores[[1, 3]].mean(axis=0), scores[[0, 2]].mean(axis=0), scores[4]])
+  expected = (means / np.sqrt((means**2).mean(axis=1))[:, None]).max(axis=0)
+  result = aggregate(scores, topics, "topic_max")
+  np.testing.assert_allclose(result, expected)
+  scaled = scores * np.array([1.0, 7.0, 1.0, 7.0, 0.001])[:, None]
+  np.testing.assert_allclose(aggregate(scaled, topics, "topic_max"), expected)
+  assert np.all(aggregate(np.zeros((2, 3)), ["a", "b"], "topic_max") == 0)
+
+
+def test_aggregate_topic_quota_takes_turns():
+  scores = np.array([[5.0, 4.0, 3.0, 0.0, 0.0], [9.0, 1.0, 2.0, 0.0, 0.0]])
+  priority = aggregate(scores, ["a", "b"], "topic_quota", ids=["v", "w", "x", "z", "y"])
+  # a takes 0; b's best is 0, taken, so 2; a takes 1; then the ties of zeros go by id: 4 (y) before 3 (z)
+  assert np.argsort(-priority).tolist() == [0, 2, 1, 4, 3]
+  assert priority.tolist() == [5, 3, 4, 1, 2]
+
+
+def test_aggregate_refuses():
+  with pytest.raises(UserError, match="choose one of mean"):
+    aggregate(np.zeros((1, 2)), ["a"], "median")
+  with pytest.raises(UserError, match="expected"):
+    aggregate(np.zeros((1, 2)), ["a", "b"])
+  with pytest.raises(UserError, match="1 of 2 are NaN or infinite .first: y"):
+    aggregate(np.array([[0.0, np.nan]]), ["a"], "mean", ids=["x", "y"])
+
+
+def test_the_nearest_queries_of_an_example_decide():
+  cosines = np.array([[0.9, 0.1], [0.1, 0.3], [0.5, 0.2]])
+  np.testing.assert_allclose(aggregation.nearest_mean(cosines, 1), [0.9, 0.3])
+  np.testing.assert_allclose(aggregation.nearest_mean(cosines, 2), [0.7, 0.25])
+  np.testing.assert_allclose(aggregation.nearest_mean(cosines), cosines.mean(axis=0))
+  np.testing.assert_allclose(aggregate(cosines, ["", "", ""], "nearest"), cosines.mean(axis=0))
+  with pytest.raises(UserError, match="at least 1"):
+    aggregation.nearest_mean(cosines, 0)
+
+
+def test_queries_take_turns():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(4, 23)).round(1)  # with ties
+  ids = [f"id{i:02d}" for i in rng.permutation(23)]
+  order = np.argsort(-aggregate(scores, [""] * 4, "round_robin", ids))
+  free = set(range(23))
+  for turn, row in enumerate(order):
+    mine = scores[turn % 4]
+    assert row == min(free, key=lambda i: (-mine[i], ids[i]))
+    free.remove(int(row))

@@ -1,0 +1,85 @@
+"""Gradients and hidden states together: the similarity by its definition, and how far queries are from the pool."""
+
+import numpy as np
+import pytest
+
+from in2core_jax import embeddings, hybrid, whitening
+from in2core_jax.errors import UserError
+from in2core_jax.whitening import WhitenedMetric
+
+
+def kinds(size, which, seed, width=50):
+  """Vectors of a kind, around a direction that all kinds share."""
+  rng = np.random.default_rng(seed)
+  center = np.random.default_rng(100 + which).normal(size=width) + 4 * np.random.default_rng(99).normal(size=width)
+  return center + 2 * rng.normal(size=(size, width))
+
+
+def pools(seed=0):
+  """(gradients, hidden states) of a pool of two kinds, 60 and 20."""
+  return tuple(np.concatenate([kinds(60, 0, seed + part), kinds(20, 1, seed + 10 + part)]) for part in (0, 1))
+
+
+def queries(which, size, seed=50):
+  return kinds(size, which, seed), kinds(size, which, seed + 1)
+
+
+def found_for(asked, pool, counted=None):
+  size = len(pool[0])
+  ids = [f"id{row}" for row in range(size)]
+  counted = np.ones(size, bool) if counted is None else counted
+  return hybrid.hybrid((asked[0], pool[0]), (asked[1], pool[1]), ids, counted)
+
+
+def test_similarity_is_the_mean_of_the_two_cosines_in_metrics_of_what_is_counted():
+  pool, asked = pools(), queries(1, 6)
+  counted = np.arange(80) % 7 > 0
+  found = found_for(asked, pool, counted)
+  gradients = WhitenedMetric.fit(pool[0][counted]).cosines(asked[0], pool[0])
+  image = embeddings.whitening(pool[1][counted], hybrid.EMBEDDING_DAMPING)
+  unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+  np.testing.assert_allclose(
+    found.similarity, (gradients + unit(image(asked[1])) @ unit(image(pool[1])).T) / 2, atol=1e-6
+  )
+
+
+def test_the_examples_of_the_queries_kind_are_most_similar():
+  found = found_for(queries(1, 20), pools())
+  best = np.argsort(-found.similarity.mean(axis=0))[:20]
+  assert np.mean(best >= 60) > 0.9
+
+
+def test_queries_of_another_kind_are_apart_and_draws_of_the_pool_are_not():
+  pool = pools()
+  assert found_for(queries(1, 20), pool).beyond_chance > 0.5
+  own = [np.concatenate([kinds(15, 0, 70 + part), kinds(5, 1, 80 + part)]) for part in (0, 1)]
+  assert found_for(own, pool).beyond_chance < 0.25
+  assert found_for(queries(1, 1), pool).beyond_chance == 0  # one query tells nothing of its error
+
+
+def test_beyond_chance_is_the_unbiased_over_the_biased_distance():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(7, 4)) + 1, rng.normal(size=(9, 4))
+  biased = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2)
+  noise = sum(z.var(axis=0, ddof=1).sum() / len(z) for z in (x, y))
+  found = hybrid.beyond_chance(x @ x.T, x @ y.T, y @ y.T)
+  np.testing.assert_allclose(found, 1 - noise / biased)
+
+
+def test_the_order_of_the_pool_changes_nothing(monkeypatch):
+  monkeypatch.setattr(hybrid, "_PAIRS", 30)
+  monkeypatch.setattr(whitening, "MOST_ROWS", 40)
+  pool, asked, order = pools(), queries(1, 6), np.random.default_rng(1).permutation(80)
+  ids, counted = [f"id{row}" for row in range(80)], np.ones(80, bool)
+  here = hybrid.hybrid((asked[0], pool[0]), (asked[1], pool[1]), ids, counted)
+  mixed = [part[order] for part in pool]
+  there = hybrid.hybrid((asked[0], mixed[0]), (asked[1], mixed[1]), [ids[row] for row in order], counted)
+  np.testing.assert_allclose(there.similarity, here.similarity[:, order], atol=1e-6)
+  np.testing.assert_allclose(there.beyond_chance, here.beyond_chance, atol=1e-6)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+  pool, asked = pools(), queries(1, 6)
+  asked[0][2, 3] = np.inf
+  with pytest.raises(UserError, match="1 evaluation examples are not finite"):
+    found_for(asked, pool)
