@@ -16,9 +16,9 @@ from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of, shares
 from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
+from experiments.policy_inputs import ChoiceInputs
 from experiments.refusals import budget_of, check_budget
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps, many_passes, perplexity_on_test
-from experiments.select import policy_inputs
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, evaluation, finetune, report, report_facts, report_html, verdict
 from in2core_jax.errors import UserError
@@ -186,7 +186,7 @@ def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
   inputs = coreset.inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
   # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
   params = bench.checkpoint_params(s.checkpoint)
-  return dataclasses.replace(inputs, **policy_inputs(bench, s, params, {policy for policy, _ in plan.policies}))
+  return dataclasses.replace(inputs, **ChoiceInputs(bench, s, params).of({policy for policy, _ in plan.policies}))
 
 
 def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:

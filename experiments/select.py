@@ -6,18 +6,17 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 import resource
-from collections.abc import Collection
 
 import numpy as np
 
 from experiments import cli, dry_run, flags
 from experiments.flags import Settings
+from experiments.policy_inputs import ChoiceInputs, shown
 from experiments.refusals import budget_of, check_select
 from experiments.resuming import Work
 from experiments.scoring import (
   WHITENED,
   Clock,
-  Projection,
   Scored,
   layer_table,
   query_scores,
@@ -31,19 +30,14 @@ from in2core_jax import (
   artifacts,
   coreset,
   data,
-  embeddings,
   finetune,
-  hybrid,
   ihvp,
-  lexical,
   matching,
-  near_copies,
   records,
   report,
   report_facts,
   report_html,
   subtree,
-  whitening,
 )
 
 log = logging.getLogger(__name__)
@@ -52,89 +46,6 @@ _MANY_COPIES = 0.05  # share of the training set from which select warns of them
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
-
-
-def sketch_inputs(bench: Workbench, s: Settings, params, stored: bool = True) -> dict:
-  """Projected gradients as `coreset.PolicyInputs` takes them: of the N training examples, of the queries, what matching
-  aims at.
-
-  Evaluation examples without a response have no gradient and are left out. Only gradients of the base model or of
-  --checkpoint can be `stored` beside the run folder: others have no name there.
-  """
-  projection = Projection(bench, s, params, s.seed)
-  evals = bench.parts["eval"]
-  keep = np.flatnonzero(evals.num_response_tokens)
-  features = projection.store().features() if stored else projection.features("train")
-  target = projection.features("eval")[keep]
-  return {
-    "features": features,
-    "target": target,
-    "query_topics": [evals.topics[row] for row in keep],
-    "query_tokens": evals.num_response_tokens[keep],
-    # Gradients of summed losses weigh tokens by themselves.
-    "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
-    "shrink": s.matching_shrink,
-  }
-
-
-def policy_inputs(bench: Workbench, s: Settings, params, policies: Collection[str], stored: bool = True) -> dict:
-  """All that policies choose from beside scores and losses, as `coreset.PolicyInputs` takes it.
-
-  Args:
-    bench: data and model.
-    s: how gradients are projected, similarities aggregated.
-    params: where gradients are taken.
-    policies: those that are wanted: what only others need is not computed.
-    stored: as of `sketch_inputs`.
-  """
-  wanted = set(policies)
-  found = sketch_inputs(bench, s, params, stored) if wanted & set(coreset.GRADIENT_POLICIES) else {}
-  gradients = found.get("target"), found.get("features")
-  if not wanted & set(coreset.FEATURE_POLICIES):
-    found = {name: value for name, value in found.items() if name == "query_topics"}  # what matching alone aims at
-  if wanted & {"auto", *coreset.SIMILARITIES}:
-    found |= _similarity_inputs(bench, s, wanted, gradients)
-  return found
-
-
-def _similarity_inputs(bench: Workbench, s: Settings, wanted: set[str], gradients) -> dict:
-  """What policies by similarity choose from; hidden states and texts at the base model.
-
-  Evaluation examples without a response are left out, as where gradients are compared.
-
-  Args:
-    bench: data and model.
-    s: how similarities are aggregated.
-    wanted: policies.
-    gradients: projected, of these evaluation examples and of the training set, where `wanted` needs them.
-  """
-  train, evals = bench.parts["train"], bench.parts["eval"]
-  keep, counted = np.flatnonzero(evals.num_response_tokens), train.num_response_tokens > 0
-  texts = [shown(record) for record in train.records]
-  found: dict = {"query_topics": [evals.topics[row] for row in keep], "similarities": {}}
-  found["aggregate"] = None if s.aggregate == "auto" else s.aggregate
-  found["alike"] = near_copies.alike(texts, [record.content_key for record in train.records])
-  similar = found["similarities"]
-  if "bm25" in wanted:
-    similar["bm25"] = lexical.bm25([shown(evals.records[row]) for row in keep], texts)
-  if "rds" in wanted:
-    similar["rds"] = embeddings.cosine_to(*_hidden(bench, keep, "position"))
-  hidden = _hidden(bench, keep) if wanted & {"auto", "hybrid", "whitened_embedding", "embedding"} else None
-  if "embedding" in wanted:
-    similar["embedding"] = embeddings.cosine_to(*hidden)
-  if "whitened_embedding" in wanted:
-    similar["whitened_embedding"] = hybrid.whitened_embedding(hidden[0], hidden[1][counted], hidden[1])
-  if "whitened_cosine" in wanted:
-    similar["whitened_cosine"] = whitening.cosines_to(*gradients, train.ids)
-  if wanted & {"auto", "hybrid"}:
-    both = hybrid.hybrid(gradients, hidden, train.ids, counted)
-    similar["hybrid"], found["beyond_chance"] = both.similarity, both.beyond_chance
-  return found
-
-
-def _hidden(bench: Workbench, queries: np.ndarray, pooling: str = "mean") -> tuple[np.ndarray, np.ndarray]:
-  """Pooled last hidden states of some evaluation examples and of the training set."""
-  return bench.embeddings("eval", rows=queries, pooling=pooling), bench.embeddings("train", pooling=pooling)
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -168,7 +79,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   scored = score(bench, s, chosen, work)
   clock = Clock()
-  more = policy_inputs(bench, s, params, {s.policy})
+  more = ChoiceInputs(bench, s, params).of({s.policy})
   inputs = coreset.inputs_of(bench.parts["train"], scored.influence, scored.loss, **more)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
   aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
@@ -481,11 +392,6 @@ def _unit(s: Settings) -> str:
   if s.solver == "identity":
     return f"loss^2 per squared parameter, an inner product of gradients ({loss})"
   return f"loss, the first-order change of the evaluation loss per unit of weight on the example, times -1 ({loss})"
-
-
-def shown(record: data.Record) -> str:
-  """A conversation in one string, for reports."""
-  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)
 
 
 def _flat(summary: dict, prefix: str = "") -> dict:

@@ -20,6 +20,7 @@ from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
 from experiments.judging import judged, of_the_target, tell_size, test_examples
 from experiments.pictures import write_figure
+from experiments.policy_inputs import ChoiceInputs
 from experiments.refusals import budget_of, check_size
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import (
@@ -32,7 +33,6 @@ from experiments.retraining import (
   perplexity_on_test,
 )
 from experiments.scoring import score
-from experiments.select import policy_inputs
 from experiments.solving import num_curvature_examples, solver_settings
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, embeddings, evaluation, report, subtree, verdict
@@ -175,7 +175,7 @@ class Study:
     influence = loss = None
     if policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
-    more = policy_inputs(bench, s, params, {policy})
+    more = ChoiceInputs(bench, s, params).of({policy})
     if variant.unit:
       more |= {name: embeddings.unit(more[name]) for name in ("features", "target")}
     return coreset.inputs_of(bench.parts["train"], influence, loss, **more)

@@ -16,11 +16,11 @@ from experiments.finetune import recipe_of, trainable_rows
 from experiments.flags import Settings, listed, seeds_of
 from experiments.judging import judged, tell_size, test_examples
 from experiments.pictures import write_figure
+from experiments.policy_inputs import ChoiceInputs
 from experiments.refusals import budget_of, check_budget, check_scores
 from experiments.resuming import Work
 from experiments.retraining import Candidate, Judge
 from experiments.scoring import score
-from experiments.select import policy_inputs
 from experiments.solvers import spearman_interval
 from experiments.workbench import Workbench, choose, distinct_points
 from in2core_jax import artifacts, coreset, data, evaluation, report, subtree, verdict, weights
@@ -171,7 +171,7 @@ class Transfer:
     found = score(bench, s, chosen, work)
     work.remove()
     train = bench.parts["train"]
-    more = policy_inputs(bench, s, params, {s.policy}, stored=False)
+    more = ChoiceInputs(bench, s, params, stored=False).of({s.policy})
     inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {

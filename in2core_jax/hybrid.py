@@ -31,20 +31,6 @@ EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' cova
 _PAIRS = 1024  # examples of the pool whose similarities with each other are averaged
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Hybrid:
-  """What `hybrid` gives.
-
-  Attributes:
-    similarity: K of every query and example, f64 [Q, N].
-    beyond_chance: share of the squared distance between the means of queries and pool that is beyond their sampling
-      error, 0 to 1.
-  """
-
-  similarity: np.ndarray
-  beyond_chance: float
-
-
 def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray) -> np.ndarray:
   """cos_E of every query and each of some others, where the pool's hidden states have no direction in common.
 
@@ -60,36 +46,67 @@ def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray
   return embeddings.cosine_to(image(queries), image(others)).astype(np.float64)
 
 
-def hybrid(
-  gradients: tuple[np.ndarray, np.ndarray],
-  hidden: tuple[np.ndarray, np.ndarray],
-  ids: Sequence[str],
-  counted: np.ndarray,
-) -> Hybrid:
-  """Similarity of every query with every example of the pool, and how far the queries are from the pool as a whole.
+@dataclasses.dataclass(frozen=True, eq=False)
+class HybridMetric:
+  """K of a pool; make one with `fit`.
 
-  Args:
-    gradients: projected, of the queries [Q, W] and of the pool [N, W].
-    hidden: pooled hidden states of the same, [Q, D] and [N, D].
-    ids: N example ids; which examples stand for the pool follows from them, not from the order of reading.
-    counted: bool [N], which examples have a response: the others make no part of metric and mean.
-
-  Raises:
-    UserError: gradients or hidden states that are not finite, or all 0.
+  Attributes:
+    features, hidden: of the pool, [N, W] and [N, D].
+    metric: of its gradients.
+    counted: int, rows of the examples with a response, which metric and mean are of.
+    some: int, the rows of them whose similarities with each other stand for all.
   """
-  (target, features), (asked, told) = gradients, hidden
-  check_gradients(target, features)
-  pool = np.flatnonzero(counted)
-  metric = WhitenedMetric.fit(features[pool], ids=[ids[row] for row in pool])
-  some = pool[spread_rows([ids[row] for row in pool], _PAIRS)]
 
-  def kernel(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    return (metric.cosines(a[0], b[0]) + whitened_embedding(a[1], told[pool], b[1])) / 2
+  features: np.ndarray
+  hidden: np.ndarray
+  metric: WhitenedMetric
+  counted: np.ndarray
+  some: np.ndarray
 
-  queries, sample = (target, asked), (features[some], told[some])
-  similarity = kernel(queries, (features, told))
-  apart = beyond_chance(kernel(queries, queries), similarity[:, some], kernel(sample, sample))
-  return Hybrid(similarity, apart)
+  @classmethod
+  def fit(cls, features: np.ndarray, hidden: np.ndarray, ids: Sequence[str], answered: np.ndarray) -> "HybridMetric":
+    """The metric of a pool.
+
+    Args:
+      features: projected gradients, f32 or f64 [N, W].
+      hidden: pooled hidden states of the same examples, [N, D].
+      ids: N example ids; which examples stand for the pool follows from them, not from the order of reading.
+      answered: bool [N], which examples have a response.
+
+    Raises:
+      UserError: gradients that are not finite, or all 0.
+    """
+    check_gradients(features, "training")
+    counted = np.flatnonzero(answered)
+    names = [ids[row] for row in counted]
+    metric = WhitenedMetric.fit(features[counted], ids=names)
+    return cls(features, hidden, metric, counted, counted[spread_rows(names, _PAIRS)])
+
+  def similarity(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """K of every query with every example of the pool, f64 [Q, N].
+
+    Args:
+      target: projected gradients of the queries, [Q, W].
+      asked: their hidden states, [Q, D].
+
+    Raises:
+      UserError: values that are not finite.
+    """
+    check_gradients(target, "evaluation")
+    return self._kernel((target, asked), (self.features, self.hidden))
+
+  def beyond_chance(self, target: np.ndarray, asked: np.ndarray) -> float:
+    """Share of the squared distance between the means of queries and pool that is beyond their sampling error, 0 to 1.
+
+    Arguments as of `similarity`.
+    """
+    queries, sample = (target, asked), (self.features[self.some], self.hidden[self.some])
+    tables = (self._kernel(queries, queries), self._kernel(queries, sample), self._kernel(sample, sample))
+    return beyond_chance(*tables)
+
+  def _kernel(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    texts = whitened_embedding(a[1], self.hidden[self.counted], b[1])
+    return (self.metric.cosines(a[0], b[0]) + texts) / 2
 
 
 def beyond_chance(among_queries: np.ndarray, between: np.ndarray, among_pool: np.ndarray) -> float:

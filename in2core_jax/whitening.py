@@ -143,20 +143,20 @@ def cosines_to(queries: np.ndarray, features: np.ndarray, ids: Sequence[str] | N
   Raises:
     UserError: gradients that are not finite, or all 0.
   """
-  check_gradients(queries, features)
+  check_gradients(queries, "evaluation")
+  check_gradients(features, "training")
   return WhitenedMetric.fit(features, ids=ids).cosines(queries, features)
 
 
-def check_gradients(queries: np.ndarray, features: np.ndarray) -> None:
-  """Refuses gradients that are not finite.
+def check_gradients(rows: np.ndarray, name: str) -> None:
+  """Refuses projected gradients [n, W] of the set of that name that are not finite.
 
   Raises:
-    UserError: tells of which set, and how many.
+    UserError: tells how many.
   """
-  for name, rows in (("evaluation", queries), ("training", features)):
-    bad = np.count_nonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
-    if bad:
-      raise UserError(f"projected gradients of {bad} {name} examples are not finite: look at their losses")
+  bad = np.count_nonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
+  if bad:
+    raise UserError(f"projected gradients of {bad} {name} examples are not finite: look at their losses")
 
 
 def spread_rows(ids: Sequence[str], count: int) -> np.ndarray:

@@ -28,7 +28,14 @@ def found_for(asked, pool, counted=None):
   size = len(pool[0])
   ids = [f"id{row}" for row in range(size)]
   counted = np.ones(size, bool) if counted is None else counted
-  return hybrid.hybrid((asked[0], pool[0]), (asked[1], pool[1]), ids, counted)
+  return Found(hybrid.HybridMetric.fit(*pool, ids, counted), asked)
+
+
+class Found:
+  """What a metric says of some queries."""
+
+  def __init__(self, metric, asked):
+    self.similarity, self.beyond_chance = metric.similarity(*asked), metric.beyond_chance(*asked)
 
 
 def test_similarity_is_the_mean_of_the_two_cosines_in_metrics_of_what_is_counted():
@@ -71,9 +78,9 @@ def test_the_order_of_the_pool_changes_nothing(monkeypatch):
   monkeypatch.setattr(whitening, "MOST_ROWS", 40)
   pool, asked, order = pools(), queries(1, 6), np.random.default_rng(1).permutation(80)
   ids, counted = [f"id{row}" for row in range(80)], np.ones(80, bool)
-  here = hybrid.hybrid((asked[0], pool[0]), (asked[1], pool[1]), ids, counted)
+  here = Found(hybrid.HybridMetric.fit(*pool, ids, counted), asked)
   mixed = [part[order] for part in pool]
-  there = hybrid.hybrid((asked[0], mixed[0]), (asked[1], mixed[1]), [ids[row] for row in order], counted)
+  there = Found(hybrid.HybridMetric.fit(*mixed, [ids[row] for row in order], counted), asked)
   np.testing.assert_allclose(there.similarity, here.similarity[:, order], atol=1e-6)
   np.testing.assert_allclose(there.beyond_chance, here.beyond_chance, atol=1e-6)
 

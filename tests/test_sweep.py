@@ -12,6 +12,7 @@ from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, q
 
 from experiments import evaluate, paper, select, study, workbench
 from experiments.flags import Settings
+from experiments.policy_inputs import ChoiceInputs
 from experiments.retraining import Candidate, Judge
 from in2core_jax import artifacts, coreset, embeddings, evaluation, influence
 from in2core_jax.errors import UserError
@@ -112,7 +113,7 @@ def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
 
 def test_similar_texts_are_chosen(sweep, bench):
   chosen, folder = sweep
-  inputs = select.policy_inputs(bench, chosen, bench.params, {"bm25", "embedding"})
+  inputs = ChoiceInputs(bench, chosen, bench.params).of({"bm25", "embedding"})
   ids = np.array(bench.parts["train"].ids)
   for name in ("bm25", "embedding"):
     kept = {json.loads(line)["messages"][0]["content"] for line in coreset_lines(folder, f"{name}-0.25-0")}

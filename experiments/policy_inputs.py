@@ -1,0 +1,126 @@
+"""What policies choose from beside scores: projected gradients, hidden states, texts; each once, when it is asked."""
+
+import functools
+from collections.abc import Collection
+
+import numpy as np
+
+from experiments.flags import Settings
+from experiments.scoring import Projection
+from experiments.workbench import Workbench
+from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records, whitening
+
+
+class ChoiceInputs:
+  """Of one training set, at some parameters, for any part of the evaluation set.
+
+  Evaluation examples without a response have no gradient, and are left out everywhere.
+  """
+
+  def __init__(self, bench: Workbench, s: Settings, params, stored: bool = True):
+    """Computes nothing yet.
+
+    Args:
+      bench: data and model; hidden states and texts are those of its base model.
+      s: how gradients are projected, similarities aggregated, what matching aims at.
+      params: where gradients are taken.
+      stored: whether gradients are kept beside the run folder: only those of the base model or of --checkpoint have a
+        name there.
+    """
+    self.bench, self.settings, self._stored = bench, s, stored
+    self._params = params
+    self._answered = np.flatnonzero(bench.parts["eval"].num_response_tokens)
+
+  def of(self, policies: Collection[str], rows: np.ndarray | None = None) -> dict:
+    """Fields of `coreset.PolicyInputs`.
+
+    Args:
+      policies: those that are wanted; what only others need is not computed.
+      rows: of the evaluation set, the queries; None: all.
+    """
+    wanted, evals = set(policies), self.bench.parts["eval"]
+    queries = self._answered if rows is None else np.intersect1d(rows, self._answered)
+    found: dict = {"query_topics": [evals.topics[row] for row in queries]}
+    if wanted & set(coreset.FEATURE_POLICIES):
+      found |= self._matched(queries)
+    if wanted & {"auto", *coreset.SIMILARITIES}:
+      found |= self._similar(wanted, queries)
+    return found
+
+  # ---- gradients ---------------------------------------------------------------------
+
+  @functools.cached_property
+  def _projection(self) -> Projection:
+    return Projection(self.bench, self.settings, self._params, self.settings.seed)
+
+  @functools.cached_property
+  def _features(self) -> np.ndarray:
+    projection = self._projection
+    return projection.store().features() if self._stored else projection.features("train")
+
+  @functools.cached_property
+  def _eval_features(self) -> np.ndarray:
+    return self._projection.features("eval")
+
+  @functools.cached_property
+  def _hybrid(self) -> hybrid.HybridMetric:
+    train = self.bench.parts["train"]
+    hidden = self._hidden("mean")["train"]
+    return hybrid.HybridMetric.fit(self._features, hidden, train.ids, train.num_response_tokens > 0)
+
+  def _matched(self, queries: np.ndarray) -> dict:
+    """What greedy matching chooses from and aims at."""
+    s = self.settings
+    return {
+      "features": self._features,
+      "target": self._eval_features[queries],
+      "query_tokens": self.bench.parts["eval"].num_response_tokens[queries],
+      # Gradients of summed losses weigh tokens by themselves.
+      "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
+      "shrink": s.matching_shrink,
+    }
+
+  # ---- similarities ------------------------------------------------------------------
+
+  @functools.cache  # noqa: B019 - an object of one choice, gone with it
+  def _hidden(self, pooling: str) -> dict[str, np.ndarray]:
+    return {part: self.bench.embeddings(part, pooling=pooling) for part in ("train", "eval")}
+
+  @functools.cached_property
+  def _texts(self) -> dict[str, list[str]]:
+    return {part: [shown(record) for record in self.bench.parts[part].records] for part in ("train", "eval")}
+
+  @functools.cached_property
+  def _alike(self) -> np.ndarray:
+    return near_copies.alike(self._texts["train"], [record.content_key for record in self.bench.parts["train"].records])
+
+  def _similar(self, wanted: set[str], queries: np.ndarray) -> dict:
+    """Similarities of queries and examples, and how policies use them."""
+    found: dict = {"aggregate": None if self.settings.aggregate == "auto" else self.settings.aggregate}
+    found["alike"] = self._alike
+    names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if "auto" in wanted else set())
+    found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
+    if "hybrid" in names:
+      asked = self._eval_features[queries], self._hidden("mean")["eval"][queries]
+      found["beyond_chance"] = self._hybrid.beyond_chance(*asked)
+    return found
+
+  def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:
+    """[Q, N]."""
+    if name == "hybrid":
+      return self._hybrid.similarity(self._eval_features[queries], self._hidden("mean")["eval"][queries])
+    if name == "whitened_cosine":
+      return whitening.cosines_to(self._eval_features[queries], self._features, self.bench.parts["train"].ids)
+    if name == "bm25":
+      return lexical.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
+    hidden = self._hidden("position" if name == "rds" else "mean")
+    asked, told = hidden["eval"][queries], hidden["train"]
+    if name == "whitened_embedding":
+      counted = self.bench.parts["train"].num_response_tokens > 0
+      return hybrid.whitened_embedding(asked, told[counted], told)
+    return embeddings.cosine_to(asked, told)
+
+
+def shown(record: data.Record) -> str:
+  """A conversation in one string, for reports and comparisons of words."""
+  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)
