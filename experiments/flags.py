@@ -28,6 +28,7 @@ GROUPS = {
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
+  "targets": "what rules find in a mixed pool",
   "paper": "all experiments in one command",
   "fidelity": "do the scores foretell what retraining gives: linear datamodeling score, leave-out curves",
   "transfer": "one model selects, another one is trained",
@@ -47,6 +48,7 @@ def _flag(group: str, default: Any, text: str, choices: tuple[str, ...] | None =
 TRAINED = ("--trainable_layers", "--trainable_modules")  # for `subtree.make_subtree`
 _ADDED = (
   "limit_block",
+  "source_limits",
   "model_rates",
   "drop_copies",
   "template_date",
@@ -100,6 +102,9 @@ class Settings:
   train_limit: int = _flag("data", 0, "keep at most so many training examples, chosen by hash of the id; 0: all")
   eval_limit: int = _flag("data", 0, "the same for the evaluation set")
   test_limit: int = _flag("data", 0, "the same for the test set")
+  source_limits: str = _flag(
+    "data", "", "the most training examples of each source of --train_data, in its order, as 500,0,200; 0: all"
+  )
   limit_block: int = _flag(
     "data", 0, "which so many examples the limits keep: 0 the first, 1 the next, without copies of the first, ..."
   )
@@ -246,6 +251,13 @@ class Settings:
   mislabelled_layers: str = _flag("solvers", "last:1", "layers that are trained and searched for mislabelled examples")
 
   variants: str = _flag("study", "", "rules that are compared, separated by semicolons; empty: all")
+
+  targets: str = _flag(
+    "targets", "", "sources or topics that examples are wanted for: semicolons between targets, commas inside of one"
+  )
+  target_queries: int = _flag("targets", 60, "evaluation examples of a target, at most")
+  target_tests: int = _flag("targets", 120, "test examples of a target, at most")
+  retrained: str = _flag("targets", "", "those of --variants whose choices are trained on; empty: none")
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")

@@ -129,9 +129,12 @@ class Judge:
   def _packer(self, part: str) -> packing.Packer:
     return self.bench.packer(part, self.chosen, self.bench.params)
 
-  def losses(self, sub, part: str = "test") -> np.ndarray:
-    """Mean nats per response token of each example of a part at a trained subtree, float64 [N]."""
+  def losses(self, sub, part: str = "test", rows: np.ndarray | None = None) -> np.ndarray:
+    """Mean nats per response token of the examples of a part, or of some `rows` of it, at a trained subtree, f64."""
     packer, dataset = self._packer(part), self.bench.parts[part]
+    if rows is not None:
+      packer = self.bench.packer(part, self.chosen, self.bench.params, rows)
+      dataset = dataset.take(rows)
     found = self.problem.at(sub, self.frozen).losses(self.bench.stream(packer), len(packer)).astype(np.float64)
     by_sum = self.bench.settings.loss_reduction == "sum"
     return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, fitting
+from experiments import cli, fitting, flags
 from experiments.flags import Settings, listed
 from in2core_jax import __version__ as version
 from in2core_jax import (
@@ -54,6 +54,7 @@ class Workbench:
     self.settings = settings
     self._caches: dict = {}
     self._hidden: dict = {}
+    self._embedded: dict[tuple[str, str], np.ndarray] = {}
 
   def with_settings(self, **changes) -> "Workbench":
     """The same model and examples, losses made or examples cut in another way; itself when nothing changes.
@@ -90,6 +91,7 @@ class Workbench:
     bench.__dict__["parts"] = self.parts | {"eval": self.parts["eval"].take(rows)}
     bench.__dict__.pop("summary", None)
     bench._hidden = {key: hidden for key, hidden in self._hidden.items() if key[0] != "eval"}
+    bench._embedded = {key: found for key, found in self._embedded.items() if key[0] != "eval"}
     return bench
 
   # ---- model -------------------------------------------------------------------------
@@ -180,6 +182,8 @@ class Workbench:
         records[part] = _of_topics(records[part], part, listed(s.eval_topics))
       if part == "train" and s.drop_copies:
         records[part] = _without_copies(records[part])
+      if part == "train":
+        records[part] = _limit_sources(records[part], s)
       records[part] = _limit(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
     made = {part: self.tokenized(part, records[part], self.bad) for part in PARTS}
     self.bad.raise_if_any()
@@ -427,6 +431,14 @@ class Workbench:
       rows: only these examples.
       pooling: weights of the tokens, a word of `embeddings.POOLINGS`.
     """
+    if params is None and rows is None:
+      key = (part, pooling)
+      if key not in self._embedded:
+        self._embedded[key] = self._pooled(part, None, None, pooling)
+      return self._embedded[key]
+    return self._pooled(part, params, rows, pooling)
+
+  def _pooled(self, part: str, params, rows, pooling: str) -> np.ndarray:
     below = None
     dataset = self.parts[part] if rows is None else self.parts[part].take(rows)
     if params is None:  # what scoring keeps at the base model need not be run again
@@ -555,6 +567,30 @@ def _limit(records: list, part: str, limit: int, block: int) -> list:
   before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
   kept = sorted(order[block * limit : (block + 1) * limit])
   return [records[i] for i in kept if records[i].content_key not in before]
+
+
+def _limit_sources(records: list, s: Settings) -> list:
+  """At most as many records of each source as --source_limits says, drawn as `_limit` draws them, in source order.
+
+  Raises:
+    UserError: not a number for each source of --train_data.
+  """
+  if not s.source_limits.strip():
+    return records
+  limits = flags.integers(s.source_limits, "source_limits")
+  names = list(dict.fromkeys(sources.name_of(record.source) for record in records))
+  if len(limits) != len(names) or min(limits) < 0:
+    raise UserError(
+      f"--source_limits={s.source_limits}: need {len(names)} numbers of at least 0, one for each source that training "
+      f"examples come from: {', '.join(names)}"
+    )
+  limit_of = dict(zip(names, limits, strict=True))
+  kept = {
+    id(record)
+    for name in names
+    for record in _limit([one for one in records if sources.name_of(one.source) == name], "train", limit_of[name], 0)
+  }
+  return [record for record in records if id(record) in kept]
 
 
 def _without_copies(records: list) -> list:

@@ -27,6 +27,11 @@ _NAMES_SOURCE = re.compile(rf"(.+?)=((?:{'|'.join(ROLES)})\s*=.*)", re.DOTALL)
 _ROLE_FIRST = re.compile(rf"\s*(?:{'|'.join(ROLES)})\s*=")
 
 
+def name_of(source: str) -> str:
+  """The source that the file of a record (`Record.source`) is of: the corpus for one of its files, else itself."""
+  return "chatterbot" if source.startswith("chatterbot/") else source
+
+
 def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | None = None) -> list[Record]:
   """Reads all records of a source.
 

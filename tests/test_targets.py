@@ -1,0 +1,121 @@
+"""Many targets in a mixed pool, on a small random model: what is counted, what is judged, what is refused."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+
+from experiments import targets, workbench
+from experiments.study import VARIANTS
+from in2core_jax.errors import UserError
+
+RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
+
+
+class Workbench(OneDevice, workbench.Workbench):
+  """On one of the simulated devices: quick to compile."""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  return run_settings(
+    tmp_path_factory.mktemp("targets"),
+    dataclasses.replace(CONFIG, num_layers=2),
+    train_data="chatterbot:food,sports,movies,humor",
+    split="0.5,0.3,0.2",
+    train_limit=0,
+    eval_limit=0,
+    test_limit=0,
+    trainable_layers="last:1",
+    layers="last:1",
+    sketch_size=4,
+    steps=3,
+    targets="sports; movies, humor",
+    target_queries=6,
+    target_tests=4,
+    variants=RULES,
+    retrained="hybrid, base model; bm25",
+    fractions="0.2",
+    equal="epochs,budget_tokens",
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(settings):
+  """(folder, bench) of a finished run."""
+  bench = Workbench(settings)
+  return pathlib.Path(targets.run(settings, bench)), bench
+
+
+@pytest.mark.real
+def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, finished):
+  folder, bench = finished
+  table = {row["rule"]: row for row in json.loads((folder / "targets.json").read_text())["recall"]}
+  assert list(table) == ["random, expected", *(name.strip() for name in RULES.split(";"))]
+  train, evals = bench.parts["train"], bench.parts["eval"]
+  topics = np.array(train.topics)
+  assert len(evals) == 12 and set(evals.topics) == {"sports", "movies", "humor"}  # 6 of each target, 3 of each topic
+  size = int((topics == "sports").sum())
+  asked = [row for row in range(len(evals)) if evals.topics[row] == "sports"]
+  chooser = targets.Chooser(bench, settings, "")
+  target = targets.Target("sports", np.array(asked), np.arange(1), topics == "sports")
+  order = chooser.order(VARIANTS["bm25"], target, 0)
+  assert table["bm25"]["sports"] == f"{np.mean(topics[order[:size]] == 'sports'):.2f}"
+  assert table["random, expected"]["sports"] == f"{size / len(train):.2f}"
+
+
+@pytest.mark.real
+def test_choices_are_judged_on_the_targets_own_test_examples(finished, settings):
+  folder, bench = finished
+  result = json.loads((folder / "targets.json").read_text())
+  titles = [f"{name}, 20 % of the pool, equal {word}" for word in ("epochs", "budget_tokens") for name in _names()]
+  assert list(result["tables"]) == titles and [row["compared"] for row in result["overview"]] == titles
+  for title in titles:
+    rows = {row["rule"]: row for row in result["tables"][title]}
+    assert set(rows) == {"full", "random", "hybrid, base model", "bm25"}
+    assert rows["bm25"]["examples"] == rows["random"]["examples"] == round(0.2 * rows["full"]["examples"])
+    assert float(rows["bm25"]["of the target"]) >= float(rows["random"]["of the target"])
+  assert [row["test examples"] for row in result["sizes"]] == [4, 4]
+  text = (folder / "targets.md").read_text()
+  assert "## What rules find" in text and "intervals that hold for new test" in text
+
+
+def _names():
+  return "sports", "movies+humor"
+
+
+@pytest.mark.real
+def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, monkeypatch):
+  folder, _ = finished
+  before = (folder / "targets.md").read_bytes()
+  monkeypatch.setattr(targets.Chooser, "order", lambda *_: pytest.fail("chosen again"))
+  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))
+  targets.run(settings, Workbench(settings))
+  assert (folder / "targets.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"targets": ""}, "--targets is empty"),
+    ({"targets": "opera"}, "the train set has nothing of 'opera'; it has chatterbot, food"),
+    ({"targets": "food, sports, movies, humor"}, "all training examples are of"),
+    ({"targets": "sports", "target_queries": 2}, "has 2 queries; a target needs 5"),
+    ({"variants": "proponents, cg"}, "'proponents, cg' needs scores of each target; use some of"),
+    ({"retrained": "longest"}, "--retrained=longest: unknown 'longest'"),
+    ({"fractions": "0.5,1"}, "a budget below 1"),
+    ({"source_limits": "3,4"}, "need 1 numbers of at least 0, one for each source .*: chatterbot"),
+  ],
+)
+def test_what_means_nothing_is_refused(settings, tmp_path, changes, words):
+  with pytest.raises(UserError, match=words):
+    targets.run(settings.replace(run_dir=str(tmp_path / "run"), **changes))
+  assert not (tmp_path / "run").exists()
+
+
+def test_limits_of_sources_count_each_by_itself(settings):
+  one = Workbench(settings.replace(source_limits="9"))
+  assert len(one.parts["train"]) == 9 and len(one.parts["eval"]) == len(Workbench(settings).parts["eval"])
