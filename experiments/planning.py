@@ -55,8 +55,7 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
   found += score_phases(price, s, inverse, times)
-  if s.policy in coreset.GRADIENT_POLICIES:
-    found += projection_phases(price, s, ("train", "eval"))
+  found += choice_phases(price, s, {s.policy})
   if s.per_layer:
     work = price.by_row("train")
     more = costs.contraction_flops(price.sizes, work.examples, 1)
@@ -145,6 +144,16 @@ def per_query_phases(price: Pricer, s: Settings, inverse: costs.Inverse) -> list
   return found
 
 
+def choice_phases(price: Pricer, s: Settings, policies: set[str]) -> list[Phase]:
+  """What policies choose from beside scores (`policy_inputs.ChoiceInputs`)."""
+  found = []
+  if policies & set(coreset.GRADIENT_POLICIES):
+    found += projection_phases(price, s, ("train", "eval"))
+  if policies & set(coreset.HIDDEN_POLICIES):
+    found += [price.hidden_states(part) for part in ("train", "eval")]
+  return found
+
+
 def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...], loaded: bool = True) -> list[Phase]:
   """Projected gradients, of the training set kept on disk; at the parameters that are scored.
 
@@ -196,8 +205,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
   named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
-  if named & set(coreset.GRADIENT_POLICIES):
-    found += projection_phases(price, s, ("train", "eval"))
+  found += choice_phases(price, s, named)
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
   return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
 

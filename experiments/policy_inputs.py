@@ -65,8 +65,9 @@ class ChoiceInputs:
   @functools.cached_property
   def _hybrid(self) -> hybrid.HybridMetric:
     train = self.bench.parts["train"]
+    features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._hidden("mean")["train"]
-    return hybrid.HybridMetric.fit(self._features, hidden, train.ids, train.num_response_tokens > 0)
+    return hybrid.HybridMetric.fit(features[0], hidden, train.ids, train.num_response_tokens > 0)
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""

@@ -16,7 +16,7 @@ from experiments import fitting
 from experiments.flags import Settings
 from experiments.hardware import Hardware
 from experiments.workbench import Workbench, cache_on_disk
-from in2core_jax import boundary, costs, memory, packing, sharding, subtree, weights
+from in2core_jax import boundary, costs, embeddings, memory, packing, sharding, subtree, weights
 
 FLOAT = 4  # bytes
 _GATHERS = {"losses": 1, "jvp": 1}  # how often a pass runs through the layers; others come back through them
@@ -188,6 +188,18 @@ class Pricer:
     device = self.device(memory.program_bytes(bench.config, self.sizes, program, s.dtype))
     moved = self.gathered(self.sizes.below, work.batches)
     return [Phase(self.stage, name, costs.below_flops(self.sizes, work), device, host, disk, moved)]
+
+  def hidden_states(self, part: str) -> Phase:
+    """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""
+    bench = self.bench
+    plan = packing.packed_plan(bench.parts[part].num_tokens, bench.batch_tokens, self.groups)
+    work = costs.boundary_work(plan)
+    whole = Pricer(bench, self.stage, self.params, embeddings.above_all(bench.config.num_layers))
+    flops = costs.below_flops(whole.sizes, work) - (costs.below_flops(self.sizes, work) if self.cached else 0.0)
+    rows, length = max(((height, length) for length, height, _ in plan), key=lambda shape: shape[0] * shape[1])
+    program = memory.Program("losses", -(-rows // self.groups), length, 0)
+    device = whole.device(memory.program_bytes(bench.config, whole.sizes, program, bench.settings.dtype))
+    return self.phase(f"hidden states above the top layer ({part})", flops, device, work.batches)
 
   def packed_pass(self, name: str, kind: str, work: costs.Work, passes: int = 1, vectors: float = 0.0) -> Phase:
     """Passes of one kind over packed rows."""

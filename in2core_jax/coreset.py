@@ -443,6 +443,7 @@ POLICIES = tuple(_POLICIES)
 SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
 FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
 GRADIENT_POLICIES = (*FEATURE_POLICIES, "auto", "hybrid", "whitened_cosine")  # which need projected gradients
+HIDDEN_POLICIES = ("auto", "hybrid", "whitened_embedding", "embedding", "rds")  # which need last hidden states
 SEEDED_POLICIES = ("random", "length_matched_random")
 # What a select run must have measured first.
 SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quota", "highest_loss")

@@ -139,6 +139,9 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   [
     ({"score_path": "vmap"}, "scores, per-example gradients"),
     ({"policy": "matching", "sketch_size": 4}, "projected gradients (train)"),
+    ({"policy": "auto", "sketch_size": 4}, "projected gradients (eval)"),
+    ({"policy": "rds"}, "hidden states above the top layer (train)"),
+    ({"normalize": "whitened_cosine", "solver": "identity", "sketch_size": 4}, "projected gradients (eval)"),
     ({"solver": "ekfac"}, "EK-FAC of"),
     ({"solver": "datainf"}, "datainf"),
     ({"per_query": True, "query_block": 4}, "per query: gradients and scores, 3 blocks"),
