@@ -35,6 +35,7 @@ from in2core_jax import (
 )
 from in2core_jax.errors import UserError
 from in2core_jax.records import spoken
+from in2core_jax.whitening import WhitenedMetric
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,13 @@ AGGREGATES = ("mean", "maximum", "positive mass", "relative maximum")
 BASE, TRAINED = "base", "trained"
 _WHITENED = 0.01  # damping ratio of whitened embeddings
 _DRAWS = 300  # of the bootstrap of each correlation; there are dozens
-INFLUENCE = tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in ("", " cosine") for name in AGGREGATES)
+KINDS = ("", " cosine", " whitened cosine")  # of tables; the last of projected gradients alone
+
+
+def influence_signals(projected: bool) -> tuple[str, ...]:
+  """Names of the signals that are made of gradients."""
+  kinds = KINDS if projected else KINDS[:2]
+  return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
 class Fold(Workbench):
@@ -113,17 +120,28 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
 
 
 def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
-  """(scores, cosines) of every test point with every example of "train" and of POINTS, float64 [2, Q, N + Q].
+  """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
   """
   if s.score_path == "projected":
     projection = scoring.Projection(bench, s, params, s.seed)
-    points = projection.features(POINTS).astype(np.float64)
-    every = np.concatenate([projection.features("train").astype(np.float64), points])
-    return np.stack([points @ every.T, embeddings.unit(points) @ embeddings.unit(every).T])
+    return tables_from(projection.features("train"), projection.features(POINTS))
   found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
   return np.concatenate([np.stack([part.scores, variants.cosine(part)]) for part in found.values()], axis=2)
+
+
+def tables_from(train: np.ndarray, points: np.ndarray) -> np.ndarray:
+  """Scores, cosines and cosines in the training set's whitened metric, of projected gradients, float64 [3, Q, N + Q].
+
+  Args:
+    train: [N, W].
+    points: [Q, W].
+  """
+  every = np.concatenate([train, points]).astype(np.float64)
+  wide = every[len(train) :]
+  cosines = embeddings.unit(wide) @ embeddings.unit(every).T
+  return np.stack([wide @ every.T, cosines, WhitenedMetric.fit(every[: len(train)]).cosines(wide, every)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +201,7 @@ class Study:
     tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(*name)}
     signals, nearest, size = {}, {}, len(rows)
     for at, table in tables.items():
-      for kind, values in zip(("", " cosine"), table, strict=True):
+      for kind, values in zip(KINDS, table, strict=False):
         found = coverage.received(values[:, :size])
         found["relative maximum"] = coverage.relative_maximum(values[:, :size], values[:, size:], self.ignored)
         signals |= {f"{name}{kind}, {at}": value for name, value in found.items()}
@@ -204,8 +222,11 @@ class Study:
     }
 
   def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
-    """(scores, cosines) at the base model, [2, Q, N + Q]: without a curvature, columns of those of the whole set."""
+    """Tables of `KINDS` at the base model: without a curvature, scores and cosines are columns of the whole set's."""
     s, every = self.settings, len(self.bench.parts["train"])
+    if s.score_path == "projected":  # the metric is that of the training set
+      features = self._base_features
+      return tables_from(features["train"][rows], features[POINTS])
     if topics and s.solver == "identity":
       columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
@@ -227,6 +248,11 @@ class Study:
     tables = tables_of(fold, s, params, work)
     work.remove()
     self.cells.write_array(tables.astype(np.float32), *name)
+
+  @functools.cached_property
+  def _base_features(self) -> dict[str, np.ndarray]:
+    projection = scoring.Projection(self.bench, self.settings, self.bench.params, self.settings.seed)
+    return {part: projection.features(part) for part in ("train", POINTS)}
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
@@ -369,8 +395,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   bench = bench.with_evals(np.unique(distinct_points(bench.parts[POINTS])))  # a copy is no other test point
-  if s.coverage_signal not in INFLUENCE:
-    raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(INFLUENCE)}")
+  known = influence_signals(s.score_path == "projected")
+  if s.coverage_signal not in known:
+    raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(known)}")
   folds = folds_of(bench, s)
   solving.solver_settings(s)  # as the rest, told before the first training
   check_size(s, bench.params, subtree.make_subtree(bench.params, s.layers, s.modules), f"--solver={s.solver}")

@@ -15,6 +15,7 @@ from experiments import coverage as experiment
 from experiments import coverage_report, scoring, workbench
 from in2core_jax import coverage, evaluation, subtree, variants
 from in2core_jax.errors import UserError
+from in2core_jax.whitening import WhitenedMetric
 
 
 def test_received_influence_is_its_definition():
@@ -203,13 +204,21 @@ def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
   for path in ("auto", "projected"):
     s = settings.replace(score_path=path, sketch_size=32)
     both[path] = experiment.tables_of(bench, s, bench.params, scoring.NOTHING_KEPT)
-  assert (
-    both["auto"].shape
-    == both["projected"].shape
-    == (2, len(bench.parts["eval"]), sum(map(len, (bench.parts["train"], bench.parts["eval"]))))
-  )
-  for exact, sketched in zip(both["auto"], both["projected"], strict=True):
+  size = (len(bench.parts["eval"]), sum(map(len, (bench.parts["train"], bench.parts["eval"]))))
+  assert both["auto"].shape == (2, *size) and both["projected"].shape == (3, *size)
+  for exact, sketched in zip(both["auto"], both["projected"][:2], strict=True):
     assert np.corrcoef(exact.ravel(), sketched.ravel())[0, 1] > 0.97
+
+
+def test_the_whitened_table_is_of_the_training_sets_metric():
+  rng = np.random.default_rng(0)
+  train, points = rng.normal(size=(30, 9)) + 2, rng.normal(size=(5, 9)) + 2
+  scores, cosines, whitened = experiment.tables_from(train, points)
+  every = np.concatenate([train, points])
+  np.testing.assert_allclose(scores, points @ every.T)
+  np.testing.assert_allclose(np.diag(cosines[:, 30:]), 1)
+  np.testing.assert_allclose(whitened, WhitenedMetric.fit(train).cosines(points, every))
+  assert np.abs(whitened).mean() < np.abs(cosines).mean()  # what all share is gone
 
 
 def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
