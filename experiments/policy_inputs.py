@@ -9,6 +9,9 @@ from experiments.flags import Settings
 from experiments.scoring import Projection
 from experiments.workbench import Workbench
 from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records, whitening
+from in2core_jax.errors import UserError
+
+MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
 class ChoiceInputs:
@@ -43,7 +46,7 @@ class ChoiceInputs:
     found: dict = {"query_topics": [evals.topics[row] for row in queries]}
     if wanted & set(coreset.FEATURE_POLICIES):
       found |= self._matched(queries)
-    if wanted & {"auto", *coreset.SIMILARITIES}:
+    if wanted & {*coreset.HYBRID_POLICIES, *coreset.SIMILARITIES}:
       found |= self._similar(wanted, queries)
     return found
 
@@ -68,6 +71,16 @@ class ChoiceInputs:
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._hidden("mean")["train"]
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, train.num_response_tokens > 0)
+
+  @functools.cached_property
+  def _kernel(self) -> np.ndarray:
+    size = len(self.bench.parts["train"])
+    if size > MOST_PAIRS:
+      raise UserError(
+        f"--policy=matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
+        "--policy=hybrid or matching"
+      )
+    return self._hybrid.among()
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
@@ -99,11 +112,13 @@ class ChoiceInputs:
     """Similarities of queries and examples, and how policies use them."""
     found: dict = {"aggregate": None if self.settings.aggregate == "auto" else self.settings.aggregate}
     found["alike"] = self._alike
-    names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if "auto" in wanted else set())
+    names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if wanted & {*coreset.HYBRID_POLICIES} else set())
     found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
     if "hybrid" in names:
       asked = self._eval_features[queries], self._hidden("mean")["eval"][queries]
       found["beyond_chance"] = self._hybrid.beyond_chance(*asked)
+    if "matching_hybrid" in wanted:
+      found["kernel"] = self._kernel
     return found
 
   def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:

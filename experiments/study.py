@@ -130,6 +130,8 @@ VARIANTS = {
   "auto, base model": _variant("auto"),
   "hybrid": _variant("hybrid", trained=True),
   "hybrid, base model": _variant("hybrid"),
+  "matching, hybrid": _variant("matching_hybrid", trained=True),
+  "matching, hybrid, base model": _variant("matching_hybrid"),
   "hybrid, in turns": _variant("hybrid", aggregate="round_robin"),
   "whitened cosine": _variant("whitened_cosine", trained=True),
   "whitened cosine, base model": _variant("whitened_cosine"),

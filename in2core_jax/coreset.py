@@ -124,6 +124,7 @@ class PolicyInputs:
     similarities: name of a policy of `SIMILARITIES` -> [Q, N], how similar each example is to each query. hybrid and
       its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
       that weigh tokens by position. bm25: of each query with the example's text.
+    kernel: [N, N], hybrid similarity of every pair of examples, for `matching_hybrid`.
     beyond_chance: how far the queries are from the pool as a whole (`hybrid.Hybrid`), which decides for `auto`.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
@@ -146,6 +147,7 @@ class PolicyInputs:
   query_topics: Sequence[str] | None = None
   target_weights: np.ndarray | None = None
   similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
+  kernel: np.ndarray | None = None
   beyond_chance: float | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
@@ -413,6 +415,15 @@ def aims(inputs: PolicyInputs) -> bool:
   return inputs.beyond_chance >= ANOTHER_KIND
 
 
+def _matching_hybrid(task: _Task) -> np.ndarray:
+  inputs = task.inputs
+  if inputs.kernel is None or "hybrid" not in inputs.similarities:
+    raise UserError(f"policy {task.policy} needs kernel and the hybrid similarity, which were not given")
+  towards = np.asarray(inputs.similarities["hybrid"])[:, task.pool].mean(axis=0)
+  kernel = np.asarray(inputs.kernel)[np.ix_(task.pool, task.pool)]
+  return matching.herding(kernel, towards, task.budget.limit(task.tokens))
+
+
 def _auto(task: _Task) -> np.ndarray:
   if aims(task.inputs):
     return _by_similarity(task, "hybrid")
@@ -435,15 +446,17 @@ _POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
   **{name: functools.partial(_by_similarity, name=name) for name in SIMILARITIES},
   "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
   "matching": _matching,
+  "matching_hybrid": _matching_hybrid,
   "matching_topic": lambda task: _matching(task, by_topic=True),
   "matching_round_robin": lambda task: _matching(task, by_topic=True, merge=False),
   "matching_quota": lambda task: _matching(task, quota=True),
 }
 POLICIES = tuple(_POLICIES)
 SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
-FEATURE_POLICIES = tuple(name for name in POLICIES if name.startswith("matching"))
-GRADIENT_POLICIES = (*FEATURE_POLICIES, "auto", "hybrid", "whitened_cosine")  # which need projected gradients
-HIDDEN_POLICIES = ("auto", "hybrid", "whitened_embedding", "embedding", "rds")  # which need last hidden states
+HYBRID_POLICIES = ("auto", "hybrid", "matching_hybrid")  # which compare gradients and hidden states
+FEATURE_POLICIES = ("matching", "matching_topic", "matching_round_robin", "matching_quota")
+GRADIENT_POLICIES = (*FEATURE_POLICIES, *HYBRID_POLICIES, "whitened_cosine")  # which need projected gradients
+HIDDEN_POLICIES = (*HYBRID_POLICIES, "whitened_embedding", "embedding", "rds")  # which need last hidden states
 SEEDED_POLICIES = ("random", "length_matched_random")
 # What a select run must have measured first.
 SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quota", "highest_loss")
@@ -460,6 +473,7 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
       states, by one of the two, by embeddings (rds: as RDS+ makes them), by the words of the texts;
       `PolicyInputs.aggregate` says over which queries. topic_quota: proponents, every training
       topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
+      matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean.
       matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
       topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
       fraction.

@@ -68,7 +68,7 @@ class HybridMetric:
     """The metric of a pool.
 
     Args:
-      features: projected gradients, f32 or f64 [N, W].
+      features: projected gradients, f32 or f64 [N, W]; 0 without a response.
       hidden: pooled hidden states of the same examples, [N, D].
       ids: N example ids; which examples stand for the pool follows from them, not from the order of reading.
       answered: bool [N], which examples have a response.
@@ -78,9 +78,8 @@ class HybridMetric:
     """
     check_gradients(features, "training")
     counted = np.flatnonzero(answered)
-    names = [ids[row] for row in counted]
-    metric = WhitenedMetric.fit(features[counted], ids=names)
-    return cls(features, hidden, metric, counted, counted[spread_rows(names, _PAIRS)])
+    metric = WhitenedMetric.fit(features, ids=ids)  # leaves rows of zeros out, which have no response
+    return cls(features, hidden, metric, counted, counted[spread_rows([ids[row] for row in counted], _PAIRS)])
 
   def similarity(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """K of every query with every example of the pool, f64 [Q, N].
@@ -103,6 +102,11 @@ class HybridMetric:
     queries, sample = (target, asked), (self.features[self.some], self.hidden[self.some])
     tables = (self._kernel(queries, queries), self._kernel(queries, sample), self._kernel(sample, sample))
     return beyond_chance(*tables)
+
+  def among(self) -> np.ndarray:
+    """K of every pair of examples of the pool, f64 [N, N]."""
+    whole = self.features, self.hidden
+    return self._kernel(whole, whole)
 
   def _kernel(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     texts = whitened_embedding(a[1], self.hidden[self.counted], b[1])

@@ -25,6 +25,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "target": rng.normal(size=(5, width)),
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
     "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in coreset.SIMILARITIES},
+    "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
     "beyond_chance": 0.5,
   }
   return PolicyInputs(**{**values, **changes})
@@ -110,6 +111,7 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
 
   def at(order):
     changes = {name: np.asarray(getattr(inputs, name))[order] for name in names}
+    changes["kernel"] = inputs.kernel[np.ix_(order, order)]
     changes["similarities"] = {name: values[:, order] for name, values in inputs.similarities.items()}
     return make_inputs(scores=scores[order], num_response_tokens=responses[order], **changes)
 
@@ -231,6 +233,13 @@ def test_matching_equals_the_naive_greedy(dtype, gram_bytes, monkeypatch):
   rows = select_rows("matching", inputs, Budget(num_examples=25))
   expected = naive_greedy(inputs.features.astype(np.float64), inputs.target.mean(axis=0), 25, inputs.ids)
   assert rows.tolist() == expected
+
+
+def test_herding_is_greedy_matching_of_any_features_with_that_kernel():
+  rng = np.random.default_rng(0)
+  features, target = rng.normal(size=(30, 8)), rng.normal(size=8)
+  found = matching.herding(features @ features.T, features @ target, 12)
+  assert found.tolist() == naive_greedy(features, target, 12, [f"{row:02d}" for row in range(30)])
 
 
 def test_matching_with_copies_equals_the_naive_greedy():
