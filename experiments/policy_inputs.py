@@ -8,8 +8,9 @@ import numpy as np
 from experiments.flags import Settings
 from experiments.scoring import Projection
 from experiments.workbench import Workbench
-from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records, whitening
+from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records
 from in2core_jax.errors import UserError
+from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients
 
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
@@ -73,6 +74,15 @@ class ChoiceInputs:
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, train.num_response_tokens > 0)
 
   @functools.cached_property
+  def _whitened(self) -> tuple[WhitenedMetric, Measured]:
+    """The metric of the training set's gradients, and these in it."""
+    if "_hybrid" in self.__dict__:
+      return self._hybrid.metric, self._hybrid.pool
+    check_gradients(self._features, "training")
+    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids)
+    return metric, metric.measured(self._features)
+
+  @functools.cached_property
   def _kernel(self) -> np.ndarray:
     size = len(self.bench.parts["train"])
     if size > MOST_PAIRS:
@@ -126,7 +136,9 @@ class ChoiceInputs:
     if name == "hybrid":
       return self._hybrid.similarity(self._eval_features[queries], self._hidden("mean")["eval"][queries])
     if name == "whitened_cosine":
-      return whitening.cosines_to(self._eval_features[queries], self._features, self.bench.parts["train"].ids)
+      metric, pool = self._whitened
+      check_gradients(self._eval_features[queries], "evaluation")
+      return metric.cosines(self._eval_features[queries], pool)
     if name == "bm25":
       return lexical.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
     hidden = self._hidden("position" if name == "rds" else "mean")

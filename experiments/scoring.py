@@ -296,7 +296,10 @@ def whitened_cosines(
   """Cosines of projected gradients in the training set's whitened metric, float64 [Q, N], and the queries' topics."""
   projection, evals, train = Projection(bench, s, chosen.params, s.seed), bench.parts["eval"], bench.parts["train"]
   features, target = projection.store().features(), projection.features("eval")[queries]
-  return whitening.cosines_to(target, features, train.ids), [evals.topics[row] for row in queries]
+  for rows, name in ((features, "training"), (target, "evaluation")):
+    whitening.check_gradients(rows, name)
+  metric = whitening.WhitenedMetric.fit(features, ids=train.ids)
+  return metric.cosines(target, features), [evals.topics[row] for row in queries]
 
 
 def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from in2core_jax import embeddings
-from in2core_jax.whitening import WhitenedMetric, check_gradients, spread_rows
+from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients, spread_rows
 
 EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' covariance (docs/selection.md)
 _PAIRS = 1024  # examples of the pool whose similarities with each other are averaged
@@ -51,15 +51,16 @@ class HybridMetric:
   """K of a pool; make one with `fit`.
 
   Attributes:
-    features, hidden: of the pool, [N, W] and [N, D].
     metric: of its gradients.
+    pool: N gradients in that metric.
+    hidden: of the same examples, [N, D].
     counted: int, rows of the examples with a response, which metric and mean are of.
     some: int, the rows of them whose similarities with each other stand for all.
   """
 
-  features: np.ndarray
-  hidden: np.ndarray
   metric: WhitenedMetric
+  pool: Measured
+  hidden: np.ndarray
   counted: np.ndarray
   some: np.ndarray
 
@@ -79,7 +80,8 @@ class HybridMetric:
     check_gradients(features, "training")
     counted = np.flatnonzero(answered)
     metric = WhitenedMetric.fit(features, ids=ids)  # leaves rows of zeros out, which have no response
-    return cls(features, hidden, metric, counted, counted[spread_rows([ids[row] for row in counted], _PAIRS)])
+    some = counted[spread_rows([ids[row] for row in counted], _PAIRS)]
+    return cls(metric, metric.measured(features), hidden, counted, some)
 
   def similarity(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """K of every query with every example of the pool, f64 [Q, N].
@@ -92,23 +94,22 @@ class HybridMetric:
       UserError: values that are not finite.
     """
     check_gradients(target, "evaluation")
-    return self._kernel((target, asked), (self.features, self.hidden))
+    return self._kernel((self.metric.measured(target), asked), (self.pool, self.hidden))
 
   def beyond_chance(self, target: np.ndarray, asked: np.ndarray) -> float:
     """Share of the squared distance between the means of queries and pool that is beyond their sampling error, 0 to 1.
 
     Arguments as of `similarity`.
     """
-    queries, sample = (target, asked), (self.features[self.some], self.hidden[self.some])
+    queries, sample = (self.metric.measured(target), asked), (self.pool.take(self.some), self.hidden[self.some])
     tables = (self._kernel(queries, queries), self._kernel(queries, sample), self._kernel(sample, sample))
     return beyond_chance(*tables)
 
   def among(self) -> np.ndarray:
     """K of every pair of examples of the pool, f64 [N, N]."""
-    whole = self.features, self.hidden
-    return self._kernel(whole, whole)
+    return self._kernel((self.pool, self.hidden), (self.pool, self.hidden))
 
-  def _kernel(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+  def _kernel(self, a: tuple[Measured, np.ndarray], b: tuple[Measured, np.ndarray]) -> np.ndarray:
     texts = whitened_embedding(a[1], self.hidden[self.counted], b[1])
     return (self.metric.cosines(a[0], b[0]) + texts) / 2
 

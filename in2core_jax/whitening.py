@@ -49,6 +49,25 @@ def _blocks(rows: np.ndarray, size: int = 1024):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+  """Rows and what a `WhitenedMetric` makes of them.
+
+  Attributes:
+    rows: [m, W].
+    image: f64 [m, n or W], what is multiplied beside the plain products.
+    square: f64 [m], <x_i, x_i>_M.
+  """
+
+  rows: np.ndarray
+  image: np.ndarray
+  square: np.ndarray
+
+  def take(self, rows: np.ndarray) -> "Measured":
+    """Some of them."""
+    return Measured(self.rows[rows], self.image[rows], self.square[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class WhitenedMetric:
   """M = (C + damping I)^-1 of a pool; make one with `fit`.
 
@@ -107,45 +126,24 @@ class WhitenedMetric:
     image = products(x, self.rows) / np.sqrt(len(self.rows)) if self.over_rows else x.astype(np.float64)
     return scipy.linalg.solve_triangular(self.factor, image.T, lower=True, overwrite_b=True).T
 
-  def inner(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """<x_i, y_j>_M of every pair, float64 [len(x), len(y)].
+  def measured(self, rows: np.ndarray) -> "Measured":
+    """Rows [m, W] with what the metric makes of them: most of the work of `cosines`, done once for a pool."""
+    image = self._image(rows)
+    inside = np.sum(image**2, axis=1)
+    square = np.maximum((lengths(rows) ** 2 - inside) / self.damping if self.over_rows else inside, 0)
+    return Measured(rows, image, square)
+
+  def cosines(self, x: "np.ndarray | Measured", y: "np.ndarray | Measured") -> np.ndarray:
+    """cos_M(x_i, y_j), float64 [len(x), len(y)] within [-1, 1]; 0 with a row of zeros.
 
     Args:
       x: [A, W].
       y: [B, W].
     """
-    images = self._image(x), self._image(y)
-    inside = images[0] @ images[1].T
-    return (products(x, y) - inside) / self.damping if self.over_rows else inside
-
-  def square(self, x: np.ndarray) -> np.ndarray:
-    """<x_i, x_i>_M, float64 [len(x)], never negative."""
-    inside = np.sum(self._image(x) ** 2, axis=1)
-    return np.maximum((lengths(x) ** 2 - inside) / self.damping if self.over_rows else inside, 0)
-
-  def cosines(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """cos_M(x_i, y_j), float64 [len(x), len(y)] within [-1, 1]; 0 with a row of zeros."""
-    scale = np.sqrt(np.outer(self.square(x), self.square(y)))
-    return np.clip(np.divide(self.inner(x, y), scale, out=np.zeros_like(scale), where=scale > 0), -1, 1)
-
-
-def cosines_to(queries: np.ndarray, features: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
-  """cos_M of every query and every example of the pool whose metric it is.
-
-  Args:
-    queries: [Q, W].
-    features: f32 or f64 [N, W]; examples without a gradient are rows of zeros.
-    ids: as `WhitenedMetric.fit` takes them.
-
-  Returns:
-    f64 [Q, N].
-
-  Raises:
-    UserError: gradients that are not finite, or all 0.
-  """
-  check_gradients(queries, "evaluation")
-  check_gradients(features, "training")
-  return WhitenedMetric.fit(features, ids=ids).cosines(queries, features)
+    x, y = (side if isinstance(side, Measured) else self.measured(side) for side in (x, y))
+    inside, scale = x.image @ y.image.T, np.sqrt(np.outer(x.square, y.square))
+    inner = (products(x.rows, y.rows) - inside) / self.damping if self.over_rows else inside
+    return np.clip(np.divide(inner, scale, out=np.zeros_like(scale), where=scale > 0), -1, 1)
 
 
 def check_gradients(rows: np.ndarray, name: str) -> None:

@@ -80,11 +80,18 @@ def test_a_metric_of_nothing_is_refused(features, ratio):
     WhitenedMetric.fit(features, ratio)
 
 
-def test_cosines_to_a_pool_are_those_of_its_metric():
-  features, queries = pool(40, 90), pool(5, 90, seed=1)
-  found = whitening.cosines_to(queries, features)
-  wanted = dense_cosines(features, queries, features, whitening.DAMPING_RATIO)
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
+def test_rows_that_are_measured_once_give_the_same_cosines():
+  for size, width in ((40, 90), (90, 40)):
+    features, queries = pool(size, width), pool(5, width, seed=1)
+    metric = WhitenedMetric.fit(features)
+    once = metric.measured(features)
+    np.testing.assert_allclose(metric.cosines(queries, once), metric.cosines(queries, features), atol=1e-12)
+    some = np.array([3, 1, 8])
+    np.testing.assert_allclose(metric.cosines(queries, once.take(some)), metric.cosines(queries, features)[:, some])
+
+
+def test_gradients_that_are_not_finite_are_refused():
+  features = pool(40, 90)
   features[3, 2] = np.nan
   with pytest.raises(UserError, match="1 training examples are not finite"):
-    whitening.cosines_to(queries, features)
+    whitening.check_gradients(features, "training")
