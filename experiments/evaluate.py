@@ -130,7 +130,7 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
       f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model_hash[:12]}): give evaluate the same"
     )
-  for name in ("layers", "sketch_size", "matching_target", "matching_shrink", "loss_reduction"):
+  for name in ("layers", "sketch_size", "aggregate", "matching_target", "matching_shrink", "loss_reduction"):
     theirs, ours = run["flags"].get(name), getattr(s, name)
     if theirs != ours:
       raise UserError(
@@ -241,7 +241,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   plan = plan_of(bench, s)
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
   of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
-  of_policies += ("matching_target", "matching_shrink")
+  of_policies += ("aggregate", "matching_target", "matching_shrink")
   identity["flags"] |= {name: getattr(s, name) for name in of_policies}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = finetune.checkpoint_hash(s.checkpoint)

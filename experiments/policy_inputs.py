@@ -33,7 +33,11 @@ class ChoiceInputs:
     """
     self.bench, self.settings, self._stored = bench, s, stored
     self._params = params
-    self._answered = np.flatnonzero(bench.parts["eval"].num_response_tokens)
+    evals, train = bench.parts["eval"], bench.parts["train"]
+    self._answered = np.flatnonzero(evals.num_response_tokens)
+    # Copies are one query, and one example of what the training set is like.
+    self._first_queries = np.flatnonzero((evals.num_response_tokens > 0) & records.firsts(evals.records))
+    self._counts = (train.num_response_tokens > 0) & records.firsts(train.records)
 
   def of(self, policies: Collection[str], rows: np.ndarray | None = None) -> dict:
     """Fields of `coreset.PolicyInputs`.
@@ -42,13 +46,12 @@ class ChoiceInputs:
       policies: those that are wanted; what only others need is not computed.
       rows: of the evaluation set, the queries; None: all.
     """
-    wanted, evals = set(policies), self.bench.parts["eval"]
-    queries = self._answered if rows is None else np.intersect1d(rows, self._answered)
-    found: dict = {"query_topics": [evals.topics[row] for row in queries]}
+    wanted, found = set(policies), {}
+    among = lambda kept: kept if rows is None else np.intersect1d(rows, kept)  # noqa: E731
     if wanted & set(coreset.FEATURE_POLICIES):
-      found |= self._matched(queries)
+      found |= self._matched(among(self._answered))
     if wanted & {*coreset.HYBRID_POLICIES, *coreset.SIMILARITIES}:
-      found |= self._similar(wanted, queries)
+      found |= self._similar(wanted, among(self._first_queries))
     return found
 
   # ---- gradients ---------------------------------------------------------------------
@@ -71,7 +74,7 @@ class ChoiceInputs:
     train = self.bench.parts["train"]
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._hidden("mean")["train"]
-    return hybrid.HybridMetric.fit(features[0], hidden, train.ids, train.num_response_tokens > 0)
+    return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
 
   @functools.cached_property
   def _whitened(self) -> tuple[WhitenedMetric, Measured]:
@@ -79,7 +82,7 @@ class ChoiceInputs:
     if "_hybrid" in self.__dict__:
       return self._hybrid.metric, self._hybrid.pool
     check_gradients(self._features, "training")
-    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids)
+    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids, counted=self._counts)
     return metric, metric.measured(self._features)
 
   @functools.cached_property
@@ -94,11 +97,12 @@ class ChoiceInputs:
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
-    s = self.settings
+    s, evals = self.settings, self.bench.parts["eval"]
     return {
       "features": self._features,
+      "query_topics": [evals.topics[row] for row in queries],
       "target": self._eval_features[queries],
-      "query_tokens": self.bench.parts["eval"].num_response_tokens[queries],
+      "query_tokens": evals.num_response_tokens[queries],
       # Gradients of summed losses weigh tokens by themselves.
       "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
       "shrink": s.matching_shrink,
@@ -120,8 +124,9 @@ class ChoiceInputs:
 
   def _similar(self, wanted: set[str], queries: np.ndarray) -> dict:
     """Similarities of queries and examples, and how policies use them."""
-    found: dict = {"aggregate": None if self.settings.aggregate == "auto" else self.settings.aggregate}
-    found["alike"] = self._alike
+    topics, how = self.bench.parts["eval"].topics, self.settings.aggregate
+    found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
+    found["similar_topics"] = [topics[row] for row in queries]
     names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if wanted & {*coreset.HYBRID_POLICIES} else set())
     found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
     if "hybrid" in names:
@@ -144,8 +149,7 @@ class ChoiceInputs:
     hidden = self._hidden("position" if name == "rds" else "mean")
     asked, told = hidden["eval"][queries], hidden["train"]
     if name == "whitened_embedding":
-      counted = self.bench.parts["train"].num_response_tokens > 0
-      return hybrid.whitened_embedding(asked, told[counted], told)
+      return hybrid.whitened_embedding(asked, told[self._counts], told)
     return embeddings.cosine_to(asked, told)
 
 

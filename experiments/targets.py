@@ -17,14 +17,14 @@ import numpy as np
 
 from experiments import cli, finetune, flags
 from experiments.cells import Cells
-from experiments.finetune import trainable_rows
+from experiments.finetune import start_params, trainable_rows
 from experiments.flags import Settings, seeds_of, shares, words
 from experiments.judging import judged, test_examples
 from experiments.policy_inputs import ChoiceInputs
 from experiments.retraining import Candidate, Judge, equal_of, equal_steps
 from experiments.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset, data, evaluation, report, verdict
+from in2core_jax import artifacts, coreset, data, evaluation, records, report, verdict
 from in2core_jax.errors import UserError
 from in2core_jax.sources import name_of
 from in2core_jax.whitening import spread_rows
@@ -70,6 +70,8 @@ def targets_of(parts: dict[str, data.TokenizedDataset], s: Settings) -> list[Tar
     UserError: a label that a part does not have, too few queries, or a target that is all of the pool.
   """
   found, answered = [], {part: dataset.num_response_tokens > 0 for part, dataset in parts.items()}
+  for part in ("eval", "test"):  # a text that is there many times is one query and one test example
+    answered[part] = answered[part] & records.firsts(parts[part].records)
   for text in flags.listed(s.targets, ";"):
     names = flags.listed(text)
     rows = {}
@@ -170,6 +172,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
     checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
+  if retrained:  # the hidden states that trainings begin with are half of what pooled ones take: made first
+    bench.packer("train", start_params(bench, s)[1], bench.params)
   cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint)
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets)}

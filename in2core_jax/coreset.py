@@ -126,6 +126,7 @@ class PolicyInputs:
       that weigh tokens by position. bm25: of each query with the example's text.
     kernel: [N, N], hybrid similarity of every pair of examples, for `matching_hybrid`.
     beyond_chance: how far the queries are from the pool as a whole (`hybrid.Hybrid`), which decides for `auto`.
+    similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
@@ -149,6 +150,7 @@ class PolicyInputs:
   similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
   kernel: np.ndarray | None = None
   beyond_chance: float | None = None
+  similar_topics: Sequence[str] | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
   query_tokens: np.ndarray | None = None
@@ -394,7 +396,7 @@ def _by_similarity(task: _Task, name: str) -> np.ndarray:
   if values is None:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
-  topics = [""] * len(values) if inputs.query_topics is None else inputs.query_topics
+  topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
   order = proponents(aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool]))
   return _copies_last(task, order)
 

@@ -40,8 +40,10 @@ def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray
     others: [N, D].
 
   Returns:
-    f64 [Q, N].
+    f64 [Q, N]; 0 where the pool's hidden states do not differ, and so tell nothing apart.
   """
+  if not np.ptp(pool, axis=0).any():
+    return np.zeros((len(queries), len(others)))
   image = embeddings.whitening(pool, EMBEDDING_DAMPING)
   return embeddings.cosine_to(image(queries), image(others)).astype(np.float64)
 
@@ -54,7 +56,7 @@ class HybridMetric:
     metric: of its gradients.
     pool: N gradients in that metric.
     hidden: of the same examples, [N, D].
-    counted: int, rows of the examples with a response, which metric and mean are of.
+    counted: int, rows of the examples that metric and mean are of.
     some: int, the rows of them whose similarities with each other stand for all.
   """
 
@@ -65,21 +67,20 @@ class HybridMetric:
   some: np.ndarray
 
   @classmethod
-  def fit(cls, features: np.ndarray, hidden: np.ndarray, ids: Sequence[str], answered: np.ndarray) -> "HybridMetric":
+  def fit(cls, features: np.ndarray, hidden: np.ndarray, ids: Sequence[str], counts: np.ndarray) -> "HybridMetric":
     """The metric of a pool.
 
     Args:
       features: projected gradients, f32 or f64 [N, W]; 0 without a response.
       hidden: pooled hidden states of the same examples, [N, D].
       ids: N example ids; which examples stand for the pool follows from them, not from the order of reading.
-      answered: bool [N], which examples have a response.
+      counts: bool [N], which examples make metric and mean: those with a response, of copies the first.
 
     Raises:
       UserError: gradients that are not finite, or all 0.
     """
     check_gradients(features, "training")
-    counted = np.flatnonzero(answered)
-    metric = WhitenedMetric.fit(features, ids=ids)  # leaves rows of zeros out, which have no response
+    counted, metric = np.flatnonzero(counts), WhitenedMetric.fit(features, ids=ids, counted=counts)
     some = counted[spread_rows([ids[row] for row in counted], _PAIRS)]
     return cls(metric, metric.measured(features), hidden, counted, some)
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from in2core_jax.errors import UserError, printable
 from in2core_jax.shapes import Conversation, Messages, is_learnt, read_record
 from in2core_jax.turns import Message, type_name
@@ -194,6 +196,12 @@ def spoken(message: Message) -> str:
   """All that a message says in one text, for readers and for searches: reasoning, content, tool calls as JSON."""
   calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
   return "\n".join(filter(None, [message.get("reasoning_content", ""), message["content"], *calls]))
+
+
+def firsts(records: Sequence[Record]) -> np.ndarray:
+  """Which records are the first of their content, bool [N]."""
+  seen: set[str] = set()
+  return np.array([not (record.content_key in seen or seen.add(record.content_key)) for record in records], bool)
 
 
 def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:

@@ -85,7 +85,11 @@ class WhitenedMetric:
 
   @classmethod
   def fit(
-    cls, features: np.ndarray, damping_ratio: float = DAMPING_RATIO, ids: Sequence[str] | None = None
+    cls,
+    features: np.ndarray,
+    damping_ratio: float = DAMPING_RATIO,
+    ids: Sequence[str] | None = None,
+    counted: np.ndarray | None = None,
   ) -> "WhitenedMetric":
     """The metric of a pool.
 
@@ -94,12 +98,13 @@ class WhitenedMetric:
       damping_ratio: damping as a share of C's largest eigenvalue, positive.
       ids: N example ids; of more than `MOST_ROWS` examples those with the smallest hashes of their ids make C, so that
         the order of reading does not matter. Without ids: by row.
+      counted: bool [N], which rows make C; None: all.
 
     Raises:
       UserError: no row that is not zero, or a ratio that is not positive and finite.
     """
     size = lengths(features)
-    kept = np.flatnonzero(size > 0)
+    kept = np.flatnonzero(size > 0 if counted is None else (size > 0) & counted)
     if not 0 < damping_ratio < np.inf or not kept.size:
       raise UserError(
         f"whitened metric of {kept.size} gradients that are not 0, damping ratio {damping_ratio}: it needs at least "

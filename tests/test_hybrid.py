@@ -91,3 +91,9 @@ def test_gradients_that_are_not_finite_are_refused():
   asked[0][2, 3] = np.inf
   with pytest.raises(UserError, match="1 evaluation examples are not finite"):
     found_for(asked, pool)
+
+
+def test_a_pool_of_one_text_tells_nothing_apart():
+  pool = tuple(np.repeat(part[:1], 3, axis=0) for part in pools())
+  found = found_for(queries(1, 4), pool)
+  assert np.ptp(found.similarity, axis=1).max() < 1e-9 and 0 <= found.beyond_chance <= 1
