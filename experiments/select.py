@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _MANY_COPIES = 0.05  # share of the training set from which select warns of them
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
+_ENOUGH_QUERIES = 40  # of a source that is 43 % of a pool, 40 were told apart from it in 15 of 20 draws, 20 in none
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
 
 
@@ -104,6 +105,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     clock.lap("per query")
   copies = risky_data(bench.summary)  # many of them are told of once, with the same remedy
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
+  warnings += too_few_to_aim(s, inputs)
   warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
   warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies)
   for warning in [*warnings, *unsolved(s, scored.result)]:
@@ -192,6 +194,16 @@ def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
     f"({100 * aim.beyond_chance:.0f} % of the difference of their means is more than chance). For such sets the half "
     "with the highest influence by CG retrained as well as matching's, a little better at equal response tokens. "
     "To compare both: evaluate with --policies=full,random,proponents."
+  ]
+
+
+def too_few_to_aim(s: Settings, inputs: coreset.PolicyInputs) -> list[str]:
+  """Where --policy=auto draws at random and more evaluation examples might show otherwise, in one sentence."""
+  if s.policy != "auto" or coreset.aims(inputs) or (size := len(inputs.similarities["hybrid"])) >= _ENOUGH_QUERIES:
+    return []
+  return [
+    f"{size:,} distinct evaluation examples are few to tell whether they are of another kind than the training set: "
+    f"give {_ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they are."
   ]
 
 

@@ -280,6 +280,8 @@ def _settings(run: SelectRun) -> dict[str, Any]:
   hashes = {"model_hash": identity["model_hash"]} | {f"data {part}": value for part, value in identity["data"].items()}
   return {
     "policy": summary["policy"],
+    "rule": summary.get("rule", summary["policy"]),
+    "beyond chance": summary.get("beyond_chance"),
     "unit": summary["unit"],
     "version": identity["version"],
     "solver": solver,

@@ -14,7 +14,19 @@ import tiny
 from experiments import demo, dry_run, evaluate, finetune, flags, refusals, scoring, select, solving, workbench
 from experiments.retraining import Judge
 from experiments.workbench import choose, split_sources
-from in2core_jax import artifacts, data, evaluation, ihvp, matching, report_facts, report_html, sharding, subtree
+from in2core_jax import (
+  aggregation,
+  artifacts,
+  coreset,
+  data,
+  evaluation,
+  ihvp,
+  matching,
+  report_facts,
+  report_html,
+  sharding,
+  subtree,
+)
 from in2core_jax import finetune as finetune_lib
 from in2core_jax.errors import UserError
 
@@ -410,6 +422,56 @@ def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
 def test_topics_are_aggregated(settings, bench, tmp_path):
   chosen = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", aggregate="topic_max")
   assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
+
+
+def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
+  """Their nearest, or in turns: from the very scores that --per_query writes."""
+  plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", per_query=True)
+  folder = pathlib.Path(select.run(plain, bench))
+  pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
+  answered = bench.parts["eval"].num_response_tokens > 0
+  for how in ("nearest", "round_robin"):
+    chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, per_query=False, query_block=3)
+    found = artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
+    wanted = aggregation.aggregate(pairs[answered], [""] * answered.sum(), how, bench.parts["train"].ids)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
+
+
+def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
+  tuned = settings.replace(run_dir=str(tmp_path / "tuned"), keep_checkpoints=0, trainable_layers="last:1")
+  checkpoint = finetune.run(tuned, bench)
+  less = tuned.replace(checkpoint=checkpoint, layers="last:1", solver="identity", trajectory="less", query_block=4)
+  less = less.replace(policy="proponents", aggregate="round_robin", run_dir=str(tmp_path / "run"))
+  scores = artifacts.read_scores(pathlib.Path(select.run(less, bench)) / "scores.parquet")
+  usable = (bench.parts["train"].num_response_tokens > 0).sum()
+  assert sorted(scores["influence"])[-usable:] == list(range(41 - usable, 41)) and scores["selected"].sum() == 20
+  answered = np.flatnonzero(bench.parts["eval"].num_response_tokens)
+  first = scoring.trajectory_scores(bench, less, scoring.NOTHING_KEPT, {"first": answered[:1]})[0]
+  assert np.argmax(scores["influence"]) == np.argmax(first[0])  # the first query takes its best
+
+
+def test_whitened_cosines_are_scores_too(settings, bench, tmp_path):
+  own = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", normalize="whitened_cosine")
+  folder = pathlib.Path(select.run(own.replace(policy="proponents"), bench))
+  found = artifacts.read_scores(folder / "scores.parquet")["influence"]
+  assert np.abs(found).max() <= 1 and len(set(found.tolist())) > 20
+  assert "whitened" in json.loads((folder / "summary.json").read_text())["unit"]
+  with pytest.raises(UserError, match="--normalize=whitened_cosine with --solver=cg"):
+    select.run(own.replace(solver="cg", run_dir=str(tmp_path / "other")), bench)
+
+
+def test_the_default_policy_says_what_it_took_and_why(settings, bench, tmp_path):
+  own = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", policy="auto")
+  summary = json.loads((pathlib.Path(select.run(own, bench)) / "summary.json").read_text())
+  apart = summary["beyond_chance"] >= coreset.ANOTHER_KIND
+  assert summary["policy"] == "auto" and summary["rule"] == ("hybrid" if apart else "random without copies")
+  assert ("distinct evaluation examples are few" in " ".join(summary["warnings"])) != apart
+  forced = json.loads(
+    (
+      pathlib.Path(select.run(own.replace(run_dir=str(tmp_path / "h"), policy="hybrid"), bench)) / "summary.json"
+    ).read_text()
+  )
+  assert forced["rule"] == "hybrid" and forced["beyond_chance"] == summary["beyond_chance"]
 
 
 def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained, tmp_path, monkeypatch):
