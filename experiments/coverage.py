@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import cli, coverage_report, flags, scoring, solving
+from experiments import cli, coverage_report, flags, solving
 from experiments.cells import Cells
 from experiments.finetune import trainable_rows
 from experiments.flags import Settings, listed
+from experiments.projection import Projection
 from experiments.refusals import check_size
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import Judge
@@ -35,7 +36,7 @@ from in2core_jax import (
 )
 from in2core_jax.errors import UserError
 from in2core_jax.records import spoken
-from in2core_jax.whitening import WhitenedMetric
+from in2core_jax.whitening import WhitenedMetric, check_gradients
 
 log = logging.getLogger(__name__)
 
@@ -125,23 +126,26 @@ def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
   """
   if s.score_path == "projected":
-    projection = scoring.Projection(bench, s, params, s.seed)
-    return tables_from(projection.features("train"), projection.features(POINTS))
+    projection = Projection(bench, s, params, s.seed)
+    return tables_from(projection.features("train"), projection.features(POINTS), bench.parts["train"].ids)
   found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
   return np.concatenate([np.stack([part.scores, variants.cosine(part)]) for part in found.values()], axis=2)
 
 
-def tables_from(train: np.ndarray, points: np.ndarray) -> np.ndarray:
+def tables_from(train: np.ndarray, points: np.ndarray, ids: Sequence[str]) -> np.ndarray:
   """Scores, cosines and cosines in the training set's whitened metric, of projected gradients, float64 [3, Q, N + Q].
 
   Args:
     train: [N, W].
     points: [Q, W].
+    ids: N example ids.
   """
+  check_gradients(train, "training")
+  check_gradients(points, "evaluation")
   every = np.concatenate([train, points]).astype(np.float64)
   wide = every[len(train) :]
   cosines = embeddings.unit(wide) @ embeddings.unit(every).T
-  return np.stack([wide @ every.T, cosines, WhitenedMetric.fit(every[: len(train)]).cosines(wide, every)])
+  return np.stack([wide @ every.T, cosines, WhitenedMetric.fit(every[: len(train)], ids=ids).cosines(wide, every)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +200,8 @@ class Study:
   def observe(self, topics: tuple[str, ...]) -> Observed:
     """All signals and losses with some topics held out."""
     rows = self.rows(topics)
-    name = (TRAINED, _CELLS, *topics)
+    tables_there = ("whitened",) if self.settings.score_path == "projected" else ()
+    name = (TRAINED, _CELLS, *tables_there, *topics)
     cell = self.cells.get(lambda: self._train_and_score(topics, rows, name), *name, with_array=True)
     tables = {BASE: self._base_scores(topics, rows), TRAINED: self.cells.read_array(*name)}
     signals, nearest, size = {}, {}, len(rows)
@@ -226,7 +231,8 @@ class Study:
     s, every = self.settings, len(self.bench.parts["train"])
     if s.score_path == "projected":  # the metric is that of the training set
       features = self._base_features
-      return tables_from(features["train"][rows], features[POINTS])
+      ids = self.bench.parts["train"].ids
+      return tables_from(features["train"][rows], features[POINTS], [ids[row] for row in rows])
     if topics and s.solver == "identity":
       columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
@@ -251,7 +257,7 @@ class Study:
 
   @functools.cached_property
   def _base_features(self) -> dict[str, np.ndarray]:
-    projection = scoring.Projection(self.bench, self.settings, self.bench.params, self.settings.seed)
+    projection = Projection(self.bench, self.settings, self.bench.params, self.settings.seed)
     return {part: projection.features(part) for part in ("train", POINTS)}
 
   @functools.cached_property

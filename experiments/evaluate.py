@@ -90,7 +90,7 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   if fractions and len(runs) > 1:
     raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
-  if fractions and set(names) & set(coreset.GRADIENT_POLICIES):
+  if fractions and set(names) & {*coreset.GRADIENT_POLICIES, *coreset.SIMILARITIES}:
     _check_same_rule(folders[0], bench, s)
   chosen_here = [policy for policy in wanted if policy != evaluation.FULL]
   sizes = [int(columns["selected"].sum()) for _, columns in runs]
@@ -130,14 +130,18 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
       f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model_hash[:12]}): give evaluate the same"
     )
-  for name in ("layers", "sketch_size", "aggregate", "matching_target", "matching_shrink", "loss_reduction"):
+  policy = run["flags"].get("policy")
+  names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
+  names += ("matching_target", "matching_shrink") if policy in coreset.FEATURE_POLICIES else ()
+  names += ("aggregate",) if policy in (*coreset.SIMILARITIES, "auto") else ()
+  for name in names:
     theirs, ours = run["flags"].get(name), getattr(s, name)
     if theirs != ours:
       raise UserError(
         f"--fractions chooses anew by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "
         "give evaluate the same"
       )
-  if run["checkpoint"] != finetune.checkpoint_hash(s.checkpoint):
+  if policy in coreset.GRADIENT_POLICIES and run["checkpoint"] != finetune.checkpoint_hash(s.checkpoint):
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another model than "
       f"--checkpoint={s.checkpoint}: give evaluate the --checkpoint of the select run"
@@ -185,8 +189,9 @@ def _inputs(bench: Workbench, s: Settings, plan: Plan) -> coreset.PolicyInputs:
   scores = plan.runs[0][1] if plan.runs else {}
   inputs = coreset.inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
   # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
-  params = bench.checkpoint_params(s.checkpoint)
-  return dataclasses.replace(inputs, **ChoiceInputs(bench, s, params).of({policy for policy, _ in plan.policies}))
+  policies = {policy for policy, _ in plan.policies}
+  params = bench.checkpoint_params(s.checkpoint if policies & set(coreset.GRADIENT_POLICIES) else "")
+  return dataclasses.replace(inputs, **ChoiceInputs(bench, s, params).of(policies))
 
 
 def kept_candidates(run_dir: artifacts.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:

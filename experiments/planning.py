@@ -13,8 +13,20 @@ from etils import epath
 from experiments import fitting, solving
 from experiments.flags import TRAINED, Settings, integers, listed, seeds_of, shares
 from experiments.pricing import FLOAT, Described, Phase, Pricer
-from experiments.scoring import WHITENED, topic_rows, trajectory_weights
-from in2core_jax import adapters, artifacts, coreset, costs, finetune, influence, memory, model, packing, subtree
+from experiments.scoring import WHITENED, score_aggregate, topic_rows, trajectory_weights
+from in2core_jax import (
+  adapters,
+  aggregation,
+  artifacts,
+  coreset,
+  costs,
+  finetune,
+  influence,
+  memory,
+  model,
+  packing,
+  subtree,
+)
 
 _FIT = "EK-FAC"  # begins the name of its phase
 
@@ -51,6 +63,8 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
   times = 1
   if s.trajectory != "none":  # a demo has no checkpoint yet
     times = len(trajectory_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
+    if score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
+      times *= -(-len(bench.parts["eval"]) // s.query_block)
   found = [*price.boundary("train"), *price.boundary("eval")]
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
@@ -62,7 +76,8 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
     found.append(price.mapped_pass("scores by layer", work, more, held))
   if s.per_token:
     found.append(price.packed_pass("scores by token", "jvp", price.packed("train"), 1, held))
-  if s.per_query:
+  by_query = score_aggregate(s) in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED
+  for _ in range(int(s.per_query) + int(by_query)):
     found += per_query_phases(price, s, inverse)
   return [*found, results_phase(bench, s, len(groups))]
 

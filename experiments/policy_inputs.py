@@ -6,13 +6,27 @@ from collections.abc import Collection
 import numpy as np
 
 from experiments.flags import Settings
-from experiments.scoring import Projection
+from experiments.projection import Projection
 from experiments.workbench import Workbench
 from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records
 from in2core_jax.errors import UserError
 from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients
 
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
+
+
+def check_pairs(bench: Workbench) -> None:
+  """Refuses `matching_hybrid` for more examples than all pairs of can be compared.
+
+  Raises:
+    UserError: there are more.
+  """
+  size = len(bench.parts["train"])
+  if size > MOST_PAIRS:
+    raise UserError(
+      f"policy matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
+      "hybrid or matching"
+    )
 
 
 class ChoiceInputs:
@@ -33,11 +47,6 @@ class ChoiceInputs:
     """
     self.bench, self.settings, self._stored = bench, s, stored
     self._params = params
-    evals, train = bench.parts["eval"], bench.parts["train"]
-    self._answered = np.flatnonzero(evals.num_response_tokens)
-    # Copies are one query, and one example of what the training set is like.
-    self._first_queries = np.flatnonzero((evals.num_response_tokens > 0) & records.firsts(evals.records))
-    self._counts = (train.num_response_tokens > 0) & records.firsts(train.records)
 
   def of(self, policies: Collection[str], rows: np.ndarray | None = None) -> dict:
     """Fields of `coreset.PolicyInputs`.
@@ -47,12 +56,30 @@ class ChoiceInputs:
       rows: of the evaluation set, the queries; None: all.
     """
     wanted, found = set(policies), {}
-    among = lambda kept: kept if rows is None else np.intersect1d(rows, kept)  # noqa: E731
+    among = lambda kept: kept if rows is None else kept[np.isin(kept, rows)]  # noqa: E731
     if wanted & set(coreset.FEATURE_POLICIES):
       found |= self._matched(among(self._answered))
     if wanted & {*coreset.HYBRID_POLICIES, *coreset.SIMILARITIES}:
       found |= self._similar(wanted, among(self._first_queries))
     return found
+
+  # Copies are one query, and one example of what the training set is like. Queries come in the order of their ids, so
+  # that those that take turns do not depend on the order of reading.
+
+  @functools.cached_property
+  def _answered(self) -> np.ndarray:
+    return np.flatnonzero(self.bench.parts["eval"].num_response_tokens)
+
+  @functools.cached_property
+  def _first_queries(self) -> np.ndarray:
+    evals = self.bench.parts["eval"]
+    first = (evals.num_response_tokens > 0) & records.firsts(evals.records)
+    return np.array(sorted(np.flatnonzero(first), key=lambda row: evals.ids[row]), np.int64)
+
+  @functools.cached_property
+  def _counts(self) -> np.ndarray:
+    train = self.bench.parts["train"]
+    return (train.num_response_tokens > 0) & records.firsts(train.records)
 
   # ---- gradients ---------------------------------------------------------------------
 
@@ -87,12 +114,7 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _kernel(self) -> np.ndarray:
-    size = len(self.bench.parts["train"])
-    if size > MOST_PAIRS:
-      raise UserError(
-        f"--policy=matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
-        "--policy=hybrid or matching"
-      )
+    check_pairs(self.bench)
     return self._hybrid.among()
 
   def _matched(self, queries: np.ndarray) -> dict:
@@ -108,10 +130,15 @@ class ChoiceInputs:
       "shrink": s.matching_shrink,
     }
 
+  def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
+    """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
+    topics = self.bench.parts["eval"].topics
+    return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
+
   # ---- similarities ------------------------------------------------------------------
 
-  @functools.cache  # noqa: B019 - an object of one choice, gone with it
   def _hidden(self, pooling: str) -> dict[str, np.ndarray]:
+    """Pooled hidden states by part; the workbench keeps them."""
     return {part: self.bench.embeddings(part, pooling=pooling) for part in ("train", "eval")}
 
   @functools.cached_property
@@ -131,7 +158,7 @@ class ChoiceInputs:
     found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
     if "hybrid" in names:
       asked = self._eval_features[queries], self._hidden("mean")["eval"][queries]
-      found["beyond_chance"] = self._hybrid.beyond_chance(*asked)
+      found["apart"] = self._hybrid.apart(*asked)
     if "matching_hybrid" in wanted:
       found["kernel"] = self._kernel
     return found

@@ -62,6 +62,8 @@ NUMBERS: Mapping[str, Range] = {
   "eval_limit": _LIMIT,
   "test_limit": _LIMIT,
   "limit_block": _LIMIT,
+  "target_queries": _COUNT,
+  "target_tests": _COUNT,
   "max_length": Range(1, 2**24),
   "max_shapes": Range(1, 1000),
   "lora_rank": Range(1, 2**14),

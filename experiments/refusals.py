@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 from experiments import fitting, planning
 from experiments.flags import Settings, seeds_of, words
+from experiments.policy_inputs import check_pairs
 from experiments.scoring import WHITENED, score_aggregate
 from experiments.solving import solver_settings
 from experiments.workbench import Workbench
-from in2core_jax import coreset, costs, data, evaluation, finetune, ihvp, projected, subtree
+from in2core_jax import aggregation, coreset, costs, data, evaluation, finetune, ihvp, projected, subtree
 from in2core_jax.errors import UserError
 
 
@@ -30,6 +31,12 @@ def policies_of(s: Settings) -> list[str]:
 def check_budget(s: Settings, train: data.TokenizedDataset) -> None:
   """Refuses a budget that the training examples with a response cannot meet."""
   budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
+
+
+def check_policies(bench: Workbench, policies: set[str]) -> None:
+  """Refuses policies that the training set is too large for."""
+  if "matching_hybrid" in policies:
+    check_pairs(bench)
 
 
 def check_solvers(given: str, settings: Iterable[Settings]) -> None:
@@ -114,6 +121,13 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
         f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
         "--solver=ekfac or --solver=identity only"
       )
+  if score_aggregate(s) in aggregation.BY_QUERY and s.normalize != WHITENED:
+    other = f"--normalize={s.normalize}" if s.normalize != "none" else f"--score_path={s.score_path}"
+    if s.normalize != "none" or s.score_path == "projected":
+      raise UserError(
+        f"--aggregate={s.aggregate} takes plain scores of single evaluation examples, not {other}: leave that out, or "
+        f"give --policy=hybrid or --normalize={WHITENED}"
+      )
   if s.normalize == WHITENED and (s.solver != "identity" or s.self_influence):
     given = "--self_influence" if s.solver == "identity" else f"--solver={s.solver}"
     raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
@@ -134,6 +148,7 @@ def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree 
 
 def check_select(bench: Workbench, s: Settings) -> None:
   """What `select` refuses, by shapes and data alone."""
+  check_policies(bench, {s.policy})
   check_scores(s, fitting.scored_params(bench.config, s))
   check_budget(s, bench.parts["train"])
 
@@ -152,7 +167,7 @@ def check_demo(bench: Workbench, s: Settings) -> None:
 
 def check_evaluate(bench: Workbench, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
-  policies_of(s)
+  check_policies(bench, set(policies_of(s)))
   seeds_of(s)
   check_budget(s, bench.parts["train"])
 

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 
-from experiments import cli
 from experiments.flags import Settings
+from experiments.policy_inputs import ChoiceInputs
+from experiments.projection import Projection
 from experiments.resuming import NOTHING_KEPT, Work
 from experiments.solving import announce, curvature_data, solve, solver_settings
 from experiments.workbench import Chosen, Workbench, choose
@@ -29,10 +30,8 @@ from in2core_jax import (
   processes,
   projected,
   sharding,
-  subtree,
   trajectory,
   variants,
-  whitening,
 )
 from in2core_jax.errors import UserError
 
@@ -81,13 +80,15 @@ def score_aggregate(s: Settings) -> str:
 
   A policy by similarity aggregates that, not the scores, which are reported beside it.
   """
-  return "mean" if s.aggregate == "auto" or s.policy in coreset.SIMILARITIES else s.aggregate
+  by_similarity = s.policy in (*coreset.SIMILARITIES, *coreset.HYBRID_POLICIES)
+  return "mean" if s.aggregate == "auto" or by_similarity else s.aggregate
 
 
 def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock, how = Clock(), score_aggregate(s)
-  with_response = np.flatnonzero(bench.parts["eval"].num_response_tokens)
+  evals = bench.parts["eval"]  # in the order of their ids: those that take turns do not depend on the order of reading
+  with_response = np.array(sorted(np.flatnonzero(evals.num_response_tokens), key=lambda row: evals.ids[row]), np.int64)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
@@ -109,7 +110,7 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
     result = dataclasses.replace(result, info=result.info | facts)
     loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
   elif s.normalize == WHITENED:
-    raw, names = whitened_cosines(bench, s, chosen, with_response)
+    raw, names = ChoiceInputs(bench, s, chosen.params).whitened_cosines()
     loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
   elif s.normalize != "none" or s.self_influence:
     found = measure(bench, s, chosen, result, pieces)
@@ -170,11 +171,11 @@ def query_scores(
   some = np.arange(len(bench.parts["eval"])) if queries is None else queries
   size = len(some)
   block, blocks = min(s.query_block, size), []
-  which = {} if queries is None else {"queries": artifacts.hash_of(queries.tolist())}
-  store = work.pieces("per_query").store("blocks", block=block, **which)
+  which = "" if queries is None else f"-{artifacts.hash_of(queries.tolist())[:8]}"
+  store = work.pieces(f"per_query{which}").store("blocks", block=block)
   for number, start in enumerate(range(0, size, block)):
     rows = some[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
-    name = f"block-{number:06d}"
+    name = f"block-{number:06d}{which}"
     compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
     blocks.append(passes.kept(store, number, compute)["scores"][: size - start])
     work.remove(name)
@@ -252,54 +253,6 @@ def queries(
 
 
 # ---- projected store -----------------------------------------------------------------
-
-
-class Projection:
-  """The training set's projected gradients at some parameters, kept beside the run folder and used again."""
-
-  def __init__(self, bench: Workbench, s: Settings, params, seed: int):
-    """Draws the projection; `params` are those at which gradients are taken."""
-    self.bench, self.params, self.settings = bench, params, s
-    small = s.sketch_size < projected.MIN_SIZE
-    drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
-    self.sketch = dataclasses.replace(drawn, params=bench.place_params(drawn.params))
-    tree = self.sketch.tree
-    self.chosen = Chosen(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
-
-  def features(self, part: str, rows: np.ndarray | None = None) -> np.ndarray:
-    """Projected gradients of a part's examples, float32 [N, W]."""
-    batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
-    what = f"projected gradients ({part})"
-    return self.chosen.problem.adapter_features(self.bench.stream(batcher, what), len(batcher))
-
-  def store(self) -> projected.ProjectedStore:
-    """The training set's, computed where they are not on disk yet."""
-    s, bench = self.settings, self.bench
-    identity = {
-      "model": bench.model_hash,
-      "checkpoint": finetune.checkpoint_meta(s.checkpoint) if self.params is not bench.params else {},
-      "data": bench.data_identity("train"),
-      "loss_reduction": s.loss_reduction,
-      "dtype": s.dtype,
-    }
-    name = artifacts.hash_of([identity, self.sketch.identity()])[:16]
-    folder = artifacts.beside(s.run_dir, "projected") / name
-    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.parts["train"]))
-    with cli.finish_on_sigterm() as stop_requested:
-      store.fill(lambda rows: self.features("train", rows), stop_requested)
-    return store
-
-
-def whitened_cosines(
-  bench: Workbench, s: Settings, chosen: Chosen, queries: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
-  """Cosines of projected gradients in the training set's whitened metric, float64 [Q, N], and the queries' topics."""
-  projection, evals, train = Projection(bench, s, chosen.params, s.seed), bench.parts["eval"], bench.parts["train"]
-  features, target = projection.store().features(), projection.features("eval")[queries]
-  for rows, name in ((features, "training"), (target, "evaluation")):
-    whitening.check_gradients(rows, name)
-  metric = whitening.WhitenedMetric.fit(features, ids=train.ids)
-  return metric.cosines(target, features), [evals.topics[row] for row in queries]
 
 
 def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:

@@ -6,6 +6,7 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 import resource
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from in2core_jax import (
   report_facts,
   report_html,
   subtree,
+  two_samples,
 )
 
 log = logging.getLogger(__name__)
@@ -87,8 +89,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if aim is not None and s.matching_shrink:
     apart = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
     log.info("%s: %s is more than chance; %.0f %% of it is matched", s.policy, apart, 100 * aim.kept)
-  if inputs.beyond_chance is not None:
-    log.info("%s", chosen_by(s, inputs))
+  if s.policy in coreset.HYBRID_POLICIES:
+    log.info("%s", chosen_by(s.policy, inputs.apart))
   clock.lap("selection")
   if s.per_layer:
     table = layer_table(bench, s, chosen, scored.result, work)
@@ -107,7 +109,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
   warnings += too_few_to_aim(s, inputs)
   warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
-  warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies)
+  aims = s.policy == "hybrid" or s.policy == "auto" and coreset.aims(inputs)
+  warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies, topics=not aims)
   for warning in [*warnings, *unsolved(s, scored.result)]:
     log.warning("%s", warning)
   if run_dir.writer:
@@ -128,9 +131,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 
 def without_effect(s: Settings) -> list[str]:
-  """Flags of LiSSA that are given with another solver, one sentence each: a flagfile may serve several."""
+  """Flags that are of another solver or policy, one sentence each: a flagfile may serve several."""
   given = [name for name in ("repeat", "scale", "acceleration", "average") if s.solver != "lissa" and s.is_set(name)]
-  return [f"{s.as_flag(name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
+  found = [f"{s.as_flag(name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
+  if s.policy not in coreset.FEATURE_POLICIES:
+    idle = [name for name in ("matching_target", "matching_shrink") if s.is_set(name)]
+    found += [f"{s.as_flag(name)} is of greedy matching and changes nothing with --policy={s.policy}" for name in idle]
+  if s.policy in (*coreset.FEATURE_POLICIES, "matching_hybrid") and s.is_set("aggregate"):
+    found.append(f"{s.as_flag('aggregate')} changes the reported scores alone: --policy={s.policy} matches a mean")
+  return found
 
 
 def risky_settings(s: Settings) -> list[str]:
@@ -287,11 +296,11 @@ def write_results(
   run_dir.write_json("summary.json", summary)
 
 
-def _told(s: Settings, inputs: coreset.PolicyInputs, aim: matching.Shrunk | None) -> dict[str, float | str | None]:
+def _told(s: Settings, inputs: coreset.PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
   """What summary.json says of the rule that chose, and of what it aimed at."""
   return {
     "rule": rule_of(s, inputs),
-    "beyond_chance": inputs.beyond_chance,
+    "apart": dataclasses.asdict(inputs.apart) if inputs.apart else None,
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
   }
@@ -304,16 +313,23 @@ def rule_of(s: Settings, inputs: coreset.PolicyInputs) -> str:
   return "hybrid" if coreset.aims(inputs) else "random without copies"
 
 
-def chosen_by(s: Settings, inputs: coreset.PolicyInputs) -> str:
+def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
   """How far the evaluation set is from the training set, and what follows from it with --policy=auto."""
-  share = f"{inputs.beyond_chance:.0%} of the distance between evaluation and training set is more than chance"
-  if s.policy != "auto":
-    return f"{s.policy}: {share}"
-  if coreset.aims(inputs):
-    return f"auto: {share}, so what is similar to the evaluation examples is chosen (--policy=hybrid)"
+  if apart is None:
+    told = "how far evaluation and training set are apart is not known, for a single example tells nothing of chance"
+  else:
+    told = (
+      f"{apart.share:.0%} of the distance between evaluation and training set is beyond chance (squared distance of "
+      f"their means {apart.distance:.3g}, p = {apart.p:.2g})"
+    )
+  if policy != "auto":
+    return f"{policy}: {told}"
+  if coreset.apart_enough(apart):
+    return f"auto: {told}: what is similar to the evaluation examples is chosen (--policy=hybrid)"
   return (
-    f"auto: {share}, less than {coreset.ANOTHER_KIND:.0%}: they are of one kind, where no rule was reliably better "
-    "than a random choice without copies, so that is taken (--policy names a rule)"
+    f"auto: {told}; for another kind it takes {coreset.LEAST_DISTANCE:g} at p = {coreset.MOST_P:g} or below. For a set "
+    "of the training set's own kind no rule was reliably better than a random choice without copies, so that is taken "
+    "(--policy names a rule)"
   )
 
 

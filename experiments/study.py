@@ -20,8 +20,8 @@ from experiments.finetune import trainable_rows
 from experiments.flags import Settings, seeds_of, words
 from experiments.judging import judged, of_the_target, tell_size, test_examples
 from experiments.pictures import write_figure
-from experiments.policy_inputs import ChoiceInputs
-from experiments.refusals import budget_of, check_size
+from experiments.policy_inputs import MOST_PAIRS, ChoiceInputs
+from experiments.refusals import budget_of, check_policies, check_size
 from experiments.resuming import FOLDER, Work
 from experiments.retraining import (
   EQUAL,
@@ -254,6 +254,7 @@ def check_variants(bench: Workbench, s: Settings) -> None:
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
+      check_policies(bench, {variant.policy})
       if queries < variant.queries:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
@@ -286,6 +287,10 @@ def with_enough_queries(bench: Workbench, s: Settings) -> Settings:
   left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
+  if len(bench.parts["train"]) > MOST_PAIRS:
+    large = [name for name, variant in VARIANTS.items() if variant.policy == "matching_hybrid"]
+    log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
+    left_out += large
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
 
 
@@ -297,8 +302,9 @@ def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
   for name, variant in variants_of(s).items():
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
-      choose_rows = lambda variant=variant, seed=seed: {"rows": study.rows(variant, seed).tolist()}  # noqa: E731
-      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), seed if seeded else 0)
+      drawn = seed if seeded else 0
+      choose_rows = lambda variant=variant, drawn=drawn: {"rows": study.rows(variant, drawn).tolist()}  # noqa: E731
+      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), drawn)
       found.append(Candidate(name, seed, np.array(kept["rows"], np.int64)))
   return found
 

@@ -457,5 +457,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.define(run_dir="runs/transfer")
+  flags.define(run_dir="runs/transfer", policy="matching")
   cli.run(main, alone=True)

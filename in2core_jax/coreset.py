@@ -23,6 +23,7 @@ import numpy as np
 from in2core_jax import matching
 from in2core_jax.aggregation import aggregate, finite, topic_means
 from in2core_jax.errors import UserError
+from in2core_jax.two_samples import Apart
 
 _LENGTH_BINS = 20
 TARGETS = ("both", "tokens", "examples")
@@ -36,7 +37,9 @@ SIMILARITIES = {
   "rds": "round_robin",
   "bm25": "mean",
 }
-ANOTHER_KIND = 0.25  # share of the distance between evaluation and training set beyond chance, from which `auto` aims
+# From where on `auto` aims at the queries: the squared distance of their mean from the pool's (`two_samples.apart`),
+# 0.003 at most for evaluation sets of a pool's own kind and 0.014 at least for others (docs/selection.md), and its p.
+LEAST_DISTANCE, MOST_P = 0.006, 0.01
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class PolicyInputs:
       its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
       that weigh tokens by position. bm25: of each query with the example's text.
     kernel: [N, N], hybrid similarity of every pair of examples, for `matching_hybrid`.
-    beyond_chance: how far the queries are from the pool as a whole (`hybrid.Hybrid`), which decides for `auto`.
+    apart: how far the queries are from the pool as a whole, which decides for `auto`; None: not known.
     similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
@@ -149,7 +152,7 @@ class PolicyInputs:
   target_weights: np.ndarray | None = None
   similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
   kernel: np.ndarray | None = None
-  beyond_chance: float | None = None
+  apart: Apart | None = None
   similar_topics: Sequence[str] | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
@@ -407,14 +410,13 @@ def _copies_last(task: _Task, order: np.ndarray) -> np.ndarray:
 
 
 def aims(inputs: PolicyInputs) -> bool:
-  """Whether `auto` takes what is similar to the queries: else these are of the pool's own kind, and it draws at random.
+  """Whether `auto` takes what is similar to the queries, else it draws at random."""
+  return apart_enough(inputs.apart)
 
-  Raises:
-    UserError: nobody has measured it.
-  """
-  if inputs.beyond_chance is None:
-    raise UserError("policy auto needs beyond_chance, which was not given; compute it or choose another policy")
-  return inputs.beyond_chance >= ANOTHER_KIND
+
+def apart_enough(apart: Apart | None) -> bool:
+  """Whether queries are of another kind than the pool; not where nobody can tell."""
+  return apart is not None and apart.distance >= LEAST_DISTANCE and apart.p <= MOST_P
 
 
 def _matching_hybrid(task: _Task) -> np.ndarray:
@@ -510,7 +512,9 @@ def select_copies_last(
 # ------------------------------------------------------------------------------------------------ warnings
 
 
-def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0, copies: bool = True) -> list[str]:
+def selection_warnings(
+  rows: np.ndarray, inputs: PolicyInputs, seed: int = 0, copies: bool = True, topics: bool = True
+) -> list[str]:
   """What looks risky about a selection, from the selection alone: one sentence each, with numbers and a remedy.
 
   Looks at topics of more than 2 % of the pool that keep less than 20 % of their share, response tokens below 80 % of
@@ -519,12 +523,13 @@ def selection_warnings(rows: np.ndarray, inputs: PolicyInputs, seed: int = 0, co
   Args:
     rows: int [S], the selection. inputs: what it was chosen from; copies are found by its content_keys, where given.
     seed: of the random draws. copies: False where the reader has been told of the copies in the training set already.
+    topics: False where topics and lengths of the queries are what was asked for.
   """
   rows, pool = np.asarray(rows), inputs.pool()
-  found = _dropped_topics(rows, inputs, pool)
+  found = _dropped_topics(rows, inputs, pool) if topics else []
   share = rows.size / pool.size
   tokens, total = (int(inputs.num_response_tokens[r].sum()) for r in (rows, pool))
-  if tokens < 0.8 * share * total:
+  if topics and tokens < 0.8 * share * total:
     found.append(
       f"The selection has {tokens:,} response tokens, {tokens / (share * total):.0%} of what {rows.size:,} average "
       f"examples would have ({share * total:,.0f}): it prefers short responses. "

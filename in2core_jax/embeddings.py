@@ -131,6 +131,8 @@ def whitening(vectors: np.ndarray, damping_ratio: float) -> Callable[[np.ndarray
     UserError: a ratio that is not positive, or vectors that are all the same.
   """
   vectors = np.asarray(vectors, np.float64)
+  if not np.isfinite(vectors).all():
+    raise UserError("whitening of embeddings that are not finite: look for NaN in the weights")
   center = vectors.mean(axis=0)
   values, directions = np.linalg.eigh(np.cov(vectors.T, bias=True))
   if not damping_ratio > 0 or not values[-1] > 0:

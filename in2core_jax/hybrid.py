@@ -7,15 +7,6 @@ the pool's covariance (`embeddings.whitening`). Each finds what the other misses
 text, gradients what of it the model does not know yet. The mean of two cosines is the cosine of both vectors, each of
 unit length, put in a row: one similarity, and a kernel.
 
-How far queries and pool are apart, in that kernel, is the maximum mean discrepancy (Gretton et al. 2012, "A kernel
-two-sample test"):
-
-  |mean of queries - mean of pool|^2 = mean K(q, q') + mean K(p, p') - 2 mean K(q, p)
-
-Over all pairs it counts the sampling error of both means; over pairs of different examples it does not, and is 0 on
-average where queries and pool are draws of one distribution. The share that is beyond chance is the second over the
-first.
-
 Letters: Q queries, N examples of the pool, W numbers of a projected gradient, D of a hidden state.
 """
 
@@ -25,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from in2core_jax import embeddings
+from in2core_jax.two_samples import Apart, apart
 from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients, spread_rows
 
 EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' covariance (docs/selection.md)
@@ -97,14 +89,16 @@ class HybridMetric:
     check_gradients(target, "evaluation")
     return self._kernel((self.metric.measured(target), asked), (self.pool, self.hidden))
 
-  def beyond_chance(self, target: np.ndarray, asked: np.ndarray) -> float:
-    """Share of the squared distance between the means of queries and pool that is beyond their sampling error, 0 to 1.
+  def apart(self, target: np.ndarray, asked: np.ndarray) -> Apart | None:
+    """How far the queries are from the pool as a whole; None where a single example of either tells nothing.
 
     Arguments as of `similarity`.
     """
+    if min(len(asked), len(self.some)) < 2:
+      return None
     queries, sample = (self.metric.measured(target), asked), (self.pool.take(self.some), self.hidden[self.some])
-    tables = (self._kernel(queries, queries), self._kernel(queries, sample), self._kernel(sample, sample))
-    return beyond_chance(*tables)
+    both = self._kernel(queries, sample)
+    return apart(np.block([[self._kernel(queries, queries), both], [both.T, self._kernel(sample, sample)]]), len(asked))
 
   def among(self) -> np.ndarray:
     """K of every pair of examples of the pool, f64 [N, N]."""
@@ -113,19 +107,3 @@ class HybridMetric:
   def _kernel(self, a: tuple[Measured, np.ndarray], b: tuple[Measured, np.ndarray]) -> np.ndarray:
     texts = whitened_embedding(a[1], self.hidden[self.counted], b[1])
     return (self.metric.cosines(a[0], b[0]) + texts) / 2
-
-
-def beyond_chance(among_queries: np.ndarray, between: np.ndarray, among_pool: np.ndarray) -> float:
-  """Share of the squared distance of two means that is beyond their sampling error, 0 to 1.
-
-  Args:
-    among_queries: [Q, Q], K of the queries. between: [Q, P]. among_pool: [P, P].
-
-  Returns:
-    0 for a single query or example, which says nothing about sampling error.
-  """
-  if min(between.shape) < 2:
-    return 0.0
-  with_self = among_queries.mean() + among_pool.mean() - 2 * between.mean()
-  without = sum((own.sum() - np.trace(own)) / (len(own) * (len(own) - 1)) for own in (among_queries, among_pool))
-  return float(np.clip((without - 2 * between.mean()) / with_self, 0, 1)) if with_self > 0 else 0.0

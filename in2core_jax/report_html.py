@@ -281,7 +281,7 @@ def _settings(run: SelectRun) -> dict[str, Any]:
   return {
     "policy": summary["policy"],
     "rule": summary.get("rule", summary["policy"]),
-    "beyond chance": summary.get("beyond_chance"),
+    "apart": summary.get("apart"),
     "unit": summary["unit"],
     "version": identity["version"],
     "solver": solver,

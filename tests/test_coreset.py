@@ -9,6 +9,7 @@ import pytest
 from in2core_jax import aggregation, coreset, matching
 from in2core_jax.coreset import Budget, PolicyInputs, select_rows, selection_warnings
 from in2core_jax.errors import UserError
+from in2core_jax.two_samples import Apart
 
 
 def make_inputs(size=40, seed=0, width=6, **changes):
@@ -26,7 +27,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
     "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in coreset.SIMILARITIES},
     "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
-    "beyond_chance": 0.5,
+    "apart": Apart(0.05, 0.5, 0.005),
   }
   return PolicyInputs(**{**values, **changes})
 
@@ -147,14 +148,13 @@ def test_auto_aims_at_queries_of_another_kind_alone():
   inputs = make_inputs(alike=np.arange(40) // 2)
   ten = Budget(num_examples=10)
   assert select_rows("auto", inputs, ten, 3).tolist() == select_rows("hybrid", inputs, ten).tolist()
-  own_kind = dataclasses.replace(inputs, beyond_chance=0.1)
-  drawn = select_rows("auto", own_kind, Budget(num_examples=20), 3)
+  own_kind = [dataclasses.replace(inputs, apart=one) for one in (Apart(0.001, 0.5, 0.005), Apart(0.05, 0.1, 0.2), None)]
+  drawn, *others = (select_rows("auto", own, Budget(num_examples=20), 3) for own in own_kind)
+  assert all(other.tolist() == drawn.tolist() for other in others)
   assert len(set(drawn // 2)) == 20  # no two that say nearly the same
   assert (
     drawn.tolist() == coreset.select_copies_last("random", inputs, Budget(num_examples=20), inputs.alike, 3).tolist()
   )
-  with pytest.raises(UserError, match="policy auto needs beyond_chance"):
-    select_rows("auto", make_inputs(beyond_chance=None), ten)
 
 
 @pytest.mark.parametrize("policy", coreset.SIMILARITIES)

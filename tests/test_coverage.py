@@ -213,7 +213,7 @@ def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
 def test_the_whitened_table_is_of_the_training_sets_metric():
   rng = np.random.default_rng(0)
   train, points = rng.normal(size=(30, 9)) + 2, rng.normal(size=(5, 9)) + 2
-  scores, cosines, whitened = experiment.tables_from(train, points)
+  scores, cosines, whitened = experiment.tables_from(train, points, [f"{row}" for row in range(30)])
   every = np.concatenate([train, points])
   np.testing.assert_allclose(scores, points @ every.T)
   np.testing.assert_allclose(np.diag(cosines[:, 30:]), 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from in2core_jax import embeddings, hybrid, whitening
+from in2core_jax import coreset, embeddings, hybrid, two_samples, whitening
 from in2core_jax.errors import UserError
 from in2core_jax.whitening import WhitenedMetric
 
@@ -35,7 +35,7 @@ class Found:
   """What a metric says of some queries."""
 
   def __init__(self, metric, asked):
-    self.similarity, self.beyond_chance = metric.similarity(*asked), metric.beyond_chance(*asked)
+    self.similarity, self.apart = metric.similarity(*asked), metric.apart(*asked)
 
 
 def test_similarity_is_the_mean_of_the_two_cosines_in_metrics_of_what_is_counted():
@@ -59,19 +59,33 @@ def test_the_examples_of_the_queries_kind_are_most_similar():
 
 def test_queries_of_another_kind_are_apart_and_draws_of_the_pool_are_not():
   pool = pools()
-  assert found_for(queries(1, 20), pool).beyond_chance > 0.5
+  far = found_for(queries(1, 20), pool).apart
+  assert far.share > 0.5 and far.p == 1 / 200 and coreset.apart_enough(far)
   own = [np.concatenate([kinds(15, 0, 70 + part), kinds(5, 1, 80 + part)]) for part in (0, 1)]
-  assert found_for(own, pool).beyond_chance < 0.25
-  assert found_for(queries(1, 1), pool).beyond_chance == 0  # one query tells nothing of its error
+  near = found_for(own, pool).apart
+  assert near.distance < far.distance / 5 and near.p > 0.01 and not coreset.apart_enough(near)
+  assert found_for(queries(1, 1), pool).apart is None  # one query tells nothing of its error
 
 
-def test_beyond_chance_is_the_unbiased_over_the_biased_distance():
+def test_apart_is_the_distance_of_the_means_without_their_sampling_error():
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(7, 4)) + 1, rng.normal(size=(9, 4))
   biased = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2)
   noise = sum(z.var(axis=0, ddof=1).sum() / len(z) for z in (x, y))
-  found = hybrid.beyond_chance(x @ x.T, x @ y.T, y @ y.T)
-  np.testing.assert_allclose(found, 1 - noise / biased)
+  both = np.concatenate([x, y])
+  found = two_samples.apart(both @ both.T, 7)
+  np.testing.assert_allclose((found.distance, found.share), (biased - noise, 1 - noise / biased))
+
+
+def test_p_is_that_of_a_test():
+  """Draws of one kind are called apart as often as p says, however many there are; the distance does not grow."""
+  rng, found = np.random.default_rng(0), []
+  for queries in (5, 20, 80):
+    for _ in range(60):
+      both = rng.normal(size=(queries + 60, 6))
+      found.append(two_samples.apart(both @ both.T, queries))
+  ps = np.array([one.p for one in found])
+  assert np.mean(ps <= 0.1) < 0.17 and abs(np.mean([one.distance for one in found])) < 0.1
 
 
 def test_the_order_of_the_pool_changes_nothing(monkeypatch):
@@ -83,7 +97,7 @@ def test_the_order_of_the_pool_changes_nothing(monkeypatch):
   mixed = [part[order] for part in pool]
   there = Found(hybrid.HybridMetric.fit(*mixed, [ids[row] for row in order], counted), asked)
   np.testing.assert_allclose(there.similarity, here.similarity[:, order], atol=1e-6)
-  np.testing.assert_allclose(there.beyond_chance, here.beyond_chance, atol=1e-6)
+  np.testing.assert_allclose(there.apart.distance, here.apart.distance, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_are_refused():
@@ -96,4 +110,4 @@ def test_gradients_that_are_not_finite_are_refused():
 def test_a_pool_of_one_text_tells_nothing_apart():
   pool = tuple(np.repeat(part[:1], 3, axis=0) for part in pools())
   found = found_for(queries(1, 4), pool)
-  assert np.ptp(found.similarity, axis=1).max() < 1e-9 and 0 <= found.beyond_chance <= 1
+  assert np.ptp(found.similarity, axis=1).max() < 1e-9 and not coreset.apart_enough(found.apart)

@@ -463,7 +463,7 @@ def test_whitened_cosines_are_scores_too(settings, bench, tmp_path):
 def test_the_default_policy_says_what_it_took_and_why(settings, bench, tmp_path):
   own = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", policy="auto")
   summary = json.loads((pathlib.Path(select.run(own, bench)) / "summary.json").read_text())
-  apart = summary["beyond_chance"] >= coreset.ANOTHER_KIND
+  apart = summary["apart"]["distance"] >= coreset.LEAST_DISTANCE and summary["apart"]["p"] <= coreset.MOST_P
   assert summary["policy"] == "auto" and summary["rule"] == ("hybrid" if apart else "random without copies")
   assert ("distinct evaluation examples are few" in " ".join(summary["warnings"])) != apart
   forced = json.loads(
@@ -471,7 +471,7 @@ def test_the_default_policy_says_what_it_took_and_why(settings, bench, tmp_path)
       pathlib.Path(select.run(own.replace(run_dir=str(tmp_path / "h"), policy="hybrid"), bench)) / "summary.json"
     ).read_text()
   )
-  assert forced["rule"] == "hybrid" and forced["beyond_chance"] == summary["beyond_chance"]
+  assert forced["rule"] == "hybrid" and forced["apart"] == summary["apart"]
 
 
 def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained, tmp_path, monkeypatch):
