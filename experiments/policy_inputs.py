@@ -12,6 +12,7 @@ from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies,
 from in2core_jax.errors import UserError
 from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients
 
+NEAR = 0.8  # of the shingles: what two examples share beside a long instruction that many begin with
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
@@ -147,7 +148,8 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    return near_copies.alike(self._texts["train"], [record.content_key for record in self.bench.parts["train"].records])
+    keys = [record.content_key for record in self.bench.parts["train"].records]
+    return near_copies.alike(self._texts["train"], keys, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray) -> dict:
     """Similarities of queries and examples, and how policies use them."""
