@@ -116,9 +116,16 @@ def with_targets(bench: Workbench, s: Settings) -> list[Target]:
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, bench: Workbench, s: Settings, checkpoint: str):
-    """`checkpoint` is of the training on all examples; empty where no rule takes gradients there."""
-    self.bench, self.settings, self._checkpoint = bench, s, checkpoint
+  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, trains: bool = False):
+    """Computes nothing yet.
+
+    Args:
+      bench: data and model.
+      s: the flags that rules change.
+      checkpoint: of the training on all examples; empty where no rule takes gradients there.
+      trains: whether trainings follow, whose hidden states serve pooled ones too, if they are made first.
+    """
+    self.bench, self.settings, self._checkpoint, self._trains = bench, s, checkpoint, trains
     self._made: dict[str, ChoiceInputs] = {}
 
   def order(self, variant: Variant, target: Target, seed: int) -> np.ndarray:
@@ -127,6 +134,8 @@ class Chooser:
     bench = bench_of(self.bench, s)
     key = artifacts.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
+      if self._trains:
+        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.params)
       self._made.clear()  # of one place at a time: projected gradients are large
       self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
     more = self._made[key].of({variant.policy}, target.queries)
@@ -172,9 +181,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
     checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  if retrained:  # the hidden states that trainings begin with are half of what pooled ones take: made first
-    bench.packer("train", start_params(bench, s)[1], bench.params)
-  cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint)
+  cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets)}
   log.info("\n%s", report.markdown_table(found["recall"]))
