@@ -258,6 +258,7 @@ class Settings:
   target_queries: int = _flag("targets", 60, "evaluation examples of a target, at most")
   target_tests: int = _flag("targets", 120, "test examples of a target, at most")
   retrained: str = _flag("targets", "", "those of --variants whose choices are trained on; empty: none")
+  retrained_targets: str = _flag("targets", "", "those of --targets that --retrained is for; empty: all")
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")

@@ -101,7 +101,7 @@ class ChoiceInputs:
   def _hybrid(self) -> hybrid.HybridMetric:
     train = self.bench.parts["train"]
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
-    hidden = self._hidden("mean")["train"]
+    hidden = self._views("train")
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
 
   @functools.cached_property
@@ -138,9 +138,13 @@ class ChoiceInputs:
 
   # ---- similarities ------------------------------------------------------------------
 
-  def _hidden(self, pooling: str) -> dict[str, np.ndarray]:
-    """Pooled hidden states by part; the workbench keeps them."""
-    return {part: self.bench.embeddings(part, pooling=pooling) for part in ("train", "eval")}
+  def _hidden(self, part: str, pooling: str) -> np.ndarray:
+    """Pooled hidden states, [N, D]; the workbench keeps them."""
+    return self.bench.embeddings(part, pooling=pooling)
+
+  def _views(self, part: str) -> np.ndarray:
+    """What `hybrid` looks at, [N, V, D]."""
+    return np.stack([self._hidden(part, pooling) for pooling in hybrid.VIEWS], axis=1)
 
   @functools.cached_property
   def _texts(self) -> dict[str, list[str]]:
@@ -159,7 +163,7 @@ class ChoiceInputs:
     names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if wanted & {*coreset.HYBRID_POLICIES} else set())
     found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
     if "hybrid" in names:
-      asked = self._eval_features[queries], self._hidden("mean")["eval"][queries]
+      asked = self._eval_features[queries], self._views("eval")[queries]
       found["apart"] = self._hybrid.apart(*asked)
     if "matching_hybrid" in wanted:
       found["kernel"] = self._kernel
@@ -168,17 +172,18 @@ class ChoiceInputs:
   def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:
     """[Q, N]."""
     if name == "hybrid":
-      return self._hybrid.similarity(self._eval_features[queries], self._hidden("mean")["eval"][queries])
+      return self._hybrid.similarity(self._eval_features[queries], self._views("eval")[queries])
     if name == "whitened_cosine":
       metric, pool = self._whitened
       check_gradients(self._eval_features[queries], "evaluation")
       return metric.cosines(self._eval_features[queries], pool)
     if name == "bm25":
       return lexical.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
-    hidden = self._hidden("position" if name == "rds" else "mean")
-    asked, told = hidden["eval"][queries], hidden["train"]
     if name == "whitened_embedding":
-      return hybrid.whitened_embedding(asked, told[self._counts], told)
+      told = self._views("train")
+      return hybrid.whitened_embedding(self._views("eval")[queries], told[self._counts], told)
+    pooling = "position" if name == "rds" else "mean"
+    asked, told = self._hidden("eval", pooling)[queries], self._hidden("train", pooling)
     return embeddings.cosine_to(asked, told)
 
 

@@ -100,6 +100,19 @@ def targets_of(parts: dict[str, data.TokenizedDataset], s: Settings) -> list[Tar
   return found
 
 
+def reported(targets: list[Target], s: Settings) -> list[Target]:
+  """Those of --retrained_targets.
+
+  Raises:
+    UserError: one that is not among --targets.
+  """
+  wanted = ["+".join(flags.listed(text)) for text in flags.listed(s.retrained_targets, ";")]
+  missing = [name for name in wanted if name not in {target.name for target in targets}]
+  if missing:
+    raise UserError(f"--retrained_targets={s.retrained_targets}: {missing[0]!r} is not among --targets={s.targets}")
+  return [target for target in targets if not wanted or target.name in wanted]
+
+
 def with_targets(bench: Workbench, s: Settings) -> list[Target]:
   """The targets; `bench` keeps of evaluation and test set what they need, and their rows are of these."""
   every = targets_of(bench.parts, s)
@@ -174,6 +187,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   artifacts.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   bench = bench or Workbench(s)
   targets = with_targets(bench, s)
+  judged_targets = reported(targets, s)
   identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   bench.write_skipped(run_dir)
@@ -186,7 +200,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   found = {"recall": recall_table(targets, orders, budgets)}
   log.info("\n%s", report.markdown_table(found["recall"]))
   if retrained:
-    found |= retrain(bench, s, cells, targets, {name: orders[name] for name in retrained}, (budgets, equal))
+    found |= retrain(bench, s, cells, judged_targets, {name: orders[name] for name in retrained}, (budgets, equal))
   write_tables(run_dir, bench, s, targets, found)
   return str(run_dir.path)
 

@@ -54,7 +54,7 @@ class Workbench:
     self.settings = settings
     self._caches: dict = {}
     self._hidden: dict = {}
-    self._embedded: dict[tuple[str, str], np.ndarray] = {}
+    self._embedded: dict[str, dict[str, np.ndarray]] = {}
 
   def with_settings(self, **changes) -> "Workbench":
     """The same model and examples, losses made or examples cut in another way; itself when nothing changes.
@@ -91,7 +91,7 @@ class Workbench:
     bench.__dict__["parts"] = self.parts | {"eval": self.parts["eval"].take(rows)}
     bench.__dict__.pop("summary", None)
     bench._hidden = {key: hidden for key, hidden in self._hidden.items() if key[0] != "eval"}
-    bench._embedded = {key: found for key, found in self._embedded.items() if key[0] != "eval"}
+    bench._embedded = {part: found for part, found in self._embedded.items() if part != "eval"}
     return bench
 
   # ---- model -------------------------------------------------------------------------
@@ -422,33 +422,21 @@ class Workbench:
       lambda source, total: track(source, total, what),
     )
 
-  def embeddings(self, part: str, params=None, rows=None, pooling: str = "mean") -> np.ndarray:
-    """Pooled last hidden states of a part's examples, float32 [N, D].
+  def embeddings(self, part: str, pooling: str = "mean") -> np.ndarray:
+    """Pooled last hidden states of a part's examples at the base model, float32 [N, D].
 
     Args:
       part: train, eval or test.
-      params: of the model; the base model's when None.
-      rows: only these examples.
-      pooling: weights of the tokens, a word of `embeddings.POOLINGS`.
+      pooling: a word of `embeddings.POOLINGS`; all are made in one pass.
     """
-    if params is None and rows is None:
-      key = (part, pooling)
-      if key not in self._embedded:
-        self._embedded[key] = self._pooled(part, None, None, pooling)
-      return self._embedded[key]
-    return self._pooled(part, params, rows, pooling)
-
-  def _pooled(self, part: str, params, rows, pooling: str) -> np.ndarray:
-    below = None
-    dataset = self.parts[part] if rows is None else self.parts[part].take(rows)
-    if params is None:  # what scoring keeps at the base model need not be run again
+    if part not in self._embedded:
+      # What scoring keeps at the base model need not be run again.
       kept = {key[1]: hidden for key, hidden in self._hidden.items() if key[0] == part and key[2] == "base"}
-      if kept:
-        hidden, first = kept[max(kept)], max(kept)
-        below = hidden if rows is None else hidden.take(np.asarray(rows)), first
-    tree = embeddings.above_all(self.config.num_layers)
-    job = self._below_job(tree, self.params if params is None else params, f"embeddings ({part})")
-    return embeddings.pooled(job, dataset, pooling, below)
+      below = (kept[max(kept)], max(kept)) if kept else None
+      tree = embeddings.above_all(self.config.num_layers)
+      job = self._below_job(tree, self.params, f"embeddings ({part})")
+      self._embedded[part] = embeddings.pooled(job, self.parts[part], below)
+    return self._embedded[part][pooling]
 
 
 def cache_on_disk(s: Settings, size: int) -> bool:

@@ -38,8 +38,8 @@ SIMILARITIES = {
   "bm25": "mean",
 }
 # From where on `auto` aims at the queries: the squared distance of their mean from the pool's (`two_samples.apart`),
-# 0.003 at most for evaluation sets of a pool's own kind and 0.014 at least for others (docs/selection.md), and its p.
-LEAST_DISTANCE, MOST_P = 0.006, 0.01
+# 0.002 at most for evaluation sets of a pool's own kind and 0.025 at least for others (docs/selection.md), and its p.
+LEAST_DISTANCE, MOST_P = 0.01, 0.01
 
 
 @dataclass(frozen=True)

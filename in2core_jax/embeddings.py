@@ -1,7 +1,7 @@
 """Embeddings of examples by the model itself: what influence is compared with where texts alone are looked at.
 
   e_i = sum over the tokens t of example i, prompt and response, of w_t norm(h_it)    h: last hidden states
-  "mean": w_t = 1 / T          "position": w_t = t / (1 + 2 + ... + T)
+  "mean": w_t = 1 / T          "position": w_t = t / (1 + 2 + ... + T)          "last": w_T = 1
 
 Weights by position are those of RDS+ (arXiv 2503.01807): a late token has seen more of the text. Padding counts
 nothing, and examples that share a packed row do not see each other. Two embeddings are compared by their cosine.
@@ -27,37 +27,31 @@ def above_all(num_layers: int) -> Subtree:
   return Subtree((), num_layers, ())
 
 
-POOLINGS = ("mean", "position")
+POOLINGS = ("mean", "position", "last")
 
 
-def pooled(
-  job: BoundaryJob, dataset: Any, pooling: str = "mean", below: tuple[BoundaryCache, int] | None = None
-) -> np.ndarray:
-  """Mean of each example's last hidden states, after the final norm.
+def pooled(job: BoundaryJob, dataset: Any, below: tuple[BoundaryCache, int] | None = None) -> dict[str, np.ndarray]:
+  """Each example's last hidden states, after the final norm, in all poolings.
 
   Args:
     job: the model and how to run it; `job.subtree` is `above_all`, `job.frozen` are all parameters.
     dataset: has `tokens`, int32 [T_i] for each of N examples.
-    pooling: weights of the tokens, a word of `POOLINGS`.
     below: hidden states of the very same examples that enter a layer, and which layer: those below it are not run
       again.
 
   Returns:
-    float32 [N, D].
+    {word of `POOLINGS`: float32 [N, D]}.
 
   Raises:
-    ValueError: an unknown pooling.
     UserError: a subtree whose boundary is below a layer (its hidden states are not the last), or an example without
       tokens.
   """
-  if pooling not in POOLINGS:
-    raise ValueError(f"pooling={pooling!r}: use one of {POOLINGS}")
   if job.subtree.boundary != job.subtree.num_layers:
     raise UserError(f"embeddings need all layers below the boundary, which is {job.subtree.boundary}: use above_all")
   lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
   if not lengths.all():
     raise UserError(f"example {dataset.ids[int(np.argmin(lengths))]!r} has no token, so there is nothing to embed")
-  found = np.zeros((len(lengths), job.config.hidden_size), np.float32)
+  found = {name: np.zeros((len(lengths), job.config.hidden_size), np.float32) for name in POOLINGS}
   plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
     if below is None:
@@ -71,10 +65,9 @@ def pooled(
     flat = hidden.reshape(-1, hidden.shape[-1])
     for example, place in zip(packed.examples, packed.places, strict=True):
       rows = flat[place : place + lengths[example]]
-      if pooling == "mean":
-        found[example] = rows.mean(axis=0, dtype=np.float64)
-      else:
-        found[example] = np.average(rows.astype(np.float64), axis=0, weights=np.arange(1, len(rows) + 1))
+      found["mean"][example] = rows.mean(axis=0, dtype=np.float64)
+      found["position"][example] = np.average(rows, axis=0, weights=np.arange(1.0, len(rows) + 1))
+      found["last"][example] = rows[-1]
   return found
 
 

@@ -1,13 +1,14 @@
 """Gradients and hidden states together: which examples of a pool are of the kind of the queries.
 
-  K(x, y) = (cos_M(g_x, g_y) + cos_E(e_x, e_y)) / 2
+  K(x, y) = (cos_M(g_x, g_y) + cos_E(e_x, e_y) + cos_L(l_x, l_y)) / 3
 
-g are projected gradients in the pool's whitened metric M (`whitening`), e mean-pooled last hidden states, whitened by
-the pool's covariance (`embeddings.whitening`). Each finds what the other misses: hidden states tell topic and form of a
-text, gradients what of it the model does not know yet. The mean of two cosines is the cosine of both vectors, each of
-unit length, put in a row: one similarity, and a kernel.
+g are projected gradients in the pool's whitened metric M (`whitening`); e are the last hidden states, averaged over an
+example's tokens, and l those of its last token, each whitened by the pool's covariance (`embeddings.whitening`). Each
+finds what the others miss: averages tell what a text is about, the last token what kind of turn has ended, gradients
+what of it the model does not know yet. The mean of cosines is the cosine of all vectors, each of unit length, put in a
+row: one similarity, and a kernel.
 
-Letters: Q queries, N examples of the pool, W numbers of a projected gradient, D of a hidden state.
+Letters: Q queries, N examples of the pool, W numbers of a projected gradient, V views of D hidden numbers.
 """
 
 import dataclasses
@@ -20,24 +21,27 @@ from in2core_jax.two_samples import Apart, apart
 from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients, spread_rows
 
 EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' covariance (docs/selection.md)
+VIEWS = ("mean", "last")  # poolings of the hidden states
 _PAIRS = 1024  # examples of the pool whose similarities with each other are averaged
 
 
 def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """cos_E of every query and each of some others, where the pool's hidden states have no direction in common.
+  """Mean over the views of the cosine of hidden states where the pool's have no direction in common.
 
   Args:
-    queries: [Q, D].
-    pool: [P, D], whose covariance it is.
-    others: [N, D].
+    queries: [Q, V, D].
+    pool: [P, V, D], whose covariances they are.
+    others: [N, V, D].
 
   Returns:
-    f64 [Q, N]; 0 where the pool's hidden states do not differ, and so tell nothing apart.
+    f64 [Q, N]; a view in which the pool's hidden states do not differ tells nothing apart, and is 0.
   """
-  if not np.ptp(pool, axis=0).any():
-    return np.zeros((len(queries), len(others)))
-  image = embeddings.whitening(pool, EMBEDDING_DAMPING)
-  return embeddings.cosine_to(image(queries), image(others)).astype(np.float64)
+  total = np.zeros((len(queries), len(others)))
+  for view in range(pool.shape[1]):
+    if np.ptp(pool[:, view], axis=0).any():
+      image = embeddings.whitening(pool[:, view], EMBEDDING_DAMPING)
+      total += embeddings.cosine_to(image(queries[:, view]), image(others[:, view]))
+  return total / pool.shape[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +51,7 @@ class HybridMetric:
   Attributes:
     metric: of its gradients.
     pool: N gradients in that metric.
-    hidden: of the same examples, [N, D].
+    hidden: views of the hidden states of the same examples, [N, V, D].
     counted: int, rows of the examples that metric and mean are of.
     some: int, the rows of them whose similarities with each other stand for all.
   """
@@ -64,7 +68,7 @@ class HybridMetric:
 
     Args:
       features: projected gradients, f32 or f64 [N, W]; 0 without a response.
-      hidden: pooled hidden states of the same examples, [N, D].
+      hidden: views of the last hidden states of the same examples (`VIEWS`), [N, V, D].
       ids: N example ids; which examples stand for the pool follows from them, not from the order of reading.
       counts: bool [N], which examples make metric and mean: those with a response, of copies the first.
 
@@ -81,7 +85,7 @@ class HybridMetric:
 
     Args:
       target: projected gradients of the queries, [Q, W].
-      asked: their hidden states, [Q, D].
+      asked: views of their hidden states, [Q, V, D].
 
     Raises:
       UserError: values that are not finite.
@@ -105,5 +109,6 @@ class HybridMetric:
     return self._kernel((self.pool, self.hidden), (self.pool, self.hidden))
 
   def _kernel(self, a: tuple[Measured, np.ndarray], b: tuple[Measured, np.ndarray]) -> np.ndarray:
-    texts = whitened_embedding(a[1], self.hidden[self.counted], b[1])
-    return (self.metric.cosines(a[0], b[0]) + texts) / 2
+    views = self.hidden.shape[1]
+    texts = views * whitened_embedding(a[1], self.hidden[self.counted], b[1])
+    return (self.metric.cosines(a[0], b[0]) + texts) / (1 + views)

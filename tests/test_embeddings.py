@@ -36,16 +36,26 @@ def test_hidden_states_that_are_kept_give_the_same_embeddings():
   params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
   tree = subtree.make_subtree(params, "last:2")
   cache = boundary.compute_boundary(job_of(params, 26, tree), dataset)
-  found = embeddings.pooled(job_of(params, 26), dataset, below=(cache, tree.boundary))
-  np.testing.assert_allclose(found, embeddings.pooled(job_of(params, 26), dataset), rtol=1e-5, atol=1e-6)
+  found = embeddings.pooled(job_of(params, 26), dataset, (cache, tree.boundary))
+  wanted = embeddings.pooled(job_of(params, 26), dataset)
+  assert tuple(found) == embeddings.POOLINGS
+  for name, values in wanted.items():
+    np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_by_position_are_those_of_rds_plus():
   params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
-  found = embeddings.pooled(job_of(params, 26), dataset, "position")
+  found = embeddings.pooled(job_of(params, 26), dataset)["position"]
   np.testing.assert_allclose(found, one_by_one(params, dataset, by_position=True), rtol=1e-4, atol=1e-5)
-  with pytest.raises(ValueError, match="pooling='last'"):
-    embeddings.pooled(job_of(params, 26), dataset, "last")
+
+
+def test_the_last_token_stands_alone():
+  params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
+  found = embeddings.pooled(job_of(params, 26), dataset)["last"]
+  totals = [len(tokens) * one for tokens, one in zip(dataset.tokens, one_by_one(params, dataset), strict=True)]
+  cut = types.SimpleNamespace(tokens=[tokens[:-1] for tokens in dataset.tokens])
+  before = [len(tokens) * one for tokens, one in zip(cut.tokens, one_by_one(params, cut), strict=True)]
+  np.testing.assert_allclose(found, np.array(totals) - np.array(before), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm_offset", [0.0, 1.0])
@@ -53,18 +63,18 @@ def test_embeddings_are_means_over_the_examples_own_tokens(norm_offset):
   config = tiny.make_config(norm_offset=norm_offset)
   params, dataset = tiny.make_params(config), tiny.make_dataset(config.vocab_size)
   wanted = one_by_one(params, dataset, config)
-  found = embeddings.pooled(job_of(params, 26, config=config), dataset)
+  found = embeddings.pooled(job_of(params, 26, config=config), dataset)["mean"]
   assert found.dtype == np.float32 and found.shape == (len(tiny.ROLES), CONFIG.hidden_size)
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_embeddings_depend_neither_on_the_batches_nor_on_the_neighbours():
   params, dataset = tiny.make_params(CONFIG), tiny.make_dataset(CONFIG.vocab_size)
-  whole = embeddings.pooled(job_of(params, 1000), dataset)
-  cut = embeddings.pooled(job_of(params, 1), dataset)
+  whole = embeddings.pooled(job_of(params, 1000), dataset)["mean"]
+  cut = embeddings.pooled(job_of(params, 1), dataset)["mean"]
   np.testing.assert_allclose(whole, cut, rtol=1e-4, atol=1e-5)
   others = types.SimpleNamespace(ids=dataset.ids[:2], tokens=dataset.tokens[:2])
-  np.testing.assert_allclose(embeddings.pooled(job_of(params, 1000), others), whole[:2], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(embeddings.pooled(job_of(params, 1000), others)["mean"], whole[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings_need_all_layers_and_a_token():

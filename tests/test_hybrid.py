@@ -17,11 +17,12 @@ def kinds(size, which, seed, width=50):
 
 def pools(seed=0):
   """(gradients, hidden states) of a pool of two kinds, 60 and 20."""
-  return tuple(np.concatenate([kinds(60, 0, seed + part), kinds(20, 1, seed + 10 + part)]) for part in (0, 1))
+  made = [np.concatenate([kinds(60, 0, seed + part), kinds(20, 1, seed + 10 + part)]) for part in (0, 1, 2)]
+  return made[0], np.stack(made[1:], axis=1)
 
 
 def queries(which, size, seed=50):
-  return kinds(size, which, seed), kinds(size, which, seed + 1)
+  return kinds(size, which, seed), np.stack([kinds(size, which, seed + view) for view in (1, 2)], axis=1)
 
 
 def found_for(asked, pool, counted=None):
@@ -38,17 +39,18 @@ class Found:
     self.similarity, self.apart = metric.similarity(*asked), metric.apart(*asked)
 
 
-def test_similarity_is_the_mean_of_the_two_cosines_in_metrics_of_what_is_counted():
+def test_similarity_is_the_mean_of_the_cosines_in_metrics_of_what_is_counted():
   pool, asked = pools(), queries(1, 6)
   counted = np.arange(80) % 7 > 0
   pool[0][~counted] = 0  # without a response there is no gradient
   found = found_for(asked, pool, counted)
   gradients = WhitenedMetric.fit(pool[0][counted]).cosines(asked[0], pool[0])
-  image = embeddings.whitening(pool[1][counted], hybrid.EMBEDDING_DAMPING)
   unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
-  np.testing.assert_allclose(
-    found.similarity, (gradients + unit(image(asked[1])) @ unit(image(pool[1])).T) / 2, atol=1e-6
-  )
+  texts = 0
+  for view in (0, 1):
+    image = embeddings.whitening(pool[1][counted, view], hybrid.EMBEDDING_DAMPING)
+    texts = texts + unit(image(asked[1][:, view])) @ unit(image(pool[1][:, view])).T
+  np.testing.assert_allclose(found.similarity, (gradients + texts) / 3, atol=1e-6)
 
 
 def test_the_examples_of_the_queries_kind_are_most_similar():
@@ -61,7 +63,8 @@ def test_queries_of_another_kind_are_apart_and_draws_of_the_pool_are_not():
   pool = pools()
   far = found_for(queries(1, 20), pool).apart
   assert far.share > 0.5 and far.p == 1 / 200 and coreset.apart_enough(far)
-  own = [np.concatenate([kinds(15, 0, 70 + part), kinds(5, 1, 80 + part)]) for part in (0, 1)]
+  own = [np.concatenate([kinds(15, 0, 70 + part), kinds(5, 1, 80 + part)]) for part in (0, 1, 2)]
+  own = own[0], np.stack(own[1:], axis=1)
   near = found_for(own, pool).apart
   assert near.distance < far.distance / 5 and near.p > 0.01 and not coreset.apart_enough(near)
   assert found_for(queries(1, 1), pool).apart is None  # one query tells nothing of its error

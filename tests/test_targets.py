@@ -105,6 +105,7 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
     ({"targets": "food, sports, movies, humor"}, "all training examples are of"),
     ({"targets": "sports", "target_queries": 2}, "has 2 queries; a target needs 5"),
     ({"variants": "proponents, cg"}, "'proponents, cg' needs scores of each target; use some of"),
+    ({"retrained_targets": "humor"}, "'humor' is not among --targets=sports; movies, humor"),
     ({"retrained": "longest"}, "--retrained=longest: unknown 'longest'"),
     ({"fractions": "0.5,1"}, "a budget below 1"),
     ({"source_limits": "3,4"}, "need 1 numbers of at least 0, one for each source .*: chatterbot"),
