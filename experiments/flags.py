@@ -188,7 +188,7 @@ class Settings:
     "select",
     "auto",
     "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn; "
-    "auto: nearest for hybrid and its parts, round_robin for rds, mean for all others",
+    "auto: round_robin for hybrid and rds, nearest for parts of hybrid, mean for all others",
     ("auto", *aggregation.AGGREGATES),
   )
   fraction: float = _flag("select", 0.5, "share of the training examples to keep")

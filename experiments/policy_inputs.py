@@ -166,13 +166,14 @@ class ChoiceInputs:
       asked = self._eval_features[queries], self._views("eval")[queries]
       found["apart"] = self._hybrid.apart(*asked)
     if "matching_hybrid" in wanted:
-      found["kernel"] = self._kernel
+      asked = self._eval_features[queries], self._views("eval")[queries]
+      found |= {"kernel": self._kernel, "towards": self._hybrid.similarity(*asked).mean(axis=0)}
     return found
 
   def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:
     """[Q, N]."""
     if name == "hybrid":
-      return self._hybrid.similarity(self._eval_features[queries], self._views("eval")[queries])
+      return self._hybrid.smoothed(self._eval_features[queries], self._views("eval")[queries])
     if name == "whitened_cosine":
       metric, pool = self._whitened
       check_gradients(self._eval_features[queries], "evaluation")

@@ -132,7 +132,7 @@ VARIANTS = {
   "hybrid, base model": _variant("hybrid"),
   "matching, hybrid": _variant("matching_hybrid", trained=True),
   "matching, hybrid, base model": _variant("matching_hybrid"),
-  "hybrid, in turns": _variant("hybrid", aggregate="round_robin"),
+  "hybrid, nearest": _variant("hybrid", aggregate="nearest"),
   "whitened cosine": _variant("whitened_cosine", trained=True),
   "whitened cosine, base model": _variant("whitened_cosine"),
   "whitened cosine, in turns": _variant("whitened_cosine", trained=True, aggregate="round_robin"),

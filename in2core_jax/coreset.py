@@ -30,7 +30,7 @@ TARGETS = ("both", "tokens", "examples")
 # Policies by how similar each example is to each query: the inputs they choose from, and how these become one order
 # (`aggregation`).
 SIMILARITIES = {
-  "hybrid": "nearest",
+  "hybrid": "round_robin",
   "whitened_cosine": "nearest",
   "whitened_embedding": "nearest",
   "embedding": "mean",
@@ -128,6 +128,7 @@ class PolicyInputs:
       its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
       that weigh tokens by position. bm25: of each query with the example's text.
     kernel: [N, N], hybrid similarity of every pair of examples, for `matching_hybrid`.
+    towards: [N], mean hybrid similarity of each example with the queries, for the same.
     apart: how far the queries are from the pool as a whole, which decides for `auto`; None: not known.
     similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
@@ -152,6 +153,7 @@ class PolicyInputs:
   target_weights: np.ndarray | None = None
   similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
   kernel: np.ndarray | None = None
+  towards: np.ndarray | None = None
   apart: Apart | None = None
   similar_topics: Sequence[str] | None = None
   aggregate: str | None = None
@@ -421,11 +423,10 @@ def apart_enough(apart: Apart | None) -> bool:
 
 def _matching_hybrid(task: _Task) -> np.ndarray:
   inputs = task.inputs
-  if inputs.kernel is None or "hybrid" not in inputs.similarities:
-    raise UserError(f"policy {task.policy} needs kernel and the hybrid similarity, which were not given")
-  towards = np.asarray(inputs.similarities["hybrid"])[:, task.pool].mean(axis=0)
+  if inputs.kernel is None or inputs.towards is None:
+    raise UserError(f"policy {task.policy} needs kernel and towards, which were not given")
   kernel = np.asarray(inputs.kernel)[np.ix_(task.pool, task.pool)]
-  return matching.herding(kernel, towards, task.budget.limit(task.tokens))
+  return matching.herding(kernel, np.asarray(inputs.towards)[task.pool], task.budget.limit(task.tokens))
 
 
 def _auto(task: _Task) -> np.ndarray:

@@ -22,7 +22,25 @@ from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients, spr
 
 EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' covariance (docs/selection.md)
 VIEWS = ("mean", "last")  # poolings of the hidden states
+NEIGHBOURS = 3  # queries that speak together
 _PAIRS = 1024  # examples of the pool whose similarities with each other are averaged
+
+
+def smoothed(similarity: np.ndarray, among: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
+  """Each query's similarities, averaged with those of the queries most like it: less chance in a single query's word.
+
+  Args:
+    similarity: of queries and examples, [Q, N].
+    among: of the queries, [Q, Q].
+    count: of queries that speak together, the query itself among them; all where there are fewer.
+
+  Returns:
+    f64 [Q, N].
+  """
+  order = among.copy()
+  np.fill_diagonal(order, np.inf)  # itself comes first
+  nearest = np.argsort(-order, axis=1, kind="stable")[:, :count]
+  return np.asarray(similarity, np.float64)[nearest].mean(axis=1)
 
 
 def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -79,6 +97,11 @@ class HybridMetric:
     counted, metric = np.flatnonzero(counts), WhitenedMetric.fit(features, ids=ids, counted=counts)
     some = counted[spread_rows([ids[row] for row in counted], _PAIRS)]
     return cls(metric, metric.measured(features), hidden, counted, some)
+
+  def smoothed(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """`smoothed` of `similarity`, f64 [Q, N]."""
+    queries = self.metric.measured(target), asked
+    return smoothed(self.similarity(target, asked), self._kernel(queries, queries))
 
   def similarity(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """K of every query with every example of the pool, f64 [Q, N].

@@ -27,6 +27,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
     "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in coreset.SIMILARITIES},
     "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
+    "towards": rng.normal(size=size),
     "apart": Apart(0.05, 0.5, 0.005),
   }
   return PolicyInputs(**{**values, **changes})
@@ -112,7 +113,7 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
 
   def at(order):
     changes = {name: np.asarray(getattr(inputs, name))[order] for name in names}
-    changes["kernel"] = inputs.kernel[np.ix_(order, order)]
+    changes |= {"kernel": inputs.kernel[np.ix_(order, order)], "towards": inputs.towards[order]}
     changes["similarities"] = {name: values[:, order] for name, values in inputs.similarities.items()}
     return make_inputs(scores=scores[order], num_response_tokens=responses[order], **changes)
 

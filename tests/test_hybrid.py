@@ -114,3 +114,12 @@ def test_a_pool_of_one_text_tells_nothing_apart():
   pool = tuple(np.repeat(part[:1], 3, axis=0) for part in pools())
   found = found_for(queries(1, 4), pool)
   assert np.ptp(found.similarity, axis=1).max() < 1e-9 and not coreset.apart_enough(found.apart)
+
+
+def test_a_query_speaks_with_those_most_like_it():
+  similarity = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.2]])
+  among = np.array([[1.0, 0.1, 0.9], [0.1, 0.2, 0.3], [0.9, 0.3, 1.0]])  # the second is like none, itself least of all
+  found = hybrid.smoothed(similarity, among, 2)
+  np.testing.assert_allclose(found, [[0.75, 0.1], [0.25, 0.6], [0.75, 0.1]])
+  np.testing.assert_allclose(hybrid.smoothed(similarity, among, 1), similarity)
+  np.testing.assert_allclose(hybrid.smoothed(similarity, among, 9), np.tile(similarity.mean(axis=0), (3, 1)))
