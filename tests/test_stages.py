@@ -424,16 +424,22 @@ def test_topics_are_aggregated(settings, bench, tmp_path):
   assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
 
 
+def _answered(bench):
+  """Evaluation examples with a response, by their ids: the order in which they take turns."""
+  evals = bench.parts["eval"]
+  return np.array(sorted(np.flatnonzero(evals.num_response_tokens), key=lambda row: evals.ids[row]))
+
+
 def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
   """Their nearest, or in turns: from the very scores that --per_query writes."""
   plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", per_query=True)
   folder = pathlib.Path(select.run(plain, bench))
   pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
-  answered = bench.parts["eval"].num_response_tokens > 0
+  answered = _answered(bench)
   for how in ("nearest", "round_robin"):
     chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, per_query=False, query_block=3)
     found = artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
-    wanted = aggregation.aggregate(pairs[answered], [""] * answered.sum(), how, bench.parts["train"].ids)
+    wanted = aggregation.aggregate(pairs[answered], [""] * len(answered), how, bench.parts["train"].ids)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
 
 
@@ -445,8 +451,7 @@ def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
   scores = artifacts.read_scores(pathlib.Path(select.run(less, bench)) / "scores.parquet")
   usable = (bench.parts["train"].num_response_tokens > 0).sum()
   assert sorted(scores["influence"])[-usable:] == list(range(41 - usable, 41)) and scores["selected"].sum() == 20
-  answered = np.flatnonzero(bench.parts["eval"].num_response_tokens)
-  first = scoring.trajectory_scores(bench, less, scoring.NOTHING_KEPT, {"first": answered[:1]})[0]
+  first = scoring.trajectory_scores(bench, less, scoring.NOTHING_KEPT, {"first": _answered(bench)[:1]})[0]
   assert np.argmax(scores["influence"]) == np.argmax(first[0])  # the first query takes its best
 
 
