@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.flags import Settings
 from experiments.projection import Projection
-from experiments.workbench import Workbench
+from experiments.workbench import Workbench, by_id
 from in2core_jax import coreset, data, embeddings, hybrid, lexical, near_copies, records
 from in2core_jax.errors import UserError
 from in2core_jax.whitening import Measured, WhitenedMetric, check_gradients
@@ -49,19 +49,20 @@ class ChoiceInputs:
     self.bench, self.settings, self._stored = bench, s, stored
     self._params = params
 
-  def of(self, policies: Collection[str], rows: np.ndarray | None = None) -> dict:
+  def of(self, policies: Collection[str], rows: np.ndarray | None = None, aggregate: str = "") -> dict:
     """Fields of `coreset.PolicyInputs`.
 
     Args:
       policies: those that are wanted; what only others need is not computed.
       rows: of the evaluation set, the queries; None: all.
+      aggregate: a word of --aggregate in place of the settings'.
     """
     wanted, found = set(policies), {}
     among = lambda kept: kept if rows is None else kept[np.isin(kept, rows)]  # noqa: E731
     if wanted & set(coreset.FEATURE_POLICIES):
       found |= self._matched(among(self._answered))
     if wanted & {*coreset.HYBRID_POLICIES, *coreset.SIMILARITIES}:
-      found |= self._similar(wanted, among(self._first_queries))
+      found |= self._similar(wanted, among(self._first_queries), aggregate or self.settings.aggregate)
     return found
 
   # Copies are one query, and one example of what the training set is like. Queries come in the order of their ids, so
@@ -74,8 +75,7 @@ class ChoiceInputs:
   @functools.cached_property
   def _first_queries(self) -> np.ndarray:
     evals = self.bench.parts["eval"]
-    first = (evals.num_response_tokens > 0) & records.firsts(evals.records)
-    return np.array(sorted(np.flatnonzero(first), key=lambda row: evals.ids[row]), np.int64)
+    return by_id(evals, (evals.num_response_tokens > 0) & records.firsts(evals.records))
 
   @functools.cached_property
   def _counts(self) -> np.ndarray:
@@ -108,7 +108,7 @@ class ChoiceInputs:
   def _whitened(self) -> tuple[WhitenedMetric, Measured]:
     """The metric of the training set's gradients, and these in it."""
     if "_hybrid" in self.__dict__:
-      return self._hybrid.metric, self._hybrid.pool
+      return self._hybrid.metric, self._hybrid.pool.gradients
     check_gradients(self._features, "training")
     metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids, counted=self._counts)
     return metric, metric.measured(self._features)
@@ -155,25 +155,24 @@ class ChoiceInputs:
     keys = [record.content_key for record in self.bench.parts["train"].records]
     return near_copies.alike(self._texts["train"], keys, NEAR)
 
-  def _similar(self, wanted: set[str], queries: np.ndarray) -> dict:
+  def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""
-    topics, how = self.bench.parts["eval"].topics, self.settings.aggregate
+    topics = self.bench.parts["eval"].topics
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
-    names = wanted & {*coreset.SIMILARITIES} | ({"hybrid"} if wanted & {*coreset.HYBRID_POLICIES} else set())
-    found["similarities"] = {name: self._similarity(name, queries) for name in sorted(names)}
-    if "hybrid" in names:
-      asked = self._eval_features[queries], self._views("eval")[queries]
-      found["apart"] = self._hybrid.apart(*asked)
-    if "matching_hybrid" in wanted:
-      asked = self._eval_features[queries], self._views("eval")[queries]
-      found |= {"kernel": self._kernel, "towards": self._hybrid.similarity(*asked).mean(axis=0)}
+    plain = sorted(wanted & {*coreset.SIMILARITIES} - {"hybrid"})
+    found["similarities"] = {name: self._similarity(name, queries) for name in plain}
+    if wanted & {*coreset.HYBRID_POLICIES}:
+      asked = self._hybrid.asked(self._eval_features[queries], self._views("eval")[queries])
+      similarity = self._hybrid.similarity(asked)
+      found["similarities"]["hybrid"] = self._hybrid.smoothed(asked, similarity)
+      found["apart"] = self._hybrid.apart(asked)
+      if "matching_hybrid" in wanted:
+        found |= {"kernel": self._kernel, "towards": similarity.mean(axis=0)}
     return found
 
   def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:
-    """[Q, N]."""
-    if name == "hybrid":
-      return self._hybrid.smoothed(self._eval_features[queries], self._views("eval")[queries])
+    """[Q, N], of a policy that looks at one thing."""
     if name == "whitened_cosine":
       metric, pool = self._whitened
       check_gradients(self._eval_features[queries], "evaluation")
@@ -182,10 +181,9 @@ class ChoiceInputs:
       return lexical.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
     if name == "whitened_embedding":
       told = self._views("train")
-      return hybrid.whitened_embedding(self._views("eval")[queries], told[self._counts], told)
+      return hybrid.Texts.fit(told[self._counts]).cosines(self._views("eval")[queries], told)
     pooling = "position" if name == "rds" else "mean"
-    asked, told = self._hidden("eval", pooling)[queries], self._hidden("train", pooling)
-    return embeddings.cosine_to(asked, told)
+    return embeddings.cosine_to(self._hidden("eval", pooling)[queries], self._hidden("train", pooling))
 
 
 def shown(record: data.Record) -> str:

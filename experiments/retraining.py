@@ -11,7 +11,7 @@ from experiments.finetune import identity_of, recipe_of, start_params, trainable
 from experiments.flags import Settings, words
 from experiments.judging import judged
 from experiments.workbench import Workbench
-from in2core_jax import artifacts, evaluation, files, finetune, model, packing, subtree
+from in2core_jax import artifacts, data, evaluation, files, finetune, model, packing, subtree
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
 
@@ -181,21 +181,41 @@ class Judge:
       trained_response_tokens: seen in training, repeats counted.
       steps: of the optimiser.
     """
-    train, test = self.bench.parts["train"], self.bench.parts["test"]
-    losses = self.losses(sub)
-    counted = test.num_response_tokens > 0
-    tokens = test.num_response_tokens[counted]
-    nll = losses[counted] * tokens
-    row = evaluation.RetrainRow(
-      candidate.policy,
-      candidate.seed,
-      len(candidate.rows),
-      int(train.num_tokens[candidate.rows].sum()),
-      int(train.num_response_tokens[candidate.rows].sum()),
-      steps,
-      trained_response_tokens,
-      evaluation.perplexity(nll, tokens),
-      evaluation.example_perplexity(nll, tokens),
-      losses[counted],
-    )
-    return judged(test, row)
+    parts = self.bench.parts
+    return retrain_row(candidate, parts["train"], parts["test"], self.losses(sub), trained_response_tokens, steps)
+
+
+def retrain_row(
+  candidate: Candidate,
+  train: data.TokenizedDataset,
+  test: data.TokenizedDataset,
+  losses: np.ndarray,
+  trained_response_tokens: int,
+  steps: int,
+) -> evaluation.RetrainRow:
+  """A training by its losses on test examples.
+
+  Args:
+    candidate: what it was trained on, rows of `train`.
+    train: the training set.
+    test: N test examples.
+    losses: f64 [N], mean nats of each.
+    trained_response_tokens: seen in training, repeats counted.
+    steps: of the optimiser.
+  """
+  counted = test.num_response_tokens > 0
+  tokens = test.num_response_tokens[counted]
+  nll = losses[counted] * tokens
+  row = evaluation.RetrainRow(
+    candidate.policy,
+    candidate.seed,
+    len(candidate.rows),
+    int(train.num_tokens[candidate.rows].sum()),
+    int(train.num_response_tokens[candidate.rows].sum()),
+    steps,
+    trained_response_tokens,
+    evaluation.perplexity(nll, tokens),
+    evaluation.example_perplexity(nll, tokens),
+    losses[counted],
+  )
+  return judged(test, row)

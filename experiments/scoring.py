@@ -15,7 +15,7 @@ from experiments.policy_inputs import ChoiceInputs
 from experiments.projection import Projection
 from experiments.resuming import NOTHING_KEPT, Work
 from experiments.solving import announce, curvature_data, solve, solver_settings
-from experiments.workbench import Chosen, Workbench, choose
+from experiments.workbench import Chosen, Workbench, by_id, choose
 from in2core_jax import (
   aggregation,
   algebra,
@@ -87,8 +87,7 @@ def score_aggregate(s: Settings) -> str:
 def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock, how = Clock(), score_aggregate(s)
-  evals = bench.parts["eval"]  # in the order of their ids: those that take turns do not depend on the order of reading
-  with_response = np.array(sorted(np.flatnonzero(evals.num_response_tokens), key=lambda row: evals.ids[row]), np.int64)
+  with_response = by_id(bench.parts["eval"], bench.parts["eval"].num_response_tokens > 0)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")

@@ -109,7 +109,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
   warnings += too_few_to_aim(s, inputs)
   warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
-  aims = s.policy == "hybrid" or s.policy == "auto" and coreset.aims(inputs)
+  aims = rule_of(s, inputs) == "hybrid"
   warnings += coreset.selection_warnings(rows, inputs, s.seed, copies=not copies, topics=not aims)
   for warning in [*warnings, *unsolved(s, scored.result)]:
     log.warning("%s", warning)

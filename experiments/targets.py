@@ -19,9 +19,9 @@ from experiments import cli, finetune, flags
 from experiments.cells import Cells
 from experiments.finetune import start_params, trainable_rows
 from experiments.flags import Settings, seeds_of, shares, words
-from experiments.judging import judged, test_examples
+from experiments.judging import test_examples
 from experiments.policy_inputs import ChoiceInputs
-from experiments.retraining import Candidate, Judge, equal_of, equal_steps
+from experiments.retraining import Candidate, Judge, equal_of, equal_steps, retrain_row
 from experiments.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
 from experiments.workbench import Workbench
 from in2core_jax import artifacts, coreset, data, evaluation, records, report, verdict
@@ -38,7 +38,6 @@ _REFUSED = (
 )
 FULL, RANDOM = evaluation.FULL, evaluation.RANDOM
 _LEAST = 5  # queries of a target
-AT_SIZE = "its size"  # the budget of the recall
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,9 +150,7 @@ class Chooser:
         self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.params)
       self._made.clear()  # of one place at a time: projected gradients are large
       self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
-    more = self._made[key].of({variant.policy}, target.queries)
-    if "similarities" in more:
-      more["aggregate"] = None if s.aggregate == "auto" else s.aggregate
+    more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
     inputs = coreset.inputs_of(bench.parts["train"], **more)
     return coreset.select_rows(variant.policy, inputs, coreset.Budget(fraction=1.0), seed)
 
@@ -269,7 +266,7 @@ def retrain(
     {"tables": {title: rows}, "overview": rows}.
   """
   (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
-  usable = trainable_rows(bench)
+  usable, train_set = trainable_rows(bench), bench.parts["train"]
   size = {budget: max(1, round(budget * len(usable))) for budget in budgets}
   draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
   random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
@@ -294,6 +291,7 @@ def retrain(
   for word in equal:
     for budget in budgets:
       for target in targets:
+        target_tests = bench.parts["test"].take(target.tests)
         candidates = [Candidate(FULL, fixed[0], usable)]
         candidates += [Candidate(RANDOM, seed, random[budget, seed]) for seed in seeds]
         candidates += [Candidate(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed]
@@ -303,8 +301,8 @@ def retrain(
           label = f"{target.name}, {100 * budget:g} %, equal {word}: {candidate}"
           serves_all = candidate.policy in (FULL, RANDOM)  # trained once for all targets
           kept = losses(candidate, every_test if serves_all else target.tests, steps, label)
-          kept["losses"] = np.array(kept["losses"])[target.tests if serves_all else slice(None)]
-          rows.append(judged_on(bench, target, candidate, steps, kept))
+          measured = np.array(kept["losses"])[target.tests if serves_all else slice(None)]
+          rows.append(retrain_row(candidate, train_set, target_tests, measured, kept["trained"], steps))
         title = f"{target.name}, {100 * budget:g} % of the pool, equal {word}"
         every[title] = rows
         of_target = {name: float(target.mine[chosen[name, budget, target.name]].mean()) for name in orders}
@@ -313,25 +311,6 @@ def retrain(
         log.info("%s\n%s", title, report.markdown_table(tables[title]))
   notes = verdict.many_comparisons(every) + verdict.sensitivity(list(every.values()))
   return {"tables": tables, "overview": overview(every, list(orders)), "notes": notes}
-
-
-def judged_on(bench: Workbench, target: Target, candidate: Candidate, steps: int, kept: dict) -> evaluation.RetrainRow:
-  """A training, judged on the target's test examples."""
-  train, test = bench.parts["train"], bench.parts["test"].take(target.tests)
-  losses, tokens = kept["losses"], test.num_response_tokens
-  row = evaluation.RetrainRow(
-    candidate.policy,
-    candidate.seed,
-    len(candidate.rows),
-    int(train.num_tokens[candidate.rows].sum()),
-    int(train.num_response_tokens[candidate.rows].sum()),
-    steps,
-    kept["trained"],
-    evaluation.perplexity(losses * tokens, tokens),
-    evaluation.example_perplexity(losses * tokens, tokens),
-    losses,
-  )
-  return judged(test, row)
 
 
 def overview(every: dict[str, list[evaluation.RetrainRow]], names: list[str]) -> list[dict]:

@@ -34,7 +34,7 @@ from in2core_jax import (
 )
 from in2core_jax.errors import UserError
 from in2core_jax.progress import Progress
-from in2core_jax.records import BadRecords
+from in2core_jax.records import BadRecords, firsts
 
 log = logging.getLogger(__name__)
 
@@ -583,13 +583,18 @@ def _limit_sources(records: list, s: Settings) -> list:
 
 def _without_copies(records: list) -> list:
   """The first record of each set of messages, in source order; tells how many others there were."""
-  firsts = list({record.content_key: record for record in reversed(records)}.values())[::-1]
+  distinct = [record for record, first in zip(records, firsts(records), strict=True) if first]
   log.info(
     "--drop_copies: %s of the %s training examples repeat an earlier one and are left out",
-    f"{len(records) - len(firsts):,}",
+    f"{len(records) - len(distinct):,}",
     f"{len(records):,}",
   )
-  return firsts
+  return distinct
+
+
+def by_id(dataset: data.TokenizedDataset, kept: np.ndarray) -> np.ndarray:
+  """The rows where `kept` (bool [N]) holds, in the order of their ids: what takes turns does not depend on reading."""
+  return np.array(sorted(np.flatnonzero(kept), key=lambda row: dataset.ids[row]), np.int64)
 
 
 def distinct_points(points: data.TokenizedDataset) -> np.ndarray:

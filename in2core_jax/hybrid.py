@@ -12,7 +12,7 @@ Letters: Q queries, N examples of the pool, W numbers of a projected gradient, V
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,23 +43,54 @@ def smoothed(similarity: np.ndarray, among: np.ndarray, count: int = NEIGHBOURS)
   return np.asarray(similarity, np.float64)[nearest].mean(axis=1)
 
 
-def whitened_embedding(queries: np.ndarray, pool: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Mean over the views of the cosine of hidden states where the pool's have no direction in common.
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Hidden states where those of a pool have no direction in common; make one with `fit`.
 
-  Args:
-    queries: [Q, V, D].
-    pool: [P, V, D], whose covariances they are.
-    others: [N, V, D].
-
-  Returns:
-    f64 [Q, N]; a view in which the pool's hidden states do not differ tells nothing apart, and is 0.
+  Attributes:
+    images: of each view, its map (`embeddings.whitening`); None where the pool's hidden states do not differ.
   """
-  total = np.zeros((len(queries), len(others)))
-  for view in range(pool.shape[1]):
-    if np.ptp(pool[:, view], axis=0).any():
-      image = embeddings.whitening(pool[:, view], EMBEDDING_DAMPING)
-      total += embeddings.cosine_to(image(queries[:, view]), image(others[:, view]))
-  return total / pool.shape[1]
+
+  images: tuple[Callable[[np.ndarray], np.ndarray] | None, ...]
+
+  @classmethod
+  def fit(cls, pool: np.ndarray) -> "Texts":
+    """The maps of a pool's views, [P, V, D]."""
+    views = [pool[:, view] for view in range(pool.shape[1])]
+    return cls(tuple(embeddings.whitening(x, EMBEDDING_DAMPING) if np.ptp(x, axis=0).any() else None for x in views))
+
+  def cosines(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean over the views of the cosines of every pair; a view without a map tells nothing apart, and is 0.
+
+    Args:
+      a: [A, V, D].
+      b: [B, V, D].
+
+    Returns:
+      f64 [A, B].
+    """
+    total = np.zeros((len(a), len(b)))
+    for view, image in enumerate(self.images):
+      if image is not None:
+        total += embeddings.cosine_to(image(a[:, view]), image(b[:, view]))
+    return total / len(self.images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+  """Queries or examples as `HybridMetric` compares them.
+
+  Attributes:
+    gradients: n of them, in the pool's metric.
+    hidden: views of their hidden states, [n, V, D].
+  """
+
+  gradients: Measured
+  hidden: np.ndarray
+
+  def take(self, rows: np.ndarray) -> "Examples":
+    """Some of them."""
+    return Examples(self.gradients.take(rows), self.hidden[rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,16 +99,14 @@ class HybridMetric:
 
   Attributes:
     metric: of its gradients.
-    pool: N gradients in that metric.
-    hidden: views of the hidden states of the same examples, [N, V, D].
-    counted: int, rows of the examples that metric and mean are of.
+    texts: of its hidden states.
+    pool: its N examples.
     some: int, the rows of them whose similarities with each other stand for all.
   """
 
   metric: WhitenedMetric
-  pool: Measured
-  hidden: np.ndarray
-  counted: np.ndarray
+  texts: Texts
+  pool: Examples
   some: np.ndarray
 
   @classmethod
@@ -96,42 +125,43 @@ class HybridMetric:
     check_gradients(features, "training")
     counted, metric = np.flatnonzero(counts), WhitenedMetric.fit(features, ids=ids, counted=counts)
     some = counted[spread_rows([ids[row] for row in counted], _PAIRS)]
-    return cls(metric, metric.measured(features), hidden, counted, some)
+    return cls(metric, Texts.fit(hidden[counted]), Examples(metric.measured(features), hidden), some)
 
-  def smoothed(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """`smoothed` of `similarity`, f64 [Q, N]."""
-    queries = self.metric.measured(target), asked
-    return smoothed(self.similarity(target, asked), self._kernel(queries, queries))
-
-  def similarity(self, target: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """K of every query with every example of the pool, f64 [Q, N].
+  def asked(self, target: np.ndarray, hidden: np.ndarray) -> Examples:
+    """Queries, for the methods below.
 
     Args:
-      target: projected gradients of the queries, [Q, W].
-      asked: views of their hidden states, [Q, V, D].
+      target: their projected gradients, [Q, W].
+      hidden: views of their hidden states, [Q, V, D].
 
     Raises:
-      UserError: values that are not finite.
+      UserError: gradients that are not finite.
     """
     check_gradients(target, "evaluation")
-    return self._kernel((self.metric.measured(target), asked), (self.pool, self.hidden))
+    return Examples(self.metric.measured(target), hidden)
 
-  def apart(self, target: np.ndarray, asked: np.ndarray) -> Apart | None:
-    """How far the queries are from the pool as a whole; None where a single example of either tells nothing.
+  def similarity(self, asked: Examples) -> np.ndarray:
+    """K of every query with every example of the pool, f64 [Q, N]."""
+    return self._kernel(asked, self.pool)
 
-    Arguments as of `similarity`.
-    """
-    if min(len(asked), len(self.some)) < 2:
+  def smoothed(self, asked: Examples, similarity: np.ndarray) -> np.ndarray:
+    """`smoothed` of these queries' `similarity`, f64 [Q, N]."""
+    return smoothed(similarity, self._kernel(asked, asked))
+
+  def apart(self, asked: Examples) -> Apart | None:
+    """How far the queries are from the pool as a whole; None where a single example of either tells nothing."""
+    size = len(asked.hidden)
+    if min(size, len(self.some)) < 2:
       return None
-    queries, sample = (self.metric.measured(target), asked), (self.pool.take(self.some), self.hidden[self.some])
-    both = self._kernel(queries, sample)
-    return apart(np.block([[self._kernel(queries, queries), both], [both.T, self._kernel(sample, sample)]]), len(asked))
+    sample = self.pool.take(self.some)
+    both = self._kernel(asked, sample)
+    return apart(np.block([[self._kernel(asked, asked), both], [both.T, self._kernel(sample, sample)]]), size)
 
   def among(self) -> np.ndarray:
     """K of every pair of examples of the pool, f64 [N, N]."""
-    return self._kernel((self.pool, self.hidden), (self.pool, self.hidden))
+    return self._kernel(self.pool, self.pool)
 
-  def _kernel(self, a: tuple[Measured, np.ndarray], b: tuple[Measured, np.ndarray]) -> np.ndarray:
-    views = self.hidden.shape[1]
-    texts = views * whitened_embedding(a[1], self.hidden[self.counted], b[1])
-    return (self.metric.cosines(a[0], b[0]) + texts) / (1 + views)
+  def _kernel(self, a: Examples, b: Examples) -> np.ndarray:
+    views = len(self.texts.images)
+    texts = views * self.texts.cosines(a.hidden, b.hidden)
+    return (self.metric.cosines(a.gradients, b.gradients) + texts) / (1 + views)

@@ -72,7 +72,7 @@ class WhitenedMetric:
   """M = (C + damping I)^-1 of a pool; make one with `fit`.
 
   Attributes:
-    rows: f64 or f32 [n, W], unit gradients behind C; a square root of C, [W, W], in the form over the numbers.
+    rows: f64 or f32 [n, W], unit gradients behind C; none of them, [0, W], in the form over the numbers.
     factor: Cholesky factor of C + damping I (over the numbers) or of damping I + K / n (over the rows).
     damping: absolute.
     over_rows: which of the two forms this is.

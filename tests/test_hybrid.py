@@ -36,7 +36,8 @@ class Found:
   """What a metric says of some queries."""
 
   def __init__(self, metric, asked):
-    self.similarity, self.apart = metric.similarity(*asked), metric.apart(*asked)
+    queries = metric.asked(*asked)
+    self.similarity, self.apart = metric.similarity(queries), metric.apart(queries)
 
 
 def test_similarity_is_the_mean_of_the_cosines_in_metrics_of_what_is_counted():
