@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from in2core_jax import aggregation
-from in2core_jax.aggregation import aggregate
 from in2core_jax.errors import UserError
+from in2core_jax.selection import aggregation
+from in2core_jax.selection.aggregation import aggregate
 
 
 def test_aggregate_mean_and_topic_max():

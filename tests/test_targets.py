@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import targets, workbench
-from experiments.study import VARIANTS
+from experiments.study.study import VARIANTS
+from experiments.targets import targets
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline import session
 
 RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices: quick to compile."""
 
 
