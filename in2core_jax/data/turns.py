@@ -150,13 +150,14 @@ class TurnReader:
       media = any(word in kind.lower() for word in _MEDIA_PARTS)
       what = "images, audio, video and files cannot be read" if media else "only text and thinking can be read"
       raise UserError(f"{at} is of type {kind!r}: {what}; remove such records, or the part")
-    value = part.get(key, part.get("text"))
+    used = key if key in part else "text"
+    value = part.get(used)
     if isinstance(value, list) and key != "text":  # Mistral's thinking holds parts of its own
       value = "\n".join(self._part(inner, f"{at}: part {i}", path)[0] for i, inner in enumerate(value))
     if not isinstance(value, str):
       raise UserError(f"{at} must have a string {key!r}, which is {type_name(value)}")
     for name, item in part.items():
-      if name not in ("type", "text", key, "signature", "closed") and not is_empty(item):
+      if name not in ("type", used, "signature", "closed") and not is_empty(item):
         record_keys.refuse_medium(name, item, at)
         self._tell(path, name, item)
     return (value, "") if key == "text" else ("", value)
