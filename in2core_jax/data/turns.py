@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from in2core_jax.data import record_keys
+from in2core_jax.data.content_blocks import expand
 from in2core_jax.data.json_text import Decoder, Refused
 from in2core_jax.data.record_keys import is_empty, shown
 from in2core_jax.errors import UserError
@@ -75,7 +76,8 @@ class TurnReader:
       value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
       raise UserError(f"{key!r} must be a list of turns but is {type_name(value)}")
-    return [self.turn(turn, f"turn {i} of {key!r}", f"{key}[]", spelling) for i, turn in enumerate(value)]
+    places = [(turn, f"turn {i} of {key!r}") for i, turn in enumerate(value)]
+    return [self.turn(each, at, f"{key}[]", spelling) for turn, at in places for each in expand(turn, at)]
 
   def turn(self, turn: Any, at: str, path: str, spelling: int = 0) -> Message:
     """Reads one turn.
@@ -242,8 +244,9 @@ class TurnReader:
     made = {"type": "function", "function": {"name": clean(name), "arguments": clean(given)}}
     read = {"id", "type", "function", "name", arguments, "index"}
     for holder in (call, function) if function is not call else (call,):
+      known = read if holder is function else {"id", "type", "function", "index"}
       for key in holder:
-        if key not in read and not is_empty(holder[key]):
+        if key not in known and not is_empty(holder[key]) and (holder is function or holder[key] != function.get(key)):
           self._tell(f"{path}.tool_calls[]", key, holder[key])
     if not is_empty(call.get("id")):
       made = {"id": clean(str(call["id"]))} | made
