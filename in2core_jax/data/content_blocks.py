@@ -1,7 +1,7 @@
 """Anthropic's content blocks: tool calls and their results that stand among the parts of a content.
 
-    user: [tool_result a, text]  ->  tool: result of a; user: text
-    assistant: [text, tool_use b]  ->  assistant: text with the call b
+user: [tool_result a, text]  ->  tool: result of a; user: text
+assistant: [text, tool_use b]  ->  assistant: text with the call b
 """
 
 from __future__ import annotations
