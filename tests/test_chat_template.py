@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.utils import chat_template_utils
 
-from in2core_jax.data import template_program
+from in2core_jax.data import assets, template_program
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.tokenizing import Record, data_summary, format_summary, tokenize
 from in2core_jax.errors import UserError
+from in2core_jax.model.tokenizer import tokenizer_from_gguf
+from in2core_jax.model.weights import EMBEDDED_MODEL
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings
 
@@ -83,6 +85,7 @@ PLAIN = [
   (templates.NO_PROMPT, "<|im_end|>", "", ""),
   (templates.ALWAYS_HEADER, "<|im_end|>", "", ""),
   (templates.ALWAYS_HEADER_IN_LOOP, "<|im_end|>", "", ""),
+  (f"{templates.NO_PROMPT}<|im_start|>assistant\n", "<|im_end|>", "", ""),  # Jinja drops the last line break
   (templates.QWEN25, "<|im_end|>", "", ""),
   (templates.QWEN3, "<|im_end|>", "<think>\n\n</think>\n\n", ""),
   (templates.R1_DISTILL, "</s>", "", ""),
@@ -122,6 +125,36 @@ def test_responses_are_the_answers_with_their_terminator(template, end, last, ea
     assert _learnt(template, _user("Q"), _answer("A."), system_prompt="Hm.") == ([f"{last}A.{end}"], {})
 
 
+SPACED = [
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}",
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",  # no generation prompt
+  "{% for m in messages %}{{ m.role }}:\t{{ m.content }}\n{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", SPACED)
+@pytest.mark.parametrize("answer", ["Yes", "Yes, it is.", " Yes", "\nYes", "1", ""])
+def test_the_first_word_is_learnt_where_its_token_begins_with_white_space_of_the_header(template, answer):
+  tokenizer = tokenizer_from_gguf(assets.asset_path(EMBEDDED_MODEL))
+  tokenizer.chat_template = template
+  records = [_record(_user("Is it?"), _answer(answer), _user("Is it?"), _answer("No."))]
+  found = [text.strip() for text in _responses(tokenize(records, tokenizer, 99), tokenizer)]
+  assert found == [text for text in (answer.strip(), "No.") if text]
+
+
+POSITIONS = [
+  "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}<|end|>{% endfor %}",
+  "{% for pair in messages | batch(2) %}<|user|>{{ pair[0].content }}<|assistant|>{{ pair[1].content }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", POSITIONS)
+def test_no_system_prompt_changes_nothing_where_turns_are_counted_or_paired(template):
+  record = _record(_user("Q"), _answer("A."), _user("R"), _answer("B."))
+  plain, none = (Renderer(_bytes(template), prompt)(record) for prompt in ("default", "none"))
+  assert plain == none
+
+
 def test_end_of_the_conversation_and_words_of_the_last_answer():
   several = _user("Q"), _answer("A."), _user("R"), _answer("B.")
   assert _learnt(templates.PHI3, *several)[0] == ["A.<|end|>", "B.<|end|>\n</s>"]
@@ -155,6 +188,12 @@ def test_reasoning_beside_the_text():
   assert _learnt(templates.HARMONY, *messages) == (learnt, {"reasoning left out": 1})
   with pytest.raises(UserError, match=r"'r' .memory:1.: the chat template does not render reasoning"):
     _learnt(templates.CHATML, *messages)
+
+
+def test_reasoning_whose_marks_are_written_otherwise_is_told():
+  template = templates.CHATML.replace("m['content']", "m['content'].replace('think>', 'thought>')")
+  learnt = ["<thought>\nhm\n</thought>\n\nA.<|im_end|>"]
+  assert _learnt(template, _user("Q"), _answer(f"{THOUGHT}A.")) == (learnt, {"answer rewritten": 1})
 
 
 def test_two_answers_that_become_one_are_told():

@@ -125,6 +125,34 @@ def test_calls_of_other_spellings_are_the_same():
   assert new.tools == (TOOL,)
 
 
+def test_calls_and_results_among_the_parts_of_a_content_are_turns_of_their_own():
+  used = {"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}
+  result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "7"}]}
+  called = turn("assistant", [{"type": "text", "text": "Look."}, used])
+  record = read(chat(U, called, turn("user", [result | {"is_error": True}, {"type": "text", "text": "So?"}]), A))
+  assert record.messages[1] == turn("assistant", "Look.", tool_calls=[READ_CALL | {"id": "c1"}])
+  assert record.messages[2:4] == (turn("tool", "7", tool_call_id="c1"), turn("user", "So?"))
+  assert record.unread == ("messages[].is_error",)
+  plain = [turn("assistant", "Look.", tool_calls=[CALL]), turn("tool", "7", tool_call_id="c1"), A]
+  blocks = chat(U, called, turn("user", [result]), A)
+  assert read(blocks).content_key == read(chat(U, *plain)).content_key
+  for wrong, why in [
+    ([used, {"type": "text", "text": "A"}], "other parts follow it"),
+    ([used | {"name": ""}], "no 'name' of a function"),
+  ]:
+    with pytest.raises(UserError, match=why):
+      read(chat(U, turn("assistant", wrong), A))
+  with pytest.raises(UserError, match="tool calls twice"):
+    read(chat(U, turn("assistant", [used], tool_calls=[CALL]), A))
+
+
+def test_a_call_that_says_two_things_is_told():
+  double = {"name": "g", "arguments": {"z": 1}} | CALL
+  record = read(chat(U, turn("assistant", "", tool_calls=[double]), A))
+  assert record.messages[1]["tool_calls"][0]["function"]["name"] == "f"
+  assert record.unread == ("messages[].tool_calls[].name", "messages[].tool_calls[].arguments")
+
+
 @pytest.mark.parametrize(
   "answer",
   [
@@ -201,6 +229,10 @@ def test_what_would_be_another_conversation_is_refused(value, message):
     ({"mood": "sad", "id": 3}, ("mood",)),
     ({"prompt": "another"}, ("prompt",)),
     ({"source": "x" * 600}, ()),
+    ({"metadata": {"url": "u", "sizes": [{"text_length": 3}], "text": ""}}, ()),
+    ({"metadata": {"history": [["q", "a"]]}}, ("metadata",)),
+    ({"meta": [{"more": {"systemPrompt": "Be brief."}}]}, ("meta",)),
+    ({"source": {"weight": 0}, "header": {"image": "a.png"}}, ("source", "header")),
   ],
 )
 def test_keys_are_without_meaning_or_told(more, unread):

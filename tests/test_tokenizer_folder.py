@@ -243,6 +243,7 @@ def _with(**changes):
     _with(added_tokens=[_ADDED | {"id": 60000}]),
     _with(added_tokens=[_ADDED | {"id": 0}]),
     _with(model=_GOOD["model"] | {"vocab": {"a": 0, "b": 0}}),
+    _with(model=_GOOD["model"] | {"vocab": {"a": 0, "b": 2**31}}),
     _with(model={"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "dropout": 0.5}),
     _with(model=_BPE | {"continuing_subword_prefix": "x"}),
     '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "model": {}}',

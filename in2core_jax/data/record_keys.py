@@ -207,6 +207,13 @@ _NO_MEANING = frozenset(
 _ANY_SIZE = frozenset(
   ["metadata", "meta", "meta_data", "header", "headers", "moderation", "openai_moderation", "detoxify_moderation"]
 )
+# Under a name without meaning, what may have one: earlier rounds in `metadata`, say.
+_PARTS = frozenset(
+  ["messages", "conversations", "conversation", "dialog", "dialogue", "history", "context", "documents"]
+  + ["system", "system_prompt", "system_message", "instruction", "input", "prompt", "query", "question"]
+  + ["response", "completion", "output", "answer", "text", "tools", "functions", "tool_calls", "function_call"]
+  + ["reasoning", "reasoning_content", "thinking", "thought", "thoughts"]
+)
 _OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
 _OF_WORDS = re.compile(
   r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
@@ -315,6 +322,8 @@ def is_empty(value: Any) -> bool:
 def has_no_meaning(key: str, value: Any) -> bool:
   """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
   name = snake(key)
+  if _holds_parts(value):
+    return False
   if name in _ANY_SIZE:
     return True
   if name in _COUNTED_LISTS or _OF_NUMBERS.fullmatch(name):
@@ -322,6 +331,19 @@ def has_no_meaning(key: str, value: Any) -> bool:
   if name not in _NO_MEANING and not _OF_WORDS.fullmatch(name):
     return False
   return len(value if isinstance(value, str) else json.dumps(value)) <= _SHORT
+
+
+def _holds_parts(value: Any) -> bool:
+  """Whether there is a key in it that is known to be a part of conversations, or to say what is learnt."""
+  if isinstance(value, list):
+    return any(map(_holds_parts, value))
+  if not isinstance(value, dict):
+    return False
+  names = _PARTS | LEARNT | NOT_LEARNT
+  for key, item in value.items():
+    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or is_medium(key))):
+      return True
+  return False
 
 
 def is_medium(key: str) -> bool:

@@ -234,7 +234,9 @@ def _change(message: Message, rendered: str) -> str:
   reasoning, mark, answer = content.rpartition("</think>")
   if mark and _bare(answer) in found:
     reasoning = _bare(reasoning).removeprefix("<think>")
-    return "white space changed" if reasoning in found else "reasoning left out"
+    if f"{reasoning}</think>" in found:
+      return "white space changed"
+    return "reasoning left out" if reasoning not in found else "answer rewritten"
   return "answer rewritten"
 
 

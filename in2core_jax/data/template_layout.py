@@ -107,13 +107,18 @@ class Layout:
     alone, is then cut off the front. A template that refuses or ignores a system message needs nothing of this.
     """
     empty, probe = {"role": "system", "content": ""}, {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "b"}
     try:
       alone, together = self.program.render([empty]), self.program.render([empty, probe])
+      turns = [self.program.render([*system, probe, answer]) for system in ((), (empty,))]
     except TemplateRefusal:
       return
     # Where a system message renders as nothing by itself it is ignored, or folded into the first user turn (Gemma),
     # which an empty one would still change.
     if not alone.removeprefix(self._bos) or not together.startswith(alone):
+      return
+    # A template that counts turns, or takes them up in pairs, writes other words behind a system message.
+    if not turns[0].endswith(turns[1].removeprefix(alone).removeprefix(self._bos)):
       return
     self.system, self.strip = (empty,), alone
     # Some templates write a beginning-of-sequence token before the system message: that one has to stay.
@@ -243,9 +248,12 @@ class Layout:
     try:
       prompt = self.render(messages, tools, generation_prompt=True) if messages else ""
       common = _common(prompt, text[: start + len(before)])
+      knows = not messages or prompt != self.render(messages, tools)  # whether there is a generation prompt
       if common == len(prompt):
+        if not knows and not before[common - start :].strip():  # Jinja drops the line break at the end of a template
+          return whole
         return (common - start, "") if common > start else whole
-      if prompt == self.render(messages, tools):  # the template knows no generation prompt
+      if not knows:
         return whole
     except TemplateRefusal:
       return whole

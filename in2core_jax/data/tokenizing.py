@@ -189,7 +189,7 @@ def tokenize(
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
       kept.append(record)
       tokens.append(np.array(ids[:max_length], np.int32))
-      masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
+      masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
   parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
   dataset = TokenizedDataset(name, *parts, render.told())
@@ -244,16 +244,18 @@ def _refuse(record: Record, refusal: TemplateRefusal, bad: BadRecords | None) ->
 
 
 def _response_mask(
-  offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], marked: bool = False
+  offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], marked: bool = False, text: str = ""
 ) -> np.ndarray:
   """Marks the tokens of the responses: bool [T].
 
   Args:
     offsets: the characters [start, end) that each token came from.
     spans: the characters of each response.
-    marked: False: a token is a response token when its first character lies in a span. True: the spans are those of
-      `{% generation %}` marks, and a response has the tokens from that of its first character to the first one of its
-      last character, as transformers counts.
+    marked: False: a token is a response token when its first character lies in a span; the token that joins white
+      space in front of a response to its first word is one too. True: the spans are those of `{% generation %}` marks,
+      and a response has the tokens from that of its first character to the first one of its last character, as
+      transformers counts.
+    text: the rendering.
   """
   places = np.asarray(offsets, np.int64).reshape(-1, 2)
   mask = np.zeros(len(places), bool)
@@ -267,6 +269,9 @@ def _response_mask(
   else:
     for start, end in spans:
       mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
+      for i in np.flatnonzero((places[:, 0] < start) & (start < places[:, 1])):  # "Bot: " and "Me." with a token " Me"
+        low, high = places[i].tolist()
+        mask[i] |= start < end and not text[low:start].strip() and bool(text[start : min(high, end)].strip())
   mask[:1] = False  # nothing comes before the first token that could predict it
   return mask
 

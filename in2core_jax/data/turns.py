@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from in2core_jax.data import record_keys
+from in2core_jax.data.content_blocks import expand
 from in2core_jax.data.json_text import Decoder, Refused
 from in2core_jax.data.record_keys import is_empty, shown
 from in2core_jax.errors import UserError
@@ -75,7 +76,8 @@ class TurnReader:
       value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
       raise UserError(f"{key!r} must be a list of turns but is {type_name(value)}")
-    return [self.turn(turn, f"turn {i} of {key!r}", f"{key}[]", spelling) for i, turn in enumerate(value)]
+    places = [(turn, f"turn {i} of {key!r}") for i, turn in enumerate(value)]
+    return [self.turn(each, at, f"{key}[]", spelling) for turn, at in places for each in expand(turn, at)]
 
   def turn(self, turn: Any, at: str, path: str, spelling: int = 0) -> Message:
     """Reads one turn.
@@ -150,13 +152,14 @@ class TurnReader:
       media = any(word in kind.lower() for word in _MEDIA_PARTS)
       what = "images, audio, video and files cannot be read" if media else "only text and thinking can be read"
       raise UserError(f"{at} is of type {kind!r}: {what}; remove such records, or the part")
-    value = part.get(key, part.get("text"))
+    used = key if key in part else "text"
+    value = part.get(used)
     if isinstance(value, list) and key != "text":  # Mistral's thinking holds parts of its own
       value = "\n".join(self._part(inner, f"{at}: part {i}", path)[0] for i, inner in enumerate(value))
     if not isinstance(value, str):
       raise UserError(f"{at} must have a string {key!r}, which is {type_name(value)}")
     for name, item in part.items():
-      if name not in ("type", "text", key, "signature", "closed") and not is_empty(item):
+      if name not in ("type", used, "signature", "closed") and not is_empty(item):
         record_keys.refuse_medium(name, item, at)
         self._tell(path, name, item)
     return (value, "") if key == "text" else ("", value)
@@ -241,8 +244,9 @@ class TurnReader:
     made = {"type": "function", "function": {"name": clean(name), "arguments": clean(given)}}
     read = {"id", "type", "function", "name", arguments, "index"}
     for holder in (call, function) if function is not call else (call,):
+      known = read if holder is function else {"id", "type", "function", "index"}
       for key in holder:
-        if key not in read and not is_empty(holder[key]):
+        if key not in known and not is_empty(holder[key]) and (holder is function or holder[key] != function.get(key)):
           self._tell(f"{path}.tool_calls[]", key, holder[key])
     if not is_empty(call.get("id")):
       made = {"id": clean(str(call["id"]))} | made

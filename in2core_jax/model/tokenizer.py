@@ -19,6 +19,7 @@ from in2core_jax.model.model_files import read_object
 # tokenizer.ggml.token_type: control and user-defined tokens are never made by merging, but matched in the text as they
 # are.
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_MOST_IDS = 2**24  # the library walks through all ids up to the largest, which would take minutes
 _TOKEN_TYPES = frozenset(range(7))  # with 0 undefined, 2 unknown, 5 unused
 
 # Gemma 3's own turn format, for files of its vocabulary that carry no template (those of pre-trained models): the
@@ -287,6 +288,10 @@ def _check_content(file: pathlib.Path, content: dict[str, Any]) -> None:
     ids = [value for value in vocabulary.values() if isinstance(value, int)]
     if len(set(ids)) < len(vocabulary):
       raise UserError(f"{file}: tokens of its vocabulary share an id, or have none; save the tokenizer again")
+    if max(ids, default=0) >= _MOST_IDS:
+      raise UserError(
+        f"{file}: a token has the id {max(ids)}, more than any vocabulary holds; save the tokenizer again"
+      )
 
 
 def _check_added(file: pathlib.Path, content: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
