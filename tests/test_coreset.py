@@ -501,7 +501,7 @@ REASONS = {
   "random": "drawn at random",
   "length_matched_random": "drawn at random among responses of its length",
   "topic_quota": r"rank \d+ of \d+ in its topic by influence",
-  "hybrid": r"in turn for query {q}, its choice {turn}",
+  "hybrid": r"in turn for query {q}, round {turn}",
   "matching": r"(first choice: brings the set's mean gradient closest|brings the set's mean gradient closer|of those .*)",
   "matching_round_robin": r"in turn for evaluation topic (food|sport|trivia): .*",
   "matching_quota": r"in turn for its topic: .*",

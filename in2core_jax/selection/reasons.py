@@ -47,7 +47,7 @@ def ranked_in_topic(order: np.ndarray, topics: Sequence[str], by: str) -> Reason
 
 
 def in_turn(priority: np.ndarray, names: Sequence[str], of: str) -> Reasons:
-  """Such as "in turn for query q17, its choice 2": for the priorities of `aggregation` where queries or topics take turns.
+  """Such as "in turn for query q17, round 2": for the priorities of `aggregation` where queries or topics take turns.
 
   Args:
     priority: [P], P for the first choice down to 1.
@@ -57,7 +57,7 @@ def in_turn(priority: np.ndarray, names: Sequence[str], of: str) -> Reasons:
   turn = len(priority) - np.asarray(priority, np.int64)
   shown = [_shown(name) for name in names]
   return lambda chosen: [
-    f"in turn for {of} {shown[turn[p] % len(shown)]}, its choice {turn[p] // len(shown) + 1:,}" for p in chosen
+    f"in turn for {of} {shown[turn[p] % len(shown)]}, round {turn[p] // len(shown) + 1:,}" for p in chosen
   ]
 
 
