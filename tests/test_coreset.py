@@ -502,7 +502,7 @@ REASONS = {
   "length_matched_random": "drawn at random among responses of its length",
   "topic_quota": r"rank \d+ of \d+ in its topic by influence",
   "hybrid": r"in turn for query {q}, round {turn}",
-  "matching": r"(first choice: brings the set's mean gradient closest|brings the set's mean gradient closer|of those .*)",
+  "matching": r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)",
   "matching_round_robin": r"in turn for evaluation topic (food|sport|trivia): .*",
   "matching_quota": r"in turn for its topic: .*",
   "matching_hybrid": r".*the set's mean gradient and hidden states .*",
@@ -553,3 +553,20 @@ def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
   ]
   told = " ".join(reasons)
   assert "\u202e" not in told and "\n" not in told and ("query a\\u202e\\n," in told or "query (none)," in told)
+
+
+def test_the_reason_names_the_query_whose_turn_it_was_also_where_turns_go_by_tokens():
+  tokens = np.array([1, 30, 2, 9, 4])
+  inputs = make_inputs(similar_tokens=tokens, target_mean="both", similar_ids=list("abcde"))
+  choice = coreset.choose("hybrid", inputs, Budget(fraction=1.0))
+  shares = (tokens / tokens.sum() + 1 / 5) / 2
+  names = [reason.removeprefix("in turn for query ").split(",")[0] for reason in choice.reasons]
+  assert names == ["abcde"[query] for query in aggregation.turn_order(shares, 40)]
+  rounds = [int(reason.rpartition(" ")[2]) for reason in choice.reasons]
+  assert all(round_ == names[: place + 1].count(names[place]) for place, round_ in enumerate(rounds))
+  free = set(range(40))
+  by_id = sorted(free, key=lambda row: inputs.ids[row])
+  for row, name in zip(choice.rows, names, strict=True):  # and it took the best that was left by that query
+    wanted = inputs.similarities["hybrid"]["abcde".index(name)]
+    assert row == max((r for r in by_id if r in free), key=lambda r: wanted[r])
+    free.remove(row)

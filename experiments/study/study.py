@@ -139,6 +139,8 @@ VARIANTS = {
   "auto, base model": _variant("auto"),
   "hybrid": _variant("hybrid", trained=True),
   "hybrid, base model": _variant("hybrid"),
+  "hybrid, examples alike, base model": _variant("hybrid", matching_target="examples"),
+  "hybrid, tokens alike, base model": _variant("hybrid", matching_target="tokens"),
   "matching, hybrid": _variant("matching_hybrid", trained=True),
   "matching, hybrid, base model": _variant("matching_hybrid"),
   "hybrid, nearest": _variant("hybrid", aggregate="nearest"),

@@ -1,7 +1,7 @@
 """The first screen of a select run's report: use this set, take random examples, or cannot tell, and why.
 
-Where models were retrained on the set, the answer is what their intervals allow. Where none was, it is what the measured
-distance between evaluation and training set says of such sets elsewhere, and the text says that nothing was checked.
+Where models were retrained on the set, the answer is what their intervals allow. Where none was, it is what the
+measured distance between evaluation and training set says of such sets elsewhere, and that nothing was checked is said.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def _from_retraining(run: SelectRun) -> Answer:
 
 
 def _without_interval(rows: Sequence[Mapping]) -> Answer:
-  seen = f"retrained on this set, the test perplexity is {change(_ratio(rows[0], 'to_random')[0])} than with random sets"
+  seen = (
+    f"retrained on this set, the test perplexity is {change(_ratio(rows[0], 'to_random')[0])} than with random sets"
+  )
   if len(rows) > 1:
     seen = f"{len(rows)} comparisons with random sets were made"
   return Answer(UNCLEAR, f"{seen}, but without an interval this may be chance. Use several --seeds, such as 0,1,2.")
@@ -238,7 +240,9 @@ def _other_kind(run: SelectRun, seen: str, check: str) -> Answer:
     "of four such sets, by example."
   )
   if run.rule != "hybrid":
-    why = f"the evaluation set is of another kind than the training set ({seen}), but the rule {run.rule} is not the one"
+    why = (
+      f"the evaluation set is of another kind than the training set ({seen}), but the rule {run.rule} is not the one"
+    )
     return Answer(UNCLEAR, f"{why} that was measured for such sets.", (measured, check))
   more = [measured, check]
   if share > _MEASURED_SHARE:

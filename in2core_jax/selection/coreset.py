@@ -21,8 +21,16 @@ import numpy as np
 
 from in2core_jax.errors import UserError
 from in2core_jax.selection import matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, topic_means
-from in2core_jax.selection.inputs import SIMILARITIES, Budget, PolicyInputs, matching_target, means, query_weights
+from in2core_jax.selection.aggregation import aggregate, finite, topic_means, turn_order
+from in2core_jax.selection.inputs import (
+  SIMILARITIES,
+  Budget,
+  PolicyInputs,
+  matching_target,
+  means,
+  query_weights,
+  turn_shares,
+)
 from in2core_jax.selection.two_samples import Apart
 
 _LENGTH_BINS = 20
@@ -176,10 +184,11 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
   turns = ["in turn for its topic: " if quota else ""]
   if by_topic and not merge:
     turns = reasons.topic_turns(sorted(set(map(str, inputs.query_topics))))
-  # Walked along again only where reasons are wanted.
-  why = lambda chosen: reasons.closer(  # noqa: E731
-    matching.path(features, target, rows[: len(chosen)]), "the set's mean gradient", turns
-  )(chosen)
+
+  def why(chosen: np.ndarray) -> list[str]:  # walks the choices again, only where reasons are wanted
+    path = matching.path(features, target, rows[: len(chosen)])
+    return reasons.closer(path, "the set's mean gradient", turns)(chosen)
+
   return _Order(position[rows], why)
 
 
@@ -189,15 +198,19 @@ def _by_similarity(task: _Task, name: str) -> _Order:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  order = aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool])
+  shares = turn_shares(inputs) if name == "hybrid" else None  # the others are as published
+  ids = [inputs.ids[row] for row in task.pool]
+  value = aggregate(values[:, task.pool], topics, how, ids, shares)
   queries = range(1, len(values) + 1) if inputs.similar_ids is None else inputs.similar_ids
   if how == "round_robin":
-    why = reasons.in_turn(order, list(queries), "query")
+    turns = turn_order(np.ones(len(values)) if shares is None else shares, len(value))
+    why = reasons.in_turn(value, turns, list(queries), "query")
   elif how == "topic_quota":
-    why = reasons.in_turn(order, sorted(set(map(str, topics))), "evaluation topic")
+    names = sorted(set(map(str, topics)))
+    why = reasons.in_turn(value, np.arange(len(value)) % len(names), names, "evaluation topic")
   else:
-    why = reasons.ranked(proponents(order), "by similarity to the evaluation examples")
-  return _copies_last(task, _Order(proponents(order), why))
+    why = reasons.ranked(proponents(value), "by similarity to the evaluation examples")
+  return _copies_last(task, _Order(proponents(value), why))
 
 
 def _copies_last(task: _Task, order: _Order) -> _Order:

@@ -46,19 +46,21 @@ def ranked_in_topic(order: np.ndarray, topics: Sequence[str], by: str) -> Reason
   return lambda chosen: [f"rank {rank[p]:,} of {sizes[codes[p]]:,} in its topic {by}" for p in chosen]
 
 
-def in_turn(priority: np.ndarray, names: Sequence[str], of: str) -> Reasons:
+def in_turn(priority: np.ndarray, turns: np.ndarray, names: Sequence[str], of: str) -> Reasons:
   """Such as "in turn for query q17, round 2": for the priorities of `aggregation` where queries or topics take turns.
 
   Args:
     priority: [P], P for the first choice down to 1.
-    names: of those that take turns, in their order.
+    turns: int [P], whose turn it is at each choice.
+    names: of those that take turns.
     of: what these are, such as "query".
   """
-  turn = len(priority) - np.asarray(priority, np.int64)
-  shown = [_shown(name) for name in names]
-  return lambda chosen: [
-    f"in turn for {of} {shown[turn[p] % len(shown)]}, round {turn[p] // len(shown) + 1:,}" for p in chosen
-  ]
+  turn, shown = len(priority) - np.asarray(priority, np.int64), [_shown(name) for name in names]
+  seen, rounds = [0] * len(names), []
+  for mine in turns:
+    seen[mine] += 1
+    rounds.append(seen[mine])
+  return lambda chosen: [f"in turn for {of} {shown[turns[turn[p]]]}, round {rounds[turn[p]]:,}" for p in chosen]
 
 
 def closer(path: np.ndarray, what: str, turns: Sequence[str] = ("",)) -> Reasons:
