@@ -36,7 +36,12 @@ def warnings(run: SelectRun) -> list[str]:
   """Every warning of the run, each once: its own first, then what follows from its data and numbers."""
   found = [*run.summary["warnings"], *(run.retrain or {}).get("warnings", ()), *tokenizing.told_lines(run.data)]
   found += [finding.text for finding in _measured(run) if finding.mind]
-  return list(dict.fromkeys(table_text.plain_line(text, _LONGEST) for text in found))
+  return list(dict.fromkeys(map(as_line, found)))
+
+
+def as_line(text: str) -> str:
+  """A sentence as it is shown everywhere."""
+  return table_text.plain_line(text, _LONGEST)
 
 
 def fine(run: SelectRun) -> list[str]:
