@@ -467,8 +467,8 @@ def test_warning_of_copies():
   inputs = dataclasses.replace(plain, content_keys=["same"] * 3 + [f"key {i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
   assert found == [
-    "2 of the 40 selected examples repeat another selected one, message for message: give --drop_copies, to finetune, "
-    "select and evaluate alike."
+    "2 of the 40 selected examples are duplicates of another selected one. To leave them out, use --drop_copies in "
+    "finetune, select and evaluate alike."
   ]
   assert selection_warnings(np.arange(40), inputs, copies=False) == []
   assert selection_warnings(np.arange(2, 40), inputs) == selection_warnings(np.arange(40), plain) == []

@@ -141,6 +141,15 @@ def test_what_decides_a_ranking_by_influence_is_minded_only_where_it_has_decided
   assert findings.warnings(other) == [] and said in findings.fine(other)
 
 
+def test_short_responses_are_minded_once():
+  made = fine_run()
+  columns = dict(made.columns) | {"num_response_tokens": made.columns["rank"], "influence": np.zeros(200)}
+  (said,) = findings.warnings(fine_run(columns=columns))
+  assert said.endswith("The selection prefers short responses.")
+  kept = dict(made.summary) | {"warnings": ["It has few tokens: it prefers short responses. Use the policy matching."]}
+  assert findings.warnings(fine_run(columns=columns, summary=kept)) == kept["warnings"]
+
+
 def test_warnings_are_told_once_also_where_the_run_has_kept_them():
   run = fine_run(truncated=np.arange(200) < 20)
   kept = findings.warnings(run)

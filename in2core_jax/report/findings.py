@@ -126,7 +126,8 @@ def _length(run: SelectRun) -> list[Finding]:
   word = f" The selection prefers {'long' if longer.mean > 0.5 else 'short'} responses."
   biased = abs(longer.mean - 0.5) > 0.15 and not longer.low <= 0.5 <= longer.high
   text = f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}.{word if biased else ''}"
-  return [Finding(text, biased)]
+  said = any("it prefers short responses" in warning for warning in run.summary["warnings"])  # `selection_warnings`
+  return [Finding(text, biased and not (said and longer.mean < 0.5))]
 
 
 def _solver(run: SelectRun) -> list[Finding]:
