@@ -390,6 +390,9 @@ def test_rows_in_order_of_choice_come_before_those_left_out():
   run = fine_run(columns=dict(made.columns) | {"choice": choice, "reason": [""] * 200})
   left = [row for row in made.order if row not in (3, 7, 11)]
   assert run.first.tolist() == [3, 7, 11, *left] and made.first.tolist() == made.order.tolist()
+  three = fine_run(columns=dict(run.columns) | {"selected": choice > 0})
+  assert three.searched.tolist() == [3, 7, 11]  # near-duplicates are looked for in the choice
+  assert made.searched.tolist() == made.order.tolist()
 
 
 def test_a_run_that_does_not_fit_together_is_refused():

@@ -143,10 +143,15 @@ class SelectRun:
     residuals = np.array([np.atleast_1d(residual) for _, residual in points], np.float64)
     return [step for step, _ in points], residuals
 
+  @property
+  def searched(self) -> np.ndarray:
+    """int64 [n], the first choices, or where their order is not known the strongest proponents; at most `TOP`."""
+    return self.first[: min(TOP, int(self.selected.sum()))] if "choice" in self.columns else self.first[:TOP]
+
   @functools.cached_property
   def top_copies(self) -> list[near_duplicates.Group]:
-    """Near-duplicates among the first `TOP` choices; rows of the whole table."""
-    top = self.first[:TOP]
+    """Near-duplicates among the `searched` rows; rows of the whole table."""
+    top = self.searched
     texts = [" ".join(map(spoken, self.records[row].messages)) for row in top]
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_duplicates.near_copies(texts)]
 

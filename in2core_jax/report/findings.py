@@ -14,7 +14,7 @@ import numpy as np
 
 from in2core_jax.data import tokenizing
 from in2core_jax.evaluation import statistics
-from in2core_jax.report import facts, table_text
+from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
 
 # Rules whose choice is a ranking by influence: what decides the ranking decides the choice.
@@ -70,7 +70,7 @@ def _duplicates(run: SelectRun) -> list[Finding]:
   size, chosen = len(run.records), run.selected
   copies = size - len(set(run.content_keys))
   kept = int(chosen.sum()) - len({run.content_keys[row] for row in np.flatnonzero(chosen)})
-  close, top = sum(len(group.rows) for group in run.top_copies), min(facts.TOP, size)
+  close, top = sum(len(group.rows) for group in run.top_copies), len(run.searched)
   mind = kept > 0 or copies > _MANY_COPIES * size
   text = (
     f"{copies:,} of the {size:,} training examples are duplicates of an earlier one; {kept:,} of the selected are "
@@ -78,7 +78,8 @@ def _duplicates(run: SelectRun) -> list[Finding]:
   )
   if mind:
     text += " To leave them out, use --drop_copies in finetune, select and evaluate alike."
-  near = f"{close:,} of the {top:,} first choices are near-duplicates of another one."
+  what = "first choices" if "choice" in run.columns else "strongest proponents"
+  near = f"{close:,} of the {top:,} {what} are near-duplicates of another one."
   return [Finding(text, mind), Finding(near, close > 0.1 * top)]
 
 

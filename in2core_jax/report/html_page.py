@@ -242,7 +242,7 @@ def _overview(run: SelectRun) -> dict[str, Any]:
       "copies": len(run.top_copies),
       "ordered": "choice" in run.columns,
       "queries": 0 if run.queries is None else len(run.query_records),
-      "top": min(facts.TOP, len(run.records)),
+      "top": len(run.searched),
     },
     "answer": answer.answer(run),
     "numbers": answer.numbers(run),
