@@ -301,6 +301,10 @@ def test_the_answer_tells_what_else_belongs_to_it():
   assert more[0] == "By example it is 1 % higher (95 % interval 3 % lower to 5 % higher)."
   assert more[1].startswith("Against all data it is 2 % higher")
   assert more[2] == "It was trained on 60% of the response tokens of the random sets."
+  bare = retrained("mine", (0.9, None, None), trained_tokens=380)
+  assert answer.answer(judged_run(table=[table[0], bare])).more == (
+    "It was trained on 38% of the response tokens of the random sets.",
+  )
   assert answer.answer(judged_run()).why == "no model was retrained on this set in this evaluation."
   nobody = answer.answer(judged_run(retrained("mine")))
   assert nobody.word == answer.UNCLEAR and "Add random to --policies" in nobody.why

@@ -215,6 +215,12 @@ def test_the_first_screen_answers_with_three_numbers():
   figure = browser.parse(html_page.select_page(run)).all("figure")[0]
   assert "This set, by token: 0.9 times random's, 95 % interval 0.8 to 0.95" in figure.content
   assert len(browser.parse(html_page.select_page(make_run(make_records(40)))).all("figure")) == 3  # none of a gain
+  assert "lines are 95 % intervals" in figure.content
+  bare = {"to_random": 0.9, "to_random_low": None, "to_random_high": None, "example_to_random": 1.1}
+  bare |= {"example_to_random_low": None, "example_to_random_high": None}
+  once = {"table": [row | bare], "verdict": [], "recipe": {}, "candidate": "mine"}
+  page = browser.parse(html_page.select_page(make_run(make_records(40), retrain=once)))
+  assert "without intervals" in page.all("figure")[0].content and "may be chance" in page.all("header")[0].content
 
 
 def test_warnings_come_first_and_what_is_fine_is_folded():

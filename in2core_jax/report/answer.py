@@ -126,19 +126,20 @@ def _from_retraining(run: SelectRun) -> Answer:
     return Answer(UNCLEAR, "no random set was retrained to compare with. Add random to --policies of evaluate.")
   known = [row for row in rows if not math.isnan(_ratio(row, "to_random")[1])]
   if not known:
-    return _without_interval(rows)
+    return _without_interval(rows, run.retrain["table"])
   if len(rows) > 1:
     return _many(known, rows)
   return _one(rows[0], run.retrain["table"])
 
 
-def _without_interval(rows: Sequence[Mapping]) -> Answer:
+def _without_interval(rows: Sequence[Mapping], table: Sequence[Mapping]) -> Answer:
   seen = (
     f"retrained on this set, the test perplexity is {change(_ratio(rows[0], 'to_random')[0])} than with random sets"
   )
   if len(rows) > 1:
     seen = f"{len(rows)} comparisons with random sets were made"
-  return Answer(UNCLEAR, f"{seen}, but without an interval this may be chance. Use several --seeds, such as 0,1,2.")
+  why = f"{seen}, but without an interval this may be chance. Use several --seeds, such as 0,1,2."
+  return Answer(UNCLEAR, why, tuple(_fewer_tokens(rows[0], table)) if len(rows) == 1 else ())
 
 
 def _one(row: Mapping, table: Sequence[Mapping]) -> Answer:
