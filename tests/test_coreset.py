@@ -557,7 +557,7 @@ def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
 
 def test_the_reason_names_the_query_whose_turn_it_was_also_where_turns_go_by_tokens():
   tokens = np.array([1, 30, 2, 9, 4])
-  inputs = make_inputs(similar_tokens=tokens, target_mean="both", similar_ids=list("abcde"))
+  inputs = make_inputs(similar_tokens=tokens, aggregate="weighted_turns", similar_ids=list("abcde"))
   choice = coreset.choose("hybrid", inputs, Budget(fraction=1.0))
   shares = (tokens / tokens.sum() + 1 / 5) / 2
   names = [reason.removeprefix("in turn for query ").split(",")[0] for reason in choice.reasons]

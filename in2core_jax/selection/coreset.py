@@ -21,7 +21,7 @@ import numpy as np
 
 from in2core_jax.errors import UserError
 from in2core_jax.selection import matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, topic_means, turn_order
+from in2core_jax.selection.aggregation import aggregate, finite, topic_means, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
@@ -29,7 +29,6 @@ from in2core_jax.selection.inputs import (
   matching_target,
   means,
   query_weights,
-  turn_shares,
 )
 from in2core_jax.selection.two_samples import Apart
 
@@ -198,19 +197,24 @@ def _by_similarity(task: _Task, name: str) -> _Order:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  shares = turn_shares(inputs) if name == "hybrid" else None  # the others are as published
   ids = [inputs.ids[row] for row in task.pool]
-  value = aggregate(values[:, task.pool], topics, how, ids, shares)
-  queries = range(1, len(values) + 1) if inputs.similar_ids is None else inputs.similar_ids
+  value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens)
+  order = proponents(value)
+  return _copies_last(task, _Order(order, _similar(inputs, how, value, topics)))
+
+
+def _similar(inputs: PolicyInputs, how: str, value: np.ndarray, topics: Sequence[str]) -> reasons.Reasons:
+  """Why a policy by similarity takes an example: its turn, or its rank."""
+  size, queries = len(topics), inputs.similar_ids
+  names = list(range(1, size + 1) if queries is None else queries)
   if how == "round_robin":
-    turns = turn_order(np.ones(len(values)) if shares is None else shares, len(value))
-    why = reasons.in_turn(value, turns, list(queries), "query")
-  elif how == "topic_quota":
+    return reasons.in_turn(value, turn_order(np.ones(size), len(value)), names, "query")
+  if how == "weighted_turns":
+    return reasons.in_turn(value, turn_order(turn_shares(inputs.similar_tokens, size), len(value)), names, "query")
+  if how == "topic_quota":
     names = sorted(set(map(str, topics)))
-    why = reasons.in_turn(value, np.arange(len(value)) % len(names), names, "evaluation topic")
-  else:
-    why = reasons.ranked(proponents(value), "by similarity to the evaluation examples")
-  return _copies_last(task, _Order(proponents(value), why))
+    return reasons.in_turn(value, turn_order(np.ones(len(names)), len(value)), names, "evaluation topic")
+  return reasons.ranked(proponents(value), "by similarity to the evaluation examples")
 
 
 def _copies_last(task: _Task, order: _Order) -> _Order:
