@@ -385,6 +385,10 @@ def test_three_numbers_and_the_gain_of_the_set_and_of_all_data():
     ("All data", (0.9, 0.85, 0.95)),
   ]
   assert answer.gains(fine_run()) == []
+  sweep = [retrained("mine", SAME, equal=equal, fraction=f / 10) for equal in ("steps", "tokens") for f in range(1, 6)]
+  assert [gain.name for gain in answer.gains(judged_run(*sweep))] == [
+    f"This set, equal steps, {10 * f} %" for f in range(1, 6)
+  ]
 
 
 def test_rows_in_order_of_choice_come_before_those_left_out():

@@ -18,6 +18,7 @@ _DRAWN = ("random", "random without copies", "length_matched_random")  # rules t
 _ENOUGH_QUERIES = 40  # evaluation examples from which on "of the same kind" is more than "too few to see"
 _MEASURED_SHARE = 0.1  # of a pool: the largest choice whose worth was measured for such sets (docs/selection.md)
 _NAMED = 6  # comparisons that a sentence lists
+_MOST_ROWS = 8  # comparisons in the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,15 @@ def _own(run: SelectRun) -> list[Mapping]:
 
 
 def gains(run: SelectRun) -> list[Gain]:
-  """This set and full data against random sets, for each comparison; empty without any."""
+  """This set and full data against random sets, for each comparison; empty without any.
+
+  Of more than `_MOST_ROWS` comparisons those of the first thing that is held equal.
+  """
   if run.retrain is None:
     return []
   table, ours, found = run.retrain["table"], _own(run), []
-  for row in ours:
+  shown = ours if len(ours) <= _MOST_ROWS else [row for row in ours if row.get("equal") == ours[0].get("equal")]
+  for row in shown:
     title = _title(row, ours)
     found.append(_gain(f"This set{f', {title}' if title else ''}", row))
     if len(ours) == 1:
