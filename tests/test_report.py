@@ -286,4 +286,6 @@ def test_retrain_report():
   assert "4.060 (3.910 to 4.210)" in page and "| steps | 100 |" in page and "![p](p.svg)" in page
   assert page.count("Mind\\_this.") == 1 and "## Warnings" not in page
   warned = retrain_report_markdown({"": (table_rows(), "First.")}, warnings=["Too <few> tests."])
-  assert warned.startswith("# Retrain and compare\n\n## Warnings\n\n- Too &lt;few&gt; tests.\n\n- First.")
+  assert warned.startswith(
+    "# Retrain and compare\n\n## Warnings\n\n- Too &lt;few&gt; tests.\n\n## Comparison\n\n- First."
+  )

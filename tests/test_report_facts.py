@@ -157,7 +157,9 @@ def test_warnings_are_told_once_also_where_the_run_has_kept_them():
   assert findings.warnings(again) == kept and len(kept) == 1
   judged = {"table": [], "verdict": [], "recipe": {}, "warnings": ["Too few test examples.", kept[0]]}
   retrained = fine_run(truncated=np.arange(200) < 20, retrain=judged)
-  assert findings.warnings(retrained) == ["Too few test examples.", kept[0]]
+  assert findings.warnings(retrained) == ["Too few test examples.", kept[0]]  # those of the comparison first
+  both = fine_run(retrain=judged, summary=dict(run.summary) | {"warnings": ["Of select."]})
+  assert findings.warnings(both) == ["Too few test examples.", kept[0], "Of select."]
 
 
 def test_each_trouble_is_said_with_its_numbers():
@@ -187,7 +189,7 @@ def test_each_trouble_is_said_with_its_numbers():
     "2 evaluation examples occur in the training set, and 3 have a prompt that occurs there."
   ]
   lengths = dict(made.columns) | {"num_response_tokens": 300 - made.columns["rank"]}
-  by_score, by_choice = findings.warnings(fine_run(columns=lengths))
+  by_choice, by_score = findings.warnings(fine_run(columns=lengths))
   assert (
     by_score
     == "Influence and response length: Spearman +1.00. A ranking by influence is partly a ranking by response length."
@@ -284,7 +286,7 @@ BY_TOKEN = "retrained on it, the test perplexity by token is 10 % lower (95 % in
     (SAME, BETTER, answer.USE, "retrained on it, the test perplexity by example is 10 % lower"),
     (WORSE, SAME, answer.RANDOM, "retrained on this set, the test perplexity by token is 10 % higher"),
     (SAME, WORSE, answer.RANDOM, "retrained on this set, the test perplexity by example is 10 % higher"),
-    (BETTER, WORSE, answer.UNCLEAR, f"{BY_TOKEN} than with random sets, but by example the sign is the other one."),
+    (BETTER, WORSE, answer.UNCLEAR, f"{BY_TOKEN} than with random sets, but by example it is the other way round."),
     (SAME, SAME, answer.UNCLEAR, "retrained on it, the test perplexity by token is 1 % higher"),
     ((0.9, None, None), (0.9, None, None), answer.UNCLEAR, "retrained on this set, the test perplexity is 10 % lower"),
   ],

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax.data.records import Record
+from in2core_jax.errors import printable
 from in2core_jax.report import findings, html_page
 from tests import browser
 from tests.browser import needs_browser
@@ -45,7 +46,7 @@ def hostile_run(texts=HOSTILE, **changes):
     "example_id": np.array([record.example_id for record in records], dtype=object),
     "topic": np.array(texts, dtype=object),
     "choice": np.where(made.selected, made.columns["rank"], 0),
-    "reason": np.array(texts, dtype=object),
+    "reason": np.array([f"in turn for query {printable(f'{i}{t}'[:80])}, round 1" for i, t in enumerate(texts)]),
   }
   retrain = {"table": [retrain_row(texts[0])], "verdict": texts, "recipe": {texts[1]: texts[2]}}
   retrain |= {"candidate": texts[0], "warnings": texts}
@@ -99,6 +100,8 @@ def test_hostile_text_adds_no_markup():
 
 def test_texts_arrive_as_they_are():
   data = embedded(html_page.select_page(hostile_run()))
+  assert data["examples"]["asked"] == list(range(len(HOSTILE)))
+  assert data["examples"]["asked_texts"][0] == HOSTILE[0]
   assert data["examples"]["texts"] == [[text, text] for text in HOSTILE]
   assert data["examples"]["roles"] == ["ur"] * len(HOSTILE)
   assert data["queries"]["texts"][:-2] == [[text, text] for text in HOSTILE[:-2]]
@@ -370,6 +373,17 @@ note({order: rows.map((row) => Number(row.dataset.row)),
   reasons: rows.map((row) => row.querySelector('.reason')?.textContent ?? null),
   sort: document.getElementById('sort').value});
 """
+
+
+def test_a_turn_shows_what_its_query_asks():
+  made = make_run(make_records(6), 2)
+  reason = ["", "in turn for query example-1, round 1,234", "in turn for query example-9, round 1", "x", "", ""]
+  columns = dict(made.columns) | {"choice": np.arange(6), "reason": np.array(reason, dtype=object)}
+  examples = embedded(html_page.select_page(make_run(made.records, 2, columns=columns)))["examples"]
+  assert examples["asked"] == [-1, 0, -1, -1, -1, -1] and examples["reason"] == reason
+  assert examples["asked_texts"] == [made.query_records[1].messages[0]["content"]]
+  other = embedded(html_page.select_page(make_run(made.records, columns=columns)))["examples"]
+  assert "asked" not in other
 
 
 @needs_browser

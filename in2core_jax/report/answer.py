@@ -155,9 +155,9 @@ def _one(row: Mapping, table: Sequence[Mapping]) -> Answer:
   by_example = f"By example it is {_shown(example)}."
   more = [by_example, *_against_full(row), *_fewer_tokens(row, table)]
   if signs == {0}:
-    return Answer(UNCLEAR, f"{lead}, so the interval leaves both signs open.", tuple(more))
+    return Answer(UNCLEAR, f"{lead}. The interval includes no difference.", tuple(more))
   if signs == {-1, 1}:
-    return Answer(UNCLEAR, f"{lead}, but by example the sign is the other one.", tuple(more))
+    return Answer(UNCLEAR, f"{lead}, but by example it is the other way round.", tuple(more))
   if -1 in signs:
     word, this = USE, f"{lead}."
   else:

@@ -33,8 +33,8 @@ class Finding:
 
 
 def warnings(run: SelectRun) -> list[str]:
-  """Every warning of the run, each once: its own first, then what follows from its data and numbers."""
-  found = [*run.summary["warnings"], *(run.retrain or {}).get("warnings", ()), *tokenizing.told_lines(run.data)]
+  """Every warning, each once: of the retraining, of the run itself, then what follows from its data and numbers."""
+  found = [*(run.retrain or {}).get("warnings", ()), *run.summary["warnings"], *tokenizing.told_lines(run.data)]
   found += [finding.text for finding in _measured(run) if finding.mind]
   return list(dict.fromkeys(map(as_line, found)))
 
@@ -50,7 +50,7 @@ def fine(run: SelectRun) -> list[str]:
 
 
 def _measured(run: SelectRun) -> list[Finding]:
-  return [*_overlap(run), *_duplicates(run), *_cut(run), *_influence(run), *_length(run), *_solver(run)]
+  return [*_overlap(run), *_duplicates(run), *_solver(run), *_length(run), *_cut(run), *_influence(run)]
 
 
 def _overlap(run: SelectRun) -> list[Finding]:

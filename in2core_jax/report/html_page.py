@@ -26,6 +26,7 @@ import markupsafe
 import numpy as np
 
 from in2core_jax.data.records import Record, spoken
+from in2core_jax.errors import printable
 from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
 from in2core_jax.report.markdown import retrain_rows, topic_table
@@ -40,6 +41,8 @@ PARTNERS = 10  # training examples at each end, for each evaluation example
 QUERIES = 2_000  # evaluation examples in the page
 TOPIC_ROWS = 50
 NAME = 100  # characters of an id or a topic
+ASKED = 120  # characters of the query that a choice was made for
+_TURN = re.compile(r"in turn for query (.+), round [\d,]+")  # of `selection.reasons`, whose ids are `printable`
 # How the page names the turns: r a response, whose tokens the loss counts, and a an assistant's turn before the first
 # user's, which is no response.
 _ROLES = {"system": "s", "user": "u", "assistant": "r", "tool": "t"}
@@ -202,11 +205,25 @@ def _payload(run: SelectRun, listing: _Listing) -> dict[str, Any]:
   if "choice" in part:
     examples["choice"] = part["choice"].tolist()
     examples["reason"] = [table_text.plain_line(reason) for reason in part["reason"]]
+    examples |= _asked(part["reason"], run.query_records)
   if "self_influence" in part:
     examples["self_influence"] = _numbers(part["self_influence"])
   copies = [{"rows": listing.places(g.rows), "similarity": _numbers(g.similarity, 2)} for g in run.top_copies]
   names = [topic[:NAME] for topic in topics]
   return {"total": listing.total, "topics": names, "examples": examples, "copies": copies} | _queries(run, listing)
+
+
+def _asked(reasons: Iterable[str], records: Sequence[Record]) -> dict[str, list]:
+  """What the queries say that examples were chosen for: their texts, and for each example its place in them or -1."""
+  texts, places, found = {}, {}, []
+  for record in records:
+    words = next((spoken(message) for message in record.messages if message["role"] == "user"), "")
+    texts.setdefault(printable(record.example_id[:80]), table_text.plain_line(words, ASKED))
+  for reason in reasons:
+    turn = _TURN.match(reason)
+    known = turn is not None and turn[1] in texts
+    found.append(places.setdefault(turn[1], len(places)) if known else -1)
+  return {"asked": found, "asked_texts": [texts[name] for name in places]} if places else {}
 
 
 def _queries(run: SelectRun, listing: _Listing) -> dict[str, Any]:

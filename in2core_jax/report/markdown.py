@@ -172,7 +172,8 @@ def retrain_report_markdown(
     parts += [f"## {escape_markdown(title).capitalize()}", markdown_table(lines).rstrip()]
   for title, (table, verdict) in sections.items():
     lines = "\n".join(f"- {escape_markdown(line, 1000)}" for line in verdict.splitlines() if line.strip())
-    parts += [f"## {escape_markdown(title).capitalize()}"] if title else []
+    heading = escape_markdown(title).capitalize() or ("Comparison" if warnings else "")
+    parts += [f"## {heading}"] if heading else []
     parts += [lines, markdown_table(retrain_rows(table)).rstrip()]
   parts += [
     f"In brackets: {level:.0%} intervals that hold for new test examples and for new trainings. Perplexity is on the "

@@ -90,6 +90,8 @@
       const taken = examples.choice && kept ? "choice " + whole(examples.choice[row]) : "selected";
       const tag = element("span", { class: kept ? "tag selected" : "tag" }, kept ? taken : "left out");
       const reason = kept && examples.reason ? [element("div", { class: "reason" }, isolate(examples.reason[row]))] : [];
+      const asked = kept && examples.asked && examples.asked[row] >= 0 ? examples.asked_texts[examples.asked[row]] : "";
+      if (asked) reason.push(element("div", { class: "asked" }, "“", isolate(asked), "”"));
       return element("td", { class: "state" }, tag, ...reason);
     }],
     ["influence", (row) => numberCell("influence", signed(examples.influence[row]))],
