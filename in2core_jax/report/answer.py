@@ -151,22 +151,18 @@ def _one(row: Mapping, table: Sequence[Mapping]) -> Answer:
   """One comparison with random sets: its signs by token and by example decide."""
   token, example = _ratio(row, "to_random"), _ratio(row, "example_to_random")
   signs = {_sign(token), _sign(example)}
-  lead = f"retrained on it, the test perplexity by token is {_shown(token)} than with random sets"
-  by_example = f"By example it is {_shown(example)}."
-  more = [by_example, *_against_full(row), *_fewer_tokens(row, table)]
+  word = UNCLEAR if signs in ({0}, {-1, 1}) else USE if -1 in signs else RANDOM
+  on = "retrained on it" if word == USE else "retrained on this set"
+  lead = f"{on}, the test perplexity by token is {_shown(token)} than with random sets"
+  more = [f"By example it is {_shown(example)}.", *_against_full(row), *_fewer_tokens(row, table)]
   if signs == {0}:
-    return Answer(UNCLEAR, f"{lead}. The interval includes no difference.", tuple(more))
+    return Answer(word, f"{lead}. The interval includes no difference.", tuple(more))
   if signs == {-1, 1}:
-    return Answer(UNCLEAR, f"{lead}, but by example it is the other way round.", tuple(more))
-  if -1 in signs:
-    word, this = USE, f"{lead}."
-  else:
-    word, this = RANDOM, f"{lead.replace('on it', 'on this set')}."
+    return Answer(word, f"{lead}, but by example it is the other way round.", tuple(more))
   if _sign(token) == 0:  # the one by example has decided: it comes first
-    this = f"{'retrained on it' if word == USE else 'retrained on this set'}, the test perplexity by example is "
-    this += f"{_shown(example)} than with random sets."
+    lead = f"{on}, the test perplexity by example is {_shown(example)} than with random sets"
     more[0] = f"By token it is {_shown(token)}."
-  return Answer(word, this, tuple(more))
+  return Answer(word, f"{lead}.", tuple(more))
 
 
 def _against_full(row: Mapping) -> list[str]:
