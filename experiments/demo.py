@@ -60,7 +60,8 @@ def main(_) -> None:
   # The scores of that run serve the paper's rule, one of --policies, too.
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
-  log.info("done in %.0f s; open %s/evaluation.md and %s/report.html", time.perf_counter() - began, result, selected)
+  seconds = time.perf_counter() - began
+  log.info("done in %.0f s; open %s/evaluation.md and %s/report-select.html", seconds, result, result)
   lock.release()
 
 

@@ -99,7 +99,7 @@ class Selected(_Result):
 
   Attributes:
     scores: a row for each training example in source order: example_id, influence, rank, selected, loss, num_tokens,
-      num_response_tokens, topic (docs: files and columns).
+      num_response_tokens, topic, choice (1 = chosen first, 0 = left out), reason (docs: files and columns).
     coreset: JSON lines of the chosen examples, each as it was read.
     warnings: what to mind, in whole sentences.
   """
@@ -120,8 +120,10 @@ class Selected(_Result):
     return {"policy": self.summary["policy"], "selected": f"{kept} of {size} examples"}
 
   def _rows(self) -> list[dict]:
-    best = self.scores.filter(self.scores["selected"]).sort_by([("rank", "ascending")]).slice(0, _SHOWN)
-    return best.select(["rank", "example_id", "influence", "loss", "num_response_tokens"]).to_pylist()
+    names = ("choice", "reason", "rank", "example_id", "influence", "loss", "num_response_tokens")
+    names = [name for name in names if name in self.scores.column_names]  # an older run has no order of choice
+    first = self.scores.filter(self.scores["selected"]).sort_by([(names[0], "ascending")]).slice(0, _SHOWN)
+    return first.select(names).to_pylist()
 
   def _notes(self) -> Sequence[str]:
     return self.warnings
@@ -149,7 +151,7 @@ class Evaluated(_Result):
     return self.table.select(names).to_pylist()
 
   def _notes(self) -> Sequence[str]:
-    return self.verdict
+    return tuple(dict.fromkeys([*self.summary.get("warnings", ()), *self.verdict]))
 
 
 def finetune(settings: Settings | None = None, *, session: Workbench | None = None, **changes: Any) -> Finetuned:

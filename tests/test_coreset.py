@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -466,8 +467,8 @@ def test_warning_of_copies():
   inputs = dataclasses.replace(plain, content_keys=["same"] * 3 + [f"key {i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
   assert found == [
-    "2 of the 40 selected examples repeat another selected one, message for message: give --drop_copies, to finetune, "
-    "select and evaluate alike."
+    "2 of the 40 selected examples are duplicates of another selected one. To leave them out, use --drop_copies in "
+    "finetune, select and evaluate alike."
   ]
   assert selection_warnings(np.arange(40), inputs, copies=False) == []
   assert selection_warnings(np.arange(2, 40), inputs) == selection_warnings(np.arange(40), plain) == []
@@ -487,3 +488,85 @@ def test_matching_in_blocks_comes_nearly_as_close():
   # One row a target between two updates is the rule itself, also without the Gram matrix.
   by_one = matching.greedy_matching(features.astype(np.float32), target, 10)
   assert by_one.tolist() == matching.greedy_matching(features, target, 10).tolist()
+
+
+# ------------------------------------------------------------------------------------------------- reasons
+
+REASONS = {
+  "proponents": r"rank {n} of 40 by influence",
+  "opponents": r"rank {n} of 40 by influence, lowest first",
+  "longest": r"rank {n} of 40 by response tokens",
+  "highest_loss": r"rank {n} of 40 by loss",
+  "embedding": r"rank {n} of 40 by similarity to the evaluation examples",
+  "random": "drawn at random",
+  "length_matched_random": "drawn at random among responses of its length",
+  "topic_quota": r"rank \d+ of \d+ in its topic by influence",
+  "hybrid": r"in turn for query {q}, round {turn}",
+  "matching": r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)",
+  "matching_round_robin": r"in turn for evaluation topic (food|sport|trivia): .*",
+  "matching_quota": r"in turn for its topic: .*",
+  "matching_hybrid": r".*the set's mean gradient and hidden states .*",
+}
+
+
+@pytest.mark.parametrize("policy", REASONS)
+def test_every_choice_has_its_reason_in_words(policy):
+  queries = [f"q{i}" for i in range(5)]
+  choice = coreset.choose(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
+  np.testing.assert_array_equal(
+    choice.rows, select_rows(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
+  )
+  assert len(choice.reasons) == len(choice.rows) == 20
+  for place, reason in enumerate(choice.reasons):
+    wanted = REASONS[policy].format(n=place + 1, q=queries[place % 5], turn=place // 5 + 1)
+    assert re.fullmatch(wanted, reason), reason
+
+
+@pytest.mark.parametrize("policy", ["matching", "matching_round_robin", "matching_hybrid"])
+def test_a_choice_is_said_to_bring_the_set_closer_exactly_where_it_does(policy):
+  inputs = make_inputs(target_mean="examples", similar_ids=None)
+  choice = coreset.choose(policy, inputs, Budget(fraction=0.9))
+  inner = inputs.features if policy != "matching_hybrid" else np.linalg.cholesky(inputs.kernel + 1e-9 * np.eye(40))
+  if policy == "matching_hybrid":
+    targets = [np.linalg.lstsq(inner, inputs.towards, rcond=None)[0]]
+  elif policy == "matching":
+    targets = [matching_target(inputs)]
+  else:
+    targets = aggregation.topic_means(inputs.target, inputs.query_topics)
+  turns, said = len(targets), []
+  for step in range(turns, len(choice.rows)):
+    own = choice.rows[step % turns : step + 1 : turns]
+    now, before = (np.linalg.norm(inner[rows].mean(axis=0) - targets[step % turns]) for rows in (own, own[:-1]))
+    said.append(now < before)
+    assert ("closer" in choice.reasons[step]) == (now < before), step
+  assert any(said) and not all(said)
+
+
+def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
+  inputs = make_inputs(size=4, alike=np.array([0, 0, 1, 2]), similar_ids=["a\u202e\n", "", "c", "d", "e"])
+  reasons = coreset.choose("hybrid", inputs, Budget(fraction=1.0)).reasons
+  assert [reason.endswith("; a duplicate, taken when every other example was in") for reason in reasons] == [
+    False,
+    False,
+    False,
+    True,
+  ]
+  told = " ".join(reasons)
+  assert "\u202e" not in told and "\n" not in told and ("query a\\u202e\\n," in told or "query (none)," in told)
+
+
+def test_the_reason_names_the_query_whose_turn_it_was_also_where_turns_go_by_tokens():
+  tokens = np.array([1, 30, 2, 9, 4])
+  inputs = make_inputs(similar_tokens=tokens, aggregate="weighted_turns", similar_ids=list("abcde"))
+  choice = coreset.choose("hybrid", inputs, Budget(fraction=1.0))
+  shares = (tokens / tokens.sum() + 1 / 5) / 2
+  names = [reason.removeprefix("in turn for query ").split(",")[0] for reason in choice.reasons]
+  assert names == ["abcde"[query] for query in aggregation.turn_order(shares, 40)]
+  rounds = [int(reason.rpartition(" ")[2]) for reason in choice.reasons]
+  assert all(round_ == names[: place + 1].count(names[place]) for place, round_ in enumerate(rounds))
+  free = set(range(40))
+  by_id = sorted(free, key=lambda row: inputs.ids[row])
+  for row, name in zip(choice.rows, names, strict=True):  # and it took the best that was left by that query
+    wanted = inputs.similarities["hybrid"]["abcde".index(name)]
+    assert row == max((r for r in by_id if r in free), key=lambda r: wanted[r])
+    free.remove(row)

@@ -229,6 +229,25 @@ def test_select_report():
   assert page.count("\n```") == 2 and "## Warnings\n\nNone." not in page
 
 
+def test_a_select_report_begins_with_the_answer_and_shows_the_first_choices_with_their_reasons():
+  columns = select_columns()
+  columns |= {"choice": np.where(columns["selected"], 31 - columns["rank"], 0)}  # the reverse of the ranking
+  columns["reason"] = [f"in turn for query <b>q{i}</b>" if kept else "" for i, kept in enumerate(columns["selected"])]
+  page = select_report_markdown(
+    columns, ["x"] * 60, {}, answer=["Use this set", "a_b is better.", "By <i>example</i> too."]
+  )
+  assert page.startswith(
+    "# Selection report\n\n**Use this set**: a\\_b is better. By &lt;i&gt;example&lt;/i&gt; too.\n"
+  )
+  table = page.split("## First choices\n\n")[1].split("\n\n")[0]
+  assert table.splitlines()[0].startswith("| choice | why | rank |")
+  assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {n}" for n in range(1, 11)]
+  assert "in turn for query &lt;b&gt;q29&lt;/b&gt;" in table.splitlines()[2]
+  few = select_columns(3) | {"choice": np.array([0, 1, 0]), "reason": ["", "drawn at random", ""]}
+  first = select_report_markdown(few, ["x"] * 3, {}).split("## First choices\n\n")[1].split("\n\n")[0]
+  assert len(first.splitlines()) == 3 and "drawn at random" in first
+
+
 def test_select_report_with_many_topics():
   columns = select_columns(60) | {"topic": [f"t{i}" for i in range(60)]}
   page = select_report_markdown(columns, ["x"] * 60, {})
@@ -265,4 +284,8 @@ def test_retrain_report():
   assert "- First.\n- matching\\_quota: lower." in page
   assert "| full | 1 | 700 | 9000 | 100 | 18000 | 3.320 | 3.320 |" in page
   assert "4.060 (3.910 to 4.210)" in page and "| steps | 100 |" in page and "![p](p.svg)" in page
-  assert page.count("Mind\\_this.") == 1
+  assert page.count("Mind\\_this.") == 1 and "## Warnings" not in page
+  warned = retrain_report_markdown({"": (table_rows(), "First.")}, warnings=["Too <few> tests."])
+  assert warned.startswith(
+    "# Retrain and compare\n\n## Warnings\n\n- Too &lt;few&gt; tests.\n\n## Comparison\n\n- First."
+  )

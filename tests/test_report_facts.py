@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
-from in2core_jax.report import charts, facts, near_duplicates
+from in2core_jax.report import answer, charts, facts, findings, near_duplicates
 from in2core_jax.report.plots import figure_bytes, score_edges
 from in2core_jax.runs.run_folder import RunDir
 from tests.made_run import make_record, make_records, make_run, make_summary
@@ -115,10 +115,6 @@ def test_layers_by_hand():
 # ----------------------------------------------------------------------------------------------------- findings
 
 
-def minded(run):
-  return [finding.text for finding in facts.findings(run) if finding.mind]
-
-
 def fine_run(records=None, **changes):
   """Nothing truncated, no warnings, a converged solver, lengths and losses without relation to the scores."""
   records = records or [make_record(i, f"p{i}", f"r{i} " * (1 + (i * 7) % 5)) for i in range(200)]
@@ -128,8 +124,42 @@ def fine_run(records=None, **changes):
 
 def test_an_honest_run_has_nothing_to_mind():
   run = fine_run()
-  assert minded(run) == []
-  assert len(facts.findings(run)) == 9
+  assert findings.warnings(run) == []
+  assert len(findings.fine(run)) == 9
+
+
+def test_what_decides_a_ranking_by_influence_is_minded_only_where_it_has_decided():
+  made = fine_run()
+  lengths = dict(made.columns) | {
+    "num_response_tokens": 300 - made.columns["rank"],
+    "selected": np.arange(200) % 2 == 0,
+  }
+  said = "Influence and response length: Spearman +1.00. A ranking by influence is partly a ranking by response length."
+  assert findings.warnings(fine_run(columns=lengths)) == [said]
+  summary = dict(made.summary) | {"policy": "auto", "rule": "hybrid"}
+  other = fine_run(columns=lengths, summary=summary)
+  assert findings.warnings(other) == [] and said in findings.fine(other)
+
+
+def test_short_responses_are_minded_once():
+  made = fine_run()
+  columns = dict(made.columns) | {"num_response_tokens": made.columns["rank"], "influence": np.zeros(200)}
+  (said,) = findings.warnings(fine_run(columns=columns))
+  assert said.endswith("The selection prefers short responses.")
+  kept = dict(made.summary) | {"warnings": ["It has few tokens: it prefers short responses. Use the policy matching."]}
+  assert findings.warnings(fine_run(columns=columns, summary=kept)) == kept["warnings"]
+
+
+def test_warnings_are_told_once_also_where_the_run_has_kept_them():
+  run = fine_run(truncated=np.arange(200) < 20)
+  kept = findings.warnings(run)
+  again = fine_run(truncated=np.arange(200) < 20, summary=dict(run.summary) | {"warnings": kept})
+  assert findings.warnings(again) == kept and len(kept) == 1
+  judged = {"table": [], "verdict": [], "recipe": {}, "warnings": ["Too few test examples.", kept[0]]}
+  retrained = fine_run(truncated=np.arange(200) < 20, retrain=judged)
+  assert findings.warnings(retrained) == ["Too few test examples.", kept[0]]  # those of the comparison first
+  both = fine_run(retrain=judged, summary=dict(run.summary) | {"warnings": ["Of select."]})
+  assert findings.warnings(both) == ["Too few test examples.", kept[0], "Of select."]
 
 
 def test_each_trouble_is_said_with_its_numbers():
@@ -137,64 +167,249 @@ def test_each_trouble_is_said_with_its_numbers():
   order = fine_run().order
   same = records[order[0]].messages
   records[order[1]] = make_record(order[1], same[0]["content"], same[1]["content"])
-  assert minded(fine_run(records)) == ["1 training examples repeat an earlier one; 1 of the selected repeat another."]
+  assert findings.warnings(fine_run(records)) == [
+    "1 of the 200 training examples are duplicates of an earlier one; 1 of the selected are duplicates of another "
+    "selected one. To leave them out, use --drop_copies in finetune, select and evaluate alike."
+  ]
+  every = [make_record(i, f"p{i % 190}", f"r{i % 190} " * (1 + (i % 190 * 7) % 5)) for i in range(200)]
+  few = dict(fine_run(every).columns) | {"selected": np.arange(200) % 2 == 0}  # one of each pair
+  few["selected"][190:] = False
+  assert findings.warnings(fine_run(every, columns=few)) == []  # one in 20 is not many
+  more = [make_record(i, f"p{i % 180}", f"r{i % 180} " * (1 + (i % 180 * 7) % 5)) for i in range(200)]
+  few["selected"][180:] = False
+  assert findings.warnings(fine_run(more, columns=few))[0].startswith("20 of the 200 training examples are duplicates")
   records = list(fine_run().records)
   records[3] = make_record(3, "p", "")
-  assert minded(fine_run(records)) == ["1 training examples have no response token: influence 0, never selected."]
+  assert findings.warnings(fine_run(records)) == [
+    "1 training examples have no response token: influence 0, never selected."
+  ]
   made = fine_run()
   overlap = {"train/eval": {"same_messages": 2, "same_prompt": 3}}
-  assert minded(fine_run(data=made.data | {"overlap": overlap})) == [
-    "2 examples of eval are copies of one in train, 3 have a prompt that occurs there."
+  assert findings.warnings(fine_run(data=made.data | {"overlap": overlap})) == [
+    "2 evaluation examples occur in the training set, and 3 have a prompt that occurs there."
   ]
   lengths = dict(made.columns) | {"num_response_tokens": 300 - made.columns["rank"]}
-  by_score, by_choice = minded(fine_run(columns=lengths))
+  by_choice, by_score = findings.warnings(fine_run(columns=lengths))
   assert (
     by_score
-    == "Influence and response length: Spearman +1.00. A ranking by influence is partly one by response length."
+    == "Influence and response length: Spearman +1.00. A ranking by influence is partly a ranking by response length."
   )
   kept, left = (lengths["num_response_tokens"][made.selected == chosen].mean() for chosen in (True, False))
   assert by_choice == (
-    f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}. The selection is partly one "
-    "by long responses."
+    f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}. The selection prefers "
+    "long responses."
   )
   # A policy that chooses by something else than the ranking is judged by what it has chosen.
   even = dict(lengths) | {"selected": np.arange(200) % 2 == 0}
-  assert [text.split(":")[0] for text in minded(fine_run(columns=even))] == ["Influence and response length"]
+  assert [text.split(":")[0] for text in findings.warnings(fine_run(columns=even))] == ["Influence and response length"]
   # Neither examples without response nor a handful of selected ones make a choice one by length.
   empty = dict(made.columns) | {"num_response_tokens": np.where(np.arange(200) < 80, 0, 1 + np.arange(200) * 7 % 5)}
   empty |= {
     "selected": (np.arange(200) >= 80) & (np.arange(200) % 2 == 0),
     "influence": np.where(np.arange(200) < 80, 0, 1),
   }
-  assert not [text for text in minded(fine_run(columns=empty)) if text.startswith("Selected examples")]
+  assert not [text for text in findings.warnings(fine_run(columns=empty)) if text.startswith("Selected examples")]
   few = dict(made.columns) | {"selected": np.isin(np.arange(200), np.argsort(-made.response_tokens)[[0, 90, 100]])}
-  assert not [text for text in minded(fine_run(columns=few)) if text.startswith("Selected examples")]
-  (text,) = minded(fine_run(truncated=np.arange(200) < 20))
+  assert not [text for text in findings.warnings(fine_run(columns=few)) if text.startswith("Selected examples")]
+  (text,) = findings.warnings(fine_run(truncated=np.arange(200) < 20))
   cut = int(made.selected[:20].sum())
-  assert text.startswith(f"20 training examples (10.0%) were truncated, {cut} of them are selected")
+  assert text.startswith(f"20 training examples (10.0%) are truncated; {cut} of them are selected. What was cut off")
   few = dict(made.columns) | {"influence": np.where(made.columns["rank"] <= 2, 100.0, made.influence)}
-  (text,) = minded(fine_run(columns=few))
+  (text,) = findings.warnings(fine_run(columns=few))
   share = 200 / (200 + np.maximum(made.influence, 0)[made.columns["rank"] > 2].sum())
   assert text == f"The strongest 1 % of the examples (2) bring {share:.0%} of all positive influence."
 
 
 def test_the_solver_s_trouble_comes_after_the_warnings():
-  run = fine_run(summary=make_summary(warnings=["First."]))
-  assert minded(run) == [
-    "First.",
-    "Residual of the solver: 0.2 after 30 steps, above the tolerance that was asked for.",
+  first, second = findings.warnings(fine_run(summary=make_summary(warnings=["First."])))
+  assert first == "First." and second == (
+    "lissa stopped above its tolerance, at a relative residual of 0.2 after 30 steps. What helps: --solver=cg, more "
+    "--depth, a higher --damping_ratio."
+  )
+  worse = "at a relative residual of 3.5 after 30 steps. That is worse than no answer, whose residual is 1."
+  solver = {"solver": "lissa", "tol": 0.01, "converged": False}
+  (said,) = findings.warnings(fine_run(summary=make_summary(warnings=[], solver=solver, solver_residual=3.5)))
+  assert said.startswith(f"lissa stopped above its tolerance of 0.01, {worse} What helps: --solver=cg,")
+  by_cg = make_summary(warnings=[], solver={"solver": "cg", "converged": False})
+  by_cg["identity"]["flags"] |= {"solver_tol": 0.02, "damping": 0.1}
+  (said,) = findings.warnings(fine_run(summary=by_cg))
+  assert "tolerance of 0.02" in said and "--solver" not in said and said.endswith("more --depth, a higher --damping.")
+
+
+@pytest.mark.parametrize(
+  ("solver", "residual", "said"),
+  [
+    (
+      {"solver": "ekfac"},
+      3.5,
+      "ekfac: relative residual 3.5 after 30 steps, worse than no answer, whose residual is 1.",
+    ),
+    ({"solver": "low_rank"}, 1.0, None),  # knows no tolerance
+    ({"solver": "cg", "converged": True}, 0.01, None),
+    ({"solver": "datainf"}, None, "The residual of datainf was not measured."),
+    ({"solver": "identity"}, None, None),
+  ],
+)
+def test_a_solver_without_trouble_is_fine(solver, residual, said):
+  run = fine_run(summary=make_summary(warnings=[], solver=solver, solver_residual=residual))
+  assert findings.warnings(run) == ([said] if said else [])
+
+
+# ------------------------------------------------------------------------------------------------------- the answer
+
+
+def retrained(policy, ratio=None, **changes):
+  """A row of evaluation.json; `ratio` is (ratio, low, high) to random sets by token."""
+  row = {"policy": policy, "equal": "steps", "fraction": None, "seeds": 3, "trained_tokens": 1000}
+  for name in ("to_random", "example_to_random", "to_full"):
+    row |= dict(zip((name, f"{name}_low", f"{name}_high"), changes.pop(name, (None,) * 3), strict=True))
+  if ratio:
+    row |= dict(zip(("to_random", "to_random_low", "to_random_high"), ratio, strict=True))
+    row.setdefault("example_to_random", None)
+  return row | changes
+
+
+def judged_run(*rows, **more):
+  table = [retrained("full", (0.9, 0.85, 0.95)), retrained("random"), *rows]
+  return fine_run(retrain={"table": table, "verdict": [], "recipe": {}, "candidate": "mine"} | more)
+
+
+BETTER, SAME, WORSE = (0.9, 0.8, 0.98), (1.01, 0.97, 1.05), (1.1, 1.02, 1.2)
+BY_TOKEN = "retrained on it, the test perplexity by token is 10 % lower (95 % interval 20 % lower to 2 % lower)"
+
+
+@pytest.mark.parametrize(
+  ("token", "example", "word", "why"),
+  [
+    (BETTER, BETTER, answer.USE, f"{BY_TOKEN} than with random sets."),
+    (BETTER, SAME, answer.USE, f"{BY_TOKEN} than with random sets."),
+    (SAME, BETTER, answer.USE, "retrained on it, the test perplexity by example is 10 % lower"),
+    (WORSE, SAME, answer.RANDOM, "retrained on this set, the test perplexity by token is 10 % higher"),
+    (SAME, WORSE, answer.RANDOM, "retrained on this set, the test perplexity by example is 10 % higher"),
+    (BETTER, WORSE, answer.UNCLEAR, "retrained on this set, the test perplexity by token is 10 % lower"),
+    (SAME, SAME, answer.UNCLEAR, "retrained on this set, the test perplexity by token is 1 % higher"),
+    ((0.9, None, None), (0.9, None, None), answer.UNCLEAR, "retrained on this set, the test perplexity is 10 % lower"),
+  ],
+)
+def test_the_answer_says_no_more_than_the_intervals(token, example, word, why):
+  said = answer.answer(judged_run(retrained("mine", token, example_to_random=example)))
+  assert said.word == word and said.why.startswith(why)
+
+
+def test_an_open_answer_says_what_leaves_it_open():
+  both = answer.answer(judged_run(retrained("mine", BETTER, example_to_random=WORSE)))
+  assert both.why.endswith("than with random sets, but by example it is the other way round.")
+  none = answer.answer(judged_run(retrained("mine", SAME, example_to_random=SAME)))
+  assert none.why.endswith("than with random sets. The interval includes no difference.")
+
+
+def test_the_answer_tells_what_else_belongs_to_it():
+  row = retrained("mine", BETTER, example_to_random=SAME, to_full=(1.02, 0.99, 1.05), trained_tokens=600)
+  table = [retrained("random", trained_tokens=1000), row]
+  more = answer.answer(judged_run(table=table)).more
+  assert more[0] == "By example it is 1 % higher (95 % interval 3 % lower to 5 % higher)."
+  assert more[1].startswith("Against all data it is 2 % higher")
+  assert more[2] == "It was trained on 60% of the response tokens of the random sets."
+  bare = retrained("mine", (0.9, None, None), trained_tokens=380)
+  assert answer.answer(judged_run(table=[table[0], bare])).more == (
+    "It was trained on 38% of the response tokens of the random sets.",
+  )
+  assert answer.answer(judged_run()).why == "no model was retrained on this set in this evaluation."
+  nobody = answer.answer(judged_run(retrained("mine")))
+  assert nobody.word == answer.UNCLEAR and "Add random to --policies" in nobody.why
+
+
+@pytest.mark.parametrize(
+  ("calls", "word", "why"),
+  [
+    ((BETTER, BETTER), answer.USE, "retrained on it, models are better in all 2 comparisons with random sets."),
+    ((SAME, WORSE), answer.RANDOM, "retrained on this set, models are worse in 1 of 2 comparisons with random sets"),
+    ((SAME, SAME), answer.UNCLEAR, "none of 2 comparisons with random sets shows a difference beyond its interval."),
+    ((BETTER, SAME), answer.UNCLEAR, "it depends. Models are better in 1 of 2 comparisons with random sets and worse"),
+    ((BETTER, WORSE), answer.UNCLEAR, "it depends."),
+  ],
+)
+def test_several_comparisons_answer_only_together(calls, word, why):
+  rows = [retrained("mine", call, fraction=share) for call, share in zip(calls, (0.1, 0.5), strict=True)]
+  run = judged_run(*rows)
+  said = answer.answer(run)
+  assert said.word == word and said.why.startswith(why)
+  assert [gain.name for gain in answer.gains(run)] == ["This set, 10 %", "This set, 50 %"]
+  if word == answer.UNCLEAR and BETTER in calls:
+    assert said.more[0] == "Better: 10 %." and (WORSE not in calls or said.more[1] == "Worse: 50 %.")
+
+
+APART = {"distance": 0.034, "share": 0.5, "p": 0.005}
+
+
+@pytest.mark.parametrize(
+  ("summary", "word", "why"),
+  [
+    (
+      {"rule": "hybrid", "apart": APART, "another_kind": True, "queries": 60},
+      answer.USE,
+      "the evaluation set is of an",
+    ),
+    (
+      {"rule": "matching_hybrid", "apart": APART, "another_kind": True},
+      answer.UNCLEAR,
+      "the evaluation set is of anoth",
+    ),
+    (
+      {"rule": "random without copies", "apart": APART, "another_kind": False, "queries": 60},
+      answer.RANDOM,
+      "the evaluation set is of the same kind as the training set",
+    ),
+    (
+      {"rule": "random without copies", "apart": APART, "another_kind": False, "queries": 12},
+      answer.UNCLEAR,
+      "12 evaluation examples are too few to show whether they differ in kind",
+    ),
+    ({"rule": "random without copies", "apart": None}, answer.RANDOM, "that is what this set is."),
+    ({"rule": "proponents"}, answer.UNCLEAR, "no model was retrained, and nothing in this run measures what the rule"),
+    ({}, answer.UNCLEAR, "no model was retrained"),  # a run of before
+  ],
+)
+def test_without_a_retraining_the_measured_distance_answers(summary, word, why):
+  said = answer.answer(fine_run(summary=make_summary(**summary)))
+  assert said.word == word and said.why.startswith(why)
+  assert any("run evaluate" in line for line in said.more)
+
+
+def test_a_large_choice_is_said_to_be_beyond_what_was_measured():
+  summary = make_summary(rule="hybrid", apart=APART, another_kind=True, queries=60)
+  said = "choices of that size were not measured"
+  assert said in " ".join(answer.answer(fine_run(summary=summary)).more)
+  few = dict(fine_run().columns) | {"selected": np.arange(200) < 20}
+  assert said not in " ".join(answer.answer(fine_run(summary=summary, columns=few)).more)
+
+
+def test_three_numbers_and_the_gain_of_the_set_and_of_all_data():
+  kept, tokens, duplicates = answer.numbers(fine_run())
+  assert (kept["value"], kept["note"]) == ("100", "50.0% of 200 examples") and tokens["what"] == "tokens kept"
+  assert duplicates["value"] == "0"
+  run = judged_run(retrained("mine", BETTER, example_to_random=SAME))
+  assert [(gain.name, gain.by_token) for gain in answer.gains(run)] == [
+    ("This set", BETTER),
+    ("All data", (0.9, 0.85, 0.95)),
   ]
-  solver, worse = {"solver": "lissa", "converged": False}, "Residual of the solver: 3.5 after 30 steps, "
-  run = fine_run(summary=make_summary(warnings=[], solver=solver, solver_residual=3.5))
-  assert minded(run) == [worse + "above the tolerance that was asked for, worse than no answer, whose residual is 1."]
-  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "ekfac"}, solver_residual=3.5))  # no tolerance
-  assert minded(run) == [worse + "worse than no answer, whose residual is 1."]
-  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "low_rank"}, solver_residual=1.0))
-  assert minded(run) == []
-  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "datainf"}, solver_residual=None))
-  assert minded(run) == ["Nobody measured the residual of the solver."]
-  run = fine_run(summary=make_summary(warnings=[], solver={"solver": "identity"}, solver_residual=None))
-  assert minded(run) == []
+  assert answer.gains(fine_run()) == []
+  sweep = [retrained("mine", SAME, equal=equal, fraction=f / 10) for equal in ("steps", "tokens") for f in range(1, 6)]
+  assert [gain.name for gain in answer.gains(judged_run(*sweep))] == [
+    f"This set, equal steps, {10 * f} %" for f in range(1, 6)
+  ]
+
+
+def test_rows_in_order_of_choice_come_before_those_left_out():
+  made = fine_run()
+  choice = np.zeros(200, np.int64)
+  choice[[7, 3, 11]] = [2, 1, 3]
+  run = fine_run(columns=dict(made.columns) | {"choice": choice, "reason": [""] * 200})
+  left = [row for row in made.order if row not in (3, 7, 11)]
+  assert run.first.tolist() == [3, 7, 11, *left] and made.first.tolist() == made.order.tolist()
+  three = fine_run(columns=dict(run.columns) | {"selected": choice > 0})
+  assert three.searched.tolist() == [3, 7, 11]  # near-duplicates are looked for in the choice
+  assert made.searched.tolist() == made.order.tolist()
 
 
 def test_a_run_that_does_not_fit_together_is_refused():
@@ -281,6 +496,20 @@ def test_curve_runs_from_the_first_to_the_last_step():
   assert {tick["text"] for tick in chart.y_ticks} == {"0.1", "0.01", "0.001"}
   level = charts.curve([1, 2], np.array([[1.0], [1.0]]))
   assert level.points[0]["y"] == level.points[1]["y"]
+
+
+def test_intervals_stand_where_their_ratios_are():
+  nan = float("nan")
+  chart = charts.intervals([("mine", [(0.9, 0.8, 1.1), (1.2, nan, nan)]), ("all", [(nan, nan, nan), (9.0, 0.5, 50.0)])])
+  mine, bare, far = chart.marks
+  assert mine["low"] < mine["x"] < chart.zero < mine["high"] and bare["low"] is None and bare["x"] > mine["high"]
+  assert far["x"] == far["high"] < charts.RIGHT  # beyond the axis: cut off in the picture, not in the text
+  assert far["text"] == "all, by example: 9 times random's, 95 % interval 0.5 to 50"
+  assert bare["text"] == "mine, by example: 1.2 times random's, without an interval"
+  assert [name["text"] for name in chart.names] == ["mine", "all"] and chart.names[0]["y"] < chart.names[1]["y"]
+  assert {tick["text"] for tick in chart.ticks} >= {"0", "-50 %", "+100 %"}
+  near = charts.intervals([("mine", [(0.99, 0.97, 1.01)])])
+  assert [tick["text"] for tick in near.ticks] == ["-3 %", "-2 %", "-1 %", "0", "+1 %"]
 
 
 def test_figures_are_svg_files_with_equal_bytes():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax.data.records import Record
-from in2core_jax.report import html_page
+from in2core_jax.errors import printable
+from in2core_jax.report import findings, html_page
 from tests import browser
 from tests.browser import needs_browser
 from tests.made_run import make_record, make_records, make_run, make_summary
@@ -44,8 +45,11 @@ def hostile_run(texts=HOSTILE, **changes):
   columns = dict(made.columns) | {
     "example_id": np.array([record.example_id for record in records], dtype=object),
     "topic": np.array(texts, dtype=object),
+    "choice": np.where(made.selected, made.columns["rank"], 0),
+    "reason": np.array([f"in turn for query {printable(f'{i}{t}'[:80])}, round 1" for i, t in enumerate(texts)]),
   }
   retrain = {"table": [retrain_row(texts[0])], "verdict": texts, "recipe": {texts[1]: texts[2]}}
+  retrain |= {"candidate": texts[0], "warnings": texts}
   given = {"columns": columns, "records": records, "query_records": records, "retrain": retrain} | changes
   return make_run(records, len(texts), summary=summary, layers={"layer <b>": made.influence}, **given)
 
@@ -86,7 +90,8 @@ def shape(page):
 
 def test_hostile_text_adds_no_markup():
   page = html_page.select_page(hostile_run())
-  tame = html_page.select_page(hostile_run(f"tame {i}" for i in range(len(HOSTILE))))
+  # The same words with dots for all signs: near-duplicates, and so the sections, are the same.
+  tame = html_page.select_page(hostile_run(re.sub(r"[^\w\s]", ".", text) for text in HOSTILE))
   assert shape(page) == shape(tame)
   assert len(browser.parse(page).all("script")) == 2
   assert HOSTILE[0] in embedded(page)["examples"]["texts"][0] and HOSTILE[0] not in page
@@ -95,6 +100,8 @@ def test_hostile_text_adds_no_markup():
 
 def test_texts_arrive_as_they_are():
   data = embedded(html_page.select_page(hostile_run()))
+  assert data["examples"]["asked"] == list(range(len(HOSTILE)))
+  assert data["examples"]["asked_texts"][0] == HOSTILE[0]
   assert data["examples"]["texts"] == [[text, text] for text in HOSTILE]
   assert data["examples"]["roles"] == ["ur"] * len(HOSTILE)
   assert data["queries"]["texts"][:-2] == [[text, text] for text in HOSTILE[:-2]]
@@ -148,7 +155,9 @@ def test_fifty_thousand_examples_make_a_small_page(large_page):
   assert examples["texts"][middle] == [f"number {middle}.", [f"w{middle:06d} " * 10, 1040]]
   assert examples["texts"][bottom][1] == f"w{bottom:06d} " * 140
   shown = " ".join(browser.parse(page).text("examples").split())
-  assert "49,800 texts are cut to 160 characters" in shown and "those of 200 strong examples" in shown
+  assert (
+    "49,800 texts are cut to 160 characters" in shown and "Longer texts of 200 strong examples are in full" in shown
+  )
 
 
 def test_more_examples_than_the_page_lists(monkeypatch):
@@ -183,13 +192,50 @@ def test_nothing_is_loaded_and_no_text_becomes_markup():
 
 def test_sections_follow_what_was_measured():
   ids = lambda run: {node.attributes["id"] for node in browser.parse(html_page.select_page(run)).all("section")}  # noqa: E731
-  always = {"honesty", "scores", "examples", "kept", "copies", "solver"}
+  always = {"warnings", "honesty", "scores", "examples", "kept", "solver"}
   assert ids(make_run(make_records(9))) == always
+  twice = [make_record(0, "a b c", "d e f"), make_record(1, "a b c", "d e f"), make_record(2, "g", "h")]
+  assert ids(make_run(twice)) == always | {"copies"}
   retrain = {"table": [retrain_row("random")], "verdict": ["random: better"], "recipe": {"steps": 3}}
   run = make_run(make_records(9), 3, retrain=retrain)
   assert ids(run) == always | {"coverage", "layers", "retrain"}
   shown = browser.parse(html_page.select_page(run)).text("retrain")
   assert "random: better" in shown and "16.250" in shown and "example perplexity" in shown and "nan" not in shown
+
+
+def first_screen(run):
+  return browser.parse(html_page.select_page(run)).all("header")[0].content
+
+
+def test_the_first_screen_answers_with_three_numbers():
+  said = " ".join(first_screen(make_run(make_records(40))).split())
+  assert "Cannot tell: no model was retrained" in said
+  assert "examples kept 20 50.0% of 40 examples" in said and "duplicates 0 kept; 0 in the training set" in said
+  row = retrain_row("mine") | {"to_random": 0.9, "to_random_low": 0.8, "to_random_high": 0.95}
+  row |= {f"example_{name}": row[name] for name in ("to_random", "to_random_low", "to_random_high")}
+  run = make_run(make_records(40), retrain={"table": [row], "verdict": [], "recipe": {}, "candidate": "mine"})
+  assert "Use this set: retrained on it" in " ".join(first_screen(run).split())
+  figure = browser.parse(html_page.select_page(run)).all("figure")[0]
+  assert "This set, by token: 0.9 times random's, 95 % interval 0.8 to 0.95" in figure.content
+  assert len(browser.parse(html_page.select_page(make_run(make_records(40)))).all("figure")) == 3  # none of a gain
+  assert "lines are 95 % intervals" in figure.content
+  bare = {"to_random": 0.9, "to_random_low": None, "to_random_high": None, "example_to_random": 1.1}
+  bare |= {"example_to_random_low": None, "example_to_random_high": None}
+  once = {"table": [row | bare], "verdict": [], "recipe": {}, "candidate": "mine"}
+  page = browser.parse(html_page.select_page(make_run(make_records(40), retrain=once)))
+  assert "without intervals" in page.all("figure")[0].content and "may be chance" in page.all("header")[0].content
+
+
+def test_warnings_come_first_and_what_is_fine_is_folded():
+  run = make_run(make_records(40), summary=make_summary(warnings=[f"Warning {i}." for i in range(5)]))
+  section = browser.parse(html_page.select_page(run)).id("warnings")
+  hidden = [details.content for details in section.all("details")]
+  every = findings.warnings(run)
+  assert [node.content.strip() for node in section.all(class_="mind")] == every and len(every) > 5
+  assert f"{len(every) - 3} more warnings" in hidden[0] and all(text in hidden[0] for text in every[3:])
+  assert not any(text in hidden[0] for text in every[:3])
+  assert [node.content.strip() for node in section.all(class_="fine")] == findings.fine(run)
+  assert f"{len(findings.fine(run))} checks are fine" in hidden[1]
 
 
 def luminance(colour):
@@ -320,6 +366,40 @@ def test_an_address_can_be_sent_to_others(tmp_path):
   assert document.text("query-status").startswith("Evaluation example 4 of 4")
 
 
+CHOSEN = """
+const rows = [...document.querySelectorAll('#table tbody tr')];
+note({order: rows.map((row) => Number(row.dataset.row)),
+  tags: rows.map((row) => row.querySelector('.tag').textContent),
+  reasons: rows.map((row) => row.querySelector('.reason')?.textContent ?? null),
+  sort: document.getElementById('sort').value});
+"""
+
+
+def test_a_turn_shows_what_its_query_asks():
+  made = make_run(make_records(6), 2)
+  reason = ["", "in turn for query example-1, round 1,234", "in turn for query example-9, round 1", "x", "", ""]
+  columns = dict(made.columns) | {"choice": np.arange(6), "reason": np.array(reason, dtype=object)}
+  examples = embedded(html_page.select_page(make_run(made.records, 2, columns=columns)))["examples"]
+  assert examples["asked"] == [-1, 0, -1, -1, -1, -1] and examples["reason"] == reason
+  assert examples["asked_texts"] == [made.query_records[1].messages[0]["content"]]
+  other = embedded(html_page.select_page(make_run(made.records, columns=columns)))["examples"]
+  assert "asked" not in other
+
+
+@needs_browser
+def test_the_list_begins_with_the_order_of_choice_and_its_reasons(tmp_path):
+  records = make_records(12)
+  made = make_run(records)
+  choice, reason = np.zeros(12, np.int64), np.full(12, "", dtype=object)
+  choice[[7, 2, 9]], reason[[7, 2, 9]] = [1, 2, 3], ["drawn at random", "<b>in turn</b>", "rank 3 of 12 by influence"]
+  columns = dict(made.columns) | {"choice": choice, "reason": reason, "selected": choice > 0}
+  run = make_run(records, columns=columns)
+  seen = json.loads(load(tmp_path, drive(html_page.select_page(run), CHOSEN)).text("note"))
+  assert seen["order"] == run.first.tolist() and seen["order"][:3] == [7, 2, 9] and seen["sort"] == "choice"
+  assert seen["tags"] == ["choice 1", "choice 2", "choice 3", *["left out"] * 9]
+  assert seen["reasons"] == ["drawn at random", "<b>in turn</b>", "rank 3 of 12 by influence", *[None] * 9]
+
+
 USER = """
 const steps = {};
 const $ = (id) => document.getElementById(id);
@@ -406,7 +486,9 @@ frame.onload = () => {
   const inside = frame.contentDocument.documentElement;
   const ground = frame.contentWindow.getComputedStyle(frame.contentDocument.body).backgroundColor;
   const texts = [...inside.querySelectorAll('td.text')].map((cell) => cell.offsetWidth);
-  note([inside.clientWidth, inside.scrollWidth, Math.max(...texts), ground]);
+  const cut = [...inside.querySelectorAll('.wide')].filter((place) => place.scrollWidth > place.clientWidth);
+  const bare = cut.filter((place) => !frame.contentWindow.getComputedStyle(place).backgroundImage.includes('gradient'));
+  note([inside.clientWidth, inside.scrollWidth, Math.max(...texts), ground, cut.length, bare.length]);
 };
 document.body.append(frame);
 """
@@ -421,6 +503,7 @@ def test_a_phone_has_nothing_to_scroll_sideways_in_light_and_dark(tmp_path, flag
   )
   path = tmp_path / "holder.html"
   path.write_text(drive(holder, NARROW), encoding="utf-8")
-  width, needed, text, colour = json.loads(browser.load(path, "", tmp_path, *flags).text("note"))
+  width, needed, text, colour, cut, bare = json.loads(browser.load(path, "", tmp_path, *flags).text("note"))
   assert width in range(340, 361) and needed == width and colour == ground
   assert 0 < text < width  # nor does a text inside its table
+  assert cut == bare == 0  # and no table goes on beyond its side

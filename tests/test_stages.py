@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jax
+import markupsafe
 import numpy as np
 import pytest
 import tiny
@@ -16,17 +17,16 @@ from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run
 from in2core_jax.evaluation import statistics
-from in2core_jax.ihvp import solvers
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, evaluate, finetune, scoring, select, session, solver_inputs
-from in2core_jax.pipeline.advice import better_policy, few_queries, risky_data, risky_settings, unsolved, without_effect
+from in2core_jax.pipeline.advice import better_policy, few_queries, risky_settings, without_effect
 from in2core_jax.pipeline.compared import read_selection
 from in2core_jax.pipeline.retraining import Judge
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import split_sources
-from in2core_jax.report import facts, html_page
+from in2core_jax.report import facts, html_page, table_text
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset, matching
 from in2core_jax.training import train_loop as finetune_lib
@@ -130,11 +130,13 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   folder = pathlib.Path(select.run(chosen, bench))
   scores = run_folder.read_scores(folder / "scores.parquet")
   names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
-  assert list(scores) == names
+  assert list(scores) == [*names, "choice", "reason"]
   train = bench.parts["train"]
   assert tuple(scores["example_id"]) == train.ids and scores["selected"].sum() == 20
   order = np.lexsort((np.array(train.ids), -scores["influence"]))  # copies have equal scores; their ids decide
   assert list(scores["rank"][order]) == list(range(1, 41)) and scores["selected"][order[:20]].all()
+  assert list(scores["choice"][order]) == [*range(1, 21), *[0] * 20]
+  assert list(scores["reason"][order]) == [*(f"rank {n} of 40 by influence" for n in range(1, 21)), *[""] * 20]
   kept = [record.raw for record, chosen in zip(train.records, scores["selected"], strict=True) if chosen]
   assert (folder / "coreset.jsonl").read_text().splitlines() == kept
   summary = json.loads((folder / "summary.json").read_text())
@@ -157,7 +159,7 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
     select.run(chosen.replace(depth=5), bench)
 
 
-def test_risky_settings_are_told(settings, bench, tmp_path):
+def test_risky_settings_are_told(settings, bench, tmp_path, caplog):
   risky = settings.replace(solver="identity", run_dir=str(tmp_path / "run"))
   folder = pathlib.Path(select.run(risky, bench))
   told = json.loads((folder / "summary.json").read_text())["warnings"]
@@ -166,6 +168,11 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
   assert (
     "--checkpoint" in told[0] and "--solver=lissa" in told[1] and told[0][:40] in (folder / "report.md").read_text()
   )
+  page = (folder / "report.html").read_text()
+  said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+  for line in told:  # the same on the terminal, in report.md and on the page
+    assert line in said and table_text.escape_markdown(line, 1000) in (folder / "report.md").read_text()
+    assert str(markupsafe.escape(line)) in page
   assert risky_settings(risky.replace(policy="matching")) == []
   assert risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
   momentum = risky.replace(solver="cg", acceleration="momentum", repeat=4)
@@ -177,11 +184,11 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   """Matching names the other policy where retraining spoke for it: a fine-tuned model, CG, a real difference."""
   told = settings.replace(checkpoint=trained, solver="cg", policy="matching", run_dir=str(tmp_path / "run"))
   apart, alike = (matching.Shrunk(np.zeros(2), 0.6, share) for share in (0.47, 0.1))
-  assert len(better_policy(told, apart)) == 1 and "(47 %" in better_policy(told, apart)[0]
+  assert len(better_policy(told, apart)) == 1 and ": 47 % of the gap" in better_policy(told, apart)[0]
   assert better_policy(told, alike) == better_policy(told, None) == []
   unknown = matching.Shrunk(np.zeros(2), 0.04, 0.0)
   assert "The 1,200 evaluation examples" in few_queries(told, unknown, 1200)[0]
-  assert "4 % of the difference" in few_queries(told, unknown, 1200)[0]
+  assert "mostly noise (4 % kept)" in few_queries(told, unknown, 1200)[0]
   assert few_queries(told, apart, 1200) == few_queries(told, None, 1200) == []
   assert few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
   others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching_quota"}]
@@ -190,17 +197,6 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
   aim = matching.Shrunk(np.zeros(2), summary["target_kept"], summary["target_beyond_chance"])
   assert [line for line in summary["warnings"] if "another kind" in line] == better_policy(told, aim)
-
-
-def test_a_solver_that_stopped_above_its_tolerance_is_told():
-  stopped = solvers.SolveResult(None, np.array([0.1, 0.25]), 30, [], {"solver": "lissa", "converged": False})
-  s = Settings(solver="lissa", solver_tol=0.01)
-  said = "lissa stopped above its tolerance of 0.01, at a relative residual of 0.25 after 30 steps"
-  assert said in unsolved(s, stopped)[0] and "--solver=cg" in unsolved(s, stopped)[0]
-  by_cg = unsolved(s.replace(solver="cg", damping=0.1), stopped)[0]
-  assert "--solver" not in by_cg and by_cg.endswith("a higher --damping.")
-  for info in ({"converged": True}, {}):  # some solvers know no tolerance
-    assert unsolved(s, dataclasses.replace(stopped, info=info)) == []
 
 
 @pytest.mark.slow
@@ -475,7 +471,9 @@ def test_the_default_policy_says_what_it_took_and_why(settings, bench, tmp_path)
   summary = json.loads((pathlib.Path(select.run(own, bench)) / "summary.json").read_text())
   apart = summary["apart"]["distance"] >= coreset.LEAST_DISTANCE and summary["apart"]["p"] <= coreset.MOST_P
   assert summary["policy"] == "auto" and summary["rule"] == ("hybrid" if apart else "random without copies")
-  assert ("distinct evaluation examples are few" in " ".join(summary["warnings"])) != apart
+  assert ("distinct evaluation examples are too few" in " ".join(summary["warnings"])) != apart
+  assert summary["another_kind"] == apart
+  assert summary["queries"] == len({record.content_key for record in bench.parts["eval"].records})
   forced = json.loads(
     (
       pathlib.Path(select.run(own.replace(run_dir=str(tmp_path / "h"), policy="hybrid"), bench)) / "summary.json"
@@ -600,10 +598,8 @@ def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
   assert 3 * len(train) == len(every.parts["train"]) and all(int(name) < 20 for name in train.ids)
   assert list(train.ids) == [name for name in every.parts["train"].ids if int(name) < 20]
   assert len(_with_model(Workbench(own.replace(drop_copies=True, train_limit=8)), bench).parts["train"]) == 8
-  told = risky_data(every.summary)
-  size = len(every.parts["train"])
-  assert len(told) == 1 and told[0].startswith(f"{2 * size // 3} of the {size} training examples")
-  assert "--drop_copies" in told[0] and risky_data(distinct.summary) == []
+  size, again = len(every.parts["train"]), every.summary["parts"]["train"]["duplicates"]
+  assert 3 * again == 2 * size and distinct.summary["parts"]["train"]["duplicates"] == 0
   assert "drop_copies" not in own.identity("data") and own.replace(drop_copies=True).identity("data")["drop_copies"]
 
 

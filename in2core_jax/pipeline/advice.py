@@ -1,23 +1,63 @@
-"""What select warns of, in whole sentences."""
+"""What select warns of because of its settings and of what it chose from, in whole sentences.
+
+What follows from the results alone is in `report.findings`, whose `warnings` is the one list that is shown.
+"""
+
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.ihvp import solvers
+from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.report import findings
 from in2core_jax.selection import coreset, matching
 from in2core_jax.selection.inputs import PolicyInputs
+from in2core_jax.selection.warnings import selection_warnings
 
-_MANY_COPIES = 0.05  # share of the training set from which select warns of them
-
+log = logging.getLogger(__name__)
 
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
 
 
-_ENOUGH_QUERIES = 40  # of a source that is 43 % of a pool, 40 were told apart from it in 15 of 20 draws, 20 in none
+_ENOUGH_QUERIES = 40  # of a source that is 43 % of a pool, 40 differed from it in 15 of 20 draws, 20 in none
 
 
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
+
+
+def tell(warnings: Sequence[str], before: Sequence[str] = ()) -> None:
+  """Says on the terminal what the reports show, but for what this process has said before."""
+  said = set(map(findings.as_line, before))
+  for line in warnings:
+    if line not in said:
+      log.warning("%s", line)
+
+
+def of_selection(
+  s: Settings,
+  inputs: PolicyInputs,
+  rows: np.ndarray,
+  aim: matching.Shrunk | None,
+  evals: TokenizedDataset,
+  rule: str,
+) -> list[str]:
+  """Everything that the settings, the evaluation set and the choice make risky, one sentence each.
+
+  Args:
+    s: flags of the run.
+    inputs: what was chosen from.
+    rows: int [S], the choice.
+    aim: of the matching (`PolicyInputs.aim`); None where nothing was matched.
+    evals: the evaluation set.
+    rule: that chose; with the policy auto the one that it took.
+  """
+  size = int(np.count_nonzero(evals.num_response_tokens))
+  found = [*risky_settings(s), *better_policy(s, aim), *too_few_to_aim(s, inputs), *few_queries(s, aim, size)]
+  # Duplicates are counted among the findings; for hybrid, topics and lengths of the queries are what was asked for.
+  found += selection_warnings(rows, inputs, s.seed, copies=False, topics=rule != "hybrid")
+  return found + without_effect(s)
 
 
 def without_effect(s: Settings) -> list[str]:
@@ -38,43 +78,15 @@ def risky_settings(s: Settings) -> list[str]:
   if s.policy in ("proponents", "topic_quota"):
     if not s.checkpoint:
       found.append(
-        "The scores are those of the base model, where short responses rank high. Give --checkpoint, the fine-tuned "
-        "model, or use the policy matching."
+        "The scores are those of the base model, where short responses rank high. Use the fine-tuned model "
+        "(--checkpoint) or --policy=matching."
       )
     if s.solver == "identity" and s.normalize == "none" and s.trajectory == "none":
       found.append(
         "The scores are plain products of gradients, in which large gradients decide. Use --solver=cg, --solver=lissa "
-        "or the policy matching."
+        "or --policy=matching."
       )
   return found
-
-
-def unsolved(s: Settings, result: solvers.SolveResult) -> list[str]:
-  """That a solver has stopped above its tolerance, in one sentence; nothing where it has none."""
-  if result.info.get("converged") is not False:
-    return []
-  damping = "--damping_ratio" if np.isnan(s.damping) else "--damping"
-  other = "" if s.solver == "cg" else "--solver=cg, "
-  return [
-    f"{s.solver} stopped above its tolerance of {s.solver_tol:g}, at a relative residual of "
-    f"{float(np.max(result.residual)):.3g} after {result.steps} steps. What helps: {other}more --depth, a higher "
-    f"{damping}."
-  ]
-
-
-def risky_data(summary: dict) -> list[str]:
-  """What of the training set made rules lose where it was measured (docs/selection.md), one sentence each.
-
-  Args:
-    summary: `tokenizing.data_summary`.
-  """
-  copies, size = (summary["parts"]["train"][name] for name in ("duplicates", "examples"))
-  if copies <= _MANY_COPIES * size:
-    return []
-  return [
-    f"{copies:,} of the {size:,} training examples repeat an earlier one, message for message, and may fill the "
-    "selection. Give --drop_copies, to finetune, select and evaluate alike: they choose among different examples then."
-  ]
 
 
 def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
@@ -89,10 +101,10 @@ def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
   if aim is None or aim.beyond_chance < _ANOTHER_KIND or not trusted:
     return []
   return [
-    "The evaluation set is of another kind than the training set, as far as gradients tell "
-    f"({100 * aim.beyond_chance:.0f} % of the difference of their means is more than chance). For such sets the half "
-    "with the highest influence by CG retrained as well as matching's, a little better at equal response tokens. "
-    "To compare both: evaluate with --policies=full,random,proponents."
+    "The evaluation set is of another kind than the training set: "
+    f"{100 * aim.beyond_chance:.0f} % of the gap of their mean gradients exceeds sampling noise. For such sets the "
+    "half with the highest influence by CG did as well as matching's, and a little better at equal response tokens. "
+    "To compare both, run evaluate with --policies=full,random,proponents."
   ]
 
 
@@ -101,8 +113,8 @@ def too_few_to_aim(s: Settings, inputs: PolicyInputs) -> list[str]:
   if s.policy != "auto" or coreset.aims(inputs) or (size := len(inputs.similarities["hybrid"])) >= _ENOUGH_QUERIES:
     return []
   return [
-    f"{size:,} distinct evaluation examples are few to tell whether they are of another kind than the training set: "
-    f"give {_ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they are."
+    f"{size:,} distinct evaluation examples are too few to show whether they differ in kind from the training set. Use "
+    f"{_ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they differ."
   ]
 
 
@@ -117,7 +129,6 @@ def few_queries(s: Settings, aim: matching.Shrunk | None, size: int) -> list[str
   if aim is None or not s.matching_shrink or aim.kept >= _HARDLY_MATCHED:
     return []
   return [
-    f"The {size:,} evaluation examples know their own mean gradient less well than the training set does: "
-    f"{100 * aim.kept:.0f} % of the difference is matched, so that the selection stands for the training set and "
-    "hardly for them. Give more of them (--eval_data, --eval_limit), ten times as many where there are."
+    f"The {size:,} evaluation examples are too few: their mean gradient is mostly noise ({100 * aim.kept:.0f} % kept), "
+    "so this selection reflects the training set. Use about ten times as many (--eval_data, --eval_limit)."
   ]

@@ -195,7 +195,7 @@ def kept_candidates(run_dir: run_folder.RunDir, bench: Workbench, s: Settings, p
   """`candidates`, chosen once and kept in the run folder: a run started again does not choose again."""
   if not run_dir.holds("candidates.json"):
     found, warnings = candidates(bench, s, plan)
-    for warning in warnings:
+    for warning in warnings:  # before the trainings; write_tables says them again
       log.warning("%s", warning)
     rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
     run_dir.write_json("candidates.json", {"candidates": rows, "warnings": warnings})

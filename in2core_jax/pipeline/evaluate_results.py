@@ -8,12 +8,13 @@ import numpy as np
 from etils import epath
 
 from in2core_jax.evaluation import statistics, verdict
+from in2core_jax.pipeline.advice import tell
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
-from in2core_jax.pipeline.judging import test_examples
+from in2core_jax.pipeline.judging import test_examples, too_small
 from in2core_jax.pipeline.retraining import many_passes, perplexity_on_test
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings, listed
-from in2core_jax.report import facts, html_page, table_text
+from in2core_jax.report import answer, facts, findings, html_page, table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_report_markdown, retrain_rows
 from in2core_jax.report.plots import perplexity_plot, sweep_plot
@@ -50,24 +51,15 @@ class Group:
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
   """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
   test = bench.parts["test"]
-  counted = test.num_response_tokens > 0
-  tokens = test.num_response_tokens[counted]
   base_perplexity = perplexity_on_test(bench, base)
   tables = [group.table() for group in groups]
   verdicts = [verdict.verdict(group.rows) for group in groups]
   compared = {group.title if len(groups) > 1 else "": group.rows for group in groups}
   notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
+  risky = [*run_dir.read_json("candidates.json")["warnings"], *too_small(test), *notes]
   notes += [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
   notes += filter(None, [test_examples(test).about])
-  recipe = {
-    "base model's test perplexity": f"{base_perplexity:.3f}",
-    "test examples": int(counted.sum()),
-    "test response tokens": int(tokens.sum()),
-    "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
-    "learning rate": s.learning_rate,
-    "batch size": s.batch_size,
-    "steps of full data": recipe_of(s, len(trainable_rows(bench))).steps,
-  }
+  recipe = _recipe(bench, s, base_perplexity)
   many = len(groups) > 1
   sections = {
     group.title if many else "": (table, words) for group, table, words in zip(groups, tables, verdicts, strict=True)
@@ -75,8 +67,6 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
   images = _write_plots(run_dir, groups, tables)
   every = [row for table in tables for row in table]
   printed = retrain_rows(every)
-  page = retrain_report_markdown(sections, recipe, images, notes=notes, overviews=overviews(groups, tables))
-  run_dir.write_text("evaluation.md", page)
   run_dir.write_text("evaluation.csv", table_text.csv_table(every))
   run_dir.write_text("evaluation.tex", table_text.latex_table(printed))
   lines = [
@@ -85,9 +75,23 @@ def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], ba
     for line in words.splitlines()
   ]
   found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines + notes, "recipe": recipe}
-  _write_reports(run_dir, bench, s, found)
+  found["warnings"] = list(map(findings.as_line, risky))
+  runs = _selections(bench, s, found)
+  told = _gathered(found["warnings"], runs)
+  notes = [note for note in notes if findings.as_line(note) not in told]
+  page = retrain_report_markdown(
+    sections, recipe, images, notes=notes, overviews=overviews(groups, tables), warnings=told
+  )
+  run_dir.write_text("evaluation.md", page)
+  if run_dir.writer:
+    for name, run in runs.items():
+      run_dir.write_text(name, html_page.select_page(run))
   run_dir.write_json("evaluation.json", found | {"devices": run_folder.device_summary()})
-  log.info("\n%s\n%s", table_text.markdown_table(printed), "" if many else "\n".join(found["verdict"]))
+  said = [line for line in found["verdict"] if findings.as_line(line) not in told]
+  log.info("\n%s\n%s", table_text.markdown_table(printed), "" if many else "\n".join(said))
+  tell(told, too_small(test))
+  for name, run in runs.items():
+    log.info("%s: %s", name, answer.answer(run))
   return str(run_dir.path)
 
 
@@ -120,14 +124,38 @@ def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict
   return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
 
 
-def _write_reports(run_dir, bench: Workbench, s: Settings, found: dict) -> None:
-  """The select runs' reports once more, with the table of this comparison."""
-  if not run_dir.writer:
-    return
-  folders = listed(s.select_runs)
+def _recipe(bench: Workbench, s: Settings, base_perplexity: float) -> dict:
+  """What all trainings have in common, for the reports."""
+  tokens = bench.parts["test"].num_response_tokens
+  return {
+    "base model's test perplexity": f"{base_perplexity:.3f}",
+    "test examples": int(np.count_nonzero(tokens)),
+    "test response tokens": int(tokens.sum()),
+    "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
+    "learning rate": s.learning_rate,
+    "batch size": s.batch_size,
+    "steps of full data": recipe_of(s, len(trainable_rows(bench))).steps,
+  }
+
+
+def _selections(bench: Workbench, s: Settings, found: dict) -> dict[str, facts.SelectRun]:
+  """The select runs with the table of this comparison, by the name of the report of each."""
+  folders, runs = listed(s.select_runs), {}
+  names = {row["policy"] for row in found["table"]}
   for name, folder in zip(report_names(folders), folders, strict=True):
-    selected = facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
-    run_dir.write_text(name, html_page.select_page(selected))
+    run = facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
+    policy = run.summary["policy"]
+    own = policy if policy in names else f"{policy} ({epath.Path(folder).name})"  # as `compared.plan_of` calls it
+    runs[name] = dataclasses.replace(run, retrain=found | {"candidate": own})
+  return runs
+
+
+def _gathered(own: list[str], runs: dict[str, facts.SelectRun]) -> list[str]:
+  """The warnings of the comparison and of the select runs, each once; of several runs with the name of the report."""
+  lines = list(own)
+  for name, run in runs.items():
+    lines += [line if len(runs) == 1 else f"{name}: {line}" for line in findings.warnings(run) if line not in own]
+  return list(dict.fromkeys(lines))
 
 
 def report_names(folders: list[str]) -> list[str]:

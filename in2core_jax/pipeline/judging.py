@@ -102,11 +102,11 @@ def too_small(test: tokenizing.TokenizedDataset) -> list[str]:
     return []
   groups = "" if found.groups == found.count else f" in {found.groups:,} groups of copies or topics"
   return [
-    f"The {found.count:,} test examples{groups} are too few to see a difference of 1 %: with them a perplexity has to "
-    f"differ by about {verdict.percent(found.seen)} to be told apart in four of five cases. 1 % takes at least about "
-    f"{verdict.rounded(found.examples_for()):,} test examples (--test_data, --test_limit, --split). That is for models "
-    f"whose losses differ by {paired.DIFFERENCE:g} nats from one test example to another, as those of halves of Alpaca "
-    "did; what these here can see is measured after the trainings."
+    f"The {found.count:,} test examples{groups} are too few to see a difference of 1 %. With them, a perplexity must "
+    f"differ by about {verdict.percent(found.seen)} to be seen in four of five cases. To see 1 %, use about "
+    f"{verdict.rounded(found.examples_for()):,} test examples or more (--test_data, --test_limit, --split). This "
+    f"estimate is for models whose losses differ by {paired.DIFFERENCE:g} nats between test examples, as on Alpaca. "
+    "What these models can show is measured after the trainings."
   ]
 
 

@@ -6,19 +6,9 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fra
 import dataclasses
 import logging
 
-import numpy as np
-
 from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.advice import (
-  better_policy,
-  few_queries,
-  risky_data,
-  risky_settings,
-  too_few_to_aim,
-  unsolved,
-  without_effect,
-)
+from in2core_jax.pipeline.advice import of_selection, without_effect
 from in2core_jax.pipeline.checks import budget_of, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.scoring import (
@@ -37,7 +27,6 @@ from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import inputs_of, taking_no_part
-from in2core_jax.selection.warnings import selection_warnings
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -76,11 +65,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   clock = Clock()
   more = ChoiceInputs(bench, s, params).of({s.policy})
   inputs = inputs_of(bench.parts["train"], scored.influence, scored.loss, **more)
-  rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
+  choice = coreset.choose(s.policy, inputs, budget, s.seed)
   aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
   if aim is not None and s.matching_shrink:
-    apart = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
-    log.info("%s: %s is more than chance; %.0f %% of it is matched", s.policy, apart, 100 * aim.kept)
+    gap = f"{100 * aim.beyond_chance:.0f} % exceeds sampling noise"
+    log.info("%s: train/eval gradient gap: %s; the target is shrunk to %.0f %% of it", s.policy, gap, 100 * aim.kept)
   if s.policy in coreset.HYBRID_POLICIES:
     log.info("%s", chosen_by(s.policy, inputs.apart))
   clock.lap("selection")
@@ -97,22 +86,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  copies = risky_data(bench.summary)  # many of them are told of once, with the same remedy
-  warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
-  warnings += too_few_to_aim(s, inputs)
-  warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
-  aims = rule_of(s, inputs) == "hybrid"
-  warnings += selection_warnings(rows, inputs, s.seed, copies=not copies, topics=not aims)
-  for warning in [*warnings, *unsolved(s, scored.result)]:
-    log.warning("%s", warning)
+  warnings = of_selection(s, inputs, choice.rows, aim, bench.parts["eval"], rule_of(s, inputs))
   if run_dir.writer:
     scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
-    write_results(run_dir, bench, s, scored, rows, warnings, told(s, inputs, aim))
+    write_results(run_dir, bench, s, scored, choice, warnings, told(s, inputs, aim))
   work.remove()
-  tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
+  tokens, size = inputs.num_response_tokens[choice.rows].sum(), inputs.num_response_tokens.sum()
   log.info(
     "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
-    len(rows),
+    len(choice.rows),
     len(inputs.ids),
     taking_no_part(inputs, bench.parts["train"].truncated),
     s.policy,

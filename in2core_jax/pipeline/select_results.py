@@ -1,23 +1,26 @@
 """What a select run writes."""
 
 import dataclasses
+import logging
 import resource
 from typing import Any
 
 import numpy as np
 
 from in2core_jax.data import records, tokenizing
-from in2core_jax.pipeline.advice import unsolved
+from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.report import facts, html_page
+from in2core_jax.report import answer, facts, findings, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, matching, two_samples
 from in2core_jax.selection.inputs import PolicyInputs
+
+log = logging.getLogger(__name__)
 
 
 def write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
@@ -45,16 +48,19 @@ def write_results(
   bench: Workbench,
   s: Settings,
   scored: Scored,
-  rows: np.ndarray,
+  choice: coreset.Choice,
   warnings: list[str],
   told: dict | None = None,
 ) -> None:
-  """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
+  """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done.
+
+  Also says on the terminal what the reports say first: the answer and the warnings.
+  """
   train = bench.parts["train"]
   selected = np.zeros(len(train), bool)
-  selected[rows] = True
-  columns = score_columns(train, scored, selected)
-  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
+  selected[choice.rows] = True
+  columns = score_columns(train, scored, selected) | choice_columns(choice, len(train))
+  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
   known = {name: value for name, value in (told or {}).items() if value is not None}
@@ -64,9 +70,6 @@ def write_results(
     "Data": _flat(bench.summary),
   }
   images = _write_plots(run_dir, s, scored, selected)
-  texts = [shown(record) for record in train.records]
-  found_risky = [*warnings, *unsolved(s, scored.result)]  # report.html has the solver's facts beside its other findings
-  run_dir.write_text("report.md", select_report_markdown(columns, texts, sections, found_risky, images))
   found = facts.SelectRun(
     columns,
     train.records,
@@ -77,10 +80,17 @@ def write_results(
     bench.parts["eval"].records,
     scored.queries,
   )
+  summary["warnings"] = findings.warnings(found)
+  texts, said = [shown(record) for record in train.records], answer.answer(found)
+  first = [said.word, said.why, *said.more]
+  page = select_report_markdown(columns, texts, sections, summary["warnings"], images, answer=first)
+  run_dir.write_text("report.md", page)
   run_dir.write_text("report.html", html_page.select_page(found))
   for name, figure in facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
+  tell(summary["warnings"], [*without_effect(s), *tokenizing.told_lines(bench.summary)])
+  log.info("%s", " ".join([str(said), *said.more]))
 
 
 def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
@@ -88,6 +98,8 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
   return {
     "rule": rule_of(s, inputs),
     "apart": dataclasses.asdict(inputs.apart) if inputs.apart else None,
+    "another_kind": coreset.apart_enough(inputs.apart) if inputs.apart else None,
+    "queries": len(inputs.similarities["hybrid"]) if s.policy in coreset.HYBRID_POLICIES else None,
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
   }
@@ -103,21 +115,34 @@ def rule_of(s: Settings, inputs: PolicyInputs) -> str:
 def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
   """How far the evaluation set is from the training set, and what follows from it with --policy=auto."""
   if apart is None:
-    told = "how far evaluation and training set are apart is not known, for a single example tells nothing of chance"
+    told = "the distance between evaluation and training set is not known: one example does not show sampling noise"
   else:
     told = (
-      f"{apart.share:.0%} of the distance between evaluation and training set is beyond chance (squared distance of "
-      f"their means {apart.distance:.3g}, p = {apart.p:.2g})"
+      f"the squared distance between evaluation and training set is {apart.distance:.3g}, p = {apart.p:.2g}; "
+      f"{apart.share:.0%} of their gap exceeds sampling noise"
     )
   if policy != "auto":
     return f"{policy}: {told}"
   if coreset.apart_enough(apart):
-    return f"auto: {told}: what is similar to the evaluation examples is chosen (--policy=hybrid)"
+    return f"auto: {told}. The evaluation set is of another kind, so the rule is hybrid: what is most like it"
   return (
-    f"auto: {told}; for another kind it takes {coreset.LEAST_DISTANCE:g} at p = {coreset.MOST_P:g} or below. For a set "
-    "of the training set's own kind no rule was reliably better than a random choice without copies, so that is taken "
+    f"auto: {told}. Another kind takes {coreset.LEAST_DISTANCE:g} or more at p = {coreset.MOST_P:g} or below. For sets "
+    "of the same kind no rule was reliably better than random examples, so the choice is random without duplicates "
     "(--policy names a rule)"
   )
+
+
+def choice_columns(choice: coreset.Choice, size: int) -> dict[str, np.ndarray]:
+  """The columns of scores.parquet about the choice: its order (1 first, 0 left out) and the reason of each.
+
+  Args:
+    choice: S rows.
+    size: N examples.
+  """
+  place, reason = np.zeros(size, np.int64), np.full(size, "", dtype=object)
+  place[choice.rows] = np.arange(1, len(choice.rows) + 1)
+  reason[choice.rows] = choice.reasons
+  return {"choice": place, "reason": reason}
 
 
 def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:

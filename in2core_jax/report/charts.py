@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Chart:
   Attributes:
     bars: dicts with x, y, width, height, series (number, for its colour), text (what a pointer over it shows).
     lines: dicts with x1, y1, x2, y2. points: dicts with x, y, text.
-    x_ticks: dicts with x, text, anchor. y_ticks: dicts with y, text.
+    x_ticks: dicts with x, text, anchor, perhaps minor (not shown on a phone). y_ticks: dicts with y, text.
     series: names, in the order of their numbers.
     zero: where influence 0 is across, or None.
   """
@@ -70,7 +70,11 @@ def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], gap: floa
         shape = {"x": x, "y": floor, "width": width * (1 - gap), "height": height}
         shapes.append(_rounded(shape) | {"series": number, "text": f"{label}: {what}"})
   every = math.ceil(len(labels) / 10)
-  x_ticks = tuple(_x_tick(LEFT + width * (i + 0.5), labels[i]) for i in range(0, len(labels), every))
+  # A phone has no room for every label: the second ones are left out there.
+  x_ticks = tuple(
+    _x_tick(LEFT + width * (i + 0.5), labels[i]) | {"minor": bool(place % 2)}
+    for place, i in enumerate(range(0, len(labels), every))
+  )
   y_ticks = tuple({"y": _short(BOTTOM - (BOTTOM - TOP) * v / ticks[-1]), "text": f"{v:,g}"} for v in ticks[1:])
   return Chart(tuple(shapes), x_ticks=x_ticks, y_ticks=y_ticks, series=tuple(series))
 
@@ -97,6 +101,72 @@ def curve(steps: Sequence[int], residuals: np.ndarray) -> Chart:
     for power in range(low, high + 1, every)
   ]
   return Chart((), tuple(lines), tuple(points), tuple(x_ticks), tuple(y_ticks), ("residual",))
+
+
+_GROUP, _FIRST = 46.0, 16.0  # pixels: of one comparison, and down to its name
+_STEPS = (0.25, 0.5, 1, 2, 5, 10, 25)  # per cent between ticks
+_FAR = (-75, -50, -25, 0, 25, 50, 100, 200, 300)  # per cent, where no step gives six ticks or fewer
+_WIDEST = math.log(4)  # of the axis, each way: what lies beyond is cut off in the picture, not in its text
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+  """Lying intervals around a line that says "as random sets".
+
+  Attributes:
+    names: dicts with y and text, one for each comparison. marks: dicts with x, y, low, high (per cent of the width; low
+      is None where there is no interval), series, text.
+    ticks: dicts with x, text, anchor. zero: where the line is. height: of the picture in pixels. series: names.
+  """
+
+  names: tuple[dict, ...]
+  marks: tuple[dict, ...]
+  ticks: tuple[dict, ...]
+  zero: float
+  height: float
+  series: tuple[str, ...] = ("by token", "by example")
+
+
+def intervals(rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]]) -> Intervals:
+  """Ratios with their intervals, on a logarithmic axis, with 1 marked.
+
+  Args:
+    rows: (name, one (ratio, low, high) for each series); NaN where there is no interval.
+  """
+  logs = [math.log(value) for _, ratios in rows for ratio in ratios for value in ratio if value > 0]  # not NaN
+  low, high = max(min([*logs, -0.01]), -_WIDEST), min(max([*logs, 0.01]), _WIDEST)
+  room = 0.06 * (high - low)
+  place = lambda ratio: (  # noqa: E731
+    LEFT + (RIGHT - LEFT) * (min(max(math.log(ratio), low), high) - low + room) / (high - low + 2 * room)
+  )
+  names, marks = [], []
+  for number, (name, ratios) in enumerate(rows):
+    top = _FIRST + _GROUP * number
+    names.append({"y": top, "text": name})
+    for series, (ratio, *bounds) in enumerate(ratios):
+      if math.isnan(ratio):
+        continue
+      known = not math.isnan(bounds[0])
+      x = _rounded({"x": place(ratio), "y": top + 10 + 12 * series})
+      ends = _rounded({"low": place(bounds[0]), "high": place(bounds[1])}) if known else {"low": None, "high": None}
+      text = f"{name}, {Intervals.series[series]}: {_plain(ratio, 3)} times random's"
+      text += f", 95 % interval {_plain(bounds[0], 3)} to {_plain(bounds[1], 3)}" if known else ", without an interval"
+      marks.append(x | ends | {"series": series, "text": text})
+  ticks = _change_ticks(place, low, high)
+  return Intervals(tuple(names), tuple(marks), ticks, _short(place(1)), _FIRST + _GROUP * len(rows) + 20)
+
+
+def _change_ticks(place: Callable[[float], float], low: float, high: float) -> tuple[dict, ...]:
+  """Round changes in per cent inside the axis, from 0 outwards, with room between their letters."""
+  least, most = (100 * math.expm1(end) for end in (low, high))
+  step = next((step for step in _STEPS if most - least <= 6 * step), None)
+  changes = _FAR if step is None else [step * i for i in range(math.ceil(least / step), math.floor(most / step) + 1)]
+  kept: list[tuple[float, float]] = []
+  for change in sorted(changes, key=abs):
+    x = place(1 + change / 100)
+    if least <= change <= most and all(abs(x - other) > 12 for other, _ in kept):
+      kept.append((x, change))
+  return tuple(_x_tick(x, f"{change:+g} %" if change else "0") for x, change in sorted(kept))
 
 
 def _round_ticks(highest: float) -> list[float]:

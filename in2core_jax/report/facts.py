@@ -5,7 +5,6 @@ Everything follows from the run's own results: equal results give equal rows and
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
@@ -15,16 +14,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from in2core_jax.data import tokenizing
 from in2core_jax.data.records import Record, spoken
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
-from in2core_jax.report import near_duplicates, table_text
+from in2core_jax.report import near_duplicates
 from in2core_jax.report.markdown import topic_table
 from in2core_jax.report.plots import bar_plot, curve_plot, residual_plot, score_histogram_plot
 from in2core_jax.runs.run_folder import RunDir
 
-TOP = 300  # strongest proponents that are searched for near copies
+TOP = 300  # first choices that are searched for near-duplicates
 LENGTH_BINS = 8
 FIGURE_TOPICS = 25
 _COLUMNS = ("example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic")
@@ -36,16 +34,17 @@ class SelectRun:
 
   Attributes:
     columns: of scores.parquet, [N] each: example_id, influence, rank (1 = highest), selected (bool), loss, num_tokens,
-      num_response_tokens, topic; perhaps self_influence.
+      num_response_tokens, topic; perhaps self_influence, and choice (1 = chosen first, 0 = left out) with reason.
     records: the N training records, in the same order.
     truncated: bool [N], whether tokens of the example were cut off.
     data: `tokenizing.data_summary` of the parts.
-    summary: what summary.json holds; read are policy, unit, solver, solver_steps, solver_residual, solver_curve,
-      warnings and identity.
+    summary: what summary.json holds; read are policy, rule, apart, another_kind, queries, unit, solver, solver_steps,
+      solver_residual, solver_curve, warnings and identity.
     layers: {layer: influence [N]}, which add up to the influence, or None.
     query_records: the Q evaluation records; needed with `queries`.
     queries: float32 [Q, N], influence of every training example on every evaluation example, or None.
-    retrain: what evaluation.json of an `evaluate` run with this selection holds (table, verdict, recipe), or None.
+    retrain: what evaluation.json of an `evaluate` run with this selection holds (table, verdict, recipe, warnings), and
+      in `candidate` what its table calls this selection; or None.
 
   Raises:
     UserError: a column is missing, or lengths differ.
@@ -113,13 +112,26 @@ class SelectRun:
     return np.argsort(np.asarray(self.columns["rank"]), kind="stable")
 
   @functools.cached_property
+  def first(self) -> np.ndarray:
+    """int64 [N], rows in order of choice, then those left out by rank; by rank alone where the order is not known."""
+    if "choice" not in self.columns:
+      return self.order
+    choice = np.asarray(self.columns["choice"], np.int64)
+    return np.lexsort((self.columns["rank"], np.where(choice == 0, len(choice) + 1, choice)))
+
+  @property
+  def rule(self) -> str:
+    """The rule that chose; with the policy `auto` the one that it took."""
+    return self.summary.get("rule", self.summary["policy"])
+
+  @functools.cached_property
   def response_tokens(self) -> np.ndarray:
     """int64 [N]."""
     return np.asarray(self.columns["num_response_tokens"], np.int64)
 
   @functools.cached_property
   def content_keys(self) -> list[str]:
-    """N hashes, equal for copies."""
+    """N hashes, equal for duplicates."""
     return [record.content_key for record in self.records]
 
   @functools.cached_property
@@ -131,10 +143,15 @@ class SelectRun:
     residuals = np.array([np.atleast_1d(residual) for _, residual in points], np.float64)
     return [step for step, _ in points], residuals
 
+  @property
+  def searched(self) -> np.ndarray:
+    """int64 [n], the first choices, or where their order is not known the strongest proponents; at most `TOP`."""
+    return self.first[: min(TOP, int(self.selected.sum()))] if "choice" in self.columns else self.first[:TOP]
+
   @functools.cached_property
   def top_copies(self) -> list[near_duplicates.Group]:
-    """Near copies among the `TOP` strongest proponents; rows of the whole table."""
-    top = self.order[:TOP]
+    """Near-duplicates among the `searched` rows; rows of the whole table."""
+    top = self.searched
     texts = [" ".join(map(spoken, self.records[row].messages)) for row in top]
     return [dataclasses.replace(group, rows=top[group.rows]) for group in near_duplicates.near_copies(texts)]
 
@@ -232,7 +249,7 @@ def coverage(run: SelectRun) -> dict[str, np.ndarray]:
 
 
 def part_rows(run: SelectRun) -> list[dict]:
-  """Counts of each part: examples, tokens, truncated, without response, copies."""
+  """Counts of each part: examples, tokens, truncated, without response, duplicates."""
   return [
     {
       "part": name,
@@ -241,7 +258,7 @@ def part_rows(run: SelectRun) -> list[dict]:
       "response tokens": part["response_tokens"],
       "truncated": part["truncated"],
       "without response": part["empty_responses"],
-      "copies": part["duplicates"],
+      "duplicates": part["duplicates"],
     }
     for name, part in run.data["parts"].items()
   ]
@@ -253,100 +270,6 @@ def overlap_rows(run: SelectRun) -> list[dict]:
     {"parts": name, "same messages": count["same_messages"], "same prompt": count["same_prompt"]}
     for name, count in run.data["overlap"].items()
   ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-  """A sentence about the data or the solve, and whether a reader should mind it."""
-
-  text: str
-  mind: bool
-
-
-def findings(run: SelectRun) -> list[Finding]:
-  """What to mind first: the warnings of the run, then what its numbers say about data, scores and solver."""
-  found = [Finding(table_text.plain_line(warning, 1000), True) for warning in run.summary["warnings"]]
-  found += [Finding(table_text.plain_line(line, 1000), True) for line in tokenizing.told_lines(run.data)]
-  found += [*_overlap_findings(run), *_train_findings(run), *_score_findings(run), *_solver_findings(run)]
-  return sorted(found, key=lambda finding: not finding.mind)
-
-
-def _overlap_findings(run: SelectRun) -> list[Finding]:
-  found = []
-  for name, count in run.data["overlap"].items():
-    first, second = name.split("/")
-    same, prompts = count["same_messages"], count["same_prompt"]
-    text = f"{same:,} examples of {second} are copies of one in {first}, {prompts:,} have a prompt that occurs there."
-    found.append(Finding(text, bool(same or prompts)))
-  return found
-
-
-def _train_findings(run: SelectRun) -> list[Finding]:
-  size, chosen = len(run.records), run.selected
-  counts = collections.Counter(run.content_keys)
-  copies = size - len(counts)
-  kept = int(chosen.sum()) - len({run.content_keys[row] for row in np.flatnonzero(chosen)})
-  truncated = np.asarray(run.truncated, bool)
-  cut, empty = int(truncated.sum()), int((run.response_tokens == 0).sum())
-  close = sum(len(group.rows) for group in run.top_copies)
-  top = min(TOP, size)
-  return [
-    Finding(f"{copies:,} training examples repeat an earlier one; {kept:,} of the selected repeat another.", kept > 0),
-    Finding(f"{close:,} of the {top:,} strongest proponents are near copies of another of them.", close > 0.1 * top),
-    Finding(
-      f"{cut:,} training examples ({cut / size:.1%}) were truncated, {int((truncated & chosen).sum()):,} of them are "
-      "selected: what was cut off counts nothing.",
-      cut > 0.05 * size,
-    ),
-    Finding(f"{empty:,} training examples have no response token: influence 0, never selected.", empty > 0),
-  ]
-
-
-def _score_findings(run: SelectRun) -> list[Finding]:
-  found = []
-  for name, values in (("response length", run.response_tokens), ("loss", run.columns["loss"])):
-    values = np.asarray(values, np.float64)
-    rho = statistics.spearman(run.influence, values) if np.isfinite(values).all() else math.nan
-    if math.isnan(rho):
-      found.append(Finding(f"Influence and {name}: no rank correlation (one of them is constant).", False))
-    else:
-      word = f" A ranking by influence is partly one by {name}." if abs(rho) > 0.3 else ""
-      found.append(Finding(f"Influence and {name}: Spearman {rho:+.2f}.{word}", abs(rho) > 0.3))
-  found += _length_findings(run)
-  positive = np.sort(np.maximum(run.influence, 0))[::-1]
-  if positive[0] > 0:
-    few = max(1, round(0.01 * len(positive)))
-    share = positive[:few].sum() / positive.sum()
-    text = f"The strongest 1 % of the examples ({few:,}) bring {share:.0%} of all positive influence."
-    found.append(Finding(text, bool(share > 0.25)))
-  return found
-
-
-def _length_findings(run: SelectRun) -> list[Finding]:
-  """What the choice itself, by whatever policy, has to do with length."""
-  answered = run.response_tokens > 0  # the others are never selected
-  chosen, lengths = run.selected[answered], run.response_tokens[answered].astype(np.float64)
-  if chosen.all() or not chosen.any():
-    return []
-  longer = statistics.roc_auc(lengths, chosen)
-  kept, left = lengths[chosen].mean(), lengths[~chosen].mean()
-  word = f" The selection is partly one by {'long' if longer.mean > 0.5 else 'short'} responses."
-  biased = abs(longer.mean - 0.5) > 0.15 and not longer.low <= 0.5 <= longer.high
-  text = f"Selected examples have {kept:.1f} response tokens on average, the others {left:.1f}.{word if biased else ''}"
-  return [Finding(text, biased)]
-
-
-def _solver_findings(run: SelectRun) -> list[Finding]:
-  solver, residual = run.summary["solver"], run.summary["solver_residual"]
-  if residual is None:
-    return [Finding("Nobody measured the residual of the solver.", solver.get("solver") != "identity")]
-  text = f"Residual of the solver: {table_text.format_value(residual)} after {run.summary['solver_steps']} steps"
-  troubles = []
-  if solver.get("converged") is False:  # some solvers know no tolerance
-    troubles.append("above the tolerance that was asked for")
-  if residual > 1:
-    troubles.append("worse than no answer, whose residual is 1")
-  return [Finding(", ".join([text, *troubles]) + ".", bool(troubles))]
 
 
 # -------------------------------------------------------------------------------------------------- figures

@@ -26,12 +26,13 @@ import markupsafe
 import numpy as np
 
 from in2core_jax.data.records import Record, spoken
-from in2core_jax.report import charts, facts, table_text
+from in2core_jax.errors import printable
+from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
 from in2core_jax.report.markdown import retrain_rows, topic_table
 
 TEMPLATES = Path(__file__).parent / "templates"
-LISTED = 60_000  # examples in the page; of more, the strongest of both ends
+LISTED = 60_000  # examples in the page; of more, the first choices and the strongest of both ends
 TEXT_BUDGET = 8_000_000  # characters of all listed texts together
 CUTS = (200_000, 40_000, 8_000, 2_000, 800, 160)  # characters of one example: the largest that keeps the budget
 FULL = 100  # strongest at each end whose texts are not cut, within a budget of their own
@@ -40,6 +41,8 @@ PARTNERS = 10  # training examples at each end, for each evaluation example
 QUERIES = 2_000  # evaluation examples in the page
 TOPIC_ROWS = 50
 NAME = 100  # characters of an id or a topic
+ASKED = 120  # characters of the query that a choice was made for
+_TURN = re.compile(r"in turn for query (.+), round [\d,]+")  # of `selection.reasons`, whose ids are `printable`
 # How the page names the turns: r a response, whose tokens the loss counts, and a an assistant's turn before the first
 # user's, which is no response.
 _ROLES = {"system": "s", "user": "u", "assistant": "r", "tool": "t"}
@@ -127,8 +130,7 @@ class _Listing:
     """Chooses the rows and their lengths; by rank alone, so the same run gives the same page."""
     total = len(run.records)
     special = _special_rows(run)
-    ends = np.concatenate([run.order[: LISTED // 2], run.order[-(LISTED // 2) :]])
-    rows = np.unique(np.concatenate([ends, special]))
+    rows = np.unique(np.concatenate([*_ends(run, LISTED // (3 if "choice" in run.columns else 2)), special]))
     lengths = {row: sum(len(spoken(message)) for message in run.records[row].messages) for row in rows.tolist()}
     sizes = np.array(list(lengths.values()), np.int64)
     cut = next((size for size in CUTS if np.minimum(sizes, size).sum() <= TEXT_BUDGET), CUTS[-1])
@@ -145,9 +147,15 @@ class _Listing:
     return np.searchsorted(self.rows, np.asarray(list(rows), np.int64)).tolist()
 
 
+def _ends(run: SelectRun, count: int) -> list[np.ndarray]:
+  """The first choices, where their order is known, and the strongest of both ends of the ranking by influence."""
+  first = [run.first[:count]] if "choice" in run.columns else []
+  return [*first, run.order[:count], run.order[::-1][:count]]
+
+
 def _special_rows(run: SelectRun) -> np.ndarray:
-  """Rows whose texts matter most, in order: the strongest of both ends in turn, near copies, partners of queries."""
-  ends = np.stack([run.order[:FULL], run.order[::-1][:FULL]], axis=1).reshape(-1)
+  """Rows whose texts matter most, in order: the ends in turn, near-duplicates, partners of queries."""
+  ends = np.stack(_ends(run, FULL), axis=1).reshape(-1)
   copies = [row for group in run.top_copies for row in group.rows.tolist()]
   partners = [] if run.queries is None else [row for scores in run.queries[:QUERIES] for row in _partners(scores)]
   return np.array(list(dict.fromkeys([*ends.tolist(), *copies, *partners])), np.int64)
@@ -177,7 +185,7 @@ def _texts(records: Sequence[Record], limits: Iterable[int]) -> dict[str, list]:
 
 
 def _payload(run: SelectRun, listing: _Listing) -> dict[str, Any]:
-  """What the script reads: columns of the listed examples, groups of near copies, evaluation examples."""
+  """What the script reads: columns of the listed examples, groups of near-duplicates, evaluation examples."""
   rows = listing.rows
   part = {name: np.asarray(values)[rows] for name, values in run.columns.items()}
   topics = sorted({str(topic) for topic in part["topic"]})
@@ -194,11 +202,28 @@ def _payload(run: SelectRun, listing: _Listing) -> dict[str, Any]:
     "topic": [number[str(topic)] for topic in part["topic"]],
     **_texts([run.records[row] for row in rows], listing.limits.tolist()),
   }
+  if "choice" in part:
+    examples["choice"] = part["choice"].tolist()
+    examples["reason"] = [table_text.plain_line(reason) for reason in part["reason"]]
+    examples |= _asked(part["reason"], run.query_records)
   if "self_influence" in part:
     examples["self_influence"] = _numbers(part["self_influence"])
   copies = [{"rows": listing.places(g.rows), "similarity": _numbers(g.similarity, 2)} for g in run.top_copies]
   names = [topic[:NAME] for topic in topics]
   return {"total": listing.total, "topics": names, "examples": examples, "copies": copies} | _queries(run, listing)
+
+
+def _asked(reasons: Iterable[str], records: Sequence[Record]) -> dict[str, list]:
+  """What the queries say that examples were chosen for: their texts, and for each example its place in them or -1."""
+  texts, places, found = {}, {}, []
+  for record in records:
+    words = next((spoken(message) for message in record.messages if message["role"] == "user"), "")
+    texts.setdefault(printable(record.example_id[:80]), table_text.plain_line(words, ASKED))
+  for reason in reasons:
+    turn = _TURN.match(reason)
+    known = turn is not None and turn[1] in texts
+    found.append(places.setdefault(turn[1], len(places)) if known else -1)
+  return {"asked": found, "asked_texts": [texts[name] for name in places]} if places else {}
 
 
 def _queries(run: SelectRun, listing: _Listing) -> dict[str, Any]:
@@ -227,26 +252,30 @@ def _overview(run: SelectRun) -> dict[str, Any]:
   """What the template shows besides the examples."""
   topics = topic_table(run.columns["topic"], run.selected, run.response_tokens)
   lengths, layers = facts.length_rows(run), facts.layer_rows(run)
-  tokens = int(run.response_tokens.sum())
+  gains = [(gain.name, (gain.by_token, gain.by_example)) for gain in answer.gains(run)]
   return {
     "facts": {
-      "selected": int(run.selected.sum()),
-      "total": len(run.records),
-      "share": float(run.selected.mean()),
-      "token_share": float(run.response_tokens[run.selected].sum()) / max(tokens, 1),
       "proponents": float(np.mean(run.influence > 0)),
+      "copies": len(run.top_copies),
+      "ordered": "choice" in run.columns,
       "queries": 0 if run.queries is None else len(run.query_records),
-      "top": min(facts.TOP, len(run.records)),
+      "top": len(run.searched),
     },
-    "findings": facts.findings(run),
+    "answer": answer.answer(run),
+    "numbers": answer.numbers(run),
+    "warnings": findings.warnings(run),
+    "fine": findings.fine(run),
     "parts": facts.part_rows(run),
     "overlaps": facts.overlap_rows(run),
-    "topics": [row | {"topic": table_text.plain_line(row["topic"], NAME)} for row in topics[:TOPIC_ROWS]],
+    "topics": [row | {"topic": table_text.plain_line(row["topic"], NAME)} for row in topics[:TOPIC_ROWS]]
+    if len(topics) > 1
+    else [],
     "more_topics": max(len(topics) - TOPIC_ROWS, 0),
     "lengths": lengths,
     "layers": layers,
     "retrain": _retrain(run.retrain),
     "charts": {
+      "gain": charts.intervals(gains) if gains else None,
       "scores": charts.histogram(run.influence, run.selected),
       "residual": charts.curve(*run.curve) if run.curve else None,
       "lengths": charts.bars([row["response tokens"] for row in lengths], _halves(lengths)),
@@ -270,7 +299,9 @@ def _retrain(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None
   table = [{key: math.nan if value is None else value for key, value in row.items()} for row in found["table"]]
   rows = [{name.replace("_", " "): value for name, value in row.items()} for row in retrain_rows(table)]
-  return {"rows": rows, "verdict": found["verdict"], "recipe": found["recipe"]}
+  told = found.get("warnings", ())  # they stand at the top of the page
+  verdict = [line for line in found["verdict"] if line not in told]
+  return {"rows": rows, "verdict": verdict, "recipe": found["recipe"]}
 
 
 def _settings(run: SelectRun) -> dict[str, Any]:
@@ -282,7 +313,6 @@ def _settings(run: SelectRun) -> dict[str, Any]:
   return {
     "policy": summary["policy"],
     "rule": summary.get("rule", summary["policy"]),
-    "apart": summary.get("apart"),
     "unit": summary["unit"],
     "version": identity["version"],
     "solver": solver,

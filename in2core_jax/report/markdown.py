@@ -61,18 +61,20 @@ def select_report_markdown(
   warnings: Sequence[str] = (),
   images: Mapping[str, str] | None = None,
   count: int = 10,
+  answer: Sequence[str] = (),
 ) -> str:
   """The report of one `select` run.
 
   Args:
     scores: the columns of scores.parquet, [N] each: example_id, influence, rank (1 = highest), selected (bool),
-      loss, num_tokens, num_response_tokens, topic.
+      loss, num_tokens, num_response_tokens, topic; perhaps choice (1 = chosen first, 0 = left out) and reason.
     texts: N strings, what the examples say (prompt and response), in the same order; shortened and escaped here.
     summary: title of a section -> its names and values, such as {"Solver": {"solver": "lissa", "residual": 0.01},
       "Data": {...}}; each becomes a table.
-    warnings: sentences, such as those of `warnings.selection_warnings`; escaped here.
+    warnings: sentences, such as those of `findings.warnings`; escaped here.
     images: caption -> path or URL relative to the report, written by our own stages.
     count: examples to show at each end.
+    answer: what to do with the selection, why, and further sentences (`answer.Answer`); they come first.
 
   Returns:
     Markdown, ending in a newline.
@@ -89,11 +91,19 @@ def select_report_markdown(
     raise UserError(f"report: columns differ in length or are empty: {lengths}")
   selected = np.asarray(scores["selected"], bool)
   order = np.argsort(np.asarray(scores["rank"]), kind="stable")
-  parts = ["# Selection report", _headline(scores, selected)]
+  parts = ["# Selection report"]
+  if answer:
+    word, *sentences = (escape_markdown(sentence, 1000) for sentence in answer)
+    parts += [f"**{word}**: {' '.join(sentences)}"]
+  parts += [_headline(scores, selected)]
   parts += ["## Warnings", "\n".join(f"- {escape_markdown(w, 1000)}" for w in warnings) or "None."]
   parts += [f"![{escape_markdown(caption)}]({path})" for caption, path in (images or {}).items()]
   parts += ["## Scores", "```text\n" + score_histogram_text(scores["influence"], selected) + "\n```"]
   parts += ["`#` selected, `.` left out; the outer bars hold everything beyond them."]
+  if "choice" in scores:
+    choice = np.asarray(scores["choice"], np.int64)
+    first = np.argsort(np.where(choice == 0, len(choice) + 1, choice), kind="stable")[: min(count, (choice > 0).sum())]
+    parts += ["## First choices", _examples_table(scores, texts, first, "reason")]
   parts += ["## Strongest proponents", _examples_table(scores, texts, order[:count])]
   parts += ["## Strongest opponents", _examples_table(scores, texts, order[::-1][:count])]
   topics = topic_table(scores["topic"], selected, scores["num_response_tokens"])
@@ -116,8 +126,9 @@ def _headline(scores: Mapping[str, Sequence], selected: np.ndarray) -> str:
   )
 
 
-def _examples_table(scores: Mapping[str, Sequence], texts: Sequence[str], rows: np.ndarray) -> str:
-  names = {"rank": "rank", "influence": "influence", "selected": "selected", "topic": "topic"}
+def _examples_table(scores: Mapping[str, Sequence], texts: Sequence[str], rows: np.ndarray, why: str = "") -> str:
+  names = {"choice": "choice", why: "why"} if why else {}
+  names |= {"rank": "rank", "influence": "influence", "selected": "selected", "topic": "topic"}
   names |= {"num_response_tokens": "response tokens", "example_id": "example_id"}
   table = []
   for row in rows:
@@ -125,6 +136,7 @@ def _examples_table(scores: Mapping[str, Sequence], texts: Sequence[str], rows: 
     # Bytes-like scalars of NumPy and Arrow come out as what format_value knows.
     cells = {shown: value.item() if hasattr(value, "item") else value for shown, value in cells.items()}
     cells |= {"topic": plain_line(cells["topic"], 60), "example_id": plain_line(cells["example_id"], 60)}
+    cells |= {"why": plain_line(cells["why"])} if why else {}
     table.append({**cells, "text": plain_line(texts[row])})
   return markdown_table(table).rstrip()
 
@@ -136,6 +148,7 @@ def retrain_report_markdown(
   level: float = 0.95,
   notes: Sequence[str] = (),
   overviews: Mapping[str, Sequence[Mapping]] | None = None,
+  warnings: Sequence[str] = (),
 ) -> str:
   """The report of retraining on each policy's set.
 
@@ -147,16 +160,20 @@ def retrain_report_markdown(
     level: of the intervals in the table.
     notes: sentences about all sections together, such as that of `verdict.many_comparisons`.
     overviews: title -> rows of a table over all sections, which comes before them.
+    warnings: sentences, which come first.
 
   Returns:
     Markdown, ending in a newline.
   """
   parts = ["# Retrain and compare"]
+  if warnings:
+    parts += ["## Warnings", "\n".join(f"- {escape_markdown(w, 1000)}" for w in warnings)]
   for title, lines in (overviews or {}).items():
     parts += [f"## {escape_markdown(title).capitalize()}", markdown_table(lines).rstrip()]
   for title, (table, verdict) in sections.items():
     lines = "\n".join(f"- {escape_markdown(line, 1000)}" for line in verdict.splitlines() if line.strip())
-    parts += [f"## {escape_markdown(title).capitalize()}"] if title else []
+    heading = escape_markdown(title).capitalize() or ("Comparison" if warnings else "")
+    parts += [f"## {heading}"] if heading else []
     parts += [lines, markdown_table(retrain_rows(table)).rstrip()]
   parts += [
     f"In brackets: {level:.0%} intervals that hold for new test examples and for new trainings. Perplexity is on the "

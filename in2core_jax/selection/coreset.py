@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from in2core_jax.errors import UserError
-from in2core_jax.selection import matching
-from in2core_jax.selection.aggregation import aggregate, finite, topic_means
+from in2core_jax.selection import matching, reasons
+from in2core_jax.selection.aggregation import aggregate, finite, topic_means, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
@@ -109,6 +109,32 @@ def _times_before(names: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+  """What `choose` gives.
+
+  Attributes:
+    rows: int64 [S], row numbers of the inputs in order of choice, each once.
+    reasons_fn: makes `reasons`; most callers want none.
+  """
+
+  rows: np.ndarray
+  reasons_fn: Callable[[], list[str]]
+
+  @functools.cached_property
+  def reasons(self) -> list[str]:
+    """Why each row was taken, S phrases."""
+    return self.reasons_fn()
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+  """Pool positions in a policy's order, best first, and why each stands where it does."""
+
+  positions: np.ndarray
+  reasons: reasons.Reasons
+
+
+@dataclass(frozen=True, eq=False)
 class _Task:
   """One call of `select_rows`: the pool is sorted by id, so orders of pool positions break ties by id."""
 
@@ -135,7 +161,7 @@ class _Task:
     return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
 
 
-def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:
+def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> _Order:
   """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
   inputs = task.inputs
   features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
@@ -154,24 +180,50 @@ def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bo
   rows = matching.greedy_matching(features, target, count, topics, task.pool)
   position = np.empty(len(features), np.int64)
   position[task.pool] = np.arange(len(task.pool))
-  return position[rows]
+  turns = ["in turn for its topic: " if quota else ""]
+  if by_topic and not merge:
+    turns = reasons.topic_turns(sorted(set(map(str, inputs.query_topics))))
+
+  def why(chosen: np.ndarray) -> list[str]:  # walks the choices again, only where reasons are wanted
+    path = matching.path(features, target, rows[: len(chosen)])
+    return reasons.closer(path, "the set's mean gradient", turns)(chosen)
+
+  return _Order(position[rows], why)
 
 
-def _by_similarity(task: _Task, name: str) -> np.ndarray:
+def _by_similarity(task: _Task, name: str) -> _Order:
   inputs, values = task.inputs, task.inputs.similarities.get(name)
   if values is None:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  order = proponents(
-    aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool], inputs.similar_tokens)
-  )
-  return _copies_last(task, order)
+  ids = [inputs.ids[row] for row in task.pool]
+  value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens)
+  order = proponents(value)
+  return _copies_last(task, _Order(order, _similar(inputs, how, value, topics)))
 
 
-def _copies_last(task: _Task, order: np.ndarray) -> np.ndarray:
-  alike = task.inputs.alike
-  return order if alike is None else copies_last(order, np.asarray(alike)[task.pool])
+def _similar(inputs: PolicyInputs, how: str, value: np.ndarray, topics: Sequence[str]) -> reasons.Reasons:
+  """Why a policy by similarity takes an example: its turn, or its rank."""
+  size, queries = len(topics), inputs.similar_ids
+  names = list(range(1, size + 1) if queries is None else queries)
+  if how == "round_robin":
+    return reasons.in_turn(value, turn_order(np.ones(size), len(value)), names, "query")
+  if how == "weighted_turns":
+    return reasons.in_turn(value, turn_order(turn_shares(inputs.similar_tokens, size), len(value)), names, "query")
+  if how == "topic_quota":
+    names = sorted(set(map(str, topics)))
+    return reasons.in_turn(value, turn_order(np.ones(len(names)), len(value)), names, "evaluation topic")
+  return reasons.ranked(proponents(value), "by similarity to the evaluation examples")
+
+
+def _copies_last(task: _Task, order: _Order) -> _Order:
+  if task.inputs.alike is None:
+    return order
+  first_of = np.asarray(task.inputs.alike)[task.pool]
+  times = np.empty(len(first_of), np.int64)
+  times[order.positions] = _times_before(first_of[order.positions])
+  return _Order(copies_last(order.positions, first_of), reasons.repeated(order.reasons, times))
 
 
 def aims(inputs: PolicyInputs) -> bool:
@@ -184,35 +236,61 @@ def apart_enough(apart: Apart | None) -> bool:
   return apart is not None and apart.distance >= LEAST_DISTANCE and apart.p <= MOST_P
 
 
-def _matching_hybrid(task: _Task) -> np.ndarray:
+def _matching_hybrid(task: _Task) -> _Order:
   inputs = task.inputs
   if inputs.kernel is None or inputs.towards is None:
     raise UserError(f"policy {task.policy} needs kernel and towards, which were not given")
   kernel = np.asarray(inputs.kernel)[np.ix_(task.pool, task.pool)]
-  return matching.herding(kernel, np.asarray(inputs.towards)[task.pool], task.budget.limit(task.tokens))
+  towards = np.asarray(inputs.towards)[task.pool]
+  order = matching.herding(kernel, towards, task.budget.limit(task.tokens))
+  what = "the set's mean gradient and hidden states"
+  return _Order(order, lambda chosen: reasons.closer(matching.herding_path(kernel, towards, chosen), what)(chosen))
 
 
-def _auto(task: _Task) -> np.ndarray:
+def _auto(task: _Task) -> _Order:
   if aims(task.inputs):
     return _by_similarity(task, "hybrid")
-  return _copies_last(task, random_order(len(task.pool), task.seed))
+  return _copies_last(task, _random(task))
 
 
-def _length_matched_random(task: _Task) -> np.ndarray:
+def _random(task: _Task) -> _Order:
+  return _Order(random_order(len(task.pool), task.seed), reasons.same("drawn at random"))
+
+
+def _length_matched_random(task: _Task) -> _Order:
   chosen = task.budget.cut(proponents(task.values("scores")), task.tokens)
-  return length_matched(chosen, task.inputs.num_response_tokens[task.pool], task.seed)
+  drawn = length_matched(chosen, task.inputs.num_response_tokens[task.pool], task.seed)
+  return _Order(drawn, reasons.same("drawn at random among responses of its length"))
 
 
-_POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
+def _topic_quota(task: _Task) -> _Order:
+  order = proponents(task.values("scores"))
+  return _Order(topic_quota(order, task.topics), reasons.ranked_in_topic(order, task.topics, "by influence"))
+
+
+def _longest(task: _Task) -> np.ndarray:
+  return longest(task.inputs.num_response_tokens[task.pool], task.tokens)
+
+
+def _ranked(task: _Task, order_fn: Callable[[_Task], np.ndarray], by: str) -> _Order:
+  order = order_fn(task)
+  return _Order(order, reasons.ranked(order, by))
+
+
+def _by(order_fn: Callable[[_Task], np.ndarray], by: str) -> Callable[[_Task], _Order]:
+  return functools.partial(_ranked, order_fn=order_fn, by=by)
+
+
+_POLICIES: dict[str, Callable[[_Task], _Order]] = {
   "auto": _auto,
-  "proponents": lambda task: proponents(task.values("scores")),
-  "opponents": lambda task: opponents(task.values("scores")),
-  "random": lambda task: random_order(len(task.pool), task.seed),
+  "proponents": _by(lambda task: proponents(task.values("scores")), "by influence"),
+  "opponents": _by(lambda task: opponents(task.values("scores")), "by influence, lowest first"),
+  "random": _random,
   "length_matched_random": _length_matched_random,
-  "longest": lambda task: longest(task.inputs.num_response_tokens[task.pool], task.tokens),
-  "highest_loss": lambda task: proponents(task.values("loss")),
+  "longest": _by(_longest, "by response tokens"),
+  "highest_loss": _by(lambda task: proponents(task.values("loss")), "by loss"),
   **{name: functools.partial(_by_similarity, name=name) for name in SIMILARITIES},
-  "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
+  "topic_quota": _topic_quota,
   "matching": _matching,
   "matching_hybrid": _matching_hybrid,
   "matching_topic": lambda task: _matching(task, by_topic=True),
@@ -231,6 +309,11 @@ SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quo
 
 
 def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:
+  """The rows of `choose`, int64 [S]."""
+  return choose(policy, inputs, budget, seed).rows
+
+
+def choose(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> Choice:
   """Chooses the coreset.
 
   Args:
@@ -250,7 +333,7 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
     seed: of the random policies; the others do not look at it.
 
   Returns:
-    int64 [S], row numbers of `inputs` in order of choice, each once.
+    The rows in order of choice, and why each was taken.
 
   Raises:
     UserError: unknown policy, missing or non-finite inputs, a budget that cannot be met.
@@ -262,7 +345,9 @@ def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0
     raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
   task = _Task(inputs, pool, budget, seed, policy)
   budget.limit(task.tokens)  # a budget that cannot be met is told before the work
-  return pool[budget.cut(_POLICIES[policy](task), task.tokens)].astype(np.int64)
+  order = _POLICIES[policy](task)
+  kept = budget.cut(order.positions, task.tokens)
+  return Choice(pool[kept].astype(np.int64), lambda: order.reasons(kept))
 
 
 def select_copies_last(

@@ -94,6 +94,35 @@ def herding(kernel: np.ndarray, towards: np.ndarray, count: int) -> np.ndarray:
   return chosen
 
 
+def path(features: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """How close a set's mean feature is to its target after each row: |mean - t|^2 - |t|^2.
+
+  Args:
+    features: f32 or f64 [N, d].
+    targets: [d] or [G, d]; several take turns, as in `greedy_matching`.
+    rows: int [S], in order of choice.
+
+  Returns:
+    f64 [S].
+  """
+  targets = np.atleast_2d(np.asarray(targets, np.float64))
+  sums, found = np.zeros_like(targets), np.empty(len(rows))
+  for step, row in enumerate(rows):
+    turn, size = step % len(targets), step // len(targets) + 1
+    sums[turn] += features[row]
+    found[step] = sums[turn] @ sums[turn] / size**2 - 2 * (sums[turn] @ targets[turn]) / size
+  return found
+
+
+def herding_path(kernel: np.ndarray, towards: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """`path` of an order of `herding`, with the same kernel [N, N] and towards [N]: f64 [S]."""
+  order = np.asarray(order)
+  sizes = np.arange(1, len(order) + 1)
+  inside = np.asarray(kernel)[np.ix_(order, order)]
+  among = np.cumsum(2 * np.tril(inside, -1).sum(axis=1) + np.diag(inside))
+  return among / sizes**2 - 2 * np.cumsum(towards[order]) / sizes
+
+
 class _Shares:
   """Which topic is most behind its share."""
 

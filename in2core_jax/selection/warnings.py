@@ -34,8 +34,8 @@ def selection_warnings(
     repeats = rows.size - len({inputs.content_keys[r] for r in rows})
     if repeats:
       found.append(
-        f"{repeats:,} of the {rows.size:,} selected examples repeat another selected one, message for message: give "
-        "--drop_copies, to finetune, select and evaluate alike."
+        f"{repeats:,} of the {rows.size:,} selected examples are duplicates of another selected one. To leave them "
+        "out, use --drop_copies in finetune, select and evaluate alike."
       )
   return found
 
@@ -50,8 +50,7 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     if share >= 1 and kept < 0.2 * share:
       found.append(
         f"Topic '{topic}' is almost dropped: {kept} of its {size} examples with a response are selected where an even "
-        "share would be "
-        f"{share:.0f}. Use the policy topic_quota, matching or matching_quota."
+        f"share would be {share:.0f}. Use the policy topic_quota, matching or matching_quota."
       )
   return found
 
@@ -70,7 +69,7 @@ def _poor_coverage(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray, see
   if distance[0] <= distance[1:].max():
     return []
   return [
-    f"The mean gradient of the selection is {distance[0]:.3g} target lengths away from the evaluation set's (as far as "
-    f"that is known), further than all {draws} random selections of the same size ({distance[1:].min():.3g} to "
+    f"The mean gradient of the selection is {distance[0]:.3g} target lengths away from the evaluation set's. That is "
+    f"further than all {draws} random selections of the same size ({distance[1:].min():.3g} to "
     f"{distance[1:].max():.3g}). Use the policy matching or random."
   ]

@@ -7,9 +7,10 @@
   const size = examples.id.length;
   const PAGE = 20; // examples of a page
   const SHOWN = 600; // characters of a turn before "show all"
-  const GROUPS = 25; // groups of near copies before "show all"
+  const GROUPS = 25; // groups of near-duplicates before "show all"
   const TOPICS = 500; // topics in the filter; the search finds the others
-  const DEFAULTS = { page: "1", search: "", sort: "proponents", show: "all", topic: "", min: "", max: "", query: "0" };
+  const SORT = examples.choice ? "choice" : "proponents";
+  const DEFAULTS = { page: "1", search: "", sort: SORT, show: "all", topic: "", min: "", max: "", query: "0" };
   const byId = (id) => document.getElementById(id);
 
   // ------------------------------------------------------------------------------------------------ small helpers
@@ -84,13 +85,17 @@
   const topicCell = (topic) => element("td", { class: "topic", "data-label": "topic" }, isolate(named(topic)));
 
   const COLUMNS = [
-    ["rank", (row) => numberCell("rank", whole(examples.rank[row]))],
-    ["influence", (row) => numberCell("influence", signed(examples.influence[row]))],
     ["selected", (row) => {
       const kept = examples.selected[row] === "1";
-      const word = kept ? "selected" : "left out";
-      return element("td", {}, element("span", { class: kept ? "tag selected" : "tag" }, word));
+      const taken = examples.choice && kept ? "choice " + whole(examples.choice[row]) : "selected";
+      const tag = element("span", { class: kept ? "tag selected" : "tag" }, kept ? taken : "left out");
+      const reason = kept && examples.reason ? [element("div", { class: "reason" }, isolate(examples.reason[row]))] : [];
+      const asked = kept && examples.asked && examples.asked[row] >= 0 ? examples.asked_texts[examples.asked[row]] : "";
+      if (asked) reason.push(element("div", { class: "asked" }, "“", isolate(asked), "”"));
+      return element("td", { class: "state" }, tag, ...reason);
     }],
+    ["influence", (row) => numberCell("influence", signed(examples.influence[row]))],
+    ["rank", (row) => numberCell("rank", whole(examples.rank[row]))],
     ["topic", (row) => topicCell(data.topics[examples.topic[row]])],
     ["response tokens", (row) => numberCell("response tokens", whole(examples.responses[row]))],
     ["loss", (row) => numberCell("loss", number(examples.loss[row]))],
@@ -100,7 +105,7 @@
   }
 
   function textCell(source, row, cut) {
-    const note = cut ? " (truncated: its end counts nothing)" : "";
+    const note = cut ? " (truncated)" : "";
     const id = element("div", { class: "id" }, "id ", isolate(source.id[row]), note);
     return element("td", { class: "text" }, ...turns(source, row), id);
   }
@@ -128,6 +133,7 @@
     if (!orders.has(name)) {
       const rows = Array.from({ length: size }, (_, row) => row);
       const key = {
+        choice: (row) => examples.choice[row] || size + examples.rank[row],
         proponents: (row) => examples.rank[row],
         opponents: (row) => -examples.rank[row],
         longest: (row) => -examples.responses[row],
@@ -254,13 +260,13 @@
     }
   }
 
-  // -------------------------------------------------------------------------------------------------- near copies
+  // ---------------------------------------------------------------------------------------------- near-duplicates
 
   function groupNode(group) {
     const ranks = group.rows.slice(0, 8).map((row) => whole(examples.rank[row]));
     const more = group.rows.length > ranks.length ? ", …" : "";
     const low = number(Math.min(...group.similarity));
-    const title = group.rows.length + " near copies, similarity from " + low + "; ranks " + ranks.join(", ") + more;
+    const title = group.rows.length + " near-duplicates, similarity from " + low + "; ranks " + ranks.join(", ") + more;
     const details = element("details", {}, element("summary", {}, title));
     details.addEventListener("toggle", () => {
       if (!details.open || details.querySelector("table")) return;
@@ -274,7 +280,6 @@
 
   function fillGroups() {
     const place = byId("groups");
-    if (!data.copies.length) place.append(element("p", {}, "None."));
     place.append(...data.copies.slice(0, GROUPS).map(groupNode));
     const others = data.copies.slice(GROUPS);
     if (!others.length) return;
@@ -406,7 +411,7 @@
   fillTopics();
   readAddress();
   showExamples();
-  fillGroups();
+  if (data.copies.length) fillGroups();
   if (data.queries) connectQueries();
   connect();
 })();
