@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.ablate_layers import ablate_layers, report
 from experiments.ablate_layers.ablate_layers import Choice
@@ -20,10 +20,6 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, session, solver_inputs
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def finished(settings, bench):
 def alone(bench, s, choice, solver, folder):
   """Scores of a choice by the road of `select`, which knows no table."""
   own = s.replace(solver=solver, layers=choice.flag, modules=choice.modules, run_dir=str(folder))
-  chosen = session.choose(bench, bench.params, own.layers, own.modules)
+  chosen = session.choose(bench, bench.model.params, own.layers, own.modules)
   work = Work(run_folder.RunDir.open(str(folder), {"stage": "alone"}), 16)
   return scoring.score(bench, own, chosen, work).influence
 

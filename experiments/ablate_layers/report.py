@@ -280,7 +280,7 @@ def write(
       "notes": list(yardsticks.notes),
       "warnings": warnings,
       "sentences": sentences,
-      "training_examples": len(bench.parts["train"]),
+      "training_examples": len(bench.splits["train"]),
       "devices": run_folder.device_summary(),
     },
   )
@@ -292,7 +292,7 @@ def explanation(s: Settings, bench: Workbench) -> str:
   counts = {"examples": s.num_examples, "tokens": s.token_budget}
   kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
   return (
-    f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
+    f"{len(bench.splits['train'])} training and {len(bench.splits['eval'])} evaluation examples, gradients at "
     f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "
     "(proponents). Spearman and overlap "
     f"(of the {kept} that are kept) are with all layers and modules of the same solver. FLOPs and memory on paper "

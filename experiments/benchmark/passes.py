@@ -1,7 +1,6 @@
 """The passes that the benchmark times, each once over all training examples, through the code that the stages run."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +11,32 @@ from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
+from in2core_jax.model import weights
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.loaded_model import open_model
+from in2core_jax.pipeline.session import Chosen, Workbench, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import PARTS
+from in2core_jax.pipeline.splits import PARTS, Splits
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
 
 FORWARD = "forward only"
 
 
-class Bench(Workbench):
-  """A workbench that may have random examples, and fewer devices than there are."""
+def open_bench(s: Settings, num_devices: int | None = None) -> Workbench:
+  """A session on the first devices by `--mesh`, with random examples where `--synthetic_length` asks for them.
 
-  def __init__(self, settings: Settings, num_devices: int | None = None):
-    """Keeps the settings; all devices when `num_devices` is None."""
-    super().__init__(settings)
-    self.num_devices = num_devices
-
-  @functools.cached_property
-  def mesh(self):
-    """The first devices by `--mesh`."""
-    return sharding.make_mesh(self.settings.mesh, jax.devices()[: self.num_devices])
-
-  @functools.cached_property
-  def parts(self) -> dict[str, tokenizing.TokenizedDataset]:
-    """The data, or random examples with `--synthetic_length`."""
-    return synthetic_parts(self.settings, self.config.vocab_size) if self.settings.synthetic_length else super().parts
+  Args:
+    s: the flags.
+    num_devices: all when None.
+  """
+  if not s.synthetic_length:
+    return open_session(s, sharding.make_mesh(s.mesh, jax.devices()[:num_devices]))
+  config, tokenizer = weights.describe_model(s.model)
+  splits = Splits(synthetic_parts(s, config.vocab_size))
+  mesh = sharding.make_mesh(s.mesh, jax.devices()[:num_devices])
+  return make_session(s, splits, open_model(s, (config, tokenizer), mesh))
 
 
 def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
@@ -83,25 +80,25 @@ class Row:
 class Rows:
   """Makes rows for one model and data set."""
 
-  def __init__(self, bench: Bench):
+  def __init__(self, bench: Workbench):
     """Counts the tokens."""
-    self.bench, train = bench, bench.parts["train"]
+    self.bench, train = bench, bench.splits["train"]
     self.examples, self.tokens = len(train), int(train.num_tokens.sum())
     self.responses = int(train.num_response_tokens.sum())
 
   def chosen(self, layers: str, modules: str = "all") -> Chosen:
     """Kernels of a choice of layers."""
-    return choose(self.bench, self.bench.params, layers, modules)
+    return choose(self.bench, self.bench.model.params, layers, modules)
 
   def flops(self, kind: str, tree: subtree.Subtree, cached: bool = False) -> int:
     """Operations of one pass over all training examples."""
-    sizes = flop_counts.matrix_sizes(self.bench.params, tree)
+    sizes = flop_counts.matrix_sizes(self.bench.model.params, tree)
     return flop_counts.flops(kind, sizes, self.tokens, self.responses, cached)
 
   def forward(self) -> Row:
     """Losses of all examples: every layer, and the head at response tokens only."""
-    nothing = subtree.Subtree((), self.bench.config.num_layers, ())
-    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.params, nothing))
+    nothing = subtree.Subtree((), self.bench.model.config.num_layers, ())
+    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.model.params, nothing))
     stream = self.bench.stream(self.bench.packer("train"))
     return Row(lambda: problem.losses(stream, self.examples), self.flops("losses", nothing))
 
@@ -115,7 +112,7 @@ class Rows:
     """Scores along one direction by per-example gradients, contracted at once."""
     stream, v = self.bench.stream(self.bench.batcher("train")), direction(chosen.problem.sub)
     contraction = flop_counts.contraction_flops(
-      flop_counts.matrix_sizes(self.bench.params, chosen.tree), self.examples, 1
+      flop_counts.matrix_sizes(self.bench.model.params, chosen.tree), self.examples, 1
     )
     work = lambda: chosen.problem.scores(stream, self.examples, v, "vmap")  # noqa: E731
     return Row(work, self.flops("gradient", chosen.tree) + int(contraction))
@@ -142,7 +139,7 @@ class Rows:
 
     def work():
       batches = packer.shuffled(min(s.curvature_batch, self.examples), 0, 0)
-      sampled = solvers.Sampled(curvature, lambda _: self.bench.place(next(batches)[1]), lambda u: u)
+      sampled = solvers.Sampled(curvature, lambda _: self.bench.batching.place(next(batches)[1]), lambda u: u)
       jax.block_until_ready(solvers.lissa(sampled, v, jax.random.key(0), options).solution)
 
     return Row(work, self.flops("ggn", chosen.tree, cached))
@@ -152,7 +149,7 @@ class Rows:
     s, size = self.bench.settings, min(self.bench.settings.batch_size, self.examples)
     packer = self._training_packer(chosen, cached, size)
     recipe = Recipe(-(-self.examples // size), size, s.learning_rate)
-    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.place)
+    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.batching.place)
     work = lambda: jax.block_until_ready(  # noqa: E731
       trainer.train(chosen.problem.sub, chosen.problem.frozen, packer).sub
     )
@@ -177,7 +174,7 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
-def make_rows(bench: Bench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(bench: Workbench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.

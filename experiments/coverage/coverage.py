@@ -19,7 +19,6 @@ from in2core_jax.data.records import spoken
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
-from in2core_jax.model import hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import solver_inputs
@@ -27,7 +26,7 @@ from in2core_jax.pipeline.checks import check_size
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.retraining import Judge
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
 from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import resumable, run_folder
@@ -58,30 +57,15 @@ def influence_signals(projected: bool) -> tuple[str, ...]:
   return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
-class Fold(Workbench):
-  """The same model and test points with some of the training examples only; compiled programs are shared."""
-
-  def __init__(self, bench: Workbench, rows: np.ndarray):
-    super().__init__(bench.settings)
-    for name in ("_loaded", "mesh", "batch_tokens", "shapes", "packed_shapes", "layout"):
-      self.__dict__[name] = getattr(bench, name)
-    self.__dict__["parts"] = bench.parts | {"train": bench.parts["train"].take(rows)}
-    self._caches, self._whole, self._rows = bench._caches, bench, rows
-
-  def _boundary(self, part: str, chosen: subtree.Subtree, params) -> hidden_cache.BoundaryCache:
-    found = self._whole._boundary(part, chosen, params)  # an example's hidden states do not depend on the others
-    return found.take(self._rows) if part == "train" else found
-
-
 def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
     UserError: topics without a test point or training example, or too few of them.
   """
-  evals = bench.parts[POINTS]
+  evals = bench.splits[POINTS]
   there = {topic for topic, tokens in zip(evals.topics, evals.num_response_tokens, strict=True) if tokens}
-  known = sorted((there & set(bench.parts["train"].topics)) - {""})
+  known = sorted((there & set(bench.splits["train"].topics)) - {""})
   if s.hold_out_topics.strip().isdecimal():
     return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
   names = listed(s.hold_out_topics)
@@ -97,13 +81,13 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
 
   `--query_block` test points at a time.
   """
-  size, found = len(bench.parts[POINTS]), {part: [] for part in ("train", POINTS)}
+  size, found = len(bench.splits[POINTS]), {part: [] for part in ("train", POINTS)}
   block = min(s.query_block, size)
   examples = {part: bench.batcher(part, chosen.tree, chosen.params) for part in found}
   for start in range(0, size, block):
     rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
     points = bench.batcher(POINTS, chosen.tree, chosen.params, rows)
-    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.mesh, True)
+    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.batching.mesh, True)
     pieces = work.pieces(f"solver-{start}", queries=resumable.tree_sha256(v))
     result = solver_inputs.solve(bench, s, chosen, v, pieces)
     for part, batcher in examples.items():
@@ -125,7 +109,7 @@ def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
   """
   if s.score_path == "projected":
     projection = Projection(bench, s, params, s.seed)
-    return tables_from(projection.features("train"), projection.features(POINTS), bench.parts["train"].ids)
+    return tables_from(projection.features("train"), projection.features(POINTS), bench.splits["train"].ids)
   found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
   return np.concatenate([np.stack([part.scores, normalize.cosine(part)]) for part in found.values()], axis=2)
 
@@ -173,13 +157,13 @@ class Study:
   def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self._run_dir = run_dir
-    self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
-    silent = bench.parts[POINTS].num_response_tokens == 0
+    self.texts = {part: [text_of(record) for record in bench.splits[part].records] for part in ("train", POINTS)}
+    silent = bench.splits[POINTS].num_response_tokens == 0
     self.ignored = np.eye(len(silent), dtype=bool) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
-    return np.flatnonzero([topic not in topics for topic in self.bench.parts["train"].topics])
+    return np.flatnonzero([topic not in topics for topic in self.bench.splits["train"].topics])
 
   @functools.cached_property
   def judge(self) -> Judge:
@@ -214,7 +198,7 @@ class Study:
     return Observed(topics, rows, signals, before, after, nearest)
 
   def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray, name: tuple[str, ...]) -> dict:
-    s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
+    s, fold, judge = self.settings, self.bench.with_train(rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
     self._score(fold, params, name)
@@ -226,20 +210,20 @@ class Study:
 
   def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
     """Tables of `KINDS` at the base model: without a curvature, scores and cosines are columns of the whole set's."""
-    s, every = self.settings, len(self.bench.parts["train"])
+    s, every = self.settings, len(self.bench.splits["train"])
     if s.score_path == "projected":  # the metric is that of the training set
       features = self._base_features
-      ids = self.bench.parts["train"].ids
+      ids = self.bench.splits["train"].ids
       return tables_from(features["train"][rows], features[POINTS], [ids[row] for row in rows])
     if topics and s.solver == "identity":
-      columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
+      columns = np.concatenate([rows, every + np.arange(len(self.bench.splits[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
 
     name = (BASE, _CELLS, *topics)
 
     def make() -> dict:
-      fold = Fold(self.bench, rows) if topics else self.bench
-      self._score(fold, fold.params, name)
+      fold = self.bench.with_train(rows) if topics else self.bench
+      self._score(fold, fold.model.params, name)
       return {}
 
     self.cells.get(make, *name, with_array=True)
@@ -255,12 +239,12 @@ class Study:
 
   @functools.cached_property
   def _base_features(self) -> dict[str, np.ndarray]:
-    projection = Projection(self.bench, self.settings, self.bench.params, self.settings.seed)
+    projection = Projection(self.bench, self.settings, self.bench.model.params, self.settings.seed)
     return {part: projection.features(part) for part in ("train", POINTS)}
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
-    return {part: self.bench.embeddings(part) for part in ("train", POINTS)}
+    return {part: self.bench.hidden.pooled(part) for part in ("train", POINTS)}
 
   def _texts_and_embeddings(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
@@ -337,7 +321,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
 
 def judged_points(bench: Workbench) -> np.ndarray:
   """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
-  points, trained = bench.parts[POINTS], set(bench.parts["train"].topics)
+  points, trained = bench.splits[POINTS], set(bench.splits["train"].topics)
   known = np.array([topic in trained for topic in points.topics])
   return np.flatnonzero(known & (points.num_response_tokens > 0))
 
@@ -397,22 +381,23 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       "every test point otherwise: give --solver=identity or leave --score_path out"
     )
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  bench = bench.with_evals(np.unique(distinct_points(bench.parts[POINTS])))  # a copy is no other test point
   known = influence_signals(s.score_path == "projected")
   if s.coverage_signal not in known:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(known)}")
+  bench = bench or open_session(s)
+  bench = bench.with_evals(np.unique(distinct_points(bench.splits[POINTS])))  # a copy is no other test point
   folds = folds_of(bench, s)
   solver_inputs.solver_settings(s)  # as the rest, told before the first training
-  check_size(s, bench.params, subtree.make_subtree(bench.params, s.layers, s.modules), f"--solver={s.solver}")
+  params = bench.model.params
+  check_size(s, params, subtree.make_subtree(params, s.layers, s.modules), f"--solver={s.solver}")
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
-  counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  topics, judged = bench.parts[POINTS].topics, judged_points(bench)
+  counted = np.flatnonzero(bench.splits[POINTS].num_response_tokens)
+  topics, judged = bench.splits[POINTS].topics, judged_points(bench)
   pooled = pool(observed, topics, judged)
   table = table_of(pooled, whole, counted)
   topic_rows = by_topic(observed, topics, judged, s.coverage_signal)

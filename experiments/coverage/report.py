@@ -76,7 +76,7 @@ def drop_area(pooled) -> statistics.Interval:
 
 def point_rows(bench: Workbench, s: Settings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
   """Every test point under the whole training set, the least covered first."""
-  whole, points = found.whole, bench.parts[POINTS]
+  whole, points = found.whole, bench.splits[POINTS]
   signal = whole.signals[s.coverage_signal]
   at = s.coverage_signal.rsplit(", ", 1)[1]
   rows = []
@@ -153,7 +153,7 @@ def write(
         {
           "topics": list(one.topics),
           "training_examples": len(one.rows),
-          "uncovered": int(np.isin(np.array(bench.parts[POINTS].topics)[found.counted], one.topics).sum()),
+          "uncovered": int(np.isin(np.array(bench.splits[POINTS].topics)[found.counted], one.topics).sum()),
         }
         for one in found.observed
       ],
@@ -172,7 +172,7 @@ def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[di
   return "\n".join(
     [
       "# Coverage\n",
-      f"{len(bench.parts['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
+      f"{len(bench.splits['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
       "points whose topic has a training example; of copies one is a test point. A signal is high where the training "

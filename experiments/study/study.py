@@ -34,7 +34,7 @@ from in2core_jax.pipeline.retraining import (
   perplexity_on_test,
 )
 from in2core_jax.pipeline.scoring import score
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
 from in2core_jax.pipeline.splits import distinct_points
@@ -180,13 +180,13 @@ class Study:
     """The rows that a variant chooses, int64 [S], sorted."""
     s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
     bench = bench_of(self.bench, s).with_queries(variant.queries)
-    whole = self.bench.parts["train"]
-    budget = budget_for(s, variant, whole, bench.parts["train"])
+    whole = self.bench.splits["train"]
+    budget = budget_for(s, variant, whole, bench.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
     inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
-    first_of = distinct_points(bench.parts["train"])
+    first_of = distinct_points(bench.splits["train"])
     return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
 
   def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> PolicyInputs:
@@ -199,12 +199,12 @@ class Study:
     more = ChoiceInputs(bench, s, params).of({policy})
     if variant.unit:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
-    return inputs_of(bench.parts["train"], influence, loss, **more)
+    return inputs_of(bench.splits["train"], influence, loss, **more)
 
   def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
-    depends_on |= {"queries": bench.data_identity("eval")}  # of a variant fewer than --eval_limit
+    depends_on |= {"queries": bench.splits.identity("eval")}  # of a variant fewer than --eval_limit
     depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:
@@ -259,7 +259,7 @@ def check_variants(bench: Workbench, s: Settings) -> None:
   Raises:
     UserError: names the variant.
   """
-  queries = len(bench.parts["eval"])
+  queries = len(bench.splits["eval"])
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
@@ -267,11 +267,11 @@ def check_variants(bench: Workbench, s: Settings) -> None:
       if queries < variant.queries:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
-        tree = subtree.make_subtree(bench.params, own.layers, own.modules)
+        tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
-        check_size(own, bench.params, tree, f"--solver={own.solver}")
-      budget_for(own, variant, bench.parts["train"], bench_of(bench, own).parts["train"])
+        check_size(own, bench.model.params, tree, f"--solver={own.solver}")
+      budget_for(own, variant, bench.splits["train"], bench_of(bench, own).parts["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
@@ -292,11 +292,11 @@ def with_enough_queries(bench: Workbench, s: Settings) -> Settings:
   """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
   if s.variants.strip():
     return s
-  queries = len(bench.parts["eval"])
+  queries = len(bench.splits["eval"])
   left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
-  if len(bench.parts["train"]) > MOST_PAIRS:
+  if len(bench.splits["train"]) > MOST_PAIRS:
     large = [name for name, variant in VARIANTS.items() if variant.policy == "matching_hybrid"]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
@@ -322,7 +322,7 @@ def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, labe
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
   train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
   stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
-  return judged(judge.bench.parts["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
+  return judged(judge.bench.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
@@ -333,15 +333,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   equal = equal_of(s)
   seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   s = with_enough_queries(bench, s)
   check_variants(bench, s)
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
-  tell_size(bench.parts["test"])
+  tell_size(bench.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `in2core_jax.pipeline.finetune` makes it.
   checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
@@ -391,7 +391,7 @@ def shares_of_target(bench: Workbench, chosen: list[Candidate]) -> dict[str, flo
 
   Empty where that is not known (`judging.of_the_target`).
   """
-  mask = of_the_target(bench.parts["train"], bench.parts["eval"])
+  mask = of_the_target(bench.splits["train"], bench.splits["eval"])
   if mask is None:
     return {}
   found: dict[str, list[float]] = {}
@@ -531,14 +531,14 @@ def remove_pictures(run_dir: run_folder.RunDir, equal: list[str]) -> None:
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, of_sets: SetFacts) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
-  num_test, perplexity = np.count_nonzero(bench.parts["test"].num_response_tokens), perplexity_on_test(bench, base)
+  num_test, perplexity = np.count_nonzero(bench.splits["test"].num_response_tokens), perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
     f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
     "that hold for new test examples and for new trainings.",
-    test_examples(bench.parts["test"]).about,
+    test_examples(bench.splits["test"]).about,
   ]
   titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
   notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]

@@ -26,7 +26,7 @@ from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps, retrain_row
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Workbench, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, shares, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
@@ -118,17 +118,15 @@ def reported(targets: list[Target], s: Settings) -> list[Target]:
   return [target for target in targets if not wanted or target.name in wanted]
 
 
-def with_targets(bench: Workbench, s: Settings) -> list[Target]:
-  """The targets; `bench` keeps of evaluation and test set what they need, and their rows are of these."""
-  every = targets_of(bench.parts, s)
-  parts = dict(bench.parts)
+def with_targets(bench: Workbench, s: Settings) -> tuple[Workbench, list[Target]]:
+  """(the same with what the targets need of evaluation and test set, the targets, whose rows are of these)."""
+  every = targets_of(bench.splits, s)
+  parts = dict(bench.splits)
   for part, name in (("eval", "queries"), ("test", "tests")):
     used = np.unique(np.concatenate([getattr(target, name) for target in every]))
     parts[part] = parts[part].take(used)
     every = [dataclasses.replace(target, **{name: np.searchsorted(used, getattr(target, name))}) for target in every]
-  bench.__dict__["parts"] = parts
-  bench.__dict__.pop("summary", None)
-  return every
+  return bench.with_splits(bench.splits.with_parts(**parts)), every
 
 
 class Chooser:
@@ -153,11 +151,11 @@ class Chooser:
     key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
       if self._trains:
-        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.params)
+        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.model.params)
       self._made.clear()  # of one place at a time: projected gradients are large
       self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
     more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
-    inputs = inputs_of(bench.parts["train"], **more)
+    inputs = inputs_of(bench.splits["train"], **more)
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
 
@@ -186,12 +184,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   rules, retrained, budgets = check(s)
   equal, _ = equal_of(s), seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  targets = with_targets(bench, s)
+  bench, targets = with_targets(bench or open_session(s), s)
   judged_targets = reported(targets, s)
   identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
@@ -270,7 +267,7 @@ def retrain(
     {"tables": {title: rows}, "overview": rows}.
   """
   (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
-  usable, train_set = trainable_rows(bench), bench.parts["train"]
+  usable, train_set = trainable_rows(bench), bench.splits["train"]
   size = {budget: max(1, round(budget * len(usable))) for budget in budgets}
   draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
   random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
@@ -280,7 +277,7 @@ def retrain(
     for target, rows in of_targets.items()
     for budget in budgets
   }
-  every_test = np.arange(len(bench.parts["test"]))
+  every_test = np.arange(len(bench.splits["test"]))
   judge = Judge(bench, s, [usable, *random.values(), *chosen.values()])
 
   def losses(candidate: Candidate, tests: np.ndarray, steps: int, label: str) -> dict:
@@ -295,7 +292,7 @@ def retrain(
   for word in equal:
     for budget in budgets:
       for target in targets:
-        target_tests = bench.parts["test"].take(target.tests)
+        target_tests = bench.splits["test"].take(target.tests)
         candidates = [Candidate(FULL, fixed[0], usable)]
         candidates += [Candidate(RANDOM, seed, random[budget, seed]) for seed in seeds]
         candidates += [Candidate(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed]
@@ -349,7 +346,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], 
       "training examples": int(target.mine.sum()),
       "queries": len(target.queries),
       "test examples": len(target.tests),
-      "counted apart": len(np.unique(test_examples(bench.parts["test"].take(target.tests)).groups)),
+      "counted apart": len(np.unique(test_examples(bench.splits["test"].take(target.tests)).groups)),
     }
     for target in targets
   ]
@@ -379,7 +376,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], 
 
 
 def _sources(bench: Workbench) -> str:
-  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.parts["train"].records]
+  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.splits["train"].records]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

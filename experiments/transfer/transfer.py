@@ -24,7 +24,7 @@ from in2core_jax.pipeline.judging import judged, tell_size, test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Candidate, Judge
 from in2core_jax.pipeline.scoring import score
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings, listed, refuse, seeds_of
 from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.report import table_text
@@ -139,7 +139,7 @@ class Transfer:
 
   def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
     self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
-    self.train = bench.parts["train"]
+    self.train = bench.splits["train"]
 
   def bench_of(self, scorer: Scorer) -> Workbench:
     """A bench with the same data flags and another model.
@@ -149,10 +149,9 @@ class Transfer:
     """
     if scorer.model == self.settings.model:
       return self.bench
-    # Its class, so that whatever is particular about the bench is so for all models.
-    other = type(self.bench)(self.settings.replace(model=scorer.model))
+    other = open_session(self.settings.replace(model=scorer.model), self.bench.batching.mesh)
     for part in ("train", "eval"):
-      if other.parts[part].ids != self.bench.parts[part].ids:
+      if other.splits[part].ids != self.bench.splits[part].ids:
         raise UserError(f"--score_models: {scorer.model} read other {part} examples than {self.settings.model}")
     return other
 
@@ -163,7 +162,7 @@ class Transfer:
     that each model is read even when its scores are there.
     """
     bench = self.bench_of(scorer)
-    content = run_folder.hash_of([bench.model_hash, bench.data_identity("train", "eval")])
+    content = run_folder.hash_of([bench.model.hash, bench.splits.identity("train", "eval")])
     name = ("scores", *dataclasses.astuple(scorer), content)
     return self.cells.get(lambda: self.score_anew(scorer, bench, run_folder.hash_of(name)[:16]), *name)
 
@@ -181,15 +180,15 @@ class Transfer:
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
     found = score(bench, s, chosen, work)
     work.remove()
-    train = bench.parts["train"]
+    train = bench.splits["train"]
     more = ChoiceInputs(bench, s, params, stored=False).of({s.policy})
     inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {
       "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
       "selected": [train.ids[row] for row in rows],
-      "layers in all": bench.config.num_layers,
-      "parameters": subtree.count(bench.params),
+      "layers in all": bench.model.config.num_layers,
+      "parameters": subtree.count(bench.model.params),
       "eval loss as given": before,
       "eval loss": losses,
     }
@@ -199,7 +198,7 @@ class Transfer:
     rows = trainable_rows(bench)
     judge = Judge(bench, s, [rows])
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
-    counted = bench.parts["eval"].num_response_tokens > 0
+    counted = bench.splits["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
     return subtree.merge(sub, judge.frozen, judge.chosen), before, after
 
@@ -243,7 +242,7 @@ class Transfer:
       make = lambda candidate=candidate, label=label: judge().retrain(candidate, label).as_json()  # noqa: E731
       which = run_folder.hash_of(candidate.rows.tolist())[:16]
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
-      found.append(judged(self.bench.parts["test"], statistics.RetrainRow.from_json(cell)))
+      found.append(judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell)))
     return found
 
 
@@ -431,15 +430,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
   check_scorers(s, scorers)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  check_budget(s, bench.parts["train"])
-  tell_size(bench.parts["test"])
+  bench = bench or open_session(s)
+  check_budget(s, bench.splits["train"])
+  tell_size(bench.splits["test"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
   task = Transfer(bench, s, run_dir)
   cells = {scorer.model: task.scored(scorer) for scorer in scorers}
@@ -453,13 +452,13 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "solver": s.solver,
     "scores at": {"full": "each model fine-tuned on the full training set", "base": "each model as given"}[s.score_at],
     "training examples": len(trainable_rows(bench)),
-    "evaluation examples": len(bench.parts["eval"]),
-    "test examples": len(bench.parts["test"]),
+    "evaluation examples": len(bench.splits["eval"]),
+    "test examples": len(bench.splits["test"]),
     "steps": plan.steps,
     "batch size": plan.batch_size,
     "learning rate": plan.learning_rate,
   }
-  about = test_examples(bench.parts["test"]).about
+  about = test_examples(bench.splits["test"]).about
   write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe, about)
   return str(run_dir.path)
 

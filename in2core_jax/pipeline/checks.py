@@ -157,14 +157,14 @@ def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree 
 def check_select(bench: Workbench, s: Settings) -> None:
   """What `select` refuses, by shapes and data alone."""
   check_policies(bench, {s.policy})
-  check_scores(s, shapes.scored_params(bench.config, s))
-  check_budget(s, bench.parts["train"])
+  check_scores(s, shapes.scored_params(bench.model.config, s))
+  check_budget(s, bench.splits["train"])
 
 
 def check_demo(bench: Workbench, s: Settings) -> None:
   """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
-  check_scores(s, *shapes.trained_shapes(bench.config, s))
-  check_budget(s, bench.parts["train"])
+  check_scores(s, *shapes.trained_shapes(bench.model.config, s))
+  check_budget(s, bench.splits["train"])
   made = shapes.num_checkpoints(bench, s)
   if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
     raise UserError(
@@ -177,7 +177,7 @@ def check_evaluate(bench: Workbench, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
   check_policies(bench, set(policies_of(s)))
   seeds_of(s)
-  check_budget(s, bench.parts["train"])
+  check_budget(s, bench.splits["train"])
 
 
 BEFORE = {"select": check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

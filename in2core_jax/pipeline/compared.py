@@ -35,10 +35,10 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
     raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
   chosen = run_folder.RunDir.load(folder)
   columns = chosen.read_scores("scores.parquet")
-  if tuple(columns["example_id"]) != bench.parts["train"].ids:
+  if tuple(columns["example_id"]) != bench.splits["train"].ids:
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
-  train, rows = bench.parts["train"], np.flatnonzero(columns["selected"])
+  train, rows = bench.splits["train"], np.flatnonzero(columns["selected"])
   kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
   coreset_file = path / "coreset.jsonl"
   if not coreset_file.exists() or coreset_file.read_bytes() != kept:
@@ -122,10 +122,10 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
     UserError: another model or other flags of the choice.
   """
   run = run_folder.RunDir.load(folder).load_json("summary.json")["identity"]
-  if run["model_hash"] != bench.model_hash:
+  if run["model_hash"] != bench.model.hash:
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
-      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model_hash[:12]}): give evaluate the same"
+      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model.hash[:12]}): give evaluate the same"
     )
   policy = run["flags"].get("policy")
   names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
@@ -184,7 +184,7 @@ def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidat
 def _inputs(bench: Workbench, s: Settings, plan: Plan) -> PolicyInputs:
   """What the policies of this call choose from; scores are those of the first select run."""
   scores = plan.runs[0][1] if plan.runs else {}
-  inputs = inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
+  inputs = inputs_of(bench.splits["train"], scores.get("influence"), scores.get("loss"))
   # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
   policies = {policy for policy, _ in plan.policies}
   params = bench.checkpoint_params(s.checkpoint if policies & set(coreset.GRADIENT_POLICIES) else "")

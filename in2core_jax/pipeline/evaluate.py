@@ -15,7 +15,7 @@ from in2core_jax.pipeline.compared import kept_candidates, plan_of
 from in2core_jax.pipeline.evaluate_results import Group, write_tables
 from in2core_jax.pipeline.judging import judged, tell_size
 from in2core_jax.pipeline.retraining import Candidate, Judge, equal_steps
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Workbench, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
@@ -60,7 +60,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   s = settings
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   plan = plan_of(bench, s)
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
   of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
@@ -72,14 +72,16 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     name: run_folder.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs
   }
-  check_budget(s, bench.parts["train"])  # told before there is a run folder
-  tell_size(bench.parts["test"])
+  check_budget(s, bench.splits["train"])  # told before there is a run folder
+  tell_size(bench.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   chosen = kept_candidates(run_dir, bench, s, plan)
   for candidate in chosen:
-    run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(bench.parts["train"].records, candidate.rows))
+    run_dir.write_text(
+      f"coresets/{candidate.file_name}.jsonl", raw_lines(bench.splits["train"].records, candidate.rows)
+    )
   trainings = Trainings(run_dir, bench, s, chosen)
   base, groups = trainings.base_losses(), []
   for number, equal in enumerate(plan.equal):

@@ -49,7 +49,7 @@ class Group:
 
 def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
   """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
-  test = bench.parts["test"]
+  test = bench.splits["test"]
   counted = test.num_response_tokens > 0
   tokens = test.num_response_tokens[counted]
   base_perplexity = perplexity_on_test(bench, base)
@@ -126,7 +126,7 @@ def _write_reports(run_dir, bench: Workbench, s: Settings, found: dict) -> None:
     return
   folders = listed(s.select_runs)
   for name, folder in zip(report_names(folders), folders, strict=True):
-    selected = facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
+    selected = facts.SelectRun.load(folder, bench.splits["train"], bench.splits["eval"], found)
     run_dir.write_text(name, html_page.select_page(selected))
 
 

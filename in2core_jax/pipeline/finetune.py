@@ -11,7 +11,7 @@ import jax
 from in2core_jax.data import packing
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Workbench, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import run_folder, stopping
 from in2core_jax.runs.progress import Progress
@@ -37,16 +37,16 @@ def recipe_of(settings: Settings, num_examples: int) -> Recipe:
 
 def start_params(bench: Workbench, settings: Settings):
   """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
-  params, modules, layers = bench.params, settings.trainable_modules, settings.trainable_layers
+  params, modules, layers = bench.model.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
     with_lora = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed))
-    params, modules = bench.place_params(with_lora), "lora"
+    params, modules = bench.model.place(with_lora), "lora"
   return params, subtree.make_subtree(params, layers, modules, TRAINED)
 
 
 def trainable_rows(bench: Workbench):
   """Rows of the training set that have a response: the others teach nothing."""
-  return bench.parts["train"].num_response_tokens.nonzero()[0]
+  return bench.splits["train"].num_response_tokens.nonzero()[0]
 
 
 def identity_of(bench: Workbench, settings: Settings) -> dict:
@@ -57,13 +57,13 @@ def identity_of(bench: Workbench, settings: Settings) -> dict:
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(settings)
+  bench = bench or open_session(settings)
   identity = identity_of(bench, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
   rows = trainable_rows(bench)
   (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
   run_dir = run_folder.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   folder = run_dir.file(run_folder.CHECKPOINT)
   sub, frozen = subtree.split(params, chosen)
   if run_dir.is_whole("finetune.json") and train_loop.is_finished(folder, recipe.steps, sub):
@@ -77,10 +77,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     recipe.batch_size,
   )
   shape = packing.training_shape([bench.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
-  packer = bench.packer("train", chosen, bench.params, rows, [shape])  # fresh LoRA factors change no hidden state
+  packer = bench.packer("train", chosen, bench.model.params, rows, [shape])  # fresh LoRA factors change no hidden state
   meta = {
     "model": settings.model,
-    "model_hash": bench.model_hash,
+    "model_hash": bench.model.hash,
     "subtree": train_loop.subtree_meta(chosen),
     "lora_rank": settings.lora_rank if settings.trainable == "lora" else 0,
     "seed": settings.seed,
@@ -88,7 +88,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "recipe": dataclasses.asdict(recipe),
     "checkpoint_every": settings.checkpoint_every,
     "identity": run_dir.identity_sha256,
-  } | ({"template_date": bench.template_date} if bench.template_date else {})
+  } | ({"template_date": bench.splits.template_date} if bench.splits.template_date else {})
   run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   with Progress(recipe.steps, "finetune", "steps") as progress, stopping.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
@@ -103,7 +103,9 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       report,
       stop_requested,
     )
-    trainer = train_loop.Trainer(make_objective(bench.config, chosen), recipe, bench.place, bench.place_params)
+    trainer = train_loop.Trainer(
+      make_objective(bench.model.config, chosen), recipe, bench.batching.place, bench.model.place
+    )
     result = trainer.train(sub, frozen, packer, log=train_log)
   window = max(1, min(10, recipe.steps // 2))
   summary = {

@@ -26,7 +26,7 @@ def check_pairs(bench: Workbench) -> None:
   Raises:
     UserError: there are more.
   """
-  size = len(bench.parts["train"])
+  size = len(bench.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
       f"policy matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
@@ -74,16 +74,16 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _answered(self) -> np.ndarray:
-    return np.flatnonzero(self.bench.parts["eval"].num_response_tokens)
+    return np.flatnonzero(self.bench.splits["eval"].num_response_tokens)
 
   @functools.cached_property
   def _first_queries(self) -> np.ndarray:
-    evals = self.bench.parts["eval"]
+    evals = self.bench.splits["eval"]
     return by_id(evals, (evals.num_response_tokens > 0) & records.firsts(evals.records))
 
   @functools.cached_property
   def _counts(self) -> np.ndarray:
-    train = self.bench.parts["train"]
+    train = self.bench.splits["train"]
     return (train.num_response_tokens > 0) & records.firsts(train.records)
 
   # ---- gradients ---------------------------------------------------------------------
@@ -103,7 +103,7 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _hybrid(self) -> hybrid.HybridMetric:
-    train = self.bench.parts["train"]
+    train = self.bench.splits["train"]
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._views("train")
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
@@ -114,7 +114,7 @@ class ChoiceInputs:
     if "_hybrid" in self.__dict__:
       return self._hybrid.metric, self._hybrid.pool.gradients
     check_gradients(self._features, "training")
-    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids, counted=self._counts)
+    metric = WhitenedMetric.fit(self._features, ids=self.bench.splits["train"].ids, counted=self._counts)
     return metric, metric.measured(self._features)
 
   @functools.cached_property
@@ -124,7 +124,7 @@ class ChoiceInputs:
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
-    s, evals = self.settings, self.bench.parts["eval"]
+    s, evals = self.settings, self.bench.splits["eval"]
     return {
       "features": self._features,
       "query_topics": [evals.topics[row] for row in queries],
@@ -137,14 +137,14 @@ class ChoiceInputs:
 
   def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
     """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
-    topics = self.bench.parts["eval"].topics
+    topics = self.bench.splits["eval"].topics
     return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
 
   # ---- similarities ------------------------------------------------------------------
 
   def _hidden(self, part: str, pooling: str) -> np.ndarray:
     """Pooled hidden states, [N, D]; the workbench keeps them."""
-    return self.bench.embeddings(part, pooling=pooling)
+    return self.bench.hidden.pooled(part, pooling=pooling)
 
   def _views(self, part: str) -> np.ndarray:
     """What `hybrid` looks at, [N, V, D]."""
@@ -152,16 +152,16 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _texts(self) -> dict[str, list[str]]:
-    return {part: [shown(record) for record in self.bench.parts[part].records] for part in ("train", "eval")}
+    return {part: [shown(record) for record in self.bench.splits[part].records] for part in ("train", "eval")}
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = [record.content_key for record in self.bench.parts["train"].records]
+    keys = [record.content_key for record in self.bench.splits["train"].records]
     return near_duplicates.alike(self._texts["train"], keys, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""
-    topics = self.bench.parts["eval"].topics
+    topics = self.bench.splits["eval"].topics
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})

@@ -20,7 +20,7 @@ class Projection:
     self.bench, self.params, self.settings = bench, params, s
     small = s.sketch_size < projected.MIN_SIZE
     drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
-    self.sketch = dataclasses.replace(drawn, params=bench.place_params(drawn.params))
+    self.sketch = dataclasses.replace(drawn, params=bench.model.place(drawn.params))
     tree = self.sketch.tree
     self.chosen = Chosen(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
 
@@ -34,15 +34,15 @@ class Projection:
     """The training set's, computed where they are not on disk yet."""
     s, bench = self.settings, self.bench
     identity = {
-      "model": bench.model_hash,
-      "checkpoint": train_loop.checkpoint_meta(s.checkpoint) if self.params is not bench.params else {},
-      "data": bench.data_identity("train"),
+      "model": bench.model.hash,
+      "checkpoint": train_loop.checkpoint_meta(s.checkpoint) if self.params is not bench.model.params else {},
+      "data": bench.splits.identity("train"),
       "loss_reduction": s.loss_reduction,
       "dtype": s.dtype,
     }
     name = run_folder.hash_of([identity, self.sketch.identity()])[:16]
     folder = run_folder.beside(s.run_dir, "projected") / name
-    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.parts["train"]))
+    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.splits["train"]))
     with stopping.finish_on_sigterm() as stop_requested:
       store.fill(lambda rows: self.features("train", rows), stop_requested)
     return store

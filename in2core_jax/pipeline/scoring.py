@@ -80,7 +80,7 @@ def score_aggregate(s: Settings) -> str:
 def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock, how = Clock(), score_aggregate(s)
-  with_response = by_id(bench.parts["eval"], bench.parts["eval"].num_response_tokens > 0)
+  with_response = by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
@@ -117,7 +117,7 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
     raw = query_scores(bench, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  total = aggregation.aggregate(raw, names, how, bench.parts["train"].ids)
+  total = aggregation.aggregate(raw, names, how, bench.splits["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
@@ -160,7 +160,7 @@ def query_scores(
     work: keeps finished blocks.
     queries: int [Q], which evaluation examples; None: all.
   """
-  some = np.arange(len(bench.parts["eval"])) if queries is None else queries
+  some = np.arange(len(bench.splits["eval"])) if queries is None else queries
   size = len(some)
   block, blocks = min(s.query_block, size), []
   which = "" if queries is None else f"-{run_folder.hash_of(queries.tolist())[:8]}"
@@ -180,10 +180,10 @@ def _scores_of_block(
   """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
   batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
   gradients = chosen.problem.gradients(bench.stream(batcher), len(rows))
-  v = sharding.place_vectors(gradients, bench.mesh, True)
+  v = sharding.place_vectors(gradients, bench.batching.mesh, True)
   result = solve(bench, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
   train = bench.batcher("train", chosen.tree, chosen.params)
-  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.parts['eval'])}"
+  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.splits['eval'])}"
   stream = bench.stream(train, what, pieces_along(work, name, result.solution))
   return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
 
@@ -194,7 +194,7 @@ def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: solvers.S
   stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
   direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
   found = decompose.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
-  return decompose.layer_columns(bench.parts["train"].ids, found)
+  return decompose.layer_columns(bench.splits["train"].ids, found)
 
 
 def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
@@ -202,9 +202,9 @@ def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, w
   train = bench.packer("train", chosen.tree, chosen.params)
   stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
   direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
-  losses = token_losses_fn(bench.config, chosen.tree)
+  losses = token_losses_fn(bench.model.config, chosen.tree)
   found = decompose.token_scores(chosen.problem, losses, stream, len(train), direction)
-  return decompose.token_columns(bench.parts["train"], found, lambda token: bench.tokenizer.decode([token]))
+  return decompose.token_columns(bench.splits["train"], found, lambda token: bench.model.tokenizer.decode([token]))
 
 
 # ---- queries -------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, w
 
 def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
-  topics = np.array(bench.parts["eval"].topics)
+  topics = np.array(bench.splits["eval"].topics)
   if score_aggregate(s) not in aggregation.BY_TOPIC:
     return {"all": np.arange(len(topics))}
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
@@ -304,7 +304,7 @@ def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[st
     v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
     pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
     stream = bench.stream(train, f"scores at step {step}", pieces)
-    state = bench.place_params(train_loop.load_state(s.checkpoint, step, like)) if less else None
+    state = bench.model.place(train_loop.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:
       total = total + trajectory.less(at, stream, len(train), of_step)

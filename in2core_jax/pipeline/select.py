@@ -30,7 +30,7 @@ from in2core_jax.pipeline.scoring import (
   trajectory_weights,
 )
 from in2core_jax.pipeline.select_results import chosen_by, rule_of, told, write_query_scores, write_results
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import facts
 from in2core_jax.runs import run_folder
@@ -47,7 +47,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   s = settings
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   budget = budget_of(s)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
@@ -60,14 +60,14 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
     identity["trajectory_weights"] = train_loop.steps_hash(s.checkpoint, weights)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   work = Work(run_dir, s.shard_batches)
   if run_dir.is_whole("summary.json"):
     work.remove()  # what a run that was killed at its very end has left
     log.info("%s is finished already", run_dir.path)
     return str(run_dir.path)
-  log.info("\n%s", tokenizing.format_summary(bench.summary, told=False))
-  run_dir.write_json("data_summary.json", bench.summary)
+  log.info("\n%s", tokenizing.format_summary(bench.splits.summary, told=False))
+  run_dir.write_json("data_summary.json", bench.splits.summary)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
   for line in without_effect(s):
     log.warning("%s", line)
@@ -75,7 +75,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   scored = score(bench, s, chosen, work)
   clock = Clock()
   more = ChoiceInputs(bench, s, params).of({s.policy})
-  inputs = inputs_of(bench.parts["train"], scored.influence, scored.loss, **more)
+  inputs = inputs_of(bench.splits["train"], scored.influence, scored.loss, **more)
   rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
   aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
   if aim is not None and s.matching_shrink:
@@ -97,10 +97,10 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     if run_dir.writer:
       write_query_scores(run_dir, bench, scored.queries)
     clock.lap("per query")
-  copies = risky_data(bench.summary)  # many of them are told of once, with the same remedy
+  copies = risky_data(bench.splits.summary)  # many of them are told of once, with the same remedy
   warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
   warnings += too_few_to_aim(s, inputs)
-  warnings += few_queries(s, aim, int(np.count_nonzero(bench.parts["eval"].num_response_tokens)))
+  warnings += few_queries(s, aim, int(np.count_nonzero(bench.splits["eval"].num_response_tokens)))
   aims = rule_of(s, inputs) == "hybrid"
   warnings += selection_warnings(rows, inputs, s.seed, copies=not copies, topics=not aims)
   for warning in [*warnings, *unsolved(s, scored.result)]:
@@ -114,7 +114,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
     len(rows),
     len(inputs.ids),
-    taking_no_part(inputs, bench.parts["train"].truncated),
+    taking_no_part(inputs, bench.splits["train"].truncated),
     s.policy,
     100 * tokens / size,
     run_dir.path / "coreset.jsonl",

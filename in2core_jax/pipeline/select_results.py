@@ -21,7 +21,7 @@ from in2core_jax.selection.inputs import PolicyInputs
 
 
 def write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
-  evals, train = bench.parts["eval"].ids, bench.parts["train"].ids
+  evals, train = bench.splits["eval"].ids, bench.splits["train"].ids
   run_dir.write_parquet(
     "query_scores.parquet",
     {
@@ -50,7 +50,7 @@ def write_results(
   told: dict | None = None,
 ) -> None:
   """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
-  train = bench.parts["train"]
+  train = bench.splits["train"]
   selected = np.zeros(len(train), bool)
   selected[rows] = True
   columns = score_columns(train, scored, selected)
@@ -61,7 +61,7 @@ def write_results(
   sections = {
     "Selection": {"policy": s.policy} | known,
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
-    "Data": _flat(bench.summary),
+    "Data": _flat(bench.splits.summary),
   }
   images = _write_plots(run_dir, s, scored, selected)
   texts = [shown(record) for record in train.records]
@@ -71,10 +71,10 @@ def write_results(
     columns,
     train.records,
     train.truncated,
-    bench.summary,
+    bench.splits.summary,
     summary,
     scored.layers,
-    bench.parts["eval"].records,
+    bench.splits["eval"].records,
     scored.queries,
   )
   run_dir.write_text("report.html", html_page.select_page(found))
@@ -159,7 +159,7 @@ def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> 
 
 def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
   """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
-  train, result = bench.parts["train"], scored.result
+  train, result = bench.splits["train"], scored.result
   known = np.all(np.isfinite(result.residual))
   return {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
@@ -178,7 +178,7 @@ def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: n
     "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
     "warnings": warnings,
     "seconds": scored.seconds,
-    "batch_tokens": bench.batch_tokens,
+    "batch_tokens": bench.batching.batch_tokens,
     "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     "identity": run_dir.identity,
     "versions": run_folder.package_versions(),

@@ -75,7 +75,7 @@ def num_curvature_examples(s: Settings, usable: int) -> int:
 
 def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
-  dataset = bench.parts["train"]
+  dataset = bench.splits["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
   mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
   size = num_curvature_examples(s, len(usable))
@@ -103,9 +103,9 @@ def curvature_data(
   rows = rows or curvature_rows(bench, s)
   pool = bench.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
   some = bench.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
-  draw = even_draw(rows.drawn, rows.batch, lambda picked: bench.place(pool.sample(picked)[1]))
-  steady = lambda: ((own, bench.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
-  answered = np.flatnonzero(bench.parts["train"].num_response_tokens)  # the others would add 0 to every mean
+  draw = even_draw(rows.drawn, rows.batch, lambda picked: bench.batching.place(pool.sample(picked)[1]))
+  steady = lambda: ((own, bench.batching.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
+  answered = np.flatnonzero(bench.splits["train"].num_response_tokens)  # the others would add 0 to every mean
   everything = bench.batcher("train", chosen.tree, chosen.params, answered)
   every = bench.stream(everything, f"{s.solver} over the training set", pieces)
   if s.solver != "ekfac" and s.precondition == "none":
@@ -120,9 +120,9 @@ def ekfac_source(
   batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
   stream = bench.stream(batcher, f"EK-FAC of {len(rows)} examples", pieces)
   made_of = {
-    "config": dataclasses.asdict(bench.config),
+    "config": dataclasses.asdict(bench.model.config),
     "subtree": train_loop.subtree_meta(chosen.tree),
-    "data": bench.data_identity("train"),
+    "data": bench.splits.identity("train"),
     "rows": rows.tolist(),
     "loss_reduction": s.loss_reduction,
     "version": version,
@@ -144,7 +144,7 @@ def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pi
     return solvers.identity(v)
   compute = lambda: _result_to_arrays(_solve(bench, s, chosen, v, pieces))  # noqa: E731
   # Also a fresh result takes the road over the file, so that a resumed run goes on from the same numbers and types.
-  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.mesh)
+  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.batching.mesh)
 
 
 def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pieces) -> solvers.SolveResult:
@@ -169,7 +169,7 @@ def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.P
     if s.solver != "lissa":
       return solve_on(chosen.problem, v, settings, counted)
     snapshot = resumable.Snapshot(pieces.store("lissa"))
-    state = _saved_state(snapshot, v, bench.mesh)
+    state = _saved_state(snapshot, v, bench.batching.mesh)
     if state is not None:
       done = state.done + state.step
       log.info("lissa: goes on from step %d", done)

@@ -1,20 +1,152 @@
 """From sources to the three parts: train, eval, test."""
 
+import collections.abc
+import dataclasses
 import functools
 import hashlib
 import logging
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from in2core_jax.data import sources, tokenizing
 from in2core_jax.data.records import BadRecords, firsts
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline.settings import Settings, integers
+from in2core_jax.model import hidden_cache
+from in2core_jax.model.config import ModelConfig
+from in2core_jax.pipeline.settings import Settings, integers, listed
+from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)
 
 
 PARTS = ("train", "eval", "test")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Splits(collections.abc.Mapping):
+  """Records and tokens of the training, evaluation and test set: a mapping from `PARTS`.
+
+  Attributes:
+    datasets: part -> its examples.
+    skipped: the records that could not be used; None where nothing was read.
+    halved: whether evaluation and test set are the halves of --eval_data, which the summary says.
+  """
+
+  datasets: Mapping[str, tokenizing.TokenizedDataset]
+  skipped: BadRecords | None = None
+  halved: bool = False
+
+  def __getitem__(self, part: str) -> tokenizing.TokenizedDataset:
+    return self.datasets[part]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.datasets)
+
+  def __len__(self) -> int:
+    return len(self.datasets)
+
+  def with_parts(self, **datasets: tokenizing.TokenizedDataset) -> "Splits":
+    """The same with other examples in some parts."""
+    return dataclasses.replace(self, datasets={**self.datasets, **datasets})
+
+  @functools.cached_property
+  def summary(self) -> dict:
+    """Counts of every part, duplicates, overlap, and what of the data is not used; hashes every record."""
+    summary = tokenizing.data_summary(self.datasets)
+    if self.halved:
+      halves = " and ".join(f"{len(self[part]):,} of them are the {part} set" for part in ("eval", "test"))
+      summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
+    return summary | ({"skipped_records": self.skipped.summary()} if self.skipped else {})
+
+  def write_skipped(self, run_dir: run_folder.RunDir) -> None:
+    """Writes the records that --skip_bad_records has left out into a run folder, where there are some."""
+    if self.skipped:
+      run_dir.write_text("skipped_records.jsonl", self.skipped.lines())
+
+  @property
+  def template_date(self) -> str | None:
+    """The date that the chat template prints; None where it prints none."""
+    return next((part.template["date"] for part in self.values() if "date" in part.template), None)
+
+  def identity(self, *names: str) -> dict[str, str]:
+    """Hashes of the parts that results depend on."""
+    return {name: _dataset_hash(self[name]) for name in names}
+
+
+def _dataset_hash(dataset: tokenizing.TokenizedDataset) -> str:
+  digest = hashlib.sha256(hidden_cache.data_hash(dataset).encode())
+  for record, mask in zip(dataset.records, dataset.response_mask, strict=True):
+    # The raw record and the topic too: they end up in coreset.jsonl and in quotas.
+    named = "\0".join((record.example_id, record.topic, record.raw, "")).encode("utf-8", "surrogatepass")
+    digest.update(named + np.packbits(mask).tobytes())
+  return digest.hexdigest()
+
+
+# ---- reading -------------------------------------------------------------------------
+
+
+def read_records(s: Settings, bad: BadRecords) -> dict[str, list[tokenizing.Record]]:
+  """The records of the three parts, as topics, copies and limits leave them.
+
+  Raises:
+    UserError: whatever is wrong with flags or sources.
+  """
+  records = split_sources(s, bad)
+  bad.raise_if_any()
+  for part in PARTS:
+    if part != "train" and s.eval_topics:
+      records[part] = of_topics(records[part], part, listed(s.eval_topics))
+    if part == "train" and s.drop_copies:
+      records[part] = without_copies(records[part])
+    if part == "train":
+      records[part] = limit_sources(records[part], s)
+    records[part] = limited(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
+  return records
+
+
+def tokenized_splits(
+  s: Settings, config: ModelConfig, tokenizer, records: Mapping[str, list[tokenizing.Record]], bad: BadRecords
+) -> Splits:
+  """Tokenises the records of the three parts, and warns of what their summary finds.
+
+  Raises:
+    UserError: a record that cannot be rendered, or a part without an example or a response.
+  """
+  made = {part: tokenized(s, config, tokenizer, part, records[part], bad) for part in PARTS}
+  bad.raise_if_any()
+  for part, dataset in made.items():
+    if not len(dataset):
+      raise UserError(f"the {part} set is empty: none of its records can be used; look at the data")
+    if not np.any(dataset.num_response_tokens):
+      raise UserError(
+        f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
+      )
+  splits = Splits(made, bad, bool(s.eval_data and not s.test_data))
+  for line in tokenizing.told_lines(splits.summary):
+    log.warning("%s", line)
+  return splits
+
+
+def tokenized(
+  s: Settings,
+  config: ModelConfig,
+  tokenizer,
+  part: str,
+  records: list[tokenizing.Record],
+  bad: BadRecords | None = None,
+) -> tokenizing.TokenizedDataset:
+  """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
+  return tokenizing.tokenize(
+    records,
+    tokenizer,
+    s.max_length,
+    s.system_prompt,
+    name=part,
+    vocab_size=config.vocab_size,
+    date=s.template_date,
+    bad=bad,
+  )
 
 
 def split_sources(s: Settings, bad: BadRecords | None = None) -> dict[str, list[tokenizing.Record]]:
