@@ -5,18 +5,19 @@ python -m experiments.evaluate --select_runs=runs/a --fractions=0.05,0.1,0.25,0.
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.data.records import raw_lines
+from in2core_jax.data.records import Record, raw_lines
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline.checks import check_budget
-from in2core_jax.pipeline.compared import kept_candidates, plan_of
-from in2core_jax.pipeline.evaluate_results import Group, write_tables
+from in2core_jax.pipeline.compared import Plan, fractions_of, kept_candidates, plan_of
+from in2core_jax.pipeline.evaluate_results import write_tables
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.retraining import Candidate, Judge, equal_steps
+from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of
 from in2core_jax.pipeline.session import Workbench, open_session
-from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.settings import Settings, seeds_of
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
 from in2core_jax.training import train_loop
@@ -58,38 +59,50 @@ class Trainings:
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
-  s = settings
-  run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
-  plan = plan_of(bench, s)
+  run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
+  seeds_of(settings), fractions_of(settings), equal_of(settings)  # flags alone: told before the data are read
+  bench = bench or open_session(settings)
+  plan = plan_of(bench, settings)
+  run_dir = open_folder(bench, settings, plan)
+  chosen = kept_candidates(run_dir, bench, settings, plan)
+  write_coresets(run_dir, bench.splits["train"].records, chosen)
+  trainings = Trainings(run_dir, bench, settings, chosen)
+  base, groups = trainings.base_losses(), trainings.compared(plan)
+  return write_tables(run_dir, bench, settings, groups, base)
+
+
+# ---- the steps -----------------------------------------------------------------------
+
+# Flags of select by which policies choose here.
+_OF_POLICIES = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
+_OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
+
+
+def identity_of(bench: Workbench, s: Settings, plan: Plan) -> dict:
+  """What the results depend on."""
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
-  of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
-  of_policies += ("aggregate", "matching_target", "matching_shrink")
-  identity["flags"] |= {name: getattr(s, name) for name in of_policies}
+  identity["flags"] |= {name: getattr(s, name) for name in _OF_POLICIES}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {
     name: run_folder.hash_of([columns[part].tolist() for part in ("influence", "loss", "selected")])[:16]
     for name, columns in plan.runs
   }
-  check_budget(s, bench.splits["train"])  # told before there is a run folder
+  return identity
+
+
+def open_folder(bench: Workbench, s: Settings, plan: Plan) -> run_folder.RunDir:
+  """The run folder; a budget that cannot be met is refused before."""
+  identity = identity_of(bench, s, plan)
+  check_budget(s, bench.splits["train"])
   tell_size(bench.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
-  chosen = kept_candidates(run_dir, bench, s, plan)
+  return run_dir
+
+
+def write_coresets(run_dir: run_folder.RunDir, records: Sequence[Record], chosen: list[Candidate]) -> None:
+  """The records of every candidate, for other trainers."""
   for candidate in chosen:
-    run_dir.write_text(
-      f"coresets/{candidate.file_name}.jsonl", raw_lines(bench.splits["train"].records, candidate.rows)
-    )
-  trainings = Trainings(run_dir, bench, s, chosen)
-  base, groups = trainings.base_losses(), []
-  for number, equal in enumerate(plan.equal):
-    rows = {}
-    for place, candidate in enumerate(chosen):
-      label = f"train {number * len(chosen) + place + 1}/{len(plan.equal) * len(chosen)}: {candidate}"
-      rows[candidate.name] = trainings.row(candidate, equal_steps(bench, s, candidate.rows, equal), label)
-    for fraction in plan.fractions or (None,):
-      ours = [rows[candidate.name] for candidate in chosen if candidate.fraction in (None, fraction)]
-      groups.append(Group(equal, fraction, ours))
-  return write_tables(run_dir, bench, s, groups, base)
+    run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(records, candidate.rows))

@@ -23,100 +23,182 @@ from in2core_jax.pipeline.checks import budget_of, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.scoring import (
   Clock,
+  Scored,
   layer_table,
   query_scores,
   score,
   token_table,
   trajectory_weights,
 )
-from in2core_jax.pipeline.select_results import chosen_by, rule_of, told, write_query_scores, write_results
-from in2core_jax.pipeline.session import Workbench, choose, open_session
+from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
+from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import facts
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
-from in2core_jax.selection import coreset
-from in2core_jax.selection.inputs import inputs_of, taking_no_part
+from in2core_jax.selection import coreset, matching
+from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of, taking_no_part
 from in2core_jax.selection.warnings import selection_warnings
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a run does, settled before there is a folder.
+
+  Attributes:
+    settings: the flags.
+    bench: examples and model.
+    budget: how much is selected.
+    chosen: where gradients are taken.
+  """
+
+  settings: Settings
+  bench: Workbench
+  budget: Budget
+  chosen: Chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """The coreset, and what it was chosen from.
+
+  Attributes:
+    rows: int [S], of the training set.
+    inputs: what the policy saw.
+    aim: what greedy matching aimed at; None for other policies.
+  """
+
+  rows: np.ndarray
+  inputs: PolicyInputs
+  aim: matching.Shrunk | None
+
+
 def run(settings: Settings, bench: Workbench | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
-  s = settings
-  run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
+  run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
+  task = prepare(settings, bench)
+  work = open_folder(task)
+  if not work.run_dir.is_whole("summary.json"):
+    scored, clock = score_examples(task, work), Clock()
+    choice = choose_examples(task, scored, clock)
+    scored = break_down(task, scored, work, clock)
+    warnings = warn(task, scored, choice)
+    write(task, scored, choice, warnings, work.run_dir)
+    tell(task, choice, work.run_dir)
+  else:
+    log.info("%s is finished already", work.run_dir.path)
+  work.remove()  # also what a run that was killed at its very end has left
+  return str(work.run_dir.path)
+
+
+# ---- the steps -----------------------------------------------------------------------
+
+
+def prepare(s: Settings, bench: Workbench | None = None) -> Task:
+  """Reads data and model, and refuses what cannot be done."""
   budget = budget_of(s)
-  params = bench.checkpoint_params(s.checkpoint)
-  chosen = choose(bench, params, s.layers, s.modules)
+  bench = bench or open_session(s)
+  chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
   check_select(bench, s)
-  identity = bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
+  return Task(s, bench, budget, chosen)
+
+
+def identity_of(task: Task) -> dict:
+  """What the results depend on."""
+  s = task.settings
+  identity = task.bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   if s.trajectory != "none":
     weights = trajectory_weights(s.checkpoint)
     identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
     identity["trajectory_weights"] = train_loop.steps_hash(s.checkpoint, weights)
-  run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.splits.write_skipped(run_dir)
-  work = Work(run_dir, s.shard_batches)
-  if run_dir.is_whole("summary.json"):
-    work.remove()  # what a run that was killed at its very end has left
-    log.info("%s is finished already", run_dir.path)
-    return str(run_dir.path)
-  log.info("\n%s", tokenizing.format_summary(bench.splits.summary, told=False))
-  run_dir.write_json("data_summary.json", bench.splits.summary)
-  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
+  return identity
+
+
+def open_folder(task: Task) -> Work:
+  """The run folder, with what an earlier run of the same identity has left unfinished."""
+  s = task.settings
+  run_dir = run_folder.RunDir.open(s.run_dir, identity_of(task), overwrite=s.overwrite)
+  task.bench.splits.write_skipped(run_dir)
+  return Work(run_dir, s.shard_batches)
+
+
+def score_examples(task: Task, work: Work) -> Scored:
+  """Notes what goes in, then computes influence and loss of every training example."""
+  s, summary, chosen = task.settings, task.bench.splits.summary, task.chosen
+  log.info("\n%s", tokenizing.format_summary(summary, told=False))
+  work.run_dir.write_json("data_summary.json", summary)
+  work.run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
   for line in without_effect(s):
     log.warning("%s", line)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
-  scored = score(bench, s, chosen, work)
-  clock = Clock()
-  more = ChoiceInputs(bench, s, params).of({s.policy})
-  inputs = inputs_of(bench.splits["train"], scored.influence, scored.loss, **more)
-  rows = coreset.select_rows(s.policy, inputs, budget, s.seed)
-  aim = inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None
-  if aim is not None and s.matching_shrink:
-    apart = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
-    log.info("%s: %s is more than chance; %.0f %% of it is matched", s.policy, apart, 100 * aim.kept)
-  if s.policy in coreset.HYBRID_POLICIES:
-    log.info("%s", chosen_by(s.policy, inputs.apart))
+  return score(task.bench, s, chosen, work)
+
+
+def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
+  """Applies the policy."""
+  s, train = task.settings, task.bench.splits["train"]
+  more = ChoiceInputs(task.bench, s, task.chosen.params).of({s.policy})
+  inputs = inputs_of(train, scored.influence, scored.loss, **more)
+  rows = coreset.select_rows(s.policy, inputs, task.budget, s.seed)
+  choice = Choice(rows, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
+  for line in about_choice(s, inputs.apart, choice.aim):
+    log.info("%s", line)
   clock.lap("selection")
+  return choice
+
+
+def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
+  """Writes scores by layer, by token and by evaluation example, where they are asked for."""
+  s, bench, run_dir = task.settings, task.bench, work.run_dir
   if s.per_layer:
-    table = layer_table(bench, s, chosen, scored.result, work)
+    table = layer_table(bench, s, task.chosen, scored.result, work)
     run_dir.write_parquet("layer_scores.parquet", table)
     scored = dataclasses.replace(scored, layers=facts.layers_of(table))
   if s.per_token:
-    run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
+    run_dir.write_parquet("token_scores.parquet", token_table(bench, task.chosen, scored.result, work))
   if s.per_layer or s.per_token:
     clock.lap("per layer and token")
   if s.per_query:
-    scored = dataclasses.replace(scored, queries=query_scores(bench, s, chosen, work))
-    if run_dir.writer:
-      write_query_scores(run_dir, bench, scored.queries)
+    scored = dataclasses.replace(scored, queries=query_scores(bench, s, task.chosen, work))
+    write_query_scores(run_dir, bench.splits, scored.queries)
     clock.lap("per query")
-  copies = risky_data(bench.splits.summary)  # many of them are told of once, with the same remedy
-  warnings = [*risky_settings(s), *copies, *better_policy(s, aim)]
-  warnings += too_few_to_aim(s, inputs)
-  warnings += few_queries(s, aim, int(np.count_nonzero(bench.splits["eval"].num_response_tokens)))
+  return dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
+
+
+def warn(task: Task, scored: Scored, choice: Choice) -> list[str]:
+  """Logs what looks risky about the run; returns it without what is told of the solver."""
+  s, inputs = task.settings, choice.inputs
+  copies = risky_data(task.bench.splits.summary)  # many of them are told of once, with the same remedy
+  warnings = [*risky_settings(s), *copies, *better_policy(s, choice.aim), *too_few_to_aim(s, inputs)]
+  warnings += few_queries(s, choice.aim, int(np.count_nonzero(task.bench.splits["eval"].num_response_tokens)))
   aims = rule_of(s, inputs) == "hybrid"
-  warnings += selection_warnings(rows, inputs, s.seed, copies=not copies, topics=not aims)
+  warnings += selection_warnings(choice.rows, inputs, s.seed, copies=not copies, topics=not aims)
   for warning in [*warnings, *unsolved(s, scored.result)]:
     log.warning("%s", warning)
+  return warnings
+
+
+def write(task: Task, scored: Scored, choice: Choice, warnings: list[str], run_dir: run_folder.RunDir) -> None:
+  """The results, by the process that writes."""
   if run_dir.writer:
-    scored = dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
-    write_results(run_dir, bench, s, scored, rows, warnings, told(s, inputs, aim))
-  work.remove()
-  tokens, size = inputs.num_response_tokens[rows].sum(), inputs.num_response_tokens.sum()
+    about = told(task.settings, choice.inputs, choice.aim)
+    write_results(run_dir, task.bench, task.settings, scored, choice.rows, warnings, about)
+
+
+def tell(task: Task, choice: Choice, run_dir: run_folder.RunDir) -> None:
+  """Logs how much was selected, and where it is."""
+  tokens = choice.inputs.num_response_tokens
   log.info(
     "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
-    len(rows),
-    len(inputs.ids),
-    taking_no_part(inputs, bench.splits["train"].truncated),
-    s.policy,
-    100 * tokens / size,
+    len(choice.rows),
+    len(choice.inputs.ids),
+    taking_no_part(choice.inputs, task.bench.splits["train"].truncated),
+    task.settings.policy,
+    100 * tokens[choice.rows].sum() / tokens.sum(),
     run_dir.path / "coreset.jsonl",
   )
-  return str(run_dir.path)

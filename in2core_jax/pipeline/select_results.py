@@ -12,6 +12,7 @@ from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import facts, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
@@ -20,8 +21,11 @@ from in2core_jax.selection import coreset, matching, two_samples
 from in2core_jax.selection.inputs import PolicyInputs
 
 
-def write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
-  evals, train = bench.splits["eval"].ids, bench.splits["train"].ids
+def write_query_scores(run_dir, splits: Splits, scores: np.ndarray) -> None:
+  """query_scores.parquet, by the process that writes."""
+  if not run_dir.writer:
+    return
+  evals, train = splits["eval"].ids, splits["train"].ids
   run_dir.write_parquet(
     "query_scores.parquet",
     {
@@ -98,6 +102,21 @@ def rule_of(s: Settings, inputs: PolicyInputs) -> str:
   if s.policy != "auto":
     return s.policy
   return "hybrid" if coreset.aims(inputs) else "random without copies"
+
+
+def about_choice(s: Settings, apart: two_samples.Apart | None, aim: matching.Shrunk | None) -> list[str]:
+  """What the log says of how the policy has chosen.
+
+  Args:
+    s: flags of the run.
+    apart: how far evaluation and training set are apart, where a hybrid policy measured it.
+    aim: of the matching; None where nothing was matched.
+  """
+  found = []
+  if aim is not None and s.matching_shrink:
+    sets = f"{100 * aim.beyond_chance:.0f} % of what sets the evaluation set's gradient apart from the training set's"
+    found.append(f"{s.policy}: {sets} is more than chance; {100 * aim.kept:.0f} % of it is matched")
+  return found + ([chosen_by(s.policy, apart)] if s.policy in coreset.HYBRID_POLICIES else [])
 
 
 def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
