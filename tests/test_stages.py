@@ -530,15 +530,15 @@ def test_sources_are_split_as_documented(settings, tmp_path):
   (tmp_path / "a.jsonl").write_text("\n".join(lines))
   (tmp_path / "b.jsonl").write_text("\n".join(line.replace("say", "tell") for line in lines))
   a, b = f"jsonl:{tmp_path / 'a.jsonl'}", f"jsonl:{tmp_path / 'b.jsonl'}"
-  one = split_sources(settings.replace(train_data=a))
+  one, _ = split_sources(settings.replace(train_data=a))
   assert sum(map(len, one.values())) == 200 and 120 < len(one["train"]) < 160
-  two = split_sources(settings.replace(train_data=a, eval_data=b))
+  two, _ = split_sources(settings.replace(train_data=a, eval_data=b))
   assert len(two["train"]) == 200 and len(two["eval"]) + len(two["test"]) == 200 and len(two["eval"]) > 70
-  named = split_sources(
+  named, _ = split_sources(
     settings.replace(train_data="chatterbot:food", eval_data=b, data_fields="prompt=instruction,response=output")
   )
   assert len(named["eval"]) + len(named["test"]) == 200  # the corpus has no columns to name
-  tested = split_sources(settings.replace(train_data=a, test_data=b))
+  tested, _ = split_sources(settings.replace(train_data=a, test_data=b))
   assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
   for bad in ("1,2", "a,b,c", "0.5,0.5,0.5", "1.2,-0.1,-0.1", "nan,0.5,0.5"):
     with pytest.raises(UserError, match=f"--split={bad}"):
@@ -559,7 +559,7 @@ def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tm
   ids = lambda block, part: [  # noqa: E731
     record.example_id for record in tiny.open_session(own.replace(limit_block=block), bench.model).splits[part].records
   ]
-  whole = [record.example_id for record in split_sources(own)["train"]]
+  whole = [record.example_id for record in split_sources(own)[0]["train"]]
   blocks = [ids(block, "train") for block in range(2)]
   assert [len(block) for block in blocks] == [12, 12] and not {*blocks[0]} & {*blocks[1]}
   assert {*blocks[0], *blocks[1]} <= {*whole} and len(whole) > 24

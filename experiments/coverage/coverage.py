@@ -16,6 +16,7 @@ import numpy as np
 from experiments import flags
 from experiments.coverage import report
 from in2core_jax.data.records import spoken
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
@@ -28,7 +29,6 @@ from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.retraining import Judge
 from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.result_cache import Cells
 from in2core_jax.runs.unfinished import FOLDER, Work

@@ -14,6 +14,7 @@ import numpy as np
 from experiments import flags
 from experiments.fidelity import report
 from experiments.solvers.solvers import ratios
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling
 from in2core_jax.influence.solve import SOLVERS
@@ -25,7 +26,6 @@ from in2core_jax.pipeline.retraining import Judge
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import Cells
 from in2core_jax.runs.unfinished import Work

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import flags
 from in2core_jax.data import tokenizing
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.params import subtree
@@ -37,7 +38,6 @@ from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.plots import perplexity_plot

@@ -13,6 +13,7 @@ import numpy as np
 from experiments import flags
 from experiments.solvers.solvers import spearman_interval
 from in2core_jax.data import tokenizing
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.model import weights
@@ -26,7 +27,6 @@ from in2core_jax.pipeline.retraining import Candidate, Judge
 from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Workbench, choose, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings, listed, refuse, seeds_of
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_rows

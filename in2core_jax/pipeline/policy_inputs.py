@@ -6,11 +6,11 @@ from collections.abc import Collection
 import numpy as np
 
 from in2core_jax.data import records, tokenizing
+from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import by_id
 from in2core_jax.report import near_duplicates
 from in2core_jax.selection import bm25, coreset, cosines, hybrid
 from in2core_jax.selection.inputs import SIMILARITIES

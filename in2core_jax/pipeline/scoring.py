@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 
+from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers, tree_math
 from in2core_jax.influence import decompose, kernels, normalize, projected, trajectory
@@ -21,7 +22,6 @@ from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.session import Chosen, Workbench, choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
-from in2core_jax.pipeline.splits import by_id
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.unfinished import NOTHING_KEPT, Work
 from in2core_jax.selection import aggregation, coreset

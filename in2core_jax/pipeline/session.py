@@ -8,7 +8,7 @@ import numpy as np
 
 from in2core_jax import __version__ as version
 from in2core_jax.data import batches, packing
-from in2core_jax.data.records import BadRecords
+from in2core_jax.data.subsets import limited
 from in2core_jax.influence import kernels
 from in2core_jax.model import weights
 from in2core_jax.model.config import ModelConfig
@@ -20,7 +20,7 @@ from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.hidden_states import HiddenCache, Place
 from in2core_jax.pipeline.loaded_model import LoadedModel, open_model
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import Splits, limited, read_records, tokenized_splits
+from in2core_jax.pipeline.splits import Splits, read_records, tokenized_splits
 from in2core_jax.runs import resumable
 from in2core_jax.runs.progress import Progress, track
 
@@ -212,8 +212,7 @@ def read_described(s: Settings, model: LoadedModel | None = None) -> tuple[tuple
     s: the settings of the groups data and model.
     model: one that there is already; that of --model when None.
   """
-  bad = BadRecords(s.skip_bad_records)
-  records = read_records(s, bad)
+  records, bad = read_records(s)
   described = (model.config, model.tokenizer) if model else weights.describe_model(s.model)
   return described, tokenized_splits(s, *described, records, bad)
 
