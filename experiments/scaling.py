@@ -17,12 +17,13 @@ from experiments import cli
 from in2core_jax.costs import hardware
 from in2core_jax.data import tokenizing
 from in2core_jax.data.records import Record
+from in2core_jax.data.subsets import PARTS
 from in2core_jax.estimate import dry_run, pricing, stage_phases
 from in2core_jax.estimate.pricing import Phase
 from in2core_jax.model import hf_config
 from in2core_jax.pipeline.session import Workbench
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import PARTS, Splits
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import table_text
 
 MODEL = pathlib.Path(__file__).parent / "flags" / "llama-3.1-8b.json"

@@ -9,6 +9,7 @@ import numpy as np
 from in2core_jax.costs import flop_counts, timing
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.records import Record
+from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
 from in2core_jax.model import weights
@@ -17,7 +18,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline.loaded_model import open_model
 from in2core_jax.pipeline.session import Chosen, Workbench, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import PARTS, Splits
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
 

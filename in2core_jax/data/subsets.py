@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,29 @@ from in2core_jax.data.records import firsts
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+PARTS = ("train", "eval", "test")
+
+
+def refuse_empty(parts: Mapping[str, list], given: Mapping[str, list], how: str, judged_by: str) -> None:
+  """Refuses a part that a split has left without a record.
+
+  Args:
+    parts: the records of each part.
+    given: those that the part is split off from.
+    how: they are split, in words.
+    judged_by: the flag of the source of evaluation and test set.
+  """
+  for part in PARTS:
+    if not parts[part]:
+      flag = judged_by if part != "train" else "--train_data"
+      shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
+      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
+      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
+      raise UserError(
+        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
+        f"{own}"
+      )
 
 
 def of_topics(records: list, part: str, topics: list[str]) -> list:

@@ -11,7 +11,7 @@ import numpy as np
 
 from in2core_jax.data import sources, tokenizing
 from in2core_jax.data.records import BadRecords
-from in2core_jax.data.subsets import limit_sources, limited, of_topics, without_copies
+from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
 from in2core_jax.model import hidden_cache
 from in2core_jax.model.config import ModelConfig
@@ -19,9 +19,6 @@ from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)
-
-
-PARTS = ("train", "eval", "test")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,7 +179,7 @@ def split_sources(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadR
     parts, how = dict(zip(PARTS, tokenizing.split_records(train, shares), strict=True)), f"--split={s.split}"
     given = dict.fromkeys(PARTS, train)
   if how:
-    _refuse_empty(s, parts, given, how)
+    refuse_empty(parts, given, how, "--eval_data" if s.eval_data else "--train_data")
   bad.raise_if_any()
   return parts, bad
 
@@ -202,24 +199,3 @@ def _split_shares(s: Settings) -> tuple[float, ...]:
   if not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
     raise UserError(f"--split={s.split}: the three shares must be at least 0 and add up to 1, such as 0.7,0.15,0.15")
   return shares
-
-
-def _refuse_empty(s: Settings, parts: Mapping[str, list], given: Mapping[str, list], how: str) -> None:
-  """Refuses a part that a split has left without a record.
-
-  Args:
-    s: the flags of the data.
-    parts: the records of each part.
-    given: those that the part is split off from.
-    how: they are split, in words.
-  """
-  for part in PARTS:
-    if not parts[part]:
-      flag = "--eval_data" if s.eval_data and part != "train" else "--train_data"
-      shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
-      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
-      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
-      raise UserError(
-        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
-        f"{own}"
-      )
