@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from in2core_jax import gradients
-from in2core_jax.costs import flop_counts, memory
-from in2core_jax.costs.device_memory import most_tokens, usable_bytes
+from in2core_jax.costs import device_memory, flop_counts, memory
 from in2core_jax.data import packing
 from in2core_jax.data.batches import Batch
 from in2core_jax.data.tokenizing import TokenizedDataset
@@ -161,9 +160,9 @@ def largest_batch(work: Work, shapes_for: Callable[[int], tuple[packing.PackedSh
     UserError: not even a single row fits.
   """
   device = next(one for one in work.mesh.devices.flat if one.process_index == jax.process_index())
-  room = usable_bytes(device) - work.resident_bytes
+  room = device_memory.usable_bytes(device) - work.resident_bytes
   room = processes.from_writer(room)  # so that all processes come to the same end
-  most = most_tokens(device, work.mesh)
+  most = device_memory.most_tokens(device, work.mesh)
   tokens = min(most, 2 * estimated_batch(work, room, most))  # in case that the estimate is too careful
   while True:
     shapes = shapes_for(tokens)

@@ -4,6 +4,8 @@ python -m experiments.evaluate --select_runs=runs/a,runs/b --policies=full,rando
 python -m experiments.evaluate --select_runs=runs/a --fractions=0.05,0.1,0.25,0.5,0.75 --equal=steps,epochs
 """
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -13,9 +15,9 @@ from in2core_jax.data.records import Record, raw_lines
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline.checks import check_budget
 from in2core_jax.pipeline.compared import Plan, fractions_of, kept_candidates, plan_of
-from in2core_jax.pipeline.evaluate_results import write_tables
+from in2core_jax.pipeline.evaluate_results import Group, write_tables
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of
+from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps
 from in2core_jax.pipeline.session import Workbench, open_session
 from in2core_jax.pipeline.settings import Settings, seeds_of
 from in2core_jax.runs import run_folder
@@ -25,36 +27,57 @@ from in2core_jax.training import train_loop
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Trainings:
-  """The retrained models of a run folder: a file for each, and a judge where one is missing."""
+  """The retrained models of a run folder: a file for each, and a judge where one is missing.
 
-  def __init__(self, run_dir: run_folder.RunDir, bench: Workbench, s: Settings, chosen: list[Candidate]):
-    self._run_dir, self._bench, self._settings, self._chosen = run_dir, bench, s, chosen
-    self._judge: Judge | None = None
+  Attributes:
+    run_dir: where they are kept.
+    bench: examples and model.
+    settings: the recipe.
+    chosen: what is trained on.
+  """
 
-  @property
+  run_dir: run_folder.RunDir
+  bench: Workbench
+  settings: Settings
+  chosen: list[Candidate]
+
+  @functools.cached_property
   def judge(self) -> Judge:
     """Made when it is first needed: a finished run compiles nothing."""
-    if self._judge is None:
-      self._judge = Judge(self._bench, self._settings, [candidate.rows for candidate in self._chosen])
-    return self._judge
+    return Judge(self.bench, self.settings, [candidate.rows for candidate in self.chosen])
 
   def base_losses(self) -> np.ndarray:
     """Of the base model on the test set, float64 [N]."""
-    if not self._run_dir.holds("base.json"):
-      self._run_dir.write_json("base.json", {"losses": self.judge.losses(self.judge.sub).tolist()})
-    return np.array(self._run_dir.read_json("base.json")["losses"])
+    if not self.run_dir.holds("base.json"):
+      self.run_dir.write_json("base.json", {"losses": self.judge.losses(self.judge.sub).tolist()})
+    return np.array(self.run_dir.read_json("base.json")["losses"])
 
   def row(self, candidate: Candidate, steps: int, label: str) -> statistics.RetrainRow:
     """The candidate's training over so many steps, done now unless it was."""
     name = [candidate.policy, candidate.seed, candidate.fraction, steps]
     file = f"trainings/{run_folder.hash_of(name)[:12]}.json"
     rows = run_folder.hash_of(candidate.rows.tolist())
-    if not self._run_dir.holds(file) or self._run_dir.read_json(file).get("rows_sha256", rows) != rows:
+    if not self.run_dir.holds(file) or self.run_dir.read_json(file).get("rows_sha256", rows) != rows:
       row = self.judge.retrain(candidate, label, steps)
-      self._run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
+      self.run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
       log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
-    return judged(self._bench.parts["test"], statistics.RetrainRow.from_json(self._run_dir.read_json(file)))
+    return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(self.run_dir.read_json(file)))
+
+  def compared(self, plan: Plan) -> list[Group]:
+    """All trainings of a plan, in groups that are compared with each other."""
+    groups, total = [], len(plan.equal) * len(self.chosen)
+    for number, equal in enumerate(plan.equal):
+      rows = {}
+      for place, candidate in enumerate(self.chosen):
+        label = f"train {number * len(self.chosen) + place + 1}/{total}: {candidate}"
+        steps = equal_steps(self.bench, self.settings, candidate.rows, equal)
+        rows[candidate.name] = self.row(candidate, steps, label)
+      for fraction in plan.fractions or (None,):
+        ours = [rows[candidate.name] for candidate in self.chosen if candidate.fraction in (None, fraction)]
+        groups.append(Group(equal, fraction, ours))
+    return groups
 
 
 def run(settings: Settings, bench: Workbench | None = None) -> str:
