@@ -6,6 +6,7 @@ This room knows no model and no data set: it gets an `Objective`, parameters and
 Letters: B batch, N training examples, Q queries, P size of the subtree.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -61,8 +62,8 @@ class Problem:
 
   def at(self, sub: Tree, frozen: Tree | None = None) -> "Problem":
     """The same kernels at other parameters: nothing is compiled again."""
-    other = object.__new__(Problem)
-    other.__dict__ = self.__dict__ | {"sub": sub, "frozen": self.frozen if frozen is None else frozen}
+    other = copy.copy(self)
+    other.sub, other.frozen = sub, self.frozen if frozen is None else frozen
     return other
 
   def _product_fn(self, kind: str):
