@@ -154,20 +154,32 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
 
 def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   """Writes scores by layer, by token and by evaluation example, where they are asked for."""
-  s, bench, run_dir = task.settings, task.bench, work.run_dir
-  if s.per_layer:
-    table = layer_table(bench, s, task.chosen, scored.result, work)
-    run_dir.write_parquet("layer_scores.parquet", table)
-    scored = dataclasses.replace(scored, layers=facts.layers_of(table))
-  if s.per_token:
-    run_dir.write_parquet("token_scores.parquet", token_table(bench, task.chosen, scored.result, work))
-  if s.per_layer or s.per_token:
+  if task.settings.per_layer or task.settings.per_token:
+    scored = by_layer_and_token(task, scored, work)
     clock.lap("per layer and token")
-  if s.per_query:
-    scored = dataclasses.replace(scored, queries=query_scores(bench, s, task.chosen, work))
-    write_query_scores(run_dir, bench.splits, scored.queries)
+  if task.settings.per_query:
+    scored = by_query(task, scored, work)
     clock.lap("per query")
   return dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
+
+
+def by_layer_and_token(task: Task, scored: Scored, work: Work) -> Scored:
+  """Writes layer_scores.parquet and token_scores.parquet; the layers' sums are kept for the report."""
+  s, bench, chosen, layers = task.settings, task.bench, task.chosen, None
+  if s.per_layer:
+    table = layer_table(bench, s, chosen, scored.result, work)
+    work.run_dir.write_parquet("layer_scores.parquet", table)
+    layers = facts.layers_of(table)
+  if s.per_token:
+    work.run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
+  return dataclasses.replace(scored, layers=layers)
+
+
+def by_query(task: Task, scored: Scored, work: Work) -> Scored:
+  """Writes query_scores.parquet; the scores are kept for the report."""
+  queries = query_scores(task.bench, task.settings, task.chosen, work)
+  write_query_scores(work.run_dir, task.bench.splits, queries)
+  return dataclasses.replace(scored, queries=queries)
 
 
 def warn(task: Task, scored: Scored, choice: Choice) -> list[str]:
