@@ -25,7 +25,7 @@ from in2core_jax.data import batches
 from in2core_jax.gradients import Tree, tree_dot
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Row:
     return f"skipped: {self.skipped}" if self.skipped else "FAILED" if self.failed else "ok"
 
 
-def sample(s: Settings, mesh: Any = None) -> Workbench:
+def sample(s: Settings, mesh: Any = None) -> Session:
   """A session whose training set is a few examples with a response, from the shortest to the median length.
 
   Args:
@@ -106,12 +106,12 @@ class Subject:
     direction: half along their mean gradient, half at random; unit length.
   """
 
-  def __init__(self, bench: Workbench):
+  def __init__(self, bench: Session):
     """Loads everything and compiles the derivatives that several checks share."""
     s = bench.settings
     self.bench, self.size = bench, len(bench.splits["train"])
     params = bench.checkpoint_params(s.checkpoint)
-    self.chosen: Chosen = choose(bench, params, s.layers, s.modules)
+    self.chosen: BoundSubtree = choose(bench, params, s.layers, s.modules)
     objective = self.chosen.problem.objective
     self.losses = jax.jit(partial(gradients.per_example_losses, objective))
     self.pair = jax.jit(partial(gradients.losses_and_jvp_scores, objective))

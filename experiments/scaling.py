@@ -21,7 +21,7 @@ from in2core_jax.data.subsets import PARTS
 from in2core_jax.estimate import dry_run, pricing, stage_phases
 from in2core_jax.estimate.pricing import Phase
 from in2core_jax.model import hf_config
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import table_text
@@ -69,7 +69,7 @@ def lengths(count: int, most: int) -> np.ndarray:
   return np.clip(np.rint(MEDIAN * np.exp(SPREAD * quantiles)), 16, most).astype(np.int64)
 
 
-def on_paper(s: Settings, elsewhere: hardware.Hardware, train: int) -> Workbench:
+def on_paper(s: Settings, elsewhere: hardware.Hardware, train: int) -> Session:
   """A session whose examples have the formula's lengths, but no words; so there is no tokenizer."""
   counts = {"train": train, "eval": OTHERS, "test": OTHERS}
   splits = Splits({part: _examples(part, counts[part], s.max_length) for part in PARTS})

@@ -239,7 +239,7 @@ def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
 @pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
-  monkeypatch.setattr(experiment, "Judge", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(experiment, "Retrainer", lambda *_: pytest.fail("trained again"))
   monkeypatch.setattr(experiment, "measured", lambda *_: pytest.fail("scored again"))
   experiment.run(settings, bench)
   assert before == {name: (finished / name).read_bytes() for name in before}

@@ -12,7 +12,7 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 from experiments.fidelity import fidelity, report
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling, statistics
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import refuse
@@ -54,9 +54,9 @@ def bench(settings):
 
 @pytest.mark.real
 def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
-  """A small step along an example's gradient changes Judge's losses by the step times its identity scores."""
+  """A small step along an example's gradient changes Retrainer's losses by the step times its identity scores."""
   rows = np.arange(len(bench.splits["train"]))
-  judge = Judge(bench, settings, [rows])
+  judge = Retrainer(bench, settings, [rows])
   chosen = choose(bench, bench.model.params, "last:1", "all")
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   scores = query_scores(bench, settings.replace(solver="identity"), chosen, Work(run_dir))
@@ -179,13 +179,13 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, mo
   assert all((folder / name).stat().st_size > 100 for name in names)
   # The cells hold what the table was made of: the first half, trained again by hand.
   task = fidelity.Task(bench, settings, run_folder.RunDir.load(str(folder)))
-  judge = Judge(bench, settings, [task.rows, *task.halves])
+  judge = Retrainer(bench, settings, [task.rows, *task.halves])
   again = judge.losses(judge.train(task.halves[0], 0, "again").sub, "eval")
   np.testing.assert_allclose(task.losses()[0][0], again, rtol=1e-6)
   assert not np.allclose(task.losses()[1][0], again, rtol=1e-6)  # the other seed
   # Again: the same files, and nothing is trained or solved.
   (folder / "fidelity.json").unlink()
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
   monkeypatch.setattr(fidelity, "query_scores", lambda *_: pytest.fail("finished scores were computed again"))
   fidelity.run(settings, bench)
   assert json.loads((folder / "fidelity.json").read_text()) == result and (folder / "fidelity.md").read_text() == text

@@ -29,8 +29,10 @@ class Numbers:
   def __init__(self, path, at=None, action=None, hold=resumable._never_stop, size=3, **depends_on):
     self.built, self.at, self.action = [], at, action
     run_dir = run_folder.RunDir.open(path, {"numbers": 10})
-    pieces = resumable.Pieces(run_dir, "unfinished/numbers", depends_on, size, hold)
-    self.stream = resumable.KeptStream(list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches"))
+    pieces = resumable.ShardSpec(run_dir, "unfinished/numbers", depends_on, size, hold)
+    self.stream = resumable.ResumableStream(
+      list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches")
+    )
 
   def build(self, plan):
     for number in plan:
@@ -124,7 +126,7 @@ def test_a_sum_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
   run_dir = run_folder.RunDir.open(tmp_path / "run", {})
-  snapshot = resumable.Snapshot(resumable.Pieces(run_dir, "unfinished").store("state"))
+  snapshot = resumable.Snapshot(resumable.ShardSpec(run_dir, "unfinished").store("state"))
   saved = []
 
   def state():

@@ -22,7 +22,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, evaluate, finetune, scoring, select, session, solver_inputs
 from in2core_jax.pipeline.advice import better_policy, few_queries, risky_data, risky_settings, unsolved, without_effect
 from in2core_jax.pipeline.compared import read_selection
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import split_sources
@@ -76,7 +76,7 @@ def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained,
 def test_trainings_of_other_lengths_are_one_program(settings, bench):
   """The rate is an argument of the step; the numbers are those of a loop with the recipe's own optimiser."""
   rows = np.arange(16)
-  judge = Judge(bench, settings.replace(weight_decay=0.1), [rows])
+  judge = Retrainer(bench, settings.replace(weight_decay=0.1), [rows])
   problem = judge.problem.at(judge.sub, judge.frozen)
   for steps in (3, 7):
     ours = judge.train(rows, 0, "training", steps)
@@ -97,7 +97,7 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
 
 def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   rows = np.arange(16)
-  judge, asked = Judge(bench, settings, [rows]), iter([False, True])
+  judge, asked = Retrainer(bench, settings, [rows]), iter([False, True])
   packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
   run_dir = run_folder.RunDir.open(tmp_path, {})
   log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
@@ -498,7 +498,7 @@ def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained
   evaluate.run(chosen, bench)
   assert [path.read_bytes() for path in kept] == whole
   assert json.loads((folder / "evaluation.json").read_text()) == result
-  monkeypatch.setattr(evaluate.Judge, "retrain", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(evaluate.Retrainer, "retrain", lambda *_: pytest.fail("a finished training was done again"))
   evaluate.run(chosen, bench)
   with pytest.raises(UserError, match="unknown 'best'"):
     evaluate.run(chosen.replace(policies="best"), bench)

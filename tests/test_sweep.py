@@ -19,7 +19,7 @@ from in2core_jax.pipeline import compared, evaluate, select, session
 from in2core_jax.pipeline.compared import plan_of
 from in2core_jax.pipeline.evaluate_results import report_names
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, cosines
@@ -42,7 +42,7 @@ def table_of(folder, name):
 
 
 def no_training(monkeypatch):
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
 
 
 # ---- evaluate --fractions ------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_shares_of_rules_that_change_another_by_hand():
     "cg, cut, more": [2, 9],
     "lone, cut": [1, 2],
   }
-  chosen = [Candidate(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
+  chosen = [TrainingSubset(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
   shared = study.shared_with_their_rule(chosen)
   assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
   table = study.comparison(
@@ -367,7 +367,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
   names = "proponents, base model", "proponents, summed losses"
   folders = [str(tmp_path / name) for name in ("killed", "alone")]
   with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
-    patch.setattr(kernels.Problem, "losses_and_scores", kill)
+    patch.setattr(kernels.CompiledObjective, "losses_and_scores", kill)
     study.run(settings.replace(run_dir=folders[0], variants=names[0]), bench)
   assert list((tmp_path / "killed" / "unfinished").rglob("*.shard"))
   for folder in folders:

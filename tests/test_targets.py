@@ -88,7 +88,7 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
   folder, _ = finished
   before = (folder / "targets.md").read_bytes()
   monkeypatch.setattr(targets.Chooser, "order", lambda *_: pytest.fail("chosen again"))
-  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(targets.Retrainer, "train", lambda *_: pytest.fail("trained again"))
   targets.run(settings, open_session(settings))
   assert (folder / "targets.md").read_bytes() == before
 
@@ -97,7 +97,9 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
 def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypatch):
   folder, bench = finished
   own = json.loads((folder / "targets.json").read_text())
-  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))  # the same sets: all are kept
+  monkeypatch.setattr(
+    targets.Retrainer, "train", lambda *_: pytest.fail("trained again")
+  )  # the same sets: all are kept
   targets.run(settings.replace(choices_of=str(folder)), open_session(settings))
   both = json.loads((folder / "targets.json").read_text())
   for title, table in both["tables"].items():

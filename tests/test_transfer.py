@@ -16,7 +16,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder, weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, session
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import matching
@@ -98,7 +98,7 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
   cell = task.scored(transfer.scorers_of(settings)[0])
-  judge = Judge(bench, settings, [np.arange(24)])
+  judge = Retrainer(bench, settings, [np.arange(24)])
   tuned = judge.train(np.flatnonzero(bench.splits["train"].num_response_tokens), 0, "again").sub
   counted = bench.splits["eval"].num_response_tokens > 0
   losses, before = (judge.losses(sub, "eval")[counted].mean() for sub in (tuned, judge.sub))
@@ -120,7 +120,7 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
   before = (folder / "transfer.md").read_bytes()
   (folder / "transfer.json").unlink()
   with monkeypatch.context() as patch:
-    patch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+    patch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
     patch.setattr(transfer, "score", lambda *_: pytest.fail("finished scores were computed again"))
     transfer.run(settings, bench)
   assert (folder / "transfer.md").read_bytes() == before and (folder / "transfer.json").exists()
@@ -212,7 +212,7 @@ def test_scorers_are_read_with_their_layers():
 def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(
   settings, bench, tmp_path, monkeypatch, changes, words
 ):
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
   with pytest.raises(UserError, match=words):
     transfer.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
   assert not (tmp_path / "run").exists()

@@ -190,7 +190,7 @@ def one_device():
   return sharding.make_mesh("", jax.devices()[:1])
 
 
-def open_session(s: Settings, model=None) -> session.Workbench:
+def open_session(s: Settings, model=None) -> session.Session:
   """A session on one device, or on those of a model that there is already."""
   return session.open_session(s, None if model else one_device(), model)
 

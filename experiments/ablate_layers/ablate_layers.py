@@ -27,11 +27,11 @@ from in2core_jax.pipeline import scoring, shapes, solver_inputs
 from in2core_jax.pipeline.checks import budget_of, check_budget, check_size, check_solvers
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.retraining import Candidate, Judge
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, integers, listed, refuse, seeds_of
 from in2core_jax.runs import resumable, run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import inputs_of
@@ -154,8 +154,8 @@ def tree_of(choice: Choice, params) -> subtree.Subtree:
 class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.cells = bench, s, Cells(run_dir)
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.cells = bench, s, ResultCache(run_dir)
     self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
     self.choices = choices_of(s, bench.model.config.num_layers)
@@ -199,7 +199,7 @@ class Ablation:
     self.work.remove()
     return table
 
-  def answer(self, solver: str, chosen: Chosen):
+  def answer(self, solver: str, chosen: BoundSubtree):
     """((H + damping I)^-1 g_q of the mean query, seconds with the query's gradient)."""
     clock, s = scoring.Clock(), self.settings.replace(solver=solver)
     own = f"queries-{run_folder.hash_of(train_loop.subtree_meta(chosen.tree))[:12]}"
@@ -269,7 +269,7 @@ class Ablation:
     return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 
   def retrained(
-    self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Judge]
+    self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Retrainer]
   ) -> list[statistics.RetrainRow]:
     """The trained model's test results after training on each of the sets.
 
@@ -281,7 +281,7 @@ class Ablation:
     """
 
     def trained(seed: int, rows: np.ndarray) -> statistics.RetrainRow:
-      make = lambda: judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
+      make = lambda: judge().retrain(TrainingSubset(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
       # Of older runs "retrained" has no losses by test example.
       cell = self.cells.get(make, "retrained row", run_folder.hash_of(rows.tolist())[:16], seed)
       return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell | {"policy": name}))
@@ -289,7 +289,7 @@ class Ablation:
     return [trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)]
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -402,7 +402,7 @@ def retrain(
   # Of all sets that may be trained on, so that no number depends on which of them are.
   perhaps = [row for rows in tried.values() for row in rows if row["name"] not in wanted]
   every = [rows for one in yardsticks.values() for rows in one] + [row["top"] for row in surely + perhaps]
-  judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, every))
+  judge = functools.cache(lambda: Retrainer(ablation.bench, ablation.settings, every))
 
   trained = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
 

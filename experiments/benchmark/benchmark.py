@@ -20,7 +20,7 @@ from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
@@ -104,7 +104,7 @@ class Found:
 # ---- times ---------------------------------------------------------------------------
 
 
-def measure_times(bench: Workbench, s: Settings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
+def measure_times(bench: Session, s: Settings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
   """(rows of the table, figures) of all passes, interleaved."""
   rows = make_rows(bench, s, score_layers)
   size, repeat = _PRODUCT_SIZE.get(jax.default_backend(), _PRODUCT_SIZE_ELSEWHERE)

@@ -16,7 +16,7 @@ from in2core_jax.model import weights
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.loaded_model import open_model
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, make_session, open_session
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 from in2core_jax.training import train_loop
@@ -25,7 +25,7 @@ from in2core_jax.training.recipe import Recipe
 FORWARD = "forward only"
 
 
-def open_bench(s: Settings, num_devices: int | None = None) -> Workbench:
+def open_bench(s: Settings, num_devices: int | None = None) -> Session:
   """A session on the first devices by `--mesh`, with random examples where `--synthetic_length` asks for them.
 
   Args:
@@ -81,13 +81,13 @@ class Row:
 class Rows:
   """Makes rows for one model and data set."""
 
-  def __init__(self, bench: Workbench):
+  def __init__(self, bench: Session):
     """Counts the tokens."""
     self.bench, train = bench, bench.splits["train"]
     self.examples, self.tokens = len(train), int(train.num_tokens.sum())
     self.responses = int(train.num_response_tokens.sum())
 
-  def chosen(self, layers: str, modules: str = "all") -> Chosen:
+  def chosen(self, layers: str, modules: str = "all") -> BoundSubtree:
     """Kernels of a choice of layers."""
     return choose(self.bench, self.bench.model.params, layers, modules)
 
@@ -103,13 +103,13 @@ class Rows:
     stream = self.bench.stream(self.bench.packer("train"))
     return Row(lambda: problem.losses(stream, self.examples), self.flops("losses", nothing))
 
-  def score(self, chosen: Chosen, cached: bool) -> Row:
+  def score(self, chosen: BoundSubtree, cached: bool) -> Row:
     """Losses and scores along one direction by jvp, as `select` computes them for an aggregated query."""
     stream, v = self.bench.stream(self._packer(chosen, cached)), direction(chosen.problem.sub)
     work = lambda: chosen.problem.losses_and_scores(stream, self.examples, v, "jvp")  # noqa: E731
     return Row(work, self.flops("jvp", chosen.tree, cached))
 
-  def vmap_score(self, chosen: Chosen) -> Row:
+  def vmap_score(self, chosen: BoundSubtree) -> Row:
     """Scores along one direction by per-example gradients, contracted at once."""
     stream, v = self.bench.stream(self.bench.batcher("train")), direction(chosen.problem.sub)
     contraction = flop_counts.contraction_flops(
@@ -118,7 +118,7 @@ class Rows:
     work = lambda: chosen.problem.scores(stream, self.examples, v, "vmap")  # noqa: E731
     return Row(work, self.flops("gradient", chosen.tree) + int(contraction))
 
-  def gradients(self, chosen: Chosen) -> Row:
+  def gradients(self, chosen: BoundSubtree) -> Row:
     """Per-example gradients, those of one batch on the device at a time."""
     stream, source = self.bench.stream(self.bench.batcher("train")), chosen.problem.example_gradients(None)
     kernel = jax.jit(source.function)
@@ -129,7 +129,7 @@ class Rows:
 
     return Row(work, self.flops("gradient", chosen.tree))
 
-  def lissa(self, chosen: Chosen, cached: bool) -> Row:
+  def lissa(self, chosen: BoundSubtree, cached: bool) -> Row:
     """LiSSA steps (ggn) whose minibatches are all training examples, each once; its residual is not measured."""
     s = self.bench.settings
     packer = self._training_packer(chosen, cached, min(s.curvature_batch, self.examples))
@@ -140,12 +140,14 @@ class Rows:
 
     def work():
       batches = packer.shuffled(min(s.curvature_batch, self.examples), 0, 0)
-      sampled = solvers.Sampled(curvature, lambda _: self.bench.batching.place(next(batches)[1]), lambda u: u)
+      sampled = solvers.StochasticCurvature(
+        curvature, lambda _: self.bench.batching.place(next(batches)[1]), lambda u: u
+      )
       jax.block_until_ready(solvers.lissa(sampled, v, jax.random.key(0), options).solution)
 
     return Row(work, self.flops("ggn", chosen.tree, cached))
 
-  def training(self, chosen: Chosen, cached: bool) -> Row:
+  def training(self, chosen: BoundSubtree, cached: bool) -> Row:
     """One epoch of training."""
     s, size = self.bench.settings, min(self.bench.settings.batch_size, self.examples)
     packer = self._training_packer(chosen, cached, size)
@@ -156,7 +158,7 @@ class Rows:
     )
     return Row(work, self.flops("gradient", chosen.tree, cached))
 
-  def _packer(self, chosen: Chosen, cached: bool, shapes=None) -> packing.Packer:
+  def _packer(self, chosen: BoundSubtree, cached: bool, shapes=None) -> packing.Packer:
     """Packed training examples: tokens, or hidden states out of the boundary cache."""
     if not cached:
       return self.bench.packer("train", shapes=shapes)
@@ -165,7 +167,7 @@ class Rows:
       raise UserError(f"--boundary_cache={self.bench.settings.boundary_cache}: the benchmark needs one, use auto")
     return packer
 
-  def _training_packer(self, chosen: Chosen, cached: bool, size: int) -> packing.Packer:
+  def _training_packer(self, chosen: BoundSubtree, cached: bool, size: int) -> packing.Packer:
     shape = packing.training_shape([self.bench.packer("train", shapes=())], size, epochs=1)
     return self._packer(chosen, cached, [shape])
 
@@ -175,7 +177,7 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
-def make_rows(bench: Workbench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(bench: Session, s: Settings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.

@@ -26,11 +26,11 @@ from in2core_jax.pipeline import solver_inputs
 from in2core_jax.pipeline.checks import check_size
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.retraining import Judge
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
+from in2core_jax.pipeline.retraining import Retrainer
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
 from in2core_jax.runs import resumable, run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
 from in2core_jax.selection import bm25, cosines
 from in2core_jax.selection.whitening import WhitenedMetric, check_gradients
@@ -57,7 +57,7 @@ def influence_signals(projected: bool) -> tuple[str, ...]:
   return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
-def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
+def folds_of(bench: Session, s: Settings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
@@ -76,7 +76,7 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[str, normalize.Measures]:
+def measured(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
   """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
 
   `--query_block` test points at a time.
@@ -102,7 +102,7 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
   }
 
 
-def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
+def tables_of(bench: Session, s: Settings, params, work: Work) -> np.ndarray:
   """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
@@ -154,8 +154,8 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
-    self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
+    self.bench, self.settings, self.cells, self.folds = bench, s, ResultCache(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.splits[part].records] for part in ("train", POINTS)}
     silent = bench.splits[POINTS].num_response_tokens == 0
@@ -166,9 +166,9 @@ class Study:
     return np.flatnonzero([topic not in topics for topic in self.bench.splits["train"].topics])
 
   @functools.cached_property
-  def judge(self) -> Judge:
+  def judge(self) -> Retrainer:
     """One for all training sets, which are trained for the same steps by one program."""
-    return Judge(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
+    return Retrainer(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
 
   @functools.cached_property
   def before(self) -> np.ndarray:
@@ -229,7 +229,7 @@ class Study:
     self.cells.get(make, *name, with_array=True)
     return self.cells.read_array(*name)
 
-  def _score(self, fold: Workbench, params, name: tuple[str, ...]) -> None:
+  def _score(self, fold: Session, params, name: tuple[str, ...]) -> None:
     """Writes the array of a cell. Its unfinished work has a folder of its own: no other fold's may be taken for it."""
     s = self.settings
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{run_folder.hash_of(name)[:16]}")
@@ -319,7 +319,7 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
   )
 
 
-def judged_points(bench: Workbench) -> np.ndarray:
+def judged_points(bench: Session) -> np.ndarray:
   """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
   points, trained = bench.splits[POINTS], set(bench.splits["train"].topics)
   known = np.array([topic in trained for topic in points.topics])
@@ -371,7 +371,7 @@ def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.nda
   return sorted(rows, key=lambda row: row["topic"])
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)

@@ -22,12 +22,12 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline.checks import check_size, check_solvers
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
-from in2core_jax.pipeline.session import Workbench, choose, open_session
+from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget, inputs_of
@@ -144,11 +144,11 @@ class Removal:
 class Task:
   """The data, the halves, and every training and score that is made of them."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
     self.rows = trainable_rows(bench)
     self.halves = [half_of(self.rows, s.seed, number) for number in range(s.halves)]
-    self.judge = functools.cache(lambda: Judge(bench, s, [self.rows, *self.halves]))
+    self.judge = functools.cache(lambda: Retrainer(bench, s, [self.rows, *self.halves]))
     # Copies would be correlated with the models once each, and the interval over queries take them for others.
     self.queries, self.query_of = np.unique(distinct_points(bench.splits["eval"]), return_inverse=True)
 
@@ -216,7 +216,7 @@ class Task:
   def curves(self, scores: dict[str, np.ndarray]) -> list[dict]:
     """A dict for each training of the leave-out curves: what, share, seed, examples, losses of eval and test."""
     removals = self.removals(scores)
-    judge = functools.cache(lambda: Judge(self.bench, self.settings, [removal.rows for removal in removals]))
+    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [removal.rows for removal in removals]))
     found = []
     for count, removal in enumerate(removals):
       label = f"left out {count + 1}/{len(removals)}: {removal.what}"
@@ -236,7 +236,7 @@ def half_of(rows: np.ndarray, seed: int, number: int) -> np.ndarray:
 
 
 def trained(
-  cells: Cells, judge: Callable[[], Judge], rows: np.ndarray, seed: int, label: str, parts: tuple[str, ...]
+  cells: ResultCache, judge: Callable[[], Retrainer], rows: np.ndarray, seed: int, label: str, parts: tuple[str, ...]
 ) -> dict:
   """The cell of a training: mean nats per response token of each example of the parts, by part."""
 
@@ -248,7 +248,7 @@ def trained(
   return cells.get(make, "training", run_folder.hash_of(rows.tolist())[:16], seed, *parts)
 
 
-def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
+def mean_loss(bench: Session, part: str, losses: np.ndarray) -> float:
   """The loss that the scores are about, of a whole part, in nats per response token.
 
   The mean over examples for --loss_reduction=mean; for sum every token counts alike, as it does in their gradients.
@@ -263,7 +263,7 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
   return float(np.average(losses, weights=weights))
 
 
-def judged_losses(bench: Workbench, part: str, losses: np.ndarray) -> dict:
+def judged_losses(bench: Session, part: str, losses: np.ndarray) -> dict:
   """What intervals of `mean_loss` need: losses of the examples with a response, their tokens and groups.
 
   Args:
@@ -305,7 +305,7 @@ def check_left_out(s: Settings, examples: int) -> None:
       raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Retrains, scores, compares, writes fidelity.md and its kin; returns the run folder. Goes on if stopped."""
   s = settings
   refuse(s, _REFUSED, _DOES)

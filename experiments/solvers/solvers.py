@@ -24,13 +24,13 @@ from in2core_jax.influence.solve import fit_ekfac, solve
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, solver_inputs
 from in2core_jax.pipeline.finetune import recipe_of, start_params, trainable_rows
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, make_session, open_session
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings, listed
 from in2core_jax.pipeline.splits import tokenized
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ FREE = {"datainf": {"solver": "datainf"}, "identity": {"solver": "identity"}}
 class Comparison:
   """What all estimators share, made once: gradients of the queries, curvature, largest eigenvalue, fits."""
 
-  def __init__(self, bench: Workbench, s: Settings, chosen: Chosen | None = None):
+  def __init__(self, bench: Session, s: Settings, chosen: BoundSubtree | None = None):
     self.bench, self.settings = bench, s.replace(aggregate="mean")
     self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
@@ -115,7 +115,7 @@ class Comparison:
       scale_probes=1,
     )
     key = jax.random.fold_in(self.key, 17) if name == "lissa, other seed" else self.key
-    sampled = solvers.Sampled(self.curvature, self.data.draw, self.matvec)
+    sampled = solvers.StochasticCurvature(self.curvature, self.data.draw, self.matvec)
     return solvers.lissa(sampled, self.v, key, options, on_state)
 
   def scores(self, solutions) -> np.ndarray:
@@ -126,7 +126,7 @@ class Comparison:
     return self.problem.scores(stream, len(train), directions, "vmap")
 
 
-def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None, with_solution: bool = False) -> dict:
+def solved(shared: Comparison, cells: ResultCache, name: str, ratio: float | None, with_solution: bool = False) -> dict:
   """The cell of an estimator at a damping ratio: curve, residual, steps, products; its solution beside it.
 
   The solution is removed when its scores are stored; `with_solution` solves again where it is gone.
@@ -162,7 +162,7 @@ def _plain(curve) -> list:
   return [[int(step), float(np.max(residual))] for step, residual in curve]
 
 
-def agreement(shared: Comparison, cells: Cells, ratio: float) -> dict:
+def agreement(shared: Comparison, cells: ResultCache, ratio: float) -> dict:
   """Scores of every estimator that did not diverge at one damping, and Spearman's correlation of all pairs."""
 
   def make() -> dict:
@@ -188,7 +188,7 @@ def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 
   return statistics.Interval(statistics.spearman(a, b), float(low), float(high), len(a))
 
 
-def half_precision(shared: Comparison, cells: Cells, ratio: float, scores: dict) -> dict:
+def half_precision(shared: Comparison, cells: ResultCache, ratio: float, scores: dict) -> dict:
   """Spearman of the scores with bfloat16 weights against those with float32 weights, same examples and minibatches."""
 
   def make() -> dict:
@@ -221,7 +221,7 @@ def deal_answers(
   return dealt, wrong
 
 
-def with_wrong_answers(bench: Workbench, s: Settings) -> tuple[Workbench, np.ndarray]:
+def with_wrong_answers(bench: Session, s: Settings) -> tuple[Session, np.ndarray]:
   """(the same with the answers of a share of the training examples dealt out among them, bool [N] which are wrong)."""
   train, model = bench.splits["train"], bench.model
   usable = np.flatnonzero(train.num_response_tokens)
@@ -232,7 +232,7 @@ def with_wrong_answers(bench: Workbench, s: Settings) -> tuple[Workbench, np.nda
   return make_session(s, bench.splits.with_parts(train=dealt), model), wrong
 
 
-def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
+def mislabelled(bench: Session, s: Settings, cells: ResultCache) -> dict:
   """ROC AUC with which signals find the mislabelled examples, after fine-tuning on the data that hold them."""
 
   def make() -> dict:
@@ -244,7 +244,7 @@ def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
     trainer = train_loop.Trainer(problem.objective, recipe_of(own, len(rows)), wrong_bench.batching.place)
     shape = packing.training_shape([wrong_bench.packer("train", rows=rows)], own.batch_size, [own.seed])
     trained = trainer.train(sub, frozen, wrong_bench.packer("train", tree, params, rows, [shape]), own.seed)
-    shared = Comparison(wrong_bench, own, Chosen(tree, params, problem.at(trained.sub, frozen)))
+    shared = Comparison(wrong_bench, own, BoundSubtree(tree, params, problem.at(trained.sub, frozen)))
     damping = s.damping_ratio * shared.lambda_max
     names = ["identity", "ekfac", "lissa"]
     directions = tree_math.concatenate(shared.solve(name, damping).solution for name in names)
@@ -345,7 +345,7 @@ def ratios(text: str, name: str) -> list[float]:
   return found
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Compares, writes solvers.md, solvers.json, residuals.csv and plots; returns the run folder. Goes on if stopped."""
   s = settings
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
@@ -361,7 +361,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.solvers --flagfile=THIS"])
-  cells, shared = Cells(run_dir), Comparison(bench, s)
+  cells, shared = ResultCache(run_dir), Comparison(bench, s)
   curves: dict = {}
   free = {name: solved(shared, cells, name, None) for name in FREE}
   scores: dict = {}

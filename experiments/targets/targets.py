@@ -25,12 +25,12 @@ from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps, retrain_row
-from in2core_jax.pipeline.session import Workbench, open_session
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_of, equal_steps, retrain_row
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, shares, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import SIMILARITIES, Budget, inputs_of
 from in2core_jax.selection.whitening import spread_rows
@@ -118,7 +118,7 @@ def reported(targets: list[Target], s: Settings) -> list[Target]:
   return [target for target in targets if not wanted or target.name in wanted]
 
 
-def with_targets(bench: Workbench, s: Settings) -> tuple[Workbench, list[Target]]:
+def with_targets(bench: Session, s: Settings) -> tuple[Session, list[Target]]:
   """(the same with what the targets need of evaluation and test set, the targets, whose rows are of these)."""
   every = targets_of(bench.splits, s)
   parts = dict(bench.splits)
@@ -132,7 +132,7 @@ def with_targets(bench: Workbench, s: Settings) -> tuple[Workbench, list[Target]
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, trains: bool = False):
+  def __init__(self, bench: Session, s: Settings, checkpoint: str, trains: bool = False):
     """Computes nothing yet.
 
     Args:
@@ -177,7 +177,7 @@ def check(s: Settings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]
   return rules, retrained, budgets
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -194,7 +194,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
     checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
+  cells, chooser = ResultCache(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
   log.info("\n%s", table_text.markdown_table(found["recall"]))
@@ -206,7 +206,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 
 def orders_of(
-  cells: Cells, chooser: Chooser, rules: dict[str, Variant], targets: list[Target]
+  cells: ResultCache, chooser: Chooser, rules: dict[str, Variant], targets: list[Target]
 ) -> dict[str, dict[str, np.ndarray]]:
   """Rule -> target -> all rows, best first; what was chosen is kept."""
   found: dict[str, dict[str, np.ndarray]] = {}
@@ -221,7 +221,7 @@ def orders_of(
 # ---- choices of other models ---------------------------------------------------------
 
 
-def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most: float) -> dict:
+def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: float) -> dict:
   """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
   ids = bench.splits["train"].ids
   size = max(1, round(most * len(trainable_rows(bench))))
@@ -231,7 +231,7 @@ def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most:
   }
 
 
-def read_choices(s: Settings, bench: Workbench, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
+def read_choices(s: Settings, bench: Session, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
   """What the rules of `--retrained` chose in another run, as rules of this one.
 
   Raises:
@@ -285,9 +285,9 @@ def recall_table(
 
 
 def retrain(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  cells: Cells,
+  cells: ResultCache,
   targets: list[Target],
   orders: dict[str, dict[str, np.ndarray]],
   compared: tuple[tuple[float, ...], list[str]],
@@ -317,9 +317,9 @@ def retrain(
     for budget in budgets
   }
   every_test = np.arange(len(bench.splits["test"]))
-  judge = Judge(bench, s, [usable, *random.values(), *chosen.values()])
+  judge = Retrainer(bench, s, [usable, *random.values(), *chosen.values()])
 
-  def losses(candidate: Candidate, tests: np.ndarray, steps: int, label: str) -> dict:
+  def losses(candidate: TrainingSubset, tests: np.ndarray, steps: int, label: str) -> dict:
     def train() -> dict:
       result = judge.train(candidate.rows, candidate.seed, label, steps)
       return {"losses": judge.losses(result.sub, rows=tests).tolist(), "trained": result.trained_response_tokens}
@@ -332,9 +332,11 @@ def retrain(
     for budget in budgets:
       for target in targets:
         target_tests = bench.splits["test"].take(target.tests)
-        candidates = [Candidate(FULL, fixed[0], usable)]
-        candidates += [Candidate(RANDOM, seed, random[budget, seed]) for seed in seeds]
-        candidates += [Candidate(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed]
+        candidates = [TrainingSubset(FULL, fixed[0], usable)]
+        candidates += [TrainingSubset(RANDOM, seed, random[budget, seed]) for seed in seeds]
+        candidates += [
+          TrainingSubset(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed
+        ]
         rows = []
         for candidate in candidates:
           steps = equal_steps(bench, s, candidate.rows, word)
@@ -373,7 +375,7 @@ def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str]) ->
 # ---- tables --------------------------------------------------------------------------
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], found: dict) -> None:
+def write_tables(run_dir, bench: Session, s: Settings, targets: list[Target], found: dict) -> None:
   """targets.md, .csv, .tex and .json."""
   about = (
     f"{len(trainable_rows(bench)):,} training examples of {_sources(bench)}; {s.model}, layers {s.layers} compared, "
@@ -414,7 +416,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], 
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
 
 
-def _sources(bench: Workbench) -> str:
+def _sources(bench: Session) -> str:
   names = [pathlib.PurePath(name_of(record.source)).name for record in bench.splits["train"].records]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 

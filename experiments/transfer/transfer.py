@@ -23,16 +23,16 @@ from in2core_jax.pipeline.checks import budget_of, check_budget, check_scores
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size, test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.scoring import score
-from in2core_jax.pipeline.session import Workbench, choose, open_session
+from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings, listed, refuse, seeds_of
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_rows
 from in2core_jax.report.plots import perplexity_plot
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of
@@ -137,11 +137,11 @@ def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
 class Transfer:
   """The trained model's bench and judge, and what each scorer makes of the same examples."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
     self.train = bench.splits["train"]
 
-  def bench_of(self, scorer: Scorer) -> Workbench:
+  def bench_of(self, scorer: Scorer) -> Session:
     """A bench with the same data flags and another model.
 
     Raises:
@@ -166,7 +166,7 @@ class Transfer:
     name = ("scores", *dataclasses.astuple(scorer), content)
     return self.cells.get(lambda: self.score_anew(scorer, bench, run_folder.hash_of(name)[:16]), *name)
 
-  def score_anew(self, scorer: Scorer, bench: Workbench, name: str) -> dict:
+  def score_anew(self, scorer: Scorer, bench: Session, name: str) -> dict:
     """What `scored` keeps.
 
     Args:
@@ -193,10 +193,10 @@ class Transfer:
       "eval loss": losses,
     }
 
-  def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float, float]:
+  def params_of(self, bench: Session, s: Settings) -> tuple[dict, float, float]:
     """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
     rows = trainable_rows(bench)
-    judge = Judge(bench, s, [rows])
+    judge = Retrainer(bench, s, [rows])
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
     counted = bench.splits["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
@@ -207,7 +207,7 @@ class Transfer:
     place = {example: row for row, example in enumerate(self.train.ids)}
     return np.sort([place[example] for example in ids])
 
-  def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
+  def candidates(self, chosen: dict[str, np.ndarray]) -> list[TrainingSubset]:
     """Every set to retrain on, with its seeds: full, random ones of the same size, the longest, each scorer's choice.
 
     Some of the random ones have the lengths of the trained model's own choice, some, where there are copies, no text
@@ -215,7 +215,7 @@ class Transfer:
     """
     s, usable = self.settings, trainable_rows(self.bench)
     seeds, fixed = seeds_of(s)
-    found = [Candidate(statistics.FULL, seed, usable) for seed in fixed]
+    found = [TrainingSubset(statistics.FULL, seed, usable) for seed in fixed]
     own = next(iter(chosen.values()))
     inputs, budget = inputs_of(self.train), Budget(num_examples=len(own))
     lengths, first_of = self.train.num_response_tokens[usable], distinct_points(self.train)
@@ -226,15 +226,15 @@ class Transfer:
     }
     if len(np.unique(first_of[usable])) == len(usable):
       drawn.pop(COPIES_LAST)
-    found += [Candidate(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
+    found += [TrainingSubset(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
     chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget_of(s)))} | {
       f"chosen by {name}": rows for name, rows in chosen.items()
     }
-    return found + [Candidate(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
+    return found + [TrainingSubset(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
 
-  def retrained(self, candidates: list[Candidate]) -> list[statistics.RetrainRow]:
+  def retrained(self, candidates: list[TrainingSubset]) -> list[statistics.RetrainRow]:
     """The trained model's test results for each set."""
-    judge = functools.cache(lambda: Judge(self.bench, self.settings, [candidate.rows for candidate in candidates]))
+    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [candidate.rows for candidate in candidates]))
     found = []
     for number, candidate in enumerate(candidates):
       label = f"train {number + 1}/{len(candidates)}: {candidate.policy}, seed {candidate.seed}"
@@ -420,7 +420,7 @@ def write(
   log.info("\n%s", text)
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
   s = settings
   scorers = scorers_of(s)

@@ -17,7 +17,7 @@ from in2core_jax.parallel.host import host_bytes
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, shapes
 from in2core_jax.pipeline.judging import too_small
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.runs import files
@@ -163,7 +163,7 @@ def advice(bench: Described, stage: str, found: Estimate) -> str:
   return f"No two flags for batches and places are enough: choose fewer --layers or --modules{also}."
 
 
-def facts(bench: Workbench, stage: str, where: Hardware) -> list[str]:
+def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
   """What was chosen, and on what it would run."""
   s = bench.settings
   every = subtree.count(shapes.param_shapes(bench.model.config, s.dtype))

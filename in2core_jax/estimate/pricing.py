@@ -18,7 +18,7 @@ from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import auto_batch
 from in2core_jax.pipeline.loaded_model import open_model
-from in2core_jax.pipeline.session import Workbench, make_session, read_described
+from in2core_jax.pipeline.session import Session, make_session, read_described
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 
@@ -63,7 +63,7 @@ class Described:
     elsewhere: devices that are not here; None: those that JAX sees.
   """
 
-  session: Workbench
+  session: Session
   elsewhere: Hardware | None = None
 
   def varied(self, **changes) -> Described:
@@ -86,7 +86,7 @@ def described(s: Settings, elsewhere: Hardware | None = None) -> Described:
   return Described(described_session(s, *read_described(s), elsewhere), elsewhere)
 
 
-def described_session(s: Settings, described: tuple, splits: Splits, elsewhere: Hardware | None = None) -> Workbench:
+def described_session(s: Settings, described: tuple, splits: Splits, elsewhere: Hardware | None = None) -> Session:
   """A session of which no weight is read; `described` is the model's (config, tokenizer)."""
   model = open_model(s, described, _mesh(s, elsewhere))
   return make_session(s, splits, model, lambda work, _: _expected_batch(work, elsewhere))
@@ -113,7 +113,7 @@ def _expected_batch(work: auto_batch.Work, elsewhere: Hardware | None) -> int:
 class Pricer:
   """Prices passes over the data at one subtree of the model."""
 
-  def __init__(self, bench: Workbench, stage: str, params: Any, tree: subtree.Subtree):
+  def __init__(self, bench: Session, stage: str, params: Any, tree: subtree.Subtree):
     """Prepares sizes; `params` are shapes."""
     self.bench, self.stage, self.params, self.tree = bench, stage, params, tree
     self.sizes = flop_counts.matrix_sizes(params, tree)

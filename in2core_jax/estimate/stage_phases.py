@@ -16,7 +16,7 @@ from in2core_jax.influence import kernels
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline import auto_batch, shapes, solver_inputs
 from in2core_jax.pipeline.scoring import WHITENED, score_aggregate, topic_rows, trajectory_weights
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
 from in2core_jax.pipeline.shapes import num_checkpoints, num_steps, trained_shapes
 from in2core_jax.runs import run_folder
@@ -25,7 +25,7 @@ from in2core_jax.selection import aggregation, coreset
 _FIT = "EK-FAC"  # begins the name of its phase
 
 
-def finetune_phases(bench: Workbench, s: Settings) -> list[Phase]:
+def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
   """Fine-tuning on the full training set."""
   params, tree = trained_shapes(bench.model.config, s)
   price = Pricer(bench, "finetune", params, tree)
@@ -47,7 +47,7 @@ def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   return price.phase(f"training, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
 
 
-def select_phases(bench: Workbench, s: Settings) -> list[Phase]:
+def select_phases(bench: Session, s: Settings) -> list[Phase]:
   """Influence of every training example, and the coreset."""
   price = Pricer(bench, "select", *shapes.scored_shapes(bench.model.config, s))
   groups = topic_rows(bench, s)
@@ -190,7 +190,7 @@ def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...], loaded
   return found
 
 
-def results_phase(bench: Workbench, s: Settings, queries: int) -> Phase:
+def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   """Files of a select run; scores are also kept in pieces while they are computed."""
   train, evals = bench.splits["train"], bench.splits["eval"]
   numbers = len(train) * (20 + 2 * (queries + 1))
@@ -201,7 +201,7 @@ def results_phase(bench: Workbench, s: Settings, queries: int) -> Phase:
   return Phase("select", "scores and coreset", disk=FLOAT * numbers + texts)
 
 
-def evaluate_phases(bench: Workbench, s: Settings, known: int = 0) -> list[Phase]:
+def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
   """Retraining on every compared set, and the test losses; all of them take the steps of the full set.
 
   Args:
@@ -221,7 +221,7 @@ def evaluate_phases(bench: Workbench, s: Settings, known: int = 0) -> list[Phase
   return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
 
 
-def demo_phases(bench: Workbench, s: Settings) -> list[Phase]:
+def demo_phases(bench: Session, s: Settings) -> list[Phase]:
   """All three; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.

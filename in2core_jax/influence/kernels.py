@@ -23,7 +23,7 @@ from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
 
 
-class Problem:
+class CompiledObjective:
   """An objective at its parameters, with every kernel compiled once per batch shape.
 
   Attributes:
@@ -60,7 +60,7 @@ class Problem:
       batch.valid,
     )
 
-  def at(self, sub: Tree, frozen: Tree | None = None) -> "Problem":
+  def at(self, sub: Tree, frozen: Tree | None = None) -> "CompiledObjective":
     """The same kernels at other parameters: nothing is compiled again."""
     other = copy.copy(self)
     other.sub, other.frozen = sub, self.frozen if frozen is None else frozen

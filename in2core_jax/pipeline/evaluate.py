@@ -17,8 +17,8 @@ from in2core_jax.pipeline.checks import check_budget
 from in2core_jax.pipeline.compared import Plan, fractions_of, kept_candidates, plan_of
 from in2core_jax.pipeline.evaluate_results import Group, write_tables
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps
-from in2core_jax.pipeline.session import Workbench, open_session
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_of, equal_steps
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import Settings, seeds_of
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
@@ -39,14 +39,14 @@ class Trainings:
   """
 
   run_dir: run_folder.RunDir
-  bench: Workbench
+  bench: Session
   settings: Settings
-  chosen: list[Candidate]
+  chosen: list[TrainingSubset]
 
   @functools.cached_property
-  def judge(self) -> Judge:
+  def judge(self) -> Retrainer:
     """Made when it is first needed: a finished run compiles nothing."""
-    return Judge(self.bench, self.settings, [candidate.rows for candidate in self.chosen])
+    return Retrainer(self.bench, self.settings, [candidate.rows for candidate in self.chosen])
 
   def base_losses(self) -> np.ndarray:
     """Of the base model on the test set, float64 [N]."""
@@ -54,7 +54,7 @@ class Trainings:
       self.run_dir.write_json("base.json", {"losses": self.judge.losses(self.judge.sub).tolist()})
     return np.array(self.run_dir.read_json("base.json")["losses"])
 
-  def row(self, candidate: Candidate, steps: int, label: str) -> statistics.RetrainRow:
+  def row(self, candidate: TrainingSubset, steps: int, label: str) -> statistics.RetrainRow:
     """The candidate's training over so many steps, done now unless it was."""
     name = [candidate.policy, candidate.seed, candidate.fraction, steps]
     file = f"trainings/{run_folder.hash_of(name)[:12]}.json"
@@ -80,7 +80,7 @@ class Trainings:
     return groups
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   seeds_of(settings), fractions_of(settings), equal_of(settings)  # flags alone: told before the data are read
@@ -101,7 +101,7 @@ _OF_POLICIES = ("fraction", "num_examples", "token_budget", "layers", "sketch_si
 _OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
 
 
-def identity_of(bench: Workbench, s: Settings, plan: Plan) -> dict:
+def identity_of(bench: Session, s: Settings, plan: Plan) -> dict:
   """What the results depend on."""
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
   identity["flags"] |= {name: getattr(s, name) for name in _OF_POLICIES}
@@ -114,7 +114,7 @@ def identity_of(bench: Workbench, s: Settings, plan: Plan) -> dict:
   return identity
 
 
-def open_folder(bench: Workbench, s: Settings, plan: Plan) -> run_folder.RunDir:
+def open_folder(bench: Session, s: Settings, plan: Plan) -> run_folder.RunDir:
   """The run folder; a budget that cannot be met is refused before."""
   identity = identity_of(bench, s, plan)
   check_budget(s, bench.splits["train"])
@@ -125,7 +125,7 @@ def open_folder(bench: Workbench, s: Settings, plan: Plan) -> run_folder.RunDir:
   return run_dir
 
 
-def write_coresets(run_dir: run_folder.RunDir, records: Sequence[Record], chosen: list[Candidate]) -> None:
+def write_coresets(run_dir: run_folder.RunDir, records: Sequence[Record], chosen: list[TrainingSubset]) -> None:
   """The records of every candidate, for other trainers."""
   for candidate in chosen:
     run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(records, candidate.rows))

@@ -11,7 +11,7 @@ from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.retraining import many_passes, perplexity_on_test
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, listed
 from in2core_jax.report import facts, html_page, table_text
 from in2core_jax.report.figure_files import write_figure
@@ -47,7 +47,7 @@ class Group:
     return [{"equal": self.equal, "fraction": self.fraction} | row for row in verdict.summarise(self.rows)]
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
+def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base: np.ndarray) -> str:
   """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
   test = bench.splits["test"]
   counted = test.num_response_tokens > 0
@@ -120,7 +120,7 @@ def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict
   return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
 
 
-def _write_reports(run_dir, bench: Workbench, s: Settings, found: dict) -> None:
+def _write_reports(run_dir, bench: Session, s: Settings, found: dict) -> None:
   """The select runs' reports once more, with the table of this comparison."""
   if not run_dir.writer:
     return

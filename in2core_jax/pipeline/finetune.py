@@ -13,7 +13,7 @@ import numpy as np
 from in2core_jax.data import packing
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline.session import Workbench, open_session
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import run_folder, stopping
 from in2core_jax.runs.progress import Progress
@@ -37,7 +37,7 @@ def recipe_of(settings: Settings, num_examples: int) -> Recipe:
   )
 
 
-def start_params(bench: Workbench, settings: Settings):
+def start_params(bench: Session, settings: Settings):
   """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
   params, modules, layers = bench.model.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
@@ -46,12 +46,12 @@ def start_params(bench: Workbench, settings: Settings):
   return params, subtree.make_subtree(params, layers, modules, TRAINED)
 
 
-def trainable_rows(bench: Workbench):
+def trainable_rows(bench: Session):
   """Rows of the training set that have a response: the others teach nothing."""
   return bench.splits["train"].num_response_tokens.nonzero()[0]
 
 
-def identity_of(bench: Workbench, settings: Settings) -> dict:
+def identity_of(bench: Session, settings: Settings) -> dict:
   """What a fine-tuned checkpoint depends on."""
   return bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
 
@@ -70,14 +70,14 @@ class Task:
   """
 
   settings: Settings
-  bench: Workbench
+  bench: Session
   rows: np.ndarray
   params: Any
   tree: subtree.Subtree
   recipe: Recipe
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   bench = bench or open_session(settings)
@@ -99,7 +99,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 # ---- the steps -----------------------------------------------------------------------
 
 
-def prepare(s: Settings, bench: Workbench) -> Task:
+def prepare(s: Settings, bench: Session) -> Task:
   """Reads the model, and refuses what cannot be trained."""
   rows = trainable_rows(bench)
   params, tree = start_params(bench, s)

@@ -9,7 +9,7 @@ from in2core_jax.data import records, tokenizing
 from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import near_duplicates
 from in2core_jax.selection import bm25, coreset, cosines, hybrid
@@ -20,7 +20,7 @@ NEAR = 0.8  # of the shingles: what two examples share beside a long instruction
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
-def check_pairs(bench: Workbench) -> None:
+def check_pairs(bench: Session) -> None:
   """Refuses `matching_hybrid` for more examples than all pairs of can be compared.
 
   Raises:
@@ -40,7 +40,7 @@ class ChoiceInputs:
   Evaluation examples without a response have no gradient, and are left out everywhere.
   """
 
-  def __init__(self, bench: Workbench, s: Settings, params, stored: bool = True):
+  def __init__(self, bench: Session, s: Settings, params, stored: bool = True):
     """Computes nothing yet.
 
     Args:
@@ -143,7 +143,7 @@ class ChoiceInputs:
   # ---- similarities ------------------------------------------------------------------
 
   def _hidden(self, part: str, pooling: str) -> np.ndarray:
-    """Pooled hidden states, [N, D]; the workbench keeps them."""
+    """Pooled hidden states, [N, D]; the session keeps them."""
     return self.bench.hidden.pooled(part, pooling=pooling)
 
   def _views(self, part: str) -> np.ndarray:

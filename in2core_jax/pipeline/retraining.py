@@ -14,7 +14,7 @@ from in2core_jax.model.objective import make_objective
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.finetune import identity_of, recipe_of, start_params, trainable_rows
 from in2core_jax.pipeline.judging import judged
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, words
 from in2core_jax.runs import files, run_folder
 from in2core_jax.runs.progress import Progress
@@ -29,7 +29,7 @@ _MANY_TIMES = 5.0  # as often as all of the data is passed over: beyond what tho
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class TrainingSubset:
   """A set of training rows to retrain on.
 
   Attributes:
@@ -72,7 +72,7 @@ def equal_of(s: Settings) -> list[str]:
   return found
 
 
-def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
+def equal_steps(bench: Session, s: Settings, rows: np.ndarray, equal: str) -> int:
   """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
   every = trainable_rows(bench)
   steps = recipe_of(s, len(every)).steps
@@ -101,17 +101,17 @@ def many_passes(equal: str, rows: Sequence[statistics.RetrainRow], batch_size: i
   ]
 
 
-def perplexity_on_test(bench: Workbench, losses: np.ndarray) -> float:
+def perplexity_on_test(bench: Session, losses: np.ndarray) -> float:
   """Token-weighted perplexity of mean nats per response token of each test example, [N]."""
   tokens = bench.splits["test"].num_response_tokens
   counted = tokens > 0
   return statistics.perplexity(losses[counted] * tokens[counted], tokens[counted])
 
 
-class Judge:
+class Retrainer:
   """Trains from the base model and measures losses; few programs serve all sets."""
 
-  def __init__(self, bench: Workbench, s: Settings, row_sets: Sequence[np.ndarray]):
+  def __init__(self, bench: Session, s: Settings, row_sets: Sequence[np.ndarray]):
     """Prepares one start and few batch shapes for all sets.
 
     Args:
@@ -159,7 +159,7 @@ class Judge:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self._trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
-  def retrain(self, candidate: Candidate, label: str, steps: int = 0) -> statistics.RetrainRow:
+  def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
     """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""
     of_recipe = steps in (0, self.recipe.steps) and candidate.seed == self.settings.seed
     if candidate.policy == "full" and of_recipe and self._checkpoint_is_full():
@@ -177,7 +177,7 @@ class Judge:
     identity = run_folder.hash_of(identity_of(self.bench, self.settings))
     return train_loop.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
 
-  def row(self, candidate: Candidate, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:
+  def row(self, candidate: TrainingSubset, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:
     """A trained subtree, measured on the test set.
 
     Args:
@@ -191,7 +191,7 @@ class Judge:
 
 
 def retrain_row(
-  candidate: Candidate,
+  candidate: TrainingSubset,
   train: tokenizing.TokenizedDataset,
   test: tokenizing.TokenizedDataset,
   losses: np.ndarray,

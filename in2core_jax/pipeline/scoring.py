@@ -19,7 +19,7 @@ from in2core_jax.model.objective import token_losses_fn
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
 from in2core_jax.runs import resumable, run_folder
@@ -77,7 +77,7 @@ def score_aggregate(s: Settings) -> str:
   return "mean" if s.aggregate == "auto" or by_similarity else s.aggregate
 
 
-def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
+def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock, how = Clock(), score_aggregate(s)
   with_response = by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
@@ -121,7 +121,7 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
   return Scored(total, loss, result, clock.seconds, itself)
 
 
-def pieces_along(work: Work, name: str, directions) -> resumable.Pieces | None:
+def pieces_along(work: Work, name: str, directions) -> resumable.ShardSpec | None:
   """Where a pass along some directions is kept: the pieces of other directions are not taken for its own."""
   return work.pieces(name, directions=resumable.tree_sha256(directions))
 
@@ -136,7 +136,7 @@ _NORMALIZE = {
 
 
 def measure(
-  bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, pieces: resumable.Pieces | None
+  bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, pieces: resumable.ShardSpec | None
 ) -> normalize.Measures:
   """Scores with each example's norms and influence on itself."""
   train = bench.batcher("train", chosen.tree, chosen.params)
@@ -149,7 +149,7 @@ def measure(
 
 
 def query_scores(
-  bench: Workbench, s: Settings, chosen: Chosen, work: Work, queries: np.ndarray | None = None
+  bench: Session, s: Settings, chosen: BoundSubtree, work: Work, queries: np.ndarray | None = None
 ) -> np.ndarray:
   """Scores of evaluation examples with every training example, float32 [Q, N], `--query_block` at a time.
 
@@ -175,7 +175,7 @@ def query_scores(
 
 
 def _scores_of_block(
-  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, work: Work, name: str
+  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, work: Work, name: str
 ) -> np.ndarray:
   """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
   batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
@@ -188,7 +188,7 @@ def _scores_of_block(
   return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
 
 
-def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+def layer_table(bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
   """Columns of layer_scores.parquet, which add up to the scores."""
   train = bench.batcher("train", chosen.tree, chosen.params)
   stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
@@ -197,7 +197,7 @@ def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: solvers.S
   return decompose.layer_columns(bench.splits["train"].ids, found)
 
 
-def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+def token_table(bench: Session, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
   """Columns of token_scores.parquet, which add up to the scores."""
   train = bench.packer("train", chosen.tree, chosen.params)
   stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
@@ -210,7 +210,7 @@ def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, w
 # ---- queries -------------------------------------------------------------------------
 
 
-def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
+def topic_rows(bench: Session, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
   topics = np.array(bench.splits["eval"].topics)
   if score_aggregate(s) not in aggregation.BY_TOPIC:
@@ -219,9 +219,9 @@ def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
 
 
 def queries(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  chosen: Chosen,
+  chosen: BoundSubtree,
   work: Work = NOTHING_KEPT,
   name: str = "queries",
   groups: dict[str, np.ndarray] | None = None,
@@ -247,7 +247,7 @@ def queries(
 # ---- projected store -----------------------------------------------------------------
 
 
-def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:
+def projected_scores(bench: Session, s: Settings, chosen: BoundSubtree, solution) -> tuple[np.ndarray, dict]:
   """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
   ours = Projection(bench, s, chosen.params, s.seed)
   store = ours.store()
@@ -266,7 +266,7 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response: np.ndarray):
+def _trajectory_scores(bench: Session, s: Settings, work: Work, with_response: np.ndarray):
   """`trajectory_scores`, of every single query with a response where these are aggregated."""
   if score_aggregate(s) not in aggregation.BY_QUERY:
     return trajectory_scores(bench, s, work, topic_rows(bench, s))
@@ -280,7 +280,7 @@ def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response:
   return np.concatenate(found), v, [""] * len(with_response)
 
 
-def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
+def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   For LESS what is scored must be what was trained (`checks.check_scores`): Adam's moments are of these numbers.

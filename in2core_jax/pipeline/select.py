@@ -31,7 +31,7 @@ from in2core_jax.pipeline.scoring import (
   trajectory_weights,
 )
 from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
-from in2core_jax.pipeline.session import Chosen, Workbench, choose, open_session
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import facts
 from in2core_jax.runs import run_folder
@@ -56,9 +56,9 @@ class Task:
   """
 
   settings: Settings
-  bench: Workbench
+  bench: Session
   budget: Budget
-  chosen: Chosen
+  chosen: BoundSubtree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Choice:
   aim: matching.Shrunk | None
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   task = prepare(settings, bench)
@@ -97,7 +97,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 # ---- the steps -----------------------------------------------------------------------
 
 
-def prepare(s: Settings, bench: Workbench | None = None) -> Task:
+def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
   budget = budget_of(s)
   bench = bench or open_session(s)

@@ -10,7 +10,7 @@ from in2core_jax.data import records, tokenizing
 from in2core_jax.pipeline.advice import unsolved
 from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import facts, html_page
@@ -46,7 +46,7 @@ def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def write_results(
   run_dir,
-  bench: Workbench,
+  bench: Session,
   s: Settings,
   scored: Scored,
   rows: np.ndarray,
@@ -176,7 +176,7 @@ def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> 
   return images
 
 
-def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
+def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
   """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
   train, result = bench.splits["train"], scored.result
   known = np.all(np.isfinite(result.residual))

@@ -32,7 +32,7 @@ _WHERE_AND_HOW_FAST = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Workbench:
+class Session:
   """The parts that stages share which follow each other in one process.
 
   Attributes:
@@ -49,11 +49,11 @@ class Workbench:
   model: LoadedModel
   batching: Batching
   hidden: HiddenCache
-  compiled: dict[subtree.Subtree, kernels.Problem] = dataclasses.field(default_factory=dict)
+  compiled: dict[subtree.Subtree, kernels.CompiledObjective] = dataclasses.field(default_factory=dict)
 
   # ---- the same with a change ----------------------------------------------------------
 
-  def with_settings(self, **changes) -> "Workbench":
+  def with_settings(self, **changes) -> "Session":
     """The same model and examples, losses made or examples cut in another way; itself when nothing changes.
 
     Raises:
@@ -69,11 +69,11 @@ class Workbench:
     cut = open_session(other, model=self.model)  # examples of other lengths are other batches and hidden states
     return dataclasses.replace(cut, compiled=self.compiled)
 
-  def with_splits(self, splits: Splits) -> "Workbench":
+  def with_splits(self, splits: Splits) -> "Session":
     """The same model with other examples, which get batches and hidden states of their own."""
     return dataclasses.replace(make_session(self.settings, splits, self.model), compiled=self.compiled)
 
-  def with_queries(self, count: int) -> "Workbench":
+  def with_queries(self, count: int) -> "Session":
     """The same with `count` of the evaluation examples, drawn as `--eval_limit` draws them; itself for 0 or all."""
     evals = self.splits["eval"]
     if not 0 < count < len(evals):
@@ -81,12 +81,12 @@ class Workbench:
     drawn = {id(record) for record in limited(evals.records, "eval", count, 0)}
     return self.with_evals(np.flatnonzero([id(record) in drawn for record in evals.records]))
 
-  def with_evals(self, rows: np.ndarray) -> "Workbench":
+  def with_evals(self, rows: np.ndarray) -> "Session":
     """The same with some rows of the evaluation examples; batches stay those of all: the same programs serve."""
     splits = self.splits.with_parts(eval=self.splits["eval"].take(rows))
     return dataclasses.replace(self, splits=splits, hidden=self.hidden.with_eval(splits))
 
-  def with_train(self, rows: np.ndarray) -> "Workbench":
+  def with_train(self, rows: np.ndarray) -> "Session":
     """The same with some rows of the training examples; batches and hidden states stay those of all."""
     splits = self.splits.with_parts(train=self.splits["train"].take(rows))
     return dataclasses.replace(self, splits=splits, hidden=self.hidden.with_rows("train", rows))
@@ -162,7 +162,7 @@ class Workbench:
     return dataset, hidden
 
   def stream(
-    self, batcher: batches.Batcher | packing.Packer, what: str = "", pieces: resumable.Pieces | None = None
+    self, batcher: batches.Batcher | packing.Packer, what: str = "", pieces: resumable.ShardSpec | None = None
   ) -> resumable.Stream:
     """A function that yields (rows, batch on the devices).
 
@@ -174,21 +174,21 @@ class Workbench:
     plan = batcher.sequential_plan(self.batching.batch_tokens)
     build = lambda part: ((rows, self.batching.place(batch)) for rows, batch in batcher.planned(part))  # noqa: E731
     if pieces is not None:
-      return resumable.KeptStream(plan, build, pieces, lambda: Progress(len(plan), what, "batches"))
+      return resumable.ResumableStream(plan, build, pieces, lambda: Progress(len(plan), what, "batches"))
     return lambda: track(build(plan), len(plan), what) if what else build(plan)
 
   # ---- objectives ----------------------------------------------------------------------
 
-  def kernels(self, chosen: subtree.Subtree) -> kernels.Problem:
+  def kernels(self, chosen: subtree.Subtree) -> kernels.CompiledObjective:
     """Compiled kernels for a subtree; bind parameters with `.at(sub, frozen)`."""
     if chosen not in self.compiled:
       config = self.model.config
       objective, relabel = make_objective(config, chosen), sample_labels_fn(config, chosen)
-      self.compiled[chosen] = kernels.Problem(objective, None, None, self.settings.microbatch, relabel)
+      self.compiled[chosen] = kernels.CompiledObjective(objective, None, None, self.settings.microbatch, relabel)
     return self.compiled[chosen]
 
 
-def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None) -> Workbench:
+def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None) -> Session:
   """Reads the data; the model's weights are read when they are first needed, so that wrong data is told before.
 
   Args:
@@ -222,7 +222,7 @@ def make_session(
   splits: Splits,
   model: LoadedModel,
   auto: Callable[[auto_batch.Work, Callable], int] = auto_batch.largest_batch,
-) -> Workbench:
+) -> Session:
   """The parts that follow from examples and model.
 
   Args:
@@ -235,11 +235,11 @@ def make_session(
   work = lambda: auto_batch.Work.of(s, model.config, splits, model.mesh, where.serves)  # noqa: E731
   size = (lambda own: auto(work(), own.packed_shapes_for)) if s.batch_tokens == "auto" else s.batch_tokens
   batching = Batching(splits, model.mesh, s.max_shapes, size)
-  return Workbench(s, splits, model, batching, HiddenCache(splits, model, batching, where))
+  return Session(s, splits, model, batching, HiddenCache(splits, model, batching, where))
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class BoundSubtree:
   """A subtree at parameters: what `split` gives, with its problem.
 
   Attributes:
@@ -250,14 +250,14 @@ class Chosen:
 
   tree: subtree.Subtree
   params: dict
-  problem: kernels.Problem
+  problem: kernels.CompiledObjective
 
 
-def choose(bench: Workbench, params, layers: str, modules: str) -> Chosen:
+def choose(bench: Session, params, layers: str, modules: str) -> BoundSubtree:
   """Cuts `params` along the flags' choice and binds the kernels.
 
   Raises:
     UserError: layers or modules that the model does not have.
   """
   tree = subtree.make_subtree(params, layers, modules)
-  return Chosen(tree, params, bench.kernels(tree).at(*subtree.split(params, tree)))
+  return BoundSubtree(tree, params, bench.kernels(tree).at(*subtree.split(params, tree)))

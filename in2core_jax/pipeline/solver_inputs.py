@@ -16,7 +16,7 @@ from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw
 from in2core_jax.influence.solve import solve as solve_on
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench
+from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import resumable, run_folder, stopping
 from in2core_jax.runs.progress import Progress
@@ -73,7 +73,7 @@ def num_curvature_examples(s: Settings, usable: int) -> int:
   return min(s.curvature_examples, max(1, usable // 2))
 
 
-def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
+def curvature_rows(bench: Session, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
   dataset = bench.splits["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
@@ -93,10 +93,10 @@ def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
 
 
 def curvature_data(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  chosen: Chosen,
-  pieces: resumable.Pieces | None = None,
+  chosen: BoundSubtree,
+  pieces: resumable.ShardSpec | None = None,
   rows: CurvatureRows | None = None,
 ) -> CurvatureData:
   """The curvature's examples as the solvers take them; sums over all of them are kept in `pieces`."""
@@ -114,7 +114,7 @@ def curvature_data(
 
 
 def ekfac_source(
-  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, pieces: resumable.Pieces | None = None
+  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, pieces: resumable.ShardSpec | None = None
 ):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
   batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
@@ -130,7 +130,7 @@ def ekfac_source(
   return stream, ekfac_store.stored_fit(run_folder.beside(s.run_dir, "ekfac"), made_of)
 
 
-def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pieces) -> solvers.SolveResult:
+def solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """The inverse Hessian product, or what an earlier run has kept of it.
 
   Args:
@@ -147,7 +147,7 @@ def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pi
   return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.batching.mesh)
 
 
-def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pieces) -> solvers.SolveResult:
+def _solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """Solves with progress shown: counted in products with batches of curvature examples."""
   rows, settings = curvature_rows(bench, s), solver_settings(s)
   source = curvature_data(bench, s, chosen, pieces, rows)
