@@ -70,7 +70,7 @@ class HiddenCache:
     where: in memory or on disk.
     rows: part -> the only rows of it that are handed out.
     kept: (part, boundary, hash of the weights below) -> hidden states of all examples of the part.
-    pooled_: part -> pooled last hidden states of the base model.
+    embedded: part -> pooled last hidden states of the base model.
   """
 
   splits: Splits
@@ -79,13 +79,13 @@ class HiddenCache:
   where: Place
   rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   kept: dict = dataclasses.field(default_factory=dict)
-  pooled_: dict = dataclasses.field(default_factory=dict)
+  embedded: dict = dataclasses.field(default_factory=dict)
 
   def with_eval(self, splits: Splits) -> "HiddenCache":
     """The same after a change of the evaluation set, whose hidden states are forgotten."""
     kept = {key: hidden for key, hidden in self.kept.items() if key[0] != "eval"}
-    pooled = {part: found for part, found in self.pooled_.items() if part != "eval"}
-    return dataclasses.replace(self, splits=splits, kept=kept, pooled_=pooled)
+    pooled = {part: found for part, found in self.embedded.items() if part != "eval"}
+    return dataclasses.replace(self, splits=splits, kept=kept, embedded=pooled)
 
   def with_rows(self, part: str, rows: np.ndarray) -> "HiddenCache":
     """A view of some rows of a part: an example's hidden states do not depend on the others."""
@@ -143,14 +143,14 @@ class HiddenCache:
       part: train, eval or test.
       pooling: a word of `embeddings.POOLINGS`; all are made in one pass.
     """
-    if part not in self.pooled_:
+    if part not in self.embedded:
       # What scoring keeps at the base model need not be run again.
       kept = {key[1]: hidden for key, hidden in self.kept.items() if key[0] == part and key[2] == "base"}
       below = (kept[max(kept)], max(kept)) if kept else None
       tree = embeddings.above_all(self.model.config.num_layers)
       job = self._job(tree, self.model.params, f"embeddings ({part})")
-      self.pooled_[part] = embeddings.pooled(job, self.splits[part], below)
-    found = self.pooled_[part][pooling]
+      self.embedded[part] = embeddings.pooled(job, self.splits[part], below)
+    found = self.embedded[part][pooling]
     return found[self.rows[part]] if part in self.rows else found
 
 
