@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from in2core_jax.data import batches
 from in2core_jax.gradients import Tree, tree_dot
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,26 +74,24 @@ class Row:
     return f"skipped: {self.skipped}" if self.skipped else "FAILED" if self.failed else "ok"
 
 
-class Sample(Workbench):
-  """A workbench whose training set is a few examples, from the shortest to the median length."""
+def sample(s: Settings, mesh: Any = None) -> Session:
+  """A session whose training set is a few examples with a response, from the shortest to the median length.
 
-  def __init__(self, settings: Settings):
-    """Cuts the data to what a check needs."""
-    least = lambda limit: min(limit, POOL) if limit else POOL  # noqa: E731
-    limits = {f"{part}_limit": least(getattr(settings, f"{part}_limit")) for part in ("train", "eval", "test")}
-    cache = "off" if settings.boundary_cache == "off" else "memory"
-    # Two shapes are enough to see that padding does not matter, and fewer programs are compiled.
-    super().__init__(settings.replace(boundary_cache=cache, max_shapes=min(settings.max_shapes, 2), **limits))
-
-  @functools.cached_property
-  def parts(self):
-    """As a workbench's, but few training examples, all with a response."""
-    every = super().parts
-    train = every["train"]
-    usable = np.flatnonzero(train.num_response_tokens)
-    ranked = usable[np.argsort(train.num_tokens[usable], kind="stable")]
-    places = np.linspace(0, len(ranked) // 2, min(self.settings.check_examples, len(ranked)))
-    return every | {"train": train.take(ranked[np.unique(places.round().astype(int))])}
+  Args:
+    s: the flags of the run to come.
+    mesh: the devices; those of --mesh when None.
+  """
+  least = lambda limit: min(limit, POOL) if limit else POOL  # noqa: E731
+  limits = {f"{part}_limit": least(getattr(s, f"{part}_limit")) for part in ("train", "eval", "test")}
+  cache = "off" if s.boundary_cache == "off" else "memory"
+  # Two shapes are enough to see that padding does not matter, and fewer programs are compiled.
+  whole = open_session(s.replace(boundary_cache=cache, max_shapes=min(s.max_shapes, 2), **limits), mesh)
+  train = whole.splits["train"]
+  usable = np.flatnonzero(train.num_response_tokens)
+  ranked = usable[np.argsort(train.num_tokens[usable], kind="stable")]
+  places = np.linspace(0, len(ranked) // 2, min(s.check_examples, len(ranked)))
+  few = train.take(ranked[np.unique(places.round().astype(int))])
+  return whole.with_splits(whole.splits.with_parts(train=few))
 
 
 class Subject:
@@ -107,12 +106,12 @@ class Subject:
     direction: half along their mean gradient, half at random; unit length.
   """
 
-  def __init__(self, bench: Workbench):
+  def __init__(self, bench: Session):
     """Loads everything and compiles the derivatives that several checks share."""
     s = bench.settings
-    self.bench, self.size = bench, len(bench.parts["train"])
+    self.bench, self.size = bench, len(bench.splits["train"])
     params = bench.checkpoint_params(s.checkpoint)
-    self.chosen: Chosen = choose(bench, params, s.layers, s.modules)
+    self.chosen: BoundSubtree = choose(bench, params, s.layers, s.modules)
     objective = self.chosen.problem.objective
     self.losses = jax.jit(partial(gradients.per_example_losses, objective))
     self.pair = jax.jit(partial(gradients.losses_and_jvp_scores, objective))
@@ -121,7 +120,7 @@ class Subject:
     self.gradient = jax.jit(partial(_one_gradient, objective))
     self.batcher = bench.batcher("train", self.chosen.tree, params, layout={})
     self.plain = bench.batcher("train", layout={})
-    self.batch, self.whole = (bench.place(self.build(batcher)) for batcher in (self.batcher, self.plain))
+    self.batch, self.whole = (bench.batching.place(self.build(batcher)) for batcher in (self.batcher, self.plain))
     total = jax.jit(partial(gradients.sum_gradient, objective))(*self.at, self.batch)
     noise = _random_like(total, s.seed)
     mixed = jax.tree.map(lambda a, b: a / _norm(total) + b / _norm(noise), total, noise)
@@ -192,7 +191,7 @@ def alone(x: Subject) -> list[Row]:
   angles, lengths = [], []
   for row in range(x.size):
     inside = x.gradient(*x.at, x.batch, row)
-    single = x.gradient(*x.at, x.bench.place(x.build_alone(row)), 0)
+    single = x.gradient(*x.at, x.bench.batching.place(x.build_alone(row)), 0)
     sizes = _norm(inside), _norm(single)
     angles.append(1 - float(tree_dot(inside, single) / (sizes[0] * sizes[1])))
     lengths.append(abs(float(sizes[0] / sizes[1]) - 1))
@@ -281,12 +280,12 @@ def ids(x: Subject) -> list[Row]:
   real = batch.weight > 0
   last = np.max(np.where(real, batch.position, -1), axis=1)
   behind = np.arange(batch.tokens.shape[1])[None, :] > last[:, None]
-  drawn = lambda shape: rng.integers(0, x.bench.config.vocab_size, shape).astype(np.int32)  # noqa: E731
+  drawn = lambda shape: rng.integers(0, x.bench.model.config.vocab_size, shape).astype(np.int32)  # noqa: E731
   tokens = np.where(behind, drawn(batch.tokens.shape), batch.tokens)
   changed = batch._replace(tokens=tokens, target=np.where(real, batch.target, drawn(real.shape)))
-  wrong = batch._replace(target=np.where(real, (batch.target + 1) % x.bench.config.vocab_size, batch.target))
+  wrong = batch._replace(target=np.where(real, (batch.target + 1) % x.bench.model.config.vocab_size, batch.target))
 
-  before, after, other = (x.measure(x.bench.place(one)) for one in (batch, changed, wrong))
+  before, after, other = (x.measure(x.bench.batching.place(one)) for one in (batch, changed, wrong))
   error = np.maximum(np.max(np.abs(after - before)), np.max(np.abs(before[:, x.size :])))
   if not np.all(other[0, : x.size] != before[0, : x.size]):
     error = math.inf  # a loss that does not depend on its response would pass everything else
@@ -296,7 +295,7 @@ def ids(x: Subject) -> list[Row]:
 def devices(x: Subject) -> list[Row]:
   """All devices together compute what one of them computes."""
   names = ("sharded = single device", "relative difference of losses and scores")
-  if x.bench.mesh.size == 1:
+  if x.bench.batching.mesh.size == 1:
     return [x.row(*names, None, "scores", "one device")]
   single = sharding.make_mesh("", jax.local_devices()[:1])
   host = processes.to_host((*x.at, x.direction))
@@ -331,8 +330,8 @@ def table(rows: list[Row]) -> str:
 def run(settings: Settings) -> list[Row]:
   """Runs every check; a table and a verdict go to stdout."""
   began = time.perf_counter()
-  subject = Subject(Sample(settings))
-  tree, tokens = subject.chosen.tree, subject.bench.parts["train"].num_tokens
+  subject = Subject(sample(settings))
+  tree, tokens = subject.chosen.tree, subject.bench.splits["train"].num_tokens
   log.info(
     "checking %d examples of %d to %d tokens; %s numbers in layers %s; products in %s",
     subject.size, tokens.min(), tokens.max(), f"{subtree.count(subject.at[0]):,}", tree.layers, subject.precision,

@@ -13,7 +13,7 @@ from in2core_jax.pipeline import checks, evaluate, finetune, select
 from in2core_jax.pipeline.compared import fractions_of
 from in2core_jax.pipeline.judging import tell_size
 from in2core_jax.pipeline.retraining import equal_of
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import open_session
 from in2core_jax.pipeline.settings import Settings, refuse, seeds_of
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
@@ -50,10 +50,10 @@ def main(_) -> None:
     return
   root = settings.run_dir
   run_folder.RunDir.refuse_held(root)
-  bench = Workbench(settings)
+  bench = open_session(settings)
   checks.check_demo(bench, settings)
   lock = run_folder.hold(root)  # to the end: each stage reads what the ones before it have written
-  tell_size(bench.parts["test"])
+  tell_size(bench.splits["test"])
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
   selected = select.run(chosen, bench)

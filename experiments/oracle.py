@@ -18,7 +18,7 @@ from in2core_jax.data import packing
 from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers, tree_math
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw, solve
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, sample_labels_fn
@@ -26,7 +26,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ SOLVERS = {
 class Case:
   """A small fine-tuned decoder with a rule to learn, its query and its curvature data."""
 
-  problem: Problem
+  problem: CompiledObjective
   v: dict
   data: CurvatureData
   full: CurvatureData  # LiSSA's minibatches hold all examples: no noise
@@ -75,7 +75,7 @@ def make_case(seed: int) -> Case:
   params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 2 else leaf, params)
   tree = subtree.make_subtree(params, "last:2", "all")
   relabel = sample_labels_fn(CONFIG, tree)
-  problem = Problem(make_objective(CONFIG, tree), *subtree.split(params, tree), 16, relabel)
+  problem = CompiledObjective(make_objective(CONFIG, tree), *subtree.split(params, tree), 16, relabel)
   shape = Shape(LENGTH, LENGTH - PROMPT)
   train, evals = (Batcher(part(rows), [shape]) for rows in (range(EXAMPLES), range(EXAMPLES, EXAMPLES + 16)))
   stream = lambda: train.sequential(LENGTH * EXAMPLES)  # noqa: E731
@@ -121,7 +121,7 @@ def run(s: Settings) -> str:
   case = make_case(s.seed)
   identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": run_folder.package_versions()}
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  rows, spectra, cells = [], {}, Cells(run_dir)
+  rows, spectra, cells = [], {}, ResultCache(run_dir)
   for curvature in CURVATURES:
     kernel = case.problem.curvature(curvature)
     dense = solvers.dense_matrix(solvers.fixed_matvec(kernel, lambda: (b for _, b in case.data.fixed())), case.v)

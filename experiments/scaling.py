@@ -17,11 +17,13 @@ from experiments import cli
 from in2core_jax.costs import hardware
 from in2core_jax.data import tokenizing
 from in2core_jax.data.records import Record
-from in2core_jax.estimate import dry_run, stage_phases
-from in2core_jax.estimate.pricing import Described, Phase
+from in2core_jax.data.subsets import PARTS
+from in2core_jax.estimate import dry_run, pricing, stage_phases
+from in2core_jax.estimate.pricing import Phase
 from in2core_jax.model import hf_config
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import PARTS
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import table_text
 
 MODEL = pathlib.Path(__file__).parent / "flags" / "llama-3.1-8b.json"
@@ -67,24 +69,11 @@ def lengths(count: int, most: int) -> np.ndarray:
   return np.clip(np.rint(MEDIAN * np.exp(SPREAD * quantiles)), 16, most).astype(np.int64)
 
 
-class OnPaper(Described):
-  """A workbench whose examples have lengths, but no words."""
-
-  def __init__(self, settings: Settings, elsewhere: hardware.Hardware, train: int):
-    """Keeps how many training examples there are."""
-    super().__init__(settings, elsewhere)
-    self.train = train
-
-  @functools.cached_property
-  def config(self):
-    """The model's shape; there is no text, so no tokenizer."""
-    return hf_config.read_config(MODEL)
-
-  @functools.cached_property
-  def parts(self) -> dict[str, tokenizing.TokenizedDataset]:
-    """Examples of the formula's lengths; the response stands at the end."""
-    counts = {"train": self.train, "eval": OTHERS, "test": OTHERS}
-    return {part: _examples(part, counts[part], self.settings.max_length) for part in PARTS}
+def on_paper(s: Settings, elsewhere: hardware.Hardware, train: int) -> Session:
+  """A session whose examples have the formula's lengths, but no words; so there is no tokenizer."""
+  counts = {"train": train, "eval": OTHERS, "test": OTHERS}
+  splits = Splits({part: _examples(part, counts[part], s.max_length) for part in PARTS})
+  return pricing.described_session(s, (hf_config.read_config(MODEL), None), splits, elsewhere)
 
 
 @functools.cache
@@ -111,7 +100,7 @@ def settings_of(case: Case) -> Settings:
 def sampled(case: Case, examples: int) -> list[Phase]:
   """The phases of `select` with so many training examples, one by one."""
   s, where = settings_of(case), hardware.on_paper(case.hardware, "bfloat16")
-  return stage_phases.select_phases(OnPaper(s, where, examples), s)
+  return stage_phases.select_phases(on_paper(s, where, examples), s)
 
 
 def phases(case: Case, examples: int) -> list[Phase]:

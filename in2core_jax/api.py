@@ -27,7 +27,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.pipeline import evaluate as stage_evaluate
 from in2core_jax.pipeline import finetune as stage_finetune
 from in2core_jax.pipeline import select as stage_select
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report.table_text import markdown_table
 from in2core_jax.runs.run_folder import CHECKPOINT, RunDir
@@ -154,7 +154,7 @@ class Evaluated(_Result):
     return tuple(dict.fromkeys([*self.summary.get("warnings", ()), *self.verdict]))
 
 
-def finetune(settings: Settings | None = None, *, session: Workbench | None = None, **changes: Any) -> Finetuned:
+def finetune(settings: Settings | None = None, *, session: Session | None = None, **changes: Any) -> Finetuned:
   """Fine-tunes on the training set; a training that was cut off goes on.
 
   Args:
@@ -172,7 +172,7 @@ def finetune(settings: Settings | None = None, *, session: Workbench | None = No
     return Finetuned(pathlib.Path(folder.path), folder.load_json("finetune.json"), checkpoint)
 
 
-def select(settings: Settings | None = None, *, session: Workbench | None = None, **changes: Any) -> Selected:
+def select(settings: Settings | None = None, *, session: Session | None = None, **changes: Any) -> Selected:
   """Scores every training example and chooses a coreset.
 
   Args and errors: as `finetune`. `checkpoint` is where influence is measured; without one at the base model.
@@ -186,7 +186,7 @@ def evaluate(
   settings: Settings | None = None,
   *,
   select_runs: Sequence[Selected | str] | str = (),
-  session: Workbench | None = None,
+  session: Session | None = None,
   **changes: Any,
 ) -> Evaluated:
   """Retrains on each chosen set and on those of other policies, and compares perplexity on the test set.

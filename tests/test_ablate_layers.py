@@ -8,22 +8,18 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.ablate_layers import ablate_layers, report
 from experiments.ablate_layers.ablate_layers import Choice
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.influence import decompose
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, session, solver_inputs
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def finished(settings, bench):
 def alone(bench, s, choice, solver, folder):
   """Scores of a choice by the road of `select`, which knows no table."""
   own = s.replace(solver=solver, layers=choice.flag, modules=choice.modules, run_dir=str(folder))
-  chosen = session.choose(bench, bench.params, own.layers, own.modules)
+  chosen = session.choose(bench, bench.model.params, own.layers, own.modules)
   work = Work(run_folder.RunDir.open(str(folder), {"stage": "alone"}), 16)
   return scoring.score(bench, own, chosen, work).influence
 
@@ -117,7 +113,7 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
   before = (finished / "ablate_layers.csv").read_text()
   monkeypatch.setattr(decompose, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
   monkeypatch.setattr(solver_inputs, "solve", lambda *_: pytest.fail("solved again"))
-  monkeypatch.setattr(ablate_layers, "Judge", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(ablate_layers, "Retrainer", lambda *_: pytest.fail("trained again"))
   ablate_layers.run(settings, bench)
   assert (finished / "ablate_layers.csv").read_text() == before
   monkeypatch.undo()
@@ -220,7 +216,7 @@ def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
 def test_the_table_of_leaves_is_the_score_apart():
   t = tiny.make_tiny("1,3", "attention,mlp")
   direction = tiny.direction(t.sub, queries=2)
-  problem = Problem(t.objective, t.sub, t.frozen, microbatch=3)
+  problem = CompiledObjective(t.objective, t.sub, t.frozen, microbatch=3)
   size = len(tiny.ROLES)
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
   table = decompose.leaf_table(problem, t.subtree, stream, size, direction, 3)
@@ -229,7 +225,7 @@ def test_the_table_of_leaves_is_the_score_apart():
   np.testing.assert_allclose(decompose.sum_over(table, t.subtree, t.subtree), whole, rtol=1e-5, atol=1e-5)
   part = subtree.make_subtree(t.params, "3", "mlp")
   cut = {"layers": {"mlp": jax.tree.map(lambda leaf: leaf[:, 1:], direction["layers"]["mlp"])}}
-  other = Problem(tiny.make_tiny("3", "mlp").objective, *subtree.split(t.params, part), microbatch=3)
+  other = CompiledObjective(tiny.make_tiny("3", "mlp").objective, *subtree.split(t.params, part), microbatch=3)
   wanted = other.scores(stream, size, cut, "vmap")
   np.testing.assert_allclose(decompose.sum_over(table, t.subtree, part), wanted, rtol=1e-5, atol=1e-5)
   assert not table[:, tiny.NO_RESPONSE].any()

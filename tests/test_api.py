@@ -9,7 +9,7 @@ import pytest
 from tiny import quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 import in2core_jax as i2c
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def session(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def settings(tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
   """The benchmark on one of the simulated devices: quick to compile."""
-  monkeypatch.setattr(benchmark, "Bench", lambda s: passes.Bench(s, 1))
+  monkeypatch.setattr(benchmark, "open_bench", lambda s: passes.open_bench(s, 1))
 
 
 # ---- timing --------------------------------------------------------------------------

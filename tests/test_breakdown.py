@@ -13,7 +13,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
 from in2core_jax.influence import decompose
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.model.objective import token_losses_fn
 from in2core_jax.params import subtree
 from in2core_jax.runs import files
@@ -25,7 +25,7 @@ TWO_SHAPES = (Shape(8, 4), Shape(13, 9))  # both are used
 
 
 def stream_of(config, shapes=SHAPES, batch_tokens=13 * 4, without_slots=False, **options):
-  """Batches of the tiny data set, as `Problem` takes them; the last one has padding rows."""
+  """Batches of the tiny data set, as `CompiledObjective` takes them; the last one has padding rows."""
   batcher = Batcher(tiny.make_dataset(config.vocab_size), shapes, **options)
 
   def walk():
@@ -37,7 +37,7 @@ def stream_of(config, shapes=SHAPES, batch_tokens=13 * 4, without_slots=False, *
 
 def measure(t, stream, direction):
   """(layer scores, token scores) of a tiny model."""
-  problem = Problem(t.objective, t.sub, t.frozen, microbatch=3)
+  problem = CompiledObjective(t.objective, t.sub, t.frozen, microbatch=3)
   by_layer = decompose.layer_scores(problem, t.subtree, stream, N, direction, microbatch=3)
   return by_layer, decompose.token_scores(problem, token_losses_fn(t.config, t.subtree), stream, N, direction)
 
@@ -84,7 +84,7 @@ def test_contributions_are_a_loop_of_grad_over_tokens(case, x64):
   assert by_token.influence.dtype == np.float64 and np.median(np.abs(wanted)) > 1e-3
   np.testing.assert_allclose(by_token.influence, wanted, rtol=1e-10, atol=1e-10 * np.abs(wanted).max())
   wanted = np.array([rows.sum(axis=0) for rows in table])  # [N, parts]
-  # A single part is the score itself, which `Problem.scores` keeps in float32.
+  # A single part is the score itself, which `CompiledObjective.scores` keeps in float32.
   tolerance = 1e-6 if len(by_layer) == 1 else 1e-10
   found = np.stack(list(by_layer.values()), axis=1)
   np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
@@ -101,7 +101,7 @@ def test_sums_are_the_scores(reduction):
   direction, stream = tiny.direction(t.sub), stream_of(config, TWO_SHAPES, reduction=reduction)
   by_layer, by_token = measure(t, stream, direction)
   whole = jax.tree.map(lambda leaf: leaf[None], direction)
-  scores = Problem(t.objective, t.sub, t.frozen).scores(stream, N, whole)[0]
+  scores = CompiledObjective(t.objective, t.sub, t.frozen).scores(stream, N, whole)[0]
   assert scores.dtype == np.float32 and len(by_layer) == 3
   # Relative to the largest contribution: a sum that cancels has no relative precision of its own.
   size = max(np.abs(part).max() for part in by_layer.values())
@@ -143,7 +143,7 @@ def test_slots_without_weight_have_exactly_no_share(slots):
 
 def test_empty_data_has_no_contributions():
   t = tiny.make_tiny("0,1", "mlp/up_proj", config=tiny.smaller_config(num_layers=2))
-  problem = Problem(t.objective, t.sub, t.frozen)
+  problem = CompiledObjective(t.objective, t.sub, t.frozen)
   direction = tiny.direction(t.sub)
   assert [v.tolist() for v in decompose.layer_scores(problem, t.subtree, lambda: (), 2, direction).values()] == [
     [0, 0]
@@ -158,7 +158,7 @@ def test_empty_data_has_no_contributions():
 def test_what_is_not_finite_is_refused():
   t = tiny.make_tiny("0,1", "mlp/up_proj", config=tiny.smaller_config(num_layers=2))
   broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), tiny.direction(t.sub))
-  problem, stream = Problem(t.objective, t.sub, t.frozen), stream_of(t.config)
+  problem, stream = CompiledObjective(t.objective, t.sub, t.frozen), stream_of(t.config)
   with pytest.raises(UserError, match="not finite"):
     decompose.layer_scores(problem, t.subtree, stream, N, broken)
   with pytest.raises(UserError, match=r"of 5 examples are not finite \(first rows \[0, 1, 2, 4, 5\]"):
@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_refused():
 
 def test_a_second_call_compiles_nothing(caplog):
   t = tiny.make_tiny("0,1", "mlp/gate_proj", config=tiny.smaller_config(num_layers=2))
-  problem, stream = Problem(t.objective, t.sub, t.frozen), stream_of(t.config)
+  problem, stream = CompiledObjective(t.objective, t.sub, t.frozen), stream_of(t.config)
 
   def compiled(problem, direction):
     caplog.clear()

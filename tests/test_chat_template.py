@@ -18,8 +18,11 @@ from in2core_jax.data.tokenizing import Record, data_summary, format_summary, to
 from in2core_jax.errors import UserError
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.model.weights import EMBEDDED_MODEL
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.parallel import sharding
+from in2core_jax.pipeline.loaded_model import LoadedModel, check_template_date
+from in2core_jax.pipeline.session import make_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import Splits
 
 CONTROL = (
   *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>"),
@@ -435,16 +438,17 @@ def test_date_is_part_of_a_run_and_of_a_checkpoint_where_the_template_prints_it(
   record, s = _record(_user("Q"), _answer("A.")), Settings(template_date="2031-01-02")
   benches = {}
   for name, template in (("dated", templates.LLAMA32), ("plain", templates.CHATML)):
-    bench = benches[name] = Workbench(s)
-    bench.__dict__["parts"] = {"train": tokenize([record], _bytes(template), 500, date=s.template_date)}
-    bench.__dict__["_loaded"] = (None, None, None, "hash")
+    splits = Splits({"train": tokenize([record], _bytes(template), 500, date=s.template_date)})
+    model = LoadedModel("", "float32", None, None, sharding.make_mesh(""), lambda: ({}, "hash"))
+    benches[name] = make_session(s, splits, model)
   flags = {name: bench.identity("x", s, ("data",), ("train",))["flags"] for name, bench in benches.items()}
   assert flags["dated"]["template_date"] == "2031-01-02" and "template_date" not in flags["plain"]
   assert "template_date" not in Settings().identity("data")  # older run folders go on
-  benches["dated"]._check_template_date("c", {"template_date": "2031-01-02"})
-  benches["plain"]._check_template_date("c", {})
+  dates = {name: bench.splits.template_date for name, bench in benches.items()}
+  check_template_date("c", {"template_date": "2031-01-02"}, dates["dated"])
+  check_template_date("c", {}, dates["plain"])
   with pytest.raises(UserError, match=r"prints 2024-07-26, not --template_date=2031-01-02: give --template_date=2024"):
-    benches["dated"]._check_template_date("c", {"template_date": "2024-07-26"})
+    check_template_date("c", {"template_date": "2024-07-26"}, dates["dated"])
 
 
 HOSTILE = [

@@ -37,7 +37,8 @@ def two_devices():
   """Two of the eight simulated devices: XLA's CPU client has a thread for each device, so two programs with collectives
   over all eight, in flight at once as here, wait for each other for ever."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(session.Workbench, "mesh", property(lambda self: sharding.make_mesh("", jax.devices()[:2])))
+    make = sharding.make_mesh
+    patch.setattr(session.sharding, "make_mesh", lambda spec, devices=None: make("", devices or jax.devices()[:2]))
     yield
 
 
@@ -56,16 +57,16 @@ def write_inputs(folder: Path) -> list[str]:
 def subject(tmp_path_factory):
   texts = dict(flag.split("=", 1) for flag in write_inputs(tmp_path_factory.mktemp("inputs")))
   settings = Settings(**texts, layers="last:1", microbatch=3, system_prompt="none", max_shapes=1)
-  return check.Subject(check.Sample(settings))
+  return check.Subject(check.sample(settings))
 
 
 def test_every_check_passes_on_a_sound_model(subject):
   rows = [row for one in check.CHECKS for row in one(subject)]
   assert {row.verdict for row in rows} == {"ok"}, check.table(rows)
   assert len(rows) == 10 and len({(row.check, row.measure) for row in rows}) == 10
-  assert subject.bench.mesh.size > 1  # so the last row did compare
+  assert subject.bench.batching.mesh.size > 1  # so the last row did compare
   assert any(row.error > 0 for row in rows)  # different roads, not the same numbers twice
-  assert subject.bench.parts["train"].num_response_tokens.min() > 0
+  assert subject.bench.splits["train"].num_response_tokens.min() > 0
 
 
 def broken(subject, **changes):

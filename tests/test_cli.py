@@ -252,4 +252,4 @@ def test_commands_with_cells_are_for_one_process():
   for path in (ROOT / "experiments").rglob("*.py"):
     texts[path.stem if path.parent.name == "experiments" else path.parent.name] += path.read_text()
   alone = {name for name, text in texts.items() if "cli.run(main, alone=True)" in text}
-  assert alone == {"paper"} | {name for name, text in texts.items() if "import Cells" in text}
+  assert alone == {"paper"} | {name for name, text in texts.items() if "import ResultCache" in text}

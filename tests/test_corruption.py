@@ -15,7 +15,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.ihvp import ekfac, ekfac_store
 from in2core_jax.model import hidden_cache
 from in2core_jax.runs import files, shards
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.run_folder import MANIFEST, RunDir
 from in2core_jax.training import checkpoints, train_loop
 from in2core_jax.training.recipe import Recipe, make_optimizer
@@ -126,7 +126,7 @@ def test_damaged_cells_and_their_arrays_are_made_again(tmp_path, caplog):
   made = []
 
   def get(seed):
-    cells = Cells(RunDir.open(tmp_path, IDENTITY))
+    cells = ResultCache(RunDir.open(tmp_path, IDENTITY))
 
     def make():
       made.append(seed)
@@ -136,8 +136,8 @@ def test_damaged_cells_and_their_arrays_are_made_again(tmp_path, caplog):
     return cells.get(make, "cell", seed, with_array=True), cells.read_array("cell", seed).tolist()
 
   wanted, _ = get(1), get(2)
-  first = Cells(RunDir.open(tmp_path, IDENTITY))._files("cell", 1)
-  second = Cells(RunDir.open(tmp_path, IDENTITY))._files("cell", 2)
+  first = ResultCache(RunDir.open(tmp_path, IDENTITY))._files("cell", 1)
+  second = ResultCache(RunDir.open(tmp_path, IDENTITY))._files("cell", 2)
   for name, another in zip(first, second, strict=True):
     whole, other = (tmp_path / name).read_bytes(), (tmp_path / another).read_bytes()
     for what, data in damages(whole, other, 2):

@@ -180,7 +180,7 @@ def test_lissa_draws_and_measures_as_often_as_counted():
     return jnp.ones(())
 
   settings = solvers.LissaSettings(0.1, scale=10.0, depth=25, repeat=2, tol=0.0, lambda_max=1.0)
-  solvers.lissa(solvers.Sampled(curvature, draw, matvec), v, jax.random.key(0), settings)
+  solvers.lissa(solvers.StochasticCurvature(curvature, draw, matvec), v, jax.random.key(0), settings)
   after_the_eigenvalue = flop_counts.num_products("lissa", 3, 25, 2, 5) - 10 * 3
   assert len(products) == after_the_eigenvalue + 3  # and the residual of the mean of both runs
 
@@ -240,7 +240,7 @@ def test_lissa_holds_no_more_vectors_than_counted(acceleration):
     most.append(sum(leaf.size == size for leaf in jax.live_arrays()))
 
   settings = solvers.LissaSettings(0.1, scale=10.0, depth=20, tol=0.0, average=0.5, acceleration=acceleration)
-  sampled = solvers.Sampled(curvature, lambda key: jnp.ones(()), matvec)
+  sampled = solvers.StochasticCurvature(curvature, lambda key: jnp.ones(()), matvec)
   solvers.lissa(sampled, jnp.ones((1, size)), jax.random.key(0), settings, look)
   counted = memory.num_vectors(flop_counts.Inverse("lissa", "ggn", 20), acceleration != "none")
   # Two more live inside a step: the product and its sum.

@@ -1,6 +1,5 @@
 """Coverage: aggregates and bootstrap against numbers worked out, folds, and the experiment on a small random model."""
 
-import copy
 import csv
 import dataclasses
 import json
@@ -9,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.coverage import coverage as experiment
 from experiments.coverage import report
@@ -17,7 +16,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import scoring, session
+from in2core_jax.pipeline import hidden_states, scoring, session
 from in2core_jax.selection.whitening import WhitenedMetric
 
 
@@ -120,10 +119,6 @@ def test_interval_of_an_area_redraws_points():
   assert copied.high - copied.low == pytest.approx(found.high - found.low, rel=1e-9)
 
 
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
   folder = tmp_path_factory.mktemp("coverage")
@@ -145,7 +140,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +165,7 @@ def test_the_tables_hold_every_signal(finished, bench):
   assert all(0 <= float(row["AUC"]) <= 1 for row in rows.values())
   folds = result["folds"]
   assert len(folds) == 2 and not set(folds[0]["topics"]) & set(folds[1]["topics"])
-  train, evals = bench.parts["train"], bench.parts["eval"]
+  train, evals = bench.splits["train"], bench.splits["eval"]
   for fold in folds:
     assert fold["training_examples"] == sum(topic not in fold["topics"] for topic in train.topics)
     assert fold["uncovered"] == sum(topic in fold["topics"] for topic in evals.topics) > 0
@@ -186,14 +181,14 @@ def test_the_tables_hold_every_signal(finished, bench):
 @pytest.mark.slow
 @pytest.mark.real
 def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
-  rows = np.flatnonzero(np.array(bench.parts["train"].topics) != "food")
-  fold = experiment.Fold(bench, rows)
-  assert "food" not in fold.parts["train"].topics and len(fold.parts["train"]) == len(rows)
-  assert fold.parts["eval"] is bench.parts["eval"]
-  chosen = session.choose(fold, fold.params, settings.layers, settings.modules)
+  rows = np.flatnonzero(np.array(bench.splits["train"].topics) != "food")
+  fold = bench.with_train(rows)
+  assert "food" not in fold.splits["train"].topics and len(fold.splits["train"]) == len(rows)
+  assert fold.splits["eval"] is bench.splits["eval"]
+  chosen = session.choose(fold, fold.model.params, settings.layers, settings.modules)
   both = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
   found, among = both["train"], both["eval"]
-  everything = session.choose(bench, bench.params, "last:1", "all")
+  everything = session.choose(bench, bench.model.params, "last:1", "all")
   whole = experiment.measured(bench, settings, everything, scoring.NOTHING_KEPT)["train"]
   np.testing.assert_allclose(among.scores, among.scores.T, rtol=1e-4, atol=1e-5 * np.abs(among.scores).max())
   np.testing.assert_allclose(np.diag(normalize.cosine(among))[among.norms > 0], 1, atol=1e-4)
@@ -208,8 +203,8 @@ def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
   both = {}
   for path in ("auto", "projected"):
     s = settings.replace(score_path=path, sketch_size=32)
-    both[path] = experiment.tables_of(bench, s, bench.params, scoring.NOTHING_KEPT)
-  size = (len(bench.parts["eval"]), sum(map(len, (bench.parts["train"], bench.parts["eval"]))))
+    both[path] = experiment.tables_of(bench, s, bench.model.params, scoring.NOTHING_KEPT)
+  size = (len(bench.splits["eval"]), sum(map(len, (bench.splits["train"], bench.splits["eval"]))))
   assert both["auto"].shape == (2, *size) and both["projected"].shape == (3, *size)
   for exact, sketched in zip(both["auto"], both["projected"][:2], strict=True):
     assert np.corrcoef(exact.ravel(), sketched.ravel())[0, 1] > 0.97
@@ -227,25 +222,24 @@ def test_the_whitened_table_is_of_the_training_sets_metric():
 
 
 def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
-  own = copy.copy(bench)
-  own._hidden = {}
-  monkeypatch.setattr(session, "_below_hash", lambda params, *_: params)
-  monkeypatch.setattr(session.hidden_cache, "compute_boundary", lambda job, *_: [job])
+  own = bench.with_splits(bench.splits).hidden
+  monkeypatch.setattr(hidden_states, "_below_hash", lambda params, *_: params)
+  monkeypatch.setattr(hidden_states.hidden_cache, "compute_boundary", lambda job, *_: [job])
   chosen = subtree.Subtree((1,), 2, ())
   made = {}
   for params in ("base", "first", "second"):
     for part in ("train", "eval"):
-      made[part, params] = own._boundary(part, chosen, params)
-  assert own._boundary("train", chosen, "base") is made["train", "base"]
-  assert own._boundary("eval", chosen, "second") is made["eval", "second"]
-  assert sorted(key[-1] for key in own._hidden) == ["base", "base", "second", "second"]
+      made[part, params] = own.below(part, chosen, params)
+  assert own.below("train", chosen, "base") is made["train", "base"]
+  assert own.below("eval", chosen, "second") is made["eval", "second"]
+  assert sorted(key[-1] for key in own.kept) == ["base", "base", "second", "second"]
 
 
 @pytest.mark.slow
 @pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
-  monkeypatch.setattr(experiment, "Judge", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(experiment, "Retrainer", lambda *_: pytest.fail("trained again"))
   monkeypatch.setattr(experiment, "measured", lambda *_: pytest.fail("scored again"))
   experiment.run(settings, bench)
   assert before == {name: (finished / name).read_bytes() for name in before}
@@ -274,7 +268,7 @@ def test_points_of_topics_that_are_in_no_training_set_are_not_judged():
   """They would count as covered in every fold, though nothing of their topic is ever trained on."""
   part = lambda topics, tokens: types.SimpleNamespace(topics=topics, num_response_tokens=np.array(tokens))  # noqa: E731
   parts = {"train": part(["a", "b", "b"], [1, 1, 1]), "eval": part(["a", "c", "b", "b"], [2, 2, 0, 3])}
-  found = experiment.judged_points(types.SimpleNamespace(parts=parts))
+  found = experiment.judged_points(types.SimpleNamespace(splits=parts))
   assert found.tolist() == [0, 3]
 
 

@@ -12,8 +12,8 @@ from experiments import flags, scaling
 from in2core_jax.costs import device_memory, flop_counts, hardware
 from in2core_jax.data import packing
 from in2core_jax.errors import UserError
-from in2core_jax.estimate import dry_run, stage_phases
-from in2core_jax.estimate.pricing import Described, Pricer
+from in2core_jax.estimate import dry_run, pricing, stage_phases
+from in2core_jax.estimate.pricing import Pricer
 from in2core_jax.model import weights
 from in2core_jax.pipeline import auto_batch, session, shapes, solver_inputs
 from in2core_jax.pipeline.settings import Settings
@@ -23,14 +23,6 @@ quick_compile = tiny.quick_compile
 # As large a vocabulary as in real models, of which memory is a matter.
 CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=49152)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-class Bench(tiny.OneDevice, Described):
-  """Reads no weight."""
-
-
-class Workbench(tiny.OneDevice, session.Workbench):
-  """Reads weights."""
 
 
 def settings_of(folder, **changes):
@@ -43,11 +35,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(folder):
-  """With its data read; tests take it with other settings through `varied`."""
-  made = Bench(settings_of(folder))
-  assert made.parts
-  return made
+def described(folder):
+  """With its data read, on one device; tests take it with other settings through `varied`."""
+  return pricing.described(settings_of(folder), hardware.Hardware("here", 1, 10**12, (1e9, 2e9, 3e9)))
+
+
+@pytest.fixture(scope="module")
+def bench(described):
+  return described.session
+
+
+def real_session(bench, **changes):
+  """As in a run, but for the weights."""
+  model = dataclasses.replace(bench.model, mesh=tiny.one_device())
+  return session.make_session(bench.settings.replace(**changes), bench.splits, model)
 
 
 def named(phases, start):
@@ -58,11 +59,10 @@ def named(phases, start):
 # ---- the same numbers as in the run --------------------------------------------------
 
 
-def test_select_is_priced_by_the_batches_that_it_runs(bench):
-  real = Workbench(bench.settings)
-  real.__dict__ |= {"_loaded": (bench.config, None, bench.tokenizer, ""), "parts": bench.parts}
+def test_select_is_priced_by_the_batches_that_it_runs(bench, described):
+  real = real_session(bench)
   phases = stage_phases.select_phases(bench, bench.settings)
-  sizes = Pricer(bench, "", *shapes.scored_shapes(bench.config, bench.settings)).sizes
+  sizes = Pricer(bench, "", *shapes.scored_shapes(bench.model.config, bench.settings)).sizes
   work = flop_counts.packed_work(real.packer("train").sequential_plan(480))
   assert named(phases, "losses and scores").flops == flop_counts.pass_flops(sizes, "jvp", work, True)
   work = flop_counts.packed_work(real.packer("eval").sequential_plan(480))
@@ -78,8 +78,8 @@ def test_select_is_priced_by_the_batches_that_it_runs(bench):
   )
   assert named(phases, "lissa").flops == (10 + 6 + 1) * product
   cache = named(phases, "hidden states below layer 2 (train)")
-  assert cache.host == int(bench.parts["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
-  on_disk = stage_phases.select_phases(bench.varied(boundary_cache="disk"), bench.settings)
+  assert cache.host == int(bench.splits["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
+  on_disk = stage_phases.select_phases(described.varied(boundary_cache="disk").session, bench.settings)
   assert named(on_disk, "hidden states below layer 2 (train)").disk == cache.host
 
 
@@ -87,7 +87,7 @@ def test_training_takes_the_steps_of_the_recipe(bench):
   s = bench.settings
   phases = stage_phases.finetune_phases(bench, s)
   shape = packing.training_shape([bench.packer("train")], 8, [0])
-  price = Pricer(bench, "", *shapes.trained_shapes(bench.config, s))
+  price = Pricer(bench, "", *shapes.trained_shapes(bench.model.config, s))
   steps = shapes.num_steps(s, 40)
   assert steps == 10
   work = stage_phases.shape_work(shape, 1, 8).times(steps)
@@ -127,7 +127,7 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   """Of as many examples as are kept, whichever flag or run says so."""
   run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
   own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
-  tokens = bench.parts["train"].num_tokens
+  tokens = bench.splits["train"].num_tokens
   steps = named(stage_phases.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
   for share, changes in (
     (0.5, {}),
@@ -154,8 +154,10 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
     ({"self_influence": True, "solver": "identity"}, "scores and norms"),
   ],
 )
-def test_other_ways_have_phases_of_their_own(bench, changes, phase):
-  found = named(stage_phases.select_phases(bench.varied(**changes), bench.settings.replace(**changes)), phase)
+def test_other_ways_have_phases_of_their_own(bench, described, changes, phase):
+  found = named(
+    stage_phases.select_phases(described.varied(**changes).session, bench.settings.replace(**changes)), phase
+  )
   assert found.flops > 0 and found.device["program"] > 0
 
 
@@ -176,28 +178,29 @@ def test_it_reads_no_weight_and_makes_no_folder(folder, monkeypatch, capsys):
     assert name in text
 
 
-def test_what_does_not_fit_is_told_with_the_flags_that_help(bench):
+def test_what_does_not_fit_is_told_with_the_flags_that_help(bench, described):
   where = hardware.Hardware("small", 1, 60_000_000, (1e9, 2e9, 3e9))
-  found = dry_run.estimate(bench.varied(max_shapes=1), "select", where)
+  found = dry_run.estimate(described.varied(max_shapes=1), "select", where)
   (line, *_) = found.too_large()
   assert "select, " in line and "of 0.06 GB on each device" in line and "program" in line
-  helpful = dry_run.fixes(bench, "select", found)
+  helpful = dry_run.fixes(described, "select", found)
   assert any("--batch_tokens=" in flag for flag in helpful)
   for flag in helpful:  # every one of them does what it says
     changes = dict(part.removeprefix("--").split("=") for part in flag.split())
     changes = {name: int(value) if value.isdecimal() else value for name, value in changes.items()}
-    assert not dry_run.estimate(bench.varied(**changes), "select", where).too_large(), flag
-  none = dry_run.estimate(bench, "select", dataclasses.replace(where, memory=1000))
-  assert none.too_large() and "choose fewer --layers or --modules." in dry_run.advice(bench, "select", none)
+    assert not dry_run.estimate(described.varied(**changes), "select", where).too_large(), flag
+  none = dry_run.estimate(described, "select", dataclasses.replace(where, memory=1000))
+  assert none.too_large() and "choose fewer --layers or --modules." in dry_run.advice(described, "select", none)
   full = dry_run.Estimate(stage_phases.finetune_phases(bench, bench.settings), where, disk_free=1e4)
   assert any(line.startswith("disk: ") and "finetune, training" in line for line in full.too_large())
 
 
 def test_more_devices_hold_less_each(bench):
   s = bench.settings.replace(mesh="fsdp:8", dtype="bfloat16")
-  eight = Described(s, hardware.on_paper("v5e-8", "bfloat16"))
-  one = Described(s.replace(mesh=""), hardware.on_paper("v5e-1", "bfloat16"))
-  eight.__dict__["parts"] = one.__dict__["parts"] = bench.parts
+  on = lambda s, name: pricing.described_session(  # noqa: E731
+    s, (bench.model.config, bench.model.tokenizer), bench.splits, hardware.on_paper(name, "bfloat16")
+  )
+  eight, one = on(s, "v5e-8"), on(s.replace(mesh=""), "v5e-1")
   vectors = [named(stage_phases.select_phases(b, b.settings), "lissa").device["vectors"] for b in (eight, one)]
   assert vectors[0] < 0.2 * vectors[1]  # norm scales are whole everywhere
   phase = named(stage_phases.select_phases(eight, s), "losses and scores")
@@ -272,31 +275,27 @@ def test_dry_run_is_refused_where_work_would_begin(parse):
 
 
 def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(bench, monkeypatch, caplog):
-  real = Workbench(bench.settings.replace(batch_tokens="auto", max_length=48))
-  real.__dict__ |= {"_loaded": (bench.config, None, bench.tokenizer, ""), "parts": bench.parts}
+  real = real_session(bench, batch_tokens="auto", max_length=48)
   with caplog.at_level("INFO"):
-    assert real.batch_tokens == min(2048, 2 ** (bench_tokens(bench) - 1).bit_length())
+    assert real.batching.batch_tokens == min(2048, 2 ** (bench_tokens(bench) - 1).bit_length())
   assert "compiled programs take" in caplog.text
-  params, tree = shapes.scored_shapes(bench.config, bench.settings)
-  large, small = (
-    max(auto_batch.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(tokens))
-    for tokens in (2048, 256)
-  )
+  shapes_for = real.batching.packed_shapes_for
+  work = auto_batch.Work.of(real.settings, real.model.config, real.splits, real.model.mesh, real.hidden.where.serves)
+  large, small = (max(auto_batch.compiled_bytes(work, shape) for shape in shapes_for(tokens)) for tokens in (2048, 256))
   assert small < large
   monkeypatch.setattr(auto_batch, "PROGRAMS", {"gradient": auto_batch.PROGRAMS["gradient"]})  # the larger one
-  resident = auto_batch.resident_bytes(params, tree, auto_batch.inverse_of(bench.settings), real.mesh)
-  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: resident + (small + large) // 2)
-  found = auto_batch.largest_batch(real)
+  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: work.resident_bytes + (small + large) // 2)
+  found = auto_batch.largest_batch(work, shapes_for)
   assert 256 <= found < 2048
-  used = [auto_batch.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(found)]
+  used = [auto_batch.compiled_bytes(work, shape) for shape in shapes_for(found)]
   assert max(used) <= (small + large) // 2
-  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: resident + 1000)
+  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: work.resident_bytes + 1000)
   with pytest.raises(UserError, match="choose fewer --layers"):
-    auto_batch.largest_batch(real)
+    auto_batch.largest_batch(work, shapes_for)
 
 
 def bench_tokens(bench):
-  return sum(int(part.num_tokens.sum()) for part in bench.parts.values())
+  return sum(int(part.num_tokens.sum()) for part in bench.splits.values())
 
 
 # ---- the page ------------------------------------------------------------------------

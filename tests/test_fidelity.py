@@ -7,22 +7,17 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.fidelity import fidelity, report
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling, statistics
-from in2core_jax.pipeline import session
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import refuse
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +49,15 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.mark.real
 def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
-  """A small step along an example's gradient changes Judge's losses by the step times its identity scores."""
-  rows = np.arange(len(bench.parts["train"]))
-  judge = Judge(bench, settings, [rows])
-  chosen = choose(bench, bench.params, "last:1", "all")
+  """A small step along an example's gradient changes Retrainer's losses by the step times its identity scores."""
+  rows = np.arange(len(bench.splits["train"]))
+  judge = Retrainer(bench, settings, [rows])
+  chosen = choose(bench, bench.model.params, "last:1", "all")
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   scores = query_scores(bench, settings.replace(solver="identity"), chosen, Work(run_dir))
   example, step = int(np.argmax(np.abs(scores).sum(axis=0))), 1e-2
@@ -75,23 +70,23 @@ def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
 
 
 def test_copies_among_the_evaluation_examples_are_one_query(settings, bench, tmp_path):
-  doubled = Workbench(settings)
-  doubled.__dict__["parts"] = bench.parts | {"eval": bench.parts["eval"].take(np.array([3, 1, 3, 2, 1]))}
+  evals = bench.splits["eval"].take(np.array([3, 1, 3, 2, 1]))
+  doubled = bench.with_splits(bench.splits.with_parts(eval=evals))
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   task = fidelity.Task(doubled, settings, run_dir)
   assert task.queries.tolist() == [0, 1, 3] and task.query_of.tolist() == [0, 1, 0, 2, 1]
   cell = task.scores(fidelity.Variant("identity", "last:1", np.nan, "base"))
-  chosen = choose(doubled, doubled.params, "last:1", "all")
+  chosen = choose(doubled, doubled.model.params, "last:1", "all")
   every = query_scores(doubled, settings.replace(solver="identity"), chosen, Work(run_dir))
   np.testing.assert_allclose(np.array(cell["scores"])[task.query_of], every, rtol=1e-4, atol=1e-6)
 
 
 def test_mean_loss_weighs_as_the_gradients_do(settings, bench):
-  tokens = bench.parts["eval"].num_response_tokens
+  tokens = bench.splits["eval"].num_response_tokens
   losses = np.arange(1.0, len(tokens) + 1)
   losses[tokens == 0] = 0
   assert fidelity.mean_loss(bench, "eval", losses) == pytest.approx(losses[tokens > 0].mean())
-  by_sum = Workbench(settings.replace(loss_reduction="sum"))
+  by_sum = open_session(settings.replace(loss_reduction="sum"))
   assert fidelity.mean_loss(by_sum, "eval", losses) == pytest.approx((losses * tokens).sum() / tokens.sum())
 
 
@@ -184,13 +179,13 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, mo
   assert all((folder / name).stat().st_size > 100 for name in names)
   # The cells hold what the table was made of: the first half, trained again by hand.
   task = fidelity.Task(bench, settings, run_folder.RunDir.load(str(folder)))
-  judge = Judge(bench, settings, [task.rows, *task.halves])
+  judge = Retrainer(bench, settings, [task.rows, *task.halves])
   again = judge.losses(judge.train(task.halves[0], 0, "again").sub, "eval")
   np.testing.assert_allclose(task.losses()[0][0], again, rtol=1e-6)
   assert not np.allclose(task.losses()[1][0], again, rtol=1e-6)  # the other seed
   # Again: the same files, and nothing is trained or solved.
   (folder / "fidelity.json").unlink()
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
   monkeypatch.setattr(fidelity, "query_scores", lambda *_: pytest.fail("finished scores were computed again"))
   fidelity.run(settings, bench)
   assert json.loads((folder / "fidelity.json").read_text()) == result and (folder / "fidelity.md").read_text() == text

@@ -67,7 +67,7 @@ def matrix_matvec(h, dtype=np.float64):
 
 def whole(h, dtype=np.float64):
   """Every minibatch is the whole data set: the recursion is deterministic."""
-  return solvers.Sampled(matrix_curvature(h, dtype), lambda key: 0, matrix_matvec(h, dtype))
+  return solvers.StochasticCurvature(matrix_curvature(h, dtype), lambda key: 0, matrix_matvec(h, dtype))
 
 
 def dense_solve(h, v, damping):
@@ -278,7 +278,7 @@ def test_minibatches_stay_within_the_reported_residual(x64, acceleration):
   curvature = solvers.Curvature(row_product, valid_rows, jnp.asarray(2.0))
   matvec = solvers.fixed_matvec(curvature, [padded(x, 50)])
   settings = solvers.LissaSettings(damping, depth=200, repeat=3, acceleration=acceleration, safety=2.0)
-  result = solvers.lissa(solvers.Sampled(curvature, pick(x, 24), matvec), v, KEY, settings)
+  result = solvers.lissa(solvers.StochasticCurvature(curvature, pick(x, 24), matvec), v, KEY, settings)
   wanted = dense_solve(h, v, damping)
   # error = (H + damping I)^-1 residual
   bound = result.residual * np.linalg.norm(tree_math.ravel(v), axis=1) / (np.linalg.eigvalsh(h)[0] + damping)
@@ -290,7 +290,7 @@ def test_minibatches_stay_within_the_reported_residual(x64, acceleration):
 def test_repeats_are_independent_and_averaged(x64):
   x, _ = least_squares()
   curvature = solvers.Curvature(row_product, valid_rows, jnp.asarray(2.0))
-  sampled = solvers.Sampled(curvature, pick(x, 16), solvers.fixed_matvec(curvature, [padded(x, 48)]))
+  sampled = solvers.StochasticCurvature(curvature, pick(x, 16), solvers.fixed_matvec(curvature, [padded(x, 48)]))
   ends = {}
   settings = solvers.LissaSettings(0.2, depth=25, repeat=4, check_every=10, tol=0, scale=8.0)
   result = solvers.lissa(sampled, queries(), KEY, settings, on_state=lambda state: ends.update({state.run: state}))
@@ -306,7 +306,7 @@ def test_repeats_are_independent_and_averaged(x64):
 def test_averaging_takes_the_mean_of_the_last_iterates_and_removes_noise(x64):
   x, h = least_squares()
   v, curvature = queries(), solvers.Curvature(row_product, valid_rows, jnp.asarray(2.0))
-  sampled = solvers.Sampled(curvature, pick(x, 8), solvers.fixed_matvec(curvature, [padded(x, 48)]))
+  sampled = solvers.StochasticCurvature(curvature, pick(x, 8), solvers.fixed_matvec(curvature, [padded(x, 48)]))
   states = []
   plain = solvers.LissaSettings(0.2, scale=12.0, depth=300, check_every=1, tol=0)
   last = solvers.lissa(sampled, v, KEY, plain, on_state=states.append)
@@ -354,7 +354,7 @@ def test_indefinite_curvature_is_named(x64):
 def test_killed_and_resumed_gives_the_same_bytes(x64, tmp_path, acceleration, average):
   x, _ = least_squares()
   v, curvature = queries(), solvers.Curvature(row_product, valid_rows, jnp.asarray(2.0))
-  sampled = solvers.Sampled(curvature, pick(x, 24), solvers.fixed_matvec(curvature, [padded(x, 48)]))
+  sampled = solvers.StochasticCurvature(curvature, pick(x, 24), solvers.fixed_matvec(curvature, [padded(x, 48)]))
   settings = solvers.LissaSettings(
     0.3, depth=25, repeat=2, check_every=10, tol=0, acceleration=acceleration, average=average
   )
@@ -418,7 +418,9 @@ def test_one_program_per_batch_shape_and_weights_are_arguments(x64):
   for weight in (2.0, 1.0, 2.0):
     curvature = solvers.Curvature(counted, valid_rows, jnp.asarray(weight))
     matvec = solvers.fixed_matvec(curvature, [padded(x, 48)])
-    answers.append(tree_math.ravel(solvers.lissa(solvers.Sampled(curvature, draw, matvec), v, KEY, settings).solution))
+    answers.append(
+      tree_math.ravel(solvers.lissa(solvers.StochasticCurvature(curvature, draw, matvec), v, KEY, settings).solution)
+    )
     assert sorted(set(traces)) == sorted(traces) == [(16, SIZE), (24, SIZE), (48, SIZE)]
   np.testing.assert_array_equal(answers[0], answers[2])
   assert np.abs(answers[0] - answers[1]).max() > 1e-2
@@ -538,7 +540,7 @@ def test_sharded_parameters_give_the_same_answers(x64):
   matrix = jax.device_put(jnp.asarray(h), NamedSharding(mesh, P()))
   curvature = solvers.Curvature(matrix_product, one, matrix)
   matvec = solvers.fixed_matvec(curvature, [0])
-  sharded = all_solvers(h, placed, matvec, solvers.Sampled(curvature, lambda key: 0, matvec))
+  sharded = all_solvers(h, placed, matvec, solvers.StochasticCurvature(curvature, lambda key: 0, matvec))
   for name, alone in all_solvers(h, v).items():
     found, wanted = tree_math.ravel(sharded[name].solution), tree_math.ravel(alone.solution)
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -553,7 +555,7 @@ def test_answer_does_not_depend_on_how_the_data_is_cut(x64, sizes):
   parts = [padded(part, 32) for part in np.split(x, np.cumsum(sizes)[:-1])]
   for batches in ([padded(x, 48)], parts, lambda: iter(parts)):
     matvec = solvers.fixed_matvec(curvature, batches)
-    sampled = solvers.Sampled(curvature, lambda key: padded(x, 64), matvec)
+    sampled = solvers.StochasticCurvature(curvature, lambda key: padded(x, 64), matvec)
     assert error(solvers.exact(matvec, v, 0.05).solution, dense_solve(h, v, 0.05)) < 1e-10
     assert error(solvers.cg(matvec, v, solvers.CgSettings(0.05, tol=1e-10)).solution, dense_solve(h, v, 0.05)) < 1e-8
     settings = solvers.LissaSettings(0.05, depth=400, tol=1e-8, acceleration="chebyshev")
@@ -665,7 +667,7 @@ def test_small_network_against_its_dense_ggn(x64):
     assert error(solvers.exact(matvec, v, ratio * largest).solution, wanted) < 1e-8
     assert error(solvers.cg(matvec, v, solvers.CgSettings(ratio * largest, tol=1e-10)).solution, wanted) < 1e-6
     settings = solvers.LissaSettings(ratio * largest, depth=1000, tol=1e-9, acceleration="chebyshev", check_every=50)
-    sampled = solvers.Sampled(curvature, lambda key: {"x": x}, matvec)
+    sampled = solvers.StochasticCurvature(curvature, lambda key: {"x": x}, matvec)
     assert error(solvers.lissa(sampled, v, keys[4], settings).solution, wanted) < 1e-6
 
 

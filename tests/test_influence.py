@@ -19,7 +19,7 @@ from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import ekfac, ekfac_store, solvers, tree_math
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.influence.solve import SOLVERS, CurvatureData, SolverSettings, even_draw, fit_ekfac, solve
 from in2core_jax.model.objective import make_objective, sample_labels_fn
 from in2core_jax.params import subtree
@@ -98,7 +98,7 @@ def stream_of(x, y, size=256):
 class Linear(NamedTuple):
   """A fitted linear model and its streams."""
 
-  problem: Problem
+  problem: CompiledObjective
   train: Any
   evaluation: Any
   data: CurvatureData
@@ -110,7 +110,9 @@ class Linear(NamedTuple):
 def make_linear(kind, seed=0, draw_size=100):
   x, y = draw_points(kind, seed)
   w = fit(kind, x["train"], y["train"], np.ones(N))
-  problem = Problem(linear_objective(kind), {"a": jnp.asarray(w[:3]), "b": jnp.asarray(w[3:])}, (), microbatch=16)
+  problem = CompiledObjective(
+    linear_objective(kind), {"a": jnp.asarray(w[:3]), "b": jnp.asarray(w[3:])}, (), microbatch=16
+  )
   train, evals = stream_of(x["train"], y["train"]), stream_of(x["eval"], y["eval"])
   draw = two_parts(x["train"], y["train"], draw_size)
   return Linear(problem, train, evals, CurvatureData(train, train, draw), x, y, w)
@@ -278,7 +280,7 @@ def test_lissa_goes_on_from_a_saved_state_to_the_same_bytes(damping):
 def saddle(linear, bend):
   """The same points with the losses `bend` z^2 / 2: a Hessian of `bend`'s sign."""
   objective = gradients.Objective(linear.problem.objective.outputs, lambda z, _, batch: bend * z**2 / 2 * batch.valid)
-  return Problem(objective, linear.problem.sub, ())
+  return CompiledObjective(objective, linear.problem.sub, ())
 
 
 @pytest.mark.parametrize("solver", ["lissa", "cg"])
@@ -301,7 +303,7 @@ def test_a_small_negative_eigenvalue_is_refused(solver, x64):
     lambda sub, _, batch: jnp.concatenate([sub["a"], sub["b"]]),
     lambda z, _, batch: jnp.sum(curved * z**2) / 2 * batch.valid,
   )
-  problem = Problem(objective, linear.problem.sub, ())
+  problem = CompiledObjective(objective, linear.problem.sub, ())
   settings = SolverSettings(solver, "hessian", damping=0.01, damping_ratio=None, depth=4)
   with pytest.raises(solvers.NegativeCurvatureError, match="eigenvalue -0.02.*well above 0.02"):
     solve(problem, random_queries(linear), settings, linear.data)
@@ -426,7 +428,7 @@ class Dense(NamedTuple):
   """A decoder small enough for dense curvatures, in float64, all its examples as every stream."""
 
   t: tiny.Tiny
-  problem: Problem
+  problem: CompiledObjective
   data: CurvatureData
   v: Any
   h: dict
@@ -436,7 +438,7 @@ class Dense(NamedTuple):
 def decoder():
   with jax.enable_x64(True):
     t = tiny.make_tiny("1,2", "all", jnp.float64, config=tiny.smaller_config())
-    problem = Problem(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
+    problem = CompiledObjective(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
     stream, v = tiny_stream(t.batch), tiny.direction(t.sub, queries=2)
     batches = lambda: (batch for _, batch in stream())  # noqa: E731
     h = {
@@ -505,7 +507,7 @@ def test_ekfac_is_fitted_to_its_own_stream_by_its_own_function(decoder, x64):
   data = dataclasses.replace(d.data, factors=some, fit=fit)
   result = solve(d.problem, d.v, SolverSettings("ekfac", "fisher"), data)
   assert len(calls) == 1 and result.info["examples"] == 3
-  unlabelled = Problem(d.t.objective, d.t.sub, d.t.frozen, 4)
+  unlabelled = CompiledObjective(d.t.objective, d.t.sub, d.t.frozen, 4)
   assert np.all(np.isfinite(solve(unlabelled, d.v, SolverSettings("ekfac", "fisher"), d.data).residual))
   with pytest.raises(UserError, match="give Source.relabel, or use curvature=fisher"):
     solve(unlabelled, d.v, SolverSettings("ekfac"), d.data)
@@ -558,7 +560,7 @@ def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, cap
 
 def test_an_example_without_response_scores_exactly_0():
   t = tiny.make_tiny()
-  problem = Problem(t.objective, t.sub, t.frozen, microbatch=4)
+  problem = CompiledObjective(t.objective, t.sub, t.frozen, microbatch=4)
   stream = tiny_stream(t.batch)
   data = CurvatureData(stream, stream, lambda key: t.batch)
   v = problem.mean_gradient(stream)
@@ -574,7 +576,7 @@ def test_an_example_without_response_scores_exactly_0():
 @pytest.mark.slow
 def test_a_second_call_compiles_nothing(caplog):
   t = tiny.make_tiny()
-  problem = Problem(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
+  problem = CompiledObjective(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
   others = tiny.make_batch(t.config, [4, 2, 1, 0, 5, 3])
   moved = jax.tree.map(lambda leaf: 1.01 * leaf, t.sub)
   every = [name for name in SOLVERS if name != "exact"]
@@ -622,7 +624,7 @@ def planted_data(seed=0):
 class Planted(NamedTuple):
   """A model that was trained on right and wrong answers alike, its streams, and which rows are right."""
 
-  problem: Problem
+  problem: CompiledObjective
   train: Any
   data: CurvatureData
   evaluation: Any
@@ -636,7 +638,7 @@ def planted():
   params = tiny.make_params(config)
   chosen = subtree.make_subtree(params, "last:2", "all")
   relabel = sample_labels_fn(config, chosen)
-  problem = Problem(make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
+  problem = CompiledObjective(make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
   batcher, evals = Batcher(train, (shape,)), Batcher(evaluation_set, (shape,))
   stream = lambda: batcher.sequential(128)  # noqa: E731
   draw = even_draw(np.arange(len(right)), 16, lambda rows: batcher.batch(rows, shape, 16))

@@ -148,31 +148,20 @@ def settings(tmp_path_factory):
   return tiny.run_settings(tmp_path_factory.mktemp("processes"), CONFIG, **FLAGS)
 
 
-class Workbench(session.Workbench):
-  """On as many of the simulated devices as `--mesh` says."""
-
-  @property
-  def mesh(self):
-    spec = self.settings.mesh or "data:1"
-    size = np.prod([int(part.split(":")[1]) for part in spec.split(",")])
-    return sharding.make_mesh(spec, jax.devices()[:size])
-
-
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return tiny.open_session(settings)
 
 
 def on_mesh(bench, spec):
-  """The same model and data on other devices."""
-  wide = Workbench(bench.settings.replace(mesh=spec))
-  config, params, *rest = bench._loaded
-  wide.__dict__ |= {"parts": bench.parts, "_loaded": (config, sharding.place_params(params, wide.mesh), *rest)}
-  return wide
+  """The same model and data on as many of the simulated devices as a --mesh says."""
+  size = np.prod([int(part.split(":")[1]) for part in spec.split(",")])
+  model = bench.model.on(sharding.make_mesh(spec, jax.devices()[:size]))
+  return session.make_session(bench.settings.replace(mesh=spec), bench.splits, model)
 
 
 def scored_on(bench, folder, **changes):
-  chosen = choose(bench, bench.params, bench.settings.layers, bench.settings.modules)
+  chosen = choose(bench, bench.model.params, bench.settings.layers, bench.settings.modules)
   return chosen, score(bench, bench.settings.replace(**changes), chosen, Work(run_folder.RunDir.open(folder, {})))
 
 
@@ -198,7 +187,7 @@ def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, m
   scale = np.abs(alone.influence).max()
   np.testing.assert_allclose(found.influence, alone.influence, rtol=0, atol=1e-5 * scale)
   np.testing.assert_allclose(found.loss, alone.loss, rtol=1e-5, atol=1e-6)
-  fsdp = wide.mesh.shape["fsdp"] if CONFIG.hidden_size % wide.mesh.shape["fsdp"] == 0 else 1
+  fsdp = wide.batching.mesh.shape["fsdp"] if CONFIG.hidden_size % wide.batching.mesh.shape["fsdp"] == 0 else 1
   # Weights and iHVP vectors are cut over fsdp, but for the norms; nothing more lies on each device than on one.
   vectors = (found.result.solution, *((state.u, state.mean) for state in states))
   assert len(vectors) > 1
@@ -233,8 +222,7 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
   memory.store.clear()
   monkeypatch.setenv("IN2CORE_CACHE", str(tmp_path))
   remote = settings.replace(run_dir="gs://bucket/runs/a", boundary_cache="disk", solver="ekfac", policy="matching")
-  cloudy = Workbench(remote.replace(sketch_size=4))
-  cloudy.__dict__ |= {"parts": bench.parts, "_loaded": bench._loaded}
+  cloudy = session.make_session(remote.replace(sketch_size=4), bench.splits, bench.model)
   with caplog.at_level("INFO"):
     folder = select.run(cloudy.settings, cloudy)
   assert folder == "gs://bucket/runs/a" and str(tmp_path / "boundary") in caplog.text
@@ -242,7 +230,7 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
   there = {path.split("bucket/runs/")[1].rsplit("/", 1)[0] for path in memory.store}
   stores = {path for path in there if path.startswith("projected/")}
   assert {"a", "a/plots", "ekfac"} <= there and stores and not [path for path in there if "boundary" in path]
-  assert len(run_folder.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.parts["train"])
+  assert len(run_folder.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.splits["train"])
   written = dict(memory.store)
   select.run(cloudy.settings, cloudy)  # finished already
   assert memory.store.keys() == written.keys() and all(memory.store[path] is written[path] for path in written)
@@ -260,7 +248,7 @@ def stages(s, bench) -> None:
   with tiny.killed_after_step(3):
     finetune.run(training, bench)
   tuned = bench.checkpoint_params(finetune.run(training, bench))
-  before, after = (jax.tree.leaves(processes.to_host(params)) for params in (bench.params, tuned))
+  before, after = (jax.tree.leaves(processes.to_host(params)) for params in (bench.model.params, tuned))
   moved = [np.any(a != b) for a, b in zip(before, after, strict=True)]
   assert 0 < sum(moved) < len(moved)  # the chosen layer's leaves, and none of the embedding and the last norm
   judged = s.replace(
@@ -281,7 +269,7 @@ def main(_) -> None:
 
     files.write_bytes = run_folder.write_bytes = only_shards
   s = flags_lib.read()
-  stages(s, session.Workbench(s))
+  stages(s, session.open_session(s))
 
 
 def worker() -> None:

@@ -19,7 +19,7 @@ from in2core_jax.data.batches import Batcher, Layout, Shape
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.influence import projected
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.influence.projected import Again, ProjectedStore, SketchSettings, make_sketch
 from in2core_jax.params import adapters, subtree
 
@@ -163,7 +163,9 @@ def tiny_sketch(size=3, seed=0, dtype=jnp.float64, **options):
   sketch = make_sketch(params, "0,2", SketchSettings(size, seed, allow_small=True, **options))
   problems = []
   for whole, tree in ((sketch.params, sketch.tree), (params, subtree.make_subtree(params, "0,2", "matrices"))):
-    problems.append(Problem(tiny.model.make_objective(config, tree), *subtree.split(whole, tree), microbatch=3))
+    problems.append(
+      CompiledObjective(tiny.model.make_objective(config, tree), *subtree.split(whole, tree), microbatch=3)
+    )
   dataset = tiny.make_dataset(config.vocab_size)
 
   def stream_of(rows):

@@ -15,6 +15,7 @@ from tiny import Killed, quick_compile  # noqa: F401, an autouse fixture
 from experiments import kill_test
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import finetune, select, session
+from in2core_jax.pipeline.batching import Batching
 from in2core_jax.runs import resumable, run_folder, stopping, unfinished
 from in2core_jax.runs.progress import Progress
 from in2core_jax.training import train_loop as finetune_lib
@@ -28,8 +29,10 @@ class Numbers:
   def __init__(self, path, at=None, action=None, hold=resumable._never_stop, size=3, **depends_on):
     self.built, self.at, self.action = [], at, action
     run_dir = run_folder.RunDir.open(path, {"numbers": 10})
-    pieces = resumable.Pieces(run_dir, "unfinished/numbers", depends_on, size, hold)
-    self.stream = resumable.KeptStream(list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches"))
+    pieces = resumable.ShardSpec(run_dir, "unfinished/numbers", depends_on, size, hold)
+    self.stream = resumable.ResumableStream(
+      list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches")
+    )
 
   def build(self, plan):
     for number in plan:
@@ -123,7 +126,7 @@ def test_a_sum_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
   run_dir = run_folder.RunDir.open(tmp_path / "run", {})
-  snapshot = resumable.Snapshot(resumable.Pieces(run_dir, "unfinished").store("state"))
+  snapshot = resumable.Snapshot(resumable.ShardSpec(run_dir, "unfinished").store("state"))
   saved = []
 
   def state():
@@ -152,22 +155,24 @@ def test_sigterm_waits_for_the_shard(tmp_path, way):
 # ---- select --------------------------------------------------------------------------
 
 
-class Bench(tiny.OneDevice, session.Workbench):
+class Counter:
   """Counts the batches that go to the device; `action` is called before number `at`."""
 
   placed, at, action = 0, None, None
 
-  def place(self, batch):
+  def __init__(self, session):
+    self.session = session
+
+  def count(self):
     if self.placed == self.at:
       self.at = None
       self.action()
     self.placed += 1
-    return super().place(batch)
 
   def until(self, at, action=kill):
     """Counts anew."""
     self.placed, self.at, self.action = 0, at, action
-    return self
+    return self.session
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +193,16 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
-  return Bench(settings)
+def counter(settings):
+  made, place = Counter(tiny.open_session(settings)), Batching.place
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Batching, "place", lambda self, batch: made.count() or place(self, batch))
+    yield made
+
+
+@pytest.fixture(scope="module")
+def bench(counter):
+  return counter.session
 
 
 @pytest.fixture
@@ -201,16 +214,16 @@ def commands_handler():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(settings, bench, tmp_path_factory):
+def checkpoint(settings, bench, counter, tmp_path_factory):
   """A training that SIGTERM has stopped at step 1 and that went on; and one that was left alone, to compare with."""
   root = tmp_path_factory.mktemp("trained")
   alone = finetune.run(settings.replace(run_dir=str(root / "alone")), bench)
   chosen = settings.replace(run_dir=str(root / "stopped"))
   with pytest.raises(stopping.Terminated):
-    finetune.run(chosen, bench.until(0, terminate))
+    finetune.run(chosen, counter.until(0, terminate))
   assert finetune_lib.kept_steps(f"{chosen.run_dir}/checkpoint") == [1]
-  resumed = finetune.run(chosen, bench.until(None))
-  assert bench.placed == 2 and finetune_lib.kept_steps(resumed) == [1, 2, 3]
+  resumed = finetune.run(chosen, counter.until(None))
+  assert counter.placed == 2 and finetune_lib.kept_steps(resumed) == [1, 2, 3]
   ours, theirs = (jax.tree.leaves(bench.checkpoint_params(folder)) for folder in (resumed, alone))
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -218,11 +231,11 @@ def checkpoint(settings, bench, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(settings, bench, tmp_path_factory):
+def alone(settings, counter, tmp_path_factory):
   """(results, batches placed) of a run with the plain settings that is left alone."""
   folder = tmp_path_factory.mktemp("alone") / "run"
-  select.run(settings.replace(run_dir=str(folder)), bench.until(None))
-  return kill_test.results_of(folder), bench.placed
+  select.run(settings.replace(run_dir=str(folder)), counter.until(None))
+  return kill_test.results_of(folder), counter.placed
 
 
 PATHS = {
@@ -237,54 +250,54 @@ PATHS = {
 @pytest.mark.parametrize(
   "path", [pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory") else []) for path in PATHS]
 )
-def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, bench, alone, tmp_path, monkeypatch, request, path):
+def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, counter, alone, tmp_path, monkeypatch, request, path):
   monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)
   chosen = settings.replace(**PATHS[path])
   if path == "trajectory":
     chosen = chosen.replace(checkpoint=request.getfixturevalue("checkpoint"))
   wanted, batches = alone
   if PATHS[path]:
-    select.run(chosen.replace(run_dir=str(tmp_path / "alone" / "run")), bench.until(None))
-    wanted, batches = kill_test.results_of(tmp_path / "alone" / "run"), bench.placed
+    select.run(chosen.replace(run_dir=str(tmp_path / "alone" / "run")), counter.until(None))
+    wanted, batches = kill_test.results_of(tmp_path / "alone" / "run"), counter.placed
   resumed = tmp_path / "killed" / "run"  # caches lie beside a run folder
   again = chosen.replace(run_dir=str(resumed))
   done = 0
   for share in (0.35, 0.8):  # of the work of a run that is left alone
     with pytest.raises(Killed):
-      select.run(again, bench.until(max(1, int(share * batches) - done)))
+      select.run(again, counter.until(max(1, int(share * batches) - done)))
     done = int(share * batches)
     assert (resumed / unfinished.FOLDER).exists() and not (resumed / "summary.json").exists()
-  select.run(again, bench.until(None))
+  select.run(again, counter.until(None))
   assert not (resumed / unfinished.FOLDER).exists()
   assert kill_test.differences(wanted, kill_test.results_of(resumed)) == []
   assert {"scores.parquet", "coreset.jsonl", "report.md", "summary.json"} <= wanted.keys()
 
 
-def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, alone, tmp_path, caplog):
+def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, counter, alone, tmp_path, caplog):
   wanted, batches = alone
   again, folder = settings.replace(run_dir=str(tmp_path / "run")), tmp_path / "run"
   with pytest.raises(Killed):
-    select.run(again, bench.until(batches - 1))  # before the last batch of the last pass
+    select.run(again, counter.until(batches - 1))  # before the last batch of the last pass
   shards = sorted((folder / unfinished.FOLDER / "scores" / "losses_and_scores").glob("*.shard"))
   assert len(shards) >= 2
   damaged = shards[1].read_bytes()
   shards[1].write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
   with caplog.at_level(logging.WARNING):
-    select.run(again, bench.until(None))
+    select.run(again, counter.until(None))
   assert f"{shards[1].name}: damaged (its checksum does not fit); it is recomputed" in caplog.text
-  chosen = session.choose(bench, bench.params, "last:2", "all")
-  plan = bench.packer("train", chosen.tree, bench.params).sequential_plan(settings.batch_tokens)
-  assert bench.placed == len(plan) - 2 * (len(shards) - 1)  # the batches of the shards that are not there, no others
+  chosen = session.choose(bench, bench.model.params, "last:2", "all")
+  plan = bench.packer("train", chosen.tree, bench.model.params).sequential_plan(settings.batch_tokens)
+  assert counter.placed == len(plan) - 2 * (len(shards) - 1)  # the batches of the shards that are not there, no others
   assert kill_test.differences(wanted, kill_test.results_of(folder)) == []
 
 
-def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, bench, alone, tmp_path, commands_handler):
+def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, counter, alone, tmp_path, commands_handler):
   wanted, batches = alone
   again = settings.replace(run_dir=str(tmp_path / "run"))
   for at in (batches // 2, 3):  # in the solver's recursion, then in the score pass of what is left
     with pytest.raises(stopping.Terminated):
-      select.run(again, bench.until(at, terminate))
-  select.run(again, bench.until(None))
+      select.run(again, counter.until(at, terminate))
+  select.run(again, counter.until(None))
   assert kill_test.differences(wanted, kill_test.results_of(tmp_path / "run")) == []
 
 

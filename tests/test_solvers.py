@@ -13,13 +13,8 @@ from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import solvers as ihvp
-from in2core_jax.pipeline import session
 
 quick_compile = tiny.quick_compile
-
-
-class Workbench(tiny.OneDevice, session.Workbench):
-  """On one device."""
 
 
 def settings_of(folder, **changes):
@@ -45,7 +40,7 @@ def settings_of(folder, **changes):
 @pytest.mark.real
 def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch):
   settings = settings_of(tmp_path)
-  bench = Workbench(settings)
+  bench = tiny.open_session(settings)
   lissa, calls = ihvp.lissa, []
 
   def diverging(sampled, v, key, options, on_state=None):
@@ -131,5 +126,5 @@ def test_scores_are_compared_only_where_solutions_are(tmp_path):
 def test_layers_of_the_last_comparison_are_refused_before_the_first(tmp_path):
   settings = settings_of(tmp_path, mislabelled_layers="last:9")
   with pytest.raises(UserError, match="^--mislabelled_layers=last:9: 9 is not between 1 and 2"):
-    solvers.run(settings, Workbench(settings))
+    solvers.run(settings, tiny.open_session(settings))
   assert not pathlib.Path(settings.run_dir).exists()

@@ -22,7 +22,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, evaluate, finetune, scoring, select, session, solver_inputs
 from in2core_jax.pipeline.advice import better_policy, few_queries, risky_settings, without_effect
 from in2core_jax.pipeline.compared import read_selection
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import split_sources
@@ -35,10 +35,6 @@ from in2core_jax.training.recipe import make_optimizer
 quick_compile = tiny.quick_compile
 
 
-class Workbench(tiny.OneDevice, session.Workbench):
-  """One test below uses two devices."""
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
   return tiny.run_settings(tmp_path_factory.mktemp("stages"), epochs=2.0, sketch_size=4)
@@ -46,7 +42,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return tiny.open_session(settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +70,23 @@ def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained,
   ours, theirs = bench.checkpoint_params(resumed), bench.checkpoint_params(trained)
   for a, b in zip(leaves(ours), leaves(theirs), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert any(not np.array_equal(a, b) for a, b in zip(leaves(ours), leaves(bench.params), strict=True))
+  assert any(not np.array_equal(a, b) for a, b in zip(leaves(ours), leaves(bench.model.params), strict=True))
 
 
 def test_trainings_of_other_lengths_are_one_program(settings, bench):
   """The rate is an argument of the step; the numbers are those of a loop with the recipe's own optimiser."""
   rows = np.arange(16)
-  judge = Judge(bench, settings.replace(weight_decay=0.1), [rows])
+  judge = Retrainer(bench, settings.replace(weight_decay=0.1), [rows])
   problem = judge.problem.at(judge.sub, judge.frozen)
   for steps in (3, 7):
     ours = judge.train(rows, 0, "training", steps)
     recipe = dataclasses.replace(judge.recipe, steps=steps)
     optimizer, sub = make_optimizer(recipe), judge.sub
     state = optimizer.init(sub)
-    packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
+    packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
     for _, (_, batch) in zip(range(steps), finetune_lib.stream(packer, recipe, 0), strict=False):
-      gradient = problem.at(sub, judge.frozen).mean_gradient(lambda batch=batch: [(np.arange(8), bench.place(batch))])
+      placed = bench.batching.place(batch)
+      gradient = problem.at(sub, judge.frozen).mean_gradient(lambda placed=placed: [(np.arange(8), placed)])
       updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf[0], gradient), state, sub)
       sub = jax.tree.map(lambda a, b: a + b, sub, updates)
     moved = [np.abs(a - b).max() for a, b in zip(leaves(sub), leaves(judge.sub), strict=True)]
@@ -100,8 +97,8 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
 
 def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   rows = np.arange(16)
-  judge, asked = Judge(bench, settings, [rows]), iter([False, True])
-  packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
+  judge, asked = Retrainer(bench, settings, [rows]), iter([False, True])
+  packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
   run_dir = run_folder.RunDir.open(tmp_path, {})
   log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
   result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
@@ -109,7 +106,7 @@ def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
 
 
 def test_only_the_chosen_layers_are_trained(bench, trained):
-  base, tuned = (subtree.leaf_paths(p) and p["layers"] for p in (bench.params, bench.checkpoint_params(trained)))
+  base, tuned = (subtree.leaf_paths(p) and p["layers"] for p in (bench.model.params, bench.checkpoint_params(trained)))
   for a, b in zip(leaves(base), leaves(tuned), strict=True):
     np.testing.assert_array_equal(a[:2], b[:2])
   kernel = lambda tree: np.asarray(tree["mlp"]["up_proj"]["kernel"])[2:]  # noqa: E731
@@ -118,7 +115,7 @@ def test_only_the_chosen_layers_are_trained(bench, trained):
 
 def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
   wider = dataclasses.replace(tiny.CONFIG, hidden_size=32)
-  other = Workbench(settings.replace(model=tiny.write_model(tmp_path, wider)))
+  other = tiny.open_session(settings.replace(model=tiny.write_model(tmp_path, wider)))
   with pytest.raises(UserError, match="give the model that the checkpoint started from"):
     other.checkpoint_params(trained)
   with pytest.raises(UserError, match="no such folder"):
@@ -131,7 +128,7 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   scores = run_folder.read_scores(folder / "scores.parquet")
   names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
   assert list(scores) == [*names, "choice", "reason"]
-  train = bench.parts["train"]
+  train = bench.splits["train"]
   assert tuple(scores["example_id"]) == train.ids and scores["selected"].sum() == 20
   order = np.lexsort((np.array(train.ids), -scores["influence"]))  # copies have equal scores; their ids decide
   assert list(scores["rank"][order]) == list(range(1, 41)) and scores["selected"][order[:20]].all()
@@ -144,11 +141,11 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert {"boundary", "query gradients", "solver", "scores"} <= set(summary["seconds"])
   assert "Strongest proponents" in (folder / "report.md").read_text()
   assert "| policy | proponents |" in (folder / "report.md").read_text() and summary["target_kept"] is None
-  found = facts.SelectRun.load(folder, train, bench.parts["eval"])  # from the files alone: the same page
+  found = facts.SelectRun.load(folder, train, bench.splits["eval"])  # from the files alone: the same page
   assert (folder / "report.html").read_text() == html_page.select_page(found)
   assert {path.name for path in (folder / "plots").glob("*.svg")} >= {"scores.svg", "kept-by-topic.svg", "coverage.svg"}
   queries = run_folder.read_parquet(folder / "query_scores.parquet")
-  assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.parts["eval"].ids)
+  assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.splits["eval"].ids)
   # the flagfile repeats the run: same flags, same folder, nothing to do
   text = (folder / "flags.txt").read_text()
   assert f"--checkpoint={trained}" in text and "--per_query=true" in text
@@ -215,7 +212,7 @@ def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
     np.testing.assert_allclose(sums, scores["influence"], atol=1e-5 * scale)
     assert parts is None or sorted(set(table["layer"])) == parts
   tokens = run_folder.read_parquet(plain / "token_scores.parquet")
-  assert len(tokens["token"]) == bench.parts["train"].num_response_tokens.sum()
+  assert len(tokens["token"]) == bench.splits["train"].num_response_tokens.sum()
   answered = scores["num_response_tokens"] > 0
   assert (scores["self_influence"][answered] > 0).all() and not scores["self_influence"][~answered].any()
   relative = run_folder.read_parquet(run("relatif", normalize="relatif") / "scores.parquet")["influence"]
@@ -321,7 +318,7 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
 def test_a_demo_and_its_dry_run_refuse_before_the_fine_tuning(settings, bench, monkeypatch, changes, words):
   s = settings.replace(**{"policies": "full,random", "steps": 12, "depth": 50} | changes)
   monkeypatch.setattr(finetune, "run", lambda *_: pytest.fail("a demo that cannot end was begun"))
-  monkeypatch.setattr(demo, "Workbench", lambda _: bench)
+  monkeypatch.setattr(demo, "open_session", lambda _: bench)
   for asked in (s, s.replace(dry_run=True)):
     monkeypatch.setattr(flags, "read", lambda asked=asked, **_: asked)
     with pytest.raises(UserError, match=words):
@@ -360,9 +357,9 @@ def test_a_demo_is_settled_before_its_first_stage():
 def test_lissa_never_draws_the_examples_of_its_residual(settings, bench, curvature_examples):
   changed = settings.replace(curvature_examples=curvature_examples)
   rows = solver_inputs.curvature_rows(bench, changed)
-  answered = np.flatnonzero(bench.parts["train"].num_response_tokens)
+  answered = np.flatnonzero(bench.splits["train"].num_response_tokens)
   assert sorted([*rows.fixed, *rows.drawn]) == answered.tolist()  # each once: no example is on both sides
-  chosen = choose(bench, bench.params, settings.layers, settings.modules)
+  chosen = choose(bench, bench.model.params, settings.layers, settings.modules)
   shown = [own[own >= 0] for own, _ in solver_inputs.curvature_data(bench, changed, chosen).fixed()]
   assert sorted(rows.fixed[np.concatenate(shown)]) == rows.fixed.tolist()
 
@@ -370,7 +367,7 @@ def test_lissa_never_draws_the_examples_of_its_residual(settings, bench, curvatu
 def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   files = []
   for name in ("a", "b"):
-    fresh = Workbench(settings) if name == "b" else bench
+    fresh = tiny.open_session(settings) if name == "b" else bench
     folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / name)), fresh))
     files.append([(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")])
   assert files[0] == files[1]
@@ -382,21 +379,16 @@ def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   assert [(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")] == files[0]
 
 
-class OnTwoDevices(session.Workbench):
-  """Parameters and examples cut over two devices; see test_check.two_devices for why not eight."""
-
-  mesh = property(lambda self: sharding.make_mesh("data:1,fsdp:2", jax.devices()[:2]))
-
-
 @pytest.mark.real
 def test_two_devices_give_the_scores_of_one(settings, bench):
-  wide = OnTwoDevices(settings)
-  wide.__dict__["_loaded"] = (bench.config, sharding.place_params(bench.params, wide.mesh), *bench._loaded[2:])
+  # Parameters and examples cut over two devices; see test_check.two_devices for why not eight.
+  two = sharding.make_mesh("data:1,fsdp:2", jax.devices()[:2])
+  wide = session.open_session(settings, model=bench.model.on(two))
   scores = []
   for each in (bench, wide):
-    chosen = choose(each, each.params, "last:2", "all")
+    chosen = choose(each, each.model.params, "last:2", "all")
     v, _ = scoring.queries(each, settings, chosen)
-    train = each.batcher("train", chosen.tree, each.params)
+    train = each.batcher("train", chosen.tree, each.model.params)
     scores.append(chosen.problem.scores(each.stream(train), len(train), v))
   np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-5 * np.abs(scores[0]).max())
 
@@ -426,7 +418,7 @@ def test_topics_are_aggregated(settings, bench, tmp_path):
 
 def _answered(bench):
   """Evaluation examples with a response, by their ids: the order in which they take turns."""
-  evals = bench.parts["eval"]
+  evals = bench.splits["eval"]
   return np.array(sorted(np.flatnonzero(evals.num_response_tokens), key=lambda row: evals.ids[row]))
 
 
@@ -439,7 +431,7 @@ def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
   for how in ("nearest", "round_robin"):
     chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, per_query=False, query_block=3)
     found = run_folder.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
-    wanted = aggregation.aggregate(pairs[answered], [""] * len(answered), how, bench.parts["train"].ids)
+    wanted = aggregation.aggregate(pairs[answered], [""] * len(answered), how, bench.splits["train"].ids)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
 
 
@@ -450,7 +442,7 @@ def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
   less = tuned.replace(checkpoint=checkpoint, layers="last:1", solver="identity", trajectory="less", query_block=4)
   less = less.replace(policy="proponents", aggregate="round_robin", run_dir=str(tmp_path / "run"))
   scores = run_folder.read_scores(pathlib.Path(select.run(less, bench)) / "scores.parquet")
-  usable = (bench.parts["train"].num_response_tokens > 0).sum()
+  usable = (bench.splits["train"].num_response_tokens > 0).sum()
   assert sorted(scores["influence"])[-usable:] == list(range(41 - usable, 41)) and scores["selected"].sum() == 20
   first = scoring.trajectory_scores(bench, less, scoring.NOTHING_KEPT, {"first": _answered(bench)[:1]})[0]
   assert np.argmax(scores["influence"]) == np.argmax(first[0])  # the first query takes its best
@@ -473,7 +465,7 @@ def test_the_default_policy_says_what_it_took_and_why(settings, bench, tmp_path)
   assert summary["policy"] == "auto" and summary["rule"] == ("hybrid" if apart else "random without copies")
   assert ("distinct evaluation examples are too few" in " ".join(summary["warnings"])) != apart
   assert summary["another_kind"] == apart
-  assert summary["queries"] == len({record.content_key for record in bench.parts["eval"].records})
+  assert summary["queries"] == len({record.content_key for record in bench.splits["eval"].records})
   forced = json.loads(
     (
       pathlib.Path(select.run(own.replace(run_dir=str(tmp_path / "h"), policy="hybrid"), bench)) / "summary.json"
@@ -504,7 +496,7 @@ def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained
   evaluate.run(chosen, bench)
   assert [path.read_bytes() for path in kept] == whole
   assert json.loads((folder / "evaluation.json").read_text()) == result
-  monkeypatch.setattr(evaluate.Judge, "retrain", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(evaluate.Retrainer, "retrain", lambda *_: pytest.fail("a finished training was done again"))
   evaluate.run(chosen, bench)
   with pytest.raises(UserError, match="unknown 'best'"):
     evaluate.run(chosen.replace(policies="best"), bench)
@@ -513,12 +505,11 @@ def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained
 def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
   scores = []
   for cache in ("memory", "disk", "off"):
-    other = Workbench(settings.replace(boundary_cache=cache, run_dir=str(tmp_path / "x")))
-    other.__dict__["_loaded"] = bench._loaded
-    chosen = choose(other, other.params, "last:2", "all")
-    assert (other.batcher("train", chosen.tree, other.params).hidden is None) == (cache == "off")
+    other = tiny.open_session(settings.replace(boundary_cache=cache, run_dir=str(tmp_path / "x")), bench.model)
+    chosen = choose(other, other.model.params, "last:2", "all")
+    assert (other.batcher("train", chosen.tree, other.model.params).hidden is None) == (cache == "off")
     v, _ = scoring.queries(other, settings, chosen)
-    train = other.batcher("train", chosen.tree, other.params)
+    train = other.batcher("train", chosen.tree, other.model.params)
     scores.append(chosen.problem.scores(other.stream(train), len(train), v))
   np.testing.assert_allclose(scores[0], scores[2], rtol=1e-4, atol=1e-5 * np.abs(scores[2]).max())
   np.testing.assert_array_equal(scores[0], scores[1])
@@ -540,15 +531,15 @@ def test_sources_are_split_as_documented(settings, tmp_path):
   (tmp_path / "a.jsonl").write_text("\n".join(lines))
   (tmp_path / "b.jsonl").write_text("\n".join(line.replace("say", "tell") for line in lines))
   a, b = f"jsonl:{tmp_path / 'a.jsonl'}", f"jsonl:{tmp_path / 'b.jsonl'}"
-  one = split_sources(settings.replace(train_data=a))
+  one, _ = split_sources(settings.replace(train_data=a))
   assert sum(map(len, one.values())) == 200 and 120 < len(one["train"]) < 160
-  two = split_sources(settings.replace(train_data=a, eval_data=b))
+  two, _ = split_sources(settings.replace(train_data=a, eval_data=b))
   assert len(two["train"]) == 200 and len(two["eval"]) + len(two["test"]) == 200 and len(two["eval"]) > 70
-  named = split_sources(
+  named, _ = split_sources(
     settings.replace(train_data="chatterbot:food", eval_data=b, data_fields="prompt=instruction,response=output")
   )
   assert len(named["eval"]) + len(named["test"]) == 200  # the corpus has no columns to name
-  tested = split_sources(settings.replace(train_data=a, test_data=b))
+  tested, _ = split_sources(settings.replace(train_data=a, test_data=b))
   assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
   for bad in ("1,2", "a,b,c", "0.5,0.5,0.5", "1.2,-0.1,-0.1", "nan,0.5,0.5"):
     with pytest.raises(UserError, match=f"--split={bad}"):
@@ -559,9 +550,7 @@ def test_sources_are_split_as_documented(settings, tmp_path):
 
 def test_an_empty_evaluation_set_is_refused(settings, bench):
   with pytest.raises(UserError, match="the eval set is empty"):
-    _ = Workbench(settings.replace(split="0.9,0.0,0.1", train_limit=5)).__class__.parts.func(
-      _with_model(Workbench(settings.replace(split="0.9,0.0,0.1", train_limit=5)), bench)
-    )
+    tiny.open_session(settings.replace(split="0.9,0.0,0.1", train_limit=5), bench.model)
 
 
 def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tmp_path):
@@ -569,9 +558,9 @@ def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tm
   path.write_text("\n".join(json.dumps({"prompt": f"question {i}", "response": f"answer {i}"}) for i in range(50)))
   own = settings.replace(train_data=f"jsonl:{path}", split="0.6,0.2,0.2", train_limit=12, eval_limit=4, test_limit=4)
   ids = lambda block, part: [  # noqa: E731
-    record.example_id for record in _with_model(Workbench(own.replace(limit_block=block)), bench).parts[part].records
+    record.example_id for record in tiny.open_session(own.replace(limit_block=block), bench.model).splits[part].records
   ]
-  whole = [record.example_id for record in split_sources(own)["train"]]
+  whole = [record.example_id for record in split_sources(own)[0]["train"]]
   blocks = [ids(block, "train") for block in range(2)]
   assert [len(block) for block in blocks] == [12, 12] and not {*blocks[0]} & {*blocks[1]}
   assert {*blocks[0], *blocks[1]} <= {*whole} and len(whole) > 24
@@ -581,7 +570,7 @@ def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, bench, tm
   with pytest.raises(UserError, match=r"--limit_block=9: the train set has \d+ examples.*the last block is 2"):
     ids(9, "train")
   with pytest.raises(UserError, match="--limit_block=1 goes with --eval_limit"):
-    _ = _with_model(Workbench(own.replace(limit_block=1, eval_limit=0)), bench).parts
+    tiny.open_session(own.replace(limit_block=1, eval_limit=0), bench.model)
 
 
 def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
@@ -590,22 +579,17 @@ def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
   item = lambda i: {"prompt": f"question {i % 20}", "response": f"answer {i % 20}", "topic": str(i), "id": str(i)}  # noqa: E731
   path.write_text("\n".join(json.dumps(item(i)) for i in range(60)))
   own = settings.replace(train_data=f"jsonl:{path}", split="0.6,0.2,0.2", train_limit=0, eval_limit=0, test_limit=0)
-  every, distinct = (_with_model(Workbench(own.replace(drop_copies=drop)), bench) for drop in (False, True))
-  assert [len(distinct.parts[part]) for part in ("eval", "test")] == [
-    len(every.parts[part]) for part in ("eval", "test")
+  every, distinct = (tiny.open_session(own.replace(drop_copies=drop), bench.model) for drop in (False, True))
+  assert [len(distinct.splits[part]) for part in ("eval", "test")] == [
+    len(every.splits[part]) for part in ("eval", "test")
   ]
-  train = distinct.parts["train"]
-  assert 3 * len(train) == len(every.parts["train"]) and all(int(name) < 20 for name in train.ids)
-  assert list(train.ids) == [name for name in every.parts["train"].ids if int(name) < 20]
-  assert len(_with_model(Workbench(own.replace(drop_copies=True, train_limit=8)), bench).parts["train"]) == 8
-  size, again = len(every.parts["train"]), every.summary["parts"]["train"]["duplicates"]
-  assert 3 * again == 2 * size and distinct.summary["parts"]["train"]["duplicates"] == 0
+  train = distinct.splits["train"]
+  assert 3 * len(train) == len(every.splits["train"]) and all(int(name) < 20 for name in train.ids)
+  assert list(train.ids) == [name for name in every.splits["train"].ids if int(name) < 20]
+  assert len(tiny.open_session(own.replace(drop_copies=True, train_limit=8), bench.model).splits["train"]) == 8
+  size, again = len(every.splits["train"]), every.splits.summary["parts"]["train"]["duplicates"]
+  assert 3 * again == 2 * size and distinct.splits.summary["parts"]["train"]["duplicates"] == 0
   assert "drop_copies" not in own.identity("data") and own.replace(drop_copies=True).identity("data")["drop_copies"]
-
-
-def _with_model(fresh, bench):
-  fresh.__dict__["_loaded"] = bench._loaded
-  return fresh
 
 
 def test_examples_without_response_score_zero_and_are_listed(settings, bench, tmp_path):
@@ -616,14 +600,14 @@ def test_examples_without_response_score_zero_and_are_listed(settings, bench, tm
   holes = settings.replace(
     train_data=spec, eval_data="chatterbot:food", run_dir=str(tmp_path / "run"), solver="identity", train_limit=0
   )
-  fresh = _with_model(Workbench(holes), bench)
+  fresh = tiny.open_session(holes, bench.model)
   folder = pathlib.Path(select.run(holes, fresh))
   scores = run_folder.read_scores(folder / "scores.parquet")
   empty = scores["num_response_tokens"] == 0
   assert empty.sum() == 6 and np.all(scores["influence"][empty] == 0) and not scores["selected"][empty].any()
   listed = json.loads((folder / "summary.json").read_text())["without_response"]
   assert sorted(listed) == sorted(scores["example_id"][empty])
-  assert tokenizing.data_summary(fresh.parts)
+  assert tokenizing.data_summary(fresh.splits)
 
 
 def test_full_data_is_not_trained_twice(settings, bench, trained, tmp_path, monkeypatch):

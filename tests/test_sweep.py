@@ -1,14 +1,14 @@
 """Tables of many trainings: the sweep of evaluate, the study of selection rules, all of them in one command."""
 
-import copy
 import csv
+import dataclasses
 import json
 import pathlib
 import types
 
 import numpy as np
 import pytest
-from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
+from tiny import Killed, open_session, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
 from experiments.paper import paper
 from experiments.study import study
@@ -19,15 +19,11 @@ from in2core_jax.pipeline import compared, evaluate, select, session
 from in2core_jax.pipeline.compared import plan_of
 from in2core_jax.pipeline.evaluate_results import report_names
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, cosines
 from in2core_jax.selection.inputs import Budget
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 def table_of(folder, name):
@@ -46,7 +42,7 @@ def table_of(folder, name):
 
 
 def no_training(monkeypatch):
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
 
 
 # ---- evaluate --fractions ------------------------------------------------------------
@@ -100,7 +96,7 @@ def test_a_sweep_has_every_policy_at_every_budget(sweep):
 
 def test_equal_tokens_are_equal_within_a_step(sweep, bench):
   _, folder = sweep
-  responses = bench.parts["train"].num_response_tokens
+  responses = bench.splits["train"].num_response_tokens
   full = 4 * 8 * responses.mean()
   for row in table_of(folder, "evaluation.csv"):
     if row["equal"] == "tokens":
@@ -121,14 +117,14 @@ def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
 
 def test_similar_texts_are_chosen(sweep, bench):
   chosen, folder = sweep
-  inputs = ChoiceInputs(bench, chosen, bench.params).of({"bm25", "embedding"})
-  ids = np.array(bench.parts["train"].ids)
+  inputs = ChoiceInputs(bench, chosen, bench.model.params).of({"bm25", "embedding"})
+  ids = np.array(bench.splits["train"].ids)
   for name in ("bm25", "embedding"):
     kept = {json.loads(line)["messages"][0]["content"] for line in coreset_lines(folder, f"{name}-0.25-0")}
     order = np.argsort(-inputs["similarities"][name].mean(axis=0), kind="stable")
     best = coreset.copies_last(order, inputs["alike"])[:8]
     assert len(kept) <= 8 and set(ids[best]) <= set(ids)
-    assert kept == {bench.parts["train"].records[row].messages[0]["content"] for row in best}
+    assert kept == {bench.splits["train"].records[row].messages[0]["content"] for row in best}
 
 
 def coreset_lines(folder, name):
@@ -158,8 +154,8 @@ def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
   for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
     with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
       plan_of(bench, sweep.replace(**{name: value}))
-  other = copy.copy(bench)
-  other.__dict__["_loaded"] = (*bench._loaded[:3], "0" * 64)
+  model = dataclasses.replace(bench.model, load=lambda: (bench.model.params, "0" * 64))
+  other = dataclasses.replace(bench, model=model)
   with pytest.raises(UserError, match="another --model .* than hf:.*hash 000000000000.*: give evaluate the same"):
     plan_of(other, sweep)
 
@@ -189,14 +185,13 @@ def test_the_flagfile_of_the_study_names_rules_that_there_are():
 
 
 def test_evaluation_topics(settings, bench):
-  topics = set(bench.parts["eval"].topics) & set(bench.parts["test"].topics)
+  topics = set(bench.splits["eval"].topics) & set(bench.splits["test"].topics)
   topic = sorted(topics)[0]
-  some = Workbench(settings.replace(eval_topics=topic, eval_limit=0, test_limit=0))
-  some.__dict__["_loaded"] = bench._loaded
-  assert set(some.parts["eval"].topics) == set(some.parts["test"].topics) == {topic}
-  assert some.parts["train"].ids == bench.parts["train"].ids
+  some = open_session(settings.replace(eval_topics=topic, eval_limit=0, test_limit=0), bench.model)
+  assert set(some.splits["eval"].topics) == set(some.splits["test"].topics) == {topic}
+  assert some.splits["train"].ids == bench.splits["train"].ids
   with pytest.raises(UserError, match="the eval set has nothing of 'cars'; its topics: "):
-    _ = Workbench(settings.replace(eval_topics=f"{topic},cars")).parts
+    open_session(settings.replace(eval_topics=f"{topic},cars"))
 
 
 # ---- study ---------------------------------------------------------------------------
@@ -239,13 +234,13 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
 
 def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
   """The same examples and model, shorter; what no cut reaches is the rule itself, and is not trained again."""
-  length = int(max(part.num_tokens.max() for part in bench.parts.values()))
+  length = int(max(part.num_tokens.max() for part in bench.splits.values()))
   short = length // 2
   cut = bench.with_settings(max_length=short)
-  for part, dataset in cut.parts.items():
-    assert dataset.ids == bench.parts[part].ids
-    np.testing.assert_array_equal(dataset.num_tokens, np.minimum(bench.parts[part].num_tokens, short))
-  assert cut.params is bench.params and bench.parts["train"].num_tokens.max() > short
+  for part, dataset in cut.splits.items():
+    assert dataset.ids == bench.splits[part].ids
+    np.testing.assert_array_equal(dataset.num_tokens, np.minimum(bench.splits[part].num_tokens, short))
+  assert cut.model.params is bench.model.params and bench.splits["train"].num_tokens.max() > short
   rules = {"matching": study.VARIANTS["matching"]}
   rules |= {f"matching, cut at {n}": study._variant("matching", trained=True, max_length=n) for n in (short, length)}
   monkeypatch.setattr(study, "VARIANTS", rules)
@@ -301,18 +296,17 @@ def test_a_study_that_cannot_be_is_refused_before_the_work(settings, bench, tmp_
 
 
 def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, bench):
-  evals = bench.parts["eval"]
+  evals = bench.splits["eval"]
   few = bench.with_queries(4)
-  limited = Workbench(settings.replace(eval_limit=4))
-  limited.__dict__["_loaded"] = bench._loaded
-  assert few.parts["eval"].ids == limited.parts["eval"].ids != evals.ids[:4]
-  assert bench.with_queries(0) is bench.with_queries(len(evals)) is bench and len(bench.parts["eval"]) == len(evals)
-  chosen = session.choose(bench, bench.params, settings.layers, settings.modules)
-  rows = [evals.ids.index(name) for name in few.parts["eval"].ids]
+  limited = open_session(settings.replace(eval_limit=4), bench.model)
+  assert few.splits["eval"].ids == limited.splits["eval"].ids != evals.ids[:4]
+  assert bench.with_queries(0) is bench.with_queries(len(evals)) is bench and len(bench.splits["eval"]) == len(evals)
+  chosen = session.choose(bench, bench.model.params, settings.layers, settings.modules)
+  rows = [evals.ids.index(name) for name in few.splits["eval"].ids]
 
   def of(one, part):
     stream = one.stream(one.packer(part, chosen.tree, chosen.params))
-    return chosen.problem.losses(stream, len(one.parts[part]))
+    return chosen.problem.losses(stream, len(one.splits[part]))
 
   np.testing.assert_allclose(of(few, "eval"), of(bench, "eval")[rows], rtol=1e-5)
   np.testing.assert_allclose(of(few, "train"), of(bench, "train"))
@@ -355,7 +349,7 @@ def test_shares_of_rules_that_change_another_by_hand():
     "cg, cut, more": [2, 9],
     "lone, cut": [1, 2],
   }
-  chosen = [Candidate(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
+  chosen = [TrainingSubset(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
   shared = study.shared_with_their_rule(chosen)
   assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
   table = study.comparison(
@@ -373,7 +367,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
   names = "proponents, base model", "proponents, summed losses"
   folders = [str(tmp_path / name) for name in ("killed", "alone")]
   with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
-    patch.setattr(kernels.Problem, "losses_and_scores", kill)
+    patch.setattr(kernels.CompiledObjective, "losses_and_scores", kill)
     study.run(settings.replace(run_dir=folders[0], variants=names[0]), bench)
   assert list((tmp_path / "killed" / "unfinished").rglob("*.shard"))
   for folder in folders:

@@ -6,18 +6,13 @@ import pathlib
 
 import numpy as np
 import pytest
-from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.study.study import VARIANTS
 from experiments.targets import targets
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline import session
 
 RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +42,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(settings):
   """(folder, bench) of a finished run."""
-  bench = Workbench(settings)
+  bench = open_session(settings)
   return pathlib.Path(targets.run(settings, bench)), bench
 
 
@@ -56,7 +51,7 @@ def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, fin
   folder, bench = finished
   table = {row["rule"]: row for row in json.loads((folder / "targets.json").read_text())["recall"]}
   assert list(table) == ["random, expected", *(name.strip() for name in RULES.split(";"))]
-  train, evals = bench.parts["train"], bench.parts["eval"]
+  train, evals = bench.splits["train"], bench.splits["eval"]
   topics = np.array(train.topics)
   assert len(evals) == 12 and set(evals.topics) == {"sports", "movies", "humor"}  # 6 of each target, 3 of each topic
   size = int((topics == "sports").sum())
@@ -93,8 +88,8 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
   folder, _ = finished
   before = (folder / "targets.md").read_bytes()
   monkeypatch.setattr(targets.Chooser, "order", lambda *_: pytest.fail("chosen again"))
-  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))
-  targets.run(settings, Workbench(settings))
+  monkeypatch.setattr(targets.Retrainer, "train", lambda *_: pytest.fail("trained again"))
+  targets.run(settings, open_session(settings))
   assert (folder / "targets.md").read_bytes() == before
 
 
@@ -102,8 +97,10 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
 def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypatch):
   folder, bench = finished
   own = json.loads((folder / "targets.json").read_text())
-  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))  # the same sets: all are kept
-  targets.run(settings.replace(choices_of=str(folder)), Workbench(settings))
+  monkeypatch.setattr(
+    targets.Retrainer, "train", lambda *_: pytest.fail("trained again")
+  )  # the same sets: all are kept
+  targets.run(settings.replace(choices_of=str(folder)), open_session(settings))
   both = json.loads((folder / "targets.json").read_text())
   for title, table in both["tables"].items():
     rows = {row["rule"]: row for row in table}
@@ -116,9 +113,9 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
       row for row in own["tables"][title] if row["rule"] in ("hybrid, base model", "bm25")
     ]
   chosen = own["choices"]["bm25"]["sports"]
-  assert len(chosen) == round(0.2 * len(bench.parts["train"])) and set(chosen) <= set(bench.parts["train"].ids)
+  assert len(chosen) == round(0.2 * len(bench.splits["train"])) and set(chosen) <= set(bench.splits["train"].ids)
   with pytest.raises(UserError, match="--choices_of=.*it chose [0-9]+ examples, [0-9]+ are needed"):
-    targets.run(settings.replace(choices_of=str(folder), fractions="0.6"), Workbench(settings))
+    targets.run(settings.replace(choices_of=str(folder), fractions="0.6"), open_session(settings))
 
 
 @pytest.mark.parametrize(
@@ -142,5 +139,5 @@ def test_what_means_nothing_is_refused(settings, tmp_path, changes, words):
 
 
 def test_limits_of_sources_count_each_by_itself(settings):
-  one = Workbench(settings.replace(source_limits="9"))
-  assert len(one.parts["train"]) == 9 and len(one.parts["eval"]) == len(Workbench(settings).parts["eval"])
+  one = open_session(settings.replace(source_limits="9"))
+  assert len(one.splits["train"]) == 9 and len(one.splits["eval"]) == len(open_session(settings).splits["eval"])

@@ -8,7 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, OneDevice, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
+from tiny import CONFIG, open_session, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
 
 from experiments.transfer import transfer
 from in2core_jax.errors import UserError
@@ -16,15 +16,11 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder, weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, session
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import matching
 from in2core_jax.selection.inputs import inputs_of
-
-
-class Workbench(OneDevice, session.Workbench):
-  """On one of the simulated devices: quick to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(settings):
-  return Workbench(settings)
+  return open_session(settings)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +98,9 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
   cell = task.scored(transfer.scorers_of(settings)[0])
-  judge = Judge(bench, settings, [np.arange(24)])
-  tuned = judge.train(np.flatnonzero(bench.parts["train"].num_response_tokens), 0, "again").sub
-  counted = bench.parts["eval"].num_response_tokens > 0
+  judge = Retrainer(bench, settings, [np.arange(24)])
+  tuned = judge.train(np.flatnonzero(bench.splits["train"].num_response_tokens), 0, "again").sub
+  counted = bench.splits["eval"].num_response_tokens > 0
   losses, before = (judge.losses(sub, "eval")[counted].mean() for sub in (tuned, judge.sub))
   assert cell["eval loss as given"] == pytest.approx(before, rel=1e-6)
   assert cell["eval loss"] == pytest.approx(losses, rel=1e-6) and losses != pytest.approx(before, rel=1e-5)
@@ -112,10 +108,10 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   wanted = scoring.score(
     bench, settings, chosen, scoring.Work(run_folder.RunDir.open(str(folder) + "-w", {}))
   ).influence
-  found = [cell["influence"][example] for example in bench.parts["train"].ids]
+  found = [cell["influence"][example] for example in bench.splits["train"].ids]
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-  assert [bench.parts["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
-    cell["selected"], key=bench.parts["train"].ids.index
+  assert [bench.splits["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
+    cell["selected"], key=bench.splits["train"].ids.index
   )
 
 
@@ -124,7 +120,7 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
   before = (folder / "transfer.md").read_bytes()
   (folder / "transfer.json").unlink()
   with monkeypatch.context() as patch:
-    patch.setattr(Judge, "train", lambda *_: pytest.fail("a finished training was done again"))
+    patch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
     patch.setattr(transfer, "score", lambda *_: pytest.fail("finished scores were computed again"))
     transfer.run(settings, bench)
   assert (folder / "transfer.md").read_bytes() == before and (folder / "transfer.json").exists()
@@ -216,7 +212,7 @@ def test_scorers_are_read_with_their_layers():
 def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(
   settings, bench, tmp_path, monkeypatch, changes, words
 ):
-  monkeypatch.setattr(Judge, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
+  monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
   with pytest.raises(UserError, match=words):
     transfer.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
   assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import ekfac, low_rank, tree_math
 from in2core_jax.influence import normalize, trajectory
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.influence.trajectory import AdamDirection, Checkpoint
 from in2core_jax.params import moment_probes
 from in2core_jax.training.recipe import Recipe, make_optimizer
@@ -85,13 +85,13 @@ def make_stream(cuts="whole", data=None):
 def make_problem(microbatch=4, factor=1.0):
   rng = np.random.default_rng(1)
   sub = {"first": {"kernel": rng.standard_normal((FEATURES, WIDTH))}, "second": rng.standard_normal(WIDTH)}
-  return Problem(NETWORK, jax.tree.map(jnp.asarray, sub), {"factor": jnp.asarray(factor)}, microbatch)
+  return CompiledObjective(NETWORK, jax.tree.map(jnp.asarray, sub), {"factor": jnp.asarray(factor)}, microbatch)
 
 
 class Dense(NamedTuple):
   """What a loop of `jax.grad` says about the examples."""
 
-  problem: Problem
+  problem: CompiledObjective
   g: np.ndarray  # [N, P]
   losses: np.ndarray
   directions: Any
@@ -160,7 +160,7 @@ def test_measures_are_a_loop_of_grad_however_the_data_is_cut(dense, cuts, microb
 def test_measures_of_the_decoder_are_a_loop_of_grad(x64):
   """With its flat response slots, which one example at a time has to do without."""
   t = tiny.make_tiny("1,2", "all", jnp.float64, config=tiny.smaller_config())
-  problem, size = Problem(t.objective, t.sub, t.frozen, microbatch=3), len(tiny.ROLES)
+  problem, size = CompiledObjective(t.objective, t.sub, t.frozen, microbatch=3), len(tiny.ROLES)
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
   without = t.batch._replace(slots=None)
   dense = make_dense(problem, lambda: iter([(None, without)]), size)
@@ -514,7 +514,7 @@ def test_a_proponent_by_less_lowers_the_loss_of_the_query(x64):
   g, _ = dense_at(at)
   scores = trajectory.less([at], make_stream(), N, lambda problem: problem.mean_gradient(query))[0]
   steps = adam_steps(at, g, optimizer, 1.0)
-  # float64 losses: those of `Problem` are rounded to float32
+  # float64 losses: those of `CompiledObjective` are rounded to float32
   total = lambda sub: sum(  # noqa: E731
     float(jnp.sum(gradients.per_example_losses(NETWORK, sub, at.problem.frozen, batch))) for _, batch in query()
   )

@@ -29,6 +29,7 @@ from in2core_jax.model.objective import make_objective
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.training import train_loop
 
@@ -184,10 +185,14 @@ def assert_trees_equal(found, wanted):
 CONFIG = decoder.ModelConfig(2048, 16, 32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4)
 
 
-class OneDevice:
-  """Beside a workbench: on one of the simulated devices, which is quick to compile."""
+def one_device():
+  """A mesh of one of the simulated devices, which is quick to compile."""
+  return sharding.make_mesh("", jax.devices()[:1])
 
-  mesh = property(lambda self: sharding.make_mesh("", jax.devices()[:1]))
+
+def open_session(s: Settings, model=None) -> session.Session:
+  """A session on one device, or on those of a model that there is already."""
+  return session.open_session(s, None if model else one_device(), model)
 
 
 def make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:

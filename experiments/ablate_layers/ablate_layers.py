@@ -18,7 +18,6 @@ from experiments.ablate_layers import report
 from experiments.benchmark import isolated
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import stage_phases
-from in2core_jax.estimate.pricing import Described
 from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import tree_math
 from in2core_jax.influence import decompose
@@ -28,11 +27,11 @@ from in2core_jax.pipeline import scoring, shapes, solver_inputs
 from in2core_jax.pipeline.checks import budget_of, check_budget, check_size, check_solvers
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.retraining import Candidate, Judge
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, integers, listed, refuse, seeds_of
 from in2core_jax.runs import resumable, run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import inputs_of
@@ -155,11 +154,11 @@ def tree_of(choice: Choice, params) -> subtree.Subtree:
 class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.cells = bench, s, Cells(run_dir)
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.cells = bench, s, ResultCache(run_dir)
     self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
-    self.choices = choices_of(s, bench.config.num_layers)
+    self.choices = choices_of(s, bench.model.config.num_layers)
     self.solvers = solvers_of(s)
     self.trees = {choice: tree_of(choice, self.params) for choice in self.choices}
 
@@ -200,7 +199,7 @@ class Ablation:
     self.work.remove()
     return table
 
-  def answer(self, solver: str, chosen: Chosen):
+  def answer(self, solver: str, chosen: BoundSubtree):
     """((H + damping I)^-1 g_q of the mean query, seconds with the query's gradient)."""
     clock, s = scoring.Clock(), self.settings.replace(solver=solver)
     own = f"queries-{run_folder.hash_of(train_loop.subtree_meta(chosen.tree))[:12]}"
@@ -228,13 +227,11 @@ class Ablation:
 
   def on_paper(self, solver: str) -> dict[Choice, dict[str, float]]:
     """FLOPs and bytes of a whole `select` run with each choice, as --dry_run tells them."""
-    described = Described(self.bench.settings)
-    described.__dict__ |= {"parts": self.bench.parts, "mesh": self.bench.mesh, "batch_tokens": self.bench.batch_tokens}
     found = {}
     for choice in self.choices:
       # The sets that are compared are the highest scores: no gradients are kept for a policy.
       own = self.settings.replace(layers=choice.flag, modules=choice.modules, solver=solver, policy="proponents")
-      phases = stage_phases.select_phases(described, own)
+      phases = stage_phases.select_phases(self.bench, own)
       found[choice] = {
         "flops": sum(phase.flops for phase in phases),
         "bytes": max(phase.device_bytes for phase in phases) + max(phase.host for phase in phases),
@@ -251,8 +248,8 @@ class Ablation:
     def make() -> dict:
       own = self.settings.replace(alone="score", layers=choice.flag, modules=choice.modules, checkpoint="")
       # Of one device and of the same batches for all choices.
-      own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batch_tokens)
-      limit = min(self.settings.ablate_examples, len(self.bench.parts["train"]))
+      own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batching.batch_tokens)
+      limit = min(self.settings.ablate_examples, len(self.bench.splits["train"]))
       with tempfile.TemporaryDirectory() as temporary:
         return isolated.start(own.replace(train_limit=limit, limit_block=0), pathlib.Path(temporary) / "score", {})
 
@@ -262,17 +259,17 @@ class Ablation:
 
   def top(self, scores: np.ndarray) -> np.ndarray:
     """Rows that the plain policy keeps."""
-    inputs = inputs_of(self.bench.parts["train"], scores)
+    inputs = inputs_of(self.bench.splits["train"], scores)
     return np.sort(coreset.select_rows("proponents", inputs, budget_of(self.settings)))
 
   def yardsticks(self, seeds: Sequence[int]) -> dict[str, list[np.ndarray]]:
     """Full data and random sets of the same budget, a set for each seed."""
-    inputs = inputs_of(self.bench.parts["train"])
+    inputs = inputs_of(self.bench.splits["train"])
     draw = lambda seed: np.sort(coreset.select_rows("random", inputs, budget_of(self.settings), seed))  # noqa: E731
     return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 
   def retrained(
-    self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Judge]
+    self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Retrainer]
   ) -> list[statistics.RetrainRow]:
     """The trained model's test results after training on each of the sets.
 
@@ -284,21 +281,21 @@ class Ablation:
     """
 
     def trained(seed: int, rows: np.ndarray) -> statistics.RetrainRow:
-      make = lambda: judge().retrain(Candidate(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
+      make = lambda: judge().retrain(TrainingSubset(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
       # Of older runs "retrained" has no losses by test example.
       cell = self.cells.get(make, "retrained row", run_folder.hash_of(rows.tolist())[:16], seed)
-      return judged(self.bench.parts["test"], statistics.RetrainRow.from_json(cell | {"policy": name}))
+      return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell | {"policy": name}))
 
     return [trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)]
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
   solvers = solvers_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   identity = bench.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )
@@ -306,18 +303,18 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     identity["flags"].pop(name)
   identity["checkpoint"] = train_loop.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
   seeds, _ = seeds_of(s)
-  choices = choices_of(s, bench.config.num_layers)
-  params = shapes.scored_params(bench.config, s)
+  choices = choices_of(s, bench.model.config.num_layers)
+  params = shapes.scored_params(bench.model.config, s)
   for choice in choices:
     tree = tree_of(choice, params)
     for name in solvers:
       check_size(s.replace(solver=name), params, tree, f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}")
-  check_budget(s, bench.parts["train"])
+  check_budget(s, bench.splits["train"])
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   if asked[0]:
-    tell_size(bench.parts["test"])
+    tell_size(bench.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])
   ablation = Ablation(bench, s, run_dir)
   found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}
@@ -405,7 +402,7 @@ def retrain(
   # Of all sets that may be trained on, so that no number depends on which of them are.
   perhaps = [row for rows in tried.values() for row in rows if row["name"] not in wanted]
   every = [rows for one in yardsticks.values() for rows in one] + [row["top"] for row in surely + perhaps]
-  judge = functools.cache(lambda: Judge(ablation.bench, ablation.settings, every))
+  judge = functools.cache(lambda: Retrainer(ablation.bench, ablation.settings, every))
 
   trained = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from in2core_jax.evaluation import paired, statistics, verdict
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
@@ -253,7 +253,7 @@ def _legend(plot, rows: Sequence[dict]) -> None:
 def write(
   run_dir: run_folder.RunDir,
   s: Settings,
-  bench: Workbench,
+  bench: Session,
   found: Mapping[str, Sequence[dict]],
   yardsticks: Yardsticks,
 ) -> None:
@@ -280,19 +280,19 @@ def write(
       "notes": list(yardsticks.notes),
       "warnings": warnings,
       "sentences": sentences,
-      "training_examples": len(bench.parts["train"]),
+      "training_examples": len(bench.splits["train"]),
       "devices": run_folder.device_summary(),
     },
   )
   log.info("\n%s", "".join(text))
 
 
-def explanation(s: Settings, bench: Workbench) -> str:
+def explanation(s: Settings, bench: Session) -> str:
   """What the columns are."""
   counts = {"examples": s.num_examples, "tokens": s.token_budget}
   kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
   return (
-    f"{len(bench.parts['train'])} training and {len(bench.parts['eval'])} evaluation examples, gradients at "
+    f"{len(bench.splits['train'])} training and {len(bench.splits['eval'])} evaluation examples, gradients at "
     f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "
     "(proponents). Spearman and overlap "
     f"(of the {kept} that are kept) are with all layers and modules of the same solver. FLOPs and memory on paper "

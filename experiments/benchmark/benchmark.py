@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from experiments import flags
 from experiments.benchmark import isolated
-from experiments.benchmark.passes import FORWARD, Bench, make_rows
+from experiments.benchmark.passes import FORWARD, make_rows, open_bench
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
@@ -103,7 +104,7 @@ class Found:
 # ---- times ---------------------------------------------------------------------------
 
 
-def measure_times(bench: Bench, s: Settings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
+def measure_times(bench: Session, s: Settings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
   """(rows of the table, figures) of all passes, interleaved."""
   rows = make_rows(bench, s, score_layers)
   size, repeat = _PRODUCT_SIZE.get(jax.default_backend(), _PRODUCT_SIZE_ELSEWHERE)
@@ -114,7 +115,7 @@ def measure_times(bench: Bench, s: Settings, score_layers: list[str]) -> tuple[l
   with Progress(total, "benchmark", "measurements") as progress:
     timings = timing.interleaved(references, others, s.rounds, lambda name: progress.update(1, now=name))
   flops = {PRODUCT: product_flops} | {name: row.flops for name, row in rows.items()}
-  tokens = int(bench.parts["train"].num_tokens.sum())
+  tokens = int(bench.splits["train"].num_tokens.sum())
   return time_rows(timings, flops, tokens)
 
 
@@ -243,7 +244,7 @@ def measure(s: Settings) -> Found:
     found.memory = isolated.measure_memory(s, score_layers[0], examples)
     found.figures["memory growth"] = max(row["growth, %"] for row in found.memory)
   if "times" in wanted:
-    found.times, figures = measure_times(Bench(s), s, score_layers)
+    found.times, figures = measure_times(open_bench(s), s, score_layers)
     found.figures |= figures
   return found
 

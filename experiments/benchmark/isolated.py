@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments import subprocesses
-from experiments.benchmark.passes import Bench
+from experiments.benchmark.passes import open_bench
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import scoring, select
@@ -39,7 +39,7 @@ def select_alone(s: Settings) -> dict:
   """A whole `select` run, and what was compiled for it. Two solver steps run the programs of any number of them."""
   short = s.replace(run_dir=str(pathlib.Path(s.run_dir) / "select"), depth=2, policy="proponents")
   with timing.CompileMeter() as meter:
-    select.run(short, Bench(short))
+    select.run(short, open_bench(short))
   return {
     "programs": meter.programs,
     "from the cache": meter.cached,
@@ -54,8 +54,8 @@ def score_alone(s: Settings) -> dict:
   wanted = int(s.device_counts)
   if wanted > len(jax.devices()):
     return {"devices": len(jax.devices())}
-  bench = Bench(s.replace(boundary_cache="off"), wanted)
-  chosen = choose(bench, bench.params, s.layers, s.modules)
+  bench = open_bench(s.replace(boundary_cache="off"), wanted)
+  chosen = choose(bench, bench.model.params, s.layers, s.modules)
   query, _ = scoring.queries(bench, s, chosen)
   train, device = bench.packer("train"), jax.devices()[0]
   stream, held = bench.stream(train, "scores"), [0]
@@ -69,7 +69,7 @@ def score_alone(s: Settings) -> dict:
   chosen.problem.losses_and_scores(watched, len(train), query, "jvp")
   peak, began = timing.peak_memory(), time.perf_counter()
   _, scores = chosen.problem.losses_and_scores(stream, len(train), query, "jvp")
-  seconds, weights = time.perf_counter() - began, timing.device_bytes(bench.params, device)
+  seconds, weights = time.perf_counter() - began, timing.device_bytes(bench.model.params, device)
   run_folder.write_json(pathlib.Path(s.run_dir) / "scores.json", scores.astype(float).tolist())
   return {
     "devices": wanted,

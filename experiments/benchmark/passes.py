@@ -1,7 +1,6 @@
 """The passes that the benchmark times, each once over all training examples, through the code that the stages run."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,36 +9,35 @@ import numpy as np
 from in2core_jax.costs import flop_counts, timing
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.records import Record
+from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
+from in2core_jax.model import weights
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.loaded_model import open_model
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import PARTS
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
 
 FORWARD = "forward only"
 
 
-class Bench(Workbench):
-  """A workbench that may have random examples, and fewer devices than there are."""
+def open_bench(s: Settings, num_devices: int | None = None) -> Session:
+  """A session on the first devices by `--mesh`, with random examples where `--synthetic_length` asks for them.
 
-  def __init__(self, settings: Settings, num_devices: int | None = None):
-    """Keeps the settings; all devices when `num_devices` is None."""
-    super().__init__(settings)
-    self.num_devices = num_devices
-
-  @functools.cached_property
-  def mesh(self):
-    """The first devices by `--mesh`."""
-    return sharding.make_mesh(self.settings.mesh, jax.devices()[: self.num_devices])
-
-  @functools.cached_property
-  def parts(self) -> dict[str, tokenizing.TokenizedDataset]:
-    """The data, or random examples with `--synthetic_length`."""
-    return synthetic_parts(self.settings, self.config.vocab_size) if self.settings.synthetic_length else super().parts
+  Args:
+    s: the flags.
+    num_devices: all when None.
+  """
+  if not s.synthetic_length:
+    return open_session(s, sharding.make_mesh(s.mesh, jax.devices()[:num_devices]))
+  config, tokenizer = weights.describe_model(s.model)
+  splits = Splits(synthetic_parts(s, config.vocab_size))
+  mesh = sharding.make_mesh(s.mesh, jax.devices()[:num_devices])
+  return make_session(s, splits, open_model(s, (config, tokenizer), mesh))
 
 
 def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
@@ -83,44 +81,44 @@ class Row:
 class Rows:
   """Makes rows for one model and data set."""
 
-  def __init__(self, bench: Bench):
+  def __init__(self, bench: Session):
     """Counts the tokens."""
-    self.bench, train = bench, bench.parts["train"]
+    self.bench, train = bench, bench.splits["train"]
     self.examples, self.tokens = len(train), int(train.num_tokens.sum())
     self.responses = int(train.num_response_tokens.sum())
 
-  def chosen(self, layers: str, modules: str = "all") -> Chosen:
+  def chosen(self, layers: str, modules: str = "all") -> BoundSubtree:
     """Kernels of a choice of layers."""
-    return choose(self.bench, self.bench.params, layers, modules)
+    return choose(self.bench, self.bench.model.params, layers, modules)
 
   def flops(self, kind: str, tree: subtree.Subtree, cached: bool = False) -> int:
     """Operations of one pass over all training examples."""
-    sizes = flop_counts.matrix_sizes(self.bench.params, tree)
+    sizes = flop_counts.matrix_sizes(self.bench.model.params, tree)
     return flop_counts.flops(kind, sizes, self.tokens, self.responses, cached)
 
   def forward(self) -> Row:
     """Losses of all examples: every layer, and the head at response tokens only."""
-    nothing = subtree.Subtree((), self.bench.config.num_layers, ())
-    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.params, nothing))
+    nothing = subtree.Subtree((), self.bench.model.config.num_layers, ())
+    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.model.params, nothing))
     stream = self.bench.stream(self.bench.packer("train"))
     return Row(lambda: problem.losses(stream, self.examples), self.flops("losses", nothing))
 
-  def score(self, chosen: Chosen, cached: bool) -> Row:
+  def score(self, chosen: BoundSubtree, cached: bool) -> Row:
     """Losses and scores along one direction by jvp, as `select` computes them for an aggregated query."""
     stream, v = self.bench.stream(self._packer(chosen, cached)), direction(chosen.problem.sub)
     work = lambda: chosen.problem.losses_and_scores(stream, self.examples, v, "jvp")  # noqa: E731
     return Row(work, self.flops("jvp", chosen.tree, cached))
 
-  def vmap_score(self, chosen: Chosen) -> Row:
+  def vmap_score(self, chosen: BoundSubtree) -> Row:
     """Scores along one direction by per-example gradients, contracted at once."""
     stream, v = self.bench.stream(self.bench.batcher("train")), direction(chosen.problem.sub)
     contraction = flop_counts.contraction_flops(
-      flop_counts.matrix_sizes(self.bench.params, chosen.tree), self.examples, 1
+      flop_counts.matrix_sizes(self.bench.model.params, chosen.tree), self.examples, 1
     )
     work = lambda: chosen.problem.scores(stream, self.examples, v, "vmap")  # noqa: E731
     return Row(work, self.flops("gradient", chosen.tree) + int(contraction))
 
-  def gradients(self, chosen: Chosen) -> Row:
+  def gradients(self, chosen: BoundSubtree) -> Row:
     """Per-example gradients, those of one batch on the device at a time."""
     stream, source = self.bench.stream(self.bench.batcher("train")), chosen.problem.example_gradients(None)
     kernel = jax.jit(source.function)
@@ -131,7 +129,7 @@ class Rows:
 
     return Row(work, self.flops("gradient", chosen.tree))
 
-  def lissa(self, chosen: Chosen, cached: bool) -> Row:
+  def lissa(self, chosen: BoundSubtree, cached: bool) -> Row:
     """LiSSA steps (ggn) whose minibatches are all training examples, each once; its residual is not measured."""
     s = self.bench.settings
     packer = self._training_packer(chosen, cached, min(s.curvature_batch, self.examples))
@@ -142,23 +140,25 @@ class Rows:
 
     def work():
       batches = packer.shuffled(min(s.curvature_batch, self.examples), 0, 0)
-      sampled = solvers.Sampled(curvature, lambda _: self.bench.place(next(batches)[1]), lambda u: u)
+      sampled = solvers.StochasticCurvature(
+        curvature, lambda _: self.bench.batching.place(next(batches)[1]), lambda u: u
+      )
       jax.block_until_ready(solvers.lissa(sampled, v, jax.random.key(0), options).solution)
 
     return Row(work, self.flops("ggn", chosen.tree, cached))
 
-  def training(self, chosen: Chosen, cached: bool) -> Row:
+  def training(self, chosen: BoundSubtree, cached: bool) -> Row:
     """One epoch of training."""
     s, size = self.bench.settings, min(self.bench.settings.batch_size, self.examples)
     packer = self._training_packer(chosen, cached, size)
     recipe = Recipe(-(-self.examples // size), size, s.learning_rate)
-    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.place)
+    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.batching.place)
     work = lambda: jax.block_until_ready(  # noqa: E731
       trainer.train(chosen.problem.sub, chosen.problem.frozen, packer).sub
     )
     return Row(work, self.flops("gradient", chosen.tree, cached))
 
-  def _packer(self, chosen: Chosen, cached: bool, shapes=None) -> packing.Packer:
+  def _packer(self, chosen: BoundSubtree, cached: bool, shapes=None) -> packing.Packer:
     """Packed training examples: tokens, or hidden states out of the boundary cache."""
     if not cached:
       return self.bench.packer("train", shapes=shapes)
@@ -167,7 +167,7 @@ class Rows:
       raise UserError(f"--boundary_cache={self.bench.settings.boundary_cache}: the benchmark needs one, use auto")
     return packer
 
-  def _training_packer(self, chosen: Chosen, cached: bool, size: int) -> packing.Packer:
+  def _training_packer(self, chosen: BoundSubtree, cached: bool, size: int) -> packing.Packer:
     shape = packing.training_shape([self.bench.packer("train", shapes=())], size, epochs=1)
     return self._packer(chosen, cached, [shape])
 
@@ -177,7 +177,7 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
-def make_rows(bench: Bench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(bench: Session, s: Settings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.

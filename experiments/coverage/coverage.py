@@ -16,22 +16,21 @@ import numpy as np
 from experiments import flags
 from experiments.coverage import report
 from in2core_jax.data.records import spoken
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
-from in2core_jax.model import hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import solver_inputs
 from in2core_jax.pipeline.checks import check_size
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.retraining import Judge
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.retraining import Retrainer
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import resumable, run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
 from in2core_jax.selection import bm25, cosines
 from in2core_jax.selection.whitening import WhitenedMetric, check_gradients
@@ -58,30 +57,15 @@ def influence_signals(projected: bool) -> tuple[str, ...]:
   return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
-class Fold(Workbench):
-  """The same model and test points with some of the training examples only; compiled programs are shared."""
-
-  def __init__(self, bench: Workbench, rows: np.ndarray):
-    super().__init__(bench.settings)
-    for name in ("_loaded", "mesh", "batch_tokens", "shapes", "packed_shapes", "layout"):
-      self.__dict__[name] = getattr(bench, name)
-    self.__dict__["parts"] = bench.parts | {"train": bench.parts["train"].take(rows)}
-    self._caches, self._whole, self._rows = bench._caches, bench, rows
-
-  def _boundary(self, part: str, chosen: subtree.Subtree, params) -> hidden_cache.BoundaryCache:
-    found = self._whole._boundary(part, chosen, params)  # an example's hidden states do not depend on the others
-    return found.take(self._rows) if part == "train" else found
-
-
-def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
+def folds_of(bench: Session, s: Settings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
     UserError: topics without a test point or training example, or too few of them.
   """
-  evals = bench.parts[POINTS]
+  evals = bench.splits[POINTS]
   there = {topic for topic, tokens in zip(evals.topics, evals.num_response_tokens, strict=True) if tokens}
-  known = sorted((there & set(bench.parts["train"].topics)) - {""})
+  known = sorted((there & set(bench.splits["train"].topics)) - {""})
   if s.hold_out_topics.strip().isdecimal():
     return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
   names = listed(s.hold_out_topics)
@@ -92,18 +76,18 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[str, normalize.Measures]:
+def measured(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
   """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
 
   `--query_block` test points at a time.
   """
-  size, found = len(bench.parts[POINTS]), {part: [] for part in ("train", POINTS)}
+  size, found = len(bench.splits[POINTS]), {part: [] for part in ("train", POINTS)}
   block = min(s.query_block, size)
   examples = {part: bench.batcher(part, chosen.tree, chosen.params) for part in found}
   for start in range(0, size, block):
     rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
     points = bench.batcher(POINTS, chosen.tree, chosen.params, rows)
-    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.mesh, True)
+    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.batching.mesh, True)
     pieces = work.pieces(f"solver-{start}", queries=resumable.tree_sha256(v))
     result = solver_inputs.solve(bench, s, chosen, v, pieces)
     for part, batcher in examples.items():
@@ -118,14 +102,14 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
   }
 
 
-def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
+def tables_of(bench: Session, s: Settings, params, work: Work) -> np.ndarray:
   """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
   """
   if s.score_path == "projected":
     projection = Projection(bench, s, params, s.seed)
-    return tables_from(projection.features("train"), projection.features(POINTS), bench.parts["train"].ids)
+    return tables_from(projection.features("train"), projection.features(POINTS), bench.splits["train"].ids)
   found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
   return np.concatenate([np.stack([part.scores, normalize.cosine(part)]) for part in found.values()], axis=2)
 
@@ -170,21 +154,21 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
-    self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
+    self.bench, self.settings, self.cells, self.folds = bench, s, ResultCache(run_dir), folds
     self._run_dir = run_dir
-    self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
-    silent = bench.parts[POINTS].num_response_tokens == 0
+    self.texts = {part: [text_of(record) for record in bench.splits[part].records] for part in ("train", POINTS)}
+    silent = bench.splits[POINTS].num_response_tokens == 0
     self.ignored = np.eye(len(silent), dtype=bool) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
-    return np.flatnonzero([topic not in topics for topic in self.bench.parts["train"].topics])
+    return np.flatnonzero([topic not in topics for topic in self.bench.splits["train"].topics])
 
   @functools.cached_property
-  def judge(self) -> Judge:
+  def judge(self) -> Retrainer:
     """One for all training sets, which are trained for the same steps by one program."""
-    return Judge(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
+    return Retrainer(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
 
   @functools.cached_property
   def before(self) -> np.ndarray:
@@ -214,7 +198,7 @@ class Study:
     return Observed(topics, rows, signals, before, after, nearest)
 
   def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray, name: tuple[str, ...]) -> dict:
-    s, fold, judge = self.settings, Fold(self.bench, rows), self.judge
+    s, fold, judge = self.settings, self.bench.with_train(rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
     self._score(fold, params, name)
@@ -226,26 +210,26 @@ class Study:
 
   def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
     """Tables of `KINDS` at the base model: without a curvature, scores and cosines are columns of the whole set's."""
-    s, every = self.settings, len(self.bench.parts["train"])
+    s, every = self.settings, len(self.bench.splits["train"])
     if s.score_path == "projected":  # the metric is that of the training set
       features = self._base_features
-      ids = self.bench.parts["train"].ids
+      ids = self.bench.splits["train"].ids
       return tables_from(features["train"][rows], features[POINTS], [ids[row] for row in rows])
     if topics and s.solver == "identity":
-      columns = np.concatenate([rows, every + np.arange(len(self.bench.parts[POINTS]))])
+      columns = np.concatenate([rows, every + np.arange(len(self.bench.splits[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
 
     name = (BASE, _CELLS, *topics)
 
     def make() -> dict:
-      fold = Fold(self.bench, rows) if topics else self.bench
-      self._score(fold, fold.params, name)
+      fold = self.bench.with_train(rows) if topics else self.bench
+      self._score(fold, fold.model.params, name)
       return {}
 
     self.cells.get(make, *name, with_array=True)
     return self.cells.read_array(*name)
 
-  def _score(self, fold: Workbench, params, name: tuple[str, ...]) -> None:
+  def _score(self, fold: Session, params, name: tuple[str, ...]) -> None:
     """Writes the array of a cell. Its unfinished work has a folder of its own: no other fold's may be taken for it."""
     s = self.settings
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{run_folder.hash_of(name)[:16]}")
@@ -255,12 +239,12 @@ class Study:
 
   @functools.cached_property
   def _base_features(self) -> dict[str, np.ndarray]:
-    projection = Projection(self.bench, self.settings, self.bench.params, self.settings.seed)
+    projection = Projection(self.bench, self.settings, self.bench.model.params, self.settings.seed)
     return {part: projection.features(part) for part in ("train", POINTS)}
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
-    return {part: self.bench.embeddings(part) for part in ("train", POINTS)}
+    return {part: self.bench.hidden.pooled(part) for part in ("train", POINTS)}
 
   def _texts_and_embeddings(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
@@ -335,9 +319,9 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
   )
 
 
-def judged_points(bench: Workbench) -> np.ndarray:
+def judged_points(bench: Session) -> np.ndarray:
   """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
-  points, trained = bench.parts[POINTS], set(bench.parts["train"].topics)
+  points, trained = bench.splits[POINTS], set(bench.splits["train"].topics)
   known = np.array([topic in trained for topic in points.topics])
   return np.flatnonzero(known & (points.num_response_tokens > 0))
 
@@ -387,7 +371,7 @@ def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.nda
   return sorted(rows, key=lambda row: row["topic"])
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -397,22 +381,23 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
       "every test point otherwise: give --solver=identity or leave --score_path out"
     )
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  bench = bench.with_evals(np.unique(distinct_points(bench.parts[POINTS])))  # a copy is no other test point
   known = influence_signals(s.score_path == "projected")
   if s.coverage_signal not in known:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(known)}")
+  bench = bench or open_session(s)
+  bench = bench.with_evals(np.unique(distinct_points(bench.splits[POINTS])))  # a copy is no other test point
   folds = folds_of(bench, s)
   solver_inputs.solver_settings(s)  # as the rest, told before the first training
-  check_size(s, bench.params, subtree.make_subtree(bench.params, s.layers, s.modules), f"--solver={s.solver}")
+  params = bench.model.params
+  check_size(s, params, subtree.make_subtree(params, s.layers, s.modules), f"--solver={s.solver}")
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
   study = Study(bench, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
-  counted = np.flatnonzero(bench.parts[POINTS].num_response_tokens)
-  topics, judged = bench.parts[POINTS].topics, judged_points(bench)
+  counted = np.flatnonzero(bench.splits[POINTS].num_response_tokens)
+  topics, judged = bench.splits[POINTS].topics, judged_points(bench)
   pooled = pool(observed, topics, judged)
   table = table_of(pooled, whole, counted)
   topic_rows = by_topic(observed, topics, judged, s.coverage_signal)

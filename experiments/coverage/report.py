@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from in2core_jax.evaluation import coverage, statistics
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
@@ -74,9 +74,9 @@ def drop_area(pooled) -> statistics.Interval:
   return coverage.area_interval(pooled.drop, pooled.uncovered, pooled.points)
 
 
-def point_rows(bench: Workbench, s: Settings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
+def point_rows(bench: Session, s: Settings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
   """Every test point under the whole training set, the least covered first."""
-  whole, points = found.whole, bench.parts[POINTS]
+  whole, points = found.whole, bench.splits[POINTS]
   signal = whole.signals[s.coverage_signal]
   at = s.coverage_signal.rsplit(", ", 1)[1]
   rows = []
@@ -130,7 +130,7 @@ def figure(found: Findings, judged: str) -> Figure:
 
 
 def write(
-  run_dir: run_folder.RunDir, s: Settings, bench: Workbench, texts: Mapping[str, list[str]], found: Findings
+  run_dir: run_folder.RunDir, s: Settings, bench: Session, texts: Mapping[str, list[str]], found: Findings
 ) -> None:
   """Tables, lists and figure; coverage.json last."""
   points = point_rows(bench, s, texts, found)
@@ -153,7 +153,7 @@ def write(
         {
           "topics": list(one.topics),
           "training_examples": len(one.rows),
-          "uncovered": int(np.isin(np.array(bench.parts[POINTS].topics)[found.counted], one.topics).sum()),
+          "uncovered": int(np.isin(np.array(bench.splits[POINTS].topics)[found.counted], one.topics).sum()),
         }
         for one in found.observed
       ],
@@ -165,14 +165,14 @@ def write(
   log.info("\n%s", text)
 
 
-def markdown(s: Settings, bench: Workbench, found: Findings, points: Sequence[dict]) -> str:
+def markdown(s: Settings, bench: Session, found: Findings, points: Sequence[dict]) -> str:
   """The report but for its last sentence."""
   shown = ["topic", s.coverage_signal, "embedding, maximum", "loss before", "loss after", "text"]
   held = "; ".join(f"{', '.join(one.topics)} ({len(one.rows)} examples left)" for one in found.observed)
   return "\n".join(
     [
       "# Coverage\n",
-      f"{len(bench.parts['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
+      f"{len(bench.splits['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
       "points whose topic has a training example; of copies one is a test point. A signal is high where the training "

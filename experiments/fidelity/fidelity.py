@@ -14,6 +14,7 @@ import numpy as np
 from experiments import flags
 from experiments.fidelity import report
 from experiments.solvers.solvers import ratios
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling
 from in2core_jax.influence.solve import SOLVERS
@@ -21,13 +22,12 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline.checks import check_size, check_solvers
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
-from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget, inputs_of
@@ -144,18 +144,18 @@ class Removal:
 class Task:
   """The data, the halves, and every training and score that is made of them."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
     self.rows = trainable_rows(bench)
     self.halves = [half_of(self.rows, s.seed, number) for number in range(s.halves)]
-    self.judge = functools.cache(lambda: Judge(bench, s, [self.rows, *self.halves]))
+    self.judge = functools.cache(lambda: Retrainer(bench, s, [self.rows, *self.halves]))
     # Copies would be correlated with the models once each, and the interval over queries take them for others.
-    self.queries, self.query_of = np.unique(distinct_points(bench.parts["eval"]), return_inverse=True)
+    self.queries, self.query_of = np.unique(distinct_points(bench.splits["eval"]), return_inverse=True)
 
   @property
   def masks(self) -> np.ndarray:
     """Which training examples each half has, bool [M, N]."""
-    masks = np.zeros((len(self.halves), len(self.bench.parts["train"])), bool)
+    masks = np.zeros((len(self.halves), len(self.bench.splits["train"])), bool)
     for mask, rows in zip(masks, self.halves, strict=True):
       mask[rows] = True
     return masks
@@ -183,7 +183,9 @@ class Task:
     s, own = self.settings, settings_of(self.settings, variant)
 
     def make() -> dict:
-      chosen = choose(self.bench, self.full if variant.at == "full" else self.bench.params, variant.layers, s.modules)
+      chosen = choose(
+        self.bench, self.full if variant.at == "full" else self.bench.model.params, variant.layers, s.modules
+      )
       work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(variant.cell())[:16]}")
       found = query_scores(self.bench, own, chosen, work, self.queries)
       work.remove()
@@ -197,7 +199,7 @@ class Task:
     Args:
       scores: solver -> influence on the evaluation set, [N].
     """
-    s, train = self.settings, self.bench.parts["train"]
+    s, train = self.settings, self.bench.splits["train"]
     random, fixed = seeds_of(s)
     found = [Removal("nothing", 0.0, seed, self.rows) for seed in fixed]
     policies = [(f"top, {solver}", "proponents", values) for solver, values in scores.items()]
@@ -214,14 +216,14 @@ class Task:
   def curves(self, scores: dict[str, np.ndarray]) -> list[dict]:
     """A dict for each training of the leave-out curves: what, share, seed, examples, losses of eval and test."""
     removals = self.removals(scores)
-    judge = functools.cache(lambda: Judge(self.bench, self.settings, [removal.rows for removal in removals]))
+    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [removal.rows for removal in removals]))
     found = []
     for count, removal in enumerate(removals):
       label = f"left out {count + 1}/{len(removals)}: {removal.what}"
       cell = trained(self.cells, judge, removal.rows, removal.seed, label, report.JUDGED)
       losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in report.JUDGED}
       out = np.setdiff1d(self.rows, removal.rows)
-      tokens = int(self.bench.parts["train"].num_response_tokens[out].sum())
+      tokens = int(self.bench.splits["train"].num_response_tokens[out].sum())
       facts = {"what": removal.what, "share": removal.share, "seed": removal.seed}
       points = {part: judged_losses(self.bench, part, np.array(cell[part])) for part in report.JUDGED}
       found.append(facts | {"examples": len(out), "response_tokens": tokens, "points": points} | losses)
@@ -234,7 +236,7 @@ def half_of(rows: np.ndarray, seed: int, number: int) -> np.ndarray:
 
 
 def trained(
-  cells: Cells, judge: Callable[[], Judge], rows: np.ndarray, seed: int, label: str, parts: tuple[str, ...]
+  cells: ResultCache, judge: Callable[[], Retrainer], rows: np.ndarray, seed: int, label: str, parts: tuple[str, ...]
 ) -> dict:
   """The cell of a training: mean nats per response token of each example of the parts, by part."""
 
@@ -246,7 +248,7 @@ def trained(
   return cells.get(make, "training", run_folder.hash_of(rows.tolist())[:16], seed, *parts)
 
 
-def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
+def mean_loss(bench: Session, part: str, losses: np.ndarray) -> float:
   """The loss that the scores are about, of a whole part, in nats per response token.
 
   The mean over examples for --loss_reduction=mean; for sum every token counts alike, as it does in their gradients.
@@ -256,12 +258,12 @@ def mean_loss(bench: Workbench, part: str, losses: np.ndarray) -> float:
     part: eval or test.
     losses: [N], mean nats per response token of each example.
   """
-  tokens = bench.parts[part].num_response_tokens
+  tokens = bench.splits[part].num_response_tokens
   weights = tokens if bench.settings.loss_reduction == "sum" else tokens > 0
   return float(np.average(losses, weights=weights))
 
 
-def judged_losses(bench: Workbench, part: str, losses: np.ndarray) -> dict:
+def judged_losses(bench: Session, part: str, losses: np.ndarray) -> dict:
   """What intervals of `mean_loss` need: losses of the examples with a response, their tokens and groups.
 
   Args:
@@ -269,9 +271,9 @@ def judged_losses(bench: Workbench, part: str, losses: np.ndarray) -> dict:
     part: eval or test.
     losses: [N], mean nats per response token of each example.
   """
-  examples = test_examples(bench.parts[part])
+  examples = test_examples(bench.splits[part])
   by = "token" if bench.settings.loss_reduction == "sum" else "example"
-  counted = bench.parts[part].num_response_tokens > 0
+  counted = bench.splits[part].num_response_tokens > 0
   return {"losses": losses[counted], "tokens": examples.tokens, "groups": examples.groups, "by": by}
 
 
@@ -303,7 +305,7 @@ def check_left_out(s: Settings, examples: int) -> None:
       raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Retrains, scores, compares, writes fidelity.md and its kin; returns the run folder. Goes on if stopped."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -313,19 +315,19 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(bench)))
   for variant in variants:
-    tree = subtree.make_subtree(bench.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
-    check_size(settings_of(s, variant), bench.params, tree, f"{given}, {variant.name}", depth="krylov")
+    tree = subtree.make_subtree(bench.model.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
+    check_size(settings_of(s, variant), bench.model.params, tree, f"{given}, {variant.name}", depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
   identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):
     identity["flags"].pop(name)
   identity["flags"] |= {name: getattr(s, name) for name in ("cg_steps", "krylov")}
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.fidelity --flagfile=THIS"])
   task = Task(bench, s, run_dir)
   every = task.losses()
@@ -352,9 +354,9 @@ def recipe(task: Task, losses: np.ndarray) -> dict:
   return {
     "model": s.model,
     "training examples": len(task.rows),
-    "evaluation examples": len(task.bench.parts["eval"]),
+    "evaluation examples": len(task.bench.splits["eval"]),
     "distinct ones (queries)": len(task.queries),
-    "test examples": len(task.bench.parts["test"]),
+    "test examples": len(task.bench.splits["test"]),
     "random halves": len(task.halves),
     "examples in a half": len(task.halves[0]),
     "halves trained twice": s.halves_again,

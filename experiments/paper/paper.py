@@ -42,10 +42,10 @@ from absl import flags as command_line
 from experiments import flags, subprocesses
 from experiments.paper.steps import STEPS, Step
 from in2core_jax.data import sources, tokenizing
+from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.pipeline.settings import Settings, listed
-from in2core_jax.pipeline.splits import PARTS
 from in2core_jax.report import table_text
 from in2core_jax.runs import files, run_folder
 

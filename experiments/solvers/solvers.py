@@ -24,12 +24,13 @@ from in2core_jax.influence.solve import fit_ekfac, solve
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, solver_inputs
 from in2core_jax.pipeline.finetune import recipe_of, start_params, trainable_rows
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
 from in2core_jax.pipeline.settings import Settings, listed
+from in2core_jax.pipeline.splits import tokenized
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ FREE = {"datainf": {"solver": "datainf"}, "identity": {"solver": "identity"}}
 class Comparison:
   """What all estimators share, made once: gradients of the queries, curvature, largest eigenvalue, fits."""
 
-  def __init__(self, bench: Workbench, s: Settings, chosen: Chosen | None = None):
+  def __init__(self, bench: Session, s: Settings, chosen: BoundSubtree | None = None):
     self.bench, self.settings = bench, s.replace(aggregate="mean")
     self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
@@ -114,7 +115,7 @@ class Comparison:
       scale_probes=1,
     )
     key = jax.random.fold_in(self.key, 17) if name == "lissa, other seed" else self.key
-    sampled = solvers.Sampled(self.curvature, self.data.draw, self.matvec)
+    sampled = solvers.StochasticCurvature(self.curvature, self.data.draw, self.matvec)
     return solvers.lissa(sampled, self.v, key, options, on_state)
 
   def scores(self, solutions) -> np.ndarray:
@@ -125,7 +126,7 @@ class Comparison:
     return self.problem.scores(stream, len(train), directions, "vmap")
 
 
-def solved(shared: Comparison, cells: Cells, name: str, ratio: float | None, with_solution: bool = False) -> dict:
+def solved(shared: Comparison, cells: ResultCache, name: str, ratio: float | None, with_solution: bool = False) -> dict:
   """The cell of an estimator at a damping ratio: curve, residual, steps, products; its solution beside it.
 
   The solution is removed when its scores are stored; `with_solution` solves again where it is gone.
@@ -161,7 +162,7 @@ def _plain(curve) -> list:
   return [[int(step), float(np.max(residual))] for step, residual in curve]
 
 
-def agreement(shared: Comparison, cells: Cells, ratio: float) -> dict:
+def agreement(shared: Comparison, cells: ResultCache, ratio: float) -> dict:
   """Scores of every estimator that did not diverge at one damping, and Spearman's correlation of all pairs."""
 
   def make() -> dict:
@@ -187,11 +188,12 @@ def spearman_interval(a: np.ndarray, b: np.ndarray, seed: int = 0, draws: int = 
   return statistics.Interval(statistics.spearman(a, b), float(low), float(high), len(a))
 
 
-def half_precision(shared: Comparison, cells: Cells, ratio: float, scores: dict) -> dict:
+def half_precision(shared: Comparison, cells: ResultCache, ratio: float, scores: dict) -> dict:
   """Spearman of the scores with bfloat16 weights against those with float32 weights, same examples and minibatches."""
 
   def make() -> dict:
-    narrow = Comparison(Workbench(shared.bench.settings.replace(dtype="bfloat16")), shared.settings)
+    bench = open_session(shared.bench.settings.replace(dtype="bfloat16"), shared.bench.batching.mesh)
+    narrow = Comparison(bench, shared.settings)
     solutions = [narrow.solve(name, ratio * narrow.lambda_max).solution for name in ("identity", "lissa")]
     found = dict(zip(("identity", "lissa"), narrow.scores(solutions), strict=True))
     rank = {name: dataclasses.asdict(spearman_interval(found[name], scores[name])) for name in found}
@@ -219,33 +221,30 @@ def deal_answers(
   return dealt, wrong
 
 
-class Mislabelled(Workbench):
-  """The same model and data, with the answers of a share of the training examples dealt out among them."""
-
-  def __init__(self, bench: Workbench, s: Settings):
-    super().__init__(s)
-    self.__dict__["_loaded"], self.__dict__["mesh"] = bench._loaded, bench.mesh
-    train = bench.parts["train"]
-    usable = np.flatnonzero(train.num_response_tokens)
-    count = max(2, round(s.mislabelled * len(usable)))
-    rows = np.random.default_rng((s.seed, 19)).choice(usable, count, replace=False)
-    records, self.wrong = deal_answers(list(train.records), rows, s.seed)
-    self.__dict__["parts"] = bench.parts | {"train": self.tokenized("train", records)}
+def with_wrong_answers(bench: Session, s: Settings) -> tuple[Session, np.ndarray]:
+  """(the same with the answers of a share of the training examples dealt out among them, bool [N] which are wrong)."""
+  train, model = bench.splits["train"], bench.model
+  usable = np.flatnonzero(train.num_response_tokens)
+  count = max(2, round(s.mislabelled * len(usable)))
+  rows = np.random.default_rng((s.seed, 19)).choice(usable, count, replace=False)
+  records, wrong = deal_answers(list(train.records), rows, s.seed)
+  dealt = tokenized(s, model.config, model.tokenizer, "train", records)
+  return make_session(s, bench.splits.with_parts(train=dealt), model), wrong
 
 
-def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
+def mislabelled(bench: Session, s: Settings, cells: ResultCache) -> dict:
   """ROC AUC with which signals find the mislabelled examples, after fine-tuning on the data that hold them."""
 
   def make() -> dict:
     own = s.replace(layers=s.mislabelled_layers, trainable_layers=s.mislabelled_layers, modules="all", trainable="full")
-    wrong_bench = Mislabelled(bench, own)
+    wrong_bench, wrong = with_wrong_answers(bench, own)
     params, tree = start_params(wrong_bench, own)
     rows = trainable_rows(wrong_bench)
     problem, (sub, frozen) = wrong_bench.kernels(tree), subtree.split(params, tree)
-    trainer = train_loop.Trainer(problem.objective, recipe_of(own, len(rows)), wrong_bench.place)
+    trainer = train_loop.Trainer(problem.objective, recipe_of(own, len(rows)), wrong_bench.batching.place)
     shape = packing.training_shape([wrong_bench.packer("train", rows=rows)], own.batch_size, [own.seed])
     trained = trainer.train(sub, frozen, wrong_bench.packer("train", tree, params, rows, [shape]), own.seed)
-    shared = Comparison(wrong_bench, own, Chosen(tree, params, problem.at(trained.sub, frozen)))
+    shared = Comparison(wrong_bench, own, BoundSubtree(tree, params, problem.at(trained.sub, frozen)))
     damping = s.damping_ratio * shared.lambda_max
     names = ["identity", "ekfac", "lissa"]
     directions = tree_math.concatenate(shared.solve(name, damping).solution for name in names)
@@ -256,7 +255,6 @@ def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
     signals = {"loss": found.losses, "self-influence, identity": found.norms**2}
     signals["self-influence, ekfac"] = found.self_influence
     signals |= {f"opponents, {name}": -found.scores[row] for row, name in enumerate(names)}
-    wrong = wrong_bench.wrong
     return {
       "auc": {
         name: dataclasses.asdict(statistics.roc_auc(signal[rows], wrong[rows])) for name, signal in signals.items()
@@ -347,23 +345,23 @@ def ratios(text: str, name: str) -> list[float]:
   return found
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Compares, writes solvers.md, solvers.json, residuals.csv and plots; returns the run folder. Goes on if stopped."""
   s = settings
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
   if not set(scored) <= set(compared):
     raise UserError(f"--agreement_ratios={s.agreement_ratios} must be among --compare_ratios={s.compare_ratios}")
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   if s.mislabelled:  # which comes last
-    subtree.make_subtree(bench.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
+    subtree.make_subtree(bench.model.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
   identity = bench.identity("solvers", s, ("data", "model", "finetune", "select", "solvers", "run"), ("train", "eval"))
   for name in ("compare_ratios", "agreement_ratios", "compare_bfloat16"):  # they say which cells are shown
     identity["flags"].pop(name)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.solvers --flagfile=THIS"])
-  cells, shared = Cells(run_dir), Comparison(bench, s)
+  cells, shared = ResultCache(run_dir), Comparison(bench, s)
   curves: dict = {}
   free = {name: solved(shared, cells, name, None) for name in FREE}
   scores: dict = {}

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import flags
 from in2core_jax.data import tokenizing
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.params import subtree
@@ -26,23 +27,22 @@ from in2core_jax.pipeline.judging import judged, of_the_target, tell_size, test_
 from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
   EQUAL,
-  Candidate,
-  Judge,
+  Retrainer,
+  TrainingSubset,
   equal_of,
   equal_steps,
   many_passes,
   perplexity_on_test,
 )
 from in2core_jax.pipeline.scoring import score
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.plots import perplexity_plot
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
 from in2core_jax.selection import coreset, cosines
 from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of
@@ -165,7 +165,7 @@ VARIANTS = {
 class Study:
   """One pool of examples, and the rows that each variant chooses of it."""
 
-  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, run_dir: run_folder.RunDir):
+  def __init__(self, bench: Session, s: Settings, checkpoint: str, run_dir: run_folder.RunDir):
     """Keeps what all variants share.
 
     Args:
@@ -175,22 +175,22 @@ class Study:
       run_dir: where scores are kept, also while they are computed.
     """
     self.bench, self.settings, self.checkpoint = bench, s, checkpoint
-    self._run_dir, self._cells = run_dir, Cells(run_dir)
+    self._run_dir, self._cells = run_dir, ResultCache(run_dir)
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
     s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
     bench = bench_of(self.bench, s).with_queries(variant.queries)
-    whole = self.bench.parts["train"]
-    budget = budget_for(s, variant, whole, bench.parts["train"])
+    whole = self.bench.splits["train"]
+    budget = budget_for(s, variant, whole, bench.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
     inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
-    first_of = distinct_points(bench.parts["train"])
+    first_of = distinct_points(bench.splits["train"])
     return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
 
-  def _inputs(self, bench: Workbench, s: Settings, variant: Variant) -> PolicyInputs:
+  def _inputs(self, bench: Session, s: Settings, variant: Variant) -> PolicyInputs:
     """What the variant chooses from."""
     policy = variant.policy
     params = bench.checkpoint_params(s.checkpoint)
@@ -200,12 +200,12 @@ class Study:
     more = ChoiceInputs(bench, s, params).of({policy})
     if variant.unit:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
-    return inputs_of(bench.parts["train"], influence, loss, **more)
+    return inputs_of(bench.splits["train"], influence, loss, **more)
 
-  def _scores(self, bench: Workbench, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
+  def _scores(self, bench: Session, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
-    depends_on |= {"queries": bench.data_identity("eval")}  # of a variant fewer than --eval_limit
+    depends_on |= {"queries": bench.splits.identity("eval")}  # of a variant fewer than --eval_limit
     depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:
@@ -225,7 +225,7 @@ def settings_of(s: Settings, variant: Variant) -> Settings:
   return own.replace(max_length=min(own.max_length, s.max_length))
 
 
-def bench_of(bench: Workbench, s: Settings) -> Workbench:
+def bench_of(bench: Session, s: Settings) -> Session:
   """The bench with losses and lengths of a variant's `settings_of`."""
   return bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
 
@@ -254,13 +254,13 @@ def budget_for(
   return Budget(num_examples=count)
 
 
-def check_variants(bench: Workbench, s: Settings) -> None:
+def check_variants(bench: Session, s: Settings) -> None:
   """Tells before the work what a variant could not do.
 
   Raises:
     UserError: names the variant.
   """
-  queries = len(bench.parts["eval"])
+  queries = len(bench.splits["eval"])
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
@@ -268,11 +268,11 @@ def check_variants(bench: Workbench, s: Settings) -> None:
       if queries < variant.queries:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
-        tree = subtree.make_subtree(bench.params, own.layers, own.modules)
+        tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
-        check_size(own, bench.params, tree, f"--solver={own.solver}")
-      budget_for(own, variant, bench.parts["train"], bench_of(bench, own).parts["train"])
+        check_size(own, bench.model.params, tree, f"--solver={own.solver}")
+      budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
@@ -289,44 +289,46 @@ def variants_of(s: Settings) -> dict[str, Variant]:
   return {name: VARIANTS[name] for name in wanted}
 
 
-def with_enough_queries(bench: Workbench, s: Settings) -> Settings:
+def with_enough_queries(bench: Session, s: Settings) -> Settings:
   """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
   if s.variants.strip():
     return s
-  queries = len(bench.parts["eval"])
+  queries = len(bench.splits["eval"])
   left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
-  if len(bench.parts["train"]) > MOST_PAIRS:
+  if len(bench.splits["train"]) > MOST_PAIRS:
     large = [name for name, variant in VARIANTS.items() if variant.policy == "matching_hybrid"]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
 
 
-def candidates(study: Study, s: Settings, cells: Cells) -> list[Candidate]:
+def candidates(study: Study, s: Settings, cells: ResultCache) -> list[TrainingSubset]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
   usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
-  found = [Candidate(FULL, seed, usable) for seed in fixed]
-  found += [Candidate(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
+  found = [TrainingSubset(FULL, seed, usable) for seed in fixed]
+  found += [TrainingSubset(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
   for name, variant in variants_of(s).items():
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
       drawn = seed if seeded else 0
       choose_rows = lambda variant=variant, drawn=drawn: {"rows": study.rows(variant, drawn).tolist()}  # noqa: E731
       kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), drawn)
-      found.append(Candidate(name, seed, np.array(kept["rows"], np.int64)))
+      found.append(TrainingSubset(name, seed, np.array(kept["rows"], np.int64)))
   return found
 
 
-def retrained(judge: Judge, cells: Cells, candidate: Candidate, steps: int, label: str) -> statistics.RetrainRow:
+def retrained(
+  judge: Retrainer, cells: ResultCache, candidate: TrainingSubset, steps: int, label: str
+) -> statistics.RetrainRow:
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
   train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
   stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
-  return judged(judge.bench.parts["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
+  return judged(judge.bench.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Chooses, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -334,21 +336,21 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   equal = equal_of(s)
   seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
+  bench = bench or open_session(s)
   s = with_enough_queries(bench, s)
   check_variants(bench, s)
   identity = bench.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
-  tell_size(bench.parts["test"])
+  tell_size(bench.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `in2core_jax.pipeline.finetune` makes it.
   checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  cells, study = Cells(run_dir), Study(bench, s, checkpoint, run_dir)
+  cells, study = ResultCache(run_dir), Study(bench, s, checkpoint, run_dir)
   chosen = candidates(study, s, cells)
-  judge = Judge(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
+  judge = Retrainer(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
   groups, of_sets = [], SetFacts(shared_with_their_rule(chosen), shares_of_target(bench, chosen))
   for word in equal:
@@ -368,7 +370,7 @@ _RATIOS = {"to ": "token", "by example, to ": "example"}
 _PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
 
 
-def shared_with_their_rule(chosen: list[Candidate]) -> dict[str, float]:
+def shared_with_their_rule(chosen: list[TrainingSubset]) -> dict[str, float]:
   """For each variant the share of its examples that the rule which it changes has chosen too.
 
   "proponents, cg, cut at 96" changes "proponents, cg", or "proponents" where that was not asked for; rules without one
@@ -387,12 +389,12 @@ def shared_with_their_rule(chosen: list[Candidate]) -> dict[str, float]:
   return shared
 
 
-def shares_of_target(bench: Workbench, chosen: list[Candidate]) -> dict[str, float]:
+def shares_of_target(bench: Session, chosen: list[TrainingSubset]) -> dict[str, float]:
   """For each rule the share of its examples that come from where the evaluation examples do, a mean over its seeds.
 
   Empty where that is not known (`judging.of_the_target`).
   """
-  mask = of_the_target(bench.parts["train"], bench.parts["eval"])
+  mask = of_the_target(bench.splits["train"], bench.splits["eval"])
   if mask is None:
     return {}
   found: dict[str, list[float]] = {}
@@ -530,16 +532,16 @@ def remove_pictures(run_dir: run_folder.RunDir, equal: list[str]) -> None:
       run_dir.remove(f"plots/study-{word}.{kind}")
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base, of_sets: SetFacts) -> None:
+def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base, of_sets: SetFacts) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
-  num_test, perplexity = np.count_nonzero(bench.parts["test"].num_response_tokens), perplexity_on_test(bench, base)
+  num_test, perplexity = np.count_nonzero(bench.splits["test"].num_response_tokens), perplexity_on_test(bench, base)
   parts = [
     "# Rules of selection, retrained",
     f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
     "that hold for new test examples and for new trainings.",
-    test_examples(bench.parts["test"]).about,
+    test_examples(bench.splits["test"]).about,
   ]
   titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
   notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]

@@ -25,12 +25,12 @@ from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps, retrain_row
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_of, equal_steps, retrain_row
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, shares, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import SIMILARITIES, Budget, inputs_of
 from in2core_jax.selection.whitening import spread_rows
@@ -118,23 +118,21 @@ def reported(targets: list[Target], s: Settings) -> list[Target]:
   return [target for target in targets if not wanted or target.name in wanted]
 
 
-def with_targets(bench: Workbench, s: Settings) -> list[Target]:
-  """The targets; `bench` keeps of evaluation and test set what they need, and their rows are of these."""
-  every = targets_of(bench.parts, s)
-  parts = dict(bench.parts)
+def with_targets(bench: Session, s: Settings) -> tuple[Session, list[Target]]:
+  """(the same with what the targets need of evaluation and test set, the targets, whose rows are of these)."""
+  every = targets_of(bench.splits, s)
+  parts = dict(bench.splits)
   for part, name in (("eval", "queries"), ("test", "tests")):
     used = np.unique(np.concatenate([getattr(target, name) for target in every]))
     parts[part] = parts[part].take(used)
     every = [dataclasses.replace(target, **{name: np.searchsorted(used, getattr(target, name))}) for target in every]
-  bench.__dict__["parts"] = parts
-  bench.__dict__.pop("summary", None)
-  return every
+  return bench.with_splits(bench.splits.with_parts(**parts)), every
 
 
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, trains: bool = False):
+  def __init__(self, bench: Session, s: Settings, checkpoint: str, trains: bool = False):
     """Computes nothing yet.
 
     Args:
@@ -153,11 +151,11 @@ class Chooser:
     key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
       if self._trains:
-        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.params)
+        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.model.params)
       self._made.clear()  # of one place at a time: projected gradients are large
       self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
     more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
-    inputs = inputs_of(bench.parts["train"], **more)
+    inputs = inputs_of(bench.splits["train"], **more)
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
 
@@ -179,25 +177,24 @@ def check(s: Settings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]
   return rules, retrained, budgets
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
   refuse(s, _REFUSED, _DOES)
   rules, retrained, budgets = check(s)
   equal, _ = equal_of(s), seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  targets = with_targets(bench, s)
+  bench, targets = with_targets(bench or open_session(s), s)
   judged_targets = reported(targets, s)
   chosen_elsewhere = read_choices(s, bench, judged_targets, max(budgets))
   identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
     checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
+  cells, chooser = ResultCache(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
   log.info("\n%s", table_text.markdown_table(found["recall"]))
@@ -209,7 +206,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 
 def orders_of(
-  cells: Cells, chooser: Chooser, rules: dict[str, Variant], targets: list[Target]
+  cells: ResultCache, chooser: Chooser, rules: dict[str, Variant], targets: list[Target]
 ) -> dict[str, dict[str, np.ndarray]]:
   """Rule -> target -> all rows, best first; what was chosen is kept."""
   found: dict[str, dict[str, np.ndarray]] = {}
@@ -224,9 +221,9 @@ def orders_of(
 # ---- choices of other models ---------------------------------------------------------
 
 
-def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most: float) -> dict:
+def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: float) -> dict:
   """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
-  ids = bench.parts["train"].ids
+  ids = bench.splits["train"].ids
   size = max(1, round(most * len(trainable_rows(bench))))
   return {
     name: {target: [ids[row] for row in rows[:size]] for target, rows in of_targets.items()}
@@ -234,7 +231,7 @@ def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most:
   }
 
 
-def read_choices(s: Settings, bench: Workbench, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
+def read_choices(s: Settings, bench: Session, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
   """What the rules of `--retrained` chose in another run, as rules of this one.
 
   Raises:
@@ -244,7 +241,7 @@ def read_choices(s: Settings, bench: Workbench, targets: list[Target], most: flo
     return {}
   other = run_folder.RunDir.load(s.choices_of)
   told, whose = other.load_json("targets.json"), other.identity["flags"]["model"]
-  row_of = {name: row for row, name in enumerate(bench.parts["train"].ids)}
+  row_of = {name: row for row, name in enumerate(bench.splits["train"].ids)}
   size = max(1, round(most * len(trainable_rows(bench))))
   found: dict[str, dict[str, np.ndarray]] = {}
   for name in words(s.retrained, "retrained", (), ";"):
@@ -288,9 +285,9 @@ def recall_table(
 
 
 def retrain(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  cells: Cells,
+  cells: ResultCache,
   targets: list[Target],
   orders: dict[str, dict[str, np.ndarray]],
   compared: tuple[tuple[float, ...], list[str]],
@@ -309,7 +306,7 @@ def retrain(
     {"tables": {title: rows}, "overview": rows}.
   """
   (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
-  usable, train_set = trainable_rows(bench), bench.parts["train"]
+  usable, train_set = trainable_rows(bench), bench.splits["train"]
   size = {budget: max(1, round(budget * len(usable))) for budget in budgets}
   draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
   random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
@@ -319,10 +316,10 @@ def retrain(
     for target, rows in of_targets.items()
     for budget in budgets
   }
-  every_test = np.arange(len(bench.parts["test"]))
-  judge = Judge(bench, s, [usable, *random.values(), *chosen.values()])
+  every_test = np.arange(len(bench.splits["test"]))
+  judge = Retrainer(bench, s, [usable, *random.values(), *chosen.values()])
 
-  def losses(candidate: Candidate, tests: np.ndarray, steps: int, label: str) -> dict:
+  def losses(candidate: TrainingSubset, tests: np.ndarray, steps: int, label: str) -> dict:
     def train() -> dict:
       result = judge.train(candidate.rows, candidate.seed, label, steps)
       return {"losses": judge.losses(result.sub, rows=tests).tolist(), "trained": result.trained_response_tokens}
@@ -334,10 +331,12 @@ def retrain(
   for word in equal:
     for budget in budgets:
       for target in targets:
-        target_tests = bench.parts["test"].take(target.tests)
-        candidates = [Candidate(FULL, fixed[0], usable)]
-        candidates += [Candidate(RANDOM, seed, random[budget, seed]) for seed in seeds]
-        candidates += [Candidate(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed]
+        target_tests = bench.splits["test"].take(target.tests)
+        candidates = [TrainingSubset(FULL, fixed[0], usable)]
+        candidates += [TrainingSubset(RANDOM, seed, random[budget, seed]) for seed in seeds]
+        candidates += [
+          TrainingSubset(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed
+        ]
         rows = []
         for candidate in candidates:
           steps = equal_steps(bench, s, candidate.rows, word)
@@ -376,7 +375,7 @@ def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str]) ->
 # ---- tables --------------------------------------------------------------------------
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], found: dict) -> None:
+def write_tables(run_dir, bench: Session, s: Settings, targets: list[Target], found: dict) -> None:
   """targets.md, .csv, .tex and .json."""
   about = (
     f"{len(trainable_rows(bench)):,} training examples of {_sources(bench)}; {s.model}, layers {s.layers} compared, "
@@ -388,7 +387,7 @@ def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], 
       "training examples": int(target.mine.sum()),
       "queries": len(target.queries),
       "test examples": len(target.tests),
-      "counted apart": len(np.unique(test_examples(bench.parts["test"].take(target.tests)).groups)),
+      "counted apart": len(np.unique(test_examples(bench.splits["test"].take(target.tests)).groups)),
     }
     for target in targets
   ]
@@ -417,8 +416,8 @@ def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], 
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
 
 
-def _sources(bench: Workbench) -> str:
-  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.parts["train"].records]
+def _sources(bench: Session) -> str:
+  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.splits["train"].records]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

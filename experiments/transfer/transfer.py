@@ -13,6 +13,7 @@ import numpy as np
 from experiments import flags
 from experiments.solvers.solvers import spearman_interval
 from in2core_jax.data import tokenizing
+from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.model import weights
@@ -22,17 +23,16 @@ from in2core_jax.pipeline.checks import budget_of, check_budget, check_scores
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size, test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, Judge
+from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.scoring import score
-from in2core_jax.pipeline.session import Workbench, choose
+from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings, listed, refuse, seeds_of
-from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_rows
 from in2core_jax.report.plots import perplexity_plot
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of
@@ -137,11 +137,11 @@ def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
 class Transfer:
   """The trained model's bench and judge, and what each scorer makes of the same examples."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, Cells(run_dir)
-    self.train = bench.parts["train"]
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
+    self.train = bench.splits["train"]
 
-  def bench_of(self, scorer: Scorer) -> Workbench:
+  def bench_of(self, scorer: Scorer) -> Session:
     """A bench with the same data flags and another model.
 
     Raises:
@@ -149,10 +149,9 @@ class Transfer:
     """
     if scorer.model == self.settings.model:
       return self.bench
-    # Its class, so that whatever is particular about the bench is so for all models.
-    other = type(self.bench)(self.settings.replace(model=scorer.model))
+    other = open_session(self.settings.replace(model=scorer.model), self.bench.batching.mesh)
     for part in ("train", "eval"):
-      if other.parts[part].ids != self.bench.parts[part].ids:
+      if other.splits[part].ids != self.bench.splits[part].ids:
         raise UserError(f"--score_models: {scorer.model} read other {part} examples than {self.settings.model}")
     return other
 
@@ -163,11 +162,11 @@ class Transfer:
     that each model is read even when its scores are there.
     """
     bench = self.bench_of(scorer)
-    content = run_folder.hash_of([bench.model_hash, bench.data_identity("train", "eval")])
+    content = run_folder.hash_of([bench.model.hash, bench.splits.identity("train", "eval")])
     name = ("scores", *dataclasses.astuple(scorer), content)
     return self.cells.get(lambda: self.score_anew(scorer, bench, run_folder.hash_of(name)[:16]), *name)
 
-  def score_anew(self, scorer: Scorer, bench: Workbench, name: str) -> dict:
+  def score_anew(self, scorer: Scorer, bench: Session, name: str) -> dict:
     """What `scored` keeps.
 
     Args:
@@ -181,25 +180,25 @@ class Transfer:
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
     found = score(bench, s, chosen, work)
     work.remove()
-    train = bench.parts["train"]
+    train = bench.splits["train"]
     more = ChoiceInputs(bench, s, params, stored=False).of({s.policy})
     inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {
       "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
       "selected": [train.ids[row] for row in rows],
-      "layers in all": bench.config.num_layers,
-      "parameters": subtree.count(bench.params),
+      "layers in all": bench.model.config.num_layers,
+      "parameters": subtree.count(bench.model.params),
       "eval loss as given": before,
       "eval loss": losses,
     }
 
-  def params_of(self, bench: Workbench, s: Settings) -> tuple[dict, float, float]:
+  def params_of(self, bench: Session, s: Settings) -> tuple[dict, float, float]:
     """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
     rows = trainable_rows(bench)
-    judge = Judge(bench, s, [rows])
+    judge = Retrainer(bench, s, [rows])
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
-    counted = bench.parts["eval"].num_response_tokens > 0
+    counted = bench.splits["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
     return subtree.merge(sub, judge.frozen, judge.chosen), before, after
 
@@ -208,7 +207,7 @@ class Transfer:
     place = {example: row for row, example in enumerate(self.train.ids)}
     return np.sort([place[example] for example in ids])
 
-  def candidates(self, chosen: dict[str, np.ndarray]) -> list[Candidate]:
+  def candidates(self, chosen: dict[str, np.ndarray]) -> list[TrainingSubset]:
     """Every set to retrain on, with its seeds: full, random ones of the same size, the longest, each scorer's choice.
 
     Some of the random ones have the lengths of the trained model's own choice, some, where there are copies, no text
@@ -216,7 +215,7 @@ class Transfer:
     """
     s, usable = self.settings, trainable_rows(self.bench)
     seeds, fixed = seeds_of(s)
-    found = [Candidate(statistics.FULL, seed, usable) for seed in fixed]
+    found = [TrainingSubset(statistics.FULL, seed, usable) for seed in fixed]
     own = next(iter(chosen.values()))
     inputs, budget = inputs_of(self.train), Budget(num_examples=len(own))
     lengths, first_of = self.train.num_response_tokens[usable], distinct_points(self.train)
@@ -227,15 +226,15 @@ class Transfer:
     }
     if len(np.unique(first_of[usable])) == len(usable):
       drawn.pop(COPIES_LAST)
-    found += [Candidate(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
+    found += [TrainingSubset(name, seed, np.sort(draw(seed))) for name, draw in drawn.items() for seed in seeds]
     chosen = {LONGEST: np.sort(coreset.select_rows("longest", inputs, budget_of(s)))} | {
       f"chosen by {name}": rows for name, rows in chosen.items()
     }
-    return found + [Candidate(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
+    return found + [TrainingSubset(name, seed, rows) for name, rows in chosen.items() for seed in fixed]
 
-  def retrained(self, candidates: list[Candidate]) -> list[statistics.RetrainRow]:
+  def retrained(self, candidates: list[TrainingSubset]) -> list[statistics.RetrainRow]:
     """The trained model's test results for each set."""
-    judge = functools.cache(lambda: Judge(self.bench, self.settings, [candidate.rows for candidate in candidates]))
+    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [candidate.rows for candidate in candidates]))
     found = []
     for number, candidate in enumerate(candidates):
       label = f"train {number + 1}/{len(candidates)}: {candidate.policy}, seed {candidate.seed}"
@@ -243,7 +242,7 @@ class Transfer:
       make = lambda candidate=candidate, label=label: judge().retrain(candidate, label).as_json()  # noqa: E731
       which = run_folder.hash_of(candidate.rows.tolist())[:16]
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
-      found.append(judged(self.bench.parts["test"], statistics.RetrainRow.from_json(cell)))
+      found.append(judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell)))
     return found
 
 
@@ -421,7 +420,7 @@ def write(
   log.info("\n%s", text)
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
   s = settings
   scorers = scorers_of(s)
@@ -431,15 +430,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
   check_scorers(s, scorers)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(s)
-  check_budget(s, bench.parts["train"])
-  tell_size(bench.parts["test"])
+  bench = bench or open_session(s)
+  check_budget(s, bench.splits["train"])
+  tell_size(bench.splits["test"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
   identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
   task = Transfer(bench, s, run_dir)
   cells = {scorer.model: task.scored(scorer) for scorer in scorers}
@@ -453,13 +452,13 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "solver": s.solver,
     "scores at": {"full": "each model fine-tuned on the full training set", "base": "each model as given"}[s.score_at],
     "training examples": len(trainable_rows(bench)),
-    "evaluation examples": len(bench.parts["eval"]),
-    "test examples": len(bench.parts["test"]),
+    "evaluation examples": len(bench.splits["eval"]),
+    "test examples": len(bench.splits["test"]),
     "steps": plan.steps,
     "batch size": plan.batch_size,
     "learning rate": plan.learning_rate,
   }
-  about = test_examples(bench.parts["test"]).about
+  about = test_examples(bench.splits["test"]).about
   write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe, about)
   return str(run_dir.path)
 

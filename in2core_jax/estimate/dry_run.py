@@ -11,12 +11,13 @@ import shutil
 
 from in2core_jax.costs import flop_counts, hardware
 from in2core_jax.costs.hardware import Hardware
-from in2core_jax.estimate import stage_phases
+from in2core_jax.estimate import pricing, stage_phases
 from in2core_jax.estimate.pricing import Described, Phase
 from in2core_jax.parallel.host import host_bytes
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, shapes
 from in2core_jax.pipeline.judging import too_small
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.runs import files
@@ -69,10 +70,10 @@ class Estimate:
 
 
 def estimate(bench: Described, stage: str, where: Hardware) -> Estimate:
-  """Prices a stage under the settings of the workbench."""
-  s = bench.settings
+  """Prices a stage under the settings of the session."""
+  s = bench.session.settings
   free = float("inf") if bench.elsewhere or files.is_remote(s.run_dir) else disk_free(s.run_dir)
-  return Estimate(stage_phases.STAGES[stage](bench, s), where, free)
+  return Estimate(stage_phases.STAGES[stage](bench.session, s), where, free)
 
 
 def disk_free(folder: str) -> float:
@@ -101,7 +102,8 @@ def remedies(s: Settings, tokens: int, devices: int) -> dict[str, list]:
 
 def fixes(bench: Described, stage: str, found: Estimate) -> list[str]:
   """Flags with which everything fits, as mild as will do: single ones, else pairs."""
-  known = remedies(bench.settings, bench.batch_tokens, found.where.count)
+  session = bench.session
+  known = remedies(session.settings, session.batching.batch_tokens, found.where.count)
 
   def fits(changes: dict) -> bool:
     return not estimate(bench.varied(**changes), stage, found.where).too_large()
@@ -135,18 +137,19 @@ def text(s: Settings, stage: str) -> str:
     UserError: whatever is wrong with flags, model or data.
   """
   elsewhere = hardware.on_paper(s.hardware, s.dtype) if s.hardware else None
-  bench = Described(s, elsewhere)
+  described = pricing.described(s, elsewhere)
+  bench = described.session
   if stage in checks.BEFORE:
     checks.BEFORE[stage](bench, s)
-  longest = max(bench.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
-  where = elsewhere or hardware.here(bench.config, s.dtype, longest.height, longest.num_tokens)
-  found = estimate(bench, stage, where)
-  small = too_small(bench.parts["test"]) if stage in ("evaluate", "demo") else []
+  longest = max(bench.batching.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
+  where = elsewhere or hardware.here(bench.model.config, s.dtype, longest.height, longest.num_tokens)
+  found = estimate(described, stage, where)
+  small = too_small(bench.splits["test"]) if stage in ("evaluate", "demo") else []
   lines = [*facts(bench, stage, where), "", table(found), *totals(found), *small]
   too_large = found.too_large()
   if not too_large:
     return "\n".join([*lines, "Everything fits."])
-  return "\n".join([*lines, *(f"Does not fit: {line}" for line in too_large), advice(bench, stage, found)])
+  return "\n".join([*lines, *(f"Does not fit: {line}" for line in too_large), advice(described, stage, found)])
 
 
 def advice(bench: Described, stage: str, found: Estimate) -> str:
@@ -154,37 +157,38 @@ def advice(bench: Described, stage: str, found: Estimate) -> str:
   helpful = fixes(bench, stage, found)
   if helpful:
     return f"It fits with {' or '.join(helpful)}."
-  cut = "mesh" in remedies(bench.settings, bench.batch_tokens, found.where.count)
+  session = bench.session
+  cut = "mesh" in remedies(session.settings, session.batching.batch_tokens, found.where.count)
   also = f", with --mesh=fsdp:{found.where.count}" if cut else ""
   return f"No two flags for batches and places are enough: choose fewer --layers or --modules{also}."
 
 
-def facts(bench: Described, stage: str, where: Hardware) -> list[str]:
+def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
   """What was chosen, and on what it would run."""
   s = bench.settings
-  every = subtree.count(shapes.param_shapes(bench.config, s.dtype))
+  every = subtree.count(shapes.param_shapes(bench.model.config, s.dtype))
   lines = [f"model: {every:,} parameters, {s.dtype}"]
   for name, stages, described in (
     ("trained", ("finetune", "evaluate", "demo"), shapes.trained_shapes),
     ("scored", ("select", "demo"), shapes.scored_shapes),
   ):
     if stage in stages:
-      params, tree = described(bench.config, s)
+      params, tree = described(bench.model.config, s)
       size = subtree.count(flop_counts.split_shapes(params, tree)[0])
       layers = f"layers {tree.layers[0]} to {tree.layers[-1]}" if tree.layers else "no layer"
       lines.append(f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {len(tree.layers)} layers ({layers})")
   counts = ", ".join(
     f"{part} {len(dataset):,} examples of {int(dataset.num_tokens.sum()):,} tokens"
-    for part, dataset in bench.parts.items()
+    for part, dataset in bench.splits.items()
   )
-  rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in bench.packed_shapes)
-  mesh = ",".join(f"{axis}:{size}" for axis, size in bench.mesh.shape.items())
+  rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in bench.batching.packed_shapes)
+  mesh = ",".join(f"{axis}:{size}" for axis, size in bench.batching.mesh.shape.items())
   rates = " to ".join(f"{rate / 1e9:,.0f}" for rate in (where.rates[0], where.rates[2]))
   origin = "measured here just now" if where.measured else "assumed from data sheets"
   return [
     *lines,
     f"data: {counts}",
-    f"batches: {bench.batch_tokens:,} tokens, rows on a device: {rows}",
+    f"batches: {bench.batching.batch_tokens:,} tokens, rows on a device: {rows}",
     f"devices: {where.count} x {where.name}, {_gb(where.memory)} each, mesh {mesh}; {rates} GFLOP/s each, {origin}",
   ]
 

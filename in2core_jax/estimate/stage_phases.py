@@ -11,11 +11,12 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
-from in2core_jax.estimate.pricing import FLOAT, Described, Phase, Pricer
+from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline import auto_batch, shapes, solver_inputs
 from in2core_jax.pipeline.scoring import WHITENED, score_aggregate, topic_rows, trajectory_weights
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
 from in2core_jax.pipeline.shapes import num_checkpoints, num_steps, trained_shapes
 from in2core_jax.runs import run_folder
@@ -24,11 +25,11 @@ from in2core_jax.selection import aggregation, coreset
 _FIT = "EK-FAC"  # begins the name of its phase
 
 
-def finetune_phases(bench: Described, s: Settings) -> list[Phase]:
+def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
   """Fine-tuning on the full training set."""
-  params, tree = trained_shapes(bench.config, s)
+  params, tree = trained_shapes(bench.model.config, s)
   price = Pricer(bench, "finetune", params, tree)
-  rows = bench.parts["train"].num_response_tokens.nonzero()[0]
+  rows = bench.splits["train"].num_response_tokens.nonzero()[0]
   steps = num_steps(s, len(rows))
   kept = s.keep_checkpoints or -(-steps // s.checkpoint_every)
   # float32 weights and Adam's two moments; the newest is written before the oldest goes.
@@ -46,9 +47,9 @@ def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   return price.phase(f"training, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
 
 
-def select_phases(bench: Described, s: Settings) -> list[Phase]:
+def select_phases(bench: Session, s: Settings) -> list[Phase]:
   """Influence of every training example, and the coreset."""
-  price = Pricer(bench, "select", *shapes.scored_shapes(bench.config, s))
+  price = Pricer(bench, "select", *shapes.scored_shapes(bench.model.config, s))
   groups = topic_rows(bench, s)
   inverse = auto_batch.inverse_of(s, len(groups))
   held = memory.num_vectors(inverse)
@@ -57,7 +58,7 @@ def select_phases(bench: Described, s: Settings) -> list[Phase]:
   if s.trajectory != "none":  # a demo has no checkpoint yet
     times = len(trajectory_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
     if score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
-      times *= -(-len(bench.parts["eval"]) // s.query_block)
+      times *= -(-len(bench.splits["eval"]) // s.query_block)
   found = [*price.boundary("train"), *price.boundary("eval")]
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
@@ -135,8 +136,8 @@ def score_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse, times
 
 def per_query_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> list[Phase]:
   """Scores of every evaluation example, a block of them at a time."""
-  block = min(s.query_block, len(price.bench.parts["eval"]))
-  blocks = -(-len(price.bench.parts["eval"]) // block)
+  block = min(s.query_block, len(price.bench.splits["eval"]))
+  blocks = -(-len(price.bench.splits["eval"]) // block)
   each = inverse._replace(queries=block)
   evals, rows = price.by_row("eval"), price.by_row("train")
   vmap = kernels.score_path(s.score_path, block) == "vmap"
@@ -171,46 +172,46 @@ def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...], loaded
     loaded: whether all of them come into memory, as a policy needs them.
   """
   bench = price.bench
-  base = shapes.param_shapes(bench.config, bench.settings.dtype)
+  base = shapes.param_shapes(bench.model.config, bench.settings.dtype)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
   other = Pricer(bench, price.stage, params, subtree.make_subtree(params, s.layers, "sketch"))
   found = []
   for part in parts:
     work = other.by_row(part, every_slot=False)
     flops = flop_counts.pass_flops(other.sizes, "gradient", work, other.cached)
-    rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.layout.items())
+    rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
     program = memory.Program("gradient", rows[0] // other.groups, rows[1], rows[2])
-    size = memory.program_bytes(bench.config, other.sizes, program, bench.settings.dtype)
+    size = memory.program_bytes(bench.model.config, other.sizes, program, bench.settings.dtype)
     size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
-    disk = FLOAT * other.sizes.subtree * len(bench.parts[part]) if part == "train" else 0.0
+    disk = FLOAT * other.sizes.subtree * len(bench.splits[part]) if part == "train" else 0.0
     name = f"projected gradients ({part})"
     phase = other.phase(name, flops, other.device(size), 2 * work.batches, disk=disk)
     found.append(dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0)))
   return found
 
 
-def results_phase(bench: Described, s: Settings, queries: int) -> Phase:
+def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   """Files of a select run; scores are also kept in pieces while they are computed."""
-  train, evals = bench.parts["train"], bench.parts["eval"]
+  train, evals = bench.splits["train"], bench.splits["eval"]
   numbers = len(train) * (20 + 2 * (queries + 1))
   numbers += len(train) * (len(evals) + 2) if s.per_query else 0
   numbers += int(train.num_response_tokens.sum()) * 8 if s.per_token else 0
-  numbers += len(train) * bench.config.num_layers * 2 if s.per_layer else 0
+  numbers += len(train) * bench.model.config.num_layers * 2 if s.per_layer else 0
   texts = sum(len(record.raw) for record in train.records)
   return Phase("select", "scores and coreset", disk=FLOAT * numbers + texts)
 
 
-def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase]:
+def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
   """Retraining on every compared set, and the test losses; all of them take the steps of the full set.
 
   Args:
     known: trainings that are there already.
   """
-  params, tree = trained_shapes(bench.config, s)
+  params, tree = trained_shapes(bench.model.config, s)
   price = Pricer(bench, "evaluate", params, tree)
-  rows = bench.parts["train"].num_response_tokens.nonzero()[0]
+  rows = bench.splits["train"].num_response_tokens.nonzero()[0]
   one = training(price, s, rows, num_steps(s, len(rows)))
-  count, whole = num_trainings(s, share_kept(s, bench.parts["train"].num_tokens[rows]))
+  count, whole = num_trainings(s, share_kept(s, bench.splits["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
   found = [*price.boundary("train"), *price.boundary("test")]
@@ -220,7 +221,7 @@ def evaluate_phases(bench: Described, s: Settings, known: int = 0) -> list[Phase
   return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
 
 
-def demo_phases(bench: Described, s: Settings) -> list[Phase]:
+def demo_phases(bench: Session, s: Settings) -> list[Phase]:
   """All three; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.

@@ -16,7 +16,7 @@ import numpy as np
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import tree_math
 from in2core_jax.ihvp.lissa_schedule import effective_damping, step_factors
-from in2core_jax.ihvp.lissa_state import LissaSettings, LissaState, Sampled
+from in2core_jax.ihvp.lissa_state import LissaSettings, LissaState, StochasticCurvature
 from in2core_jax.ihvp.operators import (
   Curvature,
   DivergenceError,
@@ -100,7 +100,7 @@ def _advice(settings: LissaSettings) -> str:
   return f"try a larger scale, a damping above {settings.damping:.3g}, or more examples in a curvature batch"
 
 
-def choose_scale(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSettings) -> tuple[float, float]:
+def choose_scale(sampled: StochasticCurvature, v: Tree, key: jax.Array, settings: LissaSettings) -> tuple[float, float]:
   """The scale in use and the estimated largest eigenvalue of H behind it.
 
   scale = safety * (max(lambda_max(H), lambda_max(H_B) of a few minibatches) + damping): a minibatch has a larger top
@@ -166,7 +166,7 @@ def _largest(matvec: Matvec, v: Tree, key: jax.Array, settings: LissaSettings) -
 class _Watch:
   """Notices divergence: NaN, an iterate beyond what a convergent recursion can reach, a residual that keeps growing."""
 
-  def __init__(self, sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSettings, state: LissaState):
+  def __init__(self, sampled: StochasticCurvature, v: Tree, key: jax.Array, settings: LissaSettings, state: LissaState):
     self.sampled, self.v, self.key, self.settings, self.state = sampled, v, key, settings, state
     self.v_norm = np.asarray(_norm(v), np.float64)
 
@@ -214,7 +214,7 @@ def _key_data(key: jax.Array) -> np.ndarray:
   return np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
 
 
-def _first_state(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSettings) -> LissaState:
+def _first_state(sampled: StochasticCurvature, v: Tree, key: jax.Array, settings: LissaSettings) -> LissaState:
   scale, lambda_max = choose_scale(sampled, v, key, settings)
   mean = v if settings.average else None
   vectors = (v, _rest(v, settings), mean, tree_math.zeros_like(v))
@@ -258,7 +258,9 @@ def _answer(state: LissaState) -> Tree:
   return state.u if state.mean is None else state.mean
 
 
-def _run(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSettings, state: LissaState, on_state) -> LissaState:
+def _run(
+  sampled: StochasticCurvature, v: Tree, key: jax.Array, settings: LissaSettings, state: LissaState, on_state
+) -> LissaState:
   """Carries the present run to its end."""
   curvature, run_key = sampled.curvature, jax.random.fold_in(key, state.run)
   steps = step_factors(settings, state.scale, settings.depth)
@@ -291,7 +293,7 @@ def _run(sampled: Sampled, v: Tree, key: jax.Array, settings: LissaSettings, sta
 
 
 def lissa(
-  sampled: Sampled,
+  sampled: StochasticCurvature,
   v: Tree,
   key: jax.Array,
   settings: LissaSettings,

@@ -74,7 +74,7 @@ class LissaSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class StochasticCurvature:
   """A curvature with the minibatches that a stochastic solver draws, and a fixed set that it never draws from.
 
   Attributes:

@@ -31,7 +31,13 @@ from in2core_jax.ihvp.datainf import (
 )
 from in2core_jax.ihvp.lissa import choose_scale, lissa, lissa_scan
 from in2core_jax.ihvp.lissa_schedule import effective_damping
-from in2core_jax.ihvp.lissa_state import LissaSettings, LissaState, Sampled, state_from_arrays, state_to_arrays
+from in2core_jax.ihvp.lissa_state import (
+  LissaSettings,
+  LissaState,
+  StochasticCurvature,
+  state_from_arrays,
+  state_to_arrays,
+)
 from in2core_jax.ihvp.low_rank import LowRank, LowRankSettings, fit_low_rank, low_rank
 from in2core_jax.ihvp.operators import (
   Curvature,
@@ -63,7 +69,7 @@ __all__ = [
   "NegativeCurvatureError",
   "Parts",
   "PowerResult",
-  "Sampled",
+  "StochasticCurvature",
   "SolveResult",
   "cg",
   "choose_scale",

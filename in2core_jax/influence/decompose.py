@@ -4,8 +4,8 @@
   g_i . r = sum_lm g_ilm . r_lm                 m: a leaf of a layer, such as its query projection
   g_i . r = sum_t d(w_t nll_t)/dsub . r         t: a response token of example i, w_t its weight in the example's loss
 
-The sums are the score of `Problem.scores` to rounding: they cut one number up, they do not estimate another one. A
-token's contribution is that of the *prediction of* this token from all before it; a prompt token has none.
+The sums are the score of `CompiledObjective.scores` to rounding: they cut one number up, they do not estimate another
+one. A token's contribution is that of the *prediction of* this token from all before it; a prompt token has none.
 
 Letters: B batch, R response slots, N examples, k chosen layers, M response tokens of all
 examples, or chosen leaves of a layer.
@@ -24,7 +24,7 @@ from flax import traverse_util
 from in2core_jax import gradients
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-from in2core_jax.influence.kernels import Problem, Stream
+from in2core_jax.influence.kernels import CompiledObjective, Stream
 from in2core_jax.params import subtree
 from in2core_jax.runs import resumable
 
@@ -60,14 +60,19 @@ def part_names(tree: subtree.Subtree) -> tuple[str, ...]:
 
 
 def layer_scores(
-  problem: Problem, tree: subtree.Subtree, stream: Stream, size: int, direction: Tree, microbatch: int | None = 8
+  problem: CompiledObjective,
+  tree: subtree.Subtree,
+  stream: Stream,
+  size: int,
+  direction: Tree,
+  microbatch: int | None = 8,
 ) -> dict[str, np.ndarray]:
   """g_il . r_l for every part l and example i; over the parts they add up to `problem.scores(...)`.
 
   By per-example gradients, contracted leaf by leaf with r and forgotten: the same work as one direction of the `vmap`
-  path of `Problem.scores`, whatever the number of layers. A forward-mode pass gives one part only (with a tangent in
-  no other), and each costs about two thirds of that work, so it is the cheaper one for a single part and no other;
-  there it is the score itself.
+  path of `CompiledObjective.scores`, whatever the number of layers. A forward-mode pass gives one part only (with a
+  tangent in no other), and each costs about two thirds of that work, so it is the cheaper one for a single part and no
+  other; there it is the score itself.
 
   Args:
     problem: where the gradients are taken; its `sub` is what `split` gives for `tree`.
@@ -106,7 +111,12 @@ def _layer_products(objective, tree, microbatch, sub, frozen, batch, direction):
 
 
 def leaf_table(
-  problem: Problem, tree: subtree.Subtree, stream: Stream, size: int, directions: Tree, microbatch: int | None = 8
+  problem: CompiledObjective,
+  tree: subtree.Subtree,
+  stream: Stream,
+  size: int,
+  directions: Tree,
+  microbatch: int | None = 8,
 ) -> np.ndarray:
   """g_ilm . r_qlm for every query q, example i, chosen layer l and leaf m: one pass for every smaller choice.
 
@@ -168,7 +178,7 @@ def sum_over(table: np.ndarray, whole: subtree.Subtree, part: subtree.Subtree) -
 
 
 def token_scores(
-  problem: Problem, token_losses: TokenLosses, stream: Stream, size: int, direction: Tree
+  problem: CompiledObjective, token_losses: TokenLosses, stream: Stream, size: int, direction: Tree
 ) -> TokenScores:
   """d(w_t nll_t)/dsub . r for every response token t of every example; over t they add up to `problem.scores(...)`.
 

@@ -6,6 +6,7 @@ This room knows no model and no data set: it gets an `Objective`, parameters and
 Letters: B batch, N training examples, Q queries, P size of the subtree.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +23,7 @@ from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
 
 
-class Problem:
+class CompiledObjective:
   """An objective at its parameters, with every kernel compiled once per batch shape.
 
   Attributes:
@@ -59,10 +60,10 @@ class Problem:
       batch.valid,
     )
 
-  def at(self, sub: Tree, frozen: Tree | None = None) -> "Problem":
+  def at(self, sub: Tree, frozen: Tree | None = None) -> "CompiledObjective":
     """The same kernels at other parameters: nothing is compiled again."""
-    other = object.__new__(Problem)
-    other.__dict__ = self.__dict__ | {"sub": sub, "frozen": self.frozen if frozen is None else frozen}
+    other = copy.copy(self)
+    other.sub, other.frozen = sub, self.frozen if frozen is None else frozen
     return other
 
   def _product_fn(self, kind: str):

@@ -25,7 +25,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 from in2core_jax.ihvp import ekfac, low_rank, tree_math
 from in2core_jax.ihvp.operators import check_damping
-from in2core_jax.influence.kernels import Problem, Stream
+from in2core_jax.influence.kernels import CompiledObjective, Stream
 from in2core_jax.runs import resumable
 
 
@@ -73,7 +73,7 @@ class Measures:
 
 
 def measure(
-  problem: Problem,
+  problem: CompiledObjective,
   stream: Stream,
   size: int,
   directions: Tree | None,

@@ -146,7 +146,7 @@ def make_sketch(params, layers: str | tuple[int, ...], settings: SketchSettings,
 
 
 def project_direction(direction: Tree, sketch: Sketch) -> jax.Array:
-  """L^T S_q R of every covered kernel, as rows beside those of `Problem.adapter_features`.
+  """L^T S_q R of every covered kernel, as rows beside those of `CompiledObjective.adapter_features`.
 
   For directions that are no gradients: r = (H + damping I)^-1 g_q of a solver. Leaves that are no covered kernel (norm
   scales, biases, embeddings) are left out; see `uncovered_share`.
@@ -307,7 +307,7 @@ class ProjectedStore:
     """Estimates of influence(i, q) for projected queries, float32 [Q, N]; one shard in memory at a time.
 
     Args:
-      queries: [Q, W], of `project_direction` or `Problem.adapter_features` under this store's sketch.
+      queries: [Q, W], of `project_direction` or `CompiledObjective.adapter_features` under this store's sketch.
 
     Raises:
       UserError: queries of another width or not finite, or a shard that cannot be read.

@@ -11,7 +11,7 @@ from in2core_jax import gradients
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 from in2core_jax.ihvp import ekfac, solvers
-from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
 
@@ -71,7 +71,7 @@ class SolverSettings:
 
 
 def solve(
-  problem: Problem,
+  problem: CompiledObjective,
   v: Tree,
   settings: SolverSettings,
   data: "CurvatureData",
@@ -122,7 +122,7 @@ def solve(
     fitted = solvers.fit_low_rank(matvec, v, jax.random.fold_in(key, 11), solvers.LowRankSettings(settings.depth))
     result = solvers.low_rank(v, fitted, damping, matvec)
   else:
-    sampled = solvers.Sampled(curvature, data.draw, matvec, top)
+    sampled = solvers.StochasticCurvature(curvature, data.draw, matvec, top)
     result = solvers.lissa(sampled, v, key, _lissa_settings(settings, damping, lambda_max), on_state, resume_from)
   facts = {
     "lambda_max": lambda_max,
@@ -136,7 +136,7 @@ def solve(
 
 
 def fit_ekfac(
-  problem: Problem, settings: SolverSettings, data: "CurvatureData", matrices: str | None = ekfac.MATRICES
+  problem: CompiledObjective, settings: SolverSettings, data: "CurvatureData", matrices: str | None = ekfac.MATRICES
 ) -> ekfac.Ekfac:
   """EK-FAC of H at the problem's parameters: labels of the data for fisher, drawn from the model otherwise.
 
@@ -159,7 +159,7 @@ def fit_ekfac(
   return data.fit(source, jax.random.fold_in(jax.random.key(settings.seed), 13), options)
 
 
-def _preconditioner(problem: Problem, settings: SolverSettings, data: "CurvatureData", damping: float):
+def _preconditioner(problem: CompiledObjective, settings: SolverSettings, data: "CurvatureData", damping: float):
   """r -> M^-1 r for CG, or None; for the Hessian it is that of the ggn."""
   if settings.precondition == "none":
     return None

@@ -20,7 +20,7 @@ import optax
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 from in2core_jax.influence import normalize
-from in2core_jax.influence.kernels import Problem, Stream
+from in2core_jax.influence.kernels import CompiledObjective, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Checkpoint:
     optimizer_state: the optax state that follows from the steps before it; `less` needs it.
   """
 
-  problem: Problem
+  problem: CompiledObjective
   weight: float
   optimizer_state: Any = None
 
@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 # (problem at a checkpoint) -> its queries, leaves [Q, ...]: gradients of the same evaluation examples at each.
-Queries = Callable[[Problem], Tree]
+Queries = Callable[[CompiledObjective], Tree]
 
 
 def tracin(
@@ -56,7 +56,7 @@ def tracin(
     stream: training batches; hidden states of a boundary cache stay right as long as only the subtree was trained.
     size: N.
     queries: gradients at a checkpoint, for example `lambda problem: problem.mean_gradient(evaluation_stream)`.
-    path: as in `Problem.scores`.
+    path: as in `CompiledObjective.scores`.
 
   Raises:
     UserError: no checkpoint, no positive weight, or a score that is not finite.

@@ -12,7 +12,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import shapes
 from in2core_jax.pipeline.policy_inputs import check_pairs
 from in2core_jax.pipeline.scoring import WHITENED, score_aggregate
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
 from in2core_jax.selection import aggregation, coreset
@@ -41,7 +41,7 @@ def check_budget(s: Settings, train: tokenizing.TokenizedDataset) -> None:
   budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
 
 
-def check_policies(bench: Workbench, policies: set[str]) -> None:
+def check_policies(bench: Session, policies: set[str]) -> None:
   """Refuses policies that the training set is too large for."""
   if "matching_hybrid" in policies:
     check_pairs(bench)
@@ -159,17 +159,17 @@ def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree 
     )
 
 
-def check_select(bench: Workbench, s: Settings) -> None:
+def check_select(bench: Session, s: Settings) -> None:
   """What `select` refuses, by shapes and data alone."""
   check_policies(bench, {s.policy})
-  check_scores(s, shapes.scored_params(bench.config, s))
-  check_budget(s, bench.parts["train"])
+  check_scores(s, shapes.scored_params(bench.model.config, s))
+  check_budget(s, bench.splits["train"])
 
 
-def check_demo(bench: Workbench, s: Settings) -> None:
+def check_demo(bench: Session, s: Settings) -> None:
   """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
-  check_scores(s, *shapes.trained_shapes(bench.config, s))
-  check_budget(s, bench.parts["train"])
+  check_scores(s, *shapes.trained_shapes(bench.model.config, s))
+  check_budget(s, bench.splits["train"])
   made = shapes.num_checkpoints(bench, s)
   if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
     raise UserError(
@@ -178,11 +178,11 @@ def check_demo(bench: Workbench, s: Settings) -> None:
     )
 
 
-def check_evaluate(bench: Workbench, s: Settings) -> None:
+def check_evaluate(bench: Session, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
   check_policies(bench, set(policies_of(s)))
   seeds_of(s)
-  check_budget(s, bench.parts["train"])
+  check_budget(s, bench.splits["train"])
 
 
 BEFORE = {"select": check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

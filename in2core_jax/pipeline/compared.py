@@ -12,8 +12,8 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Candidate, equal_of
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.retraining import TrainingSubset, equal_of
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, listed, seeds_of, shares
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
@@ -24,7 +24,7 @@ from in2core_jax.training import train_loop
 log = logging.getLogger(__name__)
 
 
-def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.ndarray]]:
+def read_selection(folder: str, bench: Session) -> tuple[str, dict[str, np.ndarray]]:
   """(policy, columns of scores.parquet) of a select run, checked against the training set.
 
   Raises:
@@ -35,10 +35,10 @@ def read_selection(folder: str, bench: Workbench) -> tuple[str, dict[str, np.nda
     raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
   chosen = run_folder.RunDir.load(folder)
   columns = chosen.read_scores("scores.parquet")
-  if tuple(columns["example_id"]) != bench.parts["train"].ids:
+  if tuple(columns["example_id"]) != bench.splits["train"].ids:
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
-  train, rows = bench.parts["train"], np.flatnonzero(columns["selected"])
+  train, rows = bench.splits["train"], np.flatnonzero(columns["selected"])
   kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
   coreset_file = path / "coreset.jsonl"
   if not coreset_file.exists() or coreset_file.read_bytes() != kept:
@@ -67,7 +67,7 @@ class Plan:
   equal: list[str]
 
 
-def plan_of(bench: Workbench, s: Settings) -> Plan:
+def plan_of(bench: Session, s: Settings) -> Plan:
   """Reads the flags and the select runs.
 
   Raises:
@@ -115,17 +115,17 @@ def plan_of(bench: Workbench, s: Settings) -> Plan:
   return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal_of(s))
 
 
-def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
+def _check_same_rule(folder: str, bench: Session, s: Settings) -> None:
   """In a sweep a policy that matches gradients chooses anew: it must do so as the select run did that names it.
 
   Raises:
     UserError: another model or other flags of the choice.
   """
   run = run_folder.RunDir.load(folder).load_json("summary.json")["identity"]
-  if run["model_hash"] != bench.model_hash:
+  if run["model_hash"] != bench.model.hash:
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
-      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model_hash[:12]}): give evaluate the same"
+      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model.hash[:12]}): give evaluate the same"
     )
   policy = run["flags"].get("policy")
   names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
@@ -155,7 +155,7 @@ def fractions_of(s: Settings) -> tuple[float, ...]:
   return tuple(share for share in found if share < 1)
 
 
-def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidate], list[str]]:
+def candidates(bench: Session, s: Settings, plan: Plan) -> tuple[list[TrainingSubset], list[str]]:
   """Every (budget, policy, seed) to retrain, with its rows; and what looks risky about the sets chosen here."""
   inputs = _inputs(bench, s, plan)
   found, warnings = [], []
@@ -167,31 +167,31 @@ def candidates(bench: Workbench, s: Settings, plan: Plan) -> tuple[list[Candidat
     budgets = [(None, budget_of(s))]
   for policy, seed in plan.policies:
     if policy == "full":
-      found.append(Candidate(policy, seed, trainable_rows(bench)))
+      found.append(TrainingSubset(policy, seed, trainable_rows(bench)))
       continue
     for fraction, budget in budgets:
       rows = np.sort(coreset.select_rows(policy, inputs, budget, seed))
-      found.append(Candidate(policy, seed, rows, fraction))
+      found.append(TrainingSubset(policy, seed, rows, fraction))
       if policy in coreset.GRADIENT_POLICIES:
         where = policy if fraction is None else f"{policy}, {fraction:.0%}"
         warnings += [f"{where}: {warning}" for warning in selection_warnings(rows, inputs, seed)]
   if not plan.fractions:
     for name, columns in plan.runs:
-      found += [Candidate(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
+      found += [TrainingSubset(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
   return found, warnings
 
 
-def _inputs(bench: Workbench, s: Settings, plan: Plan) -> PolicyInputs:
+def _inputs(bench: Session, s: Settings, plan: Plan) -> PolicyInputs:
   """What the policies of this call choose from; scores are those of the first select run."""
   scores = plan.runs[0][1] if plan.runs else {}
-  inputs = inputs_of(bench.parts["train"], scores.get("influence"), scores.get("loss"))
+  inputs = inputs_of(bench.splits["train"], scores.get("influence"), scores.get("loss"))
   # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
   policies = {policy for policy, _ in plan.policies}
   params = bench.checkpoint_params(s.checkpoint if policies & set(coreset.GRADIENT_POLICIES) else "")
   return dataclasses.replace(inputs, **ChoiceInputs(bench, s, params).of(policies))
 
 
-def kept_candidates(run_dir: run_folder.RunDir, bench: Workbench, s: Settings, plan: Plan) -> list[Candidate]:
+def kept_candidates(run_dir: run_folder.RunDir, bench: Session, s: Settings, plan: Plan) -> list[TrainingSubset]:
   """`candidates`, chosen once and kept in the run folder: a run started again does not choose again."""
   if not run_dir.holds("candidates.json"):
     found, warnings = candidates(bench, s, plan)
@@ -200,4 +200,4 @@ def kept_candidates(run_dir: run_folder.RunDir, bench: Workbench, s: Settings, p
     rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
     run_dir.write_json("candidates.json", {"candidates": rows, "warnings": warnings})
   kept = run_dir.read_json("candidates.json")["candidates"]
-  return [Candidate(**item | {"rows": np.array(item["rows"], np.int64)}) for item in kept]
+  return [TrainingSubset(**item | {"rows": np.array(item["rows"], np.int64)}) for item in kept]

@@ -12,7 +12,7 @@ from in2core_jax.pipeline.advice import tell
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import test_examples, too_small
 from in2core_jax.pipeline.retraining import many_passes, perplexity_on_test
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, listed
 from in2core_jax.report import answer, facts, findings, html_page, table_text
 from in2core_jax.report.figure_files import write_figure
@@ -48,9 +48,9 @@ class Group:
     return [{"equal": self.equal, "fraction": self.fraction} | row for row in verdict.summarise(self.rows)]
 
 
-def write_tables(run_dir, bench: Workbench, s: Settings, groups: list[Group], base: np.ndarray) -> str:
+def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base: np.ndarray) -> str:
   """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
-  test = bench.parts["test"]
+  test = bench.splits["test"]
   base_perplexity = perplexity_on_test(bench, base)
   tables = [group.table() for group in groups]
   verdicts = [verdict.verdict(group.rows) for group in groups]
@@ -124,9 +124,9 @@ def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict
   return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
 
 
-def _recipe(bench: Workbench, s: Settings, base_perplexity: float) -> dict:
+def _recipe(bench: Session, s: Settings, base_perplexity: float) -> dict:
   """What all trainings have in common, for the reports."""
-  tokens = bench.parts["test"].num_response_tokens
+  tokens = bench.splits["test"].num_response_tokens
   return {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(np.count_nonzero(tokens)),
@@ -138,12 +138,12 @@ def _recipe(bench: Workbench, s: Settings, base_perplexity: float) -> dict:
   }
 
 
-def _selections(bench: Workbench, s: Settings, found: dict) -> dict[str, facts.SelectRun]:
+def _selections(bench: Session, s: Settings, found: dict) -> dict[str, facts.SelectRun]:
   """The select runs with the table of this comparison, by the name of the report of each."""
   folders, runs = listed(s.select_runs), {}
   names = {row["policy"] for row in found["table"]}
   for name, folder in zip(report_names(folders), folders, strict=True):
-    run = facts.SelectRun.load(folder, bench.parts["train"], bench.parts["eval"], found)
+    run = facts.SelectRun.load(folder, bench.splits["train"], bench.splits["eval"], found)
     policy = run.summary["policy"]
     own = policy if policy in names else f"{policy} ({epath.Path(folder).name})"  # as `compared.plan_of` calls it
     runs[name] = dataclasses.replace(run, retrain=found | {"candidate": own})

@@ -5,13 +5,15 @@ python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
+import numpy as np
 
 from in2core_jax.data import packing
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import run_folder, stopping
 from in2core_jax.runs.progress import Progress
@@ -35,80 +37,122 @@ def recipe_of(settings: Settings, num_examples: int) -> Recipe:
   )
 
 
-def start_params(bench: Workbench, settings: Settings):
+def start_params(bench: Session, settings: Settings):
   """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
-  params, modules, layers = bench.params, settings.trainable_modules, settings.trainable_layers
+  params, modules, layers = bench.model.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
     with_lora = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed))
-    params, modules = bench.place_params(with_lora), "lora"
+    params, modules = bench.model.place(with_lora), "lora"
   return params, subtree.make_subtree(params, layers, modules, TRAINED)
 
 
-def trainable_rows(bench: Workbench):
+def trainable_rows(bench: Session):
   """Rows of the training set that have a response: the others teach nothing."""
-  return bench.parts["train"].num_response_tokens.nonzero()[0]
+  return bench.splits["train"].num_response_tokens.nonzero()[0]
 
 
-def identity_of(bench: Workbench, settings: Settings) -> dict:
+def identity_of(bench: Session, settings: Settings) -> dict:
   """What a fine-tuned checkpoint depends on."""
   return bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a run does, settled before there is a folder.
+
+  Attributes:
+    settings: the flags.
+    bench: examples and model.
+    rows: int [S], the training examples with a response.
+    params: parameters at the start.
+    tree: what of them is trained.
+    recipe: how.
+  """
+
+  settings: Settings
+  bench: Session
+  rows: np.ndarray
+  params: Any
+  tree: subtree.Subtree
+  recipe: Recipe
+
+
+def run(settings: Settings, bench: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or Workbench(settings)
+  bench = bench or open_session(settings)
   identity = identity_of(bench, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
-  rows = trainable_rows(bench)
-  (params, chosen), recipe = start_params(bench, settings), recipe_of(settings, len(rows))
+  task = prepare(settings, bench)
   run_dir = run_folder.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
-  bench.write_skipped(run_dir)
+  bench.splits.write_skipped(run_dir)
   folder = run_dir.file(run_folder.CHECKPOINT)
-  sub, frozen = subtree.split(params, chosen)
-  if run_dir.is_whole("finetune.json") and train_loop.is_finished(folder, recipe.steps, sub):
+  sub, frozen = subtree.split(task.params, task.tree)
+  if run_dir.is_whole("finetune.json") and train_loop.is_finished(folder, task.recipe.steps, sub):
     log.info("%s is finished already", run_dir.path)
-    return str(folder)
-  log.info(
-    "training %s numbers in layers %s for %d steps of %d examples",
-    f"{subtree.count(sub):,}",
-    settings.trainable_layers,
-    recipe.steps,
-    recipe.batch_size,
-  )
+  else:
+    result = train(task, run_dir, sub, frozen)
+    write(task, run_dir, result)
+  return str(folder)
+
+
+# ---- the steps -----------------------------------------------------------------------
+
+
+def prepare(s: Settings, bench: Session) -> Task:
+  """Reads the model, and refuses what cannot be trained."""
+  rows = trainable_rows(bench)
+  params, tree = start_params(bench, s)
+  return Task(s, bench, rows, params, tree, recipe_of(s, len(rows)))
+
+
+def packer_of(task: Task) -> packing.Packer:
+  """The training examples with a response, in batches of one shape."""
+  bench, recipe, rows = task.bench, task.recipe, task.rows
   shape = packing.training_shape([bench.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
-  packer = bench.packer("train", chosen, bench.params, rows, [shape])  # fresh LoRA factors change no hidden state
-  meta = {
-    "model": settings.model,
-    "model_hash": bench.model_hash,
-    "subtree": train_loop.subtree_meta(chosen),
-    "lora_rank": settings.lora_rank if settings.trainable == "lora" else 0,
-    "seed": settings.seed,
-    "steps": recipe.steps,
-    "recipe": dataclasses.asdict(recipe),
-    "checkpoint_every": settings.checkpoint_every,
-    "identity": run_dir.identity_sha256,
-  } | ({"template_date": bench.template_date} if bench.template_date else {})
-  run_dir.write_flags("flags.txt", settings.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
+  # Hidden states of the base model: fresh LoRA factors change none.
+  return bench.packer("train", task.tree, bench.model.params, rows, [shape])
+
+
+def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> train_loop.TrainResult:
+  """Trains with checkpoints in the run folder; SIGTERM ends it after a step, which is kept."""
+  s, bench, recipe = task.settings, task.bench, task.recipe
+  words = "training %s numbers in layers %s for %d steps of %d examples"
+  log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, recipe.steps, recipe.batch_size)
+  packer, meta = packer_of(task), meta_of(task, run_dir)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
+  folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(bench.model.config, task.tree)
+  trainer = train_loop.Trainer(objective, recipe, bench.batching.place, bench.model.place)
   with Progress(recipe.steps, "finetune", "steps") as progress, stopping.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
       step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
     )
-    train_log = train_loop.TrainLog(
-      folder,
-      run_dir,
-      settings.checkpoint_every,
-      settings.keep_checkpoints,
-      meta,
-      report,
-      stop_requested,
-    )
-    trainer = train_loop.Trainer(make_objective(bench.config, chosen), recipe, bench.place, bench.place_params)
-    result = trainer.train(sub, frozen, packer, log=train_log)
-  window = max(1, min(10, recipe.steps // 2))
+    kept = train_loop.TrainLog(folder, run_dir, s.checkpoint_every, s.keep_checkpoints, meta, report, stop_requested)
+    return trainer.train(sub, frozen, packer, log=kept)
+
+
+def meta_of(task: Task, run_dir: run_folder.RunDir) -> dict:
+  """What a checkpoint says of itself."""
+  s, model, date = task.settings, task.bench.model, task.bench.splits.template_date
+  return {
+    "model": s.model,
+    "model_hash": model.hash,
+    "subtree": train_loop.subtree_meta(task.tree),
+    "lora_rank": s.lora_rank if s.trainable == "lora" else 0,
+    "seed": s.seed,
+    "steps": task.recipe.steps,
+    "recipe": dataclasses.asdict(task.recipe),
+    "checkpoint_every": s.checkpoint_every,
+    "identity": run_dir.identity_sha256,
+  } | ({"template_date": date} if date else {})
+
+
+def write(task: Task, run_dir: run_folder.RunDir, result: train_loop.TrainResult) -> None:
+  """finetune.json, which marks the run as done."""
+  window = max(1, min(10, task.recipe.steps // 2))
   summary = {
-    "steps": recipe.steps,
-    "examples": len(rows),
+    "steps": task.recipe.steps,
+    "examples": len(task.rows),
     "trained_tokens": result.trained_tokens,
     "trained_response_tokens": result.trained_response_tokens,
     "first_loss": float(result.losses[:window].mean()),
@@ -116,5 +160,5 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     "seconds": round(result.seconds, 1),
   }
   run_dir.write_json("finetune.json", summary)
-  log.info("finetune: loss %.3f -> %.3f, checkpoint in %s", summary["first_loss"], summary["last_loss"], folder)
-  return str(folder)
+  first, last = summary["first_loss"], summary["last_loss"]
+  log.info("finetune: loss %.3f -> %.3f, checkpoint in %s", first, last, run_dir.file(run_folder.CHECKPOINT))

@@ -6,11 +6,11 @@ from collections.abc import Collection
 import numpy as np
 
 from in2core_jax.data import records, tokenizing
+from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import by_id
 from in2core_jax.report import near_duplicates
 from in2core_jax.selection import bm25, coreset, cosines, hybrid
 from in2core_jax.selection.inputs import SIMILARITIES
@@ -20,13 +20,13 @@ NEAR = 0.8  # of the shingles: what two examples share beside a long instruction
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
-def check_pairs(bench: Workbench) -> None:
+def check_pairs(bench: Session) -> None:
   """Refuses `matching_hybrid` for more examples than all pairs of can be compared.
 
   Raises:
     UserError: there are more.
   """
-  size = len(bench.parts["train"])
+  size = len(bench.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
       f"policy matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
@@ -40,7 +40,7 @@ class ChoiceInputs:
   Evaluation examples without a response have no gradient, and are left out everywhere.
   """
 
-  def __init__(self, bench: Workbench, s: Settings, params, stored: bool = True):
+  def __init__(self, bench: Session, s: Settings, params, stored: bool = True):
     """Computes nothing yet.
 
     Args:
@@ -74,16 +74,16 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _answered(self) -> np.ndarray:
-    return np.flatnonzero(self.bench.parts["eval"].num_response_tokens)
+    return np.flatnonzero(self.bench.splits["eval"].num_response_tokens)
 
   @functools.cached_property
   def _first_queries(self) -> np.ndarray:
-    evals = self.bench.parts["eval"]
+    evals = self.bench.splits["eval"]
     return by_id(evals, (evals.num_response_tokens > 0) & records.firsts(evals.records))
 
   @functools.cached_property
   def _counts(self) -> np.ndarray:
-    train = self.bench.parts["train"]
+    train = self.bench.splits["train"]
     return (train.num_response_tokens > 0) & records.firsts(train.records)
 
   # ---- gradients ---------------------------------------------------------------------
@@ -103,7 +103,7 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _hybrid(self) -> hybrid.HybridMetric:
-    train = self.bench.parts["train"]
+    train = self.bench.splits["train"]
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._views("train")
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
@@ -114,7 +114,7 @@ class ChoiceInputs:
     if "_hybrid" in self.__dict__:
       return self._hybrid.metric, self._hybrid.pool.gradients
     check_gradients(self._features, "training")
-    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids, counted=self._counts)
+    metric = WhitenedMetric.fit(self._features, ids=self.bench.splits["train"].ids, counted=self._counts)
     return metric, metric.measured(self._features)
 
   @functools.cached_property
@@ -124,7 +124,7 @@ class ChoiceInputs:
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
-    s, evals = self.settings, self.bench.parts["eval"]
+    s, evals = self.settings, self.bench.splits["eval"]
     return {
       "features": self._features,
       "query_topics": [evals.topics[row] for row in queries],
@@ -137,14 +137,14 @@ class ChoiceInputs:
 
   def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
     """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
-    topics = self.bench.parts["eval"].topics
+    topics = self.bench.splits["eval"].topics
     return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
 
   # ---- similarities ------------------------------------------------------------------
 
   def _hidden(self, part: str, pooling: str) -> np.ndarray:
-    """Pooled hidden states, [N, D]; the workbench keeps them."""
-    return self.bench.embeddings(part, pooling=pooling)
+    """Pooled hidden states, [N, D]; the session keeps them."""
+    return self.bench.hidden.pooled(part, pooling=pooling)
 
   def _views(self, part: str) -> np.ndarray:
     """What `hybrid` looks at, [N, V, D]."""
@@ -152,20 +152,20 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _texts(self) -> dict[str, list[str]]:
-    return {part: [shown(record) for record in self.bench.parts[part].records] for part in ("train", "eval")}
+    return {part: [shown(record) for record in self.bench.splits[part].records] for part in ("train", "eval")}
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = [record.content_key for record in self.bench.parts["train"].records]
+    keys = [record.content_key for record in self.bench.splits["train"].records]
     return near_duplicates.alike(self._texts["train"], keys, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""
-    topics = self.bench.parts["eval"].topics
+    topics = self.bench.splits["eval"].topics
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
-    found["similar_ids"] = [self.bench.parts["eval"].ids[row] for row in queries]
-    found["similar_tokens"] = self.bench.parts["eval"].num_response_tokens[queries]
+    found["similar_ids"] = [self.bench.splits["eval"].ids[row] for row in queries]
+    found["similar_tokens"] = self.bench.splits["eval"].num_response_tokens[queries]
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
     found["similarities"] = {name: self._similarity(name, queries) for name in plain}
     if wanted & {*coreset.HYBRID_POLICIES}:

@@ -14,7 +14,7 @@ from in2core_jax.model.objective import make_objective
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.finetune import identity_of, recipe_of, start_params, trainable_rows
 from in2core_jax.pipeline.judging import judged
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, words
 from in2core_jax.runs import files, run_folder
 from in2core_jax.runs.progress import Progress
@@ -29,7 +29,7 @@ _MANY_TIMES = 5.0  # as often as all of the data is passed over: beyond what tho
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class TrainingSubset:
   """A set of training rows to retrain on.
 
   Attributes:
@@ -72,11 +72,11 @@ def equal_of(s: Settings) -> list[str]:
   return found
 
 
-def equal_steps(bench: Workbench, s: Settings, rows: np.ndarray, equal: str) -> int:
+def equal_steps(bench: Session, s: Settings, rows: np.ndarray, equal: str) -> int:
   """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
   every = trainable_rows(bench)
   steps = recipe_of(s, len(every)).steps
-  responses = bench.parts["train"].num_response_tokens
+  responses = bench.splits["train"].num_response_tokens
   epochs, shorter = len(rows) / len(every), responses[every].mean() / responses[rows].mean()
   share = {"steps": 1.0, "epochs": epochs, "tokens": shorter, "budget_tokens": epochs * shorter}
   return max(1, round(steps * share[equal]))
@@ -101,17 +101,17 @@ def many_passes(equal: str, rows: Sequence[statistics.RetrainRow], batch_size: i
   ]
 
 
-def perplexity_on_test(bench: Workbench, losses: np.ndarray) -> float:
+def perplexity_on_test(bench: Session, losses: np.ndarray) -> float:
   """Token-weighted perplexity of mean nats per response token of each test example, [N]."""
-  tokens = bench.parts["test"].num_response_tokens
+  tokens = bench.splits["test"].num_response_tokens
   counted = tokens > 0
   return statistics.perplexity(losses[counted] * tokens[counted], tokens[counted])
 
 
-class Judge:
+class Retrainer:
   """Trains from the base model and measures losses; few programs serve all sets."""
 
-  def __init__(self, bench: Workbench, s: Settings, row_sets: Sequence[np.ndarray]):
+  def __init__(self, bench: Session, s: Settings, row_sets: Sequence[np.ndarray]):
     """Prepares one start and few batch shapes for all sets.
 
     Args:
@@ -128,17 +128,17 @@ class Judge:
     self.shapes = packing.training_shapes(sets, s.batch_size, self.recipe.steps)
     # Of this judge, and gone with it: a cache of the class would keep every judge's model.
     self._packer = functools.cache(self._packer)
-    objective = make_objective(bench.config, self.chosen)
-    self._trainer = train_loop.Trainer(objective, self.recipe, bench.place, bench.place_params)
+    objective = make_objective(bench.model.config, self.chosen)
+    self._trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
 
   def _packer(self, part: str) -> packing.Packer:
-    return self.bench.packer(part, self.chosen, self.bench.params)
+    return self.bench.packer(part, self.chosen, self.bench.model.params)
 
   def losses(self, sub, part: str = "test", rows: np.ndarray | None = None) -> np.ndarray:
     """Mean nats per response token of the examples of a part, or of some `rows` of it, at a trained subtree, f64."""
-    packer, dataset = self._packer(part), self.bench.parts[part]
+    packer, dataset = self._packer(part), self.bench.splits[part]
     if rows is not None:
-      packer = self.bench.packer(part, self.chosen, self.bench.params, rows)
+      packer = self.bench.packer(part, self.chosen, self.bench.model.params, rows)
       dataset = dataset.take(rows)
     found = self.problem.at(sub, self.frozen).losses(self.bench.stream(packer), len(packer)).astype(np.float64)
     by_sum = self.bench.settings.loss_reduction == "sum"
@@ -154,12 +154,12 @@ class Judge:
       steps: of the optimiser; the recipe's when 0.
     """
     steps = steps or self.recipe.steps
-    packer = self.bench.packer("train", self.chosen, self.bench.params, rows, self.shapes)
+    packer = self.bench.packer("train", self.chosen, self.bench.model.params, rows, self.shapes)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self._trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
-  def retrain(self, candidate: Candidate, label: str, steps: int = 0) -> statistics.RetrainRow:
+  def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
     """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""
     of_recipe = steps in (0, self.recipe.steps) and candidate.seed == self.settings.seed
     if candidate.policy == "full" and of_recipe and self._checkpoint_is_full():
@@ -177,7 +177,7 @@ class Judge:
     identity = run_folder.hash_of(identity_of(self.bench, self.settings))
     return train_loop.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
 
-  def row(self, candidate: Candidate, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:
+  def row(self, candidate: TrainingSubset, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:
     """A trained subtree, measured on the test set.
 
     Args:
@@ -186,12 +186,12 @@ class Judge:
       trained_response_tokens: seen in training, repeats counted.
       steps: of the optimiser.
     """
-    parts = self.bench.parts
+    parts = self.bench.splits
     return retrain_row(candidate, parts["train"], parts["test"], self.losses(sub), trained_response_tokens, steps)
 
 
 def retrain_row(
-  candidate: Candidate,
+  candidate: TrainingSubset,
   train: tokenizing.TokenizedDataset,
   test: tokenizing.TokenizedDataset,
   losses: np.ndarray,

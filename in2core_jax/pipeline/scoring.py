@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 
+from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers, tree_math
 from in2core_jax.influence import decompose, kernels, normalize, projected, trajectory
@@ -18,10 +19,9 @@ from in2core_jax.model.objective import token_losses_fn
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.session import BoundSubtree, Session, choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
-from in2core_jax.pipeline.splits import by_id
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.unfinished import NOTHING_KEPT, Work
 from in2core_jax.selection import aggregation, coreset
@@ -77,10 +77,10 @@ def score_aggregate(s: Settings) -> str:
   return "mean" if s.aggregate == "auto" or by_similarity else s.aggregate
 
 
-def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
+def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock, how = Clock(), score_aggregate(s)
-  with_response = by_id(bench.parts["eval"], bench.parts["eval"].num_response_tokens > 0)
+  with_response = by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
@@ -117,11 +117,11 @@ def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
     raw = query_scores(bench, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  total = aggregation.aggregate(raw, names, how, bench.parts["train"].ids)
+  total = aggregation.aggregate(raw, names, how, bench.splits["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
-def pieces_along(work: Work, name: str, directions) -> resumable.Pieces | None:
+def pieces_along(work: Work, name: str, directions) -> resumable.ShardSpec | None:
   """Where a pass along some directions is kept: the pieces of other directions are not taken for its own."""
   return work.pieces(name, directions=resumable.tree_sha256(directions))
 
@@ -136,7 +136,7 @@ _NORMALIZE = {
 
 
 def measure(
-  bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, pieces: resumable.Pieces | None
+  bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, pieces: resumable.ShardSpec | None
 ) -> normalize.Measures:
   """Scores with each example's norms and influence on itself."""
   train = bench.batcher("train", chosen.tree, chosen.params)
@@ -149,7 +149,7 @@ def measure(
 
 
 def query_scores(
-  bench: Workbench, s: Settings, chosen: Chosen, work: Work, queries: np.ndarray | None = None
+  bench: Session, s: Settings, chosen: BoundSubtree, work: Work, queries: np.ndarray | None = None
 ) -> np.ndarray:
   """Scores of evaluation examples with every training example, float32 [Q, N], `--query_block` at a time.
 
@@ -160,7 +160,7 @@ def query_scores(
     work: keeps finished blocks.
     queries: int [Q], which evaluation examples; None: all.
   """
-  some = np.arange(len(bench.parts["eval"])) if queries is None else queries
+  some = np.arange(len(bench.splits["eval"])) if queries is None else queries
   size = len(some)
   block, blocks = min(s.query_block, size), []
   which = "" if queries is None else f"-{run_folder.hash_of(queries.tolist())[:8]}"
@@ -175,53 +175,53 @@ def query_scores(
 
 
 def _scores_of_block(
-  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, work: Work, name: str
+  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, work: Work, name: str
 ) -> np.ndarray:
   """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
   batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
   gradients = chosen.problem.gradients(bench.stream(batcher), len(rows))
-  v = sharding.place_vectors(gradients, bench.mesh, True)
+  v = sharding.place_vectors(gradients, bench.batching.mesh, True)
   result = solve(bench, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
   train = bench.batcher("train", chosen.tree, chosen.params)
-  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.parts['eval'])}"
+  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.splits['eval'])}"
   stream = bench.stream(train, what, pieces_along(work, name, result.solution))
   return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
 
 
-def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+def layer_table(bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
   """Columns of layer_scores.parquet, which add up to the scores."""
   train = bench.batcher("train", chosen.tree, chosen.params)
   stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
   direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
   found = decompose.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
-  return decompose.layer_columns(bench.parts["train"].ids, found)
+  return decompose.layer_columns(bench.splits["train"].ids, found)
 
 
-def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+def token_table(bench: Session, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
   """Columns of token_scores.parquet, which add up to the scores."""
   train = bench.packer("train", chosen.tree, chosen.params)
   stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
   direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
-  losses = token_losses_fn(bench.config, chosen.tree)
+  losses = token_losses_fn(bench.model.config, chosen.tree)
   found = decompose.token_scores(chosen.problem, losses, stream, len(train), direction)
-  return decompose.token_columns(bench.parts["train"], found, lambda token: bench.tokenizer.decode([token]))
+  return decompose.token_columns(bench.splits["train"], found, lambda token: bench.model.tokenizer.decode([token]))
 
 
 # ---- queries -------------------------------------------------------------------------
 
 
-def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
+def topic_rows(bench: Session, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
-  topics = np.array(bench.parts["eval"].topics)
+  topics = np.array(bench.splits["eval"].topics)
   if score_aggregate(s) not in aggregation.BY_TOPIC:
     return {"all": np.arange(len(topics))}
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
 
 
 def queries(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  chosen: Chosen,
+  chosen: BoundSubtree,
   work: Work = NOTHING_KEPT,
   name: str = "queries",
   groups: dict[str, np.ndarray] | None = None,
@@ -247,7 +247,7 @@ def queries(
 # ---- projected store -----------------------------------------------------------------
 
 
-def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:
+def projected_scores(bench: Session, s: Settings, chosen: BoundSubtree, solution) -> tuple[np.ndarray, dict]:
   """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
   ours = Projection(bench, s, chosen.params, s.seed)
   store = ours.store()
@@ -266,7 +266,7 @@ def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) ->
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response: np.ndarray):
+def _trajectory_scores(bench: Session, s: Settings, work: Work, with_response: np.ndarray):
   """`trajectory_scores`, of every single query with a response where these are aggregated."""
   if score_aggregate(s) not in aggregation.BY_QUERY:
     return trajectory_scores(bench, s, work, topic_rows(bench, s))
@@ -280,7 +280,7 @@ def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response:
   return np.concatenate(found), v, [""] * len(with_response)
 
 
-def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
+def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   For LESS what is scored must be what was trained (`checks.check_scores`): Adam's moments are of these numbers.
@@ -304,7 +304,7 @@ def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[st
     v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
     pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
     stream = bench.stream(train, f"scores at step {step}", pieces)
-    state = bench.place_params(train_loop.load_state(s.checkpoint, step, like)) if less else None
+    state = bench.model.place(train_loop.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:
       total = total + trajectory.less(at, stream, len(train), of_step)

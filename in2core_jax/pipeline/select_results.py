@@ -11,8 +11,9 @@ from in2core_jax.data import records, tokenizing
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
-from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import answer, facts, findings, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
@@ -23,8 +24,11 @@ from in2core_jax.selection.inputs import PolicyInputs
 log = logging.getLogger(__name__)
 
 
-def write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
-  evals, train = bench.parts["eval"].ids, bench.parts["train"].ids
+def write_query_scores(run_dir, splits: Splits, scores: np.ndarray) -> None:
+  """query_scores.parquet, by the process that writes."""
+  if not run_dir.writer:
+    return
+  evals, train = splits["eval"].ids, splits["train"].ids
   run_dir.write_parquet(
     "query_scores.parquet",
     {
@@ -45,7 +49,7 @@ def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def write_results(
   run_dir,
-  bench: Workbench,
+  bench: Session,
   s: Settings,
   scored: Scored,
   choice: coreset.Choice,
@@ -56,7 +60,7 @@ def write_results(
 
   Also says on the terminal what the reports say first: the answer and the warnings.
   """
-  train = bench.parts["train"]
+  train = bench.splits["train"]
   selected = np.zeros(len(train), bool)
   selected[choice.rows] = True
   columns = score_columns(train, scored, selected) | choice_columns(choice, len(train))
@@ -67,17 +71,17 @@ def write_results(
   sections = {
     "Selection": {"policy": s.policy} | known,
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
-    "Data": _flat(bench.summary),
+    "Data": _flat(bench.splits.summary),
   }
   images = _write_plots(run_dir, s, scored, selected)
   found = facts.SelectRun(
     columns,
     train.records,
     train.truncated,
-    bench.summary,
+    bench.splits.summary,
     summary,
     scored.layers,
-    bench.parts["eval"].records,
+    bench.splits["eval"].records,
     scored.queries,
   )
   summary["warnings"] = findings.warnings(found)
@@ -89,7 +93,7 @@ def write_results(
   for name, figure in facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
-  tell(summary["warnings"], [*without_effect(s), *tokenizing.told_lines(bench.summary)])
+  tell(summary["warnings"], [*without_effect(s), *tokenizing.told_lines(bench.splits.summary)])
   log.info("%s", " ".join([str(said), *said.more]))
 
 
@@ -110,6 +114,21 @@ def rule_of(s: Settings, inputs: PolicyInputs) -> str:
   if s.policy != "auto":
     return s.policy
   return "hybrid" if coreset.aims(inputs) else "random without copies"
+
+
+def about_choice(s: Settings, apart: two_samples.Apart | None, aim: matching.Shrunk | None) -> list[str]:
+  """What the log says of how the policy has chosen.
+
+  Args:
+    s: flags of the run.
+    apart: how far evaluation and training set are apart, where a hybrid policy measured it.
+    aim: of the matching; None where nothing was matched.
+  """
+  found = []
+  if aim is not None and s.matching_shrink:
+    gap = f"train/eval gradient gap: {100 * aim.beyond_chance:.0f} % exceeds sampling noise"
+    found.append(f"{s.policy}: {gap}; the target is shrunk to {100 * aim.kept:.0f} % of it")
+  return found + ([chosen_by(s.policy, apart)] if s.policy in coreset.HYBRID_POLICIES else [])
 
 
 def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
@@ -182,9 +201,9 @@ def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> 
   return images
 
 
-def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
+def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
   """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
-  train, result = bench.parts["train"], scored.result
+  train, result = bench.splits["train"], scored.result
   known = np.all(np.isfinite(result.residual))
   return {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
@@ -203,7 +222,7 @@ def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: n
     "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
     "warnings": warnings,
     "seconds": scored.seconds,
-    "batch_tokens": bench.batch_tokens,
+    "batch_tokens": bench.batching.batch_tokens,
     "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     "identity": run_dir.identity,
     "versions": run_folder.package_versions(),

@@ -57,4 +57,4 @@ def num_steps(s: Settings, examples: int) -> int:
 
 def num_checkpoints(bench, s: Settings) -> int:
   """Checkpoints that a training on all examples makes, before --keep_checkpoints removes some."""
-  return -(-num_steps(s, np.count_nonzero(bench.parts["train"].num_response_tokens)) // s.checkpoint_every)
+  return -(-num_steps(s, np.count_nonzero(bench.splits["train"].num_response_tokens)) // s.checkpoint_every)

@@ -16,7 +16,7 @@ from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw
 from in2core_jax.influence.solve import solve as solve_on
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.session import Chosen, Workbench
+from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import resumable, run_folder, stopping
 from in2core_jax.runs.progress import Progress
@@ -73,9 +73,9 @@ def num_curvature_examples(s: Settings, usable: int) -> int:
   return min(s.curvature_examples, max(1, usable // 2))
 
 
-def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
+def curvature_rows(bench: Session, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
-  dataset = bench.parts["train"]
+  dataset = bench.splits["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
   mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
   size = num_curvature_examples(s, len(usable))
@@ -93,19 +93,19 @@ def curvature_rows(bench: Workbench, s: Settings) -> CurvatureRows:
 
 
 def curvature_data(
-  bench: Workbench,
+  bench: Session,
   s: Settings,
-  chosen: Chosen,
-  pieces: resumable.Pieces | None = None,
+  chosen: BoundSubtree,
+  pieces: resumable.ShardSpec | None = None,
   rows: CurvatureRows | None = None,
 ) -> CurvatureData:
   """The curvature's examples as the solvers take them; sums over all of them are kept in `pieces`."""
   rows = rows or curvature_rows(bench, s)
   pool = bench.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
   some = bench.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
-  draw = even_draw(rows.drawn, rows.batch, lambda picked: bench.place(pool.sample(picked)[1]))
-  steady = lambda: ((own, bench.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
-  answered = np.flatnonzero(bench.parts["train"].num_response_tokens)  # the others would add 0 to every mean
+  draw = even_draw(rows.drawn, rows.batch, lambda picked: bench.batching.place(pool.sample(picked)[1]))
+  steady = lambda: ((own, bench.batching.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
+  answered = np.flatnonzero(bench.splits["train"].num_response_tokens)  # the others would add 0 to every mean
   everything = bench.batcher("train", chosen.tree, chosen.params, answered)
   every = bench.stream(everything, f"{s.solver} over the training set", pieces)
   if s.solver != "ekfac" and s.precondition == "none":
@@ -114,15 +114,15 @@ def curvature_data(
 
 
 def ekfac_source(
-  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, pieces: resumable.Pieces | None = None
+  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, pieces: resumable.ShardSpec | None = None
 ):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
   batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
   stream = bench.stream(batcher, f"EK-FAC of {len(rows)} examples", pieces)
   made_of = {
-    "config": dataclasses.asdict(bench.config),
+    "config": dataclasses.asdict(bench.model.config),
     "subtree": train_loop.subtree_meta(chosen.tree),
-    "data": bench.data_identity("train"),
+    "data": bench.splits.identity("train"),
     "rows": rows.tolist(),
     "loss_reduction": s.loss_reduction,
     "version": version,
@@ -130,7 +130,7 @@ def ekfac_source(
   return stream, ekfac_store.stored_fit(run_folder.beside(s.run_dir, "ekfac"), made_of)
 
 
-def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pieces) -> solvers.SolveResult:
+def solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """The inverse Hessian product, or what an earlier run has kept of it.
 
   Args:
@@ -144,10 +144,10 @@ def solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pi
     return solvers.identity(v)
   compute = lambda: _result_to_arrays(_solve(bench, s, chosen, v, pieces))  # noqa: E731
   # Also a fresh result takes the road over the file, so that a resumed run goes on from the same numbers and types.
-  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.mesh)
+  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.batching.mesh)
 
 
-def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.Pieces) -> solvers.SolveResult:
+def _solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """Solves with progress shown: counted in products with batches of curvature examples."""
   rows, settings = curvature_rows(bench, s), solver_settings(s)
   source = curvature_data(bench, s, chosen, pieces, rows)
@@ -169,7 +169,7 @@ def _solve(bench: Workbench, s: Settings, chosen: Chosen, v, pieces: resumable.P
     if s.solver != "lissa":
       return solve_on(chosen.problem, v, settings, counted)
     snapshot = resumable.Snapshot(pieces.store("lissa"))
-    state = _saved_state(snapshot, v, bench.mesh)
+    state = _saved_state(snapshot, v, bench.batching.mesh)
     if state is not None:
       done = state.done + state.step
       log.info("lissa: goes on from step %d", done)

@@ -1,50 +1,171 @@
 """From sources to the three parts: train, eval, test."""
 
+import collections.abc
+import dataclasses
 import functools
 import hashlib
 import logging
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from in2core_jax.data import sources, tokenizing
-from in2core_jax.data.records import BadRecords, firsts
+from in2core_jax.data.records import BadRecords
+from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline.settings import Settings, integers
+from in2core_jax.model import hidden_cache
+from in2core_jax.model.config import ModelConfig
+from in2core_jax.pipeline.settings import Settings, integers, listed
+from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)
 
 
-PARTS = ("train", "eval", "test")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Splits(collections.abc.Mapping):
+  """Records and tokens of the training, evaluation and test set: a mapping from `PARTS`.
+
+  Attributes:
+    datasets: part -> its examples.
+    skipped: the records that could not be used; None where nothing was read.
+    halved: whether evaluation and test set are the halves of --eval_data, which the summary says.
+  """
+
+  datasets: Mapping[str, tokenizing.TokenizedDataset]
+  skipped: BadRecords | None = None
+  halved: bool = False
+
+  def __getitem__(self, part: str) -> tokenizing.TokenizedDataset:
+    return self.datasets[part]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.datasets)
+
+  def __len__(self) -> int:
+    return len(self.datasets)
+
+  def with_parts(self, **datasets: tokenizing.TokenizedDataset) -> "Splits":
+    """The same with other examples in some parts."""
+    return dataclasses.replace(self, datasets={**self.datasets, **datasets})
+
+  @functools.cached_property
+  def summary(self) -> dict:
+    """Counts of every part, duplicates, overlap, and what of the data is not used; hashes every record."""
+    summary = tokenizing.data_summary(self.datasets)
+    if self.halved:
+      halves = " and ".join(f"{len(self[part]):,} of them are the {part} set" for part in ("eval", "test"))
+      summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
+    return summary | ({"skipped_records": self.skipped.summary()} if self.skipped else {})
+
+  def write_skipped(self, run_dir: run_folder.RunDir) -> None:
+    """Writes the records that --skip_bad_records has left out into a run folder, where there are some."""
+    if self.skipped:
+      run_dir.write_text("skipped_records.jsonl", self.skipped.lines())
+
+  @property
+  def template_date(self) -> str | None:
+    """The date that the chat template prints; None where it prints none."""
+    return next((part.template["date"] for part in self.values() if "date" in part.template), None)
+
+  def identity(self, *names: str) -> dict[str, str]:
+    """Hashes of the parts that results depend on."""
+    return {name: _dataset_hash(self[name]) for name in names}
 
 
-def split_sources(s: Settings, bad: BadRecords | None = None) -> dict[str, list[tokenizing.Record]]:
-  """Records of the three parts; what has no source of its own is split off by a hash of the content.
+def _dataset_hash(dataset: tokenizing.TokenizedDataset) -> str:
+  digest = hashlib.sha256(hidden_cache.data_hash(dataset).encode())
+  for record, mask in zip(dataset.records, dataset.response_mask, strict=True):
+    # The raw record and the topic too: they end up in coreset.jsonl and in quotas.
+    named = "\0".join((record.example_id, record.topic, record.raw, "")).encode("utf-8", "surrogatepass")
+    digest.update(named + np.packbits(mask).tobytes())
+  return digest.hexdigest()
 
-  Args:
-    s: the flags of the data.
-    bad: gets the records that cannot be read; None: they are an error.
+
+# ---- reading -------------------------------------------------------------------------
+
+
+def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRecords]:
+  """(the records of the three parts, as topics, copies and limits leave them; those that could not be read).
+
+  Raises:
+    UserError: whatever is wrong with flags or sources.
+  """
+  topics, limits = listed(s.eval_topics), integers(s.source_limits, "source_limits")
+  records, bad = split_sources(s)
+  for part in PARTS:
+    if part != "train" and s.eval_topics:
+      records[part] = of_topics(records[part], part, topics)
+    if part == "train" and s.drop_copies:
+      records[part] = without_copies(records[part])
+    if part == "train" and s.source_limits.strip():
+      records[part] = limit_sources(records[part], limits)
+    records[part] = limited(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
+  return records, bad
+
+
+def tokenized_splits(
+  s: Settings, config: ModelConfig, tokenizer, records: Mapping[str, list[tokenizing.Record]], bad: BadRecords
+) -> Splits:
+  """Tokenises the records of the three parts, and warns of what their summary finds.
+
+  Raises:
+    UserError: a record that cannot be rendered, or a part without an example or a response.
+  """
+  made = {part: tokenized(s, config, tokenizer, part, records[part], bad) for part in PARTS}
+  bad.raise_if_any()
+  for part, dataset in made.items():
+    if not len(dataset):
+      raise UserError(f"the {part} set is empty: none of its records can be used; look at the data")
+    if not np.any(dataset.num_response_tokens):
+      raise UserError(
+        f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
+      )
+  splits = Splits(made, bad, bool(s.eval_data and not s.test_data))
+  for line in tokenizing.told_lines(splits.summary):
+    log.warning("%s", line)
+  return splits
+
+
+def tokenized(
+  s: Settings,
+  config: ModelConfig,
+  tokenizer,
+  part: str,
+  records: list[tokenizing.Record],
+  bad: BadRecords | None = None,
+) -> tokenizing.TokenizedDataset:
+  """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
+  return tokenizing.tokenize(
+    records,
+    tokenizer,
+    s.max_length,
+    s.system_prompt,
+    name=part,
+    vocab_size=config.vocab_size,
+    date=s.template_date,
+    bad=bad,
+  )
+
+
+def split_sources(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRecords]:
+  """(records of the three parts, those that could not be read and are left out by --skip_bad_records).
+
+  What has no source of its own is split off by a hash of the content.
 
   Raises:
     UserError: whatever is wrong with the flags or the sources, or a part that gets nothing.
   """
-  try:
-    shares = tuple(float(part) for part in s.split.split(","))
-  except ValueError:
-    raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
-  if len(shares) != 3:
-    raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
-  if not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
-    raise UserError(f"--split={s.split}: the three shares must be at least 0 and add up to 1, such as 0.7,0.15,0.15")
+  shares, bad = _split_shares(s), BadRecords(s.skip_bad_records)
   named = [spec for spec in (s.train_data, s.eval_data, s.test_data) if spec]
   some = any(sources.has_columns(spec) for spec in named)  # else --data_fields is refused, not ignored
   fields = {spec: s.data_fields if sources.has_columns(spec) or not some else None for spec in named}
   sources.check_fields(s.data_fields, named)
   read = functools.cache(lambda spec: tokenizing.load_records(spec, fields[spec] or None, bad))
   train = read(s.train_data)
-  given = {"train": train}
+  given, how = {"train": train}, ""
   if s.eval_data and s.test_data:
-    return {"train": train, "eval": read(s.eval_data), "test": read(s.test_data)}
-  if s.eval_data:
+    parts = {"train": train, "eval": read(s.eval_data), "test": read(s.test_data)}
+  elif s.eval_data:
     whole = read(s.eval_data)
     _, first, second = tokenizing.split_records(whole, (0.0, 0.5, 0.5))
     parts, how = {"train": train, "eval": first, "test": second}, "its two halves, by a hash of the messages"
@@ -57,99 +178,24 @@ def split_sources(s: Settings, bad: BadRecords | None = None) -> dict[str, list[
   else:
     parts, how = dict(zip(PARTS, tokenizing.split_records(train, shares), strict=True)), f"--split={s.split}"
     given = dict.fromkeys(PARTS, train)
-  for part in PARTS:
-    if not parts[part]:
-      flag = "--eval_data" if s.eval_data and part != "train" else "--train_data"
-      shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
-      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
-      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
-      raise UserError(
-        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
-        f"{own}"
-      )
-  return parts
+  if how:
+    refuse_empty(parts, given, how, "--eval_data" if s.eval_data else "--train_data")
+  bad.raise_if_any()
+  return parts, bad
 
 
-def of_topics(records: list, part: str, topics: list[str]) -> list:
-  """The records of some topics.
+def _split_shares(s: Settings) -> tuple[float, ...]:
+  """The shares of train, eval and test.
 
   Raises:
-    UserError: a topic that none of them has.
+    UserError: --split does not have them.
   """
-  known = {record.topic for record in records}
-  missing = [topic for topic in topics if topic not in known]
-  if missing:
-    there = ", ".join(sorted(known - {""})) or "none"
-    raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; its topics: {there}")
-  return [record for record in records if record.topic in topics]
-
-
-def limited(records: list, part: str, limit: int, block: int) -> list:
-  """A block of `limit` records in the order of their ids' hashes, in source order; all records if limit is 0.
-
-  The same ones whatever the order of the file; of copies in several blocks, the first block keeps its own.
-
-  Raises:
-    UserError: there are no records left for this block.
-  """
-  if block and not limit:
-    raise UserError(f"--limit_block={block} goes with --{part}_limit, how many examples a block has")
-  if block and len(records) <= block * limit:
-    raise UserError(
-      f"--limit_block={block}: the {part} set has {len(records)} examples, which the blocks of --{part}_limit={limit} "
-      f"before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
-    )
-  if not limit or len(records) <= limit:
-    return records
-  digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
-  order = sorted(range(len(records)), key=digests.__getitem__)
-  before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
-  kept = sorted(order[block * limit : (block + 1) * limit])
-  return [records[i] for i in kept if records[i].content_key not in before]
-
-
-def limit_sources(records: list, s: Settings) -> list:
-  """At most as many records of each source as --source_limits says, drawn as `limited` draws them, in source order.
-
-  Raises:
-    UserError: not a number for each source of --train_data.
-  """
-  if not s.source_limits.strip():
-    return records
-  limits = integers(s.source_limits, "source_limits")
-  names = list(dict.fromkeys(sources.name_of(record.source) for record in records))
-  if len(limits) != len(names) or min(limits) < 0:
-    raise UserError(
-      f"--source_limits={s.source_limits}: need {len(names)} numbers of at least 0, one for each source that training "
-      f"examples come from: {', '.join(names)}"
-    )
-  limit_of = dict(zip(names, limits, strict=True))
-  kept = {
-    id(record)
-    for name in names
-    for record in limited([one for one in records if sources.name_of(one.source) == name], "train", limit_of[name], 0)
-  }
-  return [record for record in records if id(record) in kept]
-
-
-def without_copies(records: list) -> list:
-  """The first record of each set of messages, in source order; tells how many others there were."""
-  distinct = [record for record, first in zip(records, firsts(records), strict=True) if first]
-  log.info(
-    "--drop_copies: %s of the %s training examples repeat an earlier one and are left out",
-    f"{len(records) - len(distinct):,}",
-    f"{len(records):,}",
-  )
-  return distinct
-
-
-def by_id(dataset: tokenizing.TokenizedDataset, kept: np.ndarray) -> np.ndarray:
-  """The rows where `kept` (bool [N]) holds, in the order of their ids: what takes turns does not depend on reading."""
-  return np.array(sorted(np.flatnonzero(kept), key=lambda row: dataset.ids[row]), np.int64)
-
-
-def distinct_points(points: tokenizing.TokenizedDataset) -> np.ndarray:
-  """For each example the first one with the same tokens, as far as they are read: int [N]."""
-  first: dict[bytes, int] = {}
-  keys = (tokens.tobytes() + mask.tobytes() for tokens, mask in zip(points.tokens, points.response_mask, strict=True))
-  return np.array([first.setdefault(key, row) for row, key in enumerate(keys)], np.int64)
+  try:
+    shares = tuple(float(part) for part in s.split.split(","))
+  except ValueError:
+    raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
+  if len(shares) != 3:
+    raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
+  if not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
+    raise UserError(f"--split={s.split}: the three shares must be at least 0 and add up to 1, such as 0.7,0.15,0.15")
+  return shares

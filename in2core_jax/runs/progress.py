@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from tqdm import tqdm
@@ -110,3 +111,11 @@ def _clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def track(source: Iterable, total: int, what: str) -> Iterator:
+  """Wraps an iterator of batches with a progress display."""
+  with Progress(total, what, "batches") as progress:
+    for item in source:
+      yield item
+      progress.update(1)

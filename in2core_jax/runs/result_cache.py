@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 _FOLDER = "cells"
 
 
-class Cells:
+class ResultCache:
   """Results that are kept in the run folder, each under a hash of what it depends on.
 
   A cell whose file is not as it was written is named and made again. For one process: each would ask for the file by

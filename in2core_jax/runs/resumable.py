@@ -3,7 +3,7 @@
   for rows, values in results(stream, "losses", kernel)     # kernel(batch) of every batch, on the host
   sums = total(stream, "gradient", step, start)             # step(... step(step(start, item), item) ..., item)
 
-Over a plain stream that is all. A `KeptStream` is cut into shards: finished ones are read back, their batches are not
+Over a plain stream that is all. A `ResumableStream` is cut into shards: finished ones are read back, their batches are not
 even built, and the rest is computed. The cut follows from the plan of the batches alone and numbers are stored bit for
 bit, so a run that was killed ends in the bytes of one that was not.
 """
@@ -46,7 +46,7 @@ def _never_stop() -> Iterator[Callable[[], bool]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class ShardSpec:
   """Where the finished pieces of one computation are kept.
 
   Attributes:
@@ -71,7 +71,7 @@ class Pieces:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class KeptStream:
+class ResumableStream:
   """A `Stream` whose passes are kept: `results` and `total` go on where a killed run was stopped.
 
   Attributes:
@@ -83,7 +83,7 @@ class KeptStream:
 
   plan: Sequence[Any]
   build: Callable[[Sequence[Any]], Iterator[Any]]
-  pieces: Pieces
+  pieces: ShardSpec
   show: Callable[[], Progress]
 
   def __call__(self) -> Iterator[Any]:
@@ -108,7 +108,7 @@ class KeptStream:
 def without_rows(stream: Stream) -> Callable[[], Iterator[Any]]:
   """The same stream, of batches alone."""
   only = lambda items: (batch for _, batch in items)  # noqa: E731
-  if isinstance(stream, KeptStream):
+  if isinstance(stream, ResumableStream):
     return dataclasses.replace(stream, build=lambda plan: only(stream.build(plan)))
   return lambda: only(stream())
 
@@ -148,7 +148,7 @@ def results(stream: Stream, name: str, kernel: Callable[[Any], Any]) -> Iterator
     name: of this pass, a folder's name; different for different kernels on one stream.
     kernel: batch -> an array, or a dictionary of arrays.
   """
-  if not isinstance(stream, KeptStream):
+  if not isinstance(stream, ResumableStream):
     yield from _one_late(stream(), kernel)
     return
   store, missing = stream.store(name), []
@@ -164,7 +164,7 @@ def results(stream: Stream, name: str, kernel: Callable[[Any], Any]) -> Iterator
     yield from _compute(stream, store, missing, kernel, progress)
 
 
-def _compute(stream: KeptStream, store: ShardStore, missing: list[int], kernel, progress: Progress) -> Iterator:
+def _compute(stream: ResumableStream, store: ShardStore, missing: list[int], kernel, progress: Progress) -> Iterator:
   """The results of the missing shards, each stored before its own are given out."""
   walk = (((index, rows), batch) for index in missing for rows, batch in stream.build(stream.shards[index]))
   found: list[tuple[np.ndarray, Any]] = []
@@ -223,7 +223,7 @@ def total(stream: Callable[[], Iterator[Any]], name: str, step: Callable[[Tree, 
   Returns:
     Pytree like `start`.
   """
-  if not isinstance(stream, KeptStream):
+  if not isinstance(stream, ResumableStream):
     return functools.reduce(lambda found, item: processes.settle(step(found, item)), stream(), start)
   snapshot, restore = Snapshot(stream.store(name)), _restorer(start)
   saved = snapshot.load()
@@ -243,7 +243,7 @@ def total(stream: Callable[[], Iterator[Any]], name: str, step: Callable[[Tree, 
   return restore(leaves(found))  # by the same road as when it is read back, so that what follows runs alike
 
 
-def _tell(stream: KeptStream, name: str, done: int) -> None:
+def _tell(stream: ResumableStream, name: str, done: int) -> None:
   if done:
     log.info("%s: %d of %d shards are kept from an earlier run", name, done, len(stream.shards))
 

@@ -17,7 +17,7 @@ class Work:
 
   Attributes:
     run_dir: the run folder; None keeps nothing.
-    shard_batches: as in `resumable.Pieces`.
+    shard_batches: as in `resumable.ShardSpec`.
     folder: in the run folder; one of its own for each of several computations that would name their pieces alike.
   """
 
@@ -25,7 +25,7 @@ class Work:
   shard_batches: int = 16
   folder: str = FOLDER
 
-  def pieces(self, name: str, **depends_on: Any) -> resumable.Pieces | None:
+  def pieces(self, name: str, **depends_on: Any) -> resumable.ShardSpec | None:
     """Where a computation keeps its pieces; SIGTERM waits for the end of a piece.
 
     Args:
@@ -34,7 +34,7 @@ class Work:
     """
     if self.run_dir is None:
       return None
-    return resumable.Pieces(
+    return resumable.ShardSpec(
       self.run_dir, f"{self.folder}/{name}", depends_on, self.shard_batches, stopping.finish_on_sigterm
     )
 

@@ -1,0 +1,119 @@
+"""Which records a part keeps: topics, limits, copies; and rows in an order that does not depend on reading."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from in2core_jax.data import sources, tokenizing
+from in2core_jax.data.records import firsts
+from in2core_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PARTS = ("train", "eval", "test")
+
+
+def refuse_empty(parts: Mapping[str, list], given: Mapping[str, list], how: str, judged_by: str) -> None:
+  """Refuses a part that a split has left without a record.
+
+  Args:
+    parts: the records of each part.
+    given: those that the part is split off from.
+    how: they are split, in words.
+    judged_by: the flag of the source of evaluation and test set.
+  """
+  for part in PARTS:
+    if not parts[part]:
+      flag = judged_by if part != "train" else "--train_data"
+      shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
+      others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
+      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
+      raise UserError(
+        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
+        f"{own}"
+      )
+
+
+def of_topics(records: list, part: str, topics: list[str]) -> list:
+  """The records of some topics.
+
+  Raises:
+    UserError: a topic that none of them has.
+  """
+  known = {record.topic for record in records}
+  missing = [topic for topic in topics if topic not in known]
+  if missing:
+    there = ", ".join(sorted(known - {""})) or "none"
+    raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; its topics: {there}")
+  return [record for record in records if record.topic in topics]
+
+
+def limited(records: list, part: str, limit: int, block: int) -> list:
+  """A block of `limit` records in the order of their ids' hashes, in source order; all records if limit is 0.
+
+  The same ones whatever the order of the file; of copies in several blocks, the first block keeps its own.
+
+  Raises:
+    UserError: there are no records left for this block.
+  """
+  if block and not limit:
+    raise UserError(f"--limit_block={block} goes with --{part}_limit, how many examples a block has")
+  if block and len(records) <= block * limit:
+    raise UserError(
+      f"--limit_block={block}: the {part} set has {len(records)} examples, which the blocks of --{part}_limit={limit} "
+      f"before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
+    )
+  if not limit or len(records) <= limit:
+    return records
+  digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
+  order = sorted(range(len(records)), key=digests.__getitem__)
+  before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
+  kept = sorted(order[block * limit : (block + 1) * limit])
+  return [records[i] for i in kept if records[i].content_key not in before]
+
+
+def limit_sources(records: list, limits: Sequence[int]) -> list:
+  """At most so many records of each source (--source_limits), drawn as `limited` draws them, in source order.
+
+  Raises:
+    UserError: not a number for each source of --train_data.
+  """
+  names = list(dict.fromkeys(sources.name_of(record.source) for record in records))
+  if len(limits) != len(names) or min(limits) < 0:
+    given = ",".join(map(str, limits))
+    raise UserError(
+      f"--source_limits={given}: need {len(names)} numbers of at least 0, one for each source that training examples "
+      f"come from: {', '.join(names)}"
+    )
+  limit_of = dict(zip(names, limits, strict=True))
+  kept = {
+    id(record)
+    for name in names
+    for record in limited([one for one in records if sources.name_of(one.source) == name], "train", limit_of[name], 0)
+  }
+  return [record for record in records if id(record) in kept]
+
+
+def without_copies(records: list) -> list:
+  """The first record of each set of messages, in source order; tells how many others there were."""
+  distinct = [record for record, first in zip(records, firsts(records), strict=True) if first]
+  log.info(
+    "--drop_copies: %s of the %s training examples repeat an earlier one and are left out",
+    f"{len(records) - len(distinct):,}",
+    f"{len(records):,}",
+  )
+  return distinct
+
+
+def by_id(dataset: tokenizing.TokenizedDataset, kept: np.ndarray) -> np.ndarray:
+  """The rows where `kept` (bool [N]) holds, in the order of their ids: what takes turns does not depend on reading."""
+  return np.array(sorted(np.flatnonzero(kept), key=lambda row: dataset.ids[row]), np.int64)
+
+
+def distinct_points(points: tokenizing.TokenizedDataset) -> np.ndarray:
+  """For each example the first one with the same tokens, as far as they are read: int [N]."""
+  first: dict[bytes, int] = {}
+  keys = (tokens.tobytes() + mask.tobytes() for tokens, mask in zip(points.tokens, points.response_mask, strict=True))
+  return np.array([first.setdefault(key, row) for row, key in enumerate(keys)], np.int64)

@@ -1,0 +1,165 @@
+"""The hidden states that a session keeps, by part and boundary: what enters the chosen layers is computed once."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from in2core_jax import __version__ as version
+from in2core_jax.model import embeddings, hidden_cache
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.batching import Batching
+from in2core_jax.pipeline.loaded_model import LoadedModel
+from in2core_jax.pipeline.splits import Splits
+from in2core_jax.runs import cache_folder, resumable, run_folder
+from in2core_jax.runs.progress import track
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where hidden states are kept.
+
+  Attributes:
+    how: word of --boundary_cache.
+    gigabytes: auto: in memory up to so many, beyond that on disk.
+    run_dir: the run folder beside which files lie.
+  """
+
+  how: str
+  gigabytes: float
+  run_dir: str
+
+  def serves(self, tree: subtree.Subtree) -> bool:
+    """Whether hidden states below a subtree are kept."""
+    return self.how != "off" and "embed" not in tree.extras
+
+  def on_disk(self, size: int) -> bool:
+    """Whether so many bytes go to disk."""
+    return self.how == "disk" or (self.how == "auto" and size > self.gigabytes * 1e9)
+
+  def file(self, name: str) -> pathlib.Path:
+    """Where this process keeps hidden states: beside the run folder, or on the local disk when that is gs://.
+
+    They are memory-mapped, and every process of a job has a file of its own, with all examples.
+    """
+    folder = pathlib.Path(self.run_dir).parent / "boundary"
+    if run_folder.is_remote(self.run_dir):
+      folder = cache_folder.cache_folder() / "boundary"
+      log.info("hidden states are kept in %s: they are read at random, which needs a local disk", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = jax.process_count()
+    return folder / (f"{name}.bin" if count == 1 else f"{name}-{jax.process_index()}of{count}.bin")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiddenCache:
+  """Hidden states of examples, made when they are first asked for.
+
+  Attributes:
+    splits: the examples.
+    model: the base model; other parameters are given with each request.
+    batching: how examples are packed.
+    where: in memory or on disk.
+    rows: part -> the only rows of it that are handed out.
+    kept: (part, boundary, hash of the weights below) -> hidden states of all examples of the part.
+    embedded: part -> pooled last hidden states of the base model.
+  """
+
+  splits: Splits
+  model: LoadedModel
+  batching: Batching
+  where: Place
+  rows: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  kept: dict = dataclasses.field(default_factory=dict)
+  embedded: dict = dataclasses.field(default_factory=dict)
+
+  def with_eval(self, splits: Splits) -> "HiddenCache":
+    """The same after a change of the evaluation set, whose hidden states are forgotten."""
+    kept = {key: hidden for key, hidden in self.kept.items() if key[0] != "eval"}
+    pooled = {part: found for part, found in self.embedded.items() if part != "eval"}
+    return dataclasses.replace(self, splits=splits, kept=kept, embedded=pooled)
+
+  def with_rows(self, part: str, rows: np.ndarray) -> "HiddenCache":
+    """A view of some rows of a part: an example's hidden states do not depend on the others."""
+    return dataclasses.replace(self, rows={**self.rows, part: rows})
+
+  def below(self, part: str, tree: subtree.Subtree, params: Any) -> hidden_cache.BoundaryCache | None:
+    """Hidden states of a part that enter a subtree's lowest layer; None where they are not kept.
+
+    Args:
+      part: train, eval or test.
+      tree: the subtree whose boundary counts.
+      params: parameters that the layers below the boundary have.
+    """
+    if not self.where.serves(tree):
+      return None
+    digest = _below_hash(params, tree, self.model.params)
+    key = (part, tree.boundary, digest)
+    if key not in self.kept:
+      for old in [one for one in self.kept if one[-1] not in ("base", digest)]:
+        del self.kept[old]  # of another trained model: one is in use at a time
+      self.kept[key] = self._compute(key, tree, params)
+    found = self.kept[key]
+    return found.take(self.rows[part]) if part in self.rows else found
+
+  def _compute(self, key: tuple[str, int, str], tree: subtree.Subtree, params: Any) -> hidden_cache.BoundaryCache:
+    part, boundary, _ = key
+    dataset, dtype = self.splits[part], self.model.dtype
+    size = hidden_cache.cache_bytes(dataset.num_tokens, self.model.config.hidden_size, jnp.dtype(dtype))
+    file = None
+    if self.where.on_disk(size):
+      name = run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype, version])[:16]
+      file = self.where.file(f"{part}-{name}")
+    # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
+    above = subtree.Subtree(tuple(range(boundary, tree.num_layers)), tree.num_layers, ())
+    job = self._job(above, params, f"hidden states below layer {boundary} ({part})")
+    return hidden_cache.compute_boundary(job, dataset, file)
+
+  def _job(self, tree: subtree.Subtree, params: Any, what: str) -> hidden_cache.BoundaryJob:
+    """How the layers below a boundary are run over packed rows, with progress shown."""
+    return hidden_cache.BoundaryJob(
+      self.model.config,
+      tree,
+      params,
+      self.batching.batch_tokens,
+      jnp.dtype(self.model.dtype),
+      lambda rows: sharding.place_batch(rows, self.batching.mesh),
+      self.batching.groups,
+      lambda source, total: track(source, total, what),
+    )
+
+  def pooled(self, part: str, pooling: str = "mean") -> np.ndarray:
+    """Pooled last hidden states of a part's examples at the base model, float32 [N, D].
+
+    Args:
+      part: train, eval or test.
+      pooling: a word of `embeddings.POOLINGS`; all are made in one pass.
+    """
+    if part not in self.embedded:
+      # What scoring keeps at the base model need not be run again.
+      kept = {key[1]: hidden for key, hidden in self.kept.items() if key[0] == part and key[2] == "base"}
+      below = (kept[max(kept)], max(kept)) if kept else None
+      tree = embeddings.above_all(self.model.config.num_layers)
+      job = self._job(tree, self.model.params, f"embeddings ({part})")
+      self.embedded[part] = embeddings.pooled(job, self.splits[part], below)
+    found = self.embedded[part][pooling]
+    return found[self.rows[part]] if part in self.rows else found
+
+
+def _below_hash(params: Any, tree: subtree.Subtree, base: Any) -> str:
+  """Names the weights under the boundary: "base" when they are the base model's, else their hash."""
+  if params is base:
+    return "base"
+  below = lambda whole: [whole["embed"], jax.tree.map(lambda leaf: leaf[: tree.boundary], whole["layers"])]  # noqa: E731
+  ours, theirs = jax.tree.leaves(below(params)), jax.tree.leaves(below(base))
+  if len(ours) == len(theirs) and all(bool(jnp.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True)):
+    return "base"
+  return resumable.tree_sha256(ours)
