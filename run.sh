@@ -21,6 +21,8 @@ UNFINISHED="$VENV/in2core-unfinished" # what a set-up of an older run.sh left wh
 LOG="$ROOT/.cache/setup.log"
 REQUIREMENTS="$ROOT/requirements.txt"
 ASSETS="$ROOT/third_party/requirements-assets.txt"
+DOCS_REQUIREMENTS="$ROOT/requirements-docs.txt"
+DOCS_STAMP="in2core-docs" # in .venv: of which requirements-docs.txt it has the packages
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -55,6 +57,7 @@ usage: ./run.sh COMMAND [flags]
   demo [flags]   the whole chain on the embedded model and data: choose, retrain, judge
   test [args]    the tests (arguments go to pytest)
   lint           ruff check and ruff format --check
+  docs           check the documentation and build its site into docs/_build
   help           this text
 
 experiments (each is python -m experiments.NAME inside .venv; --help lists its flags; paths are relative to where you are):
@@ -147,7 +150,7 @@ check_disk() {
 # Says why pip failed, in one line. Args: what was being installed.
 explain_failure() {
   local last kept=""
-  if [ -e "$VENV/bin/python" ]; then kept="; .venv is as it was"; fi
+  if [ -e "$VENV/bin/python" ] && [ -z "${INTO:-}" ]; then kept="; .venv is as it was"; fi
   last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300)"
   if grep -qiE 'No space left on device|Disk quota exceeded' "$LOG"; then
     die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again$kept"
@@ -175,7 +178,7 @@ tick() {
 pip_install() {
   local what="$1" code=0
   shift
-  "$NEW/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
+  "${INTO:-$NEW}/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then explain_failure "$what"; fi
 }
 
@@ -284,6 +287,27 @@ ensure_venv() {
   exec 9>&-
 }
 
+has_docs() {
+  [ -f "$VENV/$DOCS_STAMP" ] && [ "$(cat "$VENV/$DOCS_STAMP")" = "$(sha256 <"$DOCS_REQUIREMENTS")" ]
+}
+
+# What builds the site goes into .venv by itself: it changes nothing that the other commands use.
+ensure_docs() {
+  if has_docs; then return; fi
+  mkdir -p -- "$ROOT/.cache" 2>/dev/null || die "cannot write to $ROOT"
+  if command -v flock >/dev/null; then
+    exec 9>"$ROOT/.cache/setup.lock"
+    flock 9
+  fi
+  if ! has_docs; then
+    say "installing what builds the documentation, 5 packages and what they need (log: $LOG)"
+    : >"$LOG"
+    INTO="$VENV" pip_install "requirements-docs.txt" -c "$REQUIREMENTS" -r "$DOCS_REQUIREMENTS"
+    sha256 <"$DOCS_REQUIREMENTS" >"$VENV/$DOCS_STAMP"
+  fi
+  exec 9>&-
+}
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 enter() {
@@ -327,8 +351,16 @@ main() {
       "$VENV/bin/python" -m ruff check "$@" .
       exec "$VENV/bin/python" -m ruff format --check .
       ;;
+    docs)
+      enter
+      ensure_docs
+      cd -- "$ROOT"
+      "$VENV/bin/python" docs/check_docs.py
+      "$VENV/bin/python" -m sphinx -q -E -W --keep-going -j auto -b html docs docs/_build "$@"
+      say "ready: open $ROOT/docs/_build/index.html"
+      ;;
     *)
-      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint help $(experiments | sed 's/ $//')"
+      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint docs help $(experiments | sed 's/ $//')"
       if [ "$command" = demo ]; then set -- --flagfile="$ROOT/experiments/flags/demo.flags" "$@"; fi
       run_experiment "$command" "$@"
       ;;

@@ -55,7 +55,7 @@ def test_help_and_unknown_command_need_no_environment(project):
   shown = run(project)
   assert shown.returncode == 0 and "demo select" in shown.stdout
   result = run(project, "slect")
-  assert_one_line(result, "'slect'", "setup test lint help demo select")
+  assert_one_line(result, "'slect'", "setup test lint docs help demo select")
   assert "cli" not in result.stderr and "workbench" not in result.stderr and result.stderr.count("\n") == 1
   for name in ("cli", "workbench", "__init__", "../run", "demo select", "sel*"):
     assert_one_line(run(project, name), "unknown command")
@@ -137,6 +137,34 @@ def test_set_up_once_then_repair_and_update(project):
   (project / "requirements.txt").write_text("# nothing once more\n")
   assert "set-up done" in run(project, "select").stderr
   assert not (project / ".venv").is_symlink() and (work / "linked/kept").exists()
+
+
+@pytest.mark.real
+def test_docs_are_checked_and_built_and_what_builds_them_is_installed_once(project):
+  shown = "print('{}', sys.argv[1:], os.getcwd())"
+  (project / "docs").mkdir()
+  (project / "requirements-docs.txt").write_text("# nothing\n")
+  (project / "docs/check_docs.py").write_text(f"import os, sys\n{shown.format('checked')}\n")
+  (project / "sphinx.py").write_text(f"import os, sys\n{shown.format('built')}\nsys.exit('1' in sys.argv)\n")
+  first = run(project, "docs", cwd=project / "experiments")
+  assert first.returncode == 0 and "installing what builds the documentation" in first.stderr
+  checked, built = first.stdout.splitlines()
+  assert checked == f"checked [] {project}"
+  assert built.startswith("built [") and "'-W'" in built and built.endswith(f"'docs', 'docs/_build'] {project}")
+  assert first.stderr.splitlines()[-1] == f"ready: open {project}/docs/_build/index.html"
+
+  again = run(project, "docs", "-D", "1")  # arguments go to Sphinx; its warnings end in a failure
+  assert again.returncode == 1 and again.stderr == ""
+  (project / "docs/check_docs.py").write_text("raise SystemExit(1)\n")
+  failed = run(project, "docs")
+  assert (failed.returncode, failed.stdout) == (1, "")  # nothing is built of pages with faults
+
+  # Other requirements are installed; what pip cannot do is said, and tried again.
+  (project / "requirements-docs.txt").write_text("six==1.17.0\n")
+  offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+  alone = {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+  for _ in range(2):
+    assert_one_line(run(project, "docs", **offline, **alone), "no network", "requirements-docs.txt")
 
 
 def test_unsuited_pythons_are_named(project):
