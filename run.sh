@@ -104,8 +104,9 @@ is_ready() {
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
 # Prints "MAJOR.MINOR PATH" of a Python that can make environments, "MAJOR.MINOR" of one that cannot; nothing if it does not start.
+# -I here, and -P below: a file in the current folder, such as experiments/select.py, must not shadow the standard library.
 probe_python() {
-  "$1" -c 'import sys
+  "$1" -I -c 'import sys
 try:
   import ensurepip, venv
   able = " " + sys.executable
@@ -178,7 +179,7 @@ tick() {
 pip_install() {
   local what="$1" code=0
   shift
-  "${INTO:-$NEW}/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
+  "${INTO:-$NEW}/bin/python" -P -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then explain_failure "$what"; fi
 }
 
@@ -186,7 +187,7 @@ make_new() {
   find_python
   check_disk "$NEEDED_GB"
   say "setting up .venv with $PYTHON for $ACCELERATOR: installing about 90 packages, a few minutes the first time (log: $LOG)"
-  "$PYTHON" -m venv --prompt .venv "$NEW" >>"$LOG" 2>&1 || {
+  "$PYTHON" -P -m venv --prompt .venv "$NEW" >>"$LOG" 2>&1 || {
     if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $NEW"; fi
     die "$PYTHON could not create $NEW: $(tail -n 1 "$LOG")"
   }
@@ -194,7 +195,7 @@ make_new() {
 
 # True when pip can bring .venv up to date: it works, no set-up of it was broken off, and it was made for the same accelerator.
 can_update() {
-  [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+  [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -P -m pip --version >/dev/null 2>&1 || return 1
   if [ -f "$VENV/$STAMP" ]; then
     grep -qx "accelerator $ACCELERATOR" "$VENV/$STAMP" && grep -qx "python $(venv_python "$VENV")" "$VENV/$STAMP"
   fi

@@ -1,5 +1,6 @@
 """`run.sh` for real, in a copy of its own with almost empty requirements: set-up, repair, refusals."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -139,32 +140,42 @@ def test_set_up_once_then_repair_and_update(project):
   assert not (project / ".venv").is_symlink() and (work / "linked/kept").exists()
 
 
-@pytest.mark.real
-def test_docs_are_checked_and_built_and_what_builds_them_is_installed_once(project):
-  shown = "print('{}', sys.argv[1:], os.getcwd())"
-  (project / "docs").mkdir()
-  (project / "requirements-docs.txt").write_text("# nothing\n")
-  (project / "docs/check_docs.py").write_text(f"import os, sys\n{shown.format('checked')}\n")
-  (project / "sphinx.py").write_text(f"import os, sys\n{shown.format('built')}\nsys.exit('1' in sys.argv)\n")
-  first = run(project, "docs", cwd=project / "experiments")
-  assert first.returncode == 0 and "installing what builds the documentation" in first.stderr
-  checked, built = first.stdout.splitlines()
-  assert checked == f"checked [] {project}"
-  assert built.startswith("built [") and "'-W'" in built and built.endswith(f"'docs', 'docs/_build'] {project}")
-  assert first.stderr.splitlines()[-1] == f"ready: open {project}/docs/_build/index.html"
+def stand_in_environment(project: Path) -> None:
+  """A .venv that run.sh takes for ready, whose Python only shows its arguments and fails when told to."""
+  (project / ".venv/bin").mkdir(parents=True)
+  (project / ".venv/pyvenv.cfg").write_text("version = 3.11.7\n")
+  files = [project / "requirements.txt", project / "third_party/requirements-assets.txt"]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+  (project / ".venv/in2core-stamp").write_text(f"python 3.11.7\naccelerator cpu\nrequirements {digest}\n")
+  python = project / ".venv/bin/python"
+  python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"${FAILING:-nothing}"*) exit 1 ;; esac\n')
+  python.chmod(0o755)
 
-  again = run(project, "docs", "-D", "1")  # arguments go to Sphinx; its warnings end in a failure
-  assert again.returncode == 1 and again.stderr == ""
-  (project / "docs/check_docs.py").write_text("raise SystemExit(1)\n")
-  failed = run(project, "docs")
-  assert (failed.returncode, failed.stdout) == (1, "")  # nothing is built of pages with faults
+
+def test_docs_are_checked_then_built_and_what_builds_them_is_installed_once(project):
+  (project / "requirements-docs.txt").write_text("# nothing\n")
+  stand_in_environment(project)
+  checked, built = "docs/check_docs.py", "-m sphinx -q -E -W --keep-going -j auto -b html docs docs/_build"
+  first = run(project, "docs", cwd=project / "experiments")
+  assert (first.returncode, first.stdout) == (0, f"{checked}\n{built}\n"), first.stderr
+  said = first.stderr.splitlines()
+  assert "installing what builds the documentation" in said[0]
+  assert said[1:] == [f"ready: open {project}/docs/_build/index.html"]
+  assert "-r " + str(project / "requirements-docs.txt") in (project / ".cache/setup.log").read_text()
+
+  again = run(project, "docs", "-D", "x=1")  # arguments go to Sphinx
+  assert (again.returncode, again.stdout) == (0, f"{checked}\n{built} -D x=1\n")
+  assert again.stderr.splitlines() == said[1:]
+  faults = run(project, "docs", FAILING="check_docs")  # nothing is built of pages with faults
+  assert (faults.returncode, faults.stdout, faults.stderr) == (1, f"{checked}\n", "")
+  warnings = run(project, "docs", FAILING="sphinx")
+  assert (warnings.returncode, warnings.stderr) == (1, "")
 
   # Other requirements are installed; what pip cannot do is said, and tried again.
-  (project / "requirements-docs.txt").write_text("six==1.17.0\n")
-  offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
-  alone = {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+  (project / "requirements-docs.txt").write_text("# still nothing\n")
   for _ in range(2):
-    assert_one_line(run(project, "docs", **offline, **alone), "no network", "requirements-docs.txt")
+    assert_one_line(run(project, "docs", FAILING="pip install"), "requirements-docs.txt", "setup.log")
+  assert "installing what builds the documentation" in run(project, "docs").stderr
 
 
 def test_unsuited_pythons_are_named(project):
