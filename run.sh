@@ -152,7 +152,7 @@ check_disk() {
 explain_failure() {
   local last kept=""
   if [ -e "$VENV/bin/python" ] && [ -z "${INTO:-}" ]; then kept="; .venv is as it was"; fi
-  last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300)"
+  last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300 || true)"
   if grep -qiE 'No space left on device|Disk quota exceeded' "$LOG"; then
     die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again$kept"
   fi
