@@ -19,8 +19,8 @@ from absl import flags as absl_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_SENTENCE, LONGEST_LINE = 30, 400  # words, characters
-# Pages of measurements: their sentences list figures, and their links lead to tables that programs write.
-MEASURED = ("benchmark.md", "oracle.md", "paper.md", "scaling.md", "selection.md", "solvers.md")
+# Pages of measurements, whose sentences list figures, and the page of those who change the code.
+MEASURED = ("WORKSPACE.md", "benchmark.md", "oracle.md", "paper.md", "scaling.md", "selection.md", "solvers.md")
 OWN_COMMANDS = {"setup", "test", "lint", "docs", "help"}  # of run.sh
 NOT_OURS = {"flagfile", "help", "helpfull"}  # flags of absl itself
 
@@ -43,8 +43,8 @@ class Page:
 
 
 def pages(root: Path = ROOT) -> list[Page]:
-  """README and the pages of the site that people write."""
-  paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+  """README, WORKSPACE and the pages of the site that people write."""
+  paths = [root / "README.md", root / "WORKSPACE.md", *sorted((root / "docs").rglob("*.md"))]
   skipped = ("_build", "results", "generated")
   kept = [path for path in paths if not set(path.relative_to(root).parts) & set(skipped)]
   return [Page(path.relative_to(root), path.read_text()) for path in kept]
