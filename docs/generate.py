@@ -225,7 +225,7 @@ def _meaning(field: dataclasses.Field, ranges) -> str:
 
 def flags_page(root: Path) -> str:
   """All flags by group, with defaults, choices, ranges and help."""
-  from experiments import flags, ranges
+  from experiments import flags
 
   parts = [
     "# Flags",
@@ -240,7 +240,7 @@ def flags_page(root: Path) -> str:
       continue
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for field in rows:
-      lines.append(f"| `--{field.name}` | {_default(field)} | {_meaning(field, ranges.NUMBERS)} |")
+      lines.append(f"| `--{field.name}` | {_default(field)} | {_meaning(field, flags.ranges.NUMBERS)} |")
     parts += [f"## {group}", title[0].upper() + title[1:] + ".", "\n".join(lines)]
   rows = [
     f"| `{command}` | " + ", ".join(f"`--{name}={value}`" for name, value in values.items()) + " |"
