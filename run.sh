@@ -357,6 +357,7 @@ main() {
       ensure_docs
       cd -- "$ROOT"
       "$VENV/bin/python" docs/check_docs.py
+      rm -rf -- docs/_build # pages of modules that are gone would stay
       "$VENV/bin/python" -m sphinx -q -E -W --keep-going -j auto -b html docs docs/_build "$@"
       say "ready: open $ROOT/docs/_build/index.html"
       ;;
