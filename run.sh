@@ -36,9 +36,14 @@ say() {
 # The modules of experiments/ that run as programs.
 experiments() {
   local file
-  for file in "$ROOT"/experiments/*.py; do
-    if grep -qs '^if __name__ == "__main__":' "$file"; then printf '%s ' "$(basename -- "$file" .py)"; fi
-  done
+  for file in "$ROOT"/experiments/*.py "$ROOT"/experiments/*/__main__.py; do
+    if grep -qs '^if __name__ == "__main__":' "$file"; then
+      case "$file" in
+        */__main__.py) file="${file%/__main__.py}" ;;
+      esac
+      printf '%s\n' "$(basename -- "$file" .py)"
+    fi
+  done | sort | tr '\n' ' '
 }
 
 is_experiment() {

@@ -19,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
-from experiments.flags import Settings
-from experiments.workbench import Chosen, Workbench, choose
-from in2core_jax import batches, gradients, processes, sharding, subtree
+from in2core_jax import gradients
+from in2core_jax.data import batches
 from in2core_jax.gradients import Tree, tree_dot
+from in2core_jax.parallel import processes, sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -17,23 +17,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 
 from experiments import output
-from in2core_jax import locks
 from in2core_jax.errors import UserError, printable
+from in2core_jax.runs import locks
+from in2core_jax.runs.cache_folder import cache_folder
+from in2core_jax.runs.stopping import Terminated, terminate
 
 log = logging.getLogger(__name__)
 
 PROJECT_LOGGERS = ("in2core_jax", "experiments", "__main__")
 _KEPT = "finished work is kept: the same command continues"
-
-
-class Terminated(BaseException):
-  """SIGTERM arrived. Like KeyboardInterrupt not an Exception: code that handles errors must not swallow it."""
 
 
 def run(
@@ -51,7 +48,7 @@ def run(
   """
   output.guard()
   try:
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     app.run(lambda argv: _prepare_and_call(main_fn, argv, alone), flags_parser=lambda argv: _parse(argv, help_fn))
   except SystemExit as end:  # absl's way to hand on what the main function returned
     if end.code is None or isinstance(end.code, int):
@@ -213,11 +210,11 @@ def _prepare_and_call(main_fn: Callable[[list[str]], int | None], argv: list[str
     return main_fn(argv)
   said = flags.FLAGS.coordinator, flags.FLAGS.process_id, flags.FLAGS.num_processes
   if alone:
-    refuse_several(Path(argv[0]).stem, *said)
+    refuse_several(locks.program(argv[0]), *said)
   joined = join_processes(*said)
   code = main_fn(argv)
   if joined:
-    from in2core_jax import processes
+    from in2core_jax.parallel import processes
 
     processes.leave()
   return code
@@ -232,7 +229,7 @@ def join_processes(coordinator: str, process_id: int, num_processes: int) -> boo
   Raises:
     UserError: some of the flags without the others, or processes that do not find each other.
   """
-  from in2core_jax import processes  # which imports JAX; a command without these flags does not wait for it
+  from in2core_jax.parallel import processes  # which imports JAX; a command without these flags does not wait for it
 
   joined = processes.initialize(*_said(coordinator, process_id, num_processes))
   if joined and not processes.is_writer():
@@ -247,7 +244,7 @@ def refuse_several(command: str, coordinator: str, process_id: int, num_processe
   Raises:
     UserError: the flags, SLURM or a TPU slice say that there are several.
   """
-  from in2core_jax import processes
+  from in2core_jax.parallel import processes
 
   if processes.start_settings(*_said(coordinator, process_id, num_processes), os.environ) is not None:
     raise UserError(
@@ -272,19 +269,6 @@ def set_up_logging() -> None:
   logging.getLogger("absl").setLevel(logging.WARNING)  # which Orbax writes to
   for name in PROJECT_LOGGERS:
     logging.getLogger(name).setLevel(logging.INFO)
-
-
-def cache_folder() -> Path:
-  """A place on a local disk for what can be made again: IN2CORE_CACHE, or ~/.cache/in2core_jax.
-
-  Raises:
-    UserError: this user has no home folder.
-  """
-  given = os.environ.get("IN2CORE_CACHE")
-  try:
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "in2core_jax"
-  except RuntimeError as error:
-    raise UserError("this user has no home folder: set IN2CORE_CACHE to a folder that can be written") from error
 
 
 def set_up_compilation_cache() -> None:
@@ -313,47 +297,3 @@ def set_up_compilation_cache() -> None:
 
 
 # --- SIGTERM ----------------------------------------------------------------------------------------------------------
-
-
-def _terminate(number: int, frame: object) -> None:
-  raise Terminated
-
-
-@contextlib.contextmanager
-def finish_on_sigterm() -> Iterator[Callable[[], bool]]:
-  """Lets a loop end its piece of work when SIGTERM (a preemption) arrives, instead of being cut off in it.
-
-      with cli.finish_on_sigterm() as stop_requested:
-        for index in shards:
-          ...
-          if stop_requested():
-            break
-
-  Yields a function: whether SIGTERM has arrived, in whichever process of the job; collective. The command exits with
-  143 after the block; a second SIGTERM ends it at once.
-  """
-  from in2core_jax import processes
-
-  requested = False
-
-  def stop_requested() -> bool:
-    nonlocal requested
-    stop = not processes.all_true(not requested)
-    if stop:  # and never back to False: the signal may arrive while the others are asked
-      requested = True
-    return stop
-
-  def handle(number: int, frame: object) -> None:
-    nonlocal requested
-    if requested:
-      raise Terminated
-    requested = True
-    log.warning("SIGTERM: finishing the piece under way, then stopping (a second SIGTERM stops at once)")
-
-  before = signal.signal(signal.SIGTERM, handle)
-  try:
-    yield stop_requested
-  finally:
-    signal.signal(signal.SIGTERM, before)
-  if stop_requested():  # asked of all once more: one process must not leave alone when the signal came late
-    raise Terminated

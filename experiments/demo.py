@@ -6,13 +6,17 @@
 import logging
 import time
 
-from experiments import cli, dry_run, evaluate, finetune, flags, refusals, select
-from experiments.flags import Settings, seeds_of
-from experiments.judging import tell_size
-from experiments.retraining import equal_of
-from experiments.workbench import Workbench
-from in2core_jax import artifacts, coreset
+from experiments import cli, flags
 from in2core_jax.errors import UserError
+from in2core_jax.estimate import dry_run
+from in2core_jax.pipeline import checks, evaluate, finetune, select
+from in2core_jax.pipeline.compared import fractions_of
+from in2core_jax.pipeline.judging import tell_size
+from in2core_jax.pipeline.retraining import equal_of
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import Settings, refuse, seeds_of
+from in2core_jax.runs import run_folder
+from in2core_jax.selection import coreset
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +28,9 @@ def settled(s: Settings) -> Settings:
     UserError: flags that would be passed over, a policy that there is not, or one whose sets differ from seed to seed;
       lists that the last stage could not read.
   """
-  flags.refuse(s, ("checkpoint", "select_runs"), "demo fine-tunes and selects by itself")
-  seeds_of(s), equal_of(s), evaluate.fractions_of(s)
-  policies = refusals.policies_of(s)
+  refuse(s, ("checkpoint", "select_runs"), "demo fine-tunes and selects by itself")
+  seeds_of(s), equal_of(s), fractions_of(s)
+  policies = checks.policies_of(s)
   if s.fractions or s.policy not in policies:  # a sweep takes the scores of the run only, and merges the names itself
     return s
   if s.policy in coreset.SEEDED_POLICIES:
@@ -45,10 +49,10 @@ def main(_) -> None:
     dry_run.run(settings, "demo")
     return
   root = settings.run_dir
-  artifacts.RunDir.refuse_held(root)
+  run_folder.RunDir.refuse_held(root)
   bench = Workbench(settings)
-  refusals.check_demo(bench, settings)
-  lock = artifacts.hold(root)  # to the end: each stage reads what the ones before it have written
+  checks.check_demo(bench, settings)
+  lock = run_folder.hold(root)  # to the end: each stage reads what the ones before it have written
   tell_size(bench.parts["test"])
   checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)

@@ -18,11 +18,13 @@ import time
 
 import numpy as np
 
-from experiments import children, cli, flags
-from experiments.flags import Settings
-from experiments.resuming import FOLDER
-from in2core_jax import artifacts, files, finetune, locks, report
+from experiments import cli, flags, subprocesses
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.report import table_text
+from in2core_jax.runs import files, locks, run_folder
+from in2core_jax.runs.unfinished import FOLDER
+from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Run:
     self.name = settings.kill_command
     self.folder, self._log = place / self.name, place / f"{self.name}.log"
     own = settings.replace(run_dir=str(self.folder))
-    self._command = children.command(self.name, own, place / f"{self.name}.flags")
+    self._command = subprocesses.command(self.name, own, place / f"{self.name}.flags")
 
   def start(self, moment: float | None = None) -> float | None:
     """Runs the command to its end, or kills it after `moment` seconds.
@@ -67,7 +69,7 @@ class Run:
     """
     began = time.perf_counter()
     with self._log.open("w") as sink:
-      own = {"stdout": sink, "stderr": subprocess.STDOUT, "env": children.environment()}
+      own = {"stdout": sink, "stderr": subprocess.STDOUT, "env": subprocesses.environment()}
       process = subprocess.Popen(self._command, **own)
       try:
         code = process.wait(moment)
@@ -121,7 +123,7 @@ def _comparable(name: str, data: bytes) -> bytes:
   """A file's bytes without what may differ."""
   if name == "flags.txt":
     return b"\n".join(line for line in data.splitlines() if not line.startswith(b"--run_dir="))
-  if name == finetune.METRICS:
+  if name == train_loop.METRICS:
     lines = (json.loads(line) for line in data.splitlines())
     return json.dumps(
       [{key: value for key, value in line.items() if key not in _MAY_DIFFER} for line in lines]
@@ -129,7 +131,7 @@ def _comparable(name: str, data: bytes) -> bytes:
   values = json.loads(data) if name.endswith(".json") else None
   if not isinstance(values, dict):
     return data
-  if name == artifacts.MANIFEST:  # the files themselves are compared
+  if name == run_folder.MANIFEST:  # the files themselves are compared
     values |= {"checksums": list(values["checksums"]), files.SEAL: ""}
   return json.dumps({key: value for key, value in values.items() if key not in _MAY_DIFFER}).encode()
 
@@ -148,7 +150,7 @@ def moments(kills: int, seconds: float, seed: int) -> list[float]:
 def run(s: Settings) -> bool:
   """Runs, kills, compares; whether every run ended in the same bytes."""
   identity = {"stage": "kill_test", "flags": s.identity("run", "data", "model", "select", "kill_test")}
-  root = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite or _is_kill_test(s.run_dir))
+  root = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite or _is_kill_test(s.run_dir))
   make = lambda name: Run(s, pathlib.Path(root.folder(name)))  # noqa: E731
   alone, again = make("alone"), make("alone_again")
   alone.start()
@@ -168,7 +170,7 @@ def run(s: Settings) -> bool:
     wrong[f"run-{number:02d}"] = differences(wanted, each.results())
     log.info("run %d: %s", number, _verdict(wrong[f"run-{number:02d}"]))
   rows = [dataclasses.asdict(kill) | {"result": _verdict(wrong[f"run-{kill.run:02d}"])} for kill in kills]
-  print(report.markdown_table(rows), end="")
+  print(table_text.markdown_table(rows), end="")
   same = sum(not wrong[f"run-{kill.run:02d}"] for kill in kills)
   print(f"two runs left alone: {_verdict(wrong['alone_again'])}; killed and resumed: {same} of {len(kills)} identical")
   return not any(wrong.values())
@@ -176,8 +178,8 @@ def run(s: Settings) -> bool:
 
 def _is_kill_test(folder: str) -> bool:
   """Whether an earlier test is there: it is no use, a test starts anew. Results of anything else are not touched."""
-  file = files.absolute(folder) / artifacts.MANIFEST
-  return file.exists() and artifacts.RunDir.load(folder).identity.get("stage") == "kill_test"
+  file = files.absolute(folder) / run_folder.MANIFEST
+  return file.exists() and run_folder.RunDir.load(folder).identity.get("stage") == "kill_test"
 
 
 def _verdict(names: list[str]) -> str:

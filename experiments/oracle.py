@@ -14,16 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
-from experiments.cells import Cells
-from experiments.flags import Settings
-from in2core_jax import algebra, artifacts, ihvp, influence, model, packing, report, subtree
-from in2core_jax.batches import Batcher, Shape
+from in2core_jax.data import packing
+from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
-from in2core_jax.influence import CurvatureData, Problem, SolverSettings
+from in2core_jax.ihvp import solvers, tree_math
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw, solve
+from in2core_jax.model import decoder
+from in2core_jax.model.objective import make_objective, sample_labels_fn
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.report import table_text
+from in2core_jax.runs import run_folder
+from in2core_jax.runs.result_cache import Cells
 
 log = logging.getLogger(__name__)
 
-CONFIG = model.ModelConfig(
+CONFIG = decoder.ModelConfig(
   vocab_size=29, hidden_size=8, intermediate_size=12, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=4
 )
 EXAMPLES, LENGTH, PROMPT, STEPS = 96, 12, 5, 300
@@ -64,11 +71,11 @@ def make_case(seed: int) -> Case:
   part = lambda rows: types.SimpleNamespace(  # noqa: E731
     ids=[str(row) for row in rows], tokens=[tokens[row] for row in rows], response_mask=[mask] * len(rows)
   )
-  params = model.init_params(CONFIG, jax.random.key(seed), jnp.float64)
+  params = decoder.init_params(CONFIG, jax.random.key(seed), jnp.float64)
   params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 2 else leaf, params)
   tree = subtree.make_subtree(params, "last:2", "all")
-  relabel = model.sample_labels_fn(CONFIG, tree)
-  problem = Problem(model.make_objective(CONFIG, tree), *subtree.split(params, tree), 16, relabel)
+  relabel = sample_labels_fn(CONFIG, tree)
+  problem = Problem(make_objective(CONFIG, tree), *subtree.split(params, tree), 16, relabel)
   shape = Shape(LENGTH, LENGTH - PROMPT)
   train, evals = (Batcher(part(rows), [shape]) for rows in (range(EXAMPLES), range(EXAMPLES, EXAMPLES + 16)))
   stream = lambda: train.sequential(LENGTH * EXAMPLES)  # noqa: E731
@@ -77,7 +84,7 @@ def make_case(seed: int) -> Case:
     problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 0.2 * d[0], problem.sub, step))
   v = problem.mean_gradient(lambda: evals.sequential(LENGTH * 16))
   pool = packing.Packer(part(range(EXAMPLES)))
-  draw = influence.even_draw(np.arange(EXAMPLES), EXAMPLES // 4, lambda rows: pool.sample(rows)[1])
+  draw = even_draw(np.arange(EXAMPLES), EXAMPLES // 4, lambda rows: pool.sample(rows)[1])
   whole = lambda key: next(stream())[1]  # noqa: E731
   return Case(problem, v, CurvatureData(stream, stream, draw), CurvatureData(stream, stream, whole))
 
@@ -91,13 +98,13 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
   row = {"curvature": curvature, "damping ratio": ratio, "solver": name}
   try:
     settings = SolverSettings(**changes)
-    influence.solve(case.problem, case.v, settings, case.data)
+    solve(case.problem, case.v, settings, case.data)
     began = time.perf_counter()
-    result = influence.solve(case.problem, case.v, settings, case.data)
+    result = solve(case.problem, case.v, settings, case.data)
     seconds = time.perf_counter() - began
   except UserError as error:
     return row | {"refused": f"{type(error).__name__}: {str(error).split(':')[0]}"}
-  b, x = (algebra.ravel(tree)[0] for tree in (case.v, result.solution))
+  b, x = (tree_math.ravel(tree)[0] for tree in (case.v, result.solution))
   best = np.linalg.solve(dense + damping * np.eye(len(b)), b)
   return row | {
     "error": float(np.linalg.norm(x - best) / np.linalg.norm(best)),
@@ -112,12 +119,12 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
 def run(s: Settings) -> str:
   """Measures all rows and writes oracle.md, oracle.json; returns the run folder."""
   case = make_case(s.seed)
-  identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": artifacts.package_versions()}
-  run_dir = artifacts.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": run_folder.package_versions()}
+  run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   rows, spectra, cells = [], {}, Cells(run_dir)
   for curvature in CURVATURES:
     kernel = case.problem.curvature(curvature)
-    dense = ihvp.dense_matrix(ihvp.fixed_matvec(kernel, lambda: (b for _, b in case.data.fixed())), case.v)
+    dense = solvers.dense_matrix(solvers.fixed_matvec(kernel, lambda: (b for _, b in case.data.fixed())), case.v)
     dense = (dense + dense.T) / 2
     spectra[curvature] = np.linalg.eigvalsh(dense)[[0, -1]].tolist()
     for ratio in RATIOS:
@@ -138,7 +145,7 @@ def run(s: Settings) -> str:
     for row in rows
   ]
   lines = [f"- {name}: eigenvalues {low:.3g} to {high:.3g}" for name, (low, high) in spectra.items()]
-  text = "\n".join([f"{size:,} parameters, {EXAMPLES} examples", "", *lines, "", report.markdown_table(table), ""])
+  text = "\n".join([f"{size:,} parameters, {EXAMPLES} examples", "", *lines, "", table_text.markdown_table(table), ""])
   run_dir.write_text("oracle.md", text)
   run_dir.write_json("oracle.json", {"parameters": size, "spectra": spectra, "rows": rows})
   log.info("%s", run_dir.path / "oracle.md")

@@ -19,10 +19,10 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from in2core_jax import locks
 from in2core_jax.errors import printable
+from in2core_jax.runs import locks
 
-LOST_LOG = "log_lost.txt"  # `artifacts.LOST_LOG`, whose import is slow
+LOST_LOG = "log_lost.txt"  # `run_folder.LOST_LOG`, whose import is slow
 _MOST_WAITING = 1000  # lines that are kept until there is a run folder to write them into
 
 

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import cli, dry_run, hardware, planning
-from experiments.flags import Settings
-from experiments.pricing import Described, Phase
-from experiments.workbench import PARTS
-from in2core_jax import data, hf_config, report
-from in2core_jax.records import Record
+from experiments import cli
+from in2core_jax.costs import hardware
+from in2core_jax.data import tokenizing
+from in2core_jax.data.records import Record
+from in2core_jax.estimate import dry_run, stage_phases
+from in2core_jax.estimate.pricing import Described, Phase
+from in2core_jax.model import hf_config
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import PARTS
+from in2core_jax.report import table_text
 
 MODEL = pathlib.Path(__file__).parent / "flags" / "llama-3.1-8b.json"
 EXAMPLES = (52_000, 1_000_000)
@@ -77,20 +81,22 @@ class OnPaper(Described):
     return hf_config.read_config(MODEL)
 
   @functools.cached_property
-  def parts(self) -> dict[str, data.TokenizedDataset]:
+  def parts(self) -> dict[str, tokenizing.TokenizedDataset]:
     """Examples of the formula's lengths; the response stands at the end."""
     counts = {"train": self.train, "eval": OTHERS, "test": OTHERS}
     return {part: _examples(part, counts[part], self.settings.max_length) for part in PARTS}
 
 
 @functools.cache
-def _examples(part: str, count: int, most: int) -> data.TokenizedDataset:
+def _examples(part: str, count: int, most: int) -> tokenizing.TokenizedDataset:
   found = lengths(count, most)
   responses = np.maximum(1, np.rint(RESPONSE_SHARE * found).astype(np.int64))
   tokens, mask = np.zeros(most, np.int32), np.arange(2 * most) >= most
   records = tuple(Record(f"{part}-{i}", (), "", "", "formula", i + 1) for i in range(count))
   masks = tuple(mask[most - length + response :][:length] for length, response in zip(found, responses, strict=True))
-  return data.TokenizedDataset(part, records, tuple(tokens[:length] for length in found), masks, np.zeros(count, bool))
+  return tokenizing.TokenizedDataset(
+    part, records, tuple(tokens[:length] for length in found), masks, np.zeros(count, bool)
+  )
 
 
 def settings_of(case: Case) -> Settings:
@@ -105,7 +111,7 @@ def settings_of(case: Case) -> Settings:
 def sampled(case: Case, examples: int) -> list[Phase]:
   """The phases of `select` with so many training examples, one by one."""
   s, where = settings_of(case), hardware.on_paper(case.hardware, "bfloat16")
-  return planning.select_phases(OnPaper(s, where, examples), s)
+  return stage_phases.select_phases(OnPaper(s, where, examples), s)
 
 
 def phases(case: Case, examples: int) -> list[Phase]:
@@ -151,7 +157,7 @@ def rows(cases: Sequence[Case] = CASES) -> list[dict]:
 
 def main(_) -> None:
   """Prints the table."""
-  print(report.markdown_table(rows()))
+  print(table_text.markdown_table(rows()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The one error type that entry points turn into a single line and exit code 2, and text that a terminal can show."""
 
+import contextlib
 import re
 
 # Controls (C0 but the space, DEL, C1), line and paragraph separators, marks that turn the direction of a text, the
@@ -18,3 +19,20 @@ class UserError(ValueError):
 def printable(text: str) -> str:
   r"""Writes control characters, line separators and bidirectional marks as escapes (\x1b, \u202e); the rest stays."""
   return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+@contextlib.contextmanager
+def told_by_tokenizers(what: str):
+  """Turns what the tokenizers library raises into one line that begins with `what`.
+
+  It raises bare `Exception`s, and its panics are `BaseException`s, which nothing else would stop.
+  """
+  try:
+    yield
+  except BaseException as error:
+    # Its errors are of Python's own classes; what is derived from these has a reason of its own.
+    bare = type(error) in (Exception, ValueError, TypeError, KeyError, OSError, OverflowError)
+    if not bare and type(error).__name__ != "PanicException":
+      raise
+    detail = " ".join(str(error).split())[:300] or type(error).__name__
+    raise UserError(f"{what} ({detail}); save the tokenizer again, or take it from the model's own source") from error

@@ -18,7 +18,7 @@ import safetensors.numpy
 import tiny
 from test_weights import GEMMA3_IN_GGUF, VARIANTS, write_gguf
 
-from in2core_jax import weights
+from in2core_jax.model import weights
 
 REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
 TINY = json.loads((REFERENCE / "tiny.json").read_text(encoding="utf-8"))

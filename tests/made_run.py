@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from in2core_jax import data
-from in2core_jax.records import Record
-from in2core_jax.report_facts import SelectRun
+from in2core_jax.data import tokenizing
+from in2core_jax.data.records import Record
+from in2core_jax.report.facts import SelectRun
 
 TOPICS = ("letters", "numbers", "")
 
@@ -52,17 +52,17 @@ def make_run(records: list[Record], /, num_queries: int = 0, **changes) -> Selec
   tokens = tuple(np.zeros(n + 12, np.int32) for n in responses.tolist())
   masks = tuple(np.arange(n + 12) >= 12 for n in responses.tolist())
   truncated = np.arange(size) % 7 == 0
-  train = data.TokenizedDataset("train", tuple(records), tokens, masks, truncated)
+  train = tokenizing.TokenizedDataset("train", tuple(records), tokens, masks, truncated)
   parts = {"train": train}
   if num_queries:
-    parts["eval"] = data.TokenizedDataset(
+    parts["eval"] = tokenizing.TokenizedDataset(
       "eval", tuple(queries), tokens[:num_queries], masks[:num_queries], truncated[:num_queries]
     )
   given = {
     "columns": columns,
     "records": records,
     "truncated": truncated,
-    "data": data.data_summary(parts),
+    "data": tokenizing.data_summary(parts),
     "summary": make_summary(),
     "layers": {"layer 3": 0.25 * influence, "layer 4": 0.75 * influence} if num_queries else None,
     "query_records": queries,

@@ -10,15 +10,19 @@ import pytest
 import tiny
 from tiny import OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import ablate_layers, ablation_report, scoring, solving, workbench
-from experiments.ablate_layers import Choice
-from experiments.resuming import Work
-from in2core_jax import artifacts, breakdown, evaluation, subtree
+from experiments.ablate_layers import ablate_layers, report
+from experiments.ablate_layers.ablate_layers import Choice
 from in2core_jax.errors import UserError
-from in2core_jax.influence import Problem
+from in2core_jax.evaluation import statistics
+from in2core_jax.influence import decompose
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import scoring, session, solver_inputs
+from in2core_jax.runs import run_folder
+from in2core_jax.runs.unfinished import Work
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices: quick to compile."""
 
 
@@ -54,15 +58,16 @@ def finished(settings, bench):
 def alone(bench, s, choice, solver, folder):
   """Scores of a choice by the road of `select`, which knows no table."""
   own = s.replace(solver=solver, layers=choice.flag, modules=choice.modules, run_dir=str(folder))
-  chosen = workbench.choose(bench, bench.params, own.layers, own.modules)
-  work = Work(artifacts.RunDir.open(str(folder), {"stage": "alone"}), 16)
+  chosen = session.choose(bench, bench.params, own.layers, own.modules)
+  work = Work(run_folder.RunDir.open(str(folder), {"stage": "alone"}), 16)
   return scoring.score(bench, own, chosen, work).influence
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("solver", ablate_layers.ADDITIVE)
 def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_path, solver):
-  run_dir = artifacts.RunDir.load(str(finished))
+  run_dir = run_folder.RunDir.load(str(finished))
   scores = ablate_layers.Ablation(bench, settings, run_dir).scores()[solver]
   for name in ("last:1", "spread:2/mlp"):
     (choice,) = ablate_layers.named(name, scores, "ablate_retrain")
@@ -71,6 +76,7 @@ def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_
     np.testing.assert_allclose(scores[choice], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   result = json.loads((finished / "ablate_layers.json").read_text())
@@ -79,12 +85,12 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   names = [choice.name for choice in ablate_layers.choices_of(settings, 4)]
   assert len(names) == len(set(names)) == 2 + 4 * 2 * 2  # eight layers are more than there are
   assert set(rows) == {(solver, name) for solver in ablate_layers.ADDITIVE for name in names}
-  task = ablate_layers.Ablation(bench, settings, artifacts.RunDir.load(str(finished)))
+  task = ablate_layers.Ablation(bench, settings, run_folder.RunDir.load(str(finished)))
   for solver, scores in task.scores().items():
     tops = {choice.name: set(task.top(values).tolist()) for choice, values in scores.items()}
     share = len(tops["all"] & tops["first:1"]) / len(tops["all"])
     assert float(rows[solver, "first:1"]["overlap"]) == pytest.approx(share)
-    few = ablate_layers.Ablation(bench, settings.replace(num_examples=3), artifacts.RunDir.load(str(finished)))
+    few = ablate_layers.Ablation(bench, settings.replace(num_examples=3), run_folder.RunDir.load(str(finished)))
     values = ablate_layers.table_of(few, solver, scores)
     assert {3 * row["overlap"] for row in values} <= {0, 1, 2, 3} and len(values[0]["top"]) == 3
     whole = rows[solver, "all"]
@@ -105,11 +111,12 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   assert not (finished / "unfinished").exists() or not any((finished / "unfinished").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, finished, monkeypatch):
   before = (finished / "ablate_layers.csv").read_text()
-  monkeypatch.setattr(breakdown, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
-  monkeypatch.setattr(solving, "solve", lambda *_: pytest.fail("solved again"))
+  monkeypatch.setattr(decompose, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
+  monkeypatch.setattr(solver_inputs, "solve", lambda *_: pytest.fail("solved again"))
   monkeypatch.setattr(ablate_layers, "Judge", lambda *_: pytest.fail("trained again"))
   ablate_layers.run(settings, bench)
   assert (finished / "ablate_layers.csv").read_text() == before
@@ -125,6 +132,7 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
   assert result["rows"][1]["Spearman"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_measured_costs_join_a_report_that_is_already_there(settings, bench, finished, monkeypatch, caplog):
   def start(s, *_):
@@ -134,9 +142,9 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
       raise UserError("the device is gone")
     return {"seconds": 2.5, "peak memory": 3e8}
 
-  monkeypatch.setattr(ablate_layers.benchmark_alone, "start", start)
+  monkeypatch.setattr(ablate_layers.isolated, "start", start)
   asked = settings.replace(ablate_measure="last:1", ablate_modules="all", ablate_solvers="identity")
-  monkeypatch.setattr(ablation_report, "enough", lambda rows: None)
+  monkeypatch.setattr(report, "enough", lambda rows: None)
   (finished / "ablate_layers.json").unlink()
   ablate_layers.run(asked.replace(ablate_counts="1"), bench)
   with open(finished / "ablate_layers.csv") as file:
@@ -144,7 +152,7 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
   assert float(seconds.pop("all")) == 2.5 and set(seconds.values()) == {""}
   assert "last:1 stays empty" in caplog.text and "the device is gone" in caplog.text
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  monkeypatch.setattr(ablate_layers.benchmark_alone, "start", lambda *_: pytest.fail("the device is taken"))
+  monkeypatch.setattr(ablate_layers.isolated, "start", lambda *_: pytest.fail("the device is taken"))
   (finished / "ablate_layers.json").unlink()
   ablate_layers.run(asked.replace(ablate_counts="1"), bench)
   assert "holds the tpu" in caplog.text and "experiments.benchmark --flagfile=" in caplog.text
@@ -155,7 +163,7 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
 def test_a_choice_is_measured_in_a_process_of_its_own(settings, bench, tmp_path, monkeypatch):
   for name, value in tiny.child_environment(devices=2).items():
     monkeypatch.setenv(name, value)
-  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "ablate_layers"})
+  run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "ablate_layers"})
   small = settings.replace(ablate_examples=6, mesh="data:2")
   ablation = ablate_layers.Ablation(bench, small, run_dir)
   found = ablation.measured(Choice("spread", "mlp", (0, 3)))
@@ -178,7 +186,7 @@ class Retrained:
     values = self.perplexities.get(name.rpartition(" ")[2], [5.0, 5.2])
     tokens, hard = np.full(30, 7), np.linspace(-1, 1, 30)
     return [
-      evaluation.RetrainRow(name, seed, 2, 9, 4, 1, 4, value, value, np.log(value) + hard, tokens)
+      statistics.RetrainRow(name, seed, 2, 9, 4, 1, 4, value, value, np.log(value) + hard, tokens)
       for seed, value in zip(seeds, values, strict=True)
     ]
 
@@ -195,7 +203,7 @@ def test_the_cheapest_that_agree_are_retrained_until_one_is_enough():
   assert "comparisons by token or by example" in intervals.notes[0] and "Measured on these 30" in intervals.notes[1]
   assert trained == ["full", "random", "all", "last:1", "bad", "good"]
   assert rows[3]["perplexity"].mean > 9 and rows[3]["ratio"].low > 1 and rows[1]["perplexity"] is None
-  assert ablation_report.enough(rows) is rows[2]
+  assert report.enough(rows) is rows[2]
 
 
 def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
@@ -203,7 +211,7 @@ def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
   rows = [
     made(name, 1.0, flops, (1.0, 0.9, 1.1)) | {"position": "last", "modules": "all"} for name, flops in names.items()
   ]
-  drawn = ablation_report.figure({"identity": rows}, {})
+  drawn = report.figure({"identity": rows}, {})
   labels = [text for text in drawn.axes[1].texts if text.get_text() in names]
   boxes = [label.get_window_extent() for label in labels]
   assert len(boxes) == 4 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
@@ -215,20 +223,20 @@ def test_the_table_of_leaves_is_the_score_apart():
   problem = Problem(t.objective, t.sub, t.frozen, microbatch=3)
   size = len(tiny.ROLES)
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
-  table = breakdown.leaf_table(problem, t.subtree, stream, size, direction, 3)
+  table = decompose.leaf_table(problem, t.subtree, stream, size, direction, 3)
   assert table.shape == (2, size, 2, len(t.subtree.paths))
   whole = problem.scores(stream, size, direction, "vmap")
-  np.testing.assert_allclose(breakdown.sum_over(table, t.subtree, t.subtree), whole, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(decompose.sum_over(table, t.subtree, t.subtree), whole, rtol=1e-5, atol=1e-5)
   part = subtree.make_subtree(t.params, "3", "mlp")
   cut = {"layers": {"mlp": jax.tree.map(lambda leaf: leaf[:, 1:], direction["layers"]["mlp"])}}
   other = Problem(tiny.make_tiny("3", "mlp").objective, *subtree.split(t.params, part), microbatch=3)
   wanted = other.scores(stream, size, cut, "vmap")
-  np.testing.assert_allclose(breakdown.sum_over(table, t.subtree, part), wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(decompose.sum_over(table, t.subtree, part), wanted, rtol=1e-5, atol=1e-5)
   assert not table[:, tiny.NO_RESPONSE].any()
   with pytest.raises(UserError, match="does not have layer 2, attention_norm/scale"):
-    breakdown.sum_over(table, t.subtree, subtree.make_subtree(t.params, "2,3", "attention_norm"))
+    decompose.sum_over(table, t.subtree, subtree.make_subtree(t.params, "2,3", "attention_norm"))
   with pytest.raises(UserError, match="final_norm is in no layer"):
-    breakdown.leaf_table(problem, subtree.make_subtree(t.params, "3", "mlp,final_norm"), stream, size, direction)
+    decompose.leaf_table(problem, subtree.make_subtree(t.params, "3", "mlp,final_norm"), stream, size, direction)
 
 
 def test_spread_layers_are_even():
@@ -237,7 +245,7 @@ def test_spread_layers_are_even():
 
 
 def interval(mean, low=np.nan, high=np.nan):
-  return evaluation.Interval(mean, low, high, 30)
+  return statistics.Interval(mean, low, high, 30)
 
 
 def made(name, overlap, flops, ratio=None):
@@ -252,46 +260,44 @@ def whole():
 
 
 def test_a_whole_that_loses_to_random_is_told():
-  against = lambda *ratio: ablation_report.worse_than_random([whole() | {"to random": interval(*ratio)}])  # noqa: E731
+  against = lambda *ratio: report.worse_than_random([whole() | {"to random": interval(*ratio)}])  # noqa: E731
   (line,) = against(1.2, 1.1, 1.3)
   assert "retrain to 5, worse than random sets of the size (1.200 (1.100 to 1.300) times theirs)" in line
   assert against(1.2, 0.9, 1.6) == against(0.8, 0.7, 0.9) == against(1.2) == []
-  assert ablation_report.worse_than_random([whole()]) == []
+  assert report.worse_than_random([whole()]) == []
 
 
 def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
   worse, unsure, equal = (1.8, 1.5, 2.1), (1.02, 0.96, 1.08), (1.0, 0.995, 1.005)
   rows = [whole(), made("cheap", 0.7, 0.1, equal), made("last:8", 0.95, 0.4, worse)]
-  assert ablation_report.enough(rows) is None
-  assert "no choice is enough" in ablation_report.sentence(rows) and "(last:8)" in ablation_report.sentence(rows)
+  assert report.enough(rows) is None
+  assert "no choice is enough" in report.sentence(rows) and "(last:8)" in report.sentence(rows)
   rows += [made("spread:8", 0.9, 0.6, equal), made("first:16", 0.99, 0.9, equal), made("last:9", 0.9, 0.65)]
-  assert ablation_report.enough(rows)["name"] == "spread:8"
-  assert "spread:8 is enough" in ablation_report.sentence(rows)
+  assert report.enough(rows)["name"] == "spread:8"
+  assert "spread:8 is enough" in report.sentence(rows)
   rows[3] |= made("spread:8", 0.9, 0.6, unsure)  # not told apart is not as good
-  said = ablation_report.sentence(rows)
+  said = report.sentence(rows)
   assert "spread:8 may be enough" in said and "1.020 (0.960 to 1.080) times: up to 8 % worse is not excluded" in said
   rows[3] |= made("spread:8", 0.9, 0.6, (0.9, 0.85, 0.95))
-  assert "spread:8 is enough" in ablation_report.sentence(rows) and "lower (better)" in ablation_report.sentence(rows)
+  assert "spread:8 is enough" in report.sentence(rows) and "lower (better)" in report.sentence(rows)
   rows[3]["overlap"] = 0.89
   # last:9 agrees, but so did last:8, which failed: what was not retrained is not enough then.
-  assert ablation_report.enough(rows)["name"] == "first:16"
+  assert report.enough(rows)["name"] == "first:16"
   del rows[4]
-  assert ablation_report.enough(rows) is None
-  assert "retrained (last:8) are above" in ablation_report.sentence(rows)
-  assert "not retrained: last:9." in ablation_report.sentence(rows)
+  assert report.enough(rows) is None
+  assert "retrained (last:8) are above" in report.sentence(rows)
+  assert "not retrained: last:9." in report.sentence(rows)
   plain = [row | {"perplexity": None, "ratio": None} for row in rows]
-  assert "last:8 may be enough" in ablation_report.sentence(plain)
-  assert "it was not retrained" in ablation_report.sentence(plain)
+  assert "last:8 may be enough" in report.sentence(plain)
+  assert "it was not retrained" in report.sentence(plain)
   once = [whole(), made("last:8", 0.95, 0.4, (1.8,))]
-  assert "last:8 may be enough" in ablation_report.sentence(once)
-  assert "9, all layers' 5, and one training each cannot tell them apart" in ablation_report.sentence(once)
+  assert "last:8 may be enough" in report.sentence(once)
+  assert "9, all layers' 5, and one training each cannot tell them apart" in report.sentence(once)
   few = [rows[0], rows[1]]
-  assert "none that is cheaper" in ablation_report.sentence(few) and "cheap, shares 70%" in ablation_report.sentence(
-    few
-  )
+  assert "none that is cheaper" in report.sentence(few) and "cheap, shares 70%" in report.sentence(few)
   rows[1] |= {"overlap": 0.93, "seconds": 1.0, "peak": 2e8}
   rows[0] |= {"seconds": 4.0, "peak": 3e8}
-  assert "1 s instead of 4 s and 200 MB instead of 300 MB" in ablation_report.sentence(rows)
+  assert "1 s instead of 4 s and 200 MB instead of 300 MB" in report.sentence(rows)
 
 
 @pytest.mark.parametrize(

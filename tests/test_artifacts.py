@@ -15,11 +15,12 @@ import pytest
 from etils import epath
 from fsspec.registry import _registry as fsspec_registry
 
-from in2core_jax import artifacts, files, locks, processes
-from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
-from in2core_jax.progress import Progress
-from in2core_jax.shards import ShardStore
+from in2core_jax.parallel import processes
+from in2core_jax.runs import files, locks, run_folder
+from in2core_jax.runs.progress import Progress
+from in2core_jax.runs.run_folder import RunDir
+from in2core_jax.runs.shards import ShardStore
 
 IDENTITY = {"layers": "last:8", "data": {"train": "abc", "seed": 0}}
 SCORES = {
@@ -184,7 +185,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_whole_files(tmp_path):
   program = (
-    "import sys\nfrom in2core_jax import files\ni = 0\n"
+    "import sys\nfrom in2core_jax.runs import files\ni = 0\n"
     "while True:\n  i += 1\n  files.write_text(sys.argv[1], str(i % 10) * 200000)\n  print(i, flush=True)"
   )
   for _ in range(3):
@@ -274,7 +275,7 @@ def test_flagfile_is_read_back_by_absl(tmp_path):
   from absl import flags
 
   text = ["--layers=last:8", "--system_prompt=Be brief. # not a comment", "--note=a=b"]
-  artifacts.write_flags(tmp_path / "flags.txt", text, ["repeats the run", "line one\nline two"])
+  run_folder.write_flags(tmp_path / "flags.txt", text, ["repeats the run", "line one\nline two"])
   assert (tmp_path / "flags.txt").read_text().startswith("# repeats the run\n# line one\n# line two\n--layers")
   values = flags.FlagValues()
   for name in ("layers", "system_prompt", "note"):
@@ -282,15 +283,15 @@ def test_flagfile_is_read_back_by_absl(tmp_path):
   values(["program", f"--flagfile={tmp_path}/flags.txt"])
   assert (values.layers, values.system_prompt, values.note) == ("last:8", "Be brief. # not a comment", "a=b")
   with pytest.raises(UserError, match="--system_prompt"):
-    artifacts.write_flags(tmp_path / "flags.txt", ["--system_prompt=two\nlines"])
+    run_folder.write_flags(tmp_path / "flags.txt", ["--system_prompt=two\nlines"])
 
 
 def test_record_of_versions_and_devices():
-  versions = artifacts.package_versions()
+  versions = run_folder.package_versions()
   assert versions["python"] == ".".join(map(str, sys.version_info[:3])) and {"jax", "numpy", "in2core_jax"} <= set(
     versions
   )
-  summary = artifacts.device_summary()
+  summary = run_folder.device_summary()
   assert (summary["platform"], summary["num_devices"], summary["num_processes"]) == ("cpu", 8, 1)
 
 
@@ -392,9 +393,9 @@ def test_shards_hold_no_objects(store):
 
 def test_progress_logs_lines_without_a_terminal(caplog, monkeypatch):
   clock = iter(np.arange(0.0, 1000.0, 4.0))
-  monkeypatch.setattr("in2core_jax.progress.time.monotonic", lambda: float(next(clock)))
+  monkeypatch.setattr("in2core_jax.runs.progress.time.monotonic", lambda: float(next(clock)))
   with (
-    caplog.at_level(logging.INFO, "in2core_jax.progress"),
+    caplog.at_level(logging.INFO, "in2core_jax.runs.progress"),
     Progress(40, "scores", "examples", initial=20) as progress,
   ):
     for _ in range(5):
@@ -407,7 +408,7 @@ def test_progress_logs_lines_without_a_terminal(caplog, monkeypatch):
 
 def test_progress_counts_the_rate_from_where_it_began(monkeypatch):
   now = [0.0]
-  monkeypatch.setattr("in2core_jax.progress.time.monotonic", lambda: now[0])
+  monkeypatch.setattr("in2core_jax.runs.progress.time.monotonic", lambda: now[0])
   progress = Progress(100, "scores", "examples", initial=50)
   now[0] = 5.0
   progress.update(10)

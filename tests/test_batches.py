@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from in2core_jax.batches import Batch, Batcher, Shape, plan_shapes
+from in2core_jax.data.batches import Batch, Batcher, Shape, plan_shapes
 from in2core_jax.errors import UserError
 
 

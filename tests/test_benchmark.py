@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import benchmark, benchmark_alone, benchmark_rows
-from in2core_jax import costs, gradients, timing
+from experiments.benchmark import benchmark, isolated, passes
+from in2core_jax import gradients
+from in2core_jax.costs import flop_counts, timing
+from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
-from in2core_jax.records import Record
 
 quick_compile = tiny.quick_compile
 
@@ -45,7 +46,7 @@ def settings(tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
   """The benchmark on one of the simulated devices: quick to compile."""
-  monkeypatch.setattr(benchmark, "Bench", lambda s: benchmark_rows.Bench(s, 1))
+  monkeypatch.setattr(benchmark, "Bench", lambda s: passes.Bench(s, 1))
 
 
 # ---- timing --------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_rates_and_ratios_of_the_table():
-  names = (benchmark.PRODUCT, benchmark_rows.FORWARD, "score last:4", "score last:4, boundary cache")
+  names = (benchmark.PRODUCT, passes.FORWARD, "score last:4", "score last:4, boundary cache")
   timings = timing.Timings({name: np.array([t]) for name, t in zip(names, (2.0, 4.0, 6.0, 1.5), strict=True)})
   flops = dict(zip(names, (400e9, 600e9, 900e9, 300e9), strict=True))
   table, figures = benchmark.time_rows(timings, flops, tokens=1200)
@@ -150,13 +151,13 @@ def test_operations_are_those_of_the_traced_programs(layers, modules):
     "gradient": lambda sub: gradients.sum_gradient(t.objective, sub, t.frozen, t.batch),
     "ggn": lambda sub: gradients.ggn_product(t.objective, sub, t.frozen, t.batch, v),
   }
-  sizes = costs.matrix_sizes(t.params, t.subtree)
+  sizes = flop_counts.matrix_sizes(t.params, t.subtree)
   computed = t.batch.tokens.size, t.batch.slots.size  # padding is computed too
   for kind, program in programs.items():
     traced = matrix_operations(jax.make_jaxpr(program)(t.sub).jaxpr)
-    assert traced == costs.flops(kind, sizes, *computed), kind
-  cached = costs.flops("jvp", sizes, 10, 0, cached=True)
-  assert costs.flops("jvp", sizes, 10, 0) - cached == 2 * 10 * sizes.below
+    assert traced == flop_counts.flops(kind, sizes, *computed), kind
+  cached = flop_counts.flops("jvp", sizes, 10, 0, cached=True)
+  assert flop_counts.flops("jvp", sizes, 10, 0) - cached == 2 * 10 * sizes.below
 
 
 # ---- verdicts ------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_flags_that_mean_nothing_are_refused(settings, one_device, changes, mess
 
 
 def test_synthetic_examples(settings):
-  parts = benchmark_rows.synthetic_parts(settings.replace(synthetic_length=5), 37)
+  parts = passes.synthetic_parts(settings.replace(synthetic_length=5), 37)
   assert {name: len(part) for name, part in parts.items()} == {"train": 10, "eval": 2, "test": 2}
   assert all(isinstance(record, Record) for record in parts["train"].records)
   assert all(mask.tolist() == [False, False, False, True, True] for mask in parts["eval"].response_mask)
@@ -207,6 +208,7 @@ def test_synthetic_examples(settings):
   assert tokens.min() >= 0 and tokens.max() < 37 and len(set(tokens.tolist())) > 10
 
 
+@pytest.mark.slow
 def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys):
   monkeypatch.setattr(benchmark, "_PRODUCT_SIZE", {"cpu": (32, 1)})
   folder = pathlib.Path(benchmark.run(settings))
@@ -238,7 +240,7 @@ def test_several_devices_score_like_one(settings, tmp_path):
     "fsdp": {"device_counts": "2", "mesh": "fsdp:2"},
   }.items():
     own = settings.replace(alone="score", run_dir=str(tmp_path / name), **changes)
-    benchmark_alone.run_alone(own)
+    isolated.run_alone(own)
     found[name] = json.loads((tmp_path / name / "alone.json").read_text())
     scores[name] = np.array(json.loads((tmp_path / name / "scores.json").read_text()))
   assert scores["1"].shape == (1, 10) and np.ptp(scores["1"]) > 0
@@ -247,7 +249,7 @@ def test_several_devices_score_like_one(settings, tmp_path):
   weights = {name: row["bytes of weights"] for name, row in found.items()}
   assert weights["2"] == weights["1"] and weights["fsdp"] < 0.6 * weights["1"]
   assert found["1"]["tokens"] == 240 and found["1"]["examples"] == 10
-  beyond = benchmark_alone.score_alone(settings.replace(device_counts="1000"))
+  beyond = isolated.score_alone(settings.replace(device_counts="1000"))
   assert beyond == {"devices": len(jax.devices())}
 
 
@@ -255,5 +257,5 @@ def test_several_devices_score_like_one(settings, tmp_path):
 def test_memory_is_measured_in_processes_of_their_own(settings, monkeypatch):
   for name, value in tiny.child_environment(devices=1).items():
     monkeypatch.setenv(name, value)
-  (row,) = benchmark_alone.measure_memory(settings, "last:1", [6])
+  (row,) = isolated.measure_memory(settings, "last:1", [6])
   assert row["examples"] == 6 and row["growth, %"] == 0 and row["peak memory"] > 50e6

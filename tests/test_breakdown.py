@@ -10,10 +10,13 @@ import pytest
 import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import breakdown, files, model, subtree
-from in2core_jax.batches import Batcher, Shape
+from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
-from in2core_jax.influence import Problem
+from in2core_jax.influence import decompose
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.model.objective import token_losses_fn
+from in2core_jax.params import subtree
+from in2core_jax.runs import files
 
 N = len(tiny.ROLES)
 COUNTS = [roles.count("r") for roles in tiny.ROLES]
@@ -35,8 +38,8 @@ def stream_of(config, shapes=SHAPES, batch_tokens=13 * 4, without_slots=False, *
 def measure(t, stream, direction):
   """(layer scores, token scores) of a tiny model."""
   problem = Problem(t.objective, t.sub, t.frozen, microbatch=3)
-  by_layer = breakdown.layer_scores(problem, t.subtree, stream, N, direction, microbatch=3)
-  return by_layer, breakdown.token_scores(problem, model.token_losses_fn(t.config, t.subtree), stream, N, direction)
+  by_layer = decompose.layer_scores(problem, t.subtree, stream, N, direction, microbatch=3)
+  return by_layer, decompose.token_scores(problem, token_losses_fn(t.config, t.subtree), stream, N, direction)
 
 
 def dots(gradient, direction, tree):
@@ -57,7 +60,7 @@ def loop_of_grads(t, direction):
     slots = np.flatnonzero(one.weight[0])
     alone = [one._replace(weight=np.where(np.arange(one.weight.shape[1]) == slot, one.weight, 0)) for slot in slots]
     rows = [dots(subtree.split(grad(t.params, each), t.subtree)[0], direction, t.subtree) for each in alone]
-    table.append(np.array(rows).reshape(len(slots), len(breakdown.part_names(t.subtree))))
+    table.append(np.array(rows).reshape(len(slots), len(decompose.part_names(t.subtree))))
   return table
 
 
@@ -130,7 +133,7 @@ def test_padding_batches_and_slots_change_nothing(x64):
 @pytest.mark.parametrize("slots", [True, False])
 def test_slots_without_weight_have_exactly_no_share(slots):
   t = tiny.make_tiny("1", "mlp/up_proj", config=tiny.smaller_config(num_layers=2))
-  token_losses, along = model.token_losses_fn(t.config, t.subtree), tiny.direction(t.sub)
+  token_losses, along = token_losses_fn(t.config, t.subtree), tiny.direction(t.sub)
   batch = t.batch if slots else t.batch._replace(slots=None)
   values, moved = jax.jit(lambda sub: jax.jvp(lambda s: token_losses(s, t.frozen, batch), (sub,), (along,)))(t.sub)
   for found in (np.asarray(values), np.asarray(moved)):
@@ -142,13 +145,13 @@ def test_empty_data_has_no_contributions():
   t = tiny.make_tiny("0,1", "mlp/up_proj", config=tiny.smaller_config(num_layers=2))
   problem = Problem(t.objective, t.sub, t.frozen)
   direction = tiny.direction(t.sub)
-  assert [v.tolist() for v in breakdown.layer_scores(problem, t.subtree, lambda: (), 2, direction).values()] == [
+  assert [v.tolist() for v in decompose.layer_scores(problem, t.subtree, lambda: (), 2, direction).values()] == [
     [0, 0]
   ] * 2
-  found = breakdown.token_scores(problem, model.token_losses_fn(t.config, t.subtree), lambda: (), 2, direction)
+  found = decompose.token_scores(problem, token_losses_fn(t.config, t.subtree), lambda: (), 2, direction)
   assert found.totals().tolist() == [0, 0] and found.influence.size == 0
   dataset = types.SimpleNamespace(ids=("a", "b"), tokens=[np.array([1])] * 2, response_mask=[np.array([False])] * 2)
-  columns = breakdown.token_columns(dataset, found, str)
+  columns = decompose.token_columns(dataset, found, str)
   assert [len(values) for values in columns.values()] == [0, 0, 0, 0]
 
 
@@ -157,9 +160,9 @@ def test_what_is_not_finite_is_refused():
   broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), tiny.direction(t.sub))
   problem, stream = Problem(t.objective, t.sub, t.frozen), stream_of(t.config)
   with pytest.raises(UserError, match="not finite"):
-    breakdown.layer_scores(problem, t.subtree, stream, N, broken)
+    decompose.layer_scores(problem, t.subtree, stream, N, broken)
   with pytest.raises(UserError, match=r"of 5 examples are not finite \(first rows \[0, 1, 2, 4, 5\]"):
-    breakdown.token_scores(problem, model.token_losses_fn(t.config, t.subtree), stream, N, broken)
+    decompose.token_scores(problem, token_losses_fn(t.config, t.subtree), stream, N, broken)
 
 
 def test_a_second_call_compiles_nothing(caplog):
@@ -168,10 +171,10 @@ def test_a_second_call_compiles_nothing(caplog):
 
   def compiled(problem, direction):
     caplog.clear()
-    token_losses = model.token_losses_fn(t.config, t.subtree)
+    token_losses = token_losses_fn(t.config, t.subtree)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-      breakdown.layer_scores(problem, t.subtree, stream, N, direction)
-      breakdown.token_scores(problem, token_losses, stream, N, direction)
+      decompose.layer_scores(problem, t.subtree, stream, N, direction)
+      decompose.token_scores(problem, token_losses, stream, N, direction)
     return sum("Compiling" in record.getMessage() for record in caplog.records)
 
   assert compiled(problem, tiny.direction(t.sub)) > 0
@@ -185,7 +188,7 @@ def test_a_second_call_compiles_nothing(caplog):
 
 def test_layer_table(tmp_path):
   scores = {"layer 3": np.array([1.0, 2.0], np.float32), "final_norm": np.array([-0.5, 0.25], np.float32)}
-  files.write_parquet(tmp_path / "t.parquet", breakdown.layer_columns(["a", "b"], scores))
+  files.write_parquet(tmp_path / "t.parquet", decompose.layer_columns(["a", "b"], scores))
   table = files.read_parquet(tmp_path / "t.parquet")
   assert list(table) == ["example_id", "layer", "influence"]
   assert table["example_id"].tolist() == ["a", "a", "b", "b"]
@@ -203,14 +206,14 @@ def three_examples():
 
 
 def test_token_table(tmp_path):
-  scores = breakdown.TokenScores(np.array([2, 0, 1]), np.array([0.5, -1.0, 2.0]))
+  scores = decompose.TokenScores(np.array([2, 0, 1]), np.array([0.5, -1.0, 2.0]))
   asked = []
 
   def piece(token):
     asked.append(token)
     return f"<{token}>"
 
-  files.write_parquet(tmp_path / "t.parquet", breakdown.token_columns(three_examples(), scores, piece))
+  files.write_parquet(tmp_path / "t.parquet", decompose.token_columns(three_examples(), scores, piece))
   table = files.read_parquet(tmp_path / "t.parquet")
   assert list(table) == ["example_id", "position", "token", "influence"]
   assert table["example_id"].tolist() == ["a", "a", "c"]
@@ -222,6 +225,6 @@ def test_token_table(tmp_path):
 
 def test_token_table_of_other_examples_is_refused():
   for counts in ([1, 1, 1], [2, 0]):
-    scores = breakdown.TokenScores(np.array(counts), np.zeros(sum(counts)))
+    scores = decompose.TokenScores(np.array(counts), np.zeros(sum(counts)))
     with pytest.raises(UserError, match=rf"of {len(counts)} examples with {sum(counts)} .* of 3 examples with 3"):
-      breakdown.token_columns(three_examples(), scores, str)
+      decompose.token_columns(three_examples(), scores, str)

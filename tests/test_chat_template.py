@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.utils import chat_template_utils
 
-from experiments.flags import Settings
-from experiments.workbench import Workbench
-from in2core_jax import template_program
-from in2core_jax.chat_template import Renderer
-from in2core_jax.data import Record, data_summary, format_summary, tokenize
+from in2core_jax.data import template_program
+from in2core_jax.data.chat_template import Renderer
+from in2core_jax.data.tokenizing import Record, data_summary, format_summary, tokenize
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import Settings
 
 CONTROL = (
   *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>"),

@@ -14,9 +14,10 @@ import pytest
 import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from experiments import check, workbench
-from experiments.flags import Settings
-from in2core_jax import sharding
+from experiments import check
+from in2core_jax.parallel import sharding
+from in2core_jax.pipeline import session
+from in2core_jax.pipeline.settings import Settings
 
 pytestmark = pytest.mark.real  # a tokenizer, and a process of its own
 CONFIG = dataclasses.replace(
@@ -36,7 +37,7 @@ def two_devices():
   """Two of the eight simulated devices: XLA's CPU client has a thread for each device, so two programs with collectives
   over all eight, in flight at once as here, wait for each other for ever."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(workbench.Workbench, "mesh", property(lambda self: sharding.make_mesh("", jax.devices()[:2])))
+    patch.setattr(session.Workbench, "mesh", property(lambda self: sharding.make_mesh("", jax.devices()[:2])))
     yield
 
 

@@ -1,5 +1,6 @@
 """Commands end with the right exit code and one line, through real processes."""
 
+import collections
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import cli
-from in2core_jax import processes
 from in2core_jax.errors import UserError
+from in2core_jax.parallel import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
@@ -104,7 +105,7 @@ def test_output_that_is_lost_is_told(tmp_path):
 
 LOUD = """
 import logging, pathlib
-from in2core_jax import locks
+from in2core_jax.runs import locks
 log = logging.getLogger("in2core_jax.x")
 log.info("before")
 pathlib.Path("run").mkdir()
@@ -142,7 +143,7 @@ def test_a_full_or_closed_log_changes_no_exit_code(tmp_path, ends):
 def test_no_text_steers_the_terminal(tmp_path):
   body = """
 import logging, warnings
-from in2core_jax.progress import Progress
+from in2core_jax.runs.progress import Progress
 text = "a\\x1b[31mb\\u202ec\\x9bd\\u2029e\\ud800"
 logging.getLogger("in2core_jax.x").info("%s\\nnext", text)
 print(text)
@@ -195,7 +196,8 @@ def test_help_for_a_reader_that_has_gone(tmp_path):
 
 def test_loop_finishes_its_piece_on_sigterm(tmp_path):
   body = """
-with cli.finish_on_sigterm() as stop_requested:
+from in2core_jax.runs import stopping
+with stopping.finish_on_sigterm() as stop_requested:
   for piece in range(1000):
     print("begin", piece, flush=True)
     time.sleep(0.3)
@@ -246,6 +248,8 @@ def test_a_command_for_one_process_refuses_to_be_one_of_several(monkeypatch, arg
 
 
 def test_commands_with_cells_are_for_one_process():
-  texts = {path.stem: path.read_text() for path in (ROOT / "experiments").glob("*.py")}
-  alone = {name for name, text in texts.items() if name != "cells" and "cli.run(main, alone=True)" in text}
+  texts = collections.defaultdict(str)
+  for path in (ROOT / "experiments").rglob("*.py"):
+    texts[path.stem if path.parent.name == "experiments" else path.parent.name] += path.read_text()
+  alone = {name for name, text in texts.items() if "cli.run(main, alone=True)" in text}
   assert alone == {"paper"} | {name for name, text in texts.items() if "import Cells" in text}

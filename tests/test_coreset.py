@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 
-from in2core_jax import aggregation, coreset, matching
-from in2core_jax.coreset import Budget, PolicyInputs, select_rows, selection_warnings
 from in2core_jax.errors import UserError
-from in2core_jax.two_samples import Apart
+from in2core_jax.selection import aggregation, coreset, matching
+from in2core_jax.selection.coreset import select_rows
+from in2core_jax.selection.inputs import SIMILARITIES, Budget, PolicyInputs, matching_target
+from in2core_jax.selection.two_samples import Apart
+from in2core_jax.selection.warnings import selection_warnings
 
 
 def make_inputs(size=40, seed=0, width=6, **changes):
@@ -25,7 +27,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "features": rng.normal(size=(size, width)),
     "target": rng.normal(size=(5, width)),
     "query_topics": ["food", "sport", "food", "trivia", "sport"],
-    "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in coreset.SIMILARITIES},
+    "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in SIMILARITIES},
     "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
     "towards": rng.normal(size=size),
     "apart": Apart(0.05, 0.5, 0.005),
@@ -139,7 +141,7 @@ def test_similarities_choose_by_their_mean_their_nearest_or_in_turns():
     for turn, row in enumerate(turns):  # the best of each query's that is left
       left = [other for other in range(40) if other not in turns[:turn]]
       assert row == left[int(np.argmax(values[turn % 5, left]))]
-    own = coreset.SIMILARITIES[name]
+    own = SIMILARITIES[name]
     assert select_rows(name, inputs, seven).tolist() == (turns if own == "round_robin" else wanted[own])
     with pytest.raises(UserError, match=f"policy {name} needs {name}"):
       select_rows(name, make_inputs(similarities={}), seven)
@@ -158,7 +160,7 @@ def test_auto_aims_at_queries_of_another_kind_alone():
   )
 
 
-@pytest.mark.parametrize("policy", coreset.SIMILARITIES)
+@pytest.mark.parametrize("policy", SIMILARITIES)
 def test_near_copies_share_one_slot(policy):
   plain = make_inputs()
   order = select_rows(policy, plain, Budget(fraction=1.0))
@@ -348,23 +350,23 @@ def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_te
   task = make_inputs(
     60, features=features, target=queries, query_tokens=counts, num_response_tokens=tokens, target_mean="tokens"
   )
-  np.testing.assert_allclose(coreset.matching_target(task), counts @ queries / counts.sum())
+  np.testing.assert_allclose(matching_target(task), counts @ queries / counts.sum())
   shrunk = dataclasses.replace(task, shrink=True)
   expected = matching.shrunk_target(queries, features[:-1], counts, tokens[:-1])[0]
-  np.testing.assert_allclose(coreset.matching_target(shrunk), expected)
+  np.testing.assert_allclose(matching_target(shrunk), expected)
   equal = dataclasses.replace(shrunk, target_mean="examples", query_tokens=None)
   expected = matching.shrunk_target(queries, features[:-1], np.ones(5), np.ones(59))[0]
-  np.testing.assert_allclose(coreset.matching_target(equal), expected)
-  both = coreset.matching_target(dataclasses.replace(shrunk, target_mean="both"))
-  np.testing.assert_allclose(both, (coreset.matching_target(shrunk) + expected) / 2)
+  np.testing.assert_allclose(matching_target(equal), expected)
+  both = matching_target(dataclasses.replace(shrunk, target_mean="both"))
+  np.testing.assert_allclose(both, (matching_target(shrunk) + expected) / 2)
   assert 0 <= shrunk.aim.beyond_chance <= shrunk.aim.kept < 1 == task.aim.kept
   rows = select_rows("matching", shrunk, Budget(num_examples=20))
-  wanted = matching.greedy_matching(features, coreset.matching_target(shrunk), 20, rows=shrunk.pool())
+  wanted = matching.greedy_matching(features, matching_target(shrunk), 20, rows=shrunk.pool())
   assert list(rows) == list(wanted) and 59 not in rows
   with pytest.raises(UserError, match="query_tokens have shape .3,. for 5 queries"):
-    coreset.matching_target(dataclasses.replace(task, query_tokens=np.ones(3)))
+    matching_target(dataclasses.replace(task, query_tokens=np.ones(3)))
   with pytest.raises(UserError, match="target_mean=mode is unknown; choose one of both, tokens, examples"):
-    coreset.matching_target(dataclasses.replace(task, target_mean="mode"))
+    matching_target(dataclasses.replace(task, target_mean="mode"))
 
 
 def test_matching_quota_keeps_the_fraction_of_every_topic():

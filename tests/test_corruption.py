@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.cells import Cells
-from in2core_jax import boundary, checkpoints, ekfac, ekfac_file, files, finetune, shards
-from in2core_jax.artifacts import MANIFEST, RunDir
 from in2core_jax.errors import UserError
+from in2core_jax.ihvp import ekfac, ekfac_store
+from in2core_jax.model import hidden_cache
+from in2core_jax.runs import files, shards
+from in2core_jax.runs.result_cache import Cells
+from in2core_jax.runs.run_folder import MANIFEST, RunDir
+from in2core_jax.training import checkpoints, train_loop
+from in2core_jax.training.recipe import Recipe, make_optimizer
 
 IDENTITY = {"stage": "test", "seed": 0}
 SCORES = {
@@ -153,26 +157,26 @@ def test_shards_are_refused_for_any_bit(tmp_path):
 
 def test_factors_of_ekfac_are_refused_for_any_damage(tmp_path):
   path = tmp_path / "fit.ekfac"
-  ekfac_file.save(path, ekfac.Ekfac({}, {"leaf": jnp.ones((2, 3))}, {"examples": 4}), "identity")
+  ekfac_store.save(path, ekfac.Ekfac({}, {"leaf": jnp.ones((2, 3))}, {"examples": 4}), "identity")
   whole = path.read_bytes()
   for _, data in damages(whole, b"another's", 40):
     put(path, data)
     with pytest.raises(UserError, match="no readable EK-FAC file"):
-      ekfac_file.load(path, "identity")
+      ekfac_store.load(path, "identity")
 
 
 def test_damaged_hidden_states_are_named_and_computed_again(tmp_path, monkeypatch, caplog):
   """Of the right size too: zeros, flipped bits, another data set's."""
   runs = []
-  monkeypatch.setattr(boundary, "_below", lambda *a: runs.append(1) or a[3][..., None] * jnp.arange(1.0, 5))
+  monkeypatch.setattr(hidden_cache, "_below", lambda *a: runs.append(1) or a[3][..., None] * jnp.arange(1.0, 5))
   config = types.SimpleNamespace(hidden_size=4)
-  job = boundary.BoundaryJob(config, types.SimpleNamespace(extras=()), None, 16)
+  job = hidden_cache.BoundaryJob(config, types.SimpleNamespace(extras=()), None, 16)
   data = types.SimpleNamespace(tokens=tuple(np.arange(1, n + 1, dtype=np.int32) for n in (3, 5, 4)))
   file, beside = tmp_path / "train-a.bin", tmp_path / "train-a.bin.sha256"
 
   def values():
     runs.clear()
-    return np.array(boundary.compute_boundary(job, data, file).values)
+    return np.array(hidden_cache.compute_boundary(job, data, file).values)
 
   wanted = values()
   whole = file.read_bytes()
@@ -203,23 +207,23 @@ META = {"steps": 2, "recipe": {"steps": 2}, "identity": "x"}
 def trained(tmp_path_factory):
   """A folder with checkpoints of steps 1 and 2."""
   folder = tmp_path_factory.mktemp("trained") / "checkpoint"
-  save(finetune.TrainLog(folder, meta=META), (1, 2))
+  save(train_loop.TrainLog(folder, meta=META), (1, 2))
   return folder
 
 
 def save(log, steps, factor=1.0):
   for step in steps:
     sub = jax.tree.map(lambda leaf, step=step: factor * leaf + step, SUB)
-    log.save(step, sub, finetune.make_optimizer(finetune.Recipe(2)).init(sub), [0.5] * step)
+    log.save(step, sub, make_optimizer(Recipe(2)).init(sub), [0.5] * step)
   log.close()
 
 
 def leaves(folder, step=None):
-  return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(finetune.load_sub(folder, SUB, step))]
+  return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(train_loop.load_sub(folder, SUB, step))]
 
 
 def test_damaged_checkpoints_are_refused_and_a_training_falls_back_to_an_older_one(trained, tmp_path, caplog):
-  wanted, state = leaves(trained), finetune.make_optimizer(finetune.Recipe(2)).init(SUB)
+  wanted, state = leaves(trained), make_optimizer(Recipe(2)).init(SUB)
   paths = [path.relative_to(trained) for path in sorted((trained / "2").rglob("*")) if path.is_file()]
   for number, path in enumerate(paths):
     whole = (trained / path).read_bytes()
@@ -234,7 +238,7 @@ def test_damaged_checkpoints_are_refused_and_a_training_falls_back_to_an_older_o
     except UserError as error:
       assert "\n" not in str(error) and str(folder) in str(error)
     caplog.clear()
-    log = finetune.TrainLog(folder, meta=META)
+    log = train_loop.TrainLog(folder, meta=META)
     done, sub, _, losses = log.restore(SUB, state)
     assert (done, losses) in ((1, [0.5]), (2, [0.5, 0.5]))
     assert done == 2 or "goes on from an older checkpoint" in caplog.text
@@ -244,8 +248,8 @@ def test_damaged_checkpoints_are_refused_and_a_training_falls_back_to_an_older_o
 
 def test_one_changed_weight_is_another_identity_and_is_refused_without_the_list_of_files(trained, tmp_path):
   other = tmp_path / "other"
-  save(finetune.TrainLog(other, meta=META), (1, 2), factor=1.0 + 1e-6)
-  assert finetune.checkpoint_hash(other) != finetune.checkpoint_hash(trained)
+  save(train_loop.TrainLog(other, meta=META), (1, 2), factor=1.0 + 1e-6)
+  assert train_loop.checkpoint_hash(other) != train_loop.checkpoint_hash(trained)
   mixed = tmp_path / "mixed"  # the other's arrays under this one's note
   shutil.copytree(trained, mixed)
   shutil.rmtree(mixed / "2" / "state")
@@ -261,9 +265,9 @@ def test_a_checkpoint_of_another_training_is_named(trained, tmp_path):
   run = RunDir.open(tmp_path / "run", {"stage": "finetune"})
   shutil.copytree(trained, run.file("checkpoint"))
   with pytest.raises(UserError, match="is of another training than manifest.json beside it"):
-    finetune.checkpoint_meta(tmp_path / "run/checkpoint")
+    train_loop.checkpoint_meta(tmp_path / "run/checkpoint")
   other = tmp_path / "foreign"
-  save(finetune.TrainLog(other, meta=META | {"identity": "y"}), (1, 2))
+  save(train_loop.TrainLog(other, meta=META | {"identity": "y"}), (1, 2))
   shutil.rmtree(other / "1")
   shutil.copytree(trained / "1", other / "1")
   with pytest.raises(UserError, match="step 1 is of another training than step 2"):
@@ -279,5 +283,5 @@ def test_checkpoints_of_older_versions_are_taken_with_a_warning(trained, tmp_pat
   with caplog.at_level(logging.WARNING):
     assert leaves(folder) == leaves(trained)
   assert "of an older version, without checksums" in caplog.text
-  assert finetune.checkpoint_meta(folder) == META | {"step": 2}
+  assert train_loop.checkpoint_meta(folder) == META | {"step": 2}
   assert checkpoints.steps(folder) == [1, 2]

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 import tiny
 
-from in2core_jax import costs, gradients, ihvp, memory, model, packing, sharding, subtree
-from in2core_jax.batches import Batcher, Shape
+from in2core_jax import gradients
+from in2core_jax.costs import flop_counts, memory
+from in2core_jax.data import packing
+from in2core_jax.data.batches import Batcher, Shape
+from in2core_jax.ihvp import solvers
+from in2core_jax.model import decoder
+from in2core_jax.model.objective import make_objective
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
 
 quick_compile = tiny.quick_compile
 # Wide enough for matrices to matter, every chosen layer a run of its own: XLA counts the body of a loop once, and a
 # loop of one turn is no loop.
-CONFIG = model.ModelConfig(512, 48, 128, 3, 4, 2, 12)
+CONFIG = decoder.ModelConfig(512, 48, 128, 3, 4, 2, 12)
 LAYERS = "1"  # one below, one chosen, one above
 
 
@@ -31,7 +38,7 @@ def make_dataset(count=24, longest=48, seed=0):
 
 
 def shapes_of(config, dtype=jnp.float32):
-  return jax.eval_shape(lambda key: model.init_params(config, key, dtype), jax.random.key(0))
+  return jax.eval_shape(lambda key: decoder.init_params(config, key, dtype), jax.random.key(0))
 
 
 class Case:
@@ -40,8 +47,8 @@ class Case:
   def __init__(self, config=CONFIG, layers=LAYERS, modules="all", tokens=480, longest=48):
     self.config, self.params = config, shapes_of(config)
     self.tree = subtree.make_subtree(self.params, layers, modules)
-    self.sub, self.frozen = costs.split_shapes(self.params, self.tree)
-    self.sizes = costs.matrix_sizes(self.params, self.tree)
+    self.sub, self.frozen = flop_counts.split_shapes(self.params, self.tree)
+    self.sizes = flop_counts.matrix_sizes(self.params, self.tree)
     packer = packing.Packer(make_dataset(longest=longest))
     packer.shapes = packing.sequential_shapes([packer], tokens)
     self.plan = packer.sequential_plan(tokens)[:1]
@@ -61,7 +68,7 @@ class Case:
     }
     function = known.get(kind) or gradients.CURVATURE_PRODUCTS[kind]
     more = () if kind in ("losses", "gradient") else (self.sub,)
-    program = jax.jit(functools.partial(function, model.make_objective(self.config, self.tree)))
+    program = jax.jit(functools.partial(function, make_objective(self.config, self.tree)))
     return program.lower(self.sub, self.frozen, batch, *more).compile()
 
 
@@ -69,16 +76,16 @@ class Case:
 def test_flops_are_xlas_within_six_per_cent(kind):
   case = Case()
   counted = case.compiled(kind).cost_analysis()["flops"]
-  ours = costs.pass_flops(case.sizes, kind, costs.packed_work(case.plan), cached=False)
+  ours = flop_counts.pass_flops(case.sizes, kind, flop_counts.packed_work(case.plan), cached=False)
   assert 0.94 < counted / ours < 1.06  # XLA counts norms and softmax too
 
 
 def test_the_boundary_cache_spares_what_lies_below():
   case = Case()
-  work = costs.packed_work(case.plan)
+  work = flop_counts.packed_work(case.plan)
   counted = [case.compiled("jvp", cached).cost_analysis()["flops"] for cached in (False, True)]
-  ours = [costs.pass_flops(case.sizes, "jvp", work, cached) for cached in (False, True)]
-  assert ours[0] - ours[1] == costs.below_flops(case.sizes, work)
+  ours = [flop_counts.pass_flops(case.sizes, "jvp", work, cached) for cached in (False, True)]
+  assert ours[0] - ours[1] == flop_counts.below_flops(case.sizes, work)
   np.testing.assert_allclose(counted[0] - counted[1], ours[0] - ours[1], rtol=0.1)
 
 
@@ -89,27 +96,31 @@ def test_per_example_gradients_and_their_contraction_are_counted():
   plan = [(np.arange(6), shape, 8)]
   batch = jax.eval_shape(lambda b: b, batcher.batch(np.arange(6), shape, 8))
   directions = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((queries, *leaf.shape), leaf.dtype), case.sub)
-  program = jax.jit(functools.partial(gradients.vmap_scores, model.make_objective(CONFIG, case.tree)))
+  program = jax.jit(functools.partial(gradients.vmap_scores, make_objective(CONFIG, case.tree)))
   counted = program.lower(case.sub, case.frozen, batch, directions).compile().cost_analysis()["flops"]
-  work = costs.row_work(plan)
-  ours = costs.pass_flops(case.sizes, "gradient", work, False) + costs.contraction_flops(case.sizes, 8, queries)
+  work = flop_counts.row_work(plan)
+  ours = flop_counts.pass_flops(case.sizes, "gradient", work, False) + flop_counts.contraction_flops(
+    case.sizes, 8, queries
+  )
   assert 0.9 < counted / ours < 1.1
 
 
 def test_a_chosen_head_is_differentiated_too():
   every, with_head = Case(), Case(modules="all,embed")
   assert with_head.sizes.head_chosen and not every.sizes.head_chosen
-  one_slot = costs.Work(slots=1)
-  products = [costs.pass_flops(case.sizes, "jvp", one_slot, False) / (2 * 48 * 512) for case in (every, with_head)]
+  one_slot = flop_counts.Work(slots=1)
+  products = [
+    flop_counts.pass_flops(case.sizes, "jvp", one_slot, False) / (2 * 48 * 512) for case in (every, with_head)
+  ]
   assert products == [2, 3]  # logits and slope; logits, with a tangent of the states, with one of the head
 
 
 def test_jvp_of_the_top_layers_is_the_formula_of_the_method():
   tree = subtree.make_subtree(shapes_of(CONFIG), "last:2", "matrices")
-  sizes = costs.matrix_sizes(shapes_of(CONFIG), tree)
+  sizes = flop_counts.matrix_sizes(shapes_of(CONFIG), tree)
   every = 3 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 128)
-  assert costs.flops("jvp", sizes, tokens=1, responses=0) == 2 * every + 4 * sizes.subtree
-  assert costs.flops("losses", sizes, tokens=1, responses=0) == 2 * every
+  assert flop_counts.flops("jvp", sizes, tokens=1, responses=0) == 2 * every + 4 * sizes.subtree
+  assert flop_counts.flops("losses", sizes, tokens=1, responses=0) == 2 * every
 
 
 def test_flops_are_linear_in_examples_and_layers():
@@ -124,8 +135,8 @@ def test_flops_are_linear_in_examples_and_layers():
       )
     )
     params = shapes_of(CONFIG)
-    sizes = costs.matrix_sizes(params, subtree.make_subtree(params, f"last:{layers}"))
-    return costs.pass_flops(sizes, "jvp", costs.packed_work(packer.sequential_plan(480)), True)
+    sizes = flop_counts.matrix_sizes(params, subtree.make_subtree(params, f"last:{layers}"))
+    return flop_counts.pass_flops(sizes, "jvp", flop_counts.packed_work(packer.sequential_plan(480)), True)
 
   assert of(8, 2) / of(4, 2) == pytest.approx(2, rel=0.02)
   steps = np.diff([of(1, layers) for layers in (1, 2, 3)])
@@ -135,7 +146,7 @@ def test_flops_are_linear_in_examples_and_layers():
 def test_work_is_that_of_the_batches():
   packer = packing.Packer(make_dataset(), groups=2)
   packer.shapes = packing.sequential_shapes([packer], 256)
-  work = costs.packed_work(packer.sequential_plan(256))
+  work = flop_counts.packed_work(packer.sequential_plan(256))
   batches = [batch for _, batch in packer.sequential(256)]
   assert work.tokens == sum(batch.tokens.size for batch in batches)
   assert work.pairs == sum(batch.tokens.size * batch.tokens.shape[1] for batch in batches)
@@ -143,22 +154,22 @@ def test_work_is_that_of_the_batches():
   assert (work.examples, work.batches) == (24, len(batches))
   batcher = Batcher(make_dataset(), (Shape(48, 32),), multiple_of=2)
   plan = batcher.sequential_plan(256)
-  work, every = costs.row_work(plan, batcher.layout_of(plan), 2), costs.row_work(plan)
+  work, every = flop_counts.row_work(plan, batcher.layout_of(plan), 2), flop_counts.row_work(plan)
   rows = [batch for _, batch in batcher.sequential(256)]
   assert work.tokens == sum(batch.tokens.size for batch in rows) and work.examples == 24
   assert work.slots == sum(batch.slots.size for batch in rows)
   assert every.slots == sum(batch.target.size for batch in rows)
   below = packing.packed_plan(np.array([len(tokens) for tokens in make_dataset().tokens]), 256, 2)
-  assert costs.boundary_work(below).tokens == sum(
+  assert flop_counts.boundary_work(below).tokens == sum(
     laid.tokens.size for laid in packing.packed_batches(make_dataset().tokens, below)
   )
 
 
 def test_lissa_draws_and_measures_as_often_as_counted():
   products = []
-  curvature = ihvp.Curvature(lambda context, batch, v: batch * v, lambda batch: jnp.ones(()), ())
+  curvature = solvers.Curvature(lambda context, batch, v: batch * v, lambda batch: jnp.ones(()), ())
   v = jnp.ones((1, 5))
-  steady = ihvp.fixed_matvec(curvature, lambda: iter([jnp.ones(())] * 3))
+  steady = solvers.fixed_matvec(curvature, lambda: iter([jnp.ones(())] * 3))
 
   def matvec(u):
     products.extend([1] * 3)
@@ -168,9 +179,9 @@ def test_lissa_draws_and_measures_as_often_as_counted():
     products.append(1)
     return jnp.ones(())
 
-  settings = ihvp.LissaSettings(0.1, scale=10.0, depth=25, repeat=2, tol=0.0, lambda_max=1.0)
-  ihvp.lissa(ihvp.Sampled(curvature, draw, matvec), v, jax.random.key(0), settings)
-  after_the_eigenvalue = costs.num_products("lissa", 3, 25, 2, 5) - 10 * 3
+  settings = solvers.LissaSettings(0.1, scale=10.0, depth=25, repeat=2, tol=0.0, lambda_max=1.0)
+  solvers.lissa(solvers.Sampled(curvature, draw, matvec), v, jax.random.key(0), settings)
+  after_the_eigenvalue = flop_counts.num_products("lissa", 3, 25, 2, 5) - 10 * 3
   assert len(products) == after_the_eigenvalue + 3  # and the residual of the mean of both runs
 
 
@@ -189,7 +200,9 @@ def test_program_memory_is_that_of_compiled_programs_within_a_third():
 def test_what_reverse_mode_keeps_grows_with_rows_and_layers():
   a_layer = memory.residual_bytes(CONFIG, 64, "float32", True)
   case = memory.Program("gradient", 4, 64, 8)
-  sizes = [costs.matrix_sizes(shapes_of(CONFIG), subtree.make_subtree(shapes_of(CONFIG), f"last:{k}")) for k in (1, 3)]
+  sizes = [
+    flop_counts.matrix_sizes(shapes_of(CONFIG), subtree.make_subtree(shapes_of(CONFIG), f"last:{k}")) for k in (1, 3)
+  ]
   few, more = (memory.program_bytes(CONFIG, size, case, "float32") for size in sizes)
   assert more - few == 2 * 4 * a_layer
   assert memory.residual_bytes(CONFIG, 64, "float32", False) < a_layer  # inputs of the matrices are not needed
@@ -219,16 +232,16 @@ def test_copied_bytes_are_the_arrays_that_split_makes(layers):
 @pytest.mark.parametrize("acceleration", ["none", "momentum"])
 def test_lissa_holds_no_more_vectors_than_counted(acceleration):
   size, most = 40_009, []  # a size that nothing else has
-  curvature = ihvp.Curvature(lambda context, batch, v: batch * v, lambda batch: jnp.ones(()), ())
-  matvec = ihvp.fixed_matvec(curvature, [jnp.ones(())])
+  curvature = solvers.Curvature(lambda context, batch, v: batch * v, lambda batch: jnp.ones(()), ())
+  matvec = solvers.fixed_matvec(curvature, [jnp.ones(())])
 
   def look(state):
     gc.collect()
     most.append(sum(leaf.size == size for leaf in jax.live_arrays()))
 
-  settings = ihvp.LissaSettings(0.1, scale=10.0, depth=20, tol=0.0, average=0.5, acceleration=acceleration)
-  sampled = ihvp.Sampled(curvature, lambda key: jnp.ones(()), matvec)
-  ihvp.lissa(sampled, jnp.ones((1, size)), jax.random.key(0), settings, look)
-  counted = memory.num_vectors(costs.Inverse("lissa", "ggn", 20), acceleration != "none")
+  settings = solvers.LissaSettings(0.1, scale=10.0, depth=20, tol=0.0, average=0.5, acceleration=acceleration)
+  sampled = solvers.Sampled(curvature, lambda key: jnp.ones(()), matvec)
+  solvers.lissa(sampled, jnp.ones((1, size)), jax.random.key(0), settings, look)
+  counted = memory.num_vectors(flop_counts.Inverse("lissa", "ggn", 20), acceleration != "none")
   # Two more live inside a step: the product and its sum.
   assert max(most) + 2 <= counted <= max(most) + 4

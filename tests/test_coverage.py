@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import coverage as experiment
-from experiments import coverage_report, scoring, workbench
-from in2core_jax import coverage, evaluation, subtree, variants
+from experiments.coverage import coverage as experiment
+from experiments.coverage import report
 from in2core_jax.errors import UserError
-from in2core_jax.whitening import WhitenedMetric
+from in2core_jax.evaluation import coverage, statistics
+from in2core_jax.influence import normalize
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import scoring, session
+from in2core_jax.selection.whitening import WhitenedMetric
 
 
 def test_received_influence_is_its_definition():
@@ -97,7 +100,7 @@ def test_copies_are_one_point_as_far_as_they_are_read():
 
 
 def test_topics_are_told_apart_from_what_is_covered_in_their_fold():
-  signals = {"own": np.array([0.0, 1.0, 2.0, 3.0, 9.0])} | dict.fromkeys(coverage_report.YARDSTICKS, np.ones(5))
+  signals = {"own": np.array([0.0, 1.0, 2.0, 3.0, 9.0])} | dict.fromkeys(report.YARDSTICKS, np.ones(5))
   one = types.SimpleNamespace(topics=("a", "b"), signals=signals, before=np.ones(5), after=np.array([1, 1, 0, 0, 0]))
   # Point 4 is not judged, and those of b are no comparison for a.
   rows = experiment.by_topic([one], ["a", "c", "b", "c", "c"], np.arange(4), "own")
@@ -111,13 +114,13 @@ def test_interval_of_an_area_redraws_points():
   uncovered = rng.random(300) < 0.4
   signal = rng.standard_normal(300) - uncovered
   found = coverage.area_interval(signal, uncovered, np.arange(300), draws=400)
-  exact = evaluation.roc_auc(-signal, uncovered)
+  exact = statistics.roc_auc(-signal, uncovered)
   assert found.mean == pytest.approx(exact.mean) and found.low == pytest.approx(exact.low, abs=0.02)
   copied = coverage.area_interval(np.tile(signal, 3), np.tile(uncovered, 3), np.tile(np.arange(300), 3), draws=400)
   assert copied.high - copied.low == pytest.approx(found.high - found.low, rel=1e-9)
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices: quick to compile."""
 
 
@@ -151,6 +154,7 @@ def finished(settings, bench):
   return pathlib.Path(experiment.run(settings, bench))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_tables_hold_every_signal(finished, bench):
   result = json.loads((finished / "coverage.json").read_text())
@@ -179,23 +183,24 @@ def test_the_tables_hold_every_signal(finished, bench):
   assert text.rstrip().endswith(result["sentence"])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   rows = np.flatnonzero(np.array(bench.parts["train"].topics) != "food")
   fold = experiment.Fold(bench, rows)
   assert "food" not in fold.parts["train"].topics and len(fold.parts["train"]) == len(rows)
   assert fold.parts["eval"] is bench.parts["eval"]
-  chosen = workbench.choose(fold, fold.params, settings.layers, settings.modules)
+  chosen = session.choose(fold, fold.params, settings.layers, settings.modules)
   both = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
   found, among = both["train"], both["eval"]
-  everything = workbench.choose(bench, bench.params, "last:1", "all")
+  everything = session.choose(bench, bench.params, "last:1", "all")
   whole = experiment.measured(bench, settings, everything, scoring.NOTHING_KEPT)["train"]
   np.testing.assert_allclose(among.scores, among.scores.T, rtol=1e-4, atol=1e-5 * np.abs(among.scores).max())
-  np.testing.assert_allclose(np.diag(variants.cosine(among))[among.norms > 0], 1, atol=1e-4)
+  np.testing.assert_allclose(np.diag(normalize.cosine(among))[among.norms > 0], 1, atol=1e-4)
   np.testing.assert_allclose(found.scores, whole.scores[:, rows], rtol=1e-4, atol=1e-5 * np.abs(whole.scores).max())
-  wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.artifacts.RunDir.load(str(finished))))
+  wanted = scoring.query_scores(fold, settings, chosen, scoring.Work(experiment.run_folder.RunDir.load(str(finished))))
   np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
-  np.testing.assert_allclose(variants.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
+  np.testing.assert_allclose(normalize.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
 
 
 @pytest.mark.real
@@ -224,8 +229,8 @@ def test_the_whitened_table_is_of_the_training_sets_metric():
 def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
   own = copy.copy(bench)
   own._hidden = {}
-  monkeypatch.setattr(workbench, "_below_hash", lambda params, *_: params)
-  monkeypatch.setattr(workbench.boundary, "compute_boundary", lambda job, *_: [job])
+  monkeypatch.setattr(session, "_below_hash", lambda params, *_: params)
+  monkeypatch.setattr(session.hidden_cache, "compute_boundary", lambda job, *_: [job])
   chosen = subtree.Subtree((1,), 2, ())
   made = {}
   for params in ("base", "first", "second"):
@@ -236,6 +241,7 @@ def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
   assert sorted(key[-1] for key in own._hidden) == ["base", "base", "second", "second"]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
@@ -275,4 +281,4 @@ def test_points_of_topics_that_are_in_no_training_set_are_not_judged():
 def test_pooled_statistics_are_those_of_the_definition():
   signal, loss = np.array([3.0, 1.0, 2.0, 0.0]), np.array([0.1, 0.9, 0.4, 2.0])
   found = experiment.correlation(signal, loss, np.arange(4))
-  assert found.mean == evaluation.spearman(signal, loss) == -1
+  assert found.mean == statistics.spearman(signal, loss) == -1

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from in2core_jax.data import Record, data_summary, format_summary, load_records, split_records, tokenize
+from in2core_jax.data.tokenizing import Record, data_summary, format_summary, load_records, split_records, tokenize
 from in2core_jax.errors import UserError
-from in2core_jax.tokenizer import GEMMA_TEMPLATE
+from in2core_jax.model.tokenizer import GEMMA_TEMPLATE
 
 CHATML = (
   "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -511,7 +511,7 @@ def test_truncation_keeps_the_front(chatml):
 def test_batching_of_texts_changes_nothing(chatml, monkeypatch):
   records = [_record(f"question {i}", "hello " * (i % 7 + 1)) for i in range(20)]
   whole = tokenize(records, chatml, 60)
-  monkeypatch.setattr("in2core_jax.data._CHUNK", 3)
+  monkeypatch.setattr("in2core_jax.data.tokenizing._CHUNK", 3)
   parts = tokenize(records, chatml, 60)
   for i in range(20):
     np.testing.assert_array_equal(whole.tokens[i], parts.tokens[i])

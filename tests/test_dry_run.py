@@ -8,10 +8,16 @@ import pytest
 import tiny
 from absl import flags as absl_flags
 
-from experiments import dry_run, fitting, flags, hardware, planning, scaling, solving, workbench
-from experiments.pricing import Described, Pricer
-from in2core_jax import artifacts, costs, packing, weights
+from experiments import flags, scaling
+from in2core_jax.costs import device_memory, flop_counts, hardware
+from in2core_jax.data import packing
 from in2core_jax.errors import UserError
+from in2core_jax.estimate import dry_run, stage_phases
+from in2core_jax.estimate.pricing import Described, Pricer
+from in2core_jax.model import weights
+from in2core_jax.pipeline import auto_batch, session, shapes, solver_inputs
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import run_folder
 
 quick_compile = tiny.quick_compile
 # As large a vocabulary as in real models, of which memory is a matter.
@@ -23,7 +29,7 @@ class Bench(tiny.OneDevice, Described):
   """Reads no weight."""
 
 
-class Workbench(tiny.OneDevice, workbench.Workbench):
+class Workbench(tiny.OneDevice, session.Workbench):
   """Reads weights."""
 
 
@@ -55,74 +61,74 @@ def named(phases, start):
 def test_select_is_priced_by_the_batches_that_it_runs(bench):
   real = Workbench(bench.settings)
   real.__dict__ |= {"_loaded": (bench.config, None, bench.tokenizer, ""), "parts": bench.parts}
-  phases = planning.select_phases(bench, bench.settings)
-  sizes = Pricer(bench, "", *fitting.scored_shapes(bench.config, bench.settings)).sizes
-  work = costs.packed_work(real.packer("train").sequential_plan(480))
-  assert named(phases, "losses and scores").flops == costs.pass_flops(sizes, "jvp", work, True)
-  work = costs.packed_work(real.packer("eval").sequential_plan(480))
-  assert named(phases, "query gradients").flops == costs.pass_flops(sizes, "gradient", work, True)
-  rows = solving.curvature_rows(real, bench.settings)
+  phases = stage_phases.select_phases(bench, bench.settings)
+  sizes = Pricer(bench, "", *shapes.scored_shapes(bench.config, bench.settings)).sizes
+  work = flop_counts.packed_work(real.packer("train").sequential_plan(480))
+  assert named(phases, "losses and scores").flops == flop_counts.pass_flops(sizes, "jvp", work, True)
+  work = flop_counts.packed_work(real.packer("eval").sequential_plan(480))
+  assert named(phases, "query gradients").flops == flop_counts.pass_flops(sizes, "gradient", work, True)
+  rows = solver_inputs.curvature_rows(real, bench.settings)
   packer = real.packer("train", rows=rows.fixed, shapes=[rows.shape])
   ((_, batch),) = packer.shuffled(rows.batch, 0, 0)
-  product = costs.pass_flops(
+  product = flop_counts.pass_flops(
     sizes,
     "ggn",
-    costs.Work(batch.tokens.size, batch.tokens.size * batch.tokens.shape[1], batch.slots.size, 8, 1),
+    flop_counts.Work(batch.tokens.size, batch.tokens.size * batch.tokens.shape[1], batch.slots.size, 8, 1),
     True,
   )
   assert named(phases, "lissa").flops == (10 + 6 + 1) * product
   cache = named(phases, "hidden states below layer 2 (train)")
   assert cache.host == int(bench.parts["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
-  on_disk = planning.select_phases(bench.varied(boundary_cache="disk"), bench.settings)
+  on_disk = stage_phases.select_phases(bench.varied(boundary_cache="disk"), bench.settings)
   assert named(on_disk, "hidden states below layer 2 (train)").disk == cache.host
 
 
 def test_training_takes_the_steps_of_the_recipe(bench):
   s = bench.settings
-  phases = planning.finetune_phases(bench, s)
+  phases = stage_phases.finetune_phases(bench, s)
   shape = packing.training_shape([bench.packer("train")], 8, [0])
-  price = Pricer(bench, "", *planning.trained_shapes(bench.config, s))
-  steps = planning.num_steps(s, 40)
+  price = Pricer(bench, "", *shapes.trained_shapes(bench.config, s))
+  steps = shapes.num_steps(s, 40)
   assert steps == 10
-  work = planning.shape_work(shape, 1, 8).times(steps)
-  assert named(phases, "training").flops == costs.pass_flops(price.sizes, "gradient", work, True)
+  work = stage_phases.shape_work(shape, 1, 8).times(steps)
+  assert named(phases, "training").flops == flop_counts.pass_flops(price.sizes, "gradient", work, True)
   assert named(phases, "training").disk == 3 * 4 * price.sizes.subtree * 3  # two kept, one being written
-  lora = planning.finetune_phases(bench, s.replace(trainable="lora", lora_rank=2))
+  lora = stage_phases.finetune_phases(bench, s.replace(trainable="lora", lora_rank=2))
   assert named(lora, "training").disk < named(phases, "training").disk
 
 
 @pytest.mark.parametrize(("policy", "trainings"), [("opponents", 1 + 6), ("bm25", 1 + 6 + 3), ("random", 1 + 6)])
 def test_a_select_run_in_a_sweep_names_its_policy(tmp_path, policy, trainings):
-  artifacts.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": policy})
-  s = flags.Settings(policies="full,opponents,random", seeds="0", fixed_seeds="", fractions="0.1,0.2,0.5")
+  run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": policy})
+  s = Settings(policies="full,opponents,random", seeds="0", fixed_seeds="", fractions="0.1,0.2,0.5")
   s = s.replace(select_runs=str(tmp_path))
-  assert planning.num_trainings(s) == (trainings, trainings)
-  assert planning.num_trainings(s.replace(fractions="")) == (4, 4)
+  assert stage_phases.num_trainings(s) == (trainings, trainings)
+  assert stage_phases.num_trainings(s.replace(fractions="")) == (4, 4)
 
 
 def test_a_demo_is_its_stages_without_what_they_share(bench):
   s = bench.settings
-  demo = planning.demo_phases(bench, s)
+  demo = stage_phases.demo_phases(bench, s)
   names = [phase.name for phase in demo]
   assert len([name for name in names if name.startswith("hidden states")]) == 3  # train, eval, test: once each
   # full by fine-tuning; random twice and the selection once by evaluate
-  assert "3 trainings: 10 steps of 8 examples" in names and planning.num_trainings(s) == (3, 3.0)
+  assert "3 trainings: 10 steps of 8 examples" in names and stage_phases.num_trainings(s) == (3, 3.0)
   sweep = s.replace(
     policies="full,random,bm25", seeds="0,1", fixed_seeds="0", fractions="0.25,0.5,1", equal="steps,epochs"
   )
-  assert planning.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
+  assert stage_phases.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
   # full once, each run once: runs have the fixed seeds, whatever they are called
-  assert planning.num_trainings(s.replace(policies="full", seeds="0,1", select_runs="random,b")) == (3, 3.0)
-  alone = planning.evaluate_phases(bench, s)
+  assert stage_phases.num_trainings(s.replace(policies="full", seeds="0,1", select_runs="random,b")) == (3, 3.0)
+  alone = stage_phases.evaluate_phases(bench, s)
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 
 
 def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   """Of as many examples as are kept, whichever flag or run says so."""
-  artifacts.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
+  run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
   own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
   tokens = bench.parts["train"].num_tokens
-  steps = named(planning.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
+  steps = named(stage_phases.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
   for share, changes in (
     (0.5, {}),
     (0.25, {"num_examples": 10}),
@@ -130,8 +136,8 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
     (0.1, {"select_runs": str(tmp_path), "policies": "", "num_examples": 10}),
   ):
     s = own.replace(**changes)
-    assert planning.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
-    assert named(planning.evaluate_phases(bench, s), "1 trainings").flops == pytest.approx(share * steps, rel=0.01)
+    assert stage_phases.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
+    assert named(stage_phases.evaluate_phases(bench, s), "1 trainings").flops == pytest.approx(share * steps, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,7 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   ],
 )
 def test_other_ways_have_phases_of_their_own(bench, changes, phase):
-  found = named(planning.select_phases(bench.varied(**changes), bench.settings.replace(**changes)), phase)
+  found = named(stage_phases.select_phases(bench.varied(**changes), bench.settings.replace(**changes)), phase)
   assert found.flops > 0 and found.device["program"] > 0
 
 
@@ -183,7 +189,7 @@ def test_what_does_not_fit_is_told_with_the_flags_that_help(bench):
     assert not dry_run.estimate(bench.varied(**changes), "select", where).too_large(), flag
   none = dry_run.estimate(bench, "select", dataclasses.replace(where, memory=1000))
   assert none.too_large() and "choose fewer --layers or --modules." in dry_run.advice(bench, "select", none)
-  full = dry_run.Estimate(planning.finetune_phases(bench, bench.settings), where, disk_free=1e4)
+  full = dry_run.Estimate(stage_phases.finetune_phases(bench, bench.settings), where, disk_free=1e4)
   assert any(line.startswith("disk: ") and "finetune, training" in line for line in full.too_large())
 
 
@@ -192,10 +198,10 @@ def test_more_devices_hold_less_each(bench):
   eight = Described(s, hardware.on_paper("v5e-8", "bfloat16"))
   one = Described(s.replace(mesh=""), hardware.on_paper("v5e-1", "bfloat16"))
   eight.__dict__["parts"] = one.__dict__["parts"] = bench.parts
-  vectors = [named(planning.select_phases(b, b.settings), "lissa").device["vectors"] for b in (eight, one)]
+  vectors = [named(stage_phases.select_phases(b, b.settings), "lissa").device["vectors"] for b in (eight, one)]
   assert vectors[0] < 0.2 * vectors[1]  # norm scales are whole everywhere
-  phase = named(planning.select_phases(eight, s), "losses and scores")
-  assert phase.gathered > 0 and named(planning.select_phases(one, s), "losses and scores").gathered == 0
+  phase = named(stage_phases.select_phases(eight, s), "losses and scores")
+  assert phase.gathered > 0 and named(stage_phases.select_phases(one, s), "losses and scores").gathered == 0
 
 
 def test_hardware_by_name():
@@ -230,7 +236,7 @@ def parse():
 
 
 def test_batch_tokens_is_a_number_or_auto(parse):
-  assert parse().batch_tokens == flags.Settings().batch_tokens == 2048
+  assert parse().batch_tokens == Settings().batch_tokens == 2048
   assert parse("--batch_tokens=1024").batch_tokens == 1024
   assert parse("--batch_tokens=1024").as_flags() == ["--batch_tokens=1024"]
   assert parse("--batch_tokens=auto").batch_tokens == "auto"
@@ -241,7 +247,7 @@ def test_batch_tokens_is_a_number_or_auto(parse):
 
 def test_a_flagfile_repeats_the_run_of_a_command_with_defaults_of_its_own():
   own = {"run_dir": "runs/coverage", "layers": "last:2", "solver": "identity", "fixed_seeds": "0,1,2", "depth": 400}
-  table = flags.Settings()
+  table = Settings()
   for line in ([], [f"--{name}={getattr(table, name)}" for name in own], ["--layers=all", "--depth=50"]):
     with command(**own) as parse:
       asked = parse(*line)
@@ -271,22 +277,22 @@ def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(bench, monk
   with caplog.at_level("INFO"):
     assert real.batch_tokens == min(2048, 2 ** (bench_tokens(bench) - 1).bit_length())
   assert "compiled programs take" in caplog.text
-  params, tree = fitting.scored_shapes(bench.config, bench.settings)
+  params, tree = shapes.scored_shapes(bench.config, bench.settings)
   large, small = (
-    max(fitting.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(tokens))
+    max(auto_batch.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(tokens))
     for tokens in (2048, 256)
   )
   assert small < large
-  monkeypatch.setattr(fitting, "PROGRAMS", {"gradient": fitting.PROGRAMS["gradient"]})  # the larger one
-  resident = fitting.resident_bytes(params, tree, fitting.inverse_of(bench.settings), real.mesh)
-  monkeypatch.setattr(fitting, "usable_bytes", lambda device: resident + (small + large) // 2)
-  found = fitting.largest_batch(real)
+  monkeypatch.setattr(auto_batch, "PROGRAMS", {"gradient": auto_batch.PROGRAMS["gradient"]})  # the larger one
+  resident = auto_batch.resident_bytes(params, tree, auto_batch.inverse_of(bench.settings), real.mesh)
+  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: resident + (small + large) // 2)
+  found = auto_batch.largest_batch(real)
   assert 256 <= found < 2048
-  used = [fitting.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(found)]
+  used = [auto_batch.compiled_bytes(real, params, tree, shape) for shape in real.packed_shapes_for(found)]
   assert max(used) <= (small + large) // 2
-  monkeypatch.setattr(fitting, "usable_bytes", lambda device: resident + 1000)
+  monkeypatch.setattr(device_memory, "usable_bytes", lambda device: resident + 1000)
   with pytest.raises(UserError, match="choose fewer --layers"):
-    fitting.largest_batch(real)
+    auto_batch.largest_batch(real)
 
 
 def bench_tokens(bench):

@@ -13,8 +13,13 @@ import tiny
 from flax import traverse_util
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import algebra, batches, ekfac, ekfac_file, gradients, ihvp, model, probes
+from in2core_jax import gradients
+from in2core_jax.data import batches
 from in2core_jax.errors import UserError
+from in2core_jax.ihvp import ekfac, ekfac_store, solvers, tree_math
+from in2core_jax.model import decoder
+from in2core_jax.model.objective import sample_labels_fn
+from in2core_jax.params import moment_probes
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(5)
@@ -33,7 +38,7 @@ class Rows(NamedTuple):
 
 def softmax_outputs(sub, frozen, batch):
   y = batch.x @ sub["kernel"]
-  return probes.observe(batch.x, y, sub["kernel_probe"]) if "kernel_probe" in sub else y
+  return moment_probes.observe(batch.x, y, sub["kernel_probe"]) if "kernel_probe" in sub else y
 
 
 def softmax_losses(z, frozen, batch):
@@ -71,7 +76,7 @@ def tiny_source(t, cuts=(range(6),), sizes=(tiny.SIZE,), pad_id=0):
       batch = tiny.make_batch(t.config, rows, size=size, pad_id=pad_id)
       yield np.asarray(rows), batch if len(cuts) == 1 else batch._replace(slots=None)  # one shape for all parts
 
-  return ekfac.Source(t.objective, t.sub, t.frozen, stream, model.sample_labels_fn(t.config, t.subtree))
+  return ekfac.Source(t.objective, t.sub, t.frozen, stream, sample_labels_fn(t.config, t.subtree))
 
 
 @functools.cache
@@ -92,12 +97,12 @@ def example_gradients(t):
 
 def dense_ggn(t, batch):
   product = gradients.over_queries(gradients.ggn_product)
-  curvature = ihvp.Curvature(
+  curvature = solvers.Curvature(
     lambda context, batch, v: product(t.objective, *context, batch, v),
     lambda batch: jnp.sum(batch.valid),
     (t.sub, t.frozen),
   )
-  return ihvp.dense_matrix(ihvp.fixed_matvec(curvature, [batch]), tiny.direction(t.sub, queries=1))
+  return solvers.dense_matrix(solvers.fixed_matvec(curvature, [batch]), tiny.direction(t.sub, queries=1))
 
 
 def flat_rows(g):
@@ -168,9 +173,9 @@ def test_factors_are_the_covariances_of_inputs_and_output_gradients():
   t, fitted = fisher_fit()
   fitted = fitted.factors
   batch = t.batch._replace(slots=None)
-  below = model.run_below(t.config, t.subtree, t.frozen, batch.tokens)
+  below = decoder.run_below(t.config, t.subtree, t.frozen, batch.tokens)
   norm = {"params": {"scale": t.params["layers"]["attention_norm"]["scale"][1]}}
-  inputs = np.asarray(model.Norm(t.config.rms_eps).apply(norm, below))
+  inputs = np.asarray(decoder.Norm(t.config.rms_eps).apply(norm, below))
   last = [max(i for i, role in enumerate(roles) if role == "r") if "r" in roles else 0 for roles in tiny.ROLES]
   tokens = np.concatenate([inputs[i, : last[i]] for i in range(6)])  # the last response token is predicted one before
   assert len(tokens) == 6 + 9 + 4 + 0 + 8 + 6
@@ -178,10 +183,10 @@ def test_factors_are_the_covariances_of_inputs_and_output_gradients():
   rebuilt = (value.left[0] * value.left_values[0]) @ value.left[0].T
   np.testing.assert_allclose(rebuilt, tokens.T @ tokens / len(tokens), atol=1e-12)
 
-  top = model.run_above(t.config, t.subtree, t.sub, t.frozen, below)
+  top = decoder.run_above(t.config, t.subtree, t.sub, t.frozen, below)
 
   def loss(h):
-    hidden = model.Norm(t.config.rms_eps).apply({"params": t.params["final_norm"]}, h)
+    hidden = decoder.Norm(t.config.rms_eps).apply({"params": t.params["final_norm"]}, h)
     nll = -jax.nn.log_softmax(hidden @ t.params["embed"]["embedding"].T)
     rows = np.arange(tiny.SIZE)[:, None]
     return jnp.sum(nll[rows, batch.position, batch.target] * batch.weight)
@@ -221,10 +226,10 @@ def test_closer_to_the_dense_inverse_than_kfac_and_identity():
   v = gradients.per_example_gradients(t.objective, t.sub, t.frozen, few)
   for ratio in (0.1, 0.01):
     damping = ratio * np.linalg.eigvalsh(dense)[-1]
-    wanted = np.linalg.solve(dense + damping * np.eye(len(dense)), algebra.ravel(v).T).T
+    wanted = np.linalg.solve(dense + damping * np.eye(len(dense)), tree_math.ravel(v).T).T
     found = {name: ekfac.ekfac(v, fit, damping).solution for name, fit in fits.items()}
-    found["identity"] = algebra.scaled(1 / damping, v)
-    error = {name: np.linalg.norm(algebra.ravel(x) - wanted) / np.linalg.norm(wanted) for name, x in found.items()}
+    found["identity"] = tree_math.scaled(1 / damping, v)
+    error = {name: np.linalg.norm(tree_math.ravel(x) - wanted) / np.linalg.norm(wanted) for name, x in found.items()}
     assert error["ekfac"] < 0.9 * error["kfac"], (ratio, error)
     assert error["ekfac"] < 0.6 * error["identity"], (ratio, error)
     if ratio == 0.1:  # at 0.01 either is far from the inverse: the blocks between matrices count
@@ -269,7 +274,9 @@ def test_damping_is_absolute_and_the_ratio_relative_to_the_largest_value():
 
 def test_symmetric_and_positive_definite():
   t, fitted = fisher_fit()
-  matrix = ihvp.dense_matrix(ekfac.preconditioner(fitted, 1e-6 * fitted.lambda_max), tiny.direction(t.sub, queries=1))
+  matrix = solvers.dense_matrix(
+    ekfac.preconditioner(fitted, 1e-6 * fitted.lambda_max), tiny.direction(t.sub, queries=1)
+  )
   np.testing.assert_allclose(matrix, matrix.T, atol=1e-10 * np.abs(matrix).max())
   eigenvalues = np.linalg.eigvalsh(matrix)
   assert eigenvalues[0] > 0
@@ -323,10 +330,10 @@ def test_drawn_labels_follow_the_models_softmax(modules):
   t = make_tiny(modules, seed=3) if "lm_head" not in modules else None
   if t is None:
     t = tiny.make_tiny("1,2", modules, jnp.float64, config=tiny.smaller_config(tie_embeddings=False), seed=3)
-  relabel = model.sample_labels_fn(t.config, t.subtree)
+  relabel = sample_labels_fn(t.config, t.subtree)
   draw = jax.jit(jax.vmap(lambda key: relabel(t.sub, t.frozen, t.batch, jax.random.split(key, tiny.SIZE)).target))
   labels = np.asarray(draw(jax.random.split(KEY, 4000)))
-  logits = model.logits(t.config, t.params, t.batch.tokens)
+  logits = decoder.logits(t.config, t.params, t.batch.tokens)
   for row, slot in ((0, 0), (4, 7), (5, 1)):
     p = np.asarray(jax.nn.softmax(logits[row, t.batch.position[row, slot]]))
     seen = np.bincount(labels[:, row, slot], minlength=t.config.vocab_size) / 4000
@@ -366,10 +373,10 @@ def test_as_preconditioner_of_cg_steps_drop():
   source = softmax_source(batch, kernel)
   settings = dataclasses.replace(FISHER, matrices="kernel")
   product = gradients.over_queries(gradients.ggn_product)
-  curvature = ihvp.Curvature(
+  curvature = solvers.Curvature(
     lambda context, batch, v: product(SOFTMAX, context, {}, batch, v), lambda batch: batch.valid.sum(), source.sub
   )
-  matvec = ihvp.fixed_matvec(curvature, [batch])
+  matvec = solvers.fixed_matvec(curvature, [batch])
   v = {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 5)))}
   damping = 1e-3
   fits = {
@@ -377,8 +384,8 @@ def test_as_preconditioner_of_cg_steps_drop():
     "diagonal": ekfac.preconditioner(ekfac.fit(source, KEY, dataclasses.replace(settings, matrices=None)), damping),
     "ekfac": ekfac.preconditioner(ekfac.fit(source, KEY, settings), damping),
   }
-  options = ihvp.CgSettings(damping=damping, tol=1e-8)
-  results = {name: ihvp.cg(matvec, v, options, precondition=fitted) for name, fitted in fits.items()}
+  options = solvers.CgSettings(damping=damping, tol=1e-8)
+  results = {name: solvers.cg(matvec, v, options, precondition=fitted) for name, fitted in fits.items()}
   assert all(result.info["converged"] for result in results.values())
   for result in results.values():
     tiny.assert_trees_close(result.solution, results["none"].solution, 1e-4)
@@ -393,40 +400,40 @@ def test_as_preconditioner_of_cg_steps_drop():
 def test_saved_and_read_again_is_identical(tmp_path):
   t, fitted = fisher_fit()
   source = tiny_source(t)
-  identity = ekfac_file.identity_of(source, KEY, ekfac.EkfacSettings(), {"ids": ["a", "b"]})
-  ekfac_file.save(tmp_path / "fit.ekfac", fitted, identity)
-  read = ekfac_file.load(tmp_path / "fit.ekfac", identity)
+  identity = ekfac_store.identity_of(source, KEY, ekfac.EkfacSettings(), {"ids": ["a", "b"]})
+  ekfac_store.save(tmp_path / "fit.ekfac", fitted, identity)
+  read = ekfac_store.load(tmp_path / "fit.ekfac", identity)
   assert read.info == fitted.info
   tiny.assert_trees_equal((read.factors, read.diagonals), (fitted.factors, fitted.diagonals))
   v = tiny.direction(t.sub, queries=2)
   tiny.assert_trees_equal(ekfac.ekfac(v, read, 0.1).solution, ekfac.ekfac(v, fitted, 0.1).solution)
-  ekfac_file.save(tmp_path / "again.ekfac", read, identity)
+  ekfac_store.save(tmp_path / "again.ekfac", read, identity)
   assert (tmp_path / "again.ekfac").read_bytes() == (tmp_path / "fit.ekfac").read_bytes()
 
 
 def test_a_file_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
   t = make_tiny("mlp/up_proj/kernel", layers="2")
   source, settings, data = tiny_source(t), ekfac.EkfacSettings(), {"ids": ["a", "b"]}
-  identity = ekfac_file.identity_of(source, KEY, settings, data)
+  identity = ekfac_store.identity_of(source, KEY, settings, data)
   moved = jax.tree.map(lambda leaf: leaf.at[0].add(1e-12), t.sub)
   others = {
-    ekfac_file.identity_of(dataclasses.replace(source, sub=moved), KEY, settings, data),
-    ekfac_file.identity_of(source, jax.random.key(6), settings, data),
-    ekfac_file.identity_of(source, KEY, dataclasses.replace(settings, draws=2), data),
-    ekfac_file.identity_of(source, KEY, settings, {"ids": ["a", "c"]}),
+    ekfac_store.identity_of(dataclasses.replace(source, sub=moved), KEY, settings, data),
+    ekfac_store.identity_of(source, jax.random.key(6), settings, data),
+    ekfac_store.identity_of(source, KEY, dataclasses.replace(settings, draws=2), data),
+    ekfac_store.identity_of(source, KEY, settings, {"ids": ["a", "c"]}),
   }
   assert len(others | {identity}) == 5
-  assert ekfac_file.identity_of(tiny_source(t), KEY, settings, dict(data)) == identity
+  assert ekfac_store.identity_of(tiny_source(t), KEY, settings, dict(data)) == identity
   path = tmp_path / "fit.ekfac"
-  ekfac_file.save(path, ekfac.fit(source, KEY), identity)
+  ekfac_store.save(path, ekfac.fit(source, KEY), identity)
   for other in others:
     with pytest.raises(UserError, match="fitted from other weights"):
-      ekfac_file.load(path, other)
+      ekfac_store.load(path, other)
   content = path.read_bytes()
   for damaged in (content[: len(content) // 2], content[:700] + b"\x00\x01\x02\x03" + content[704:], b"text"):
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="no readable EK-FAC file"):
-      ekfac_file.load(path, identity)
+      ekfac_store.load(path, identity)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)])
@@ -451,11 +458,11 @@ def test_nan_is_refused_in_weights_and_in_the_right_hand_side():
   source = tiny_source(t)
   broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), t.sub)
   for matrices in (ekfac.MATRICES, None):
-    with pytest.raises(ihvp.DivergenceError, match="layers/.* holds NaN"):
+    with pytest.raises(solvers.DivergenceError, match="layers/.* holds NaN"):
       ekfac.fit(dataclasses.replace(source, sub=broken), KEY, dataclasses.replace(FISHER, matrices=matrices))
   v = tiny.direction(t.sub, queries=2)
   v["layers"]["mlp_norm"]["scale"] = v["layers"]["mlp_norm"]["scale"].at[1, 0, 0].set(jnp.nan)
-  with pytest.raises(ihvp.DivergenceError, match="right-hand side holds NaN"):
+  with pytest.raises(solvers.DivergenceError, match="right-hand side holds NaN"):
     ekfac.ekfac(v, fitted, 0.1)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from in2core_jax import evaluation as ev
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics as ev
 
 # ------------------------------------------------------------------------------------------------ perplexity
 

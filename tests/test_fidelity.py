@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments import fidelity, fidelity_report, flags, workbench
-from experiments.resuming import Work
-from experiments.retraining import Judge
-from experiments.scoring import query_scores
-from experiments.workbench import choose
-from in2core_jax import artifacts, datamodeling, evaluation
+from experiments.fidelity import fidelity, report
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import datamodeling, statistics
+from in2core_jax.pipeline import session
+from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.scoring import query_scores
+from in2core_jax.pipeline.session import choose
+from in2core_jax.pipeline.settings import refuse
+from in2core_jax.runs import run_folder
+from in2core_jax.runs.unfinished import Work
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices: quick to compile."""
 
 
@@ -60,7 +63,7 @@ def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
   rows = np.arange(len(bench.parts["train"]))
   judge = Judge(bench, settings, [rows])
   chosen = choose(bench, bench.params, "last:1", "all")
-  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
+  run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   scores = query_scores(bench, settings.replace(solver="identity"), chosen, Work(run_dir))
   example, step = int(np.argmax(np.abs(scores).sum(axis=0))), 1e-2
   batcher = bench.batcher("train", chosen.tree, chosen.params, [example])
@@ -74,7 +77,7 @@ def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
 def test_copies_among_the_evaluation_examples_are_one_query(settings, bench, tmp_path):
   doubled = Workbench(settings)
   doubled.__dict__["parts"] = bench.parts | {"eval": bench.parts["eval"].take(np.array([3, 1, 3, 2, 1]))}
-  run_dir = artifacts.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
+  run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   task = fidelity.Task(doubled, settings, run_dir)
   assert task.queries.tolist() == [0, 1, 3] and task.query_of.tolist() == [0, 1, 0, 2, 1]
   cell = task.scores(fidelity.Variant("identity", "last:1", np.nan, "base"))
@@ -146,7 +149,7 @@ def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path
 def test_what_is_of_no_use_is_not_refused(settings):
   """Flagfiles are shared between stages: a budget, a list of seeds, another way to the same scores."""
   shared = settings.replace(fraction=0.1, score_path="vmap", damping_ratio=0.5, layers="all", per_query=True)
-  assert flags.refuse(shared, fidelity._REFUSED, fidelity._DOES) is None
+  assert refuse(shared, fidelity._REFUSED, fidelity._DOES) is None
 
 
 def test_half_of_is_a_half_and_does_not_depend_on_the_others():
@@ -157,6 +160,7 @@ def test_half_of_is_a_half_and_does_not_depend_on_the_others():
   assert set(fidelity.half_of(rows, 1, 0)) != set(first)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, monkeypatch):
   folder = pathlib.Path(fidelity.run(settings, bench))
@@ -179,7 +183,7 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, mo
   names = ["fidelity.csv", "fidelity.tex", "curves.csv", "curves.tex", "plots/lds.svg", "plots/curve-eval.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
   # The cells hold what the table was made of: the first half, trained again by hand.
-  task = fidelity.Task(bench, settings, artifacts.RunDir.load(str(folder)))
+  task = fidelity.Task(bench, settings, run_folder.RunDir.load(str(folder)))
   judge = Judge(bench, settings, [task.rows, *task.halves])
   again = judge.losses(judge.train(task.halves[0], 0, "again").sub, "eval")
   np.testing.assert_allclose(task.losses()[0][0], again, rtol=1e-6)
@@ -214,7 +218,7 @@ def made(noise: float, seed: int = 0, subsets: int = 64, queries: int = 12, exam
 def test_measure_is_evaluation_lds_and_its_intervals_widen_in_order():
   scores, masks, _, losses = made(1.0)
   found = datamodeling.measure(scores, masks, losses)
-  interval, by_query = evaluation.lds(scores, masks, losses)
+  interval, by_query = statistics.lds(scores, masks, losses)
   np.testing.assert_array_equal(found.by_query, by_query)
   assert found.queries == interval and found.mean == interval.mean and 0.5 < found.mean < 0.8
   width = lambda interval: interval.high - interval.low  # noqa: E731
@@ -229,7 +233,7 @@ def test_redrawn_correlations_are_those_of_scipy_on_the_redrawn_subsets():
   found = datamodeling.measure(scores, masks, losses, seed=5, draws=20)
   rows = np.random.default_rng(5).integers(0, 9, (20, 9))
   predicted = masks @ scores.T
-  wanted = [[evaluation.spearman(predicted[some, q], -losses[some, q]) for q in range(3)] for some in rows]
+  wanted = [[statistics.spearman(predicted[some, q], -losses[some, q]) for q in range(3)] for some in rows]
   np.testing.assert_allclose(found.drawn, wanted, atol=1e-12)
 
 
@@ -300,13 +304,13 @@ def test_conclusions_say_no_more_than_the_intervals():
     name("ekfac", "last:1", 0.01, "full"): scores,
   }
   measured = {variant: datamodeling.measure(each, masks, losses) for variant, each in values.items()}
-  solver, damping = fidelity_report.conclusions(measured)
+  solver, damping = report.conclusions(measured)
   assert solver.startswith("Solver: ekfac has the highest LDS") and "above cg, identity by more" in solver
   assert solver.endswith("It follows: ekfac rather than cg.")
   assert damping.startswith("Damping ratio: 0.") and damping.endswith(
     "LDS does not speak against 0.1; the seconds are in the table."
   )
-  rows = fidelity_report.difference_rows(measured)
+  rows = report.difference_rows(measured)
   assert [(row["LDS of"], row["minus that of"]) for row in rows] == [
     ("cg, last:1, damping 0.1, full", "identity, last:1, full"),
     ("cg, last:1, damping 0.01, full", "identity, last:1, full"),
@@ -319,7 +323,7 @@ def test_a_default_without_damping_is_compared_with_the_others_first():
   ways = [name("identity", "last:1", np.nan, "full"), name("identity", "last:1", np.nan, "base")]
   ways += [name("cg", "last:1", ratio, "full") for ratio in (0.01, 0.1)]
   measured = {way: datamodeling.measure(scores, masks, losses) for way in ways}
-  solver, at = fidelity_report.conclusions(measured)
+  solver, at = report.conclusions(measured)
   assert solver.startswith("Solver: identity has the highest LDS") and solver.endswith("told apart from cg.")
   assert at.startswith("Where gradients are taken: ")
 
@@ -335,14 +339,14 @@ def left_out(what, seed, loss):
 
 def test_what_the_noise_does_not_tell_is_said():
   _, _, _, losses = made(0.5)
-  said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, -losses, draws=10), 8)
+  said = report.ceiling_sentence(datamodeling.agreement(losses, -losses, draws=10), 8)
   assert "no better than chance, so that nothing can be told" in said and "nan" not in said
-  said = fidelity_report.ceiling_sentence(datamodeling.agreement(losses, losses, draws=10), 8)
+  said = report.ceiling_sentence(datamodeling.agreement(losses, losses, draws=10), 8)
   assert "an LDS of about 1.00, the square root (1.00 to 1.00)." in said
   once = [left_out("top, cg", 0, 2.0), left_out("random", 0, 1.0)]
-  rows = fidelity_report.curve_rows(once)
-  assert fidelity_report.printed_curves(rows)[0]["eval minus random"] == "+1.000 (one seed each)"
-  assert fidelity_report.curve_sentences(rows)[0] == (
+  rows = report.curve_rows(once)
+  assert report.printed_curves(rows)[0]["eval minus random"] == "+1.000 (one seed each)"
+  assert report.curve_sentences(rows)[0] == (
     "Without top, cg: eval loss not to be told apart from random's by one seed each."
   )
 
@@ -350,8 +354,8 @@ def test_what_the_noise_does_not_tell_is_said():
 def test_curves_are_compared_with_random_sets_of_the_same_size():
   curves = [left_out("top, cg", 0, 2.0), left_out("opponents, cg", 0, 1.05)]
   curves += [left_out("random", seed, 1.0 + 0.1 * seed) for seed in range(3)]
-  rows = fidelity_report.curve_rows(curves)
+  rows = report.curve_rows(curves)
   assert rows[0]["eval minus random"] == pytest.approx(0.9) and rows[0]["eval change low"] > 0
-  lines = fidelity_report.curve_sentences(rows)
+  lines = report.curve_sentences(rows)
   assert lines[0] == "Without top, cg: eval loss above random's at 10%."
   assert lines[2] == "Without opponents, cg: eval loss not to be told apart from random's at any share."

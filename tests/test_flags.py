@@ -6,10 +6,13 @@ import itertools
 import pytest
 from absl import flags as absl_flags
 
-from experiments import flags, ranges
+from experiments import flags
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline import ranges
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.training.recipe import steps_for
 
-FIELDS = {field.name: field for field in dataclasses.fields(flags.Settings)}
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 NUMERIC = [name for name, field in FIELDS.items() if field.metadata["kind"] in (int, float)] + ["batch_tokens"]
 EDGES = (
   *("inf", "-inf", "nan", "-1", "0", "1", "0.5", "1e400", "-0.0", "", "text", "1e-400"),
@@ -40,7 +43,7 @@ def read(monkeypatch):
 
 def test_every_number_has_a_range_and_its_default_is_in_it():
   assert set(NUMERIC) == set(ranges.NUMBERS)
-  ranges.check(dataclasses.asdict(flags.Settings()))
+  ranges.check(dataclasses.asdict(Settings()))
   assert set(ranges.LISTS) | set(ranges.WORDS) <= set(FIELDS)
 
 
@@ -86,8 +89,7 @@ def test_the_message_has_name_value_and_range(read, flag, words):
 
 
 def test_learning_for_ever_is_refused():
-  from in2core_jax import finetune
 
-  assert finetune.steps_for(100, 10, 2.0) == 20
+  assert steps_for(100, 10, 2.0) == 20
   with pytest.raises(UserError, match="--epochs=1000000.0 of 1,000 examples are"):
-    finetune.steps_for(1000, 1, 1e6)
+    steps_for(1000, 1, 1e6)

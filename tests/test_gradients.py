@@ -11,7 +11,10 @@ import tiny
 from jax.flatten_util import ravel_pytree
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import gradients, model, subtree
+from in2core_jax import gradients
+from in2core_jax.model import decoder, objective
+from in2core_jax.model.objective import make_objective
+from in2core_jax.params import subtree
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-10}
 
@@ -162,9 +165,7 @@ def test_the_gradient_of_a_sketch_is_the_projected_gradient_of_its_kernel(x64):
   found = jitted(gradients.per_example_gradients, t.objective)(t.sub, t.frozen, t.batch)["layers"]
   kernels = subtree.make_subtree(t.params, "1,2", "matrices")
   sub, frozen = subtree.split(t.params, kernels)
-  each = jitted(gradients.per_example_gradients, model.make_objective(t.config, kernels))(sub, frozen, t.batch)[
-    "layers"
-  ]
+  each = jitted(gradients.per_example_gradients, make_objective(t.config, kernels))(sub, frozen, t.batch)["layers"]
   for block, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
     for name in names:
       held = t.params["layers"][block][f"{name}_proj"]
@@ -183,7 +184,7 @@ PRODUCTS = {
 
 def test_the_boundary_cache_changes_nothing(dtype):
   t = tiny.make_tiny("2", "all", dtype, tiny.make_config(num_layers=3))
-  hidden = jax.jit(functools.partial(model.run_below, t.config, t.subtree))(t.frozen, t.batch.tokens)
+  hidden = jax.jit(functools.partial(decoder.run_below, t.config, t.subtree))(t.frozen, t.batch.tokens)
   assert hidden.shape == (tiny.SIZE, tiny.NUM_TOKENS, t.config.hidden_size)
   # Tokens of the cached batch are never looked at again, and the layers below the boundary are never run again.
   cached = t.batch._replace(hidden=hidden, tokens=np.zeros_like(t.batch.tokens))
@@ -210,7 +211,7 @@ def flat_problem(layers, modules, **changes):
 
   def logits(x):
     params = subtree.merge(unravel(x), t.frozen, t.subtree)
-    return model.logits(config, params, t.batch.tokens)[rows, t.batch.position]
+    return decoder.logits(config, params, t.batch.tokens)[rows, t.batch.position]
 
   def losses(x):
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits(x)), t.batch.target[..., None], axis=-1)[..., 0]
@@ -263,7 +264,7 @@ def test_products_are_the_columns_of_dense_matrices(layers, modules, changes, x6
 def test_the_head_in_chunks_gives_the_same_products(outputs, monkeypatch, x64):
   t, flat, unravel, _, _ = flat_problem("2", "mlp/up_proj")
   whole = {name: dense_by_products(product, t, unravel, len(flat)) for name, product in PRODUCTS.items()}
-  monkeypatch.setattr(model, "HEAD_CHUNK", 7)  # 25 slots: four chunks, the last one filled up
+  monkeypatch.setattr(objective, "HEAD_CHUNK", 7)  # 25 slots: four chunks, the last one filled up
   monkeypatch.setattr(gradients, "OUTPUTS_AT_ONCE", outputs)
   for name, product in PRODUCTS.items():
     found = dense_by_products(product, t, unravel, len(flat))
@@ -341,6 +342,6 @@ def test_a_second_call_with_the_same_shapes_compiles_nothing(caplog):
   assert compiled(t.objective, t.batch) > 0
   other = tiny.make_batch(t.config, [4, 2, 1, 0, 5, 3], pad_id=3)
   assert compiled(t.objective, other) == 0
-  assert compiled(model.make_objective(t.config, t.subtree), t.batch) == 0  # the same choice, made again
+  assert compiled(make_objective(t.config, t.subtree), t.batch) == 0  # the same choice, made again
   assert compiled(t.objective, tiny.make_batch(t.config, num_tokens=16)) > 0
   assert step._cache_size() == 2

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from in2core_jax import coreset, embeddings, hybrid, two_samples, whitening
 from in2core_jax.errors import UserError
-from in2core_jax.whitening import WhitenedMetric
+from in2core_jax.selection import coreset, cosines, hybrid, two_samples, whitening
+from in2core_jax.selection.whitening import WhitenedMetric
 
 
 def kinds(size, which, seed, width=50):
@@ -49,7 +49,7 @@ def test_similarity_is_the_mean_of_the_cosines_in_metrics_of_what_is_counted():
   unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
   texts = 0
   for view in (0, 1):
-    image = embeddings.whitening(pool[1][counted, view], hybrid.EMBEDDING_DAMPING)
+    image = cosines.whitening(pool[1][counted, view], hybrid.EMBEDDING_DAMPING)
     texts = texts + unit(image(asked[1][:, view])) @ unit(image(pool[1][:, view])).T
   np.testing.assert_allclose(found.similarity, (gradients + texts) / 3, atol=1e-6)
 

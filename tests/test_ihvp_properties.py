@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import algebra, ihvp
+from in2core_jax.ihvp import solvers, tree_math
 
 SIZE, DEPTH, COUNT = 6, 40, 24
 KEY = jax.random.key(3)
@@ -41,7 +41,7 @@ def valid_rows(batch):
   return batch["valid"].sum()
 
 
-CURVATURE = ihvp.Curvature(row_product, valid_rows)
+CURVATURE = solvers.Curvature(row_product, valid_rows)
 
 
 def as_gradients(context, batch):
@@ -62,23 +62,23 @@ def problem(seed):
 
 def solve(name, x, v, damping):
   """One of the solvers that are linear maps of v: truncated ones too, when the number of steps is fixed."""
-  matvec = ihvp.fixed_matvec(CURVATURE, [padded(x)])
+  matvec = solvers.fixed_matvec(CURVATURE, [padded(x)])
   scale = 1.2 * (float(np.linalg.eigvalsh(x.T @ x / COUNT)[-1]) + damping)
   if name in ("none", "momentum", "chebyshev"):
     batches = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (DEPTH, *leaf.shape)), padded(x))
-    options = ihvp.LissaSettings(damping, scale, acceleration=name)
-    solution = ihvp.lissa_scan(CURVATURE, cut(v), batches, options)[0]
+    options = solvers.LissaSettings(damping, scale, acceleration=name)
+    solution = solvers.lissa_scan(CURVATURE, cut(v), batches, options)[0]
   elif name == "cg":
-    solution = ihvp.cg(matvec, cut(v), ihvp.CgSettings(damping, tol=1e-13)).solution
+    solution = solvers.cg(matvec, cut(v), solvers.CgSettings(damping, tol=1e-13)).solution
   elif name == "exact":
-    solution = ihvp.exact(matvec, cut(v), damping).solution
+    solution = solvers.exact(matvec, cut(v), damping).solution
   elif name == "datainf":
-    source = ihvp.ExampleGradients(as_gradients, lambda: iter([padded(x)]))
-    solution = ihvp.datainf(cut(v), source, ihvp.DataInfSettings(damping)).solution
+    source = solvers.ExampleGradients(as_gradients, lambda: iter([padded(x)]))
+    solution = solvers.datainf(cut(v), source, solvers.DataInfSettings(damping)).solution
   else:
-    fitted = ihvp.fit_low_rank(matvec, cut(v), KEY, ihvp.LowRankSettings(3))
-    solution = ihvp.low_rank(cut(v), fitted, damping).solution
-  return algebra.ravel(solution)
+    fitted = solvers.fit_low_rank(matvec, cut(v), KEY, solvers.LowRankSettings(3))
+    solution = solvers.low_rank(cut(v), fitted, damping).solution
+  return tree_math.ravel(solution)
 
 
 SOLVERS = ["none", "momentum", "chebyshev", "cg", "exact", "datainf", "low_rank"]
@@ -110,11 +110,11 @@ def test_symmetric_and_positive(name, seed, damping):
 @given(seed=seeds, damping=dampings)
 def test_energy_error_of_cg_never_grows(seed, damping):
   x, h, v = problem(seed)
-  matvec, damped = ihvp.fixed_matvec(CURVATURE, [padded(x)]), h + damping * np.eye(SIZE)
+  matvec, damped = solvers.fixed_matvec(CURVATURE, [padded(x)]), h + damping * np.eye(SIZE)
   wanted, before = np.linalg.solve(damped, v.T).T, np.inf
   for steps in range(1, SIZE + 3):
-    result = ihvp.cg(matvec, cut(v), ihvp.CgSettings(damping, tol=1e-14, max_steps=steps))
-    error = algebra.ravel(result.solution) - wanted
+    result = solvers.cg(matvec, cut(v), solvers.CgSettings(damping, tol=1e-14, max_steps=steps))
+    error = tree_math.ravel(result.solution) - wanted
     energy = np.einsum("qi,ij,qj->q", error, damped, error)
     start = np.einsum("qi,ij,qj->q", wanted, damped, wanted)
     assert np.all(energy <= before + 1e-12 * start)
@@ -128,7 +128,7 @@ def test_residual_of_lissa_never_grows_on_a_fixed_set(seed, damping):
   x, h, v = problem(seed)
   scale = 1.01 * (float(np.linalg.eigvalsh(h)[-1]) + damping)
   batches = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (DEPTH, *leaf.shape)), padded(x))
-  _, curve = ihvp.lissa_scan(CURVATURE, cut(v), batches, ihvp.LissaSettings(damping, scale))
+  _, curve = solvers.lissa_scan(CURVATURE, cut(v), batches, solvers.LissaSettings(damping, scale))
   assert np.all(np.diff(np.asarray(curve), axis=0) <= 1e-12) and np.all(np.asarray(curve[0]) <= 1)
 
 
@@ -138,15 +138,15 @@ def test_no_dependence_on_batch_cuts_or_order(seed, damping, cuts, order):
   x, h, v = problem(seed)
   shuffled = np.random.default_rng(order).permutation(x)
   parts = [padded(part) for part in np.split(shuffled, sorted(cuts))]
-  matvec = ihvp.fixed_matvec(CURVATURE, parts)
-  np.testing.assert_allclose(algebra.ravel(matvec(cut(v))), v @ h, rtol=1e-9, atol=1e-12)
-  solution = ihvp.cg(matvec, cut(v), ihvp.CgSettings(damping, tol=1e-12)).solution
+  matvec = solvers.fixed_matvec(CURVATURE, parts)
+  np.testing.assert_allclose(tree_math.ravel(matvec(cut(v))), v @ h, rtol=1e-9, atol=1e-12)
+  solution = solvers.cg(matvec, cut(v), solvers.CgSettings(damping, tol=1e-12)).solution
   wanted = np.linalg.solve(h + damping * np.eye(SIZE), v.T).T
-  assert np.linalg.norm(algebra.ravel(solution) - wanted) <= 1e-6 * np.linalg.norm(wanted)
-  source = ihvp.ExampleGradients(as_gradients, lambda: iter(parts))
-  options = ihvp.DataInfSettings(damping_ratio=0.1)
-  whole = ihvp.ExampleGradients(as_gradients, lambda: iter([padded(x)]))
-  found, wanted = (algebra.ravel(ihvp.datainf(cut(v), one, options).solution) for one in (source, whole))
+  assert np.linalg.norm(tree_math.ravel(solution) - wanted) <= 1e-6 * np.linalg.norm(wanted)
+  source = solvers.ExampleGradients(as_gradients, lambda: iter(parts))
+  options = solvers.DataInfSettings(damping_ratio=0.1)
+  whole = solvers.ExampleGradients(as_gradients, lambda: iter([padded(x)]))
+  found, wanted = (tree_math.ravel(solvers.datainf(cut(v), one, options).solution) for one in (source, whole))
   np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
@@ -158,8 +158,8 @@ def test_fixed_point_of_lissa_does_not_depend_on_scale(seed, damping, factors):
   batches = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (2000, *leaf.shape)), padded(x))
   wanted = np.linalg.solve(h + damping * np.eye(SIZE), v.T).T
   for factor in factors:
-    options = ihvp.LissaSettings(damping, factor * largest)
-    found = algebra.ravel(ihvp.lissa_scan(CURVATURE, cut(v), batches, options)[0])
+    options = solvers.LissaSettings(damping, factor * largest)
+    found = tree_math.ravel(solvers.lissa_scan(CURVATURE, cut(v), batches, options)[0])
     assert np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
 
 
@@ -167,5 +167,5 @@ def test_fixed_point_of_lissa_does_not_depend_on_scale(seed, damping, factors):
 @given(seed=seeds, exponent=st.floats(-150, 100))
 def test_norm_neither_underflows_nor_overflows(seed, exponent):
   v = np.random.default_rng(seed).normal(size=(3, SIZE))
-  found = np.asarray(algebra.norm(cut(v * 10.0**exponent)))
+  found = np.asarray(tree_math.norm(cut(v * 10.0**exponent)))
   np.testing.assert_allclose(found / 10.0**exponent, np.linalg.norm(v, axis=1), rtol=1e-12)

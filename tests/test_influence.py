@@ -14,10 +14,15 @@ import tiny
 from flax import traverse_util
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import algebra, ekfac, ekfac_file, evaluation, gradients, ihvp, influence, model, subtree
-from in2core_jax.batches import Batcher, Shape
+from in2core_jax import gradients
+from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
-from in2core_jax.influence import CurvatureData, Problem, SolverSettings, solve
+from in2core_jax.evaluation import statistics
+from in2core_jax.ihvp import ekfac, ekfac_store, solvers, tree_math
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.solve import SOLVERS, CurvatureData, SolverSettings, even_draw, fit_ekfac, solve
+from in2core_jax.model.objective import make_objective, sample_labels_fn
+from in2core_jax.params import subtree
 
 # Leverages of about FEATURES / N bound how far the first order, influence / N, is from a whole example left out.
 N, FEATURES, QUERIES, RIDGE = 800, 4, 60, 0.1
@@ -116,9 +121,9 @@ def two_parts(x, y, size):
   groups = [np.arange(0, 500), np.arange(500, N)]
   counts = [round(size * len(rows) / N) for rows in groups]
   build = lambda rows: points(x, y, rows, len(rows))  # noqa: E731
-  draws = [influence.even_draw(rows, count, build) for rows, count in zip(groups, counts, strict=True)]
+  draws = [even_draw(rows, count, build) for rows, count in zip(groups, counts, strict=True)]
   factors = tuple(len(rows) / N * sum(counts) / count for rows, count in zip(groups, counts, strict=True))
-  return lambda key: ihvp.Parts(
+  return lambda key: solvers.Parts(
     tuple(draw(jax.random.fold_in(key, i)).batches[0] for i, draw in enumerate(draws)), factors
   )
 
@@ -143,7 +148,7 @@ def measure(kind, linear, solver):
 def test_influence_is_leaving_out_and_fitting_again(kind, solver, x64):
   scores, change = measure(kind, make_linear(kind), solver)
   slope = float(np.dot(change, scores / N) / np.dot(scores / N, scores / N))
-  rank = evaluation.spearman(scores, change)
+  rank = statistics.spearman(scores, change)
   print(kind, solver, rank, slope)
   assert rank > (0.95 if solver == "lissa" else 0.99)
   # Positive = proponent: without it the loss is higher. Nearly all signs agree, and all of the larger ones.
@@ -181,8 +186,8 @@ def test_solvers_give_the_dense_inverse_of_each_curvature(solver, curvature, x64
   assert damping == pytest.approx(0.05 * np.linalg.eigvalsh(h)[-1], rel=0.02)
   assert result.info["damping_rule"] == "damping_ratio * lambda_max"
   assert result.info["damping_ratio"] == pytest.approx(0.05)
-  wanted = np.linalg.solve(h + damping * np.eye(FEATURES), algebra.ravel(v).T).T
-  np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-7, atol=1e-7)
+  wanted = np.linalg.solve(h + damping * np.eye(FEATURES), tree_math.ravel(v).T).T
+  np.testing.assert_allclose(tree_math.ravel(result.solution), wanted, rtol=1e-7, atol=1e-7)
   assert np.all(result.residual < 1e-7)
 
 
@@ -192,13 +197,13 @@ def test_datainf_inverts_example_by_example_with_its_own_damping(ratio, x64):
   v, (_, g) = random_queries(linear), dense(linear, "fisher")
   settings = SolverSettings("datainf", damping=None if ratio else 0.2, damping_ratio=ratio)
   result = solve(linear.problem, v, settings, linear.data)
-  rows = algebra.ravel(v)
+  rows = tree_math.ravel(v)
   for name, block in (("a", slice(0, 3)), ("b", slice(3, 4))):
     gl, size = g[:, block], block.stop - block.start
     damping = 0.2 if ratio is None else ratio * np.mean(np.sum(gl**2, axis=1)) / size
     inverses = np.linalg.inv(damping * np.eye(size) + gl[:, :, None] * gl[:, None, :])
     wanted = np.einsum("npd,qd->qp", inverses, rows[:, block]) / N
-    np.testing.assert_allclose(algebra.ravel(result.solution)[:, block], wanted, rtol=1e-8)
+    np.testing.assert_allclose(tree_math.ravel(result.solution)[:, block], wanted, rtol=1e-8)
     assert result.info["block_damping"][name] == pytest.approx([damping])
   # Its damping is no share of an eigenvalue, and the facts do not say so.
   assert result.info["damping_ratio"] == ratio and "lambda_max" not in result.info
@@ -208,10 +213,10 @@ def test_datainf_inverts_example_by_example_with_its_own_damping(ratio, x64):
 def test_low_rank_solves_its_krylov_space_and_damps_the_rest(x64):
   linear = make_linear("logistic")
   v, (h, _) = random_queries(linear), dense(linear, "ggn")
-  damping, rows = 0.01, algebra.ravel(v)
+  damping, rows = 0.01, tree_math.ravel(v)
   found = solve(linear.problem, v, SolverSettings("low_rank", "ggn", damping, None, depth=2), linear.data)
   assert (found.steps, found.info["rank"]) == (2, 2)
-  x = algebra.ravel(found.solution)
+  x = tree_math.ravel(found.solution)
   # A correction of rank 2 to v / damping, with two positive Ritz values inside the spectrum, and its measured residual.
   correction = rows / damping - x
   assert np.linalg.matrix_rank(correction, tol=1e-8 * np.linalg.norm(correction)) == 2
@@ -240,14 +245,14 @@ def test_average_0_is_the_plain_recursion(x64):
   v, (h, _) = random_queries(linear), dense(linear, "ggn")
   settings = {"damping": 0.05, "damping_ratio": None, "depth": 8, "tol": 0.0, "scale": 2.0}
   plain = solve(linear.problem, v, SolverSettings(average=0.0, **settings), data)
-  iterates, rows = [algebra.ravel(v)], algebra.ravel(v)
+  iterates, rows = [tree_math.ravel(v)], tree_math.ravel(v)
   for _ in range(8):
     u = iterates[-1]
     iterates.append(rows + u - (u @ h + 0.05 * u) / 2.0)
-  np.testing.assert_allclose(algebra.ravel(plain.solution), iterates[-1] / 2.0, rtol=1e-12)
+  np.testing.assert_allclose(tree_math.ravel(plain.solution), iterates[-1] / 2.0, rtol=1e-12)
   averaged = solve(linear.problem, v, SolverSettings(**settings), data)
   assert (plain.info["average"], averaged.info["average"]) == (0.0, 0.5)
-  np.testing.assert_allclose(algebra.ravel(averaged.solution), np.mean(iterates[-4:], axis=0) / 2.0, rtol=1e-12)
+  np.testing.assert_allclose(tree_math.ravel(averaged.solution), np.mean(iterates[-4:], axis=0) / 2.0, rtol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [None, 0.05])
@@ -259,7 +264,7 @@ def test_lissa_goes_on_from_a_saved_state_to_the_same_bytes(damping):
   wanted = solve(linear.problem, v, settings, linear.data, on_state=states.append)
   assert [(state.run, state.step) for state in states] == [(0, 10), (0, 20), (1, 10), (1, 20)]
   for state in states[:3]:
-    stored = ihvp.state_from_arrays(ihvp.state_to_arrays(state), v)
+    stored = solvers.state_from_arrays(solvers.state_to_arrays(state), v)
     found = solve(linear.problem, v, settings, linear.data, resume_from=stored)
     tiny.assert_trees_equal(found.solution, wanted.solution)
     assert found.info == wanted.info and found.steps == wanted.steps
@@ -282,7 +287,7 @@ def test_a_dominant_negative_eigenvalue_is_refused(solver, damping, x64):
   linear = make_linear("ridge")
   problem, v = saddle(linear, -1.0), random_queries(linear)
   least = -np.linalg.eigvalsh(linear.x["train"].T @ linear.x["train"] / N)[-1]
-  with pytest.raises(ihvp.NegativeCurvatureError, match=rf"--solver={solver}.*--curvature=ggn") as caught:
+  with pytest.raises(solvers.NegativeCurvatureError, match=rf"--solver={solver}.*--curvature=ggn") as caught:
     solve(problem, v, SolverSettings(solver, "hessian", **damping), linear.data)
   assert float(re.search(r"eigenvalue (\S+),", str(caught.value))[1]) == pytest.approx(least, rel=0.01)
 
@@ -298,7 +303,7 @@ def test_a_small_negative_eigenvalue_is_refused(solver, x64):
   )
   problem = Problem(objective, linear.problem.sub, ())
   settings = SolverSettings(solver, "hessian", damping=0.01, damping_ratio=None, depth=4)
-  with pytest.raises(ihvp.NegativeCurvatureError, match="eigenvalue -0.02.*well above 0.02"):
+  with pytest.raises(solvers.NegativeCurvatureError, match="eigenvalue -0.02.*well above 0.02"):
     solve(problem, random_queries(linear), settings, linear.data)
 
 
@@ -308,8 +313,8 @@ def test_enough_damping_makes_negative_curvature_solvable(x64):
   for solver in ("cg", "exact"):
     settings = SolverSettings(solver, "hessian", damping=6.0, damping_ratio=None, tol=1e-12)
     result = solve(saddle(linear, -1.0), v, settings, linear.data)
-    wanted = np.linalg.solve(h + 6.0 * np.eye(FEATURES), algebra.ravel(v).T).T
-    np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-9)
+    wanted = np.linalg.solve(h + 6.0 * np.eye(FEATURES), tree_math.ravel(v).T).T
+    np.testing.assert_allclose(tree_math.ravel(result.solution), wanted, rtol=1e-9)
     assert result.info["damping_ratio"] is None
 
 
@@ -319,7 +324,7 @@ def test_no_curvature_at_all_leaves_the_damping(solver, x64):
   v = random_queries(linear)
   settings = SolverSettings(solver, "hessian", damping=0.5, damping_ratio=None)
   result = solve(saddle(linear, 0.0), v, settings, linear.data)
-  np.testing.assert_allclose(algebra.ravel(result.solution), algebra.ravel(v) / 0.5, rtol=1e-2)
+  np.testing.assert_allclose(tree_math.ravel(result.solution), tree_math.ravel(v) / 0.5, rtol=1e-2)
   with pytest.raises(UserError, match="give an absolute damping"):
     solve(saddle(linear, 0.0), v, SolverSettings(solver, "hessian"), linear.data)
 
@@ -350,13 +355,13 @@ def test_both_paths_score_alike_and_put_each_example_in_its_row(x64):
   order = np.random.default_rng(5).permutation(N)
   x, y = linear.x["train"], linear.y["train"]
   mixed = lambda: ((order[i : i + 90], points(x, y, order[i : i + 90], 90)) for i in range(0, N, 90))  # noqa: E731
-  wanted = algebra.ravel(v) @ g.T
+  wanted = tree_math.ravel(v) @ g.T
   for path in ("jvp", "vmap", "auto"):
     found = linear.problem.scores(mixed, N, v, path)
     assert found.dtype == np.float32 and found.shape == (3, N)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
   stored = linear.problem.gradients(mixed, N)
-  np.testing.assert_allclose(algebra.ravel(stored), g, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(tree_math.ravel(stored), g, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(
     linear.problem.losses(mixed, N), np.logaddexp(0, x @ linear.w) - y * (x @ linear.w), rtol=1e-5, atol=1e-6
   )
@@ -404,10 +409,10 @@ def test_a_draw_in_two_parts_is_unbiased_and_a_function_of_its_key(x64):
   v, (h, _) = random_queries(linear, 1), dense(linear, "ggn")
   products = []
   for seed in range(400):
-    products.append(algebra.ravel(ihvp.fixed_matvec(curvature, [draw(jax.random.key(seed))])(v))[0])
+    products.append(tree_math.ravel(solvers.fixed_matvec(curvature, [draw(jax.random.key(seed))])(v))[0])
   error = np.std(products, axis=0) / np.sqrt(len(products))
-  assert np.all(np.abs(np.mean(products, axis=0) - (h @ algebra.ravel(v)[0])) < 4 * error)
-  assert np.all(error < 0.05 * np.linalg.norm(h @ algebra.ravel(v)[0]))
+  assert np.all(np.abs(np.mean(products, axis=0) - (h @ tree_math.ravel(v)[0])) < 4 * error)
+  assert np.all(error < 0.05 * np.linalg.norm(h @ tree_math.ravel(v)[0]))
 
 
 # ---- a transformer -------------------------------------------------------------------
@@ -431,10 +436,13 @@ class Dense(NamedTuple):
 def decoder():
   with jax.enable_x64(True):
     t = tiny.make_tiny("1,2", "all", jnp.float64, config=tiny.smaller_config())
-    problem = Problem(t.objective, t.sub, t.frozen, 4, model.sample_labels_fn(t.config, t.subtree))
+    problem = Problem(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
     stream, v = tiny_stream(t.batch), tiny.direction(t.sub, queries=2)
     batches = lambda: (batch for _, batch in stream())  # noqa: E731
-    h = {kind: ihvp.dense_matrix(ihvp.fixed_matvec(problem.curvature(kind), batches), v) for kind in ("ggn", "fisher")}
+    h = {
+      kind: solvers.dense_matrix(solvers.fixed_matvec(problem.curvature(kind), batches), v)
+      for kind in ("ggn", "fisher")
+    }
     yield Dense(t, problem, CurvatureData(stream, stream, lambda key: t.batch), v, h)
 
 
@@ -463,7 +471,7 @@ def ekfac_reference(d, fitted, damping, h):
   return np.concatenate([wanted[path].reshape(2, -1) for path in sizes], axis=1)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+@pytest.mark.parametrize("curvature", ["ggn", pytest.param("fisher", marks=pytest.mark.slow)])
 def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x64):
   d, h = decoder, decoder.h[curvature]
   settings = SolverSettings("ekfac", curvature, damping_ratio=0.05, seed=3)
@@ -474,15 +482,15 @@ def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x
   assert result.info["damping"] == pytest.approx(0.05 * largest, rel=0.02)
   assert result.info["fitted_lambda_max"] != pytest.approx(largest, rel=0.02)
   assert (result.info["curvature"], result.info["examples"]) == (curvature, 6)
-  fitted, damping = influence.fit_ekfac(d.problem, settings, d.data), result.info["damping"]
-  x = algebra.ravel(result.solution)
+  fitted, damping = fit_ekfac(d.problem, settings, d.data), result.info["damping"]
+  x = tree_math.ravel(result.solution)
   np.testing.assert_allclose(x, ekfac_reference(d, fitted, damping, h if curvature == "fisher" else None), rtol=1e-7)
-  error = algebra.ravel(d.v) - x @ (h + damping * np.eye(len(h)))
-  wanted = np.linalg.norm(error, axis=1) / np.linalg.norm(algebra.ravel(d.v), axis=1)
+  error = tree_math.ravel(d.v) - x @ (h + damping * np.eye(len(h)))
+  wanted = np.linalg.norm(error, axis=1) / np.linalg.norm(tree_math.ravel(d.v), axis=1)
   np.testing.assert_allclose(result.residual, wanted, rtol=1e-6)
-  assert np.all(result.residual < np.linalg.norm(algebra.ravel(d.v) @ h / damping, axis=1))
+  assert np.all(result.residual < np.linalg.norm(tree_math.ravel(d.v) @ h / damping, axis=1))
   seeded = [SolverSettings("ekfac", curvature, damping, None, seed=seed) for seed in (3, 4)]
-  one, other = (algebra.ravel(solve(d.problem, d.v, each, d.data).solution) for each in seeded)
+  one, other = (tree_math.ravel(solve(d.problem, d.v, each, d.data).solution) for each in seeded)
   assert np.array_equal(one, other) == (curvature == "fisher")  # the seed draws the ggn's labels
 
 
@@ -508,8 +516,8 @@ def test_cg_gives_the_dense_inverse_with_any_preconditioner(decoder, preconditio
   d, h, settings = decoder, decoder.h["ggn"], SolverSettings("cg", damping_ratio=0.01, depth=600, tol=1e-9)
   result = solve(d.problem, d.v, dataclasses.replace(settings, precondition=precondition), d.data)
   assert result.info["precondition"] == precondition and result.info["converged"]
-  wanted = np.linalg.solve(h + result.info["damping"] * np.eye(len(h)), algebra.ravel(d.v).T).T
-  np.testing.assert_allclose(algebra.ravel(result.solution), wanted, rtol=1e-6, atol=1e-7 * np.abs(wanted).max())
+  wanted = np.linalg.solve(h + result.info["damping"] * np.eye(len(h)), tree_math.ravel(d.v).T).T
+  np.testing.assert_allclose(tree_math.ravel(result.solution), wanted, rtol=1e-6, atol=1e-7 * np.abs(wanted).max())
   if precondition != "none":  # another path to the same answer
     plain = solve(d.problem, d.v, settings, d.data)
     assert not np.allclose(plain.curve[1][1], result.curve[1][1], rtol=1e-3)
@@ -517,7 +525,7 @@ def test_cg_gives_the_dense_inverse_with_any_preconditioner(decoder, preconditio
 
 def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, caplog, x64):
   d, settings = decoder, SolverSettings("ekfac", "fisher", seed=1)
-  data = dataclasses.replace(d.data, fit=ekfac_file.stored_fit(tmp_path / "ekfac", {"data": "tiny"}))
+  data = dataclasses.replace(d.data, fit=ekfac_store.stored_fit(tmp_path / "ekfac", {"data": "tiny"}))
 
   def again(problem=d.problem, data=data):
     caplog.clear()
@@ -533,7 +541,7 @@ def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, cap
   assert "factors of an earlier fit" in text
   tiny.assert_trees_equal(reused, first)
   # A file of another fit under this name, half a file, a flipped bit: a warning, a new fit, and the file is mended.
-  ekfac_file.save(tmp_path / "other.ekfac", influence.fit_ekfac(d.problem, settings, d.data), "of other weights")
+  ekfac_store.save(tmp_path / "other.ekfac", fit_ekfac(d.problem, settings, d.data), "of other weights")
   flipped = bytearray(stored)
   flipped[len(stored) // 2] ^= 1
   for bad in ((tmp_path / "other.ekfac").read_bytes(), stored[: len(stored) // 2], bytes(flipped)):
@@ -543,7 +551,7 @@ def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, cap
     tiny.assert_trees_equal(mended, first)
   moved = d.problem.at(jax.tree.map(lambda leaf: 1.01 * leaf, d.t.sub))
   again(moved)
-  other_data = dataclasses.replace(d.data, fit=ekfac_file.stored_fit(tmp_path / "ekfac", {"data": "other"}))
+  other_data = dataclasses.replace(d.data, fit=ekfac_store.stored_fit(tmp_path / "ekfac", {"data": "other"}))
   again(data=other_data)
   assert len(list((tmp_path / "ekfac").iterdir())) == 3 and path.read_bytes() == stored
 
@@ -563,16 +571,17 @@ def test_an_example_without_response_scores_exactly_0():
   assert problem.losses(stream, len(tiny.ROLES))[tiny.NO_RESPONSE] == 0
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing(caplog):
   t = tiny.make_tiny()
-  problem = Problem(t.objective, t.sub, t.frozen, 4, model.sample_labels_fn(t.config, t.subtree))
+  problem = Problem(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))
   others = tiny.make_batch(t.config, [4, 2, 1, 0, 5, 3])
   moved = jax.tree.map(lambda leaf: 1.01 * leaf, t.sub)
-  every = [name for name in influence.SOLVERS if name != "exact"]
+  every = [name for name in SOLVERS if name != "exact"]
 
   def compiled(problem, batch, seed):
     stream = tiny_stream(batch)
-    data = CurvatureData(stream, stream, influence.even_draw(np.arange(6), 6, lambda rows: batch))
+    data = CurvatureData(stream, stream, even_draw(np.arange(6), 6, lambda rows: batch))
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
       v = problem.mean_gradient(stream)
@@ -626,11 +635,11 @@ def planted():
   config, shape = tiny.make_config(), Shape(8, 4)
   params = tiny.make_params(config)
   chosen = subtree.make_subtree(params, "last:2", "all")
-  relabel = model.sample_labels_fn(config, chosen)
-  problem = Problem(model.make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
+  relabel = sample_labels_fn(config, chosen)
+  problem = Problem(make_objective(config, chosen), *subtree.split(params, chosen), None, relabel)
   batcher, evals = Batcher(train, (shape,)), Batcher(evaluation_set, (shape,))
   stream = lambda: batcher.sequential(128)  # noqa: E731
-  draw = influence.even_draw(np.arange(len(right)), 16, lambda rows: batcher.batch(rows, shape, 16))
+  draw = even_draw(np.arange(len(right)), 16, lambda rows: batcher.batch(rows, shape, 16))
   for _ in range(30):  # as fine-tuning leaves it: how often each answer comes is learnt, which answer is right is not
     step = problem.mean_gradient(stream)
     problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 0.3 * d[0], problem.sub, step))
@@ -646,7 +655,7 @@ def test_planted_rows_outrank_rows_with_shuffled_answers(planted, solver, least)
   query = planted.problem.mean_gradient(planted.evaluation)
   result = solve(planted.problem, query, settings, planted.data)
   scores = planted.problem.scores(planted.train, len(planted.right), result.solution)[0]
-  assert evaluation.roc_auc(scores, planted.right).mean > least
+  assert statistics.roc_auc(scores, planted.right).mean > least
 
 
 @pytest.mark.parametrize("solver", ["cg", "lissa", "low_rank", "datainf", "ekfac"])

@@ -13,14 +13,14 @@ import fsspec
 import pytest
 from fsspec.registry import _registry as fsspec_registry
 
-from in2core_jax import files, locks
-from in2core_jax.artifacts import RunDir
 from in2core_jax.errors import UserError
+from in2core_jax.runs import files, locks
+from in2core_jax.runs.run_folder import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
-from in2core_jax import locks
+from in2core_jax.runs import locks
 from in2core_jax.errors import UserError
 locks.PATIENCE = 0.0
 try:

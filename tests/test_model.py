@@ -11,8 +11,13 @@ import pytest
 import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import adapters, batches, boundary, files, gradients, model, subtree
+from in2core_jax import gradients
+from in2core_jax.data import batches
 from in2core_jax.errors import UserError
+from in2core_jax.model import decoder, hidden_cache, objective
+from in2core_jax.model.objective import head_chunk, head_ggn, make_objective, token_nll, token_nlls
+from in2core_jax.params import adapters, subtree
+from in2core_jax.runs import files
 
 LLAMA3 = (
   ("factor", 8.0),
@@ -122,8 +127,8 @@ def test_curvature_of_the_head_is_right_for_many_queries():
   rng = np.random.default_rng(0)
   matrix = jnp.asarray(0.05 * rng.standard_normal((49152, 32), "f4"))
   z, dz = jnp.asarray(rng.standard_normal((400, 32), "f4")), jnp.asarray(rng.standard_normal((12, 400, 32), "f4"))
-  many = jax.jit(jax.vmap(model._head_ggn, (None, 0, None)))(z, dz, matrix)
-  one = jax.jit(model._head_ggn)
+  many = jax.jit(jax.vmap(head_ggn, (None, 0, None)))(z, dz, matrix)
+  one = jax.jit(head_ggn)
   for query in (0, 1, 11):
     alone = one(z, dz[query], matrix)
     np.testing.assert_allclose(many[query], alone, rtol=1e-4, atol=1e-5 * float(jnp.abs(alone).max()))
@@ -131,17 +136,17 @@ def test_curvature_of_the_head_is_right_for_many_queries():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_plain_decoder(name, x64, monkeypatch):
-  monkeypatch.setattr(model, "SHORTEST_RUN", 3)  # 13 tokens in three runs of four and one of one
+  monkeypatch.setattr(decoder, "SHORTEST_RUN", 3)  # 13 tokens in three runs of four and one of one
   config = tiny.make_config(**CONFIGS[name])
   params = tiny.make_params(config, jnp.float64)
   tokens = tiny.make_batch(config).tokens[:2]
-  found = jax.jit(lambda p, t: model.logits(config, p, t))(params, tokens)
+  found = jax.jit(lambda p, t: decoder.logits(config, p, t))(params, tokens)
   assert found.dtype == jnp.float64
   wanted = np.stack([logits_in_numpy(config, params, row) for row in tokens])
   np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-10)
   plain = tiny.make_config(**{key: value for key, value in CONFIGS[name].items() if key in ("head_dim", "rope_theta")})
   if name in ("sliding window", "llama3 rope", "linear rope"):  # the option matters at these lengths
-    assert np.abs(found - model.logits(plain, params, tokens)).max() > 1e-3
+    assert np.abs(found - decoder.logits(plain, params, tokens)).max() > 1e-3
 
 
 @pytest.mark.parametrize("field", tiny.GEMMA3)
@@ -151,11 +156,11 @@ def test_every_trait_of_gemma3_matters(field, x64):
   params = tiny.make_params(config, jnp.float64)
   tokens = tiny.make_batch(config).tokens[:1]
   other = dataclasses.replace(config, **{field: plain})
-  assert np.abs(model.logits(config, params, tokens) - model.logits(other, params, tokens)).max() > 1e-3
+  assert np.abs(decoder.logits(config, params, tokens) - decoder.logits(other, params, tokens)).max() > 1e-3
 
 
 def test_a_vocabulary_of_a_quarter_million_gets_shorter_chunks():
-  assert [model.head_chunk(size) for size in (37, 49152, 262144)] == [512, 512, 96]
+  assert [head_chunk(size) for size in (37, 49152, 262144)] == [512, 512, 96]
 
 
 def test_llama3_frequencies_have_all_three_cases(x64):
@@ -165,7 +170,7 @@ def test_llama3_frequencies_have_all_three_cases(x64):
   assert frequencies[0] == unscaled[0]
   assert unscaled[1] / 8 < frequencies[1] < unscaled[1]
   np.testing.assert_allclose(frequencies[2:], unscaled[2:] / 8)
-  cos, sin = model.rotary_tables(config, 9, jnp.float64)
+  cos, sin = decoder.rotary_tables(config, 9, jnp.float64)
   angle = np.arange(9)[:, None] * frequencies
   np.testing.assert_allclose(cos, np.cos(angle), atol=1e-14)
   np.testing.assert_allclose(sin, np.sin(angle), atol=1e-14)
@@ -176,7 +181,7 @@ def test_lora_and_sketch_factors_add_to_the_kernel(x64):
   params = tiny.make_params(config, jnp.float64, lora=2, sketch=3)
   params = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + 0.1 if path[-1].key == "core" else leaf, params)
   tokens = tiny.make_batch(config).tokens[:1]
-  found = model.logits(config, params, tokens)
+  found = decoder.logits(config, params, tokens)
   np.testing.assert_allclose(found[0], logits_in_numpy(config, params, tokens[0]), rtol=1e-9, atol=1e-10)
 
 
@@ -189,12 +194,12 @@ def test_impossible_shapes_are_refused(changes):
 def test_unknown_rope_scaling_is_refused():
   config = tiny.make_config(rope_scaling=(("rope_type", "yarn"),))
   with pytest.raises(UserError, match="'yarn' is not supported; known: default, linear, llama3"):
-    model.rotary_tables(config, 4, jnp.float32)
+    decoder.rotary_tables(config, 4, jnp.float32)
 
 
 def test_fresh_parameters_have_the_contract_tree():
   config = tiny.make_config(tie_embeddings=False, attention_bias=True)
-  params = model.init_params(config, jax.random.key(0), jnp.bfloat16)
+  params = decoder.init_params(config, jax.random.key(0), jnp.bfloat16)
   assert jax.tree.structure(params) == jax.tree.structure(tiny.make_params(config))
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
   kernel = params["layers"]["mlp"]["up_proj"]["kernel"].astype(jnp.float32)
@@ -218,7 +223,7 @@ def test_losses_are_those_of_all_logits_for_any_subtree(name, x64):
   t = tiny.make_tiny(layers, modules, jnp.float64, tiny.make_config(**changes))
   found = jax.jit(lambda s, f, b: tiny.gradients.per_example_losses(t.objective, s, f, b))(t.sub, t.frozen, t.batch)
   np.testing.assert_allclose(found, tiny.plain_losses(t.config, t.params, t.batch), rtol=1e-10, atol=1e-12)
-  tokens = model.token_nlls(t.config, t.subtree, t.sub, t.frozen, t.batch)
+  tokens = token_nlls(t.config, t.subtree, t.sub, t.frozen, t.batch)
   assert tokens.shape == t.batch.weight.shape
   np.testing.assert_allclose(jnp.sum(tokens * t.batch.weight, axis=-1), found, rtol=1e-10, atol=1e-12)
   assert not np.any(np.asarray(tokens)[t.batch.weight == 0])
@@ -235,8 +240,8 @@ def test_another_machine_may_write_the_same_boundary_cache(tmp_path, monkeypatch
   """On a file system that several see, where process numbers say nothing: here both have the same one."""
   t, file = tiny.make_tiny(), tmp_path / "train.bin"
   dataset = tiny.make_dataset(t.config.vocab_size)
-  job = boundary.BoundaryJob(t.config, t.subtree, t.frozen)
-  wanted = boundary.compute_boundary(job, dataset).values
+  job = hidden_cache.BoundaryJob(t.config, t.subtree, t.frozen)
+  wanted = hidden_cache.compute_boundary(job, dataset).values
   elsewhere = tmp_path / f".train.bin.00000000-{os.getpid()}-0a1b2c3d{files.TEMPORARY}"
   killed = tmp_path / f".train.bin.{files._MACHINE}-{os.getpid()}-0a1b2c3d{files.TEMPORARY}"
   for left in (elsewhere, killed):
@@ -245,17 +250,17 @@ def test_another_machine_may_write_the_same_boundary_cache(tmp_path, monkeypatch
   def meanwhile(batches, total):
     with monkeypatch.context() as patch:
       patch.setattr(files, "_MACHINE", "0badcafe")
-      np.testing.assert_array_equal(boundary.compute_boundary(job, dataset, file).values, wanted)
+      np.testing.assert_array_equal(hidden_cache.compute_boundary(job, dataset, file).values, wanted)
     return batches
 
-  found = boundary.compute_boundary(dataclasses.replace(job, track=meanwhile), dataset, file)
+  found = hidden_cache.compute_boundary(dataclasses.replace(job, track=meanwhile), dataset, file)
   np.testing.assert_array_equal(found.values, wanted)
   assert {path.name for path in tmp_path.iterdir()} == {file.name, f"{file.name}.sha256", elsewhere.name}
 
 
 def test_the_boundary_cache_may_be_narrower_than_the_weights():
   t = tiny.make_tiny()
-  hidden = model.run_below(t.config, t.subtree, t.frozen, t.batch.tokens)
+  hidden = decoder.run_below(t.config, t.subtree, t.frozen, t.batch.tokens)
   narrow = t.batch._replace(hidden=hidden.astype(jnp.bfloat16))
   z = t.objective.outputs(t.sub, t.frozen, narrow)
   assert z.dtype == jnp.float32
@@ -273,7 +278,7 @@ def measured():
   @jax.jit
   def measure(batch):
     losses, pull = jax.vjp(lambda s: tiny.gradients.per_example_losses(t.objective, s, t.frozen, batch), t.sub)
-    return losses, model.token_nlls(t.config, t.subtree, t.sub, t.frozen, batch), pull(jnp.ones_like(losses))[0]
+    return losses, token_nlls(t.config, t.subtree, t.sub, t.frozen, batch), pull(jnp.ones_like(losses))[0]
 
   return t, measure
 
@@ -354,8 +359,8 @@ def test_right_padding_moves_nothing_beyond_rounding(x64):
 def head_derivatives(z, dz, matrix, target):
   """Value, gradient, jvp and the product of the Hessian with dz, of a weighted sum of token losses."""
   weight = jnp.arange(1.0, len(target) + 1).astype(z.dtype)
-  total = lambda z: jnp.sum(weight * model.token_nll(z, matrix, target))  # noqa: E731
-  jvp = jax.jvp(lambda z: model.token_nll(z, matrix, target), (z,), (dz,))[1]
+  total = lambda z: jnp.sum(weight * token_nll(z, matrix, target))  # noqa: E731
+  jvp = jax.jvp(lambda z: token_nll(z, matrix, target), (z,), (dz,))[1]
   return total(z), jax.grad(total)(z), jvp, jax.jvp(jax.grad(total), (z,), (dz,))[1]
 
 
@@ -376,7 +381,7 @@ def test_the_head_in_chunks_is_the_head_in_one(chunk, monkeypatch, x64):
     (slope * dz).sum(-1),
     weight[:, None] * product,
   )
-  monkeypatch.setattr(model, "HEAD_CHUNK", chunk)
+  monkeypatch.setattr(objective, "HEAD_CHUNK", chunk)
   found = jax.jit(lambda *args: head_derivatives(*args))(z, dz, matrix, target)
   for got, want in zip(found, wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
@@ -389,10 +394,10 @@ def test_the_head_in_chunks_is_the_head_in_one(chunk, monkeypatch, x64):
 
 
 def test_no_array_of_all_logits_lives_outside_a_chunk(monkeypatch):
-  monkeypatch.setattr(model, "HEAD_CHUNK", 8)
+  monkeypatch.setattr(objective, "HEAD_CHUNK", 8)
   z, target = jnp.ones((64, 6)), jnp.zeros(64, jnp.int32)
   matrix = jnp.ones((1024, 6))
-  value_and_slope = jax.value_and_grad(lambda z: jnp.sum(model.token_nll(z, matrix, target)))
+  value_and_slope = jax.value_and_grad(lambda z: jnp.sum(token_nll(z, matrix, target)))
   memory = jax.jit(value_and_slope).lower(z).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 64 * 1024 * 4  # one [64, V] array; a chunk needs an eighth of it, a few times
 
@@ -407,7 +412,7 @@ def test_bfloat16_weights_reduce_in_float32():
   losses = [tiny.gradients.per_example_losses(t.objective, t.sub, t.frozen, t.batch) for t in (wide, narrow)]
   assert losses[1].dtype == jnp.float32
   np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
-  assert model.logits(narrow.config, narrow.params, narrow.batch.tokens).dtype == jnp.float32
+  assert decoder.logits(narrow.config, narrow.params, narrow.batch.tokens).dtype == jnp.float32
 
 
 def equations(jaxpr):
@@ -434,15 +439,17 @@ def test_bfloat16_sums_over_positions_are_added_up_in_float32():
   assert [e for e in narrow if e.primitive.name != "scatter-add" or e.outvars[0].aval.shape not in (hidden, flat)] == []
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("layers", ["last:2", "all"])
+@pytest.mark.parametrize(
+  ("layers", "groups"),
+  [("last:2", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("last:2", 1), ("all", 1), ("all", 2)))],
+)
 def test_flat_response_slots_change_nothing(layers, groups):
   """Computing only the filled response slots gives the losses, gradients and products of computing all of them."""
-  config = model.ModelConfig(61, 16, 24, 3, 4, 2, 4)
-  params = model.init_params(config, jax.random.key(0))
+  config = decoder.ModelConfig(61, 16, 24, 3, 4, 2, 4)
+  params = decoder.init_params(config, jax.random.key(0))
   tree = subtree.make_subtree(params, layers, "all")
   sub, frozen = subtree.split(params, tree)
-  objective = model.make_objective(config, tree)
+  objective = make_objective(config, tree)
   rng = np.random.default_rng(0)
   lengths, answers = rng.integers(4, 12, 6), rng.integers(0, 4, 6)
   tokens = [rng.integers(0, 61, n).astype(np.int32) for n in lengths]
@@ -466,11 +473,11 @@ def test_flat_response_slots_change_nothing(layers, groups):
 
 
 def test_adapter_gradients_are_the_per_example_gradients():
-  config = model.ModelConfig(61, 16, 24, 3, 4, 2, 4)
-  params = adapters.add_sketch(model.init_params(config, jax.random.key(0)), 5, jax.random.key(1))
+  config = decoder.ModelConfig(61, 16, 24, 3, 4, 2, 4)
+  params = adapters.add_sketch(decoder.init_params(config, jax.random.key(0)), 5, jax.random.key(1))
   tree = subtree.make_subtree(params, "last:2", "sketch")
   sub, frozen = subtree.split(params, tree)
-  objective = model.make_objective(config, tree)
+  objective = make_objective(config, tree)
   rng = np.random.default_rng(1)
   tokens = [rng.integers(0, 61, 9).astype(np.int32) for _ in range(3)]
   masks = [np.arange(9) >= 9 - n for n in (2, 0, 4)]

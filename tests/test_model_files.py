@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from test_weights import CONFIG, VARIANTS, edit_config, edit_tensors, make_params, shard, write_gguf
 
-from in2core_jax import gguf_file, hf_config, model_files, weights
 from in2core_jax.errors import UserError
+from in2core_jax.model import gguf_file, hf_config, model_files, weights
 
 LLAMA, GEMMA3, MISTRAL, QWEN2 = (
   hf_config.write_config(VARIANTS[name], "float32") for name in ("llama", "gemma3", "window", "biases")

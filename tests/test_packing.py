@@ -13,10 +13,13 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from in2core_jax import gradients, model, packing, sharding
-from in2core_jax.batches import Batch
+from in2core_jax import gradients
+from in2core_jax.data import packing
+from in2core_jax.data.batches import Batch
+from in2core_jax.data.packing import PackedShape, Packer
 from in2core_jax.errors import UserError
-from in2core_jax.packing import PackedShape, Packer
+from in2core_jax.model import decoder
+from in2core_jax.parallel import sharding
 
 
 @settings(deadline=None, max_examples=60)
@@ -55,19 +58,19 @@ def test_best_fit_finds_the_perfect_packing():
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, tiny.GEMMA3], ids=["plain", "window", "gemma 3"])
 def test_packed_examples_see_only_themselves(x64, changes, monkeypatch):
-  monkeypatch.setattr(model, "SHORTEST_RUN", 2)  # rows of nine in three runs of queries
+  monkeypatch.setattr(decoder, "SHORTEST_RUN", 2)  # rows of nine in three runs of queries
   config = tiny.make_config(**changes)
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.make_params(config))
   tokens = [np.random.default_rng(i).integers(0, config.vocab_size, n) for i, n in enumerate([5, 3, 8, 1, 6])]
   plan = [(9, 3, [[2, 3], [0, 1], [4]])]
   (rows,) = packing.packed_batches(tokens, plan, pad_id=1)
-  hidden = model.run_layers(
-    config, params["layers"], model.embed(config, params, rows.tokens), jnp.asarray(rows.offsets)
+  hidden = decoder.run_layers(
+    config, params["layers"], decoder.embed(config, params, rows.tokens), jnp.asarray(rows.offsets)
   )
   assert jnp.all(jnp.isfinite(hidden))
   flat = hidden.reshape(-1, config.hidden_size)
   for example, place in zip(rows.examples, rows.places, strict=True):
-    alone = model.run_layers(config, params["layers"], model.embed(config, params, tokens[example][None]))[0]
+    alone = decoder.run_layers(config, params["layers"], decoder.embed(config, params, tokens[example][None]))[0]
     np.testing.assert_allclose(flat[place : place + len(alone)], alone, rtol=1e-10, atol=1e-12)
 
 
@@ -223,7 +226,7 @@ def test_any_number_of_examples_can_be_cut_into_batches():
 
 def test_shuffled_is_the_same_in_another_process():
   code = (
-    "import types, numpy as np\nfrom in2core_jax.packing import Packer\n"
+    "import types, numpy as np\nfrom in2core_jax.data.packing import Packer\n"
     "d = types.SimpleNamespace(tokens=[np.zeros(3 + i % 9, np.int32) for i in range(20)],"
     " response_mask=[np.zeros(3 + i % 9, bool) for i in range(20)], ids=list(range(20)))\n"
     "print([cells for _, cells in Packer(d).shuffled_plan(4, 7, 3)])"
@@ -236,8 +239,10 @@ def test_shuffled_is_the_same_in_another_process():
   assert printed == {f"{[cells for _, cells in Packer(scope['d']).shuffled_plan(4, 7, 3)]}\n"}
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+  ("groups", "cached"),
+  [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (1, True), (2, False)))],
+)
 def test_losses_gradients_and_products_are_those_of_a_row_each(x64, groups, cached):
   t = tiny.make_tiny(dtype=jnp.float64)
   dataset = tiny.make_dataset(t.config.vocab_size)
@@ -248,7 +253,7 @@ def test_losses_gradients_and_products_are_those_of_a_row_each(x64, groups, cach
   alone = tiny.make_batch(t.config)
   batch, alone = (jax.tree.map(jnp.asarray, b) for b in (batch, alone))
   if cached:
-    hidden = model.run_below(t.config, t.subtree, t.frozen, batch.tokens, batch.offsets)
+    hidden = decoder.run_below(t.config, t.subtree, t.frozen, batch.tokens, batch.offsets)
     batch = batch._replace(hidden=hidden)
   there = np.flatnonzero(rows >= 0)
   v = tiny.direction(t.sub)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from in2core_jax import paired
 from in2core_jax.errors import UserError
-from in2core_jax.evaluation import confidence_interval
+from in2core_jax.evaluation import paired
+from in2core_jax.evaluation.statistics import confidence_interval
 
 TRUTH = 0.03  # nats that policy A is above B for an example of log length 3; longer ones differ by TILT more
 TILT = 0.02

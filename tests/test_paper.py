@@ -14,10 +14,13 @@ import pytest
 from absl import flags as absl_flags
 from safetensors.numpy import save_file
 
-from experiments import cli, paper, workbench
-from experiments.flags import Settings
-from in2core_jax import coverage, data
+from experiments.paper import paper
+from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import coverage
+from in2core_jax.pipeline import session
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import stopping
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Stands for an experiment: counts its starts, keeps a file from start to start, writes a table and its devices.
@@ -296,7 +299,7 @@ def test_commands_get_what_was_given_and_work_alone(tmp_path):
   # A default that was asked for undoes a flagfile, and is not said where there is nothing to undo.
   assert paper.given(step, Settings(), ("boundary_cache", "dtype", "seed")) == ["--boundary_cache=auto"]
   assert parsed(paper.command(step, full, ("dtype",))[4:])["dtype"] == "float32"
-  assert set(paper.HOW_FAST) < set(workbench._WHERE_AND_HOW_FAST)
+  assert set(paper.HOW_FAST) < set(session._WHERE_AND_HOW_FAST)
 
 
 def test_the_full_preset_means_all_data_layers_and_modules():
@@ -320,7 +323,7 @@ def test_the_full_preset_means_all_data_layers_and_modules():
   assert found["transfer"]["score_models"].count(";") == 2  # changes of the step that are no sizes stay
   assert found["study-mixed"]["eval_topics"] == "trivia"
   # The folds fit the topics of the whole corpus.
-  train, evals, _ = data.split_records(data.load_records("chatterbot"), (0.7, 0.15, 0.15))
+  train, evals, _ = tokenizing.split_records(tokenizing.load_records("chatterbot"), (0.7, 0.15, 0.15))
   topics = {record.topic for record in train} & {record.topic for record in evals}
   own = found["coverage"]
   folds = coverage.deal_topics(sorted(topics), int(own["hold_out_topics"]), int(own["folds"]), 0)
@@ -436,11 +439,11 @@ def test_a_stop_lets_the_experiment_save_and_keeps_the_seconds(made, monkeypatch
       while_running.append(made.note("first"))
       os.kill(os.getpid(), signal.SIGTERM)
 
-  before = signal.signal(signal.SIGTERM, cli._terminate), signal.signal(signal.SIGALRM, stop_when_ready)
+  before = signal.signal(signal.SIGTERM, stopping.terminate), signal.signal(signal.SIGALRM, stop_when_ready)
   signal.setitimer(signal.ITIMER_REAL, 0.02)
   began = time.monotonic()
   try:
-    with pytest.raises(cli.Terminated):
+    with pytest.raises(stopping.Terminated):
       paper.run(made.settings)
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)

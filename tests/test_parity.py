@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from in2core_jax import assets, batches, data, gradients, model, subtree, weights
-from in2core_jax.records import Record
+from in2core_jax import gradients
+from in2core_jax.data import assets, batches, tokenizing
+from in2core_jax.data.records import Record
+from in2core_jax.model import decoder, weights
+from in2core_jax.model.objective import make_objective
+from in2core_jax.params import subtree
 
 REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
 PROMPTS = json.loads((REFERENCE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
@@ -45,7 +49,7 @@ def gemma3_logits(gemma3):
 
 
 def logits_fn(config, params):
-  run = jax.jit(lambda params, tokens: model.logits(config, params, tokens))
+  run = jax.jit(lambda params, tokens: decoder.logits(config, params, tokens))
 
   def logits(ids):
     tokens = np.zeros((1, next(length for length in LENGTHS if length >= len(ids))), np.int32)
@@ -90,7 +94,7 @@ def test_curvature_products_of_many_queries_are_those_of_each(embedded):
     *(tokens, None, positions, np.take_along_axis(tokens, positions + 1, 1), np.full((2, 12), 1 / 12, np.float32)),
     np.ones(2, np.float32),
   )
-  objective = model.make_objective(config, chosen)
+  objective = make_objective(config, chosen)
   v = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal((12, *leaf.shape), np.float32)), sub)
   for product in gradients.CURVATURE_PRODUCTS.values():
     if product is gradients.hessian_product:
@@ -144,7 +148,7 @@ def assert_greedy(logits, greedy):
 @pytest.mark.real
 def test_gemma3_conversations_are_tokenised_as_by_sentencepiece(gemma3):
   records = [Record(prompt["name"], tuple(prompt["messages"]), "", "{}", "memory", 1) for prompt in GEMMA3_PROMPTS]
-  dataset = data.tokenize(records, gemma3[2], 500)
+  dataset = tokenizing.tokenize(records, gemma3[2], 500)
   for prompt, tokens, mask in zip(GEMMA3_PROMPTS, dataset.tokens, dataset.response_mask, strict=True):
     assert gemma3[2].decode(tokens) == prompt["text"]
     assert tokens.tolist() == prompt["token_ids"], prompt["name"]
@@ -175,7 +179,7 @@ def assert_losses(config, params, short):
     weight[row, : len(slots)] = 1 / len(slots)
   batch = batches.Batch(tokens, None, position, target, weight, np.ones(len(short), np.float32))
   chosen = subtree.make_subtree(params, "last:8")
-  objective = model.make_objective(config, chosen)
+  objective = make_objective(config, chosen)
   losses = jax.jit(lambda sub, frozen: objective.losses(objective.outputs(sub, frozen, batch), frozen, batch))
   expected = [prompt["response_mean_nll"] for prompt in short]
   np.testing.assert_allclose(losses(*subtree.split(params, chosen)), expected, rtol=1e-5)
@@ -190,7 +194,7 @@ def test_tiny_model_matches_pytorch(name, tmp_path):
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
 
   config, params = weights.load_hf_dir(tmp_path)
-  ours = np.asarray(model.logits(config, params, jnp.asarray(entry["token_ids"])))
+  ours = np.asarray(decoder.logits(config, params, jnp.asarray(entry["token_ids"])))
   with np.load(REFERENCE / "tiny.npz") as stored:
     expected = stored[name]
   np.testing.assert_allclose(ours, expected, rtol=0, atol=4.3e-6 * np.abs(expected).max())
@@ -214,7 +218,7 @@ def test_exports_are_read_by_pytorch_and_by_us(name, tmp_path):
 
   config, params = weights.load_hf_dir(out)
   assert config == read and config.carried == read.carried
-  ours = np.asarray(model.logits(config, params, jnp.asarray(entry["token_ids"])))
+  ours = np.asarray(decoder.logits(config, params, jnp.asarray(entry["token_ids"])))
   with np.load(REFERENCE / "exports.npz") as stored:
     expected = stored[name]
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -13,13 +13,15 @@ import pytest
 import tiny
 from fsspec.registry import _registry as fsspec_registry
 
-from experiments import evaluate, finetune, select, workbench
 from experiments import flags as flags_lib
-from experiments.resuming import Work
-from experiments.scoring import score
-from experiments.workbench import choose
-from in2core_jax import artifacts, files, ihvp, processes, sharding
 from in2core_jax.errors import UserError
+from in2core_jax.ihvp import solvers
+from in2core_jax.parallel import processes, sharding
+from in2core_jax.pipeline import evaluate, finetune, select, session
+from in2core_jax.pipeline.scoring import score
+from in2core_jax.pipeline.session import choose
+from in2core_jax.runs import files, run_folder
+from in2core_jax.runs.unfinished import Work
 
 quick_compile = tiny.quick_compile
 # Nothing divides: a width of 20 not by 8, 37 examples by no number of devices.
@@ -146,7 +148,7 @@ def settings(tmp_path_factory):
   return tiny.run_settings(tmp_path_factory.mktemp("processes"), CONFIG, **FLAGS)
 
 
-class Workbench(workbench.Workbench):
+class Workbench(session.Workbench):
   """On as many of the simulated devices as `--mesh` says."""
 
   @property
@@ -171,7 +173,7 @@ def on_mesh(bench, spec):
 
 def scored_on(bench, folder, **changes):
   chosen = choose(bench, bench.params, bench.settings.layers, bench.settings.modules)
-  return chosen, score(bench, bench.settings.replace(**changes), chosen, Work(artifacts.RunDir.open(folder, {})))
+  return chosen, score(bench, bench.settings.replace(**changes), chosen, Work(run_folder.RunDir.open(folder, {})))
 
 
 def bytes_on_first_device(tree):
@@ -190,8 +192,8 @@ def alone(bench, tmp_path_factory):
 @pytest.mark.parametrize("spec", ["data:2,fsdp:2", "fsdp:8"])
 def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, monkeypatch):
   wide = on_mesh(bench, spec)
-  to_arrays, states = ihvp.state_to_arrays, []
-  monkeypatch.setattr(ihvp, "state_to_arrays", lambda state: states.append(state) or to_arrays(state))
+  to_arrays, states = solvers.state_to_arrays, []
+  monkeypatch.setattr(solvers, "state_to_arrays", lambda state: states.append(state) or to_arrays(state))
   chosen, found = scored_on(wide, tmp_path)
   scale = np.abs(alone.influence).max()
   np.testing.assert_allclose(found.influence, alone.influence, rtol=0, atol=1e-5 * scale)
@@ -221,6 +223,7 @@ def test_cg_on_a_mesh_gives_the_scores_of_one_device(bench, tmp_path):
 # ---- run folders on an object store
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path, caplog):
   """fsspec's store in memory stands for the one behind gs://; only what is read at random stays on the local disk."""
@@ -239,7 +242,7 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
   there = {path.split("bucket/runs/")[1].rsplit("/", 1)[0] for path in memory.store}
   stores = {path for path in there if path.startswith("projected/")}
   assert {"a", "a/plots", "ekfac"} <= there and stores and not [path for path in there if "boundary" in path]
-  assert len(artifacts.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.parts["train"])
+  assert len(run_folder.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.parts["train"])
   written = dict(memory.store)
   select.run(cloudy.settings, cloudy)  # finished already
   assert memory.store.keys() == written.keys() and all(memory.store[path] is written[path] for path in written)
@@ -276,9 +279,9 @@ def main(_) -> None:
       assert str(path).endswith(".shard"), f"process 1 writes {path}"
       write(path, data)
 
-    files.write_bytes = artifacts.write_bytes = only_shards
+    files.write_bytes = run_folder.write_bytes = only_shards
   s = flags_lib.read()
-  stages(s, workbench.Workbench(s))
+  stages(s, session.Workbench(s))
 
 
 def worker() -> None:
@@ -289,6 +292,7 @@ def worker() -> None:
   cli.run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
   job = settings.replace(run_dir=str(tmp_path / "two"), mesh="data:4,fsdp:2")
@@ -300,7 +304,7 @@ def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
   stages(settings.replace(run_dir=str(tmp_path / "one")), bench)
   folders = {name: tmp_path / name for name in ("one", "two")}
   for name, tolerance in (("select", 1e-5), ("select-cg", 1e-4)):
-    one, two = (artifacts.read_scores(folder / name / "scores.parquet") for folder in folders.values())
+    one, two = (run_folder.read_scores(folder / name / "scores.parquet") for folder in folders.values())
     scale = np.abs(one["influence"]).max()
     np.testing.assert_allclose(two["influence"], one["influence"], rtol=0, atol=tolerance * scale)
     np.testing.assert_array_equal(two["selected"], one["selected"])
@@ -308,8 +312,8 @@ def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
   assert [json.loads(line)["step"] for line in two] == [1, 2, 3, 4]
   losses = [[json.loads(line)["loss"] for line in lines] for lines in (one, two)]
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-  one, two = (artifacts.read_json(folder / "evaluate/evaluation.json") for folder in folders.values())
+  one, two = (run_folder.read_json(folder / "evaluate/evaluation.json") for folder in folders.values())
   assert two["base_perplexity"] == pytest.approx(one["base_perplexity"], rel=1e-5)
   for row, other in zip(one["table"], two["table"], strict=True):
     assert other["perplexity"] == pytest.approx(row["perplexity"], rel=1e-3)
-  assert artifacts.read_json(tmp_path / "two/select/summary.json")["devices"]["num_processes"] == 2
+  assert run_folder.read_json(tmp_path / "two/select/summary.json")["devices"]["num_processes"] == 2

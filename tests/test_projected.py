@@ -15,11 +15,13 @@ import tiny
 from flax import traverse_util
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import adapters, evaluation, projected, subtree
-from in2core_jax.batches import Batcher, Layout, Shape
+from in2core_jax.data.batches import Batcher, Layout, Shape
 from in2core_jax.errors import UserError
-from in2core_jax.influence import Problem
-from in2core_jax.projected import Again, ProjectedStore, SketchSettings, make_sketch
+from in2core_jax.evaluation import statistics
+from in2core_jax.influence import projected
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.projected import Again, ProjectedStore, SketchSettings, make_sketch
+from in2core_jax.params import adapters, subtree
 
 IDENTITY = {"weights": "abc", "data": "def"}
 MODULES = ("attention/k_proj", "mlp/up_proj")
@@ -379,8 +381,8 @@ def test_self_agreement_is_the_rank_correlation_of_what_was_projected():
   scores[2] = 0
   again[2, 11:] = 0
   found = projected.self_agreement(scores, again)
-  np.testing.assert_allclose(found[:2], [evaluation.spearman(scores[q, 10:], again[q, 10:]) for q in range(2)])
-  assert abs(found[0] - evaluation.spearman(scores[0], again[0])) > 1e-3
+  np.testing.assert_allclose(found[:2], [statistics.spearman(scores[q, 10:], again[q, 10:]) for q in range(2)])
+  assert abs(found[0] - statistics.spearman(scores[0], again[0])) > 1e-3
   assert np.isnan(found[2])
   with pytest.raises(UserError):
     projected.self_agreement(scores, again[:, 1:])
@@ -409,7 +411,7 @@ def test_self_agreement_grows_with_the_size_and_is_kept_with_the_store(tmp_path)
     assert outcome == store.agreement == json.loads((tmp_path / str(size) / "self_agreement.json").read_text())
     assert (outcome["size"], outcome["seeds"], outcome["examples"]) == (size, [0, 1], 50)
     rows = np.unique(np.linspace(0, n - 1, 50).round().astype(int))
-    wanted = evaluation.spearman(store.scores(queries[0])[0, rows], (queries[1] @ features[1](rows).T)[0])
+    wanted = statistics.spearman(store.scores(queries[0])[0, rows], (queries[1] @ features[1](rows).T)[0])
     assert outcome["spearman"] == [outcome["mean"]] == [pytest.approx(wanted, abs=1e-6)]
     found[size] = outcome["mean"]
   print(found)

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from in2core_jax.data import data_summary, format_summary, tokenize, told_lines
+from in2core_jax.data.records import BadRecords, Item, content_key, to_records
+from in2core_jax.data.sources import load_records
+from in2core_jax.data.tokenizing import data_summary, format_summary, tokenize, told_lines
 from in2core_jax.errors import UserError
-from in2core_jax.records import BadRecords, Item, content_key, to_records
-from in2core_jax.sources import load_records
 from tests.tiny import make_tokenizer
 
 

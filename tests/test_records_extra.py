@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from in2core_jax.data.file_kinds import check_data_file
+from in2core_jax.data.records import BadRecords, Item, to_records
 from in2core_jax.errors import UserError
-from in2core_jax.file_kinds import check_data_file
-from in2core_jax.records import BadRecords, Item, to_records
 
 RECORD_KEYS = (
   *("messages", "conversations", "instruction", "input", "output", "prompt", "response", "completion", "history"),

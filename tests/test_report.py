@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from in2core_jax import report
 from in2core_jax.errors import UserError
+from in2core_jax.report import table_text
+from in2core_jax.report.markdown import retrain_report_markdown, score_histogram_text, select_report_markdown
+from in2core_jax.report.plots import curve_plot, figure_bytes, perplexity_plot, residual_plot, score_histogram_plot
 
 HOSTILE = [
   "<script>alert(1)</script>",
@@ -49,29 +51,29 @@ def shown(html):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_as_it_is(text):
-  html = render(report.escape_markdown(text))
+  html = render(table_text.escape_markdown(text))
   assert re.findall(r"<[^>]*>", html) == ["<p>", "</p>"]  # a paragraph, and nothing else
-  assert shown(html) == report.plain_line(text)
-  cell = render(report.markdown_table([{"a": text, "b": 1}]))
+  assert shown(html) == table_text.plain_line(text)
+  cell = render(table_text.markdown_table([{"a": text, "b": 1}]))
   assert len(re.findall("<td", cell)) == 2 and len(re.findall("<tr>", cell)) == 2
   assert set(re.findall(r"<(\w+)", cell)) == {"table", "thead", "tbody", "tr", "th", "td"}
-  assert report.plain_line(text) in shown(cell)
+  assert table_text.plain_line(text) in shown(cell)
 
 
 def test_urls_do_not_become_links_by_themselves():
   for text in ("http://a.b", "HTTPS://a.b", "www.a.b"):
-    escaped = report.escape_markdown(text)
+    escaped = table_text.escape_markdown(text)
     assert not re.search(r"(?<!\\)://", escaped) and "www.a" not in escaped
     assert shown(render(escaped)) == text
 
 
 def test_plain_line():
-  assert report.plain_line("  a\r\n\r\n b\tc\u2028d  ") == "a ⏎ b c ⏎ d"
-  assert report.plain_line("x\u202egnp.exe\u200b\x00\ud800") == "x\ufffdgnp.exe\ufffd\ufffd\ufffd"
-  assert report.plain_line("Grüße, 你好, 🙂") == "Grüße, 你好, 🙂"
-  cut = report.plain_line("word " * 20_000, 50)  # 100 kB on one line
+  assert table_text.plain_line("  a\r\n\r\n b\tc\u2028d  ") == "a ⏎ b c ⏎ d"
+  assert table_text.plain_line("x\u202egnp.exe\u200b\x00\ud800") == "x\ufffdgnp.exe\ufffd\ufffd\ufffd"
+  assert table_text.plain_line("Grüße, 你好, 🙂") == "Grüße, 你好, 🙂"
+  cut = table_text.plain_line("word " * 20_000, 50)  # 100 kB on one line
   assert len(cut) <= 50 and cut.endswith("…") and cut.startswith("word word")
-  report.plain_line("\ud800").encode()  # a lone surrogate would fail to be written
+  table_text.plain_line("\ud800").encode()  # a lone surrogate would fail to be written
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -79,23 +81,32 @@ def test_plain_line():
 
 def test_markdown_table():
   rows = [{"policy": "top_half", "n": 1400, "ppl": 3.14159, "ok": True}, {"policy": "a|b", "ppl": math.nan}]
-  assert report.markdown_table(rows) == (
+  assert table_text.markdown_table(rows) == (
     "| policy | n | ppl | ok |\n|---|---:|---:|---|\n| top_half | 1400 | 3.142 | yes |\n| a\\|b |  | - |  |\n"
   )
-  assert report.markdown_table(rows, ["ppl", "policy"], digits=2).splitlines()[2] == "| 3.1 | top_half |"
-  assert report.markdown_table([], ["a", "b"]) == "| a | b |\n|---|---|\n"
+  assert table_text.markdown_table(rows, ["ppl", "policy"], digits=2).splitlines()[2] == "| 3.1 | top_half |"
+  assert table_text.markdown_table([], ["a", "b"]) == "| a | b |\n|---|---|\n"
   with pytest.raises(UserError, match="at least one row"):
-    report.markdown_table([])
+    table_text.markdown_table([])
 
 
 def test_format_value():
   values = [None, True, np.int32(1234567), 1234567.0, np.float32(0.5), 1e-9, -0.25, "x"]
-  assert [report.format_value(v) for v in values] == ["", "yes", "1234567", "1.235e+06", "0.5", "1e-09", "-0.25", "x"]
+  assert [table_text.format_value(v) for v in values] == [
+    "",
+    "yes",
+    "1234567",
+    "1.235e+06",
+    "0.5",
+    "1e-09",
+    "-0.25",
+    "x",
+  ]
 
 
 def test_latex_table():
   rows = [{"policy": r"a_b & 50% #1 $x$ {y} ~^\ <z>", "ppl": 3.14159}]
-  table = report.latex_table(rows, caption="Best_half")
+  table = table_text.latex_table(rows, caption="Best_half")
   assert (
     r"a\_b \& 50\% \#1 \$x\$ \{y\} \textasciitilde{}\textasciicircum{}\textbackslash{} \textless{}z\textgreater{}"
     in table
@@ -106,7 +117,7 @@ def test_latex_table():
 
 def test_csv_table():
   rows = [{"a": 'x,"y"\nz', "b": np.float64(1 / 3)}, {"a": "=HYPERLINK(1)", "b": -1, "c": None}]
-  table = list(csv.reader(io.StringIO(report.csv_table(rows))))
+  table = list(csv.reader(io.StringIO(table_text.csv_table(rows))))
   assert table == [["a", "b", "c"], ['x,"y"\nz', repr(1 / 3), ""], ["'=HYPERLINK(1)", "-1", ""]]
 
 
@@ -139,23 +150,23 @@ def figures():
   curve = np.exp(-steps / 8)[:, None] * rng.uniform(0.5, 1.5, (1, 6)) + 0.01
   sweep = {n: ([5, 10, 25, 50, 100], [9 - i, 7, 5, 4, 3.3]) for i, n in enumerate(("proponents", "random", "matching"))}
   return {
-    "histogram": report.score_histogram_plot(scores, scores > np.median(scores)),
-    "residual": report.residual_plot(curve),
-    "perplexity": report.perplexity_plot(table_rows()),
-    "sweep": report.curve_plot(sweep, "fraction of the training set (%)", "test perplexity", log="x"),
+    "histogram": score_histogram_plot(scores, scores > np.median(scores)),
+    "residual": residual_plot(curve),
+    "perplexity": perplexity_plot(table_rows()),
+    "sweep": curve_plot(sweep, "fraction of the training set (%)", "test perplexity", log="x"),
   }
 
 
 def test_plots_are_drawn_and_repeatable():
   for figure in figures().values():
-    image = matplotlib.image.imread(io.BytesIO(report.figure_bytes(figure)), format="png")
+    image = matplotlib.image.imread(io.BytesIO(figure_bytes(figure)), format="png")
     assert image.shape[1] == 960 and 0.05 < np.mean(image[..., :3].min(axis=2) < 0.99) < 0.8  # neither blank nor full
     again = figures()["residual"]
   for kind in ("png", "svg"):
-    assert report.figure_bytes(again, kind) == report.figure_bytes(figures()["residual"], kind)
-  assert report.figure_bytes(again, "svg").startswith(b"<?xml")
+    assert figure_bytes(again, kind) == figure_bytes(figures()["residual"], kind)
+  assert figure_bytes(again, "svg").startswith(b"<?xml")
   with pytest.raises(UserError, match="pdf is unknown"):
-    report.figure_bytes(again, "pdf")
+    figure_bytes(again, "pdf")
 
 
 def test_score_histogram_plot_counts_every_example():
@@ -163,16 +174,16 @@ def test_score_histogram_plot_counts_every_example():
   heights = sum(patch.get_height() for patch in axes.patches)
   assert heights == 1002  # extremes too
   assert [t.get_text() for t in axes.get_legend().get_texts()] == ["selected (501)", "left out (501)"]
-  constant = report.score_histogram_plot(np.zeros(10), np.arange(10) < 5)
+  constant = score_histogram_plot(np.zeros(10), np.arange(10) < 5)
   assert sum(p.get_height() for p in constant.axes[0].patches) == 10
 
 
 def test_perplexity_plot_has_best_on_top_and_random_as_a_band():
-  axes = report.perplexity_plot(table_rows()).axes[0]
+  axes = perplexity_plot(table_rows()).axes[0]
   assert [t.get_text() for t in axes.get_yticklabels()] == ["proponents", "random", "matching", "full"]
   assert axes.get_legend().get_texts()[0].get_text() == "range of 3 random sets"
   with pytest.raises(UserError, match="no retrained models"):
-    report.perplexity_plot([])
+    perplexity_plot([])
 
 
 # -------------------------------------------------------------------------------------------------- reports
@@ -196,7 +207,7 @@ def test_select_report():
   columns = select_columns()
   texts = [HOSTILE[i % len(HOSTILE)] + f" text{i}" for i in range(60)]
   columns["topic"][59] = "<b>bad|topic"
-  page = report.select_report_markdown(
+  page = select_report_markdown(
     columns,
     texts,
     {"Solver": {"solver": "lissa", "residual": 0.01234567}},
@@ -220,13 +231,13 @@ def test_select_report():
 
 def test_select_report_with_many_topics():
   columns = select_columns(60) | {"topic": [f"t{i}" for i in range(60)]}
-  page = report.select_report_markdown(columns, ["x"] * 60, {})
+  page = select_report_markdown(columns, ["x"] * 60, {})
   assert len(re.findall(r"^\| t\d+ \|", page, re.MULTILINE)) == 50 and "10 more topics keep more." in page
 
 
 def test_select_report_of_few_examples_and_none_left_out():
   columns = select_columns(3) | {"selected": np.ones(3, bool)}
-  page = report.select_report_markdown(columns, ["a", "b", "c"], {})
+  page = select_report_markdown(columns, ["a", "b", "c"], {})
   assert "3 of 3 examples" in page and "## Warnings\n\nNone." in page
   assert page.split("## Strongest opponents")[0].count("| id") == 3
 
@@ -234,21 +245,21 @@ def test_select_report_of_few_examples_and_none_left_out():
 def test_select_report_refuses():
   columns = select_columns(3)
   with pytest.raises(UserError, match="differ in length"):
-    report.select_report_markdown(columns, ["a"], {})
+    select_report_markdown(columns, ["a"], {})
   del columns["rank"]
   with pytest.raises(UserError, match="columns rank are missing"):
-    report.select_report_markdown(columns, ["a", "b", "c"], {})
+    select_report_markdown(columns, ["a", "b", "c"], {})
 
 
 def test_score_histogram_text():
   scores = np.repeat([0.0, 1.0, 2.0], [10, 20, 10])
-  lines = report.score_histogram_text(scores, scores > 0.5, bins=3, width=20).splitlines()
+  lines = score_histogram_text(scores, scores > 0.5, bins=3, width=20).splitlines()
   assert [line.split("|")[1].strip() for line in lines] == ["." * 10, "#" * 20, "#" * 10]
   assert [line.split("|")[2].strip() for line in lines] == ["10 (0 selected)", "20 (20 selected)", "10 (10 selected)"]
 
 
 def test_retrain_report():
-  page = report.retrain_report_markdown(
+  page = retrain_report_markdown(
     {"": (table_rows(), "First.\nmatching_quota: lower.")}, {"steps": 100}, {"p": "p.svg"}, notes=["Mind_this."]
   )
   assert "- First.\n- matching\\_quota: lower." in page

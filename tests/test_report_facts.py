@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from in2core_jax import data, near_copies, report, report_charts, report_facts
-from in2core_jax.artifacts import RunDir
+from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
+from in2core_jax.report import charts, facts, near_duplicates
+from in2core_jax.report.plots import figure_bytes, score_edges
+from in2core_jax.runs.run_folder import RunDir
 from tests.made_run import make_record, make_records, make_run, make_summary
 
 # ------------------------------------------------------------------------------------------------- near copies
@@ -17,12 +19,12 @@ from tests.made_run import make_record, make_records, make_run, make_summary
 
 def test_similarity_is_the_jaccard_of_runs_of_five_words():
   texts = ["a b c d e f g h", "A, b; c d e f? g x", "a b c", "a B c!", "...", "", "p q r s t"]
-  found = near_copies.similarities(texts)
+  found = near_duplicates.similarities(texts)
   # abcde bcdef cdefg defgh against abcde bcdef cdefg defgx: 3 shared of 5
   assert found[0, 1] == pytest.approx(3 / 5) and found[1, 0] == found[0, 1]
   assert found[2, 3] == 1 and found[0, 2] == 0 and found[0, 6] == 0
   assert not found[4].any() and not found[5].any()  # no words: like nothing, not even each other
-  sets = [near_copies.shingles(text) for text in texts]
+  sets = [near_duplicates.shingles(text) for text in texts]
   for i, a in enumerate(sets):
     for j, b in enumerate(sets):
       assert found[i, j] == pytest.approx(len(a & b) / max(len(a | b), 1))
@@ -34,16 +36,21 @@ def test_groups_are_chains_of_similar_pairs():
     " ".join(words[start : start + 25]) for start in (0, 5, 10)
   ]  # neighbours share 16 of 26 shingles, ends 11 of 31
   texts = ["something else that is long enough", chain[2], "more of it to read here", chain[0], chain[1], chain[0]]
-  (group,) = near_copies.near_copies(texts)
+  (group,) = near_duplicates.near_copies(texts)
   assert group.rows.tolist() == [1, 3, 4, 5]
   np.testing.assert_allclose(group.similarity, [16 / 26, 1, 16 / 26, 1])
-  pairs = near_copies.near_copies(texts, threshold=0.9)
+  pairs = near_duplicates.near_copies(texts, threshold=0.9)
   assert [group.rows.tolist() for group in pairs] == [[3, 5]]
-  assert near_copies.near_copies([]) == near_copies.near_copies(["a"]) == near_copies.near_copies(["a", "b"]) == []
+  assert (
+    near_duplicates.near_copies([])
+    == near_duplicates.near_copies(["a"])
+    == near_duplicates.near_copies(["a", "b"])
+    == []
+  )
 
 
 def test_top_copies_are_rows_of_the_table(monkeypatch):
-  monkeypatch.setattr(report_facts, "TOP", 10)
+  monkeypatch.setattr(facts, "TOP", 10)
   records = make_records(60)
   order = make_run(records).order
   for row in (order[4], order[9], order[10]):  # the last one is not among the top
@@ -58,7 +65,7 @@ def test_top_copies_are_rows_of_the_table(monkeypatch):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60))
 def test_length_classes_part_the_examples(lengths):
   run = make_run([make_record(i, "p", " ".join(["w"] * n)) for i, n in enumerate(lengths)])
-  rows = report_facts.length_rows(run)
+  rows = facts.length_rows(run)
   assert 1 <= len(rows) <= 8 and sum(row["examples"] for row in rows) == len(lengths)
   assert sum(row["selected"] for row in rows) == run.selected.sum()
   end = -1
@@ -82,7 +89,7 @@ def test_length_classes_part_the_examples(lengths):
 )
 def test_length_classes_of_lopsided_lengths(lengths, labels):
   run = make_run([make_record(i, "p", " ".join(["w"] * n)) for i, n in enumerate(lengths)])
-  assert [row["response tokens"] for row in report_facts.length_rows(run)] == labels
+  assert [row["response tokens"] for row in facts.length_rows(run)] == labels
 
 
 def test_coverage_by_hand():
@@ -90,7 +97,7 @@ def test_coverage_by_hand():
   made = make_run([make_record(i, "p", "r") for i in range(3)], 2)
   scores = np.array([[3.0, -1.0, 1.0], [-2.0, -4.0, -3.0]], np.float32)
   run = make_run(made.records, 2, columns=dict(made.columns) | {"selected": selected}, queries=scores)
-  found = {name: values.tolist() for name, values in report_facts.coverage(run).items()}
+  found = {name: values.tolist() for name, values in facts.coverage(run).items()}
   assert found["mean"] == [1, -3] and found["selected_mean"] == [2, -2.5] and found["highest"] == [3, -2]
   assert found["positive"] == [4, 0] and found["positive_selected"][0] == 1 and np.isnan(found["positive_selected"][1])
 
@@ -98,18 +105,18 @@ def test_coverage_by_hand():
 def test_layers_by_hand():
   made = make_run([make_record(i, "p", "r") for i in range(4)])
   layers = {"layer 0": np.array([3.0, 1.0, -1.0, -3.0]), "layer 1": np.array([-0.5, 0.5, 1.0, -2.0])}
-  first, second = report_facts.layer_rows(make_run(made.records, layers=layers))
+  first, second = facts.layer_rows(make_run(made.records, layers=layers))
   assert first["mean size of contribution"] == 2 and first["share %"] == 66.7 and second["share %"] == 33.3
   assert first["Spearman with all"] == pytest.approx(1) and second["Spearman with all"] == pytest.approx(0.2)
   assert first["top-half overlap with all"] == 1 and second["top-half overlap with all"] == 0.5
-  assert report_facts.layer_rows(made) == []
+  assert facts.layer_rows(made) == []
 
 
 # ----------------------------------------------------------------------------------------------------- findings
 
 
 def minded(run):
-  return [finding.text for finding in report_facts.findings(run) if finding.mind]
+  return [finding.text for finding in facts.findings(run) if finding.mind]
 
 
 def fine_run(records=None, **changes):
@@ -122,7 +129,7 @@ def fine_run(records=None, **changes):
 def test_an_honest_run_has_nothing_to_mind():
   run = fine_run()
   assert minded(run) == []
-  assert len(report_facts.findings(run)) == 9
+  assert len(facts.findings(run)) == 9
 
 
 def test_each_trouble_is_said_with_its_numbers():
@@ -204,7 +211,7 @@ def test_a_run_that_does_not_fit_together_is_refused():
 
 def test_query_scores_go_to_their_evaluation_examples(tmp_path):
   made = make_run(make_records(5), 4)
-  part = lambda name, records: data.TokenizedDataset(  # noqa: E731
+  part = lambda name, records: tokenizing.TokenizedDataset(  # noqa: E731
     name, tuple(records), *[[np.zeros(1, np.int32)] * len(records)] * 2, np.zeros(len(records), bool)
   )
   train, evals = part("train", made.records), part("eval", made.query_records)
@@ -219,18 +226,18 @@ def test_query_scores_go_to_their_evaluation_examples(tmp_path):
   }
   run.write_parquet("query_scores.parquet", written)
   for rows in ([0, 1, 2, 3], [2, 0, 3, 1]):
-    loaded = report_facts.SelectRun.load(tmp_path, train, part("eval", [made.query_records[row] for row in rows]))
+    loaded = facts.SelectRun.load(tmp_path, train, part("eval", [made.query_records[row] for row in rows]))
     np.testing.assert_array_equal(loaded.queries, made.queries[rows])
     assert loaded.queries.dtype == np.float32
   others = part("eval", [*made.query_records[:3], make_record(99, "p", "r")])  # as many
   for examples, queries in ((train, others), (train, evals.take([0, 1])), (train.take(range(4)), evals)):
     with pytest.raises(UserError, match="query_scores.parquet: 20 rows are not those of these .*the data are others"):
-      report_facts.SelectRun.load(tmp_path, examples, queries)
+      facts.SelectRun.load(tmp_path, examples, queries)
   mixed = written | {"query": written["query"][::-1].copy()}
   mixed["query"][[0, 19]] = mixed["query"][[19, 0]]
   run.write_parquet("query_scores.parquet", mixed)
   with pytest.raises(UserError, match="the data are others"):
-    report_facts.SelectRun.load(tmp_path, train, evals)
+    facts.SelectRun.load(tmp_path, train, evals)
 
 
 # ------------------------------------------------------------------------------------------- pictures, figures
@@ -238,53 +245,53 @@ def test_query_scores_go_to_their_evaluation_examples(tmp_path):
 
 def test_histogram_counts_every_example():
   run = make_run(make_records(300))
-  chart = report_charts.histogram(run.influence, run.selected)
-  unit = (report_charts.BOTTOM - report_charts.TOP) / float(chart.y_ticks[-1]["text"])
+  chart = charts.histogram(run.influence, run.selected)
+  unit = (charts.BOTTOM - charts.TOP) / float(chart.y_ticks[-1]["text"])
   counts = [sum(bar["height"] for bar in chart.bars if bar["series"] == series) / unit for series in (0, 1)]
   assert counts == pytest.approx([150, 150], rel=1e-2)
-  edges = report.score_edges(run.influence, 50)
+  edges = score_edges(run.influence, 50)
   assert chart.zero == pytest.approx(1 - 98 * edges[0] / (edges[-1] - edges[0]), abs=0.01)
   assert [tick["anchor"] for tick in chart.x_ticks] == ["start", "middle", "middle", "middle", "end"]
   assert float(chart.x_ticks[0]["text"]) == pytest.approx(edges[0], rel=0.05)
-  flat = report_charts.histogram(np.zeros(4), np.array([True, False, False, False]))
+  flat = charts.histogram(np.zeros(4), np.array([True, False, False, False]))
   assert sum(bar["height"] for bar in flat.bars) > 0
 
 
 def test_bars_stack_from_the_floor():
-  chart = report_charts.bars(["a", "b"], {"selected": [3, 0], "left out": [1, 2]})
+  chart = charts.bars(["a", "b"], {"selected": [3, 0], "left out": [1, 2]})
   a_selected, a_left, b_left = chart.bars
-  assert a_selected["y"] + a_selected["height"] == report_charts.BOTTOM
-  assert a_left["y"] + a_left["height"] == a_selected["y"] and a_left["y"] == report_charts.TOP  # 4 is the top tick
+  assert a_selected["y"] + a_selected["height"] == charts.BOTTOM
+  assert a_left["y"] + a_left["height"] == a_selected["y"] and a_left["y"] == charts.TOP  # 4 is the top tick
   assert b_left["height"] == pytest.approx(2 * a_left["height"]) and b_left["text"] == "b: 0 selected, 2 left out"
   assert [tick["text"] for tick in chart.y_ticks] == ["1", "2", "3", "4"]
-  assert report_charts.bars(["a"], {"x": [0]}).bars == ()
+  assert charts.bars(["a"], {"x": [0]}).bars == ()
 
 
 @given(st.floats(1e-12, 1e12))
 def test_ticks_are_round_and_reach_the_highest_value(highest):
-  ticks = report_charts._round_ticks(highest)
+  ticks = charts._round_ticks(highest)
   assert 3 <= len(ticks) <= 6 and ticks[0] == 0
   assert ticks[-1] >= highest * (1 - 1e-9) and ticks[-2] < highest
 
 
 def test_curve_runs_from_the_first_to_the_last_step():
-  chart = report_charts.curve([1, 10, 31], np.array([[0.1], [0.01], [0.001]]))
+  chart = charts.curve([1, 10, 31], np.array([[0.1], [0.01], [0.001]]))
   assert [(p["x"], p["y"]) for p in chart.points] == [(1, 14), (30.4, 99), (99, 184)]
   assert chart.points[1]["text"] == "step 10: residual 0.01" and len(chart.lines) == 2
   assert {tick["text"] for tick in chart.y_ticks} == {"0.1", "0.01", "0.001"}
-  level = report_charts.curve([1, 2], np.array([[1.0], [1.0]]))
+  level = charts.curve([1, 2], np.array([[1.0], [1.0]]))
   assert level.points[0]["y"] == level.points[1]["y"]
 
 
 def test_figures_are_svg_files_with_equal_bytes():
   records = [make_record(i, "p", "r " * (i % 5), "$x^2$ <b>&" if i % 2 else "") for i in range(30)]
-  figures = report_facts.figures(make_run(records, 3))
-  drawn = {name: report.figure_bytes(figure, "svg") for name, figure in figures.items()}
+  figures = facts.figures(make_run(records, 3))
+  drawn = {name: figure_bytes(figure, "svg") for name, figure in figures.items()}
   plain = {"scores.svg", "residual.svg", "kept-by-topic.svg", "kept-by-length.svg"}
   assert set(drawn) == plain | {"layers.svg", "coverage.svg"}
   for text in drawn.values():
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
-  again = report_facts.figures(make_run(records, 3))["kept-by-topic.svg"]
-  assert report.figure_bytes(again, "svg") == drawn["kept-by-topic.svg"]
+  again = facts.figures(make_run(records, 3))["kept-by-topic.svg"]
+  assert figure_bytes(again, "svg") == drawn["kept-by-topic.svg"]
   short = make_run(records, summary=make_summary(solver_curve=[[4, [0.3]]]))
-  assert set(report_facts.figures(short)) == plain - {"residual.svg"}
+  assert set(facts.figures(short)) == plain - {"residual.svg"}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from in2core_jax import report_html
-from in2core_jax.records import Record
+from in2core_jax.data.records import Record
+from in2core_jax.report import html_page
 from tests import browser
 from tests.browser import needs_browser
 from tests.made_run import make_record, make_records, make_run, make_summary
@@ -68,7 +68,7 @@ def embedded(page):
 @settings(deadline=None)
 @given(st.recursive(st.text(st.characters()) | st.integers(), lambda inner: st.lists(inner, max_size=3)))
 def test_embedded_json_is_read_back_and_holds_no_markup(value):
-  text = report_html.embed_json(["<&>\u2028\u2029\ud800", value])
+  text = html_page.embed_json(["<&>\u2028\u2029\ud800", value])
   assert json.loads(text) == ["<&>\u2028\u2029\ud800", value]
   assert not re.search("[<>&\u2028\u2029\ud800-\udfff]", text)
   text.encode()
@@ -76,7 +76,7 @@ def test_embedded_json_is_read_back_and_holds_no_markup(value):
 
 def test_numbers_that_json_cannot_hold_are_refused():
   with pytest.raises(ValueError, match="JSON"):
-    report_html.embed_json({"x": float("nan")})
+    html_page.embed_json({"x": float("nan")})
 
 
 def shape(page):
@@ -85,8 +85,8 @@ def shape(page):
 
 
 def test_hostile_text_adds_no_markup():
-  page = report_html.select_page(hostile_run())
-  tame = report_html.select_page(hostile_run(f"tame {i}" for i in range(len(HOSTILE))))
+  page = html_page.select_page(hostile_run())
+  tame = html_page.select_page(hostile_run(f"tame {i}" for i in range(len(HOSTILE))))
   assert shape(page) == shape(tame)
   assert len(browser.parse(page).all("script")) == 2
   assert HOSTILE[0] in embedded(page)["examples"]["texts"][0] and HOSTILE[0] not in page
@@ -94,11 +94,11 @@ def test_hostile_text_adds_no_markup():
 
 
 def test_texts_arrive_as_they_are():
-  data = embedded(report_html.select_page(hostile_run()))
+  data = embedded(html_page.select_page(hostile_run()))
   assert data["examples"]["texts"] == [[text, text] for text in HOSTILE]
   assert data["examples"]["roles"] == ["ur"] * len(HOSTILE)
   assert data["queries"]["texts"][:-2] == [[text, text] for text in HOSTILE[:-2]]
-  page = report_html.select_page(make_run([make_record(0, "a", "b", "lone \ud800"), make_record(1, "c", "d")]))
+  page = html_page.select_page(make_run([make_record(0, "a", "b", "lone \ud800"), make_record(1, "c", "d")]))
   page.encode()
   assert embedded(page)["topics"] == ["", "lone \ud800"]
 
@@ -107,12 +107,12 @@ def test_only_turns_after_the_first_user_are_responses():
   roles = ("system", "assistant", "user", "assistant", "user", "assistant")
   messages = tuple({"role": role, "content": role} for role in roles)
   run = make_run([Record("a", messages, "", "{}", "x", 1), make_record(1, "p", "r")])
-  assert embedded(report_html.select_page(run))["examples"]["roles"] == ["saurur", "ur"]
+  assert embedded(html_page.select_page(run))["examples"]["roles"] == ["saurur", "ur"]
 
 
 def test_columns_are_those_of_the_run():
   run = make_run(make_records(40), 5)
-  data = embedded(report_html.select_page(run))
+  data = embedded(html_page.select_page(run))
   examples = data["examples"]
   assert examples["id"] == list(run.columns["example_id"]) and examples["rank"] == run.columns["rank"].tolist()
   np.testing.assert_allclose(examples["influence"], run.influence, rtol=1e-5)
@@ -125,7 +125,7 @@ def test_columns_are_those_of_the_run():
     assert rows[: len(helps)] == helps and rows[len(helps) :] == [r for r in order[::-1][:10] if scores[r] < 0]
     np.testing.assert_allclose(data["queries"]["influence"][query], scores[rows], rtol=1e-5)
 
-  only_help = embedded(report_html.select_page(make_run(run.records, 5, queries=np.abs(run.queries))))["queries"]
+  only_help = embedded(html_page.select_page(make_run(run.records, 5, queries=np.abs(run.queries))))["queries"]
   assert [len(rows) for rows in only_help["rows"]] == [10] * 5  # nobody hurts them
 
 
@@ -135,7 +135,7 @@ def large_page():
   records = [make_record(i, f"number {i}.", f"w{i:06d} " * 140) for i in range(50_000)]
   run = make_run(records)
   records[run.order[0]] = make_record(-1, "unlike any other", "response " * 4_000)
-  return run, report_html.select_page(run)
+  return run, html_page.select_page(run)
 
 
 def test_fifty_thousand_examples_make_a_small_page(large_page):
@@ -152,43 +152,43 @@ def test_fifty_thousand_examples_make_a_small_page(large_page):
 
 
 def test_more_examples_than_the_page_lists(monkeypatch):
-  monkeypatch.setattr(report_html, "LISTED", 20)
-  monkeypatch.setattr(report_html, "FULL", 3)
+  monkeypatch.setattr(html_page, "LISTED", 20)
+  monkeypatch.setattr(html_page, "FULL", 3)
   run = make_run(make_records(400), num_queries=2)
-  page = report_html.select_page(run)
+  page = html_page.select_page(run)
   data = embedded(page)
-  partners = {row for scores in run.queries for row in report_html._partners(scores)}
+  partners = {row for scores in run.queries for row in html_page._partners(scores)}
   copies = {row for group in run.top_copies for row in group.rows}
   expected = sorted({*run.order[:10].tolist(), *run.order[-10:].tolist(), *partners, *copies})
   assert data["examples"]["id"] == [run.records[row].example_id for row in expected]
   listed = [run.records[expected[place]].example_id for place in data["queries"]["rows"][1]]
-  assert listed == [run.records[row].example_id for row in report_html._partners(run.queries[1])]
+  assert listed == [run.records[row].example_id for row in html_page._partners(run.queries[1])]
   assert f"lists {len(expected)} of 400 examples" in browser.parse(page).text("examples")
 
 
 def test_same_run_same_bytes_and_nothing_of_the_machine():
-  first, second = (report_html.select_page(make_run(make_records(30), 4)) for _ in range(2))
+  first, second = (html_page.select_page(make_run(make_records(30), 4)) for _ in range(2))
   assert first == second
   assert "123.456" not in first and "some-machine" not in first
 
 
 def test_nothing_is_loaded_and_no_text_becomes_markup():
-  page = report_html.select_page(make_run(make_records(5), 3))
+  page = html_page.select_page(make_run(make_records(5), 3))
   assert not re.search(r"(src|href|action)=[\"']?(?![\"'#])", page) and "@import" not in page and "url(" not in page
-  script = (report_html.TEMPLATES / "report.js").read_text()
+  script = (html_page.TEMPLATES / "report.js").read_text()
   for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "fetch", "XMLHttp"):
     assert word not in script
   assert "textContent" in script and "</" not in script
 
 
 def test_sections_follow_what_was_measured():
-  ids = lambda run: {node.attributes["id"] for node in browser.parse(report_html.select_page(run)).all("section")}  # noqa: E731
+  ids = lambda run: {node.attributes["id"] for node in browser.parse(html_page.select_page(run)).all("section")}  # noqa: E731
   always = {"honesty", "scores", "examples", "kept", "copies", "solver"}
   assert ids(make_run(make_records(9))) == always
   retrain = {"table": [retrain_row("random")], "verdict": ["random: better"], "recipe": {"steps": 3}}
   run = make_run(make_records(9), 3, retrain=retrain)
   assert ids(run) == always | {"coverage", "layers", "retrain"}
-  shown = browser.parse(report_html.select_page(run)).text("retrain")
+  shown = browser.parse(html_page.select_page(run)).text("retrain")
   assert "random: better" in shown and "16.250" in shown and "example perplexity" in shown and "nan" not in shown
 
 
@@ -201,7 +201,7 @@ def luminance(colour):
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_letters_stand_out_from_their_ground(theme):
   """WCAG 2.1, 1.4.3: at least 4.5 to 1."""
-  style = (report_html.TEMPLATES / "report.css").read_text()
+  style = (html_page.TEMPLATES / "report.css").read_text()
   colours = dict(re.findall(r"--(\w+): (#\w{6});", style.split(":root {")[1 + theme].split("}")[0]))
   for ground in ("paper", "panel", "response"):
     for ink in ("ink", "soft", "link", "mind", "fine"):
@@ -249,7 +249,7 @@ note({words, style, title: document.title, hacked: document.documentElement.data
 @needs_browser
 def test_hostile_text_runs_nothing_and_is_shown(tmp_path):
   """Without the content security policy, so that the escaping alone has to hold."""
-  seen = json.loads(load(tmp_path, drive(report_html.select_page(hostile_run()), HOSTILE_USER)).text("note"))
+  seen = json.loads(load(tmp_path, drive(html_page.select_page(hostile_run()), HOSTILE_USER)).text("note"))
   assert seen["title"] == "Selection report: proponents" and seen["hacked"] is None
   assert seen["scripts"] == 3 and seen["foreign"] == 0
   assert seen["style"] == "isolate" and seen["wide"] == 0
@@ -260,7 +260,7 @@ def test_hostile_text_runs_nothing_and_is_shown(tmp_path):
 
 @needs_browser
 def test_the_policy_stops_foreign_scripts_and_not_ours(tmp_path):
-  page = report_html.select_page(make_run(make_records(30)))
+  page = html_page.select_page(make_run(make_records(30)))
   document = load(tmp_path, page.replace("</body>", f"<script>{ATTACK}</script></body>"))
   assert document.all("title")[0].content == "Selection report: proponents"
   assert "data-hacked" not in document.all("html")[0].attributes
@@ -305,7 +305,7 @@ WALK = """
 def test_the_address_says_what_is_shown(tmp_path):
   run = make_run(make_records(90))
   script = WALK.replace("ADDRESSES", json.dumps(list(ADDRESSES)))
-  seen = json.loads(load(tmp_path, drive(report_html.select_page(run), script), "page=2").text("note"))
+  seen = json.loads(load(tmp_path, drive(html_page.select_page(run), script), "page=2").text("note"))
   for (status, expected), found in zip(ADDRESSES.values(), seen, strict=True):
     rows = [int(row) for row in expected(run)]
     assert found == [status.format(len(rows)), rows]
@@ -314,7 +314,7 @@ def test_the_address_says_what_is_shown(tmp_path):
 @needs_browser
 def test_an_address_can_be_sent_to_others(tmp_path):
   run = make_run(make_records(90), 4)
-  document = load(tmp_path, report_html.select_page(run), "page=2&sort=opponents&query=3")
+  document = load(tmp_path, html_page.select_page(run), "page=2&sort=opponents&query=3")
   assert document.text("status") == "90 examples, page 2 of 5"
   assert shown_ids(document) == [run.records[row].example_id for row in run.order[::-1][20:40]]
   assert document.text("query-status").startswith("Evaluation example 4 of 4")
@@ -364,7 +364,7 @@ def test_a_user_filters_pages_and_picks_an_evaluation_example(tmp_path):
   first, last = made.order[0], made.order[40]
   records[last] = make_record(last, records[first].messages[0]["content"], records[first].messages[1]["content"] + " x")
   run = make_run(records, 6)
-  seen = json.loads(load(tmp_path, drive(report_html.select_page(run), USER)).text("note"))
+  seen = json.loads(load(tmp_path, drive(html_page.select_page(run), USER)).text("note"))
   assert seen["next"] == ["90 examples, page 2 of 5", "#page=2", 20]
   assert seen["last"] == ["90 examples, page 5 of 5", "#page=5", 10]
   assert seen["search"] == ["11 of 90 examples, page 1 of 1", "#search=number+1", 11]
@@ -415,7 +415,7 @@ document.body.append(frame);
 @needs_browser
 @pytest.mark.parametrize(("flags", "ground"), [((), "rgb(255, 255, 255)"), (("--force-dark-mode",), "rgb(21, 24, 28)")])
 def test_a_phone_has_nothing_to_scroll_sideways_in_light_and_dark(tmp_path, flags, ground):
-  page = CSP.sub("", report_html.select_page(hostile_run()), count=1)
+  page = CSP.sub("", html_page.select_page(hostile_run()), count=1)
   holder = (
     f'<!doctype html><body><textarea id="page">{page.replace("&", "&amp;").replace("<", "&lt;")}</textarea></body>'
   )

@@ -12,11 +12,12 @@ import pytest
 import tiny
 from tiny import Killed, quick_compile  # noqa: F401, an autouse fixture
 
-from experiments import cli, finetune, kill_test, resuming, select, workbench
-from in2core_jax import artifacts, passes
-from in2core_jax import finetune as finetune_lib
+from experiments import kill_test
 from in2core_jax.errors import UserError
-from in2core_jax.progress import Progress
+from in2core_jax.pipeline import finetune, select, session
+from in2core_jax.runs import resumable, run_folder, stopping, unfinished
+from in2core_jax.runs.progress import Progress
+from in2core_jax.training import train_loop as finetune_lib
 
 # ---- passes --------------------------------------------------------------------------
 
@@ -24,11 +25,11 @@ from in2core_jax.progress import Progress
 class Numbers:
   """A kept stream of ten small batches, in shards of three unless told, that notes which batches it builds."""
 
-  def __init__(self, path, at=None, action=None, hold=passes._never_stop, size=3, **depends_on):
+  def __init__(self, path, at=None, action=None, hold=resumable._never_stop, size=3, **depends_on):
     self.built, self.at, self.action = [], at, action
-    run_dir = artifacts.RunDir.open(path, {"numbers": 10})
-    pieces = passes.Pieces(run_dir, "unfinished/numbers", depends_on, size, hold)
-    self.stream = passes.KeptStream(list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches"))
+    run_dir = run_folder.RunDir.open(path, {"numbers": 10})
+    pieces = resumable.Pieces(run_dir, "unfinished/numbers", depends_on, size, hold)
+    self.stream = resumable.KeptStream(list(range(10)), self.build, pieces, lambda: Progress(10, "numbers", "batches"))
 
   def build(self, plan):
     for number in plan:
@@ -41,14 +42,14 @@ class Numbers:
     """Values by row, as a kernel with two outputs gives them."""
     kernel = jax.jit(lambda batch: {"root": jnp.sqrt(batch), "pair": jnp.stack([batch, -batch], 1)})
     found = {}
-    for rows, values in passes.results(self.stream, "roots", kernel):
+    for rows, values in resumable.results(self.stream, "roots", kernel):
       found |= dict(zip(rows.tolist(), zip(values["root"].tolist(), values["pair"].tolist(), strict=True), strict=True))
     return dict(sorted(found.items()))
 
   def total(self):
     """A sum in which the order of the additions shows, and a count."""
     step = jax.jit(lambda found, batch: (found[0] * 1.1 + jnp.sum(jnp.sin(batch)), found[1] + 1), donate_argnums=0)
-    found = passes.total(self.stream, "sum", lambda found, item: step(found, item[1]), (jnp.zeros(()), jnp.int32(0)))
+    found = resumable.total(self.stream, "sum", lambda found, item: step(found, item[1]), (jnp.zeros(()), jnp.int32(0)))
     return float(found[0]), int(found[1])
 
 
@@ -114,15 +115,15 @@ def test_shards_that_were_cut_in_another_way_are_foreign(tmp_path):
 
 
 def test_a_sum_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-  monkeypatch.setattr(passes, "_SAVING_SHARE", math.inf)  # save after every shard
+  monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)  # save after every shard
   expected = Numbers(tmp_path / "alone").total()
   assert expected[1] == 10
   assert_a_killed_pass_goes_on(tmp_path / "run", "total", expected)
 
 
 def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
-  run_dir = artifacts.RunDir.open(tmp_path / "run", {})
-  snapshot = passes.Snapshot(passes.Pieces(run_dir, "unfinished").store("state"))
+  run_dir = run_folder.RunDir.open(tmp_path / "run", {})
+  snapshot = resumable.Snapshot(resumable.Pieces(run_dir, "unfinished").store("state"))
   saved = []
 
   def state():
@@ -140,8 +141,8 @@ def test_saving_a_sum_takes_a_small_share_of_the_time(tmp_path):
 def test_sigterm_waits_for_the_shard(tmp_path, way):
   expected = getattr(Numbers(tmp_path / "alone"), way)()
   before = signal.getsignal(signal.SIGTERM)
-  stopped = Numbers(tmp_path / "run", 4, terminate, cli.finish_on_sigterm)
-  with pytest.raises(cli.Terminated):
+  stopped = Numbers(tmp_path / "run", 4, terminate, stopping.finish_on_sigterm)
+  with pytest.raises(stopping.Terminated):
     getattr(stopped, way)()
   assert signal.getsignal(signal.SIGTERM) is before
   resumed = Numbers(tmp_path / "run")
@@ -151,7 +152,7 @@ def test_sigterm_waits_for_the_shard(tmp_path, way):
 # ---- select --------------------------------------------------------------------------
 
 
-class Bench(tiny.OneDevice, workbench.Workbench):
+class Bench(tiny.OneDevice, session.Workbench):
   """Counts the batches that go to the device; `action` is called before number `at`."""
 
   placed, at, action = 0, None, None
@@ -194,7 +195,7 @@ def bench(settings):
 @pytest.fixture
 def commands_handler():
   """SIGTERM where no piece is under way, as in a command: it stops at once, and does not end the tests' process."""
-  before = signal.signal(signal.SIGTERM, cli._terminate)
+  before = signal.signal(signal.SIGTERM, stopping.terminate)
   yield
   signal.signal(signal.SIGTERM, before)
 
@@ -205,7 +206,7 @@ def checkpoint(settings, bench, tmp_path_factory):
   root = tmp_path_factory.mktemp("trained")
   alone = finetune.run(settings.replace(run_dir=str(root / "alone")), bench)
   chosen = settings.replace(run_dir=str(root / "stopped"))
-  with pytest.raises(cli.Terminated):
+  with pytest.raises(stopping.Terminated):
     finetune.run(chosen, bench.until(0, terminate))
   assert finetune_lib.kept_steps(f"{chosen.run_dir}/checkpoint") == [1]
   resumed = finetune.run(chosen, bench.until(None))
@@ -233,9 +234,11 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+  "path", [pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory") else []) for path in PATHS]
+)
 def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, bench, alone, tmp_path, monkeypatch, request, path):
-  monkeypatch.setattr(passes, "_SAVING_SHARE", math.inf)
+  monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)
   chosen = settings.replace(**PATHS[path])
   if path == "trajectory":
     chosen = chosen.replace(checkpoint=request.getfixturevalue("checkpoint"))
@@ -250,9 +253,9 @@ def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, bench, alone, tm
     with pytest.raises(Killed):
       select.run(again, bench.until(max(1, int(share * batches) - done)))
     done = int(share * batches)
-    assert (resumed / resuming.FOLDER).exists() and not (resumed / "summary.json").exists()
+    assert (resumed / unfinished.FOLDER).exists() and not (resumed / "summary.json").exists()
   select.run(again, bench.until(None))
-  assert not (resumed / resuming.FOLDER).exists()
+  assert not (resumed / unfinished.FOLDER).exists()
   assert kill_test.differences(wanted, kill_test.results_of(resumed)) == []
   assert {"scores.parquet", "coreset.jsonl", "report.md", "summary.json"} <= wanted.keys()
 
@@ -262,14 +265,14 @@ def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, alon
   again, folder = settings.replace(run_dir=str(tmp_path / "run")), tmp_path / "run"
   with pytest.raises(Killed):
     select.run(again, bench.until(batches - 1))  # before the last batch of the last pass
-  shards = sorted((folder / resuming.FOLDER / "scores" / "losses_and_scores").glob("*.shard"))
+  shards = sorted((folder / unfinished.FOLDER / "scores" / "losses_and_scores").glob("*.shard"))
   assert len(shards) >= 2
   damaged = shards[1].read_bytes()
   shards[1].write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
   with caplog.at_level(logging.WARNING):
     select.run(again, bench.until(None))
   assert f"{shards[1].name}: damaged (its checksum does not fit); it is recomputed" in caplog.text
-  chosen = workbench.choose(bench, bench.params, "last:2", "all")
+  chosen = session.choose(bench, bench.params, "last:2", "all")
   plan = bench.packer("train", chosen.tree, bench.params).sequential_plan(settings.batch_tokens)
   assert bench.placed == len(plan) - 2 * (len(shards) - 1)  # the batches of the shards that are not there, no others
   assert kill_test.differences(wanted, kill_test.results_of(folder)) == []
@@ -279,7 +282,7 @@ def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, bench, alone, t
   wanted, batches = alone
   again = settings.replace(run_dir=str(tmp_path / "run"))
   for at in (batches // 2, 3):  # in the solver's recursion, then in the score pass of what is left
-    with pytest.raises(cli.Terminated):
+    with pytest.raises(stopping.Terminated):
       select.run(again, bench.until(at, terminate))
   select.run(again, bench.until(None))
   assert kill_test.differences(wanted, kill_test.results_of(tmp_path / "run")) == []
@@ -289,7 +292,7 @@ def test_sigterm_ends_a_run_at_the_next_shard_or_state(settings, bench, alone, t
 
 
 def test_kill_test_touches_no_other_results(settings, tmp_path):
-  artifacts.RunDir.open(tmp_path / "mine", {"stage": "select"}).write_text("coreset.jsonl", "mine")
+  run_folder.RunDir.open(tmp_path / "mine", {"stage": "select"}).write_text("coreset.jsonl", "mine")
   with pytest.raises(UserError, match="mine"):
     kill_test.run(settings.replace(run_dir=str(tmp_path / "mine")))
   assert (tmp_path / "mine/coreset.jsonl").read_text() == "mine"
@@ -323,6 +326,7 @@ def test_other_commands_that_are_killed_end_in_the_same_bytes(settings, tmp_path
   assert "killed and resumed: 3 of 3 identical" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_process_that_is_killed_ends_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch):
   for name, value in tiny.child_environment(devices=1).items():

@@ -8,20 +8,24 @@ import pytest
 import tiny
 from jax.sharding import AxisType, PartitionSpec
 
-from in2core_jax import gradients, model, processes, sharding, subtree
-from in2core_jax.batches import Batch
+from in2core_jax import gradients
+from in2core_jax.data.batches import Batch
 from in2core_jax.errors import UserError
+from in2core_jax.model import decoder
+from in2core_jax.model.objective import make_objective
+from in2core_jax.parallel import processes, sharding
+from in2core_jax.params import subtree
 
 quick_compile = tiny.quick_compile
 P = PartitionSpec
-CONFIG = model.ModelConfig(96, 32, 64, 3, 4, 2, 8)
+CONFIG = decoder.ModelConfig(96, 32, 64, 3, 4, 2, 8)
 MESHES = ("data:8", "data:4,fsdp:2", "data:2,fsdp:4")
 
 
 def make_params(modules, dtype=np.float32):
   """A tiny model on the host, with LoRA factors beside every kernel when `modules` asks for them."""
   rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(lambda key: model.init_params(CONFIG, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: decoder.init_params(CONFIG, key), jax.random.key(0))
   params = jax.tree.map(lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(dtype), shapes)
   if "lora" in modules:
     for block in ("attention", "mlp"):
@@ -53,7 +57,7 @@ def make_problem(modules, dtype=np.float32):
   sub, frozen = subtree.split(params, chosen)
   rng = np.random.default_rng(3)
   vectors = jax.tree.map(lambda leaf: rng.standard_normal((2, *leaf.shape)).astype(dtype), sub)
-  return model.make_objective(CONFIG, chosen), sub, frozen, make_batch(dtype=dtype), vectors
+  return make_objective(CONFIG, chosen), sub, frozen, make_batch(dtype=dtype), vectors
 
 
 def everything_fn(objective):

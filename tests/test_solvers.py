@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import solvers, workbench
-from in2core_jax import evaluation, ihvp
+from experiments.solvers import solvers
+from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
-from in2core_jax.records import Record
+from in2core_jax.evaluation import statistics
+from in2core_jax.ihvp import solvers as ihvp
+from in2core_jax.pipeline import session
 
 quick_compile = tiny.quick_compile
 
 
-class Workbench(tiny.OneDevice, workbench.Workbench):
+class Workbench(tiny.OneDevice, session.Workbench):
   """On one device."""
 
 
@@ -39,6 +41,7 @@ def settings_of(folder, **changes):
   return tiny.run_settings(folder, dataclasses.replace(tiny.CONFIG, num_layers=2), **(small | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch):
   settings = settings_of(tmp_path)
@@ -106,7 +109,7 @@ def test_an_interval_of_a_rank_correlation_covers_its_estimate():
   a = rng.standard_normal(100)
   b = a + rng.standard_normal(100)
   interval = solvers.spearman_interval(a, b, draws=200)
-  assert interval.mean == evaluation.spearman(a, b) and interval.low < interval.mean < interval.high
+  assert interval.mean == statistics.spearman(a, b) and interval.low < interval.mean < interval.high
   # Its standard error is about (1 - rho^2) / sqrt(N).
   assert 2 < (interval.high - interval.low) / ((1 - interval.mean**2) / 10) < 6
   exact = solvers.spearman_interval(a, np.exp(a), draws=50)

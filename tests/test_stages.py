@@ -11,29 +11,31 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import demo, dry_run, evaluate, finetune, flags, refusals, scoring, select, solving, workbench
-from experiments.retraining import Judge
-from experiments.workbench import choose, split_sources
-from in2core_jax import (
-  aggregation,
-  artifacts,
-  coreset,
-  data,
-  evaluation,
-  ihvp,
-  matching,
-  report_facts,
-  report_html,
-  sharding,
-  subtree,
-)
-from in2core_jax import finetune as finetune_lib
+from experiments import demo, flags
+from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
+from in2core_jax.estimate import dry_run
+from in2core_jax.evaluation import statistics
+from in2core_jax.ihvp import solvers
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import checks, evaluate, finetune, scoring, select, session, solver_inputs
+from in2core_jax.pipeline.advice import better_policy, few_queries, risky_data, risky_settings, unsolved, without_effect
+from in2core_jax.pipeline.compared import read_selection
+from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.session import choose
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import split_sources
+from in2core_jax.report import facts, html_page
+from in2core_jax.runs import run_folder
+from in2core_jax.selection import aggregation, coreset, matching
+from in2core_jax.training import train_loop as finetune_lib
+from in2core_jax.training.recipe import make_optimizer
 
 quick_compile = tiny.quick_compile
 
 
-class Workbench(tiny.OneDevice, workbench.Workbench):
+class Workbench(tiny.OneDevice, session.Workbench):
   """One test below uses two devices."""
 
 
@@ -83,7 +85,7 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
   for steps in (3, 7):
     ours = judge.train(rows, 0, "training", steps)
     recipe = dataclasses.replace(judge.recipe, steps=steps)
-    optimizer, sub = finetune_lib.make_optimizer(recipe), judge.sub
+    optimizer, sub = make_optimizer(recipe), judge.sub
     state = optimizer.init(sub)
     packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
     for _, (_, batch) in zip(range(steps), finetune_lib.stream(packer, recipe, 0), strict=False):
@@ -100,7 +102,7 @@ def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   rows = np.arange(16)
   judge, asked = Judge(bench, settings, [rows]), iter([False, True])
   packer = bench.packer("train", judge.chosen, bench.params, rows, judge.shapes)
-  run_dir = artifacts.RunDir.open(tmp_path, {})
+  run_dir = run_folder.RunDir.open(tmp_path, {})
   log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
   result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
   assert len(result.losses) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
@@ -126,7 +128,7 @@ def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
 def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, per_query=True, query_block=16, depth=4)
   folder = pathlib.Path(select.run(chosen, bench))
-  scores = artifacts.read_scores(folder / "scores.parquet")
+  scores = run_folder.read_scores(folder / "scores.parquet")
   names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
   assert list(scores) == names
   train = bench.parts["train"]
@@ -140,10 +142,10 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert {"boundary", "query gradients", "solver", "scores"} <= set(summary["seconds"])
   assert "Strongest proponents" in (folder / "report.md").read_text()
   assert "| policy | proponents |" in (folder / "report.md").read_text() and summary["target_kept"] is None
-  found = report_facts.SelectRun.load(folder, train, bench.parts["eval"])  # from the files alone: the same page
-  assert (folder / "report.html").read_text() == report_html.select_page(found)
+  found = facts.SelectRun.load(folder, train, bench.parts["eval"])  # from the files alone: the same page
+  assert (folder / "report.html").read_text() == html_page.select_page(found)
   assert {path.name for path in (folder / "plots").glob("*.svg")} >= {"scores.svg", "kept-by-topic.svg", "coverage.svg"}
-  queries = artifacts.read_parquet(folder / "query_scores.parquet")
+  queries = run_folder.read_parquet(folder / "query_scores.parquet")
   assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.parts["eval"].ids)
   # the flagfile repeats the run: same flags, same folder, nothing to do
   text = (folder / "flags.txt").read_text()
@@ -159,70 +161,71 @@ def test_risky_settings_are_told(settings, bench, tmp_path):
   risky = settings.replace(solver="identity", run_dir=str(tmp_path / "run"))
   folder = pathlib.Path(select.run(risky, bench))
   told = json.loads((folder / "summary.json").read_text())["warnings"]
-  assert told[:2] == select.risky_settings(risky)
+  assert told[:2] == risky_settings(risky)
   assert sum("--drop_copies" in line for line in told) == 1  # of this corpus, whose copies are selected too
   assert (
     "--checkpoint" in told[0] and "--solver=lissa" in told[1] and told[0][:40] in (folder / "report.md").read_text()
   )
-  assert select.risky_settings(risky.replace(policy="matching")) == []
-  assert select.risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
+  assert risky_settings(risky.replace(policy="matching")) == []
+  assert risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
   momentum = risky.replace(solver="cg", acceleration="momentum", repeat=4)
-  assert [line.split(" ")[0] for line in select.without_effect(momentum)] == ["--repeat=4", "--acceleration=momentum"]
-  assert select.without_effect(momentum.replace(solver="lissa")) == select.without_effect(risky) == []
+  assert [line.split(" ")[0] for line in without_effect(momentum)] == ["--repeat=4", "--acceleration=momentum"]
+  assert without_effect(momentum.replace(solver="lissa")) == without_effect(risky) == []
 
 
 def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp_path):
   """Matching names the other policy where retraining spoke for it: a fine-tuned model, CG, a real difference."""
   told = settings.replace(checkpoint=trained, solver="cg", policy="matching", run_dir=str(tmp_path / "run"))
   apart, alike = (matching.Shrunk(np.zeros(2), 0.6, share) for share in (0.47, 0.1))
-  assert len(select.better_policy(told, apart)) == 1 and "(47 %" in select.better_policy(told, apart)[0]
-  assert select.better_policy(told, alike) == select.better_policy(told, None) == []
+  assert len(better_policy(told, apart)) == 1 and "(47 %" in better_policy(told, apart)[0]
+  assert better_policy(told, alike) == better_policy(told, None) == []
   unknown = matching.Shrunk(np.zeros(2), 0.04, 0.0)
-  assert "The 1,200 evaluation examples" in select.few_queries(told, unknown, 1200)[0]
-  assert "4 % of the difference" in select.few_queries(told, unknown, 1200)[0]
-  assert select.few_queries(told, apart, 1200) == select.few_queries(told, None, 1200) == []
-  assert select.few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
+  assert "The 1,200 evaluation examples" in few_queries(told, unknown, 1200)[0]
+  assert "4 % of the difference" in few_queries(told, unknown, 1200)[0]
+  assert few_queries(told, apart, 1200) == few_queries(told, None, 1200) == []
+  assert few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
   others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching_quota"}]
   for other in (*others, {"matching_shrink": False}):
-    assert select.better_policy(told.replace(**other), apart) == []
+    assert better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
   aim = matching.Shrunk(np.zeros(2), summary["target_kept"], summary["target_beyond_chance"])
-  assert [line for line in summary["warnings"] if "another kind" in line] == select.better_policy(told, aim)
+  assert [line for line in summary["warnings"] if "another kind" in line] == better_policy(told, aim)
 
 
 def test_a_solver_that_stopped_above_its_tolerance_is_told():
-  stopped = ihvp.SolveResult(None, np.array([0.1, 0.25]), 30, [], {"solver": "lissa", "converged": False})
-  s = flags.Settings(solver="lissa", solver_tol=0.01)
+  stopped = solvers.SolveResult(None, np.array([0.1, 0.25]), 30, [], {"solver": "lissa", "converged": False})
+  s = Settings(solver="lissa", solver_tol=0.01)
   said = "lissa stopped above its tolerance of 0.01, at a relative residual of 0.25 after 30 steps"
-  assert said in select.unsolved(s, stopped)[0] and "--solver=cg" in select.unsolved(s, stopped)[0]
-  by_cg = select.unsolved(s.replace(solver="cg", damping=0.1), stopped)[0]
+  assert said in unsolved(s, stopped)[0] and "--solver=cg" in unsolved(s, stopped)[0]
+  by_cg = unsolved(s.replace(solver="cg", damping=0.1), stopped)[0]
   assert "--solver" not in by_cg and by_cg.endswith("a higher --damping.")
   for info in ({"converged": True}, {}):  # some solvers know no tolerance
-    assert select.unsolved(s, dataclasses.replace(stopped, info=info)) == []
+    assert unsolved(s, dataclasses.replace(stopped, info=info)) == []
 
 
+@pytest.mark.slow
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   common = settings.replace(checkpoint=trained, solver="ekfac", damping_ratio=0.5, curvature="fisher")
   run = lambda name, **changes: pathlib.Path(  # noqa: E731
     select.run(common.replace(run_dir=str(tmp_path / name), **changes), bench)
   )
   plain = run("plain", per_layer=True, per_token=True, self_influence=True)
-  scores = artifacts.read_parquet(plain / "scores.parquet")
+  scores = run_folder.read_parquet(plain / "scores.parquet")
   ids = {name: row for row, name in enumerate(scores["example_id"])}
   scale = np.abs(scores["influence"]).max()
   for file, parts in (("layer_scores.parquet", ["layer 2", "layer 3"]), ("token_scores.parquet", None)):
-    table = artifacts.read_parquet(plain / file)
+    table = run_folder.read_parquet(plain / file)
     sums = np.bincount([ids[name] for name in table["example_id"]], table["influence"], len(ids))
     np.testing.assert_allclose(sums, scores["influence"], atol=1e-5 * scale)
     assert parts is None or sorted(set(table["layer"])) == parts
-  tokens = artifacts.read_parquet(plain / "token_scores.parquet")
+  tokens = run_folder.read_parquet(plain / "token_scores.parquet")
   assert len(tokens["token"]) == bench.parts["train"].num_response_tokens.sum()
   answered = scores["num_response_tokens"] > 0
   assert (scores["self_influence"][answered] > 0).all() and not scores["self_influence"][~answered].any()
-  relative = artifacts.read_parquet(run("relatif", normalize="relatif") / "scores.parquet")["influence"]
+  relative = run_folder.read_parquet(run("relatif", normalize="relatif") / "scores.parquet")["influence"]
   wanted = scores["influence"][answered] / np.sqrt(scores["self_influence"][answered])
   np.testing.assert_allclose(relative[answered], wanted, rtol=1e-3)
-  cosines = artifacts.read_parquet(run("cosine", normalize="cosine", solver="lissa") / "scores.parquet")["influence"]
+  cosines = run_folder.read_parquet(run("cosine", normalize="cosine", solver="lissa") / "scores.parquet")["influence"]
   assert np.abs(cosines).max() <= 1 and np.abs(cosines).max() > 0.01
 
 
@@ -231,8 +234,8 @@ def test_a_store_estimates_the_scores_and_is_used_again(settings, bench, tmp_pat
   exact = pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / "exact")), bench))
   wide = common.replace(score_path="projected")
   first = pathlib.Path(select.run(wide.replace(run_dir=str(tmp_path / "first")), bench))
-  a, b = (artifacts.read_scores(folder / "scores.parquet")["influence"] for folder in (exact, first))
-  assert evaluation.spearman(a, b) > 0.9  # 16 to 32 rows and columns, projected to 32: little is lost
+  a, b = (run_folder.read_scores(folder / "scores.parquet")["influence"] for folder in (exact, first))
+  assert statistics.spearman(a, b) > 0.9  # 16 to 32 rows and columns, projected to 32: little is lost
   (store,) = (tmp_path / "projected").iterdir()
   assert json.loads((store / "self_agreement.json").read_text())["mean"] > 0.8
   # Another command on the same training set computes no training gradient.
@@ -241,16 +244,17 @@ def test_a_store_estimates_the_scores_and_is_used_again(settings, bench, tmp_pat
     scoring.Projection, "features", lambda self, part, rows=None: {"eval": features}[part](self, part)
   )
   again = pathlib.Path(select.run(wide.replace(run_dir=str(tmp_path / "again"), policy="matching"), bench))
-  np.testing.assert_array_equal(artifacts.read_scores(again / "scores.parquet")["influence"], b)
+  np.testing.assert_array_equal(run_folder.read_scores(again / "scores.parquet")["influence"], b)
 
 
+@pytest.mark.slow
 def test_sums_over_checkpoints(settings, bench, tmp_path):
   full = settings.replace(run_dir=str(tmp_path / "full"), checkpoint_every=4, keep_checkpoints=0)
   checkpoint = finetune.run(full, bench)
   steps = finetune_lib.kept_steps(checkpoint)
   assert steps == [4, 8, 10]
   common = settings.replace(checkpoint=checkpoint, solver="identity", layers="last:2")
-  run = lambda name: artifacts.read_scores(  # noqa: E731
+  run = lambda name: run_folder.read_scores(  # noqa: E731
     pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / name), trajectory=name), bench)) / "scores.parquet"
   )["influence"]
   weights = finetune_lib.step_weights(checkpoint, steps)
@@ -331,14 +335,14 @@ def test_a_demo_and_its_dry_run_refuse_before_the_fine_tuning(settings, bench, m
 
 def test_a_demo_may_score_the_factors_that_it_trains(settings, bench):
   own = settings.replace(trainable="lora", modules="lora", trajectory="less", solver="identity", keep_checkpoints=0)
-  assert refusals.check_demo(bench, own) is None
+  assert checks.check_demo(bench, own) is None
   told = dry_run.text(own, "demo")
   trained, scored = (re.search(rf"^{word}: ([\d,]+) parameters", told, re.M)[1] for word in ("trained", "scored"))
   assert trained == scored
 
 
 def test_a_demo_is_settled_before_its_first_stage():
-  s = flags.Settings(policies="full,random,proponents,opponents")
+  s = Settings(policies="full,random,proponents,opponents")
   assert demo.settled(s) == s  # as in demo.flags, with the default policy
   chosen = s.replace(policy="proponents")
   assert demo.settled(chosen) == chosen.replace(policies="full,random,opponents")
@@ -359,11 +363,11 @@ def test_a_demo_is_settled_before_its_first_stage():
 @pytest.mark.parametrize("curvature_examples", [1, 8, 500])
 def test_lissa_never_draws_the_examples_of_its_residual(settings, bench, curvature_examples):
   changed = settings.replace(curvature_examples=curvature_examples)
-  rows = solving.curvature_rows(bench, changed)
+  rows = solver_inputs.curvature_rows(bench, changed)
   answered = np.flatnonzero(bench.parts["train"].num_response_tokens)
   assert sorted([*rows.fixed, *rows.drawn]) == answered.tolist()  # each once: no example is on both sides
   chosen = choose(bench, bench.params, settings.layers, settings.modules)
-  shown = [own[own >= 0] for own, _ in solving.curvature_data(bench, changed, chosen).fixed()]
+  shown = [own[own >= 0] for own, _ in solver_inputs.curvature_data(bench, changed, chosen).fixed()]
   assert sorted(rows.fixed[np.concatenate(shown)]) == rows.fixed.tolist()
 
 
@@ -377,12 +381,12 @@ def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   (tmp_path / "b" / "coreset.jsonl").write_bytes(b"another's\n")  # "finished" means that all files are whole
   (tmp_path / "b" / "report.md").unlink()
   with pytest.raises(UserError, match="coreset.jsonl is not what it selected"):
-    evaluate.read_selection(str(tmp_path / "b"), bench)
+    read_selection(str(tmp_path / "b"), bench)
   folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / "b")), bench))
   assert [(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")] == files[0]
 
 
-class OnTwoDevices(workbench.Workbench):
+class OnTwoDevices(session.Workbench):
   """Parameters and examples cut over two devices; see test_check.two_devices for why not eight."""
 
   mesh = property(lambda self: sharding.make_mesh("data:1,fsdp:2", jax.devices()[:2]))
@@ -408,10 +412,10 @@ def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
   if solver == "identity":
     chosen = chosen.replace(per_query=True, query_block=4)
   folder = pathlib.Path(select.run(chosen, bench))
-  scores = artifacts.read_scores(folder / "scores.parquet")
+  scores = run_folder.read_scores(folder / "scores.parquet")
   assert scores["selected"].sum() == 7 and np.all(np.isfinite(scores["influence"]))
   if solver == "identity":  # the mean over the queries, in blocks of four, is the aggregated query
-    pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
+    pairs = run_folder.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
     np.testing.assert_allclose(pairs.mean(0), scores["influence"], rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["policy"] == "matching" and 0 <= summary["target_beyond_chance"] <= summary["target_kept"] <= 1
@@ -421,7 +425,7 @@ def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
 
 def test_topics_are_aggregated(settings, bench, tmp_path):
   chosen = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", aggregate="topic_max")
-  assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
+  assert run_folder.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
 
 
 def _answered(bench):
@@ -434,21 +438,22 @@ def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
   """Their nearest, or in turns: from the very scores that --per_query writes."""
   plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", per_query=True)
   folder = pathlib.Path(select.run(plain, bench))
-  pairs = artifacts.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
+  pairs = run_folder.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
   answered = _answered(bench)
   for how in ("nearest", "round_robin"):
     chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, per_query=False, query_block=3)
-    found = artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
+    found = run_folder.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
     wanted = aggregation.aggregate(pairs[answered], [""] * len(answered), how, bench.parts["train"].ids)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
 
 
+@pytest.mark.slow
 def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
   tuned = settings.replace(run_dir=str(tmp_path / "tuned"), keep_checkpoints=0, trainable_layers="last:1")
   checkpoint = finetune.run(tuned, bench)
   less = tuned.replace(checkpoint=checkpoint, layers="last:1", solver="identity", trajectory="less", query_block=4)
   less = less.replace(policy="proponents", aggregate="round_robin", run_dir=str(tmp_path / "run"))
-  scores = artifacts.read_scores(pathlib.Path(select.run(less, bench)) / "scores.parquet")
+  scores = run_folder.read_scores(pathlib.Path(select.run(less, bench)) / "scores.parquet")
   usable = (bench.parts["train"].num_response_tokens > 0).sum()
   assert sorted(scores["influence"])[-usable:] == list(range(41 - usable, 41)) and scores["selected"].sum() == 20
   first = scoring.trajectory_scores(bench, less, scoring.NOTHING_KEPT, {"first": _answered(bench)[:1]})[0]
@@ -458,7 +463,7 @@ def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
 def test_whitened_cosines_are_scores_too(settings, bench, tmp_path):
   own = settings.replace(run_dir=str(tmp_path / "run"), solver="identity", normalize="whitened_cosine")
   folder = pathlib.Path(select.run(own.replace(policy="proponents"), bench))
-  found = artifacts.read_scores(folder / "scores.parquet")["influence"]
+  found = run_folder.read_scores(folder / "scores.parquet")["influence"]
   assert np.abs(found).max() <= 1 and len(set(found.tolist())) > 20
   assert "whitened" in json.loads((folder / "summary.json").read_text())["unit"]
   with pytest.raises(UserError, match="--normalize=whitened_cosine with --solver=cg"):
@@ -527,7 +532,7 @@ def test_lora_trains_and_scores(settings, bench, tmp_path):
   lora = settings.replace(run_dir=str(tmp_path / "l"), trainable="lora", lora_rank=2, trainable_layers="all")
   checkpoint = finetune.run(lora, bench)
   chosen = settings.replace(run_dir=str(tmp_path / "s"), checkpoint=checkpoint, modules="lora", solver="datainf")
-  assert artifacts.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
+  assert run_folder.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["selected"].sum() == 20
   with pytest.raises(UserError, match="has no 'lora'"):
     select.run(settings.replace(run_dir=str(tmp_path / "t"), modules="lora"), bench)
 
@@ -595,10 +600,10 @@ def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
   assert 3 * len(train) == len(every.parts["train"]) and all(int(name) < 20 for name in train.ids)
   assert list(train.ids) == [name for name in every.parts["train"].ids if int(name) < 20]
   assert len(_with_model(Workbench(own.replace(drop_copies=True, train_limit=8)), bench).parts["train"]) == 8
-  told = select.risky_data(every.summary)
+  told = risky_data(every.summary)
   size = len(every.parts["train"])
   assert len(told) == 1 and told[0].startswith(f"{2 * size // 3} of the {size} training examples")
-  assert "--drop_copies" in told[0] and select.risky_data(distinct.summary) == []
+  assert "--drop_copies" in told[0] and risky_data(distinct.summary) == []
   assert "drop_copies" not in own.identity("data") and own.replace(drop_copies=True).identity("data")["drop_copies"]
 
 
@@ -617,12 +622,12 @@ def test_examples_without_response_score_zero_and_are_listed(settings, bench, tm
   )
   fresh = _with_model(Workbench(holes), bench)
   folder = pathlib.Path(select.run(holes, fresh))
-  scores = artifacts.read_scores(folder / "scores.parquet")
+  scores = run_folder.read_scores(folder / "scores.parquet")
   empty = scores["num_response_tokens"] == 0
   assert empty.sum() == 6 and np.all(scores["influence"][empty] == 0) and not scores["selected"][empty].any()
   listed = json.loads((folder / "summary.json").read_text())["without_response"]
   assert sorted(listed) == sorted(scores["example_id"][empty])
-  assert data.data_summary(fresh.parts)
+  assert tokenizing.data_summary(fresh.parts)
 
 
 def test_full_data_is_not_trained_twice(settings, bench, trained, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import gradients, subtree
+from in2core_jax import gradients
 from in2core_jax.errors import UserError
+from in2core_jax.params import subtree
 
 PARAMS = jax.tree.map(np.asarray, tiny.make_params(tiny.make_config(tie_embeddings=False), lora=2))
 

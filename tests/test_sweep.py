@@ -10,15 +10,23 @@ import numpy as np
 import pytest
 from tiny import Killed, OneDevice, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
-from experiments import evaluate, paper, select, study, workbench
-from experiments.flags import Settings
-from experiments.policy_inputs import ChoiceInputs
-from experiments.retraining import Candidate, Judge
-from in2core_jax import artifacts, coreset, embeddings, evaluation, influence
+from experiments.paper import paper
+from experiments.study import study
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics
+from in2core_jax.influence import kernels
+from in2core_jax.pipeline import compared, evaluate, select, session
+from in2core_jax.pipeline.compared import plan_of
+from in2core_jax.pipeline.evaluate_results import report_names
+from in2core_jax.pipeline.policy_inputs import ChoiceInputs
+from in2core_jax.pipeline.retraining import Candidate, Judge
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import run_folder
+from in2core_jax.selection import coreset, cosines
+from in2core_jax.selection.inputs import Budget
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices."""
 
 
@@ -146,28 +154,28 @@ def test_sweeps_that_cannot_be_are_refused(settings, bench, tmp_path, changes, w
 def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
   made = select.run(settings.replace(policy="matching", run_dir=str(tmp_path / "select")), bench)
   sweep = settings.replace(fractions="0.5", policies="full", select_runs=made, run_dir=str(tmp_path / "run"))
-  assert evaluate.plan_of(bench, sweep).policies == [("full", 0), ("matching", 0)]
+  assert plan_of(bench, sweep).policies == [("full", 0), ("matching", 0)]
   for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
     with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
-      evaluate.plan_of(bench, sweep.replace(**{name: value}))
+      plan_of(bench, sweep.replace(**{name: value}))
   other = copy.copy(bench)
   other.__dict__["_loaded"] = (*bench._loaded[:3], "0" * 64)
   with pytest.raises(UserError, match="another --model .* than hf:.*hash 000000000000.*: give evaluate the same"):
-    evaluate.plan_of(other, sweep)
+    plan_of(other, sweep)
 
 
 def test_selections_of_several_sizes_have_no_random_set_in_common(settings, bench, monkeypatch):
   chosen = {"a/run": ("matching", 12), "b/run": ("proponents", 16), "c": ("longest", 16)}
   columns = lambda count: {"selected": np.arange(32) < count}  # noqa: E731
-  monkeypatch.setattr(evaluate, "read_selection", lambda folder, _: (chosen[folder][0], columns(chosen[folder][1])))
-  plan = lambda runs, policies: evaluate.plan_of(bench, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
+  monkeypatch.setattr(compared, "read_selection", lambda folder, _: (chosen[folder][0], columns(chosen[folder][1])))
+  plan = lambda runs, policies: plan_of(bench, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
   with pytest.raises(UserError, match="have selected 12, 16 examples, and random of --policies would have one size"):
     plan("a/run,b/run", "full,random")
   assert len(plan("a/run,b/run", "full").runs) == len(plan("b/run,c", "full,random").runs) == 2
 
 
 def test_reports_of_select_runs_have_names_of_their_own():
-  found = evaluate.report_names(["x/run-2", "a/run", "b/run/", "gs://bucket/c/run"])
+  found = report_names(["x/run-2", "a/run", "b/run/", "gs://bucket/c/run"])
   assert found == ["report-run-2.html", "report-run.html", "report-run-3.html", "report-run-4.html"]
 
 
@@ -255,9 +263,9 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
   )
   whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
   rule = study.VARIANTS["matching, cut at 48"]
-  assert study.budget_for(settings.replace(fraction=0.5), rule, whole, cut) == coreset.Budget(num_examples=4)
+  assert study.budget_for(settings.replace(fraction=0.5), rule, whole, cut) == Budget(num_examples=4)
   tokens = settings.replace(token_budget=30)
-  assert study.budget_for(tokens, rule, whole, cut) == coreset.Budget(token_budget=30)
+  assert study.budget_for(tokens, rule, whole, cut) == Budget(token_budget=30)
   with pytest.raises(UserError, match="choose 6 examples, but only 5 have a response within 48 tokens"):
     study.budget_for(study.settings_of(settings.replace(fraction=0.75, max_length=96), rule), rule, whole, cut)
   assert study.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
@@ -299,7 +307,7 @@ def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, 
   limited.__dict__["_loaded"] = bench._loaded
   assert few.parts["eval"].ids == limited.parts["eval"].ids != evals.ids[:4]
   assert bench.with_queries(0) is bench.with_queries(len(evals)) is bench and len(bench.parts["eval"]) == len(evals)
-  chosen = workbench.choose(bench, bench.params, settings.layers, settings.modules)
+  chosen = session.choose(bench, bench.params, settings.layers, settings.modules)
   rows = [evals.ids.index(name) for name in few.parts["eval"].ids]
 
   def of(one, part):
@@ -312,7 +320,7 @@ def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, 
 
 def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
   monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
-  run_dir = artifacts.RunDir.open(str(tmp_path / "copies"), {})
+  run_dir = run_folder.RunDir.open(str(tmp_path / "copies"), {})
   judged = study.Study(bench, settings, "", run_dir)
   chosen = [judged.rows(study.VARIANTS["random, copies last"], seed) for seed in range(3)]
   for rows in chosen:  # half of 8 texts with 4 copies each: two of each text
@@ -323,7 +331,7 @@ def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
 
 
 def test_comparison_by_hand():
-  row = lambda policy, seed, *found: evaluation.RetrainRow(policy, seed, 2, 9, 4, 1, 4, *found)  # noqa: E731
+  row = lambda policy, seed, *found: statistics.RetrainRow(policy, seed, 2, 9, 4, 1, 4, *found)  # noqa: E731
   rows = [
     row("full", 0, 8.0, 9.0),
     row("random", 0, 10.0, 10.0),
@@ -351,7 +359,7 @@ def test_shares_of_rules_that_change_another_by_hand():
   shared = study.shared_with_their_rule(chosen)
   assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
   table = study.comparison(
-    [evaluation.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")],
+    [statistics.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")],
     study.SetFacts(shared, {"random": 0.25, "cg": 1.0}),
   )
   assert [row["shared with its rule"] for row in table] == ["", "", "", "0.50"]
@@ -365,7 +373,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
   names = "proponents, base model", "proponents, summed losses"
   folders = [str(tmp_path / name) for name in ("killed", "alone")]
   with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
-    patch.setattr(influence.Problem, "losses_and_scores", kill)
+    patch.setattr(kernels.Problem, "losses_and_scores", kill)
     study.run(settings.replace(run_dir=folders[0], variants=names[0]), bench)
   assert list((tmp_path / "killed" / "unfinished").rglob("*.shard"))
   for folder in folders:
@@ -380,7 +388,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
 
 def test_unit_gradients_have_length_1():
   vectors = np.array([[3.0, 4.0], [0.0, 0.0], [0.1, 0.0]])
-  np.testing.assert_allclose(embeddings.unit(vectors), [[0.6, 0.8], [0, 0], [1, 0]])
+  np.testing.assert_allclose(cosines.unit(vectors), [[0.6, 0.8], [0, 0], [1, 0]])
 
 
 # ---- paper ---------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from in2core_jax import tokenizer
-from in2core_jax.assets import asset_path
+from in2core_jax.data.assets import asset_path
 from in2core_jax.errors import UserError
-from in2core_jax.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
+from in2core_jax.model import tokenizer
+from in2core_jax.model.tokenizer import tokenizer_from_dir, tokenizer_from_gguf
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 

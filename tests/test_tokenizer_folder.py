@@ -5,9 +5,9 @@ import json
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from in2core_jax.data import Record, tokenize
+from in2core_jax.data.tokenizing import Record, tokenize
 from in2core_jax.errors import UserError
-from in2core_jax.tokenizer import tokenizer_from_dir
+from in2core_jax.model.tokenizer import tokenizer_from_dir
 
 WORDS = [
   "the",

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 from tiny import CONFIG, OneDevice, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
 
-from experiments import flags, scoring, transfer, workbench
-from experiments.retraining import Judge
-from in2core_jax import artifacts, coreset, evaluation, matching, model, subtree, weights
+from experiments.transfer import transfer
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics
+from in2core_jax.model import decoder, weights
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import scoring, session
+from in2core_jax.pipeline.retraining import Judge
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import run_folder
+from in2core_jax.selection import matching
+from in2core_jax.selection.inputs import inputs_of
 
 
-class Workbench(OneDevice, workbench.Workbench):
+class Workbench(OneDevice, session.Workbench):
   """On one of the simulated devices: quick to compile."""
 
 
@@ -83,17 +90,17 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
 
 def test_without_copies_there_are_no_random_sets_without_copies(settings, bench, tmp_path, monkeypatch):
   monkeypatch.setattr(transfer, "distinct_points", lambda points: np.arange(len(points.ids)))
-  task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
+  task = transfer.Transfer(bench, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
   names = [candidate.policy for candidate in task.candidates({"hf:x": np.arange(12)})]
   assert names == ["full", "random", "random", *[transfer.AS_LONG] * 2, transfer.LONGEST, "chosen by hf:x"]
-  row = lambda policy, seed: evaluation.RetrainRow(policy, seed, 2, 9, 4, 1, 4, 2.0, 2.0)  # noqa: E731
+  row = lambda policy, seed: statistics.RetrainRow(policy, seed, 2, 9, 4, 1, 4, 2.0, 2.0)  # noqa: E731
   (line,) = transfer.beside([row(name, seed) for seed, name in enumerate(names)])
   assert transfer.AS_LONG in line and transfer.COPIES_LAST not in line
 
 
 @pytest.mark.real
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
-  task = transfer.Transfer(bench, settings, artifacts.RunDir.load(str(folder)))
+  task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
   cell = task.scored(transfer.scorers_of(settings)[0])
   judge = Judge(bench, settings, [np.arange(24)])
   tuned = judge.train(np.flatnonzero(bench.parts["train"].num_response_tokens), 0, "again").sub
@@ -101,8 +108,10 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   losses, before = (judge.losses(sub, "eval")[counted].mean() for sub in (tuned, judge.sub))
   assert cell["eval loss as given"] == pytest.approx(before, rel=1e-6)
   assert cell["eval loss"] == pytest.approx(losses, rel=1e-6) and losses != pytest.approx(before, rel=1e-5)
-  chosen = workbench.choose(bench, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
-  wanted = scoring.score(bench, settings, chosen, scoring.Work(artifacts.RunDir.open(str(folder) + "-w", {}))).influence
+  chosen = session.choose(bench, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
+  wanted = scoring.score(
+    bench, settings, chosen, scoring.Work(run_folder.RunDir.open(str(folder) + "-w", {}))
+  ).influence
   found = [cell["influence"][example] for example in bench.parts["train"].ids]
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
   assert [bench.parts["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
@@ -142,7 +151,7 @@ def test_matching_selects_by_each_models_own_gradients(settings, bench, tmp_path
 def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp_path, monkeypatch):
   folders = []
   monkeypatch.setattr(transfer.Transfer, "score_anew", lambda *given: folders.append(given[-1]) or {"of": len(folders)})
-  task = transfer.Transfer(bench, settings, artifacts.RunDir.open(str(tmp_path / "run"), {}))
+  task = transfer.Transfer(bench, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
   scorer = transfer.Scorer(write_model(tmp_path / "other", CONFIG), "last:1", "last:1", 1e-2)
   assert [task.scored(scorer)["of"] for _ in range(2)] == [1, 1]
   config, params, tokenizer, _ = weights.load_model(scorer.model)
@@ -169,12 +178,12 @@ def test_a_scorer_weighs_its_gradients_by_its_own_tokens():
   assert sorted(found.pool()) == [0, 1, 2]
   wanted = matching.shrunk_target(queries["target"], queries["features"], np.array([2.0, 1, 1]), np.array([9, 3, 0]))
   np.testing.assert_allclose(found.aim.target, wanted.target)
-  plain = coreset.inputs_of(ours, **queries).aim.target
+  plain = inputs_of(ours, **queries).aim.target
   assert not np.allclose(found.aim.target, plain)
 
 
 def test_scorers_are_read_with_their_layers():
-  s = flags.Settings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
+  s = Settings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
   assert transfer.scorers_of(s) == [
     transfer.Scorer("smollm2", "last:8", "last:2", 1e-4),
     transfer.Scorer("hf:x", "last:8", "last:2", 1e-4),
@@ -244,7 +253,7 @@ def test_a_truncated_model_is_the_first_layers(settings):
     np.testing.assert_array_equal(part, whole[:1])
   np.testing.assert_array_equal(cut["embed"]["embedding"], params["embed"]["embedding"])
   tokens = np.arange(12).reshape(2, 6)
-  assert np.isfinite(np.asarray(model.logits(less, cut, tokens))).all()
+  assert np.isfinite(np.asarray(decoder.logits(less, cut, tokens))).all()
   assert weights.describe_model(f"truncated:{settings.model}:1")[0] == less and len(tokenizer)
   assert less == weights.load_model(f"truncated:truncated:{settings.model}:2:1")[0]
 

@@ -12,10 +12,15 @@ import tiny
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
-from in2core_jax import algebra, arnoldi, ekfac, evaluation, finetune, gradients, probes, trajectory, variants
+from in2core_jax import gradients
 from in2core_jax.errors import UserError
-from in2core_jax.influence import Problem
-from in2core_jax.trajectory import AdamDirection, Checkpoint
+from in2core_jax.evaluation import statistics
+from in2core_jax.ihvp import ekfac, low_rank, tree_math
+from in2core_jax.influence import normalize, trajectory
+from in2core_jax.influence.kernels import Problem
+from in2core_jax.influence.trajectory import AdamDirection, Checkpoint
+from in2core_jax.params import moment_probes
+from in2core_jax.training.recipe import Recipe, make_optimizer
 
 N, FEATURES, WIDTH, SILENT = 7, 4, 3, 2
 P = FEATURES * WIDTH + WIDTH
@@ -45,7 +50,7 @@ def outputs(sub, frozen, batch):
   module = sub["first"]
   y = batch.x @ module["kernel"]
   if "kernel_probe" in module:
-    y = probes.observe(batch.x, y, module["kernel_probe"])
+    y = moment_probes.observe(batch.x, y, module["kernel_probe"])
   return jnp.tanh(y) @ sub["second"]
 
 
@@ -100,7 +105,7 @@ def make_dense(problem, stream, size):
     loss = lambda s, one: jnp.sum(gradients.per_example_losses(problem.objective, s, problem.frozen, one))  # noqa: E731
     both = jax.jit(jax.value_and_grad(loss))
     found += [both(problem.sub, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch)) for i in range(size)]
-  g = np.concatenate([algebra.ravel(jax.tree.map(lambda leaf: leaf[None], gradient)) for _, gradient in found])
+  g = np.concatenate([tree_math.ravel(jax.tree.map(lambda leaf: leaf[None], gradient)) for _, gradient in found])
   fisher = g.T @ g / size
   inverse = np.linalg.inv(fisher + DAMPING * np.eye(g.shape[1]))
   values = np.array([float(value) for value, _ in found])
@@ -122,12 +127,12 @@ def apply_matrix(matrix, g):
 
 
 def with_matrix(matrix):
-  return variants.GradientMap(apply_matrix, jnp.asarray(matrix))
+  return normalize.GradientMap(apply_matrix, jnp.asarray(matrix))
 
 
 def assert_measures(found, dense, matrix):
   """Everything that is measured, against its definition in NumPy."""
-  r, mapped = algebra.ravel(dense.directions), dense.g @ matrix
+  r, mapped = tree_math.ravel(dense.directions), dense.g @ matrix
   wanted = {
     "scores": r @ dense.g.T,
     "losses": dense.losses,
@@ -146,7 +151,9 @@ def assert_measures(found, dense, matrix):
 @pytest.mark.parametrize("cuts", list(CUTS))
 @pytest.mark.parametrize("microbatch", [None, 1, 3, 4])
 def test_measures_are_a_loop_of_grad_however_the_data_is_cut(dense, cuts, microbatch):
-  found = variants.measure(make_problem(microbatch), make_stream(cuts), N, dense.directions, with_matrix(dense.inverse))
+  found = normalize.measure(
+    make_problem(microbatch), make_stream(cuts), N, dense.directions, with_matrix(dense.inverse)
+  )
   assert_measures(found, dense, dense.inverse)
 
 
@@ -157,19 +164,19 @@ def test_measures_of_the_decoder_are_a_loop_of_grad(x64):
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
   without = t.batch._replace(slots=None)
   dense = make_dense(problem, lambda: iter([(None, without)]), size)
-  found = variants.measure(problem, stream, size, dense.directions, with_matrix(dense.inverse))
+  found = normalize.measure(problem, stream, size, dense.directions, with_matrix(dense.inverse))
   assert_measures(found, dense, dense.inverse)
-  for values in (found.losses, found.norms, found.self_influence, variants.cosine(found)[0]):
+  for values in (found.losses, found.norms, found.self_influence, normalize.cosine(found)[0]):
     assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
 
 
-def self_influence(problem, stream, size, inverse=variants.IDENTITY):
+def self_influence(problem, stream, size, inverse=normalize.IDENTITY):
   """g_i . M g_i of every example."""
-  return variants.measure(problem, stream, size, None, inverse).self_influence
+  return normalize.measure(problem, stream, size, None, inverse).self_influence
 
 
 def test_without_an_inverse_self_influence_is_the_squared_norm(dense):
-  found = variants.measure(dense.problem, make_stream(), N, dense.directions)
+  found = normalize.measure(dense.problem, make_stream(), N, dense.directions)
   assert_measures(found, dense, np.eye(P))
   alone = self_influence(dense.problem, make_stream("mixed"), N)
   np.testing.assert_allclose(alone, np.sum(dense.g**2, axis=1), rtol=1e-10)
@@ -178,7 +185,7 @@ def test_without_an_inverse_self_influence_is_the_squared_norm(dense):
 def test_scores_are_those_of_the_problem(dense):
   """The unnormalised score is the score of the pipeline, so that a variant differs by its normalisation alone."""
   stream = make_stream()
-  found = variants.measure(dense.problem, stream, N, dense.directions)
+  found = normalize.measure(dense.problem, stream, N, dense.directions)
   for path in ("jvp", "vmap"):
     np.testing.assert_allclose(found.scores, dense.problem.scores(stream, N, dense.directions, path), rtol=1e-6)
 
@@ -200,13 +207,13 @@ def fit_ekfac(problem, stream):
 def test_ekfac_self_influence_is_that_of_its_dense_operator(dense):
   fitted = fit_ekfac(dense.problem, make_stream())
   for damping in (1e-3, 1.0):
-    inverse = variants.inverse_map("ekfac", fitted, damping)
-    found = variants.measure(dense.problem, make_stream("mixed"), N, dense.directions, inverse)
+    inverse = normalize.inverse_map("ekfac", fitted, damping)
+    found = normalize.measure(dense.problem, make_stream("mixed"), N, dense.directions, inverse)
     assert_measures(found, dense, ekfac_matrix(fitted, damping))
     # The solver and the preconditioner apply the same inverse.
-    rows = algebra.ravel(dense.directions) @ ekfac_matrix(fitted, damping)
+    rows = tree_math.ravel(dense.directions) @ ekfac_matrix(fitted, damping)
     np.testing.assert_allclose(
-      algebra.ravel(ekfac.preconditioner(fitted, damping)(dense.directions)), rows, rtol=1e-9, atol=1e-12
+      tree_math.ravel(ekfac.preconditioner(fitted, damping)(dense.directions)), rows, rtol=1e-9, atol=1e-12
     )
   with pytest.raises(UserError, match="fitted to another subtree"):
     ekfac.apply_inverse(fitted, 0.1, {"first": dense.directions["first"]})
@@ -215,15 +222,15 @@ def test_ekfac_self_influence_is_that_of_its_dense_operator(dense):
 def test_low_rank_self_influence_is_that_of_its_dense_operator(dense):
   like = tiny.direction(dense.problem.sub, queries=1)
   matvec = lambda v: apply_matrix(jnp.asarray(dense.fisher), v)  # noqa: E731
-  fitted = arnoldi.fit_low_rank(matvec, like, jax.random.key(0), arnoldi.LowRankSettings(4))
-  v = algebra.ravel(fitted.vectors)
+  fitted = low_rank.fit_low_rank(matvec, like, jax.random.key(0), low_rank.LowRankSettings(4))
+  v = tree_math.ravel(fitted.vectors)
   matrix = v.T @ np.diag(1 / (fitted.eigenvalues + 0.1) - 1 / 0.1) @ v + np.eye(P) / 0.1
-  inverse = variants.inverse_map("low_rank", fitted, 0.1)
-  found = variants.measure(dense.problem, make_stream(), N, dense.directions, inverse)
+  inverse = normalize.inverse_map("low_rank", fitted, 0.1)
+  found = normalize.measure(dense.problem, make_stream(), N, dense.directions, inverse)
   assert_measures(found, dense, matrix)
-  bent = arnoldi.LowRank(fitted.vectors, np.array([3.0, 1.0, 0.5, -1.0]), fitted.errors, -1.0)
+  bent = low_rank.LowRank(fitted.vectors, np.array([3.0, 1.0, 0.5, -1.0]), fitted.errors, -1.0)
   with pytest.raises(UserError, match="eigenvalue -1.*use a damping well above 1"):
-    self_influence(dense.problem, make_stream(), N, variants.inverse_map("low_rank", bent, 0.1))
+    self_influence(dense.problem, make_stream(), N, normalize.inverse_map("low_rank", bent, 0.1))
 
 
 # ---- normalisations ------------------------------------------------------------------
@@ -232,13 +239,13 @@ def test_low_rank_self_influence_is_that_of_its_dense_operator(dense):
 def test_relatif_against_the_dense_inverse(dense):
   """Queries are examples 0 and 4; directions are solved with the inverse that normalises."""
   g, inverse = dense.g, dense.inverse
-  solved = algebra.unravel(g[[0, 4]] @ inverse, dense.directions)
-  found = variants.measure(dense.problem, make_stream(), N, solved, with_matrix(inverse))
+  solved = tree_math.unravel(g[[0, 4]] @ inverse, dense.directions)
+  found = normalize.measure(dense.problem, make_stream(), N, solved, with_matrix(inverse))
   influence, own = g[[0, 4]] @ inverse @ g.T, np.sum((g @ inverse) * g, axis=1)
-  relative = variants.relatif(found)
+  relative = normalize.relatif(found)
   assert relative.dtype == np.float32 and relative.shape == (2, N)
   np.testing.assert_allclose(relative[:, ANSWERED], influence[:, ANSWERED] / np.sqrt(own[ANSWERED]), rtol=1e-6)
-  theta = variants.theta_relatif(found)
+  theta = normalize.theta_relatif(found)
   np.testing.assert_allclose(
     theta[:, ANSWERED], influence[:, ANSWERED] / np.linalg.norm(g @ inverse, axis=1)[ANSWERED], rtol=1e-6
   )
@@ -248,8 +255,8 @@ def test_relatif_against_the_dense_inverse(dense):
 
 
 def test_cosine_is_1_for_an_example_against_itself_and_never_beyond(dense):
-  directions = algebra.unravel(np.concatenate([dense.g, -2 * dense.g[:1]]), dense.directions)
-  found = variants.cosine(variants.measure(dense.problem, make_stream(), N, directions))
+  directions = tree_math.unravel(np.concatenate([dense.g, -2 * dense.g[:1]]), dense.directions)
+  found = normalize.cosine(normalize.measure(dense.problem, make_stream(), N, directions))
   assert found.dtype == np.float32 and np.all(np.abs(found) <= 1)
   np.testing.assert_allclose(np.diag(found[:N])[ANSWERED], 1, rtol=1e-6)
   assert found[N, 0] == pytest.approx(-1)
@@ -261,16 +268,16 @@ def test_cosine_is_1_for_an_example_against_itself_and_never_beyond(dense):
 
 def test_rounding_does_not_push_a_cosine_beyond_1():
   one = np.ones(1)
-  measures = variants.Measures(np.array([[1.0 + 1e-7], [-1.0 - 1e-7]]), one, one, one, one, np.ones(2))
-  assert variants.cosine(measures).tolist() == [[1.0], [-1.0]]
+  measures = normalize.Measures(np.array([[1.0 + 1e-7], [-1.0 - 1e-7]]), one, one, one, one, np.ones(2))
+  assert normalize.cosine(measures).tolist() == [[1.0], [-1.0]]
 
 
 def test_an_example_without_response_has_0_everywhere():
-  found = variants.measure(make_problem(), make_stream(), N, tiny.direction(make_problem().sub, queries=2))
+  found = normalize.measure(make_problem(), make_stream(), N, tiny.direction(make_problem().sub, queries=2))
   for name in ("losses", "norms", "self_influence", "inverse_norms"):
     values = getattr(found, name)
     assert values[SILENT] == 0 and np.count_nonzero(values) == N - 1
-  for normalise in (variants.cosine, variants.relatif, variants.theta_relatif):
+  for normalise in (normalize.cosine, normalize.relatif, normalize.theta_relatif):
     scores = normalise(found)
     assert np.all(scores[:, SILENT] == 0) and np.count_nonzero(scores) == 2 * (N - 1)
     assert np.all(np.isfinite(scores))
@@ -280,9 +287,9 @@ def test_an_example_without_response_has_0_everywhere():
 def test_tiny_and_huge_gradients_keep_their_direction(factor):
   """In float32 the squares of these gradients would be 0 or infinite."""
   directions = tiny.direction(make_problem().sub, queries=2)
-  found, wanted = (variants.measure(make_problem(factor=by), make_stream(), N, directions) for by in (factor, 1.0))
+  found, wanted = (normalize.measure(make_problem(factor=by), make_stream(), N, directions) for by in (factor, 1.0))
   np.testing.assert_allclose(found.self_influence, factor**2 * wanted.self_influence, rtol=1e-4)
-  for normalise in (variants.cosine, variants.relatif, variants.theta_relatif):
+  for normalise in (normalize.cosine, normalize.relatif, normalize.theta_relatif):
     np.testing.assert_allclose(normalise(found), normalise(wanted), rtol=1e-4, atol=1e-6)
 
 
@@ -295,11 +302,11 @@ def test_a_second_call_compiles_nothing(caplog):
   moved = problem.at(jax.tree.map(lambda leaf: 1.01 * leaf, problem.sub))
 
   def compiled(problem, cuts, damping, seed):
-    inverse = variants.inverse_map("ekfac", fitted, damping)
+    inverse = normalize.inverse_map("ekfac", fitted, damping)
     directions, stream = tiny.direction(problem.sub, seed, queries=2), make_stream(cuts, make_points(seed=seed))
     caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-      variants.measure(problem, stream, N, directions, inverse)
+      normalize.measure(problem, stream, N, directions, inverse)
       self_influence(problem, stream, N)
     return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
 
@@ -325,11 +332,11 @@ def test_weights_and_factors_are_no_constants_and_no_gradient_of_a_batch_exists(
   fitted = fit_ekfac(dense.problem, make_stream())
   like = tiny.direction(dense.problem.sub, queries=1)
   matvec = lambda v: apply_matrix(jnp.asarray(dense.fisher), v)  # noqa: E731
-  krylov = arnoldi.fit_low_rank(matvec, like, jax.random.key(0), arnoldi.LowRankSettings(4))
+  krylov = low_rank.fit_low_rank(matvec, like, jax.random.key(0), low_rank.LowRankSettings(4))
   problem, (_, batch) = dense.problem, next(make_stream()())
-  for inverse in (variants.inverse_map("ekfac", fitted, 0.1), variants.inverse_map("low_rank", krylov, 0.1)):
-    maps, contexts = (variants.IDENTITY.function, inverse.function), ((), inverse.context)
-    program = jax.make_jaxpr(variants._kernel, static_argnums=(0, 1, 2))(
+  for inverse in (normalize.inverse_map("ekfac", fitted, 0.1), normalize.inverse_map("low_rank", krylov, 0.1)):
+    maps, contexts = (normalize.IDENTITY.function, inverse.function), ((), inverse.context)
+    program = jax.make_jaxpr(normalize._kernel, static_argnums=(0, 1, 2))(
       problem.objective, maps, 4, contexts, problem.sub, problem.frozen, batch, dense.directions
     )
     examples = batch.valid.shape[0]
@@ -347,20 +354,20 @@ def test_what_is_not_finite_is_refused():
   directions = tiny.direction(problem.sub, queries=1)
   x[[0, 5]] = np.nan
   with pytest.raises(UserError, match=rf"2 of {N} losses are not finite \(first rows \[0, 5\]\)"):
-    variants.measure(problem, make_stream("mixed", (x, y, weight)), N, directions)
+    normalize.measure(problem, make_stream("mixed", (x, y, weight)), N, directions)
   with pytest.raises(UserError, match="7 of 7 scores are not finite.*in the directions"):
-    variants.measure(problem, make_stream(), N, jax.tree.map(lambda leaf: leaf * np.inf, directions))
+    normalize.measure(problem, make_stream(), N, jax.tree.map(lambda leaf: leaf * np.inf, directions))
   with pytest.raises(UserError, match=f"{N} of {N} self influence are not finite"):
-    nan = variants.GradientMap(lambda context, g: jax.tree.map(lambda leaf: leaf / 0, g))
+    nan = normalize.GradientMap(lambda context, g: jax.tree.map(lambda leaf: leaf / 0, g))
     self_influence(problem, make_stream(), N, nan)
   with pytest.raises(UserError, match="stream of batches is empty"):
     self_influence(problem, lambda: iter(()), N)
 
 
 def test_an_inverse_that_is_not_positive_is_refused(dense):
-  found = variants.measure(dense.problem, make_stream(), N, dense.directions, with_matrix(-dense.inverse))
+  found = normalize.measure(dense.problem, make_stream(), N, dense.directions, with_matrix(-dense.inverse))
   with pytest.raises(UserError, match=rf"{N - 1} examples have a gradient but no positive self-influence"):
-    variants.relatif(found)
+    normalize.relatif(found)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +385,7 @@ def test_an_inverse_that_is_not_positive_is_refused(dense):
 )
 def test_inverses_that_do_not_exist_are_refused(arguments, message):
   with pytest.raises(UserError, match=message):
-    variants.inverse_map(*arguments)
+    normalize.inverse_map(*arguments)
 
 
 # ---- what it is for ------------------------------------------------------------------
@@ -396,8 +403,8 @@ def test_self_influence_finds_wrong_labels(seed):
     step = problem.mean_gradient(stream)
     problem = problem.at(jax.tree.map(lambda leaf, d: leaf - 1.0 * d[0], problem.sub, step))
   fitted = fit_ekfac(problem, stream)
-  for inverse in (variants.IDENTITY, variants.inverse_map("ekfac", fitted, 0.1 * fitted.lambda_max)):
-    auc = evaluation.roc_auc(self_influence(problem, stream, size, inverse), wrong)
+  for inverse in (normalize.IDENTITY, normalize.inverse_map("ekfac", fitted, 0.1 * fitted.lambda_max)):
+    auc = statistics.roc_auc(self_influence(problem, stream, size, inverse), wrong)
     print(auc)
     assert auc.low > 0.8
 
@@ -405,12 +412,12 @@ def test_self_influence_finds_wrong_labels(seed):
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-RECIPE = finetune.Recipe(steps=6, batch_size=N, learning_rate=0.1, weight_decay=0.01)
+RECIPE = Recipe(steps=6, batch_size=N, learning_rate=0.1, weight_decay=0.01)
 
 
 def train(optimizer=None, steps=(1, 4)):
   """Checkpoints of a training on all examples, with the state that the next step starts from."""
-  optimizer = optimizer or finetune.make_optimizer(RECIPE)
+  optimizer = optimizer or make_optimizer(RECIPE)
   problem, kept = make_problem(), []
   state = optimizer.init(problem.sub)
   for step in range(max(steps) + 1):
@@ -430,12 +437,12 @@ def eval_gradients(problem):
 def dense_at(checkpoint):
   """(g_i [N, P], g_q [5, P]) at a checkpoint."""
   dense = make_dense(checkpoint.problem, make_stream(), N)
-  return dense.g, algebra.ravel(eval_gradients(checkpoint.problem))
+  return dense.g, tree_math.ravel(eval_gradients(checkpoint.problem))
 
 
 def row_tree(row, like):
   """A row [P] as a tree like `like`."""
-  single = algebra.unravel(row[None], jax.tree.map(lambda leaf: leaf[None], like))
+  single = tree_math.unravel(row[None], jax.tree.map(lambda leaf: leaf[None], like))
   return jax.tree.map(lambda leaf: leaf[0], single)
 
 
@@ -465,7 +472,7 @@ def adam_steps(checkpoint, g, optimizer, rate):
   for row in g:
     updates, _ = optimizer.update(row_tree(row, sub), checkpoint.optimizer_state, sub)
     moved = optax.apply_updates(sub, updates)
-    rows.append(algebra.ravel(jax.tree.map(lambda a, b: (a - b)[None] / rate, sub, moved))[0])
+    rows.append(tree_math.ravel(jax.tree.map(lambda a, b: (a - b)[None] / rate, sub, moved))[0])
   return np.stack(rows)
 
 
@@ -478,8 +485,8 @@ def test_less_compares_the_steps_that_adam_takes(settings, x64):
     g, queries = dense_at(at)
     steps = adam_steps(at, g, optimizer, 0.05)
     state = trajectory.find_adam_state(at.optimizer_state, at.problem.sub)
-    rows = algebra.unravel(g, jax.tree.map(lambda leaf: leaf[None], at.problem.sub))
-    gamma = algebra.ravel(AdamDirection(**settings)(state, rows))
+    rows = tree_math.unravel(g, jax.tree.map(lambda leaf: leaf[None], at.problem.sub))
+    gamma = tree_math.ravel(AdamDirection(**settings)(state, rows))
     np.testing.assert_allclose(gamma, steps, rtol=1e-9, atol=1e-12)
     wanted += at.weight * cosines(queries, steps)
   found = trajectory.less(checkpoints, make_stream("mixed"), N, eval_gradients, AdamDirection(**settings))
@@ -538,7 +545,7 @@ def test_another_checkpoint_compiles_nothing(caplog):
 @pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.0}, {"weight_decay": 0.0}, {"warmup_ratio": 0.0}])
 def test_adam_is_found_in_the_state_of_every_recipe(changes):
   fields = {"steps": 6, "weight_decay": 0.01, "warmup_ratio": 0.2} | changes
-  (at,) = train(finetune.make_optimizer(finetune.Recipe(**fields)), steps=(2,))
+  (at,) = train(make_optimizer(Recipe(**fields)), steps=(2,))
   state = trajectory.find_adam_state(at.optimizer_state, at.problem.sub)
   assert int(state.count) == 2
   assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves((state.mu, state.nu)))

@@ -7,10 +7,11 @@ import types
 import numpy as np
 import pytest
 
-from experiments import judging
-from in2core_jax import evaluation as ev
-from in2core_jax import near_copies, verdict
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics as ev
+from in2core_jax.evaluation import verdict
+from in2core_jax.pipeline import judging
+from in2core_jax.report import near_duplicates
 
 SIZE = 40
 HARD = np.random.default_rng(0).normal(0, 0.5, SIZE)
@@ -160,7 +161,7 @@ def test_copies_and_near_copies_are_drawn_together():
   assert found.about.startswith("2 of the 6 test examples are copies or near copies")
   shared = words(0)  # an instruction that all have makes no near copies
   assert (
-    len(np.unique(near_copies.alike([f"{shared} {words(n, 8)}" for n in range(1, 40)], list(map(str, range(39))))))
+    len(np.unique(near_duplicates.alike([f"{shared} {words(n, 8)}" for n in range(1, 40)], list(map(str, range(39))))))
     == 39
   )
 

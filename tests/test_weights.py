@@ -15,10 +15,11 @@ import safetensors.numpy
 import tiny
 from flax import traverse_util
 
-from in2core_jax import assets, gguf_file, hf_config, model, weights
+from in2core_jax.data import assets
 from in2core_jax.errors import UserError
+from in2core_jax.model import decoder, gguf_file, hf_config, weights
 
-CONFIG = model.ModelConfig(
+CONFIG = decoder.ModelConfig(
   vocab_size=40,
   hidden_size=32,
   intermediate_size=64,
@@ -50,7 +51,7 @@ VARIANTS = {
 
 
 def make_params(config, dtype=np.float32, seed=0):
-  return jax.tree.map(np.asarray, model.init_params(config, jax.random.key(seed), dtype))
+  return jax.tree.map(np.asarray, decoder.init_params(config, jax.random.key(seed), dtype))
 
 
 def assert_same(left, right):
@@ -265,7 +266,7 @@ def test_export_folds_lora_in(tmp_path):
   weights.save_hf_dir(tmp_path, CONFIG, tuned)
   config, loaded = weights.load_hf_dir(tmp_path)
   tokens = jnp.arange(12)[None]
-  np.testing.assert_allclose(model.logits(config, loaded, tokens), model.logits(config, tuned, tokens), atol=1e-5)
+  np.testing.assert_allclose(decoder.logits(config, loaded, tokens), decoder.logits(config, tuned, tokens), atol=1e-5)
   assert (
     np.abs(loaded["layers"]["attention"]["v_proj"]["kernel"] - params["layers"]["attention"]["v_proj"]["kernel"]).max()
     > 1
@@ -565,6 +566,7 @@ def test_unlisted_and_absent_assets_are_refused(small_asset):
     assets.asset_path("absent")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_embedded_gemma3():
   config, params, tokenizer, digest = weights.load_model("gemma3", "bfloat16")

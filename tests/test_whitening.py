@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from in2core_jax import whitening
 from in2core_jax.errors import UserError
-from in2core_jax.whitening import WhitenedMetric
+from in2core_jax.selection import whitening
+from in2core_jax.selection.whitening import WhitenedMetric
 
 
 def pool(size, width, seed=0):

@@ -21,10 +21,16 @@ import pytest
 import tokenizers
 import transformers
 
-from experiments import children
-from experiments.flags import Settings
-from in2core_jax import assets, batches, finetune, gradients, hf_config, model, sharding, subtree, weights
-from in2core_jax.tokenizer import tokenizer_from_gguf
+from experiments import subprocesses
+from in2core_jax import gradients
+from in2core_jax.data import assets, batches
+from in2core_jax.model import decoder, hf_config, weights
+from in2core_jax.model.objective import make_objective
+from in2core_jax.model.tokenizer import tokenizer_from_gguf
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.training import train_loop
 
 # (role of each token: P prompt, r response). Odd lengths, one response token only, several turns, a prompt at the end,
 # one prompt token before a long response, no response at all.
@@ -57,7 +63,7 @@ GEMMA3 = hf_config.GEMMA3 | {
 class Tiny(NamedTuple):
   """One model, one subtree, one batch."""
 
-  config: model.ModelConfig
+  config: decoder.ModelConfig
   params: Any
   subtree: subtree.Subtree
   objective: gradients.Objective
@@ -66,7 +72,7 @@ class Tiny(NamedTuple):
   batch: batches.Batch
 
 
-def make_config(**changes) -> model.ModelConfig:
+def make_config(**changes) -> decoder.ModelConfig:
   """Five layers, four heads that share two key heads, sizes that differ from each other."""
   sizes = {
     "vocab_size": 37,
@@ -77,19 +83,19 @@ def make_config(**changes) -> model.ModelConfig:
     "num_kv_heads": 2,
     "head_dim": 6,
   }
-  return model.ModelConfig(**(sizes | changes))
+  return decoder.ModelConfig(**(sizes | changes))
 
 
-def smaller_config(**changes) -> model.ModelConfig:
+def smaller_config(**changes) -> decoder.ModelConfig:
   """Small enough for dense curvature matrices."""
   sizes = {"vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_layers": 3, "num_heads": 2}
   return make_config(**(sizes | {"num_kv_heads": 1, "head_dim": 4} | changes))
 
 
-def make_params(config: model.ModelConfig, dtype=jnp.float32, seed: int = 0, lora: int = 0, sketch: int = 0):
+def make_params(config: decoder.ModelConfig, dtype=jnp.float32, seed: int = 0, lora: int = 0, sketch: int = 0):
   """Parameters of natural scale: factors of norms around one, biases and both LoRA factors not zero, `core` zero."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda key: model.init_params(config, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
 
   def draw(path, leaf):
     name = path[-1].key
@@ -137,7 +143,7 @@ def make_tiny(layers="2,3", modules="all", dtype=jnp.float32, config=None, **ext
   config = config or make_config()
   params = make_params(config, dtype, **extra)
   chosen = subtree.make_subtree(params, layers, modules)
-  objective = model.make_objective(config, chosen)
+  objective = make_objective(config, chosen)
   return Tiny(config, params, chosen, objective, *subtree.split(params, chosen), make_batch(config))
 
 
@@ -150,7 +156,7 @@ def direction(sub, seed: int = 2, queries: int | None = None, dtype=None):
 
 def plain_losses(config, params, batch):
   """The loss, written again from its definition: all logits, log-softmax, weighted sum over response slots; [B]."""
-  every = jax.nn.log_softmax(model.logits(config, params, batch.tokens), axis=-1)
+  every = jax.nn.log_softmax(decoder.logits(config, params, batch.tokens), axis=-1)
   rows = np.arange(every.shape[0])[:, None]
   return -jnp.sum(every[rows, batch.position, batch.target] * batch.weight, axis=-1)
 
@@ -175,7 +181,7 @@ def assert_trees_equal(found, wanted):
 # ---- runs of whole stages ------------------------------------------------------------
 
 # The embedded tokenizer has 49,152 entries, and products with so many would be most of such a run.
-CONFIG = model.ModelConfig(2048, 16, 32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4)
+CONFIG = decoder.ModelConfig(2048, 16, 32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4)
 
 
 class OneDevice:
@@ -199,7 +205,7 @@ def make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
   )
 
 
-def write_model(folder: pathlib.Path, config: model.ModelConfig = CONFIG) -> str:
+def write_model(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG) -> str:
   """Writes a random model and its tokenizer into `folder`; returns the --model that names it."""
   rng = np.random.default_rng(0)
   # The embeddings are large enough for logits that training can change.
@@ -209,13 +215,13 @@ def write_model(folder: pathlib.Path, config: model.ModelConfig = CONFIG) -> str
     name = path[-1].key
     return np.ones(leaf.shape, "f4") if name == "scale" else deviations[name] * rng.standard_normal(leaf.shape, "f4")
 
-  shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
   params = jax.tree_util.tree_map_with_path(draw, shapes)
   weights.save_hf_dir(folder, config, params, make_tokenizer(config.vocab_size))
   return f"hf:{folder}"
 
 
-def run_settings(folder: pathlib.Path, config: model.ModelConfig = CONFIG, **changes) -> Settings:
+def run_settings(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG, **changes) -> Settings:
   """Flags of a run that takes seconds, on a model that is written into `folder`, with real conversations."""
   small = {
     "model": write_model(folder / "model", config),
@@ -251,7 +257,7 @@ class Killed(BaseException):
 @contextlib.contextmanager
 def killed_after_step(number: int):
   """The training inside is killed when it has logged that step."""
-  log_step = finetune.TrainLog.step
+  log_step = train_loop.TrainLog.step
 
   def step_and_die(self, step, *rest):
     log_step(self, step, *rest)
@@ -259,7 +265,7 @@ def killed_after_step(number: int):
       raise Killed
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(finetune.TrainLog, "step", step_and_die)
+    patch.setattr(train_loop.TrainLog, "step", step_and_die)
     yield
 
 
@@ -269,7 +275,7 @@ def child_environment(devices: int) -> dict[str, str]:
   What it compiles is kept however quick it was: the next process does not compile it again.
   """
   ours = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-  return children.environment(
+  return subprocesses.environment(
     {
       "XLA_FLAGS": " ".join([*ours, f"--xla_force_host_platform_device_count={devices}"]),
       "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,

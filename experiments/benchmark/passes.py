@@ -1,0 +1,201 @@
+"""The passes that the benchmark times, each once over all training examples, through the code that the stages run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from in2core_jax.costs import flop_counts, timing
+from in2core_jax.data import packing, tokenizing
+from in2core_jax.data.records import Record
+from in2core_jax.errors import UserError
+from in2core_jax.ihvp import solvers
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import PARTS
+from in2core_jax.training import train_loop
+from in2core_jax.training.recipe import Recipe
+
+FORWARD = "forward only"
+
+
+class Bench(Workbench):
+  """A workbench that may have random examples, and fewer devices than there are."""
+
+  def __init__(self, settings: Settings, num_devices: int | None = None):
+    """Keeps the settings; all devices when `num_devices` is None."""
+    super().__init__(settings)
+    self.num_devices = num_devices
+
+  @functools.cached_property
+  def mesh(self):
+    """The first devices by `--mesh`."""
+    return sharding.make_mesh(self.settings.mesh, jax.devices()[: self.num_devices])
+
+  @functools.cached_property
+  def parts(self) -> dict[str, tokenizing.TokenizedDataset]:
+    """The data, or random examples with `--synthetic_length`."""
+    return synthetic_parts(self.settings, self.config.vocab_size) if self.settings.synthetic_length else super().parts
+
+
+def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
+  """Examples of `--synthetic_length` random tokens, the second half a response; as many as the limits say.
+
+  Raises:
+    UserError: --limit_block, no limit for a part, or examples too short to have a response.
+  """
+  if s.limit_block:
+    raise UserError(f"--limit_block={s.limit_block}: examples of --synthetic_length are made up, leave it out")
+  if s.synthetic_length < 2 or not all(getattr(s, f"{part}_limit") for part in PARTS):
+    raise UserError(
+      f"--synthetic_length={s.synthetic_length} needs 2 or more tokens, and --train_limit, --eval_limit and "
+      "--test_limit above 0, which say how many examples to make"
+    )
+  rng = np.random.default_rng((s.seed, 29))
+  mask = np.arange(s.synthetic_length) >= (s.synthetic_length + 1) // 2
+
+  def make(part: str) -> tokenizing.TokenizedDataset:
+    count = getattr(s, f"{part}_limit")
+    records = tuple(Record(f"{part}-{i}", (), "", "{}", "synthetic", i + 1) for i in range(count))
+    tokens = rng.integers(0, vocab_size, (count, s.synthetic_length), np.int32)
+    return tokenizing.TokenizedDataset(part, records, tuple(tokens), (mask,) * count, np.zeros(count, bool))
+
+  return {part: make(part) for part in PARTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One pass over all training examples.
+
+  Attributes:
+    work: does it and waits for the result.
+    flops: its operations (`costs`).
+  """
+
+  work: timing.Work
+  flops: int
+
+
+class Rows:
+  """Makes rows for one model and data set."""
+
+  def __init__(self, bench: Bench):
+    """Counts the tokens."""
+    self.bench, train = bench, bench.parts["train"]
+    self.examples, self.tokens = len(train), int(train.num_tokens.sum())
+    self.responses = int(train.num_response_tokens.sum())
+
+  def chosen(self, layers: str, modules: str = "all") -> Chosen:
+    """Kernels of a choice of layers."""
+    return choose(self.bench, self.bench.params, layers, modules)
+
+  def flops(self, kind: str, tree: subtree.Subtree, cached: bool = False) -> int:
+    """Operations of one pass over all training examples."""
+    sizes = flop_counts.matrix_sizes(self.bench.params, tree)
+    return flop_counts.flops(kind, sizes, self.tokens, self.responses, cached)
+
+  def forward(self) -> Row:
+    """Losses of all examples: every layer, and the head at response tokens only."""
+    nothing = subtree.Subtree((), self.bench.config.num_layers, ())
+    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.params, nothing))
+    stream = self.bench.stream(self.bench.packer("train"))
+    return Row(lambda: problem.losses(stream, self.examples), self.flops("losses", nothing))
+
+  def score(self, chosen: Chosen, cached: bool) -> Row:
+    """Losses and scores along one direction by jvp, as `select` computes them for an aggregated query."""
+    stream, v = self.bench.stream(self._packer(chosen, cached)), direction(chosen.problem.sub)
+    work = lambda: chosen.problem.losses_and_scores(stream, self.examples, v, "jvp")  # noqa: E731
+    return Row(work, self.flops("jvp", chosen.tree, cached))
+
+  def vmap_score(self, chosen: Chosen) -> Row:
+    """Scores along one direction by per-example gradients, contracted at once."""
+    stream, v = self.bench.stream(self.bench.batcher("train")), direction(chosen.problem.sub)
+    contraction = flop_counts.contraction_flops(
+      flop_counts.matrix_sizes(self.bench.params, chosen.tree), self.examples, 1
+    )
+    work = lambda: chosen.problem.scores(stream, self.examples, v, "vmap")  # noqa: E731
+    return Row(work, self.flops("gradient", chosen.tree) + int(contraction))
+
+  def gradients(self, chosen: Chosen) -> Row:
+    """Per-example gradients, those of one batch on the device at a time."""
+    stream, source = self.bench.stream(self.bench.batcher("train")), chosen.problem.example_gradients(None)
+    kernel = jax.jit(source.function)
+
+    def work():
+      for _, batch in stream():
+        jax.block_until_ready(kernel(source.context, batch))
+
+    return Row(work, self.flops("gradient", chosen.tree))
+
+  def lissa(self, chosen: Chosen, cached: bool) -> Row:
+    """LiSSA steps (ggn) whose minibatches are all training examples, each once; its residual is not measured."""
+    s = self.bench.settings
+    packer = self._training_packer(chosen, cached, min(s.curvature_batch, self.examples))
+    curvature, v = chosen.problem.curvature("ggn"), direction(chosen.problem.sub)
+    # A scale that no eigenvalue reaches, and no power iteration for it: seconds do not depend on it.
+    steps = -(-self.examples // s.curvature_batch)
+    options = solvers.LissaSettings(1.0, scale=1e9, depth=steps, check_every=steps, tol=0.0, average=s.average)
+
+    def work():
+      batches = packer.shuffled(min(s.curvature_batch, self.examples), 0, 0)
+      sampled = solvers.Sampled(curvature, lambda _: self.bench.place(next(batches)[1]), lambda u: u)
+      jax.block_until_ready(solvers.lissa(sampled, v, jax.random.key(0), options).solution)
+
+    return Row(work, self.flops("ggn", chosen.tree, cached))
+
+  def training(self, chosen: Chosen, cached: bool) -> Row:
+    """One epoch of training."""
+    s, size = self.bench.settings, min(self.bench.settings.batch_size, self.examples)
+    packer = self._training_packer(chosen, cached, size)
+    recipe = Recipe(-(-self.examples // size), size, s.learning_rate)
+    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.place)
+    work = lambda: jax.block_until_ready(  # noqa: E731
+      trainer.train(chosen.problem.sub, chosen.problem.frozen, packer).sub
+    )
+    return Row(work, self.flops("gradient", chosen.tree, cached))
+
+  def _packer(self, chosen: Chosen, cached: bool, shapes=None) -> packing.Packer:
+    """Packed training examples: tokens, or hidden states out of the boundary cache."""
+    if not cached:
+      return self.bench.packer("train", shapes=shapes)
+    packer = self.bench.packer("train", chosen.tree, chosen.params, shapes=shapes)
+    if packer.hidden is None:
+      raise UserError(f"--boundary_cache={self.bench.settings.boundary_cache}: the benchmark needs one, use auto")
+    return packer
+
+  def _training_packer(self, chosen: Chosen, cached: bool, size: int) -> packing.Packer:
+    shape = packing.training_shape([self.bench.packer("train", shapes=())], size, epochs=1)
+    return self._packer(chosen, cached, [shape])
+
+
+def direction(sub):
+  """A direction like the subtree with a query axis, leaves [1, ...]: seconds do not depend on its values."""
+  return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
+
+
+def make_rows(bench: Bench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+  """Every pass that is timed, by name; `FORWARD` first.
+
+  `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.
+  """
+  rows = Rows(bench)
+  made = {FORWARD: rows.forward()}
+  for layers in score_layers:
+    chosen = rows.chosen(layers)
+    made[f"score {layers}"] = rows.score(chosen, False)
+    if chosen.tree.boundary:
+      made[f"score {layers}, boundary cache"] = rows.score(chosen, True)
+  made["score all, attention"] = rows.score(rows.chosen("all", "attention"), False)
+  first, own = rows.chosen(score_layers[0]), rows.chosen(s.layers, s.modules)
+  made[f"score {score_layers[0]}, vmap"] = rows.vmap_score(first)
+  made[f"gradients {score_layers[0]}, vmap(grad)"] = rows.gradients(first)
+  made[f"LiSSA {s.layers}"] = rows.lissa(own, False)
+  made["training all"] = rows.training(rows.chosen("all"), False)
+  if own.tree.boundary:
+    made[f"LiSSA {s.layers}, boundary cache"] = rows.lissa(own, True)
+    made[f"training {s.layers}, boundary cache"] = rows.training(own, True)
+  return made

@@ -1,0 +1,427 @@
+"""Which rule finds what a target needs in a mixed pool, and what training on its choice is worth: many targets at once.
+
+python -m experiments.targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --drop_copies \
+  --targets="gsm8k; trivia; gsm8k, chatterbot" --run_dir=runs/targets
+
+A target is one or several sources or topics of the pool. Its queries are evaluation examples of these, its test
+examples are theirs too, and which training examples are of them is known: so a rule can be judged twice. Its recall,
+the share of the target in its choice of as many examples as the target has, costs no training; the perplexity of models
+that are trained on small choices, against random sets of the same size, does.
+"""
+
+import dataclasses
+import logging
+import pathlib
+
+import numpy as np
+
+from experiments import flags
+from experiments.study.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
+from in2core_jax.data import records, tokenizing
+from in2core_jax.data.sources import name_of
+from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics, verdict
+from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline.finetune import start_params, trainable_rows
+from in2core_jax.pipeline.judging import test_examples
+from in2core_jax.pipeline.policy_inputs import ChoiceInputs
+from in2core_jax.pipeline.retraining import Candidate, Judge, equal_of, equal_steps, retrain_row
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, shares, words
+from in2core_jax.report import table_text
+from in2core_jax.runs import run_folder
+from in2core_jax.runs.result_cache import Cells
+from in2core_jax.selection import coreset
+from in2core_jax.selection.inputs import SIMILARITIES, Budget, inputs_of
+from in2core_jax.selection.whitening import spread_rows
+
+log = logging.getLogger(__name__)
+
+_DOES = "targets' rules say themselves how they choose, by gradients at the base or the fine-tuned model"
+_REFUSED = (
+  *("checkpoint", "normalize", "self_influence", "per_query", "per_layer", "per_token", "trajectory", "num_examples"),
+  *("token_budget", "score_path=projected", *OTHER_POLICIES),
+)
+FULL, RANDOM = statistics.FULL, statistics.RANDOM
+_LEAST = 5  # queries of a target
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+  """What examples are wanted for.
+
+  Attributes:
+    name: sources or topics, joined by +.
+    queries: int, rows of the evaluation set.
+    tests: int, rows of the test set.
+    mine: bool [N], which training examples are of it.
+  """
+
+  name: str
+  queries: np.ndarray
+  tests: np.ndarray
+  mine: np.ndarray
+
+
+def labels_of(record: tokenizing.Record) -> set[str]:
+  """The names by which a target may ask for a record: its topic, and its source without folder and ending."""
+  return {record.topic, pathlib.PurePath(name_of(record.source)).name.partition(".")[0]} - {""}
+
+
+def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: Settings) -> list[Target]:
+  """Reads --targets; of each label at most --target_queries and --target_tests examples, drawn by a hash of their ids.
+
+  Raises:
+    UserError: a label that a part does not have, too few queries, or a target that is all of the pool.
+  """
+  found, answered = [], {part: dataset.num_response_tokens > 0 for part, dataset in parts.items()}
+  for part in ("eval", "test"):  # a text that is there many times is one query and one test example
+    answered[part] = answered[part] & records.firsts(parts[part].records)
+  for text in listed(s.targets, ";"):
+    names = listed(text)
+    rows = {}
+    for part, dataset in parts.items():
+      labels = [labels_of(record) for record in dataset.records]
+      of = {name: np.flatnonzero([name in own for own in labels] & answered[part]) for name in names}
+      for name, own in of.items():
+        if not own.size:
+          known = sorted(set().union(*labels))
+          raise UserError(
+            f"--targets={s.targets}: the {part} set has nothing of {name!r}; it has {', '.join(known[:20])}"
+          )
+      most = {"train": 0, "eval": s.target_queries, "test": s.target_tests}[part]
+      share = -(-most // len(names))  # of several labels the same number
+      drawn = {name: own[spread_rows([dataset.ids[row] for row in own], share or len(own))] for name, own in of.items()}
+      rows[part] = np.unique(np.concatenate(list(drawn.values())))
+    if len(rows["eval"]) < _LEAST:
+      raise UserError(f"--targets={s.targets}: {text!r} has {len(rows['eval'])} queries; a target needs {_LEAST}")
+    mine = np.zeros(len(parts["train"]), bool)
+    mine[rows["train"]] = True
+    if mine[answered["train"]].all():
+      raise UserError(f"--targets={s.targets}: all training examples are of {text!r}, so that every choice finds it")
+    found.append(Target("+".join(names), rows["eval"], rows["test"], mine))
+  if not found:
+    raise UserError("--targets is empty: name sources or topics, such as --targets='gsm8k; trivia; gsm8k, trivia'")
+  return found
+
+
+def reported(targets: list[Target], s: Settings) -> list[Target]:
+  """Those of --retrained_targets.
+
+  Raises:
+    UserError: one that is not among --targets.
+  """
+  wanted = ["+".join(listed(text)) for text in listed(s.retrained_targets, ";")]
+  missing = [name for name in wanted if name not in {target.name for target in targets}]
+  if missing:
+    raise UserError(f"--retrained_targets={s.retrained_targets}: {missing[0]!r} is not among --targets={s.targets}")
+  return [target for target in targets if not wanted or target.name in wanted]
+
+
+def with_targets(bench: Workbench, s: Settings) -> list[Target]:
+  """The targets; `bench` keeps of evaluation and test set what they need, and their rows are of these."""
+  every = targets_of(bench.parts, s)
+  parts = dict(bench.parts)
+  for part, name in (("eval", "queries"), ("test", "tests")):
+    used = np.unique(np.concatenate([getattr(target, name) for target in every]))
+    parts[part] = parts[part].take(used)
+    every = [dataclasses.replace(target, **{name: np.searchsorted(used, getattr(target, name))}) for target in every]
+  bench.__dict__["parts"] = parts
+  bench.__dict__.pop("summary", None)
+  return every
+
+
+class Chooser:
+  """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
+
+  def __init__(self, bench: Workbench, s: Settings, checkpoint: str, trains: bool = False):
+    """Computes nothing yet.
+
+    Args:
+      bench: data and model.
+      s: the flags that rules change.
+      checkpoint: of the training on all examples; empty where no rule takes gradients there.
+      trains: whether trainings follow, whose hidden states serve pooled ones too, if they are made first.
+    """
+    self.bench, self.settings, self._checkpoint, self._trains = bench, s, checkpoint, trains
+    self._made: dict[str, ChoiceInputs] = {}
+
+  def order(self, variant: Variant, target: Target, seed: int) -> np.ndarray:
+    """All rows of the pool, best first."""
+    s = settings_of(self.settings, variant).replace(checkpoint=self._checkpoint if variant.trained else "")
+    bench = bench_of(self.bench, s)
+    key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
+    if key not in self._made:
+      if self._trains:
+        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.params)
+      self._made.clear()  # of one place at a time: projected gradients are large
+      self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
+    more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
+    inputs = inputs_of(bench.parts["train"], **more)
+    return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
+
+
+def check(s: Settings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
+  """(rules, names of those that are retrained, budgets).
+
+  Raises:
+    UserError: rules that need scores, or a budget of everything.
+  """
+  rules = variants_of(s)
+  for name, variant in rules.items():
+    if variant.policy in coreset.SCORE_POLICIES or variant.drop or variant.queries or variant.unit:
+      known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
+      raise UserError(f"--variants: {name!r} needs scores of each target; use some of {'; '.join(known)}")
+  retrained = words(s.retrained, "retrained", rules, ";")
+  budgets = shares(s.fractions, "fractions") or (0.1,)
+  if budgets[-1] >= 1:
+    raise UserError(f"--fractions={s.fractions}: a budget below 1, such as 0.025,0.05,0.1")
+  return rules, retrained, budgets
+
+
+def run(settings: Settings, bench: Workbench | None = None) -> str:
+  """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
+  s = settings
+  refuse(s, _REFUSED, _DOES)
+  rules, retrained, budgets = check(s)
+  equal, _ = equal_of(s), seeds_of(s)
+  run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
+  bench = bench or Workbench(s)
+  targets = with_targets(bench, s)
+  judged_targets = reported(targets, s)
+  chosen_elsewhere = read_choices(s, bench, judged_targets, max(budgets))
+  identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
+  run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  bench.write_skipped(run_dir)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])
+  checkpoint = ""
+  if any(variant.trained for variant in rules.values()):
+    checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
+  cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
+  orders = orders_of(cells, chooser, rules, targets)
+  found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
+  log.info("\n%s", table_text.markdown_table(found["recall"]))
+  if retrained:
+    judged = {name: orders[name] for name in retrained} | chosen_elsewhere
+    found |= retrain(bench, s, cells, judged_targets, judged, (budgets, equal))
+  write_tables(run_dir, bench, s, targets, found)
+  return str(run_dir.path)
+
+
+def orders_of(
+  cells: Cells, chooser: Chooser, rules: dict[str, Variant], targets: list[Target]
+) -> dict[str, dict[str, np.ndarray]]:
+  """Rule -> target -> all rows, best first; what was chosen is kept."""
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for name, variant in rules.items():
+    for target in targets:
+      choose = lambda variant=variant, target=target: {"rows": chooser.order(variant, target, 0).tolist()}  # noqa: E731
+      kept = cells.get(choose, "order", name, dataclasses.astuple(variant), target.name, target.queries.tolist())
+      found.setdefault(name, {})[target.name] = np.array(kept["rows"], np.int64)
+  return found
+
+
+# ---- choices of other models ---------------------------------------------------------
+
+
+def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most: float) -> dict:
+  """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
+  ids = bench.parts["train"].ids
+  size = max(1, round(most * len(trainable_rows(bench))))
+  return {
+    name: {target: [ids[row] for row in rows[:size]] for target, rows in of_targets.items()}
+    for name, of_targets in orders.items()
+  }
+
+
+def read_choices(s: Settings, bench: Workbench, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
+  """What the rules of `--retrained` chose in another run, as rules of this one.
+
+  Raises:
+    UserError: no finished targets run, one that did not choose for these, or chose fewer or other examples.
+  """
+  if not s.choices_of:
+    return {}
+  other = run_folder.RunDir.load(s.choices_of)
+  told, whose = other.load_json("targets.json"), other.identity["flags"]["model"]
+  row_of = {name: row for row, name in enumerate(bench.parts["train"].ids)}
+  size = max(1, round(most * len(trainable_rows(bench))))
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for name in words(s.retrained, "retrained", (), ";"):
+    for target in targets:
+      ids = told.get("choices", {}).get(name, {}).get(target.name, ())
+      unknown = [one for one in ids if one not in row_of]
+      if len(ids) < size or unknown:
+        why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
+        raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")
+      found.setdefault(f"{name}, chosen by {whose}", {})[target.name] = np.array([row_of[one] for one in ids])
+  return found
+
+
+# ---- recall --------------------------------------------------------------------------
+
+
+def share_found(order: np.ndarray, mine: np.ndarray, count: int) -> float:
+  """Share of the first `count` rows that are of the target, of what a choice of that size could have: 1 at best."""
+  return float(mine[order[:count]].sum() / min(count, mine.sum()))
+
+
+def recall_table(
+  targets: list[Target], orders: dict[str, dict[str, np.ndarray]], budgets: tuple[float, ...]
+) -> list[dict]:
+  """A row for each rule: its recall of every target at the target's own size; medians there and at the budgets."""
+  size = len(next(iter(next(iter(orders.values())).values())))
+  table = [{"rule": "random, expected"} | {target.name: f"{target.mine.sum() / size:.2f}" for target in targets}]
+  for name, of_targets in orders.items():
+    at = lambda count, of=of_targets: [share_found(of[t.name], t.mine, count(t)) for t in targets]  # noqa: E731
+    recall = at(lambda target: int(target.mine.sum()))
+    row = {"rule": name} | {target.name: f"{value:.2f}" for target, value in zip(targets, recall, strict=True)}
+    row["median"] = f"{np.median(recall):.3f}"
+    for budget in budgets:
+      found = at(lambda target, budget=budget: max(1, round(budget * size)))
+      row[f"median at {100 * budget:g} %"] = f"{np.median(found):.3f}"
+    table.append(row)
+  return table
+
+
+# ---- retraining ----------------------------------------------------------------------
+
+
+def retrain(
+  bench: Workbench,
+  s: Settings,
+  cells: Cells,
+  targets: list[Target],
+  orders: dict[str, dict[str, np.ndarray]],
+  compared: tuple[tuple[float, ...], list[str]],
+) -> dict:
+  """Trains on every choice, on random sets and on all data; one training serves all targets that it is right for.
+
+  Args:
+    bench: data and model.
+    s: the recipe and the seeds.
+    cells: keep trainings.
+    targets: judged each on its own test examples.
+    orders: of the rules that are retrained.
+    compared: budgets, and what trainings have in common.
+
+  Returns:
+    {"tables": {title: rows}, "overview": rows}.
+  """
+  (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
+  usable, train_set = trainable_rows(bench), bench.parts["train"]
+  size = {budget: max(1, round(budget * len(usable))) for budget in budgets}
+  draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
+  random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
+  chosen = {
+    (name, budget, target): np.sort(rows[: size[budget]])
+    for name, of_targets in orders.items()
+    for target, rows in of_targets.items()
+    for budget in budgets
+  }
+  every_test = np.arange(len(bench.parts["test"]))
+  judge = Judge(bench, s, [usable, *random.values(), *chosen.values()])
+
+  def losses(candidate: Candidate, tests: np.ndarray, steps: int, label: str) -> dict:
+    def train() -> dict:
+      result = judge.train(candidate.rows, candidate.seed, label, steps)
+      return {"losses": judge.losses(result.sub, rows=tests).tolist(), "trained": result.trained_response_tokens}
+
+    key = run_folder.hash_of([candidate.rows.tolist(), tests.tolist()])
+    return cells.get(train, "training", key, candidate.seed, steps)
+
+  tables, every = {}, {}
+  for word in equal:
+    for budget in budgets:
+      for target in targets:
+        target_tests = bench.parts["test"].take(target.tests)
+        candidates = [Candidate(FULL, fixed[0], usable)]
+        candidates += [Candidate(RANDOM, seed, random[budget, seed]) for seed in seeds]
+        candidates += [Candidate(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed]
+        rows = []
+        for candidate in candidates:
+          steps = equal_steps(bench, s, candidate.rows, word)
+          label = f"{target.name}, {100 * budget:g} %, equal {word}: {candidate}"
+          serves_all = candidate.policy in (FULL, RANDOM)  # trained once for all targets
+          kept = losses(candidate, every_test if serves_all else target.tests, steps, label)
+          measured = np.array(kept["losses"])[target.tests if serves_all else slice(None)]
+          rows.append(retrain_row(candidate, train_set, target_tests, measured, kept["trained"], steps))
+        title = f"{target.name}, {100 * budget:g} % of the pool, equal {word}"
+        every[title] = rows
+        of_target = {name: float(target.mine[chosen[name, budget, target.name]].mean()) for name in orders}
+        of_target[RANDOM] = float(np.mean([target.mine[random[budget, seed]].mean() for seed in seeds]))
+        tables[title] = comparison(rows, SetFacts({}, of_target))
+        log.info("%s\n%s", title, table_text.markdown_table(tables[title]))
+  notes = verdict.many_comparisons(every) + verdict.sensitivity(list(every.values()))
+  return {"tables": tables, "overview": overview(every, list(orders)), "notes": notes}
+
+
+def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str]) -> list[dict]:
+  """A row for each comparison: every rule's perplexity by example over random sets', and which is told apart.
+
+  Args:
+    every: title -> trainings.
+    names: of the rules.
+  """
+  found = []
+  for title, rows in every.items():
+    compared = verdict.Comparison(rows)
+    line = {"compared": title}
+    for name in (FULL, *names):
+      line[name] = verdict.shown(compared.difference(name, RANDOM, "example").ratio())
+    found.append(line)
+  return found
+
+
+# ---- tables --------------------------------------------------------------------------
+
+
+def write_tables(run_dir, bench: Workbench, s: Settings, targets: list[Target], found: dict) -> None:
+  """targets.md, .csv, .tex and .json."""
+  about = (
+    f"{len(trainable_rows(bench)):,} training examples of {_sources(bench)}; {s.model}, layers {s.layers} compared, "
+    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}."
+  )
+  sizes = [
+    {
+      "target": target.name,
+      "training examples": int(target.mine.sum()),
+      "queries": len(target.queries),
+      "test examples": len(target.tests),
+      "counted apart": len(np.unique(test_examples(bench.parts["test"].take(target.tests)).groups)),
+    }
+    for target in targets
+  ]
+  parts = [
+    "# Targets in a mixed pool",
+    about,
+    table_text.markdown_table(sizes).rstrip(),
+    "## What rules find",
+    "Share of the target in a choice of as many examples as the pool has of it. At a budget: of what a choice of that "
+    "size could have of it.",
+    table_text.markdown_table(found["recall"]).rstrip(),
+  ]
+  if "overview" in found:
+    parts += [
+      "## What it is worth",
+      "Perplexity by example over random sets' of the same size. In brackets: 95 % intervals that hold for new test "
+      "examples and for new trainings.",
+      table_text.markdown_table(found["overview"]).rstrip(),
+      *(table_text.escape_markdown(note, 4000) for note in found["notes"]),
+    ]
+    for title, table in found["tables"].items():
+      parts += [f"### {title}", table_text.markdown_table(table).rstrip()]
+  run_dir.write_text("targets.md", "\n\n".join(parts) + "\n")
+  run_dir.write_text("targets.csv", table_text.csv_table(found["recall"]))
+  run_dir.write_text("targets.tex", table_text.latex_table(found["recall"]))
+  run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
+
+
+def _sources(bench: Workbench) -> str:
+  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.parts["train"].records]
+  return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
+
+
+def main(_) -> None:
+  """Entry point."""
+  run(flags.read())

@@ -1,0 +1,435 @@
+"""What keys of records and turns mean when no shape reads them: nothing, something to be told, or a refusal.
+
+Every key is read (`record_shapes.py`, `turns.py`), or without meaning for what is learnt (here), or it is told to the
+user by name. Keys that make the conversation another one than we would render are refused: media, answers that were
+rejected, turns or records that their owner has taken out of the loss in a way that we cannot follow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from in2core_jax.errors import UserError
+
+_SHORT = 500  # characters: an id, a source or a list of tags; a longer text may be a document
+
+# Names in lower case with underscores, whatever their spelling in the data.
+_NO_MEANING = frozenset(
+  [
+    "id",
+    "ids",
+    "idx",
+    "index",
+    "no",
+    "nr",
+    "number",
+    "key",
+    "uid",
+    "uuid",
+    "guid",
+    "qid",
+    "pid",
+    "sha",
+    "md5",
+    "sha1",
+    "sha256",
+    "hash",
+    "hashed_ip",
+    "fingerprint",
+    "unnamed_0",
+    "source",
+    "sources",
+    "dataset",
+    "dataset_name",
+    "dataset_source",
+    "data_source",
+    "origin",
+    "provenance",
+    "subset",
+    "config",
+    "corpus",
+    "url",
+    "urls",
+    "uri",
+    "link",
+    "links",
+    "website",
+    "domain",
+    "file",
+    "files",
+    "file_name",
+    "filename",
+    "file_path",
+    "filepath",
+    "path",
+    "line",
+    "line_number",
+    "page",
+    "section",
+    "license",
+    "licence",
+    "copyright",
+    "author",
+    "authors",
+    "annotator",
+    "annotators",
+    "annotator_ids",
+    "username",
+    "user_name",
+    "owner",
+    "contributor",
+    "created",
+    "created_at",
+    "updated",
+    "updated_at",
+    "date",
+    "year",
+    "time",
+    "timestamp",
+    "datetime",
+    "lang",
+    "langs",
+    "language",
+    "languages",
+    "locale",
+    "country",
+    "state",
+    "topic",
+    "topics",
+    "category",
+    "categories",
+    "subcategory",
+    "class",
+    "cluster",
+    "cluster_id",
+    "genre",
+    "subject",
+    "field",
+    "area",
+    "task",
+    "tasks",
+    "task_type",
+    "task_name",
+    "type",
+    "kind",
+    "tag",
+    "tags",
+    "keyword",
+    "keywords",
+    "label_name",
+    "title",
+    "group",
+    "difficulty",
+    "complexity",
+    "level",
+    "grade",
+    "round",
+    "score",
+    "scores",
+    "rating",
+    "ratings",
+    "rank",
+    "quality",
+    "reward",
+    "rewards",
+    "confidence",
+    "similarity",
+    "perplexity",
+    "ppl",
+    "toxicity",
+    "toxic",
+    "redacted",
+    "upvotes",
+    "downvotes",
+    "votes",
+    "likes",
+    "reviews",
+    "review_count",
+    "popularity",
+    "logprob",
+    "logprobs",
+    "entropy",
+    "ifd",
+    "model",
+    "models",
+    "model_name",
+    "model_id",
+    "llm",
+    "engine",
+    "generator",
+    "generated_by",
+    "teacher",
+    "provider",
+    "version",
+    "revision",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "sampling_params",
+    "stop",
+    "finish_reason",
+    "stop_reason",
+    "usage",
+    "cost",
+    "latency",
+    "duration",
+    "length",
+    "len",
+    "tokens",
+    "token_count",
+    "n_tokens",
+    "turn",
+    "turns",
+    "turn_identifier",
+    "turn_index",
+    "num_turns",
+    "size",
+    "count",
+    "metadata",
+    "meta",
+    "meta_data",
+    "header",
+    "headers",
+    "annotations",
+    "moderation",
+    "openai_moderation",
+    "detoxify_moderation",
+    "parallel_tool_calls",
+    "tool_choice",
+    "cache_control",
+    "end_turn",
+  ]
+)
+_ANY_SIZE = frozenset(
+  ["metadata", "meta", "meta_data", "header", "headers", "moderation", "openai_moderation", "detoxify_moderation"]
+)
+_OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
+_OF_WORDS = re.compile(
+  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
+  r"|(index_level|unnamed)_\d+|score_\w+"
+)
+_COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
+
+_MEDIUM = r"(image|img|picture|photo|pic|video|audio|pixel)s?"
+_MEDIA = re.compile(
+  rf"(\w+_)?{_MEDIUM}(_?(path|url|uri|file|name|data|byte|b64|base64|value|content)s?)?|media|multi_?media"
+)
+_MEDIA_COUNT = re.compile(r"(num|n)_\w+|\w+_(count|id|caption|description|width|height)")
+
+_ANSWER = r"(response|answer|message|conversation|output|completion|text|content|reply|sample|image)s?"
+_PREFERENCE = re.compile(rf"(chosen|rejected)(_{_ANSWER})?|{_ANSWER}_(chosen|rejected)|(non_?)?preferred_{_ANSWER}")
+
+# With a boolean: whether the answer is a good one (KTO).
+_WANTED = frozenset(["label", "kto_tag", "kto_label", "desirable", "chosen", "accepted", "preferred"])
+_UNWANTED = frozenset(["rejected", "undesirable"])
+
+# True, 1: the loss counts it.
+LEARNT = frozenset(
+  [
+    "weight",
+    "train",
+    "trained",
+    "training",
+    "trainable",
+    "train_on",
+    "train_on_turn",
+    "do_train",
+    "should_train",
+    "is_trained",
+    "is_train",
+    "learn",
+    "learned",
+    "learnt",
+    "loss",
+    "has_loss",
+    "compute_loss",
+    "calculate_loss",
+    "calc_loss",
+    "use_loss",
+    "with_loss",
+    "in_loss",
+    "loss_weight",
+    "loss_scale",
+    "loss_mask",
+    "train_mask",
+    "training_mask",
+    "is_target",
+    "supervised",
+  ]
+)
+# True, 1: the loss passes it over.
+NOT_LEARNT = frozenset(
+  [
+    "masked",
+    "is_masked",
+    "ignore",
+    "ignored",
+    "ignore_loss",
+    "no_loss",
+    "no_train",
+    "no_training",
+    "skip_loss",
+    "exclude_loss",
+    "exclude_from_loss",
+    "exclude_from_training",
+    "dont_train",
+    "do_not_train",
+    "untrained",
+  ]
+)
+_DETAILS = re.compile(r"(train|training|loss|mask)_(detail|details|range|ranges|spans?)")
+_ABOUT_LOSS = frozenset(["loss", "train", "training", "trained", "mask", "masked", "masking", "weight", "weights"])
+_SAMPLE_WEIGHTS = frozenset(
+  ["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale", "row_weight"]
+)
+# Keys of a whole record that other trainers have as settings, and the value that says what we do anyway.
+_SETTINGS = {
+  **dict.fromkeys(["train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "train_on_user"], False),
+  **dict.fromkeys(["mask_history", "last_turn_only", "only_last_turn", "train_on_last_turn_only", "only_last"], False),
+  **dict.fromkeys(
+    ["mask_input", "mask_inputs", "mask_prompt", "mask_prompts", "mask_user", "assistant_only_loss"], True
+  ),
+  **dict.fromkeys(["completion_only_loss", "train_on_response", "train_on_responses", "train_on_responses_only"], True),
+}
+_MASKED_ROLES = frozenset(["user", "users", "human", "instruction", "prompt", "input"])  # NeMo: whose turns are masked
+
+
+def snake(key: str) -> str:
+  """`conversationId`, `Conversation ID` and `conversation-id` as conversation_id."""
+  return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")
+
+
+def is_empty(value: Any) -> bool:
+  """Whether a value says nothing: null, a blank text, a list or an object of nothing else."""
+  if isinstance(value, str):
+    return not value.strip()
+  if isinstance(value, dict):
+    return all(is_empty(item) for item in value.values())
+  return value is None or (isinstance(value, list) and all(is_empty(item) for item in value))
+
+
+def has_no_meaning(key: str, value: Any) -> bool:
+  """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
+  name = snake(key)
+  if name in _ANY_SIZE:
+    return True
+  if name in _COUNTED_LISTS or _OF_NUMBERS.fullmatch(name):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if name not in _NO_MEANING and not _OF_WORDS.fullmatch(name):
+    return False
+  return len(value if isinstance(value, str) else json.dumps(value)) <= _SHORT
+
+
+def is_medium(key: str) -> bool:
+  """Whether a key names pictures, sound or films."""
+  name = snake(key)
+  return _MEDIA.fullmatch(name) is not None and not _MEDIA_COUNT.fullmatch(name)
+
+
+def refuse_medium(key: str, value: Any, where: str = "the record") -> None:
+  """Refuses pictures, sound and films.
+
+  Raises:
+    UserError: `key` names some, and they are there.
+  """
+  if is_medium(key) and isinstance(value, str | list | dict):
+    raise UserError(f"{where} has {key!r}: images, audio and video cannot be read; remove such records, or the column")
+
+
+def check_record_key(key: str, value: Any) -> bool:
+  """Whether a key that no shape reads is settled by what we do anyway.
+
+  Raises:
+    UserError: it makes the record another one than what would be learnt from it.
+  """
+  name, flag = snake(key), flag_of(value)
+  out = f"{key!r} is {shown(value)}"
+  if name in _WANTED | _UNWANTED and isinstance(value, bool):
+    if value is not (name in _WANTED):
+      raise UserError(f"{out}, an answer that is not to be learnt; remove such records")
+    return True
+  if _PREFERENCE.fullmatch(name):
+    raise UserError(
+      f"{key!r} is there: pairs of a chosen and a rejected answer cannot be read; keep one answer, or name the columns "
+      "to learn from with --data_fields, for example messages=chosen"
+    )
+  if name == "history" and isinstance(value, list | dict):
+    raise UserError(f"{key!r} holds earlier rounds beside a list of turns; put them into the list, or remove the key")
+  if name in _SETTINGS:
+    if flag is not _SETTINGS[name]:
+      raise UserError(
+        f"{out}, which asks for other turns in the loss than every response; write 'train' into the turns"
+      )
+    return True
+  if name == "mask" and isinstance(value, str):
+    if value.lower() not in _MASKED_ROLES:
+      raise UserError(f"{out}, but the loss always passes over the user's turns and counts the responses")
+    return True
+  if name in _SAMPLE_WEIGHTS and (isinstance(value, list) or (isinstance(value, int | float) and flag is None)):
+    raise UserError(f"{out}, but all examples weigh the same here; remove the key, or such records")
+  if _DETAILS.fullmatch(name) or (_about_loss(name) and isinstance(value, list)):
+    raise UserError(f"{key!r} says which parts of the record are learnt, which cannot be followed; {_WRITE_TRAIN}")
+  if name in LEARNT | NOT_LEARNT and flag is not None:
+    if flag is not (name in LEARNT):
+      raise UserError(f"{out}, which takes the record out of the loss; remove such records")
+    return True
+  if _about_loss(name) and isinstance(value, bool):
+    raise UserError(f"{out}, and it is not clear whether that takes the record out of the loss; remove the key")
+  return False
+
+
+_WRITE_TRAIN = "write 'train': true or false into the turns instead"
+
+
+def turn_flag(turn: dict[str, Any], keys: list[str], at: str) -> tuple[bool | None, list[str]]:
+  """What a turn says of its own place in the loss.
+
+  Args:
+    turn: the turn.
+    keys: of it, those that nothing else reads.
+    at: where it stands, for messages.
+
+  Returns:
+    (True: learnt, False: not, None: it says nothing; the keys that said so).
+
+  Raises:
+    UserError: a share of a weight, two that differ, parts of a turn, or a key of which it is not clear what it says.
+  """
+  found: dict[str, bool] = {}
+  for key in keys:
+    name, value = snake(key), turn[key]
+    if is_empty(value):
+      continue
+    flag = flag_of(value)
+    if name in LEARNT | NOT_LEARNT:
+      if flag is None:
+        raise UserError(f"{at} has {key}={shown(value)}: a turn is learnt (true, 1) or not (false, 0), nothing between")
+      found[key] = flag is (name in LEARNT)
+    elif _DETAILS.fullmatch(name):
+      raise UserError(f"{at} has {key!r}: a turn is learnt as a whole or not at all; {_WRITE_TRAIN}")
+    elif _about_loss(name) and isinstance(value, bool | int | float | list):
+      raise UserError(f"{at} has {key}={shown(value)}, and it is not clear whether it is learnt then; {_WRITE_TRAIN}")
+  if len(set(found.values())) > 1:
+    raise UserError(f"{at} is learnt by one of its keys and not by another: {', '.join(map(repr, found))}")
+  return (next(iter(found.values())) if found else None), list(found)
+
+
+def flag_of(value: Any) -> bool | None:
+  """True, 1, 1.0, "true", "1" and their opposites; None for what is neither."""
+  if isinstance(value, str):
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(value.strip().lower())
+  return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def _about_loss(name: str) -> bool:
+  return not _ABOUT_LOSS.isdisjoint(name.split("_"))
+
+
+def shown(value: Any) -> str:
+  """A value in a message."""
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 60 else text[:60] + "..."

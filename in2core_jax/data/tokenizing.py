@@ -1,0 +1,367 @@
+"""Records -> chat template -> token ids with response mask; splits and summaries.
+
+The response mask follows from the structure of the chat template (`template_layout`), never from searching the text for
+a marker:
+
+    <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n
+                                                           ^start         ^end (trailing white space is not response)
+
+The whole rendering is tokenised once, and a token is a response token when its first character lies in [start, end).
+So a text that itself contains `<|im_start|>assistant` cannot move the mask. Nor can it forge a turn: where a text
+spells a control token, that is tokenised as plain characters (`quoting`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from in2core_jax.data.chat_template import Renderer
+from in2core_jax.data.records import BadRecords, Record
+from in2core_jax.data.responses import Rendered
+from in2core_jax.data.sources import load_records
+from in2core_jax.data.template_program import TemplateRefusal
+from in2core_jax.errors import UserError, printable, told_by_tokenizers
+
+__all__ = [
+  "Record",
+  "TokenizedDataset",
+  "data_summary",
+  "format_summary",
+  "load_records",
+  "split_records",
+  "tokenize",
+]
+
+_CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedDataset:
+  """N examples as token ids with response masks, ragged.
+
+  Attributes:
+    name: of the part: "train", "eval", "test".
+    records: the N records.
+    tokens: int32 [T_i] of each example.
+    response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
+      Never True at t = 0.
+    truncated: bool [N], whether tokens were cut off at the maximal length.
+    template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
+      `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
+  """
+
+  name: str
+  records: tuple[Record, ...]
+  tokens: tuple[np.ndarray, ...]
+  response_mask: tuple[np.ndarray, ...]
+  truncated: np.ndarray
+  template: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
+    if len(sizes) != 1:
+      raise ValueError(f"{self.name}: records, tokens, response_mask and truncated differ in length: {sorted(sizes)}")
+    for record, tokens, mask in zip(self.records, self.tokens, self.response_mask, strict=True):
+      if tokens.shape != mask.shape or (len(mask) and mask[0]):
+        raise ValueError(f"{self.name}: example {record.example_id!r} has a response mask that does not fit its tokens")
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  @property
+  def ids(self) -> tuple[str, ...]:
+    """The example ids, in order."""
+    return tuple(record.example_id for record in self.records)
+
+  @property
+  def topics(self) -> tuple[str, ...]:
+    """The topic of each example, "" where it has none."""
+    return tuple(record.topic for record in self.records)
+
+  @property
+  def num_tokens(self) -> np.ndarray:
+    """int32 [N], tokens of each example."""
+    return np.array([len(tokens) for tokens in self.tokens], np.int32)
+
+  @property
+  def num_response_tokens(self) -> np.ndarray:
+    """int32 [N], response tokens of each example."""
+    return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
+
+  def take(self, rows: Sequence[int]) -> TokenizedDataset:
+    """Returns the examples `rows` (int [n]), in the order given."""
+    rows = np.asarray(rows, np.int64).reshape(-1)
+    return TokenizedDataset(
+      self.name,
+      tuple(self.records[i] for i in rows),
+      tuple(self.tokens[i] for i in rows),
+      tuple(self.response_mask[i] for i in rows),
+      self.truncated[rows],
+      self.template,
+    )
+
+
+def split_records(
+  records: Sequence[Record], fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+) -> tuple[list[Record], list[Record], list[Record]]:
+  """Splits the records into train, eval and test by a hash of their content.
+
+  A record's part depends on its messages alone: not on its neighbours, its order or its id, so a grown file keeps its
+  old split, and exact duplicates always fall into the same part.
+
+  Args:
+    records: N records.
+    fractions: expected shares of the three parts; they add up to 1.
+
+  Returns:
+    (train, eval, test), each in source order.
+
+  Raises:
+    UserError: fractions that are negative or do not add up to 1.
+  """
+  if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    raise UserError(f"fractions={tuple(fractions)} must be three shares of at least 0 that add up to 1")
+  parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
+  for record in records:
+    digest = hashlib.sha256(f"split/{record.content_key}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(record)
+  return parts
+
+
+def tokenize(
+  records: Sequence[Record],
+  tokenizer: Any,
+  max_length: int,
+  system_prompt: str = "default",
+  name: str = "train",
+  *,
+  vocab_size: int | None = None,
+  date: str | None = None,
+  bad: BadRecords | None = None,
+) -> TokenizedDataset:
+  """Renders records with the tokenizer's chat template and marks the response tokens.
+
+  Args:
+    records: N records.
+    tokenizer: a transformers fast tokenizer with a chat template.
+    max_length: tokens beyond this are cut off.
+    system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
+      example's own system message is kept in any case.
+    name: of the part.
+    vocab_size: rows of the model's embedding; None: not looked at.
+    date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
+    bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
+      first one is an error.
+
+  Returns:
+    The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
+
+  Raises:
+    UserError: no chat template, a template that refuses an example, a token that the embedding has no row for, or
+      records of which none keeps a response token.
+  """
+  if max_length < 2:
+    raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
+  render = Renderer(tokenizer, system_prompt, date)
+  kept, tokens, masks, truncated = [], [], [], []
+  for start in range(0, len(records), _CHUNK):
+    done = list(_rendered(render, records[start : start + _CHUNK], bad))
+    texts = [rendered.text for _, rendered in done]
+    encoded = _encoded(tokenizer, texts, [record for record, _ in done]) if texts else {}
+    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
+      if render.spells_control_token(record):
+        try:
+          with told_by_tokenizers(_no_tokens(record)):
+            ids, offsets = render.encode_quoted(record, rendered.text)
+        except TemplateRefusal as refusal:
+          _refuse(record, refusal, bad)
+          continue
+      if vocab_size is not None and ids and max(ids) >= vocab_size:
+        raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
+      kept.append(record)
+      tokens.append(np.array(ids[:max_length], np.int32))
+      masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked))
+      truncated.append(len(ids) > max_length)
+  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+  dataset = TokenizedDataset(name, *parts, render.told())
+  if len(dataset) and not dataset.num_response_tokens.any():
+    raise UserError(
+      f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
+      f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
+      + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
+    )
+  return dataset
+
+
+def _no_tokens(record: Record) -> str:
+  return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record]) -> Any:
+  """Token ids and offsets of the texts; where the tokenizer fails, its record is named."""
+  encode = lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)  # noqa: E731
+  try:
+    with told_by_tokenizers("the tokenizer makes no tokens"):
+      return encode(list(texts))
+  except UserError:
+    for record, text in zip(records, texts, strict=True):
+      with told_by_tokenizers(_no_tokens(record)):
+        encode([text])
+    raise
+
+
+def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, tokenizer: Any) -> str:
+  worst = next(one for one in ids if one >= vocab_size)
+  return (
+    f"example {record.example_id!r} ({record.place}) holds the token {tokenizer.convert_ids_to_tokens(worst)!r} with "
+    f"id {worst}, and the model's embedding has {vocab_size:,} rows (ids 0 to {vocab_size - 1}): tokenizer and model "
+    "do not fit; enlarge the embedding (resize_token_embeddings) or use the model's own tokenizer"
+  )
+
+
+def _rendered(render: Renderer, records: Sequence[Record], bad: BadRecords | None) -> Iterator[tuple[Record, Rendered]]:
+  """The records with their renderings, but for those that are refused."""
+  for record in records:
+    try:
+      yield record, render(record)
+    except TemplateRefusal as refusal:
+      _refuse(record, refusal, bad)
+
+
+def _refuse(record: Record, refusal: TemplateRefusal, bad: BadRecords | None) -> None:
+  if bad is None:
+    raise UserError(f"example {record.example_id!r} ({record.source}:{record.line}): {refusal}") from refusal
+  bad.refuse(f"{record.source}:{record.line}", record.raw, str(refusal))
+
+
+def _response_mask(
+  offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], marked: bool = False
+) -> np.ndarray:
+  """Marks the tokens of the responses: bool [T].
+
+  Args:
+    offsets: the characters [start, end) that each token came from.
+    spans: the characters of each response.
+    marked: False: a token is a response token when its first character lies in a span. True: the spans are those of
+      `{% generation %}` marks, and a response has the tokens from that of its first character to the first one of its
+      last character, as transformers counts.
+  """
+  places = np.asarray(offsets, np.int64).reshape(-1, 2)
+  mask = np.zeros(len(places), bool)
+  if marked:
+    of = lambda at: np.flatnonzero((places[:, 0] <= at) & (at < places[:, 1]))  # noqa: E731
+    for start, end in spans:
+      first, last = of(start), of(end - 1)
+      if not len(first):
+        break  # cut off
+      mask[first[0] : last[0] + 1 if len(last) and last[0] else len(mask)] = True
+  else:
+    for start, end in spans:
+      mask |= (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] > places[:, 0])
+  mask[:1] = False  # nothing comes before the first token that could predict it
+  return mask
+
+
+def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
+  """Counts what a person should see before training.
+
+  Args:
+    parts: data sets by name, in the order train, eval, test.
+
+  Returns:
+    `parts[name]`: examples, tokens, response_tokens, truncated, empty_responses (no response token is left),
+    duplicates (examples whose messages occurred before in the same part), topics {topic: examples}.
+    `overlap["train/eval"]` and so on: same_messages, same_prompt: how many examples of the second part have messages,
+    or a prompt, that also occur in the first.
+    `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
+    the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
+    the template makes one text.
+    `unread_keys`, only where there are some: {key that nobody reads: {"count": records, "first": place}}.
+  """
+  summary: dict[str, Any] = {"parts": {}, "overlap": {}}
+  keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
+  prompts = {name: [record.prompt_key for record in part.records] for name, part in parts.items()}
+  for name, part in parts.items():
+    responses = part.num_response_tokens
+    summary["parts"][name] = {
+      "examples": len(part),
+      "tokens": int(part.num_tokens.sum(dtype=np.int64)),
+      "response_tokens": int(responses.sum(dtype=np.int64)),
+      "truncated": int(part.truncated.sum()),
+      "empty_responses": int((responses == 0).sum()),
+      "duplicates": len(part) - len(set(keys[name])),
+      "topics": dict(collections.Counter(part.topics).most_common()),
+    }
+  for first, second in itertools.combinations(parts, 2):
+    known, known_prompts = set(keys[first]), set(prompts[first])
+    summary["overlap"][f"{first}/{second}"] = {
+      "same_messages": sum(key in known for key in keys[second]),
+      "same_prompt": sum(key in known_prompts for key in prompts[second]),
+    }
+  unread: dict[str, dict[str, Any]] = {}
+  for record in (record for part in parts.values() for record in part.records):
+    for key in record.unread:
+      unread.setdefault(key, {"count": 0, "first": record.place})["count"] += 1
+  summary |= {"unread_keys": unread} if unread else {}
+  dates = [part.template["date"] for part in parts.values() if "date" in part.template]
+  template: dict[str, Any] = {"date": dates[0]} if dates else {}
+  for key in ("changes", "alike"):
+    found = {name: part.template[key] for name, part in parts.items() if key in part.template}
+    template |= {key: found} if found else {}
+  return summary | ({"template": template} if template else {})
+
+
+def told_lines(summary: dict[str, Any]) -> list[str]:
+  """What a `data_summary` has to tell of data that is not used, or not as it stands; one sentence each."""
+  template, lines = summary.get("template", {}), []
+  if "halved" in summary:
+    lines.append(summary["halved"])
+  if "skipped_records" in summary:
+    skipped = summary["skipped_records"]
+    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
+    lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
+  for key, found in summary.get("unread_keys", {}).items():
+    lines.append(
+      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
+      "is no part of the conversation"
+    )
+  if "date" in template:
+    lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
+  for name, changes in template.get("changes", {}).items():
+    counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
+    lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")
+  for name, count in template.get("alike", {}).items():
+    lines.append(f"{name}: {count:,} examples that differ become equal to another one by this")
+  return lines
+
+
+def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = True) -> str:
+  """Formats a `data_summary` as a small text table; `told`: with the sentences of `told_lines`."""
+  columns = ("examples", "tokens", "response_tokens", "truncated", "empty_responses", "duplicates")
+  rows = [("part", *(column.replace("_", " ") for column in columns))]
+  rows += [(name, *(f"{part[column]:,}" for column in columns)) for name, part in summary["parts"].items()]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = [
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  ]
+  for name, part in summary["parts"].items():
+    named = [(printable(topic) or "(none)", count) for topic, count in part["topics"].items()]
+    if len(named) > 1 or (named and named[0][0] != "(none)"):
+      more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
+      lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
+  for pair, counts in summary["overlap"].items():
+    lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
+  return "\n".join([*lines, *map(printable, told_lines(summary) if told else ())])

@@ -1,0 +1,221 @@
+"""Prices passes over the data: the plans of the real run through the cost model, without reading a weight."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from in2core_jax.costs import device_memory, flop_counts, memory
+from in2core_jax.costs.hardware import Hardware
+from in2core_jax.data import packing
+from in2core_jax.model import embeddings, hidden_cache, weights
+from in2core_jax.parallel import sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import auto_batch, shapes
+from in2core_jax.pipeline.session import Workbench, cache_on_disk
+from in2core_jax.pipeline.settings import Settings
+
+FLOAT = 4  # bytes
+_GATHERS = {"losses": 1, "jvp": 1}  # how often a pass runs through the layers; others come back through them
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A part of a stage.
+
+  Attributes:
+    stage: finetune, select or evaluate.
+    name: in words.
+    flops: of all devices together.
+    device: bytes on one device by purpose: parameters, vectors, program.
+    host: bytes of the machine's memory that stay occupied afterwards (boundary cache).
+    disk: bytes written.
+    gathered: bytes that each device receives when parameters are cut over devices.
+  """
+
+  stage: str
+  name: str
+  flops: float = 0.0
+  device: dict[str, float] = dataclasses.field(default_factory=dict)
+  host: float = 0.0
+  disk: float = 0.0
+  gathered: float = 0.0
+
+  @property
+  def device_bytes(self) -> float:
+    """On one device, in all."""
+    return sum(self.device.values())
+
+
+class Described(Workbench):
+  """A workbench that knows the model's shape and reads the data, but no weight; perhaps for devices elsewhere."""
+
+  def __init__(self, settings: Settings, elsewhere: Hardware | None = None):
+    """Keeps the settings.
+
+    Args:
+      elsewhere: devices that are not here; those that JAX sees when None.
+    """
+    super().__init__(settings)
+    self.elsewhere = elsewhere
+
+  @functools.cached_property
+  def _described(self):
+    return weights.describe_model(self.settings.model)
+
+  @property
+  def config(self):
+    """The model's shape."""
+    return self._described[0]
+
+  @property
+  def tokenizer(self):
+    """The model's tokenizer."""
+    return self._described[1]
+
+  @functools.cached_property
+  def mesh(self):
+    """By `--mesh`, of devices here or on paper."""
+    if self.elsewhere is None:
+      return sharding.make_mesh(self.settings.mesh)
+    found = f"{self.elsewhere.count} devices ({self.elsewhere.name})"
+    return AbstractMesh(sharding.mesh_shape(self.settings.mesh, self.elsewhere.count, found), sharding.AXES)
+
+  @functools.cached_property
+  def batch_tokens(self) -> int:
+    """`--batch_tokens`; for `auto` what the cost model expects to fit, without compiling."""
+    s = self.settings
+    if s.batch_tokens != "auto":
+      return s.batch_tokens
+    if self.elsewhere is None:
+      device = jax.local_devices()[0]
+      usable, most = device_memory.usable_bytes(device), device_memory.most_tokens(device, self.mesh)
+    else:
+      usable, most = self.elsewhere.memory, device_memory.DEVICE_TOKENS * sharding.batch_multiple(self.mesh)
+    params, tree = shapes.scored_shapes(self.config, s)
+    resident = auto_batch.resident_bytes(params, tree, auto_batch.inverse_of(s), self.mesh)
+    return auto_batch.estimated_batch(self, usable - resident, most)
+
+  def varied(self, **changes) -> Described:
+    """The same data and devices with other settings."""
+    other = copy.copy(self)
+    other.settings = self.settings.replace(**changes)
+    for name in ("mesh", "batch_tokens", "packed_shapes", "layout"):  # what may be another then
+      other.__dict__.pop(name, None)
+    return other
+
+
+class Pricer:
+  """Prices passes over the data at one subtree of the model."""
+
+  def __init__(self, bench: Described, stage: str, params: Any, tree: subtree.Subtree):
+    """Prepares sizes; `params` are shapes."""
+    self.bench, self.stage, self.params, self.tree = bench, stage, params, tree
+    self.sizes = flop_counts.matrix_sizes(params, tree)
+    self.sub = flop_counts.split_shapes(params, tree)[0]
+    self.cached = bench.uses_cache(tree)
+    self.groups = sharding.batch_multiple(bench.mesh)
+
+  # ---- plans: the same as those of the run
+
+  def packed(self, part: str, rows=None) -> flop_counts.Work:
+    """Scored as packed rows."""
+    return flop_counts.packed_work(self.bench.packer(part, rows=rows).sequential_plan(self.bench.batch_tokens))
+
+  def by_row(self, part: str, rows=None, every_slot: bool = True) -> flop_counts.Work:
+    """With a row for each example; `every_slot`: under `vmap`, which computes all response slots."""
+    batcher = self.bench.batcher(part, rows=rows)
+    plan = batcher.sequential_plan(self.bench.batch_tokens)
+    return flop_counts.row_work(plan, None if every_slot else batcher.layout_of(plan), self.groups)
+
+  # ---- memory of a device
+
+  def device(self, program: float, vectors: float = 0.0) -> dict[str, float]:
+    """Bytes by purpose: parameters with the copies that `split` makes, vectors like the subtree, a program."""
+    bench, mesh = self.bench, self.bench.mesh
+    params = memory.tree_bytes(self.params, mesh) + memory.copied_bytes(self.params, self.tree, mesh)
+    return {
+      "parameters": params,
+      "vectors": vectors * memory.tree_bytes(self.sub, mesh, np.float32),
+      "program": program + memory.gathered_bytes(bench.config, self.params, mesh),
+    }
+
+  def program(self, kind: str, batches: tuple[packing.PackedShape, ...], queries: int = 1) -> int:
+    """Bytes of the program of a pass over packed rows."""
+    programs = [memory.Program(kind, shape.height, shape.num_tokens, shape.num_slots, queries) for shape in batches]
+    config, dtype = self.bench.config, self.bench.settings.dtype
+    return max(memory.program_bytes(config, self.sizes, program, dtype) for program in programs)
+
+  def mapped(self, whole_batch: bool = False) -> float:
+    """Bytes of a pass of per-example gradients: `microbatch` of them at a time, or of a whole batch kept at once."""
+    bench, s = self.bench, self.bench.settings
+    most = 0.0
+    for shape, layout in bench.layout.items():
+      together = min(-(-s.microbatch // self.groups), layout.size)
+      one = memory.Program("gradient", 1, shape.num_tokens, shape.num_responses)
+      kept = layout.size // self.groups if whole_batch else together
+      program = together * memory.program_bytes(bench.config, self.sizes, one, s.dtype)
+      most = max(most, program + FLOAT * self.sizes.subtree * (kept + together))
+    return most
+
+  # ---- phases
+
+  def gathered(self, numbers: int, batches: float) -> float:
+    """Bytes that a device receives when so many numbers are cut over devices and every batch needs them whole."""
+    cut = self.bench.mesh.shape["fsdp"]
+    return batches * numbers * jnp.dtype(self.bench.settings.dtype).itemsize * (cut - 1) / cut
+
+  def phase(self, name: str, flops: float, device: dict, batches: float, disk: float = 0.0) -> Phase:
+    """A phase of this stage, in which so many batches run through the layers."""
+    numbers = self.sizes.above + (0 if self.cached else self.sizes.below)
+    return Phase(self.stage, name, flops, device, disk=disk, gathered=self.gathered(numbers, batches))
+
+  def boundary(self, part: str) -> list[Phase]:
+    """Filling the boundary cache; nothing when there is none."""
+    if not self.cached:
+      return []
+    bench, s, dataset = self.bench, self.bench.settings, self.bench.parts[part]
+    plan = packing.packed_plan(dataset.num_tokens, bench.batch_tokens, self.groups)
+    work = flop_counts.boundary_work(plan)
+    most = max((height * length, height, length) for length, height, _ in plan)
+    program = memory.Program("losses", -(-most[1] // self.groups), most[2], 0)
+    size = hidden_cache.cache_bytes(dataset.num_tokens, bench.config.hidden_size, jnp.dtype(s.dtype))
+    host, disk = (0.0, size) if cache_on_disk(s, size) else (size, 0.0)
+    name = f"hidden states below layer {self.tree.boundary} ({part})"
+    device = self.device(memory.program_bytes(bench.config, self.sizes, program, s.dtype))
+    moved = self.gathered(self.sizes.below, work.batches)
+    return [Phase(self.stage, name, flop_counts.below_flops(self.sizes, work), device, host, disk, moved)]
+
+  def hidden_states(self, part: str) -> Phase:
+    """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""
+    bench = self.bench
+    plan = packing.packed_plan(bench.parts[part].num_tokens, bench.batch_tokens, self.groups)
+    work = flop_counts.boundary_work(plan)
+    whole = Pricer(bench, self.stage, self.params, embeddings.above_all(bench.config.num_layers))
+    flops = flop_counts.below_flops(whole.sizes, work) - (
+      flop_counts.below_flops(self.sizes, work) if self.cached else 0.0
+    )
+    rows, length = max(((height, length) for length, height, _ in plan), key=lambda shape: shape[0] * shape[1])
+    program = memory.Program("losses", -(-rows // self.groups), length, 0)
+    device = whole.device(memory.program_bytes(bench.config, whole.sizes, program, bench.settings.dtype))
+    return self.phase(f"hidden states above the top layer ({part})", flops, device, work.batches)
+
+  def packed_pass(self, name: str, kind: str, work: flop_counts.Work, passes: int = 1, vectors: float = 0.0) -> Phase:
+    """Passes of one kind over packed rows."""
+    flops = passes * flop_counts.pass_flops(self.sizes, kind, work, self.cached)
+    device = self.device(self.program(kind, self.bench.packed_shapes), vectors)
+    return self.phase(name, flops, device, passes * work.batches * _GATHERS.get(kind, 2))
+
+  def mapped_pass(
+    self, name: str, work: flop_counts.Work, more: float, vectors: float, whole_batch: bool = False
+  ) -> Phase:
+    """A pass of per-example gradients and `more` FLOPs with them."""
+    flops = flop_counts.pass_flops(self.sizes, "gradient", work, self.cached) + more
+    return self.phase(name, flops, self.device(self.mapped(whole_batch), vectors), 2 * work.batches)

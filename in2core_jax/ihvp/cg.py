@@ -1,0 +1,170 @@
+"""Conjugate gradients for (H + damping I) x = v on a fixed set of examples, all queries at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from in2core_jax.errors import UserError
+from in2core_jax.ihvp import tree_math
+from in2core_jax.ihvp.operators import DivergenceError, Matvec, NegativeCurvatureError, SolveResult, check_damping
+from in2core_jax.ihvp.tree_math import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class CgSettings:
+  """Settings of `cg`.
+
+  Attributes:
+    damping: absolute, in the unit of H; 0 or more.
+    tol: relative residual at which a query stops; f32 reaches about 1e-6 times the condition number.
+    max_steps: products with H at most (the final check of the residual not counted).
+  """
+
+  damping: float
+  tol: float = 1e-5
+  max_steps: int = 200
+
+  def __post_init__(self):
+    check_damping(self.damping)
+    if not (np.isfinite(self.tol) and self.tol >= 0):
+      raise UserError(f"cg with tol={self.tol}: it must be finite and 0 or more, e.g. 1e-5")
+    if self.max_steps < 1:
+      raise UserError(f"cg with max_steps={self.max_steps}: it needs at least 1")
+
+
+@dataclasses.dataclass
+class _Run:
+  """Mutable state of one solve; v has unit norm in every query that is not 0."""
+
+  x: Tree
+  r: Tree
+  steps: int
+  curve: list
+
+
+@jax.jit
+def _curvature_along(p, hp, damping):
+  ap = tree_math.axpy(damping, p, tree_math.promote(hp))
+  return ap, tree_math.vdot(p, ap), tree_math.vdot(p, p)
+
+
+@jax.jit
+def _move(alpha, x, r, p, ap):
+  r = tree_math.axpy(-alpha, ap, r)
+  return tree_math.axpy(alpha, p, x), r, tree_math.norm(r)
+
+
+_turn = jax.jit(tree_math.axpy)
+_dot = jax.jit(tree_math.vdot)
+
+
+@jax.jit
+def _unit(v):
+  size = tree_math.norm(v)
+  safe = jnp.where(size == 0, 1, size)
+  return tree_math.scaled(1 / safe, v), safe, size == 0
+
+
+@jax.jit
+def _start_residual(hx, x, v, damping):
+  r = tree_math.subtract(v, tree_math.axpy(damping, x, tree_math.promote(hx)))
+  return r, tree_math.norm(r)
+
+
+def _check_curvature(curvature, squared, active, step, damping) -> None:
+  """Refuses p.(H + damping I) p <= 0 in a query that is still running: the step length would be meaningless."""
+  if not np.all(np.isfinite(curvature[active])):
+    raise DivergenceError(
+      f"cg met a value that is not finite at step {step}: look for NaN in the weights or in the loss of an example"
+    )
+  bad = active & (curvature <= 0)
+  if bad.any():
+    query = int(np.flatnonzero(bad)[0])
+    quotient = curvature[query] / max(squared[query], np.finfo(np.float64).tiny)
+    raise NegativeCurvatureError(
+      f"cg: p.(H + damping I) p = {curvature[query]:.3g} (per unit length {quotient:.3g}) at step {step}, "
+      f"query {query}, with damping {damping:.3g}: H is not positive definite; "
+      f"use a damping well above {damping - quotient:.3g} or --curvature=ggn"
+    )
+
+
+def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings, precondition) -> None:
+  """Runs until every query is below the tolerance by the recursive residual, or the steps are used up."""
+  z = precondition(run.r)
+  p, rz = z, _dot(run.r, z)
+  # Below one unit of rounding the recursive residual goes on shrinking towards 0 / 0 while x no longer moves.
+  tol = max(settings.tol, float(jnp.finfo(rz.dtype).eps))
+  active, rz = sizes > tol, np.asarray(rz, np.float64)
+  while active.any() and run.steps < settings.max_steps:
+    if np.any(active & ~(rz > 0)):
+      raise UserError("cg: r.(M^-1 r) is not positive: the preconditioner must be symmetric and positive definite")
+    ap, curvature, squared = _curvature_along(p, matvec(p), settings.damping)
+    curvature, squared = np.asarray(curvature, np.float64), np.asarray(squared, np.float64)
+    run.steps += 1
+    _check_curvature(curvature, squared, active, run.steps, settings.damping)
+    # A query below the tolerance is frozen: alpha 0 leaves it as it is and no 0 / 0 can arise.
+    alpha = np.where(active, rz / np.where(active, curvature, 1), 0)
+    run.x, run.r, measured = _move(alpha, run.x, run.r, p, ap)
+    sizes = np.where(active, np.asarray(measured, np.float64), sizes)
+    run.curve.append((run.steps, sizes.copy()))
+    active = active & (sizes > tol)
+    z = precondition(run.r)
+    fresh = np.asarray(_dot(run.r, z), np.float64)
+    p, rz = _turn(np.where(active, fresh / np.where(rz > 0, rz, 1), 0), p, z), fresh
+
+
+def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None, precondition=None) -> SolveResult:
+  """Preconditioned conjugate gradients, one Krylov space per query (Hestenes and Stiefel 1952; METHOD.md section 3).
+
+  Every query has its own step lengths, stops at its own tolerance and stays frozen from there, so that several queries
+  give what each alone gives. The recursive residual drifts from the true one in f32: when it claims convergence, the
+  true one is computed and the iteration restarts from it for as long as that at least halves the error.
+
+  Args:
+    matvec: H v on a fixed set of examples, without damping; called once per step with leaves [Q, ...].
+    v: right-hand side, leaves [Q, ...].
+    settings: damping, tolerance, steps.
+    start: first guess, leaves [Q, ...]; zeros when absent.
+    precondition: r -> M^-1 r, symmetric positive definite, close to the inverse of H + damping I.
+
+  Returns:
+    SolveResult; residual is recomputed at the end with one more product; curve holds the recursive residual.
+    Where v is 0 the solution is exactly 0.
+
+  Raises:
+    NegativeCurvatureError: a direction with p.(H + damping I) p <= 0.
+    DivergenceError: NaN or infinity.
+    UserError: a preconditioner that is not positive definite, or a malformed v.
+  """
+  tree_math.num_queries(v)
+  precondition = precondition or (lambda r: r)
+  # Unit right-hand sides: squares of small gradients would underflow in f32.
+  unit, norms, empty = _unit(tree_math.promote(v))
+  if not np.all(np.isfinite(np.asarray(norms))):
+    raise DivergenceError(
+      "cg: the right-hand side holds NaN or infinity: look for NaN in the weights or in a query's loss"
+    )
+  scale_in = np.where(np.asarray(empty), 0.0, 1 / np.asarray(norms, np.float64))
+  x = tree_math.zeros_like(unit) if start is None else tree_math.scaled(scale_in, tree_math.promote(start))
+  r, sizes = (unit, ~empty) if start is None else _start_residual(matvec(x), x, unit, settings.damping)
+  run = _Run(x, r, 0, [])
+  sizes = np.asarray(sizes, np.float64)
+  run.curve.append((0, sizes))
+  while True:
+    _iterate(matvec, run, sizes, settings, precondition)
+    run.r, measured = _start_residual(matvec(run.x), run.x, unit, settings.damping)
+    before, sizes = sizes, np.asarray(measured, np.float64)
+    late = sizes > settings.tol
+    if not late.any() or run.steps >= settings.max_steps or not np.all(sizes[late] <= before[late] / 2):
+      break
+  solution = tree_math.scaled(norms, run.x)
+  info = {
+    "solver": "cg",
+    "damping": settings.damping,
+    "tol": settings.tol,
+    "converged": bool(np.all(sizes <= settings.tol)),
+    "max_residual": float(sizes.max()),
+  }
+  return SolveResult(solution, sizes, run.steps, run.curve, info)

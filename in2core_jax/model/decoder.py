@@ -1,0 +1,277 @@
+"""One Flax decoder for the Llama family and Gemma 3, cut in two at the boundary.
+
+Linen modules describe one layer; `jax.lax.scan` runs a stack of them whose parameters share a leading axis, so that
+compile time does not grow with depth and "the chosen layers" are a slice of that axis. Parameters are plain nested
+dicts and always arguments: `jax.vmap`, `jax.grad` and `jax.jvp` need no special case, and XLA folds no constant.
+
+Letters: B batch, T tokens, R response slots, V vocabulary, D width, L layers, H query heads, K key heads, G = H / K.
+Weights may be float32 or bfloat16; norms, rotary angles, softmax, logits and losses are computed in float32 at least
+(float64 when given float64).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from in2core_jax.model.config import ModelConfig, causal_mask, rotary_tables
+from in2core_jax.params import moment_probes
+from in2core_jax.params import subtree as subtree_lib
+
+# Each run of queries looks only at the keys up to its own end: what the causal mask would throw away is mostly not
+# computed, 3/8 of the scores with four runs. More and shorter runs save little more and take longer to compile.
+ATTENTION_RUNS = 4
+SHORTEST_RUN = 128
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+  """Float32 at least: the dtype of reductions for weights of `dtype`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+class Norm(nn.Module):
+  """RMS norm: x / sqrt(mean(x^2) + eps) * (offset + scale), reduced in float32 at least."""
+
+  eps: float
+  offset: float = 0.0
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
+    wide = x.astype(accumulation_dtype(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+    if self.offset:
+      scale = self.offset + scale.astype(wide.dtype)  # in the wide dtype: half precision would round 1 + scale
+    return (wide * scale).astype(x.dtype)
+
+
+def _norm(config: ModelConfig, name: str | None = None) -> Norm:
+  return Norm(config.rms_eps, config.norm_offset, name=name)
+
+
+class Projection(nn.Module):
+  """y = x W (+ b), plus what the parameters hold beside the kernel.
+
+  lora_a [in, r], lora_b [r, out]           adds (x A) B (the factor alpha / r is folded into B when it is exported)
+  left [in, p], core [p, p], right [p, out]  adds ((x left) core) right with core = 0: the gradient in `core` is
+                                             left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
+  NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
+                                             gradient come out as the probe's gradient (`moment_probes.observe`)
+  """
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+    y = self._times(x, "kernel", kernel)
+    if self.use_bias:
+      # Added in the wide dtype, because the gradient in the bias is a plain sum over positions.
+      wide = accumulation_dtype(x.dtype)
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = (y.astype(wide) + bias.astype(wide)).astype(x.dtype)
+    for factors in (("lora_a", "lora_b"), ("left", "core", "right")):
+      if self.has_variable("params", factors[0]):
+        low = x
+        for name in factors:
+          low = self._times(low, name, self.get_variable("params", name))
+        y += low
+    return y
+
+  def _times(self, x, name, matrix):
+    matrix = matrix.astype(x.dtype)
+    if matrix.ndim == 2 and x.ndim > 2:
+      # As one plain matrix product over all positions: its transposes, the backward pass, are a third faster on CPU.
+      y = (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+    else:
+      y = x @ matrix  # a matrix for each example (`gradients.adapter_gradients`)
+    if self.has_variable("params", f"{name}_probe"):
+      y = moment_probes.observe(x, y, self.get_variable("params", f"{name}_probe"))
+    return y
+
+
+def _runs(length: int) -> list[tuple[int, int]]:
+  """Cuts T positions into at most `ATTENTION_RUNS` stretches (start, stop)."""
+  size = max(SHORTEST_RUN, -(-length // ATTENTION_RUNS))
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _attend(config, q, k, v, mask):
+  """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim]."""
+  wide = accumulation_dtype(q.dtype)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * config.score_scale
+  weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention with rotary positions (half-rotation form); each head's q and k may be normed."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary, mask):
+    c = self.config
+    batch, length, _ = x.shape
+    bias = c.attention_bias
+    q = Projection(c.num_heads * c.head_dim, bias, name="q_proj")(x).reshape(batch, length, c.num_heads, c.head_dim)
+    k = Projection(c.num_kv_heads * c.head_dim, bias, name="k_proj")(x).reshape(
+      batch, length, c.num_kv_heads, c.head_dim
+    )
+    v = Projection(c.num_kv_heads * c.head_dim, bias, name="v_proj")(x).reshape(
+      batch, length, c.num_kv_heads, c.head_dim
+    )
+    if c.query_key_norms:
+      q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
+    q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+    k = _rotate(k, rotary)
+    runs = [
+      _attend(c, q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop])
+      for start, stop in _runs(length)
+    ]
+    mixed = jnp.concatenate(runs, axis=1).reshape(batch, length, c.num_heads * c.head_dim)
+    return Projection(c.hidden_size, name="o_proj")(mixed)
+
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+
+
+class Mlp(nn.Module):
+  """Gated MLP: down(act(gate(x)) * up(x)), act one of `ACTIVATIONS`."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    gate = Projection(self.config.intermediate_size, name="gate_proj")(x)
+    up = Projection(self.config.intermediate_size, name="up_proj")(x)
+    return Projection(self.config.hidden_size, name="down_proj")(ACTIVATIONS[self.config.activation](gate) * up)
+
+
+class Block(nn.Module):
+  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)); what is added may be normed once more."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, h, rotary, mask):
+    c = self.config
+    added = Attention(c, name="attention")(_norm(c, "attention_norm")(h), rotary, mask)
+    h = h + (_norm(c, "attention_post_norm")(added) if c.post_norms else added)
+    added = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(h))
+    return h + (_norm(c, "mlp_post_norm")(added) if c.post_norms else added)
+
+
+def _rotate(x, rotary):
+  cos, sin = (table[..., :, None, :] for table in rotary)  # [T, 1, half], or [B, T, 1, half] in packed rows
+  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _packed_mask(offsets, mask):
+  """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
+  example = jnp.cumsum(offsets == 0, axis=1)
+  return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]
+
+
+def _surroundings(config: ModelConfig, h, offsets, local: bool):
+  """(rotary tables, mask) of a layer over h [B,T,D]: what it knows of positions."""
+  rotary = rotary_tables(config, h.shape[1], accumulation_dtype(h.dtype), local)
+  mask = causal_mask(config, h.shape[1], local)
+  if offsets is not None:
+    rotary, mask = tuple(table[offsets] for table in rotary), _packed_mask(offsets, mask)
+  return rotary, mask
+
+
+def run_layers(
+  config: ModelConfig, layer_params, h: jax.Array, offsets: jax.Array | None = None, first: int = 0
+) -> jax.Array:
+  """Runs stacked layers (leading axis of every leaf) over hidden states h [B,T,D].
+
+  Args:
+    config: the model's shape.
+    layer_params: leaves [layers, ...].
+    h: [B,T,D].
+    offsets: int32 [B,T], position of each token in its own example where rows hold several (`packing`); None: one
+      example a row.
+    first: which layer of the model the first one is; it matters where local and global layers take turns.
+  """
+  everywhere = _surroundings(config, h, offsets, local=False)
+  is_local = config.local_layers(first, jax.tree.leaves(layer_params)[0].shape[0])
+  nearby = None if is_local is None else _surroundings(config, h, offsets, local=True)
+
+  def body(carry, layer):
+    params, local = layer
+    around = everywhere
+    if local is not None:  # one program for both kinds of layers: which one it is comes with the layer's parameters
+      around = jax.tree.map(lambda near, far: jnp.where(local, near, far), nearby, everywhere)
+    return Block(config).apply({"params": params}, carry, *around), None
+
+  return jax.lax.scan(body, h, (layer_params, is_local))[0]
+
+
+def embed(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
+  """Token embeddings [B,T,D], times sqrt(D) where the model has it so."""
+  return _scaled(config, jnp.take(params["embed"]["embedding"], tokens, axis=0))
+
+
+def _scaled(config: ModelConfig, h):
+  # The factor is rounded to the dtype of the weights, as the model was trained.
+  return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scaled_embeddings else h
+
+
+def head_matrix(params) -> jax.Array:
+  """The vocabulary projection as [V,D]: the embedding itself when tied."""
+  return params["lm_head"]["kernel"].T if "lm_head" in params else params["embed"]["embedding"]
+
+
+def run_below(
+  config: ModelConfig, subtree: subtree_lib.Subtree, frozen, tokens: jax.Array, offsets: jax.Array | None = None
+) -> jax.Array:
+  """Hidden states [B,T,D] that enter the lowest chosen layer; constant while the subtree changes."""
+  if subtree.boundary == 0:
+    return embed(config, frozen, tokens)
+  return run_layers(config, subtree_lib.below_params(frozen, subtree), embed(config, frozen, tokens), offsets)
+
+
+def run_above(
+  config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, h: jax.Array, offsets: jax.Array | None = None
+) -> jax.Array:
+  """Runs the layers from the boundary up, a scan for each run of chosen or not chosen layers."""
+  for start, stop, _ in subtree.segments():
+    h = run_layers(config, subtree_lib.segment_params(sub, frozen, subtree, start, stop), h, offsets, start)
+  return h
+
+
+def final_norm(config: ModelConfig, params, h: jax.Array) -> jax.Array:
+  """The norm above the top layer, of hidden states [..., D]; `params` has at least "final_norm"."""
+  return _norm(config).apply({"params": params["final_norm"]}, h)
+
+
+def logits(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
+  """Logits of all positions, float32 [B,T,V]; for parity checks and small inputs."""
+  h = run_layers(config, params["layers"], embed(config, params, tokens))
+  return _logits(final_norm(config, params, h), head_matrix(params))
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
+  """Random parameters: normal with deviation 0.02, factors of norms at one."""
+  embed_key, layer_key, head_key = jax.random.split(key, 3)
+  h = jnp.zeros((1, 2, config.hidden_size), dtype)
+  around = _surroundings(config, h, None, local=False)
+  init = lambda k: Block(config).init(k, h, *around)["params"]  # noqa: E731
+  shape = (config.vocab_size, config.hidden_size)
+  params = {
+    "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)},
+    "layers": jax.vmap(init)(jax.random.split(layer_key, config.num_layers)),
+    "final_norm": {"scale": jnp.full(config.hidden_size, 1 - config.norm_offset)},
+  }
+  if not config.tie_embeddings:
+    params["lm_head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape[::-1])}
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _logits(z, matrix):
+  return jnp.einsum("...d,vd->...v", z, matrix, preferred_element_type=accumulation_dtype(z.dtype))

@@ -1,0 +1,273 @@
+"""The decoder's losses per response slot and per example, and the products with their curvature: its Objective."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from in2core_jax.errors import UserError
+from in2core_jax.gradients import Objective
+from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.decoder import (
+  _logits,
+  _scaled,
+  accumulation_dtype,
+  final_norm,
+  head_matrix,
+  run_above,
+  run_below,
+)
+from in2core_jax.params import subtree as subtree_lib
+
+# Positions whose [*, V] logits exist at the same time, and how many logits these may be: 512 x 49152 x 4 bytes are
+# 100 MB; a vocabulary of 262144 gets 96 positions. Under `vmap` this holds for each mapped element, so there the
+# microbatch bounds the memory: microbatch x min(R, head_chunk(V)) x V.
+HEAD_CHUNK = 512
+
+
+HEAD_LOGITS = 512 * 49152
+
+
+def _nll_of_logits(logits_, target):
+  picked = jnp.take_along_axis(logits_, target[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_, axis=-1) - picked
+
+
+@jax.custom_jvp
+def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
+  """Negative log-likelihood of `target` under softmax(z matrix^T), with logits alive for `head_chunk` rows at a time.
+
+  The derivative rule forms (p - onehot) matrix beside the value, so that forward mode, reverse mode and
+  forward-over-reverse all cost two vocabulary products a row and no [rows, V] array outlives its chunk. `matrix` is a
+  constant here; a head that is itself chosen goes through its logits instead (`make_objective`).
+
+  Args:
+    z: [M, D] final hidden states after the last norm.
+    matrix: [V, D] vocabulary projection.
+    target: int32 [M].
+
+  Returns:
+    [M], float32 at least, nats.
+  """
+  return _by_chunk(len(matrix), lambda zc, tc: _nll_of_logits(_logits(zc, matrix), tc), z, target)
+
+
+@token_nll.defjvp
+def _token_nll_jvp(primals, tangents):
+  z, matrix, target = primals
+  dz = tangents[0]
+
+  def value_and_slope(zc, tc):
+    chunk = _logits(zc, matrix)
+    probability = jax.nn.softmax(chunk, axis=-1)
+    residual = probability - jax.nn.one_hot(tc, chunk.shape[-1], dtype=chunk.dtype)
+    slope = jnp.einsum("mv,vd->md", residual.astype(matrix.dtype), matrix, preferred_element_type=chunk.dtype)
+    return _nll_of_logits(chunk, tc), slope
+
+  value, slope = _by_chunk(len(matrix), value_and_slope, z, target)
+  return value, jnp.sum(slope * dz.astype(slope.dtype), axis=-1)
+
+
+def head_chunk(vocab_size: int) -> int:
+  """Positions whose logits exist at the same time."""
+  return min(HEAD_CHUNK, max(1, HEAD_LOGITS // vocab_size))
+
+
+def _by_chunk(vocab_size: int, fn, z, *rest):
+  rows, chunk = z.shape[0], head_chunk(vocab_size)
+  if rows <= chunk:
+    return fn(z, *rest)
+  chunks = -(-rows // chunk)
+  size = -(-rows // chunks)
+  pad = chunks * size - rows
+  cut = [jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:]) for a in (z, *rest)]
+  out = jax.lax.map(lambda args: fn(*args), tuple(cut))
+  return jax.tree.map(lambda a: a.reshape(chunks * size, *a.shape[2:])[:rows], out)
+
+
+def head_ggn(z, dz, matrix):
+  """W^T (diag(p) - p p^T) W dz per row: three vocabulary products, p = softmax(W z)."""
+  logits_ = _logits(z, matrix)
+  # p = e / total; the division comes after the last product, where rows are short: fewer passes over [rows, V].
+  e = jnp.exp(logits_ - jnp.max(logits_, axis=-1, keepdims=True))
+  total = jnp.sum(e, axis=-1, keepdims=True)
+  return _moved_by_head(dz.astype(z.dtype), e, total, matrix)
+
+
+def _moved(dz, e, total, matrix):
+  moved = _logits(dz, matrix)
+  moved = e * (moved - jnp.sum(e * moved, axis=-1, keepdims=True) / total)
+  return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype) / total
+
+
+_moved_by_head = jax.custom_batching.custom_vmap(_moved)
+
+
+@_moved_by_head.def_vmap
+def _moved_by_head_of_queries(size, batched, *operands):
+  """Some queries after the others, so that `head_chunk` bounds the logits of all of them together.
+
+  [queries, rows, V] at once takes gigabytes, and from 11 queries on XLA's CPU compiler (jaxlib 0.10.2) cuts this
+  expression up by itself: what came out was false for all queries but the first.
+  """
+  rows, matrix = operands[0].shape[-2], operands[3]
+  mapped = tuple(value for value, mine in zip(operands, batched, strict=True) if mine)
+
+  def one(own):
+    own = iter(own)
+    return _moved(*(next(own) if mine else value for value, mine in zip(operands, batched, strict=True)))
+
+  at_once = max(1, head_chunk(matrix.shape[-2]) // rows)
+  return jax.lax.map(one, mapped, batch_size=min(size, at_once)), True
+
+
+@functools.cache  # equal choices give the same functions, so `jax.jit` compiles them once
+def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objective:
+  """The loss of METHOD: weighted response-token negative log-likelihood, as a function of the chosen subtree.
+
+  `outputs` are the normed hidden states at the response slots [B,R,D] (logits [B,R,V] when the head itself is chosen).
+  The head is linear and frozen, so the Gauss-Newton matrix with respect to these outputs equals the one with respect to
+  the logits: J_z^T (W^T H_out W) J_z.
+
+  Returns:
+    An `Objective` over batches with the fields of `batches.Batch`; `hidden` [B,T,D] replaces the layers below the
+    boundary when it is not None.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+
+  def outputs(sub, frozen, batch):
+    if "embed" in subtree.extras:
+      if batch.hidden is not None:
+        raise UserError(
+          "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
+        )
+      matrix = sub["embed"]["embedding"]
+      # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
+      wide = matrix.astype(accumulation_dtype(matrix.dtype))
+      h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
+    elif batch.hidden is not None:
+      h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
+    else:
+      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
+    h = run_above(config, subtree, sub, frozen, h, batch.offsets)
+    picked = _pick(h, batch)
+    z = final_norm(config, sub if "final_norm" in subtree.extras else frozen, picked)
+    return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
+
+  def losses(z, frozen, batch):
+    return jnp.sum(_slot_losses(head_is_chosen, z, frozen, batch), axis=-1)
+
+  def output_hvp(z, dz, frozen, batch):
+    flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
+    matrix = head_matrix(frozen)
+    product = _by_chunk(len(matrix), lambda zc, dzc: head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
+    return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
+
+  def separate(batch):
+    if batch.offsets is not None:
+      raise ValueError("rows that hold several examples cannot be mapped over examples: use batches.Batcher")
+    return batch._replace(slots=None)
+
+  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
+
+
+def _pick(h, batch):
+  """Hidden states [B,R,D] that predict the response slots, or [G,M,D] of the filled slots only."""
+  if batch.slots is None and batch.offsets is None:
+    return jnp.take_along_axis(h, batch.position[..., None], axis=1)
+  groups, position = batch.slots.shape[0], batch.position
+  if batch.offsets is None:  # a row for each example; packed batches count from the group's first token themselves
+    position += jnp.arange(position.shape[0])[:, None] % (position.shape[0] // groups) * h.shape[1]
+  place = _by_slot(position, batch)
+  return jnp.take_along_axis(h.reshape(groups, -1, h.shape[-1]), place[..., None], axis=1)
+
+
+def _by_slot(values, batch):
+  """Entries [G,M] of an array [B,R] at the filled slots, zero on padding; the array itself without slots."""
+  if batch.slots is None:
+    return values
+  flat = values.reshape(batch.slots.shape[0], -1)
+  return jnp.take_along_axis(flat, batch.slots, axis=1, mode="fill", fill_value=0)
+
+
+def _by_example(values, batch):
+  """Inverse of `_by_slot`, zero elsewhere; a slot is written once, so what is summed over it has a fixed order."""
+  if batch.slots is None:
+    return values
+  groups, size = batch.slots.shape[0], batch.target.size // batch.slots.shape[0]
+  rows = jnp.arange(groups)[:, None]
+  values = jnp.zeros((groups, size), values.dtype).at[rows, batch.slots].set(values, mode="drop", unique_indices=True)
+  return values.reshape(batch.target.shape)
+
+
+def _slot_losses(head_is_chosen: bool, z, frozen, batch):
+  """Weighted negative log-likelihood [B,R] of every response slot, from the outputs z of the objective."""
+  target, weight = _by_slot(batch.target, batch), _by_slot(batch.weight, batch)
+  if head_is_chosen:
+    nll = _nll_of_logits(z, target)
+  else:
+    nll = token_nll(z.reshape(-1, z.shape[-1]), head_matrix(frozen), target.reshape(-1)).reshape(target.shape)
+  return _by_example(nll * weight.astype(nll.dtype), batch)
+
+
+def _head_is_chosen(config: ModelConfig, subtree: subtree_lib.Subtree) -> bool:
+  return "lm_head" in subtree.extras or ("embed" in subtree.extras and config.tie_embeddings)
+
+
+@functools.cache
+def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes relabel(sub, frozen, batch, keys) -> the batch for which the mean of g_i g_i^T is the Gauss-Newton matrix.
+
+  Targets are drawn from the model's own softmax, y_r ~ p_r, and weights become their square roots: with
+  s_r = d nll_r(y_r) / dsub, E[s_r s_r^T] = J_r^T H_out,r J_r and E[s_r] = 0, so that slots do not mix and
+
+    E[(sum_r sqrt(w_r) s_r) (sum_r sqrt(w_r) s_r)^T] = sum_r w_r J_r^T H_out,r J_r,
+
+  the `ggn` of the loss sum_r w_r nll_r. (With w_r itself a mean over R tokens would come out R times too small.)
+
+  Returns:
+    relabel; keys is a key array [B], one for each example, from which the labels of its slots are drawn one by one: how
+    examples are put into batches does not change them.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+  objective = make_objective(config, subtree)
+
+  def relabel(sub, frozen, batch, keys):
+    z = objective.outputs(sub, frozen, batch._replace(slots=None))
+    matrix = None if head_is_chosen else head_matrix(frozen)
+    slots = jnp.arange(z.shape[1])
+    wide = accumulation_dtype(z.dtype)
+    draw = lambda key: jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r), dtype=wide))(slots)  # noqa: E731
+
+    def invert(zc, uniform):  # the least label whose cumulative probability exceeds u
+      total = jnp.cumsum(jax.nn.softmax(zc if head_is_chosen else _logits(zc, matrix), axis=-1), axis=-1)
+      below = jnp.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
+      return jnp.minimum(below, total.shape[-1] - 1).astype(batch.target.dtype)
+
+    target = _by_chunk(config.vocab_size, invert, z.reshape(-1, z.shape[-1]), jax.vmap(draw)(keys).reshape(-1))
+    return batch._replace(target=target.reshape(batch.target.shape), weight=jnp.sqrt(batch.weight))
+
+  return relabel
+
+
+@functools.cache
+def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes token_losses(sub, frozen, batch) -> [B,R], the loss of METHOD apart for each response slot.
+
+    token_losses[b, r] = weight[b, r] * nll(target[b, r] | hidden state at position[b, r]),
+
+  whose sums over r are the losses of `make_objective`; exactly 0 on padding slots.
+  """
+  head_is_chosen, outputs = _head_is_chosen(config, subtree), make_objective(config, subtree).outputs
+
+  def token_losses(sub, frozen, batch):
+    return _slot_losses(head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
+
+  return token_losses
+
+
+def token_nlls(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch) -> jax.Array:
+  """Per-token negative log-likelihood [B,R] at the response slots; zero on padding slots."""
+  filled = batch.weight > 0
+  nlls = token_losses_fn(config, subtree)(sub, frozen, batch._replace(weight=filled))
+  return jnp.where(filled, nlls, 0)

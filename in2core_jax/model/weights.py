@@ -1,0 +1,471 @@
+"""Weights in and out: GGUF and Hugging Face folders in, Hugging Face folders out; every name map is a table.
+
+All readers fill the parameter tree of `decoder.py`: kernels are [in, out] and stacked over layers, [L, in, out]. Files
+store [out, in] per layer. A reader takes every tensor of the file or refuses: a tensor that nobody reads would mean
+that the decoder computes something else than the file's author did.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from in2core_jax.data import assets
+from in2core_jax.errors import UserError
+from in2core_jax.model import decoder, hf_config, model_files
+from in2core_jax.model import tokenizer as tokenizer_lib
+from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.gguf_config import gguf_config
+from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
+from in2core_jax.model.schema import plain
+from in2core_jax.parallel.host import host_bytes
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
+EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
+SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, random:CONFIG.json or truncated:MODEL:LAYERS"
+
+# Leaf path in the parameter tree -> tensor name; {i} is the layer.
+GGUF_NAMES = {
+  "embed/embedding": "token_embd.weight",
+  "final_norm/scale": "output_norm.weight",
+  "lm_head/kernel": "output.weight",
+  "layers/attention_norm/scale": "blk.{i}.attn_norm.weight",
+  "layers/attention/q_proj/kernel": "blk.{i}.attn_q.weight",
+  "layers/attention/k_proj/kernel": "blk.{i}.attn_k.weight",
+  "layers/attention/v_proj/kernel": "blk.{i}.attn_v.weight",
+  "layers/attention/o_proj/kernel": "blk.{i}.attn_output.weight",
+  "layers/mlp_norm/scale": "blk.{i}.ffn_norm.weight",
+  "layers/mlp/gate_proj/kernel": "blk.{i}.ffn_gate.weight",
+  "layers/mlp/up_proj/kernel": "blk.{i}.ffn_up.weight",
+  "layers/mlp/down_proj/kernel": "blk.{i}.ffn_down.weight",
+  "layers/attention/q_norm/scale": "blk.{i}.attn_q_norm.weight",
+  "layers/attention/k_norm/scale": "blk.{i}.attn_k_norm.weight",
+  "layers/attention_post_norm/scale": "blk.{i}.post_attention_norm.weight",
+  "layers/mlp_post_norm/scale": "blk.{i}.post_ffw_norm.weight",
+}
+HF_NAMES = {
+  "embed/embedding": "model.embed_tokens.weight",
+  "final_norm/scale": "model.norm.weight",
+  "lm_head/kernel": "lm_head.weight",
+  "layers/attention_norm/scale": "model.layers.{i}.input_layernorm.weight",
+  "layers/attention/q_proj/kernel": "model.layers.{i}.self_attn.q_proj.weight",
+  "layers/attention/k_proj/kernel": "model.layers.{i}.self_attn.k_proj.weight",
+  "layers/attention/v_proj/kernel": "model.layers.{i}.self_attn.v_proj.weight",
+  "layers/attention/o_proj/kernel": "model.layers.{i}.self_attn.o_proj.weight",
+  "layers/attention/q_proj/bias": "model.layers.{i}.self_attn.q_proj.bias",
+  "layers/attention/k_proj/bias": "model.layers.{i}.self_attn.k_proj.bias",
+  "layers/attention/v_proj/bias": "model.layers.{i}.self_attn.v_proj.bias",
+  "layers/mlp_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
+  "layers/mlp/gate_proj/kernel": "model.layers.{i}.mlp.gate_proj.weight",
+  "layers/mlp/up_proj/kernel": "model.layers.{i}.mlp.up_proj.weight",
+  "layers/mlp/down_proj/kernel": "model.layers.{i}.mlp.down_proj.weight",
+  "layers/attention/q_norm/scale": "model.layers.{i}.self_attn.q_norm.weight",
+  "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
+}
+# With norms behind attention and MLP, Llama's name for the norm before the MLP means the one behind attention.
+HF_POST_NORM_NAMES = HF_NAMES | {
+  "layers/attention_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
+  "layers/mlp_norm/scale": "model.layers.{i}.pre_feedforward_layernorm.weight",
+  "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
+}
+# Tensors that old exports carry and that follow from the configuration.
+HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+_QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
+_STRANGE = {
+  _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
+  r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
+  r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
+  r"experts|_exps": "a mixture of experts, which this decoder is not",
+}
+GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/k_proj/kernel": "num_kv_heads"}
+
+
+def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelConfig, Any, Any, str]:
+  """Model, tokenizer and a hash of the weights for what `--model` says.
+
+  Args:
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, random:CONFIG.json, or
+      truncated:MODEL:LAYERS, the first layers of another one.
+    dtype: float32 or bfloat16, of the weights in memory.
+    seed: of the weights of `random:`; unused otherwise.
+
+  Returns:
+    (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
+    `hf_hash` of a folder; configuration and seed of random weights; whole model and layers of a truncated one.
+
+  Raises:
+    UserError: unknown form, or whatever the readers find wrong.
+  """
+  if spec.startswith("truncated:"):
+    return _load_truncated(spec, dtype, seed)
+  kind, path = _parse_spec(spec)
+  if kind == "gguf":
+    config, params = load_gguf(path, _dtype(dtype))
+    return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
+  if kind == "hf":
+    config, params = load_hf_dir(path, _dtype(dtype))
+    return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
+  config, params = load_random(path, seed, _dtype(dtype))
+  digest = hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
+  return config, params, _embedded_tokenizer(path, config), digest
+
+
+def describe_model(spec: str) -> tuple[ModelConfig, Any]:
+  """(config, tokenizer) of what `--model` says, without reading its weights; arguments and errors of `load_model`."""
+  if spec.startswith("truncated:"):
+    whole, layers = _parse_truncated(spec)
+    config, tokenizer = describe_model(whole)
+    return _fewer_layers(spec, config, layers), tokenizer
+  kind, path = _parse_spec(spec)
+  if kind == "gguf":
+    return gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
+  if kind == "hf":
+    return _hf_config(path), tokenizer_lib.tokenizer_from_dir(path)
+  config = hf_config.read_config(path)
+  return config, _embedded_tokenizer(path, config)
+
+
+def _load_truncated(spec: str, dtype: str, seed: int) -> tuple[ModelConfig, Any, Any, str]:
+  """The first layers of another model below its own final norm and vocabulary; as `load_model`."""
+  whole, layers = _parse_truncated(spec)
+  config, params, tokenizer, digest = load_model(whole, dtype, seed)
+  config = _fewer_layers(spec, config, layers)
+  params = params | {"layers": jax.tree.map(lambda leaf: leaf[:layers], params["layers"])}
+  return config, params, tokenizer, hashlib.sha256(f"truncated {digest} layers {layers}".encode()).hexdigest()
+
+
+def _parse_truncated(spec: str) -> tuple[str, int]:
+  """truncated:MODEL:LAYERS -> (MODEL, LAYERS)."""
+  whole, _, layers = spec.removeprefix("truncated:").rpartition(":")
+  if not whole or not layers.isdecimal():
+    raise UserError(f"--model={spec} is not understood; write truncated:MODEL:LAYERS, such as truncated:smollm2:15")
+  return whole, int(layers)
+
+
+def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
+  if not 0 < layers <= config.num_layers:
+    raise UserError(f"--model={spec}: the whole model has {config.num_layers} layers; keep 1 to {config.num_layers}")
+  return dataclasses.replace(config, num_layers=layers)
+
+
+def _parse_spec(spec: str) -> tuple[str, Any]:
+  """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  if spec in EMBEDDED_MODELS:
+    return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
+  kind, _, rest = full_spec(spec).partition(":")
+  path = model_files.expand(rest)
+  if kind == "random" and path.is_dir():
+    raise UserError(f"--model={spec}: random: takes a file: give random:{path / 'config.json'}, or hf:{path}")
+  return kind, path
+
+
+def full_spec(spec: str) -> str:
+  """What `--model` says with its kind in front: a bare path becomes hf: or gguf: where it is one."""
+  return spec if spec.startswith("truncated:") else model_files.full_spec(spec, tuple(EMBEDDED_MODELS), SPECS)
+
+
+def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
+  """The tokenizer that `random:` uses, refused where the model has too few vocabulary entries for it."""
+  tokenizer = tokenizer_lib.tokenizer_from_gguf(assets.asset_path(EMBEDDED_MODEL))
+  if config.vocab_size < len(tokenizer):
+    raise UserError(
+      f"{path}: vocab_size {config.vocab_size} is smaller than the {len(tokenizer)} entries of the embedded tokenizer, "
+      f"which random: uses; write vocab_size {len(tokenizer)} or more"
+    )
+  return tokenizer
+
+
+def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
+  """Reads a GGUF file of the architecture llama or gemma3, dequantised.
+
+  Of llama the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates
+  the halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+  Of gemma3 it stores the factors of norms, 1 + scale.
+
+  Args:
+    place: the .gguf file.
+    dtype: float32 or bfloat16, of the returned arrays.
+
+  Returns:
+    The configuration and the parameters as NumPy arrays.
+
+  Raises:
+    UserError: unknown architecture, tensors missing, left over, misshapen or with NaN; each is named.
+  """
+  dtype = _dtype(dtype)
+  file = read_gguf(place)
+  config = gguf_config(file)
+
+  def read(name: str, leaf: str) -> np.ndarray:
+    array = file.read(name)
+    if leaf.endswith("_norm/scale"):
+      return array - np.float32(config.norm_offset)
+    if leaf not in GGUF_ROTARY or file.metadata["general.architecture"] != "llama":
+      return array
+    heads = getattr(config, GGUF_ROTARY[leaf])
+    return array.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+  stored = {name: tensor.shape for name, tensor in file.tensors.items()}
+  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
+
+
+def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
+  """Reads config.json and model.safetensors (or the shards of model.safetensors.index.json).
+
+  Args:
+    path: the folder.
+    dtype: float32 or bfloat16, of the returned arrays; the files may hold float64, float32, float16 or bfloat16.
+
+  Returns:
+    The configuration and the parameters as NumPy arrays.
+
+  Raises:
+    UserError: not such a folder, a model type that does not map exactly, a missing shard, or tensors missing, left
+      over, misshapen or with NaN; each is named.
+  """
+  dtype, folder = _dtype(dtype), pathlib.Path(path)
+  config, where = _hf_config(folder), _hf_files(folder)
+  handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
+
+  def read(name: str, leaf: str) -> np.ndarray:
+    return handles[where[name]].get_tensor(name)
+
+  ignored = {name for name in where if re.fullmatch(HF_IGNORED, name)}
+  if config.tie_embeddings:
+    ignored.add(HF_NAMES["lm_head/kernel"])  # equal to the embedding: some exports write the tied matrix twice
+  names, stored = _hf_names(config), {}
+  for name in where.keys() - ignored:
+    header = handles[where[name]].get_slice(name)
+    stored[name] = tuple(header.get_shape())
+    if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+      raise UserError(
+        f"{where[name]}: tensor {plain(name)} is stored as {header.get_dtype()}; convert it to float32, float16 or "
+        "bfloat16 (of a quantised checkpoint use the unquantised one)"
+      )
+  return config, _assemble(config, names, stored, read, dtype, str(folder))
+
+
+def _hf_config(folder: pathlib.Path) -> ModelConfig:
+  """The shape that config.json states; untied where a tied model stores a head that is not its embedding."""
+  model_files.check_folder(folder)
+  config = hf_config.read_config(folder / "config.json")
+  if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+    return config
+  where = _hf_files(folder)
+  pair = [HF_NAMES[leaf] for leaf in ("embed/embedding", "lm_head/kernel")]
+  if not all(name in where for name in pair):
+    return config
+  embedding, head = (model_files.open_safetensors(where[name]).get_slice(name) for name in pair)
+  count, same = embedding.get_shape()[0], embedding.get_shape() == head.get_shape()
+  for start in range(0, count, 4096):
+    stop = min(count, start + 4096)
+    same = same and np.array_equal(embedding[start:stop], head[start:stop])
+  if same:
+    return config
+  model_files.say(
+    f"{folder}: config.json says tie_word_embeddings, but the stored {pair[1]} is not the embedding: it is used, "
+    "untied, as transformers does; write tie_word_embeddings false into config.json"
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
+
+
+def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tuple[ModelConfig, Any]:
+  """Random weights for a configuration with the keys of a Hugging Face config.json; same seed, same weights."""
+  config = hf_config.read_config(pathlib.Path(path))
+  _check_memory(config, np.dtype(np.float32), str(path))  # drawn in float32, then rounded
+  return config, decoder.init_params(config, jax.random.key(seed), _dtype(dtype))
+
+
+def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer=None) -> None:
+  """Writes config.json, model.safetensors and what the model came with, for transformers to load.
+
+  Kept of the source (`config.carried`): max_position_embeddings, token ids, generation_config.json.
+
+  LoRA factors are folded in: W + A B, added in float32 and rounded to the dtype of W.
+
+  Args:
+    path: the folder; made when absent, files of the same names are replaced.
+    config: the model's shape.
+    params: the parameter tree, NumPy or JAX arrays, float32 or bfloat16.
+    tokenizer: a transformers tokenizer, saved beside the weights when given.
+
+  Raises:
+    UserError: a configuration that no known Hugging Face model type expresses, leaves that have no place there, or a
+      folder with other weights.
+  """
+  folder = pathlib.Path(path)
+  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), _hf_names(config)
+  absent = sorted(set(leaves) - set(names))
+  if absent:
+    raise UserError(
+      f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
+    )
+  tensors = {}
+  for leaf, stacked in leaves.items():
+    array = np.asarray(stacked)
+    rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
+    for i, row in rows:
+      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
+  values = hf_config.write_config(config, tensors[HF_NAMES["embed/embedding"]].dtype.name)
+  foreign = sorted({*folder.glob("*.safetensors*"), *folder.glob("adapter_*")} - {folder / "model.safetensors"})
+  if foreign:
+    raise UserError(f"export to {folder}: {foreign[0].name} of another model is there; give an empty folder")
+  folder.mkdir(parents=True, exist_ok=True)
+  if tokenizer is not None:
+    tokenizer.save_pretrained(folder)
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    values = ids | values  # what the model itself came with is more exact: it may end a text with several tokens
+  generation = json.loads(config.carried)["generation_config"] if config.carried else None
+  if generation is not None:
+    partial = folder / "generation_config.json.partial"
+    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "generation_config.json")
+  partial = folder / "model.safetensors.partial"
+  safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+  partial.replace(folder / "model.safetensors")
+  partial = folder / "config.json.partial"
+  partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  partial.replace(folder / "config.json")
+
+
+def hf_hash(path: str | pathlib.Path) -> str:
+  """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
+  folder = pathlib.Path(path)
+  digest = hashlib.sha256((folder / "config.json").read_bytes())
+  weight_files = sorted(set(_hf_files(folder).values()))
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+    for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
+      digest.update(f"{file.name} {content}\n".encode())
+  return digest.hexdigest()
+
+
+def _dtype(dtype) -> np.dtype:
+  """The dtype by name or as it is."""
+  found = DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
+  if found not in DTYPES.values():
+    raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
+  return found
+
+
+def _hf_names(config: ModelConfig) -> dict[str, str]:
+  return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
+
+
+def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Tensor name -> safetensors file that holds it."""
+  return model_files.weight_files(folder)
+
+
+def _file_hash(place: Place) -> str:
+  """SHA-256 of a file's content, however many parts it comes in."""
+  digest = hashlib.sha256()
+  for part in parts_of(place):
+    with part.open("rb") as stream:
+      while piece := stream.read(1 << 20):
+        digest.update(piece)
+  return digest.hexdigest()
+
+
+def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
+  """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
+  heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
+  layer = 2 * heads * width + 3 * width * config.intermediate_size
+  count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
+  need, there = count * dtype.itemsize, host_bytes()
+  if need > there:
+    raise UserError(
+      f"{origin}: its {count:,} parameters take {need / 1e9:,.0f} GB as {dtype.name}, and this machine has "
+      f"{there / 1e9:,.0f} GB of memory: use a smaller model or a larger machine"
+    )
+
+
+def _assemble(
+  config: ModelConfig, names: dict[str, str], stored: dict[str, tuple[int, ...]], read: Callable, dtype, origin: str
+) -> dict:
+  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
+
+  Names and shapes, `stored`, are compared before anything is allocated.
+  """
+  _check_memory(config, dtype, origin)
+  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+  shapes = {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
+  strange = sorted(leaf for leaf in shapes if leaf not in names)
+  if strange:
+    raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
+  layers = range(config.num_layers)
+  wanted = {
+    leaf: [names[leaf].format(i=i) for i in (layers if leaf.startswith("layers/") else (0,))] for leaf in shapes
+  }
+  expected = {name for group in wanted.values() for name in group}
+  _refuse(origin, expected - stored.keys(), "tensors are missing", _why_missing(expected, stored.keys()))
+  _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
+  for leaf, shape in shapes.items():
+    right = shape[1:] if leaf.startswith("layers/") else shape
+    for name in wanted[leaf]:
+      found = stored[name][::-1] if leaf.endswith("/kernel") else stored[name]
+      if found != right:
+        raise UserError(
+          f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
+          "file and configuration do not belong together"
+        )
+  params = {}
+  for leaf, shape in shapes.items():
+    stacked = np.empty(shape, dtype)
+    for i, name in enumerate(wanted[leaf]):
+      target = stacked[i] if leaf.startswith("layers/") else stacked
+      array = read(name, leaf)
+      target[...] = array.T if leaf.endswith("/kernel") else array
+      if not np.isfinite(target).all():
+        raise UserError(
+          f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
+        )
+    params[leaf] = stacked
+  return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
+  """Raises when `names` is not empty, naming the first five."""
+  listed = sorted(names)
+  if listed:
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    raise UserError(f"{origin}: {what}: {', '.join(map(plain, listed[:5]))}{more}; {why}")
+
+
+def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
+  stored = set(stored)
+  if expected - stored == {HF_NAMES["lm_head/kernel"]}:
+    return "config.json does not say tie_word_embeddings true; if the model is tied, write it there"
+  if any(re.search(_QUANTISED, name) for name in stored):
+    return _STRANGE[_QUANTISED]
+  if not any(name.startswith("model.") for name in stored) and {n.removeprefix("model.") for n in expected} & stored:
+    return "the folder holds a model without language-model head (names without model.); save it as a CausalLM"
+  return "the file is incomplete or of another architecture"
+
+
+def _why_strange(stored: Iterable[str]) -> str:
+  for pattern, why in _STRANGE.items():
+    if any(re.search(pattern, name) for name in stored):
+      return why
+  return "the model is of another architecture"
+
+
+def _fold_lora(params) -> dict:
+  """The same tree without LoRA leaves: kernel + lora_a lora_b."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for leaf in [leaf for leaf in flat if leaf.endswith("/lora_a")]:
+    base = leaf.removesuffix("lora_a")
+    a, b = (np.asarray(flat.pop(base + name), np.float32) for name in ("lora_a", "lora_b"))
+    kernel = np.asarray(flat[base + "kernel"])
+    flat[base + "kernel"] = (kernel.astype(np.float32) + a @ b).astype(kernel.dtype)
+  return traverse_util.unflatten_dict(flat, sep="/")

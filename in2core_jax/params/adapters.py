@@ -1,0 +1,79 @@
+"""Leaves added beside a kernel: LoRA factors to train, and a sketch whose gradient is a projected gradient.
+
+Both are ordinary parameters of the tree (`decoder.Projection` reads them where they stand), so that "chosen subtree",
+per-example gradients, solvers and checkpoints need no special case for them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from in2core_jax.errors import UserError
+
+
+def kernel_modules(params) -> tuple[str, ...]:
+  """Modules of a layer that hold a kernel, for example "attention/q_proj"."""
+  flat = traverse_util.flatten_dict(params["layers"], sep="/")
+  return tuple(sorted(path.removesuffix("/kernel") for path in flat if path.endswith("/kernel")))
+
+
+def add_lora(params, rank: int, key: jax.Array):
+  """Adds LoRA factors of the given rank beside every kernel: y = x W + (x A) B.
+
+  A is normal with deviation 1 / sqrt(in), B is zero, so the model is unchanged at first (Hu et al. 2021; the factor
+  alpha / r is 1 here: alpha = r).
+
+  Raises:
+    UserError: rank below 1 or above the smallest side of a kernel.
+  """
+
+  def leaves(kernel, key):
+    layers, inputs, outputs = kernel.shape
+    if not 1 <= rank <= min(inputs, outputs):
+      raise UserError(f"--lora_rank={rank} is outside 1..{min(inputs, outputs)}, the smallest side of a kernel")
+    a = jax.random.normal(key, (layers, inputs, rank), jnp.float32) / np.sqrt(inputs)
+    return {"lora_a": a.astype(kernel.dtype), "lora_b": jnp.zeros((layers, rank, outputs), kernel.dtype)}
+
+  return _add(params, leaves, key)
+
+
+def add_sketch(params, size: int, key: jax.Array):
+  """Adds a two-sided random projection beside every kernel: y = x W + ((x L) C) R with C = 0.
+
+  With G = dloss/dW the gradient in C is L^T G R^T, p x p numbers instead of in x out. L and R hold independent signs
+  over sqrt(p), so <L^T G R^T, L^T G' R^T> is an unbiased estimate of <G, G'>. A side that is no longer than p is kept
+  whole (an identity), which is exact.
+
+  Args:
+    params: parameter tree.
+    size: p, numbers per side.
+    key: seeds the signs.
+
+  Raises:
+    UserError: size below 1.
+  """
+  if size < 1:
+    raise UserError(f"--sketch_size={size} must be at least 1; 32 or more keeps scores faithful")
+
+  def side(key, layers, length):
+    if length <= size:
+      return jnp.broadcast_to(jnp.eye(length, dtype=jnp.float32), (layers, length, length))
+    return jax.random.rademacher(key, (layers, length, size), jnp.float32) / np.sqrt(size)
+
+  def leaves(kernel, key):
+    layers, inputs, outputs = kernel.shape
+    left_key, right_key = jax.random.split(key)
+    left, right = side(left_key, layers, inputs), side(right_key, layers, outputs)
+    core = jnp.zeros((layers, left.shape[2], right.shape[2]), jnp.float32)
+    return {"left": left, "core": core, "right": jnp.swapaxes(right, 1, 2)}
+
+  return _add(params, leaves, key)
+
+
+def _add(params, leaves, key):
+  flat = dict(traverse_util.flatten_dict(params["layers"], sep="/"))
+  for index, module in enumerate(kernel_modules(params)):
+    for name, leaf in leaves(flat[f"{module}/kernel"], jax.random.fold_in(key, index)).items():
+      flat[f"{module}/{name}"] = leaf
+  return {**params, "layers": traverse_util.unflatten_dict(flat, sep="/")}

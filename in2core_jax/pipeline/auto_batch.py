@@ -1,0 +1,184 @@
+"""`--batch_tokens=auto`: the largest batch that fits a device, estimated first, then read off compiled programs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from in2core_jax import gradients
+from in2core_jax.costs import flop_counts, memory
+from in2core_jax.costs.device_memory import most_tokens, usable_bytes
+from in2core_jax.data import packing
+from in2core_jax.data.batches import Batch
+from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.errors import UserError
+from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.objective import make_objective
+from in2core_jax.parallel import processes, sharding
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.shapes import scored_shapes
+
+log = logging.getLogger(__name__)
+
+# The passes that batches of --batch_tokens go through, and what computes each.
+PROGRAMS = {"jvp": gradients.losses_and_jvp_scores, "gradient": gradients.sum_gradient}
+
+
+class Work(Protocol):
+  """What the size of a batch follows from; a session is one."""
+
+  settings: Settings
+  config: ModelConfig
+  mesh: Any
+  parts: Mapping[str, TokenizedDataset]
+
+  def uses_cache(self, tree: subtree.Subtree) -> bool:
+    """Whether hidden states that enter the chosen layers are kept."""
+
+  def packed_shapes_for(self, tokens: int) -> tuple[packing.PackedShape, ...]:
+    """The shapes of packed rows with about as many tokens in a batch."""
+
+
+# ---- what is needed ------------------------------------------------------------------
+
+
+def resident_bytes(params: Any, tree: subtree.Subtree, inverse: flop_counts.Inverse, mesh: Any) -> int:
+  """Bytes on a device while the training set is scored: parameters, the copied leaves, the solver's vectors."""
+  sub, _ = flop_counts.split_shapes(params, tree)
+  vectors = memory.num_vectors(inverse) * memory.tree_bytes(sub, mesh, np.float32)
+  return memory.tree_bytes(params, mesh) + memory.copied_bytes(params, tree, mesh) + vectors
+
+
+def batch_shapes(shape: packing.PackedShape, mesh: Any, width: int | None, dtype: Any) -> Batch:
+  """A packed batch as shapes on the mesh, with hidden states of a width unless that is None."""
+  groups = sharding.batch_multiple(mesh)
+  spec = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+  make = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=spec)  # noqa: E731
+  rows, size = groups * shape.height, groups * shape.size
+  tokens, slots = make(np.int32, rows, shape.num_tokens), make(np.int32, size, shape.num_responses)
+  return Batch(
+    tokens,
+    None if width is None else make(dtype, rows, shape.num_tokens, width),
+    slots,
+    slots,
+    make(np.float32, size, shape.num_responses),
+    make(np.float32, size),
+    make(np.int32, groups, shape.num_slots),
+    tokens,
+  )
+
+
+def placed_shapes(tree: Any, mesh: Any, dtype: Any = None) -> Any:
+  """Shapes of parameters, or of vectors like them, on the mesh."""
+  placed = sharding.shardings(sharding.param_specs(tree, mesh), mesh)
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where), tree, placed
+  )
+
+
+def compiled_bytes(bench: Work, params: Any, tree: subtree.Subtree, shape: packing.PackedShape) -> int | None:
+  """Bytes that the programs of a pass need beside parameters and vectors, as compiled; None where nobody tells.
+
+  The compilation cache keeps them, so a run that takes this size does not compile them again.
+  """
+  s, mesh = bench.settings, bench.mesh
+  width = bench.config.hidden_size if bench.uses_cache(tree) else None
+  batch = batch_shapes(shape, mesh, width, jnp.dtype(s.dtype))
+  sub, frozen = (placed_shapes(part, mesh) for part in flop_counts.split_shapes(params, tree))
+  objective, most = make_objective(bench.config, tree), 0
+  for kind, function in PROGRAMS.items():
+    more = (placed_shapes(sub, mesh, np.float32),) if kind == "jvp" else ()
+    program = jax.jit(functools.partial(function, objective)).lower(sub, frozen, batch, *more).compile()
+    found = program.memory_analysis()
+    if found is None:
+      return None
+    held = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(batch)) // sharding.batch_multiple(mesh)
+    most = max(most, held + found.temp_size_in_bytes + found.output_size_in_bytes)
+  return most
+
+
+# ---- the decision --------------------------------------------------------------------
+
+
+def inverse_of(s: Settings, queries: int = 1) -> flop_counts.Inverse:
+  """The solver that the flags ask for, as far as its cost depends on it."""
+  solver = "identity" if s.trajectory != "none" else s.solver
+  return flop_counts.Inverse(solver, s.curvature, s.depth, s.repeat, queries, math.isnan(s.damping))
+
+
+def largest_batch(bench: Work) -> int:
+  """The most tokens of a batch, a power of two, with which scores and query gradients fit the device.
+
+  The cost model says where to start; from there the number is halved until the compiled programs fit. On a CPU it is
+  2,048 at most. It never depends on what is free at the moment.
+
+  Raises:
+    UserError: not even a single row fits.
+  """
+  device = next(one for one in bench.mesh.devices.flat if one.process_index == jax.process_index())
+  params, tree = scored_shapes(bench.config, bench.settings)
+  room = usable_bytes(device) - resident_bytes(params, tree, inverse_of(bench.settings), bench.mesh)
+  room = processes.from_writer(room)  # so that all processes come to the same end
+  most = most_tokens(device, bench.mesh)
+  tokens = min(most, 2 * estimated_batch(bench, room, most))  # in case that the estimate is too careful
+  while True:
+    shapes = bench.packed_shapes_for(tokens)
+    needs = [compiled_bytes(bench, params, tree, shape) for shape in shapes]
+    need = None if None in needs else max(needs)
+    if need is None or need <= room or _single_rows(shapes):
+      break
+    tokens //= 2
+  _tell(tokens, need, room, bench, shapes)
+  return tokens
+
+
+def estimated_batch(bench: Work, room: int, most: int) -> int:
+  """The most tokens, a power of two, that the cost model expects to fit `room` bytes; that of single rows if none.
+
+  Rows are as long as the packed rows of the run; nothing is packed or compiled.
+  """
+  params, tree = scored_shapes(bench.config, bench.settings)
+  sizes, dtype = flop_counts.matrix_sizes(params, tree), bench.settings.dtype
+  lengths = np.concatenate([part.num_tokens for part in bench.parts.values()])
+  responses = sum(int(part.num_response_tokens.sum()) for part in bench.parts.values())
+  rows, groups = packing.row_lengths(lengths), sharding.batch_multiple(bench.mesh)
+
+  def need(tokens: int) -> int:
+    found = 0
+    for length in rows:
+      height = max(1, tokens // length // groups)
+      slots = int(height * length * responses / lengths.sum())
+      programs = [memory.Program(kind, height, length, slots) for kind in PROGRAMS]
+      found = max(found, *(memory.program_bytes(bench.config, sizes, program, dtype) for program in programs))
+    return found
+
+  tokens = min(most, 2 ** (int(lengths.sum()) - 1).bit_length())  # no more than all examples at once
+  while tokens > max(rows) * groups and need(tokens) > room:
+    tokens //= 2
+  return tokens
+
+
+def _single_rows(shapes: tuple[packing.PackedShape, ...]) -> bool:
+  return all(shape.height == 1 for shape in shapes)
+
+
+def _tell(tokens: int, need: int | None, room: int, bench: Work, shapes: tuple) -> None:
+  """Logs the decision; refuses what does not fit at all."""
+  rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in shapes)
+  if need is not None and need > room:
+    raise UserError(
+      f"--batch_tokens=auto: a batch of {rows} tokens on each device needs {need / 1e9:.2f} GB beside the parameters, "
+      f"where {max(room, 0) / 1e9:.2f} GB are left; choose fewer --layers, --max_length below "
+      f"{bench.settings.max_length}, --dtype=bfloat16, or cut parameters over devices with --mesh=fsdp:-1"
+    )
+  how = "as estimated" if need is None else f"compiled programs take {need / 1e9:.2f} GB of {room / 1e9:.2f} GB"
+  log.info("--batch_tokens=auto: %d tokens a batch (rows on a device: %s); %s", tokens, rows, how)

@@ -1,0 +1,183 @@
+"""What stages could not do, `select` and what scores or chooses as it does above all: told before any work."""
+
+from collections.abc import Iterable
+
+from in2core_jax.costs import flop_counts
+from in2core_jax.data import tokenizing
+from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics
+from in2core_jax.ihvp import solvers
+from in2core_jax.influence import projected
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import shapes
+from in2core_jax.pipeline.policy_inputs import check_pairs
+from in2core_jax.pipeline.scoring import WHITENED, score_aggregate
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import Settings, seeds_of, words
+from in2core_jax.pipeline.solver_inputs import solver_settings
+from in2core_jax.selection import aggregation, coreset
+from in2core_jax.selection.inputs import Budget
+from in2core_jax.training import train_loop
+
+
+def budget_of(s: Settings) -> Budget:
+  """The budget that the flags ask for."""
+  if s.num_examples and s.token_budget:
+    raise UserError(f"--num_examples={s.num_examples} and --token_budget={s.token_budget}: give one of the two")
+  if s.num_examples:
+    return Budget(num_examples=s.num_examples)
+  if s.token_budget:
+    return Budget(token_budget=s.token_budget)
+  return Budget(fraction=s.fraction)
+
+
+def policies_of(s: Settings) -> list[str]:
+  """The words of --policies, told where one is unknown."""
+  return words(s.policies, "policies", (statistics.FULL, *coreset.POLICIES))
+
+
+def check_budget(s: Settings, train: tokenizing.TokenizedDataset) -> None:
+  """Refuses a budget that the training examples with a response cannot meet."""
+  budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
+
+
+def check_policies(bench: Workbench, policies: set[str]) -> None:
+  """Refuses policies that the training set is too large for."""
+  if "matching_hybrid" in policies:
+    check_pairs(bench)
+
+
+def check_solvers(given: str, settings: Iterable[Settings]) -> None:
+  """Refuses a solver of a list that does not go with the other flags, under the list's name.
+
+  Args:
+    given: the list, as --FLAG=VALUE.
+    settings: the flags with each of its solvers in turn.
+
+  Raises:
+    UserError: names what was given.
+  """
+  try:
+    for s in settings:
+      solver_settings(s)
+  except UserError as error:
+    raise UserError(f"{given}: {error}") from error
+
+
+def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: str = "depth") -> None:
+  """Refuses a solver that is not for a subtree of that size.
+
+  Args:
+    s: the solver and its depth.
+    params: arrays or shapes.
+    tree: the subtree of them.
+    given: what the user gave of it, for the message.
+    depth: the flag that --depth is taken from.
+
+  Raises:
+    UserError: too many parameters for exact, too few for low_rank.
+  """
+  size = subtree.count(flop_counts.split_shapes(params, tree)[0])
+  if s.solver == "low_rank" and s.depth > size:
+    raise UserError(f"{given}: --{depth}={s.depth} vectors of a subtree of {size} parameters: lower --{depth}")
+  if s.solver == "exact" and size > solvers.EXACT_LIMIT:
+    raise UserError(
+      f"{given}: the subtree has {size:,} parameters, more than {solvers.EXACT_LIMIT:,}: take another solver, such as "
+      "cg, or, where they can be chosen, fewer layers or modules"
+    )
+
+
+def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, layers: str = "--layers") -> None:
+  """Refuses what `select` cannot score.
+
+  Args:
+    s: the flags of the scores.
+    params: that are scored, arrays or shapes.
+    trained: what a training changes that is still to come; None: --checkpoint tells, where there is one.
+    layers: the flag that --layers is taken from, for messages.
+
+  Raises:
+    UserError: flags that contradict each other, or ask for what the model does not have.
+  """
+  solver_settings(s)
+  if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
+    raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
+  other_ways = [name for name in ("self_influence", "per_query", "per_layer", "per_token") if getattr(s, name)]
+  other_ways += ["normalize"] if s.normalize != "none" else []
+  if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
+    way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
+    raise UserError(f"--{other_ways[0]} does not go with {way}: leave one of them out")
+  if s.trajectory != "none" and (s.solver != "identity" or s.score_path == "projected"):
+    raise UserError(
+      f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
+    )
+  if s.trajectory != "none" and trained is None and not s.checkpoint:
+    raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  tree = subtree.make_subtree(params, s.layers, s.modules, (layers, "--modules"))
+  if s.trajectory == "less":
+    _check_trained(s, tree, trained)
+  if s.score_path == "projected":
+    missing = set(subtree.make_subtree(params, s.layers, "matrices").paths) - set(tree.paths)
+    if missing:
+      lacks = min(missing)
+      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
+  check_size(s, params, tree, f"--solver={s.solver}")
+  if s.self_influence or s.normalize in ("relatif", "theta_relatif"):
+    wanted = "--self_influence" if s.self_influence else f"--normalize={s.normalize}"
+    if s.solver not in ("ekfac", "identity"):
+      raise UserError(
+        f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
+        "--solver=ekfac or --solver=identity only"
+      )
+  if score_aggregate(s) in aggregation.BY_QUERY and s.normalize != WHITENED:
+    other = f"--normalize={s.normalize}" if s.normalize != "none" else f"--score_path={s.score_path}"
+    if s.normalize != "none" or s.score_path == "projected":
+      raise UserError(
+        f"--aggregate={s.aggregate} takes plain scores of single evaluation examples, not {other}: leave that out, or "
+        f"give --policy=hybrid or --normalize={WHITENED}"
+      )
+  if s.normalize == WHITENED and (s.solver != "identity" or s.self_influence):
+    given = "--self_influence" if s.solver == "identity" else f"--solver={s.solver}"
+    raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
+  if (s.per_layer or s.per_token) and score_aggregate(s) != "mean":
+    raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
+
+
+def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree | None) -> None:
+  """LESS takes Adam's moments, which are of the numbers that were trained: refuses other ones."""
+  saved = train_loop.subtree_meta(trained) if trained else train_loop.checkpoint_meta(s.checkpoint)["subtree"]
+  if train_loop.subtree_meta(tree) != saved:
+    who = "the fine-tuning trains" if trained else f"{s.checkpoint} trained"
+    raise UserError(
+      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {who} layers {saved['layers']}, "
+      f"{', '.join(saved['paths'])}; choose the same, Adam's moments are theirs"
+    )
+
+
+def check_select(bench: Workbench, s: Settings) -> None:
+  """What `select` refuses, by shapes and data alone."""
+  check_policies(bench, {s.policy})
+  check_scores(s, shapes.scored_params(bench.config, s))
+  check_budget(s, bench.parts["train"])
+
+
+def check_demo(bench: Workbench, s: Settings) -> None:
+  """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
+  check_scores(s, *shapes.trained_shapes(bench.config, s))
+  check_budget(s, bench.parts["train"])
+  made = shapes.num_checkpoints(bench, s)
+  if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
+    raise UserError(
+      f"--trajectory={s.trajectory} adds up over all {made} checkpoints, of which --keep_checkpoints="
+      f"{s.keep_checkpoints} leaves the newest: give --keep_checkpoints=0"
+    )
+
+
+def check_evaluate(bench: Workbench, s: Settings) -> None:
+  """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
+  check_policies(bench, set(policies_of(s)))
+  seeds_of(s)
+  check_budget(s, bench.parts["train"])
+
+
+BEFORE = {"select": check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

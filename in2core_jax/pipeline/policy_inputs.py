@@ -1,0 +1,201 @@
+"""What policies choose from beside scores: projected gradients, hidden states, texts; each once, when it is asked."""
+
+import functools
+from collections.abc import Collection
+
+import numpy as np
+
+from in2core_jax.data import records, tokenizing
+from in2core_jax.errors import UserError
+from in2core_jax.pipeline.projection import Projection
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.splits import by_id
+from in2core_jax.report import near_duplicates
+from in2core_jax.selection import bm25, coreset, cosines, hybrid
+from in2core_jax.selection.inputs import SIMILARITIES
+from in2core_jax.selection.whitening import Measured, WhitenedMetric, check_gradients
+
+NEAR = 0.8  # of the shingles: what two examples share beside a long instruction that many begin with
+MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
+
+
+def check_pairs(bench: Workbench) -> None:
+  """Refuses `matching_hybrid` for more examples than all pairs of can be compared.
+
+  Raises:
+    UserError: there are more.
+  """
+  size = len(bench.parts["train"])
+  if size > MOST_PAIRS:
+    raise UserError(
+      f"policy matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
+      "hybrid or matching"
+    )
+
+
+class ChoiceInputs:
+  """Of one training set, at some parameters, for any part of the evaluation set.
+
+  Evaluation examples without a response have no gradient, and are left out everywhere.
+  """
+
+  def __init__(self, bench: Workbench, s: Settings, params, stored: bool = True):
+    """Computes nothing yet.
+
+    Args:
+      bench: data and model; hidden states and texts are those of its base model.
+      s: how gradients are projected, similarities aggregated, what matching aims at.
+      params: where gradients are taken.
+      stored: whether gradients are kept beside the run folder: only those of the base model or of --checkpoint have a
+        name there.
+    """
+    self.bench, self.settings, self._stored = bench, s, stored
+    self._params = params
+
+  def of(self, policies: Collection[str], rows: np.ndarray | None = None, aggregate: str = "") -> dict:
+    """Fields of `inputs.PolicyInputs`.
+
+    Args:
+      policies: those that are wanted; what only others need is not computed.
+      rows: of the evaluation set, the queries; None: all.
+      aggregate: a word of --aggregate in place of the settings'.
+    """
+    wanted, found = set(policies), {}
+    among = lambda kept: kept if rows is None else kept[np.isin(kept, rows)]  # noqa: E731
+    if wanted & set(coreset.FEATURE_POLICIES):
+      found |= self._matched(among(self._answered))
+    if wanted & {*coreset.HYBRID_POLICIES, *SIMILARITIES}:
+      found |= self._similar(wanted, among(self._first_queries), aggregate or self.settings.aggregate)
+    return found
+
+  # Copies are one query, and one example of what the training set is like. Queries come in the order of their ids, so
+  # that those that take turns do not depend on the order of reading.
+
+  @functools.cached_property
+  def _answered(self) -> np.ndarray:
+    return np.flatnonzero(self.bench.parts["eval"].num_response_tokens)
+
+  @functools.cached_property
+  def _first_queries(self) -> np.ndarray:
+    evals = self.bench.parts["eval"]
+    return by_id(evals, (evals.num_response_tokens > 0) & records.firsts(evals.records))
+
+  @functools.cached_property
+  def _counts(self) -> np.ndarray:
+    train = self.bench.parts["train"]
+    return (train.num_response_tokens > 0) & records.firsts(train.records)
+
+  # ---- gradients ---------------------------------------------------------------------
+
+  @functools.cached_property
+  def _projection(self) -> Projection:
+    return Projection(self.bench, self.settings, self._params, self.settings.seed)
+
+  @functools.cached_property
+  def _features(self) -> np.ndarray:
+    projection = self._projection
+    return projection.store().features() if self._stored else projection.features("train")
+
+  @functools.cached_property
+  def _eval_features(self) -> np.ndarray:
+    return self._projection.features("eval")
+
+  @functools.cached_property
+  def _hybrid(self) -> hybrid.HybridMetric:
+    train = self.bench.parts["train"]
+    features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
+    hidden = self._views("train")
+    return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
+
+  @functools.cached_property
+  def _whitened(self) -> tuple[WhitenedMetric, Measured]:
+    """The metric of the training set's gradients, and these in it."""
+    if "_hybrid" in self.__dict__:
+      return self._hybrid.metric, self._hybrid.pool.gradients
+    check_gradients(self._features, "training")
+    metric = WhitenedMetric.fit(self._features, ids=self.bench.parts["train"].ids, counted=self._counts)
+    return metric, metric.measured(self._features)
+
+  @functools.cached_property
+  def _kernel(self) -> np.ndarray:
+    check_pairs(self.bench)
+    return self._hybrid.among()
+
+  @property
+  def _target_mean(self) -> str:
+    """Gradients of summed losses weigh tokens by themselves."""
+    return self.settings.matching_target if self.settings.loss_reduction == "mean" else "examples"
+
+  def _matched(self, queries: np.ndarray) -> dict:
+    """What greedy matching chooses from and aims at."""
+    s, evals = self.settings, self.bench.parts["eval"]
+    return {
+      "features": self._features,
+      "query_topics": [evals.topics[row] for row in queries],
+      "target": self._eval_features[queries],
+      "query_tokens": evals.num_response_tokens[queries],
+      "target_mean": self._target_mean,
+      "shrink": s.matching_shrink,
+    }
+
+  def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
+    """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
+    topics = self.bench.parts["eval"].topics
+    return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
+
+  # ---- similarities ------------------------------------------------------------------
+
+  def _hidden(self, part: str, pooling: str) -> np.ndarray:
+    """Pooled hidden states, [N, D]; the workbench keeps them."""
+    return self.bench.embeddings(part, pooling=pooling)
+
+  def _views(self, part: str) -> np.ndarray:
+    """What `hybrid` looks at, [N, V, D]."""
+    return np.stack([self._hidden(part, pooling) for pooling in hybrid.VIEWS], axis=1)
+
+  @functools.cached_property
+  def _texts(self) -> dict[str, list[str]]:
+    return {part: [shown(record) for record in self.bench.parts[part].records] for part in ("train", "eval")}
+
+  @functools.cached_property
+  def _alike(self) -> np.ndarray:
+    keys = [record.content_key for record in self.bench.parts["train"].records]
+    return near_duplicates.alike(self._texts["train"], keys, NEAR)
+
+  def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
+    """Similarities of queries and examples, and how policies use them."""
+    topics = self.bench.parts["eval"].topics
+    found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
+    found["similar_topics"] = [topics[row] for row in queries]
+    found["similar_tokens"] = self.bench.parts["eval"].num_response_tokens[queries]
+    found["target_mean"] = self._target_mean
+    plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
+    found["similarities"] = {name: self._similarity(name, queries) for name in plain}
+    if wanted & {*coreset.HYBRID_POLICIES}:
+      asked = self._hybrid.asked(self._eval_features[queries], self._views("eval")[queries])
+      similarity = self._hybrid.similarity(asked)
+      found["similarities"]["hybrid"] = self._hybrid.smoothed(asked, similarity)
+      found["apart"] = self._hybrid.apart(asked)
+      if "matching_hybrid" in wanted:
+        found |= {"kernel": self._kernel, "towards": similarity.mean(axis=0)}
+    return found
+
+  def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:
+    """[Q, N], of a policy that looks at one thing."""
+    if name == "whitened_cosine":
+      metric, pool = self._whitened
+      check_gradients(self._eval_features[queries], "evaluation")
+      return metric.cosines(self._eval_features[queries], pool)
+    if name == "bm25":
+      return bm25.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
+    if name == "whitened_embedding":
+      told = self._views("train")
+      return hybrid.Texts.fit(told[self._counts]).cosines(self._views("eval")[queries], told)
+    pooling = "position" if name == "rds" else "mean"
+    return cosines.cosine_to(self._hidden("eval", pooling)[queries], self._hidden("train", pooling))
+
+
+def shown(record: tokenizing.Record) -> str:
+  """A conversation in one string, for reports and comparisons of words."""
+  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)

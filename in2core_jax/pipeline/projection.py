@@ -1,0 +1,48 @@
+"""The training set's projected gradients at some parameters, kept beside the run folder and used again."""
+
+import dataclasses
+
+import numpy as np
+
+from in2core_jax.influence import projected
+from in2core_jax.params import subtree
+from in2core_jax.pipeline.session import Chosen, Workbench
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import run_folder, stopping
+from in2core_jax.training import train_loop
+
+
+class Projection:
+  """The training set's projected gradients at some parameters, kept beside the run folder and used again."""
+
+  def __init__(self, bench: Workbench, s: Settings, params, seed: int):
+    """Draws the projection; `params` are those at which gradients are taken."""
+    self.bench, self.params, self.settings = bench, params, s
+    small = s.sketch_size < projected.MIN_SIZE
+    drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
+    self.sketch = dataclasses.replace(drawn, params=bench.place_params(drawn.params))
+    tree = self.sketch.tree
+    self.chosen = Chosen(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
+
+  def features(self, part: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Projected gradients of a part's examples, float32 [N, W]."""
+    batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
+    what = f"projected gradients ({part})"
+    return self.chosen.problem.adapter_features(self.bench.stream(batcher, what), len(batcher))
+
+  def store(self) -> projected.ProjectedStore:
+    """The training set's, computed where they are not on disk yet."""
+    s, bench = self.settings, self.bench
+    identity = {
+      "model": bench.model_hash,
+      "checkpoint": train_loop.checkpoint_meta(s.checkpoint) if self.params is not bench.params else {},
+      "data": bench.data_identity("train"),
+      "loss_reduction": s.loss_reduction,
+      "dtype": s.dtype,
+    }
+    name = run_folder.hash_of([identity, self.sketch.identity()])[:16]
+    folder = run_folder.beside(s.run_dir, "projected") / name
+    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.parts["train"]))
+    with stopping.finish_on_sigterm() as stop_requested:
+      store.fill(lambda rows: self.features("train", rows), stop_requested)
+    return store

@@ -1,0 +1,329 @@
+"""From queries to scores: one solve and one pass, a projected store on disk, sums over a training's checkpoints.
+
+Every computation keeps its finished pieces in a `Work`, so that a killed run goes on.
+"""
+
+import dataclasses
+import logging
+import time
+
+import jax
+import numpy as np
+
+from in2core_jax.errors import UserError
+from in2core_jax.ihvp import solvers, tree_math
+from in2core_jax.influence import decompose, kernels, normalize, projected, trajectory
+from in2core_jax.influence.solve import fit_ekfac
+from in2core_jax.model.objective import token_losses_fn
+from in2core_jax.parallel import processes, sharding
+from in2core_jax.pipeline.policy_inputs import ChoiceInputs
+from in2core_jax.pipeline.projection import Projection
+from in2core_jax.pipeline.session import Chosen, Workbench, choose
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
+from in2core_jax.pipeline.splits import by_id
+from in2core_jax.runs import resumable, run_folder
+from in2core_jax.runs.unfinished import NOTHING_KEPT, Work
+from in2core_jax.selection import aggregation, coreset
+from in2core_jax.selection.inputs import SIMILARITIES
+from in2core_jax.training import train_loop
+
+log = logging.getLogger(__name__)
+
+
+class Clock:
+  """Seconds per phase."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, phase: str) -> None:
+    """Ends a phase."""
+    now = time.perf_counter()
+    self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 2)
+    self._last = now
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What scoring gives.
+
+  Attributes:
+    influence: float64 [N], on the aggregated query.
+    loss: float32 [N] of the training examples.
+    result: of the solver.
+    seconds: per phase.
+    self_influence: float64 [N], or None where nothing asked for it.
+    layers: {layer: influence [N]} with --per_layer, else None.
+    queries: float32 [Q, N], influence on each evaluation example with --per_query, else None.
+  """
+
+  influence: np.ndarray
+  loss: np.ndarray
+  result: solvers.SolveResult
+  seconds: dict
+  self_influence: np.ndarray | None = None
+  layers: dict[str, np.ndarray] | None = None
+  queries: np.ndarray | None = None
+
+
+def score_aggregate(s: Settings) -> str:
+  """How scores on single queries become the influence of an example, a word of `aggregation.AGGREGATES`.
+
+  A policy by similarity aggregates that, not the scores, which are reported beside it.
+  """
+  by_similarity = s.policy in (*SIMILARITIES, *coreset.HYBRID_POLICIES)
+  return "mean" if s.aggregate == "auto" or by_similarity else s.aggregate
+
+
+def score(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> Scored:
+  """Losses, query gradients, inverse Hessian product and scores."""
+  clock, how = Clock(), score_aggregate(s)
+  with_response = by_id(bench.parts["eval"], bench.parts["eval"].num_response_tokens > 0)
+  train = bench.packer("train", chosen.tree, chosen.params)
+  bench.packer("eval", chosen.tree, chosen.params)
+  clock.lap("boundary")
+  itself = None
+  if s.trajectory == "none":
+    v, names = queries(bench, s, chosen, work)
+    clock.lap("query gradients")
+    result = solve(bench, s, chosen, v, work.pieces("solver", queries=resumable.tree_sha256(v)))
+    clock.lap("solver")
+  else:
+    raw, v, names = _trajectory_scores(bench, s, work, with_response)
+    result = solvers.identity(v)
+  announce(result)
+  pieces = pieces_along(work, "scores", result.solution)
+  if s.trajectory != "none":
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.score_path == "projected":
+    raw, facts = projected_scores(bench, s, chosen, result.solution)
+    result = dataclasses.replace(result, info=result.info | facts)
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.normalize == WHITENED:
+    raw, names = ChoiceInputs(bench, s, chosen.params).whitened_cosines()
+    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
+  elif s.normalize != "none" or s.self_influence:
+    found = measure(bench, s, chosen, result, pieces)
+    raw, loss = _NORMALIZE[s.normalize](found), found.losses
+    itself = found.self_influence if s.self_influence else None
+  else:
+    if kernels.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
+      train = bench.batcher("train", chosen.tree, chosen.params)
+    stream = bench.stream(train, "losses and scores", pieces)
+    loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+  if how in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED:
+    raw = query_scores(bench, s, chosen, work, with_response)
+    names = [""] * len(raw)
+  clock.lap("scores")
+  total = aggregation.aggregate(raw, names, how, bench.parts["train"].ids)
+  return Scored(total, loss, result, clock.seconds, itself)
+
+
+def pieces_along(work: Work, name: str, directions) -> resumable.Pieces | None:
+  """Where a pass along some directions is kept: the pieces of other directions are not taken for its own."""
+  return work.pieces(name, directions=resumable.tree_sha256(directions))
+
+
+WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)
+_NORMALIZE = {
+  "none": lambda found: found.scores,
+  "cosine": normalize.cosine,
+  "relatif": normalize.relatif,
+  "theta_relatif": normalize.theta_relatif,
+}
+
+
+def measure(
+  bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, pieces: resumable.Pieces | None
+) -> normalize.Measures:
+  """Scores with each example's norms and influence on itself."""
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  inverse = normalize.IDENTITY
+  if s.solver == "ekfac":  # the fit that `solve` has kept
+    fitted = fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
+    inverse = normalize.inverse_map("ekfac", fitted, result.info["damping"])
+  stream = bench.stream(train, "scores and norms", pieces)
+  return normalize.measure(chosen.problem, stream, len(train), result.solution, inverse)
+
+
+def query_scores(
+  bench: Workbench, s: Settings, chosen: Chosen, work: Work, queries: np.ndarray | None = None
+) -> np.ndarray:
+  """Scores of evaluation examples with every training example, float32 [Q, N], `--query_block` at a time.
+
+  Args:
+    bench: data and model.
+    s: the solver.
+    chosen: where.
+    work: keeps finished blocks.
+    queries: int [Q], which evaluation examples; None: all.
+  """
+  some = np.arange(len(bench.parts["eval"])) if queries is None else queries
+  size = len(some)
+  block, blocks = min(s.query_block, size), []
+  which = "" if queries is None else f"-{run_folder.hash_of(queries.tolist())[:8]}"
+  store = work.pieces(f"per_query{which}").store("blocks", block=block)
+  for number, start in enumerate(range(0, size, block)):
+    rows = some[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
+    name = f"block-{number:06d}{which}"
+    compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
+    blocks.append(resumable.kept(store, number, compute)["scores"][: size - start])
+    work.remove(name)
+  return np.concatenate(blocks)
+
+
+def _scores_of_block(
+  bench: Workbench, s: Settings, chosen: Chosen, rows: np.ndarray, work: Work, name: str
+) -> np.ndarray:
+  """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
+  batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
+  gradients = chosen.problem.gradients(bench.stream(batcher), len(rows))
+  v = sharding.place_vectors(gradients, bench.mesh, True)
+  result = solve(bench, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.parts['eval'])}"
+  stream = bench.stream(train, what, pieces_along(work, name, result.solution))
+  return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
+
+
+def layer_table(bench: Workbench, s: Settings, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+  """Columns of layer_scores.parquet, which add up to the scores."""
+  train = bench.batcher("train", chosen.tree, chosen.params)
+  stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
+  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
+  found = decompose.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
+  return decompose.layer_columns(bench.parts["train"].ids, found)
+
+
+def token_table(bench: Workbench, chosen: Chosen, result: solvers.SolveResult, work: Work) -> dict:
+  """Columns of token_scores.parquet, which add up to the scores."""
+  train = bench.packer("train", chosen.tree, chosen.params)
+  stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
+  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
+  losses = token_losses_fn(bench.config, chosen.tree)
+  found = decompose.token_scores(chosen.problem, losses, stream, len(train), direction)
+  return decompose.token_columns(bench.parts["train"], found, lambda token: bench.tokenizer.decode([token]))
+
+
+# ---- queries -------------------------------------------------------------------------
+
+
+def topic_rows(bench: Workbench, s: Settings) -> dict[str, np.ndarray]:
+  """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
+  topics = np.array(bench.parts["eval"].topics)
+  if score_aggregate(s) not in aggregation.BY_TOPIC:
+    return {"all": np.arange(len(topics))}
+  return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
+
+
+def queries(
+  bench: Workbench,
+  s: Settings,
+  chosen: Chosen,
+  work: Work = NOTHING_KEPT,
+  name: str = "queries",
+  groups: dict[str, np.ndarray] | None = None,
+):
+  """The aggregated queries and their names: one, or one for each evaluation topic with --aggregate by topic.
+
+  Args:
+    bench: data and model.
+    s: how they are aggregated.
+    chosen: where gradients are taken.
+    work: where their sums are kept, under `name`.
+    name: another one at other parameters.
+    groups: name -> rows of each query; those of --aggregate when None.
+  """
+  gradients, groups = [], topic_rows(bench, s) if groups is None else groups
+  for number, (topic, rows) in enumerate(groups.items()):
+    pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
+    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient", pieces)
+    gradients.append(chosen.problem.mean_gradient(stream))
+  return tree_math.concatenate(gradients), list(groups)
+
+
+# ---- projected store -----------------------------------------------------------------
+
+
+def projected_scores(bench: Workbench, s: Settings, chosen: Chosen, solution) -> tuple[np.ndarray, dict]:
+  """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
+  ours = Projection(bench, s, chosen.params, s.seed)
+  store = ours.store()
+  queries_ = processes.to_host(projected.project_direction(solution, ours.sketch))
+  if store.agreement is None or store.agreement["queries_sha256"] != projected.queries_sha256(queries_):
+    other = Projection(bench, s, chosen.params, s.seed + 1)
+    again = processes.to_host(projected.project_direction(solution, other.sketch))
+    features = lambda rows: other.features("train", rows)  # noqa: E731
+    projected.measure_self_agreement(store, queries_, projected.Again(other.sketch, again, features), 256)
+  outside = float(np.max(projected.uncovered_share(solution, ours.sketch)))
+  facts = {"projected_agreement": store.agreement["mean"], "not_projected_share": outside}
+  log.info("projected store: %s", ", ".join(f"{name} {value}" for name, value in facts.items()))
+  return store.scores(queries_), facts
+
+
+# ---- sums over checkpoints -----------------------------------------------------------
+
+
+def _trajectory_scores(bench: Workbench, s: Settings, work: Work, with_response: np.ndarray):
+  """`trajectory_scores`, of every single query with a response where these are aggregated."""
+  if score_aggregate(s) not in aggregation.BY_QUERY:
+    return trajectory_scores(bench, s, work, topic_rows(bench, s))
+  found, v = [], None
+  for start in range(0, len(with_response), s.query_block):
+    block = with_response[start : start + s.query_block]
+    log.info("evaluation examples %d..%d of %d", start + 1, start + len(block), len(with_response))
+    alone = {str(row): np.array([row]) for row in block}
+    scores, v, _ = trajectory_scores(bench, s, work, alone, f"-of-{block[0]:06d}-{block[-1]:06d}")
+    found.append(scores)
+  return np.concatenate(found), v, [""] * len(with_response)
+
+
+def trajectory_scores(bench: Workbench, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
+  """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
+
+  For LESS what is scored must be what was trained (`checks.check_scores`): Adam's moments are of these numbers.
+
+  Args:
+    bench: data and model.
+    s: which sum.
+    work: keeps finished pieces.
+    groups: name -> rows of the evaluation set whose mean is a query.
+    which: names the pieces of these groups, where a run has several.
+  """
+  less = s.trajectory == "less"
+  packed = not less and kernels.score_path(s.score_path, len(groups)) == "jvp"
+  make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
+  like = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
+  total, v, names = 0.0, None, []
+  for step, weight in trajectory_weights(s.checkpoint).items():
+    log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
+    chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
+    train = make("train", chosen.tree, chosen.params)
+    v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
+    pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
+    stream = bench.stream(train, f"scores at step {step}", pieces)
+    state = bench.place_params(train_loop.load_state(s.checkpoint, step, like)) if less else None
+    at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
+    if less:
+      total = total + trajectory.less(at, stream, len(train), of_step)
+    else:
+      total = total + trajectory.tracin(at, stream, len(train), of_step, s.score_path)
+  return total, v, names
+
+
+def trajectory_weights(folder: str) -> dict[int, float]:
+  """Mean learning rate of each checkpoint of a training that has kept all of them.
+
+  Raises:
+    UserError: some of them are gone.
+  """
+  meta, kept = train_loop.checkpoint_meta(folder), train_loop.kept_steps(folder)
+  wanted = sorted({*range(meta["checkpoint_every"], meta["steps"] + 1, meta["checkpoint_every"]), meta["steps"]})
+  if not set(wanted) <= set(kept):  # one more is there where SIGTERM stopped the training
+    raise UserError(
+      f"--trajectory: {folder} has checkpoints of steps {kept} out of {wanted}: fine-tune again with "
+      "--keep_checkpoints=0 --overwrite"
+    )
+  return train_loop.step_weights(folder, wanted)

@@ -1,0 +1,219 @@
+"""What a select run writes."""
+
+import dataclasses
+import resource
+from typing import Any
+
+import numpy as np
+
+from in2core_jax.data import records, tokenizing
+from in2core_jax.pipeline.advice import unsolved
+from in2core_jax.pipeline.policy_inputs import shown
+from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
+from in2core_jax.pipeline.session import Workbench
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.report import facts, html_page
+from in2core_jax.report.markdown import select_report_markdown
+from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
+from in2core_jax.runs import run_folder
+from in2core_jax.selection import coreset, matching, two_samples
+from in2core_jax.selection.inputs import PolicyInputs
+
+
+def write_query_scores(run_dir, bench: Workbench, scores: np.ndarray) -> None:
+  evals, train = bench.parts["eval"].ids, bench.parts["train"].ids
+  run_dir.write_parquet(
+    "query_scores.parquet",
+    {
+      "query": np.repeat(np.array(evals, dtype=object), len(train)),
+      "example": np.tile(np.array(train, dtype=object), len(evals)),
+      "influence": scores.reshape(-1),
+    },
+  )
+
+
+def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+  """1 for the highest influence; ties by `example_id`, as in the selection."""
+  order = np.lexsort((ids, -np.asarray(values, np.float64)))
+  rank = np.empty(len(values), np.int64)
+  rank[order] = np.arange(1, len(values) + 1)
+  return rank
+
+
+def write_results(
+  run_dir,
+  bench: Workbench,
+  s: Settings,
+  scored: Scored,
+  rows: np.ndarray,
+  warnings: list[str],
+  told: dict | None = None,
+) -> None:
+  """coreset.jsonl, scores.parquet, plots, reports, and at the very end summary.json, which marks the run as done."""
+  train = bench.parts["train"]
+  selected = np.zeros(len(train), bool)
+  selected[rows] = True
+  columns = score_columns(train, scored, selected)
+  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(rows)))
+  run_dir.write_parquet("scores.parquet", columns)
+  summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
+  known = {name: value for name, value in (told or {}).items() if value is not None}
+  sections = {
+    "Selection": {"policy": s.policy} | known,
+    "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
+    "Data": _flat(bench.summary),
+  }
+  images = _write_plots(run_dir, s, scored, selected)
+  texts = [shown(record) for record in train.records]
+  found_risky = [*warnings, *unsolved(s, scored.result)]  # report.html has the solver's facts beside its other findings
+  run_dir.write_text("report.md", select_report_markdown(columns, texts, sections, found_risky, images))
+  found = facts.SelectRun(
+    columns,
+    train.records,
+    train.truncated,
+    bench.summary,
+    summary,
+    scored.layers,
+    bench.parts["eval"].records,
+    scored.queries,
+  )
+  run_dir.write_text("report.html", html_page.select_page(found))
+  for name, figure in facts.figures(found).items():
+    run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
+  run_dir.write_json("summary.json", summary)
+
+
+def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
+  """What summary.json says of the rule that chose, and of what it aimed at."""
+  return {
+    "rule": rule_of(s, inputs),
+    "apart": dataclasses.asdict(inputs.apart) if inputs.apart else None,
+    "target_kept": aim.kept if aim else None,
+    "target_beyond_chance": aim.beyond_chance if aim else None,
+  }
+
+
+def rule_of(s: Settings, inputs: PolicyInputs) -> str:
+  """The rule that chose: with --policy=auto the one that was taken."""
+  if s.policy != "auto":
+    return s.policy
+  return "hybrid" if coreset.aims(inputs) else "random without copies"
+
+
+def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
+  """How far the evaluation set is from the training set, and what follows from it with --policy=auto."""
+  if apart is None:
+    told = "how far evaluation and training set are apart is not known, for a single example tells nothing of chance"
+  else:
+    told = (
+      f"{apart.share:.0%} of the distance between evaluation and training set is beyond chance (squared distance of "
+      f"their means {apart.distance:.3g}, p = {apart.p:.2g})"
+    )
+  if policy != "auto":
+    return f"{policy}: {told}"
+  if coreset.apart_enough(apart):
+    return f"auto: {told}: what is similar to the evaluation examples is chosen (--policy=hybrid)"
+  return (
+    f"auto: {told}; for another kind it takes {coreset.LEAST_DISTANCE:g} at p = {coreset.MOST_P:g} or below. For a set "
+    "of the training set's own kind no rule was reliably better than a random choice without copies, so that is taken "
+    "(--policy names a rule)"
+  )
+
+
+def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:
+  """The columns of scores.parquet, in source order.
+
+  Args:
+    train: N examples.
+    scored: their influence and losses.
+    selected: bool [N].
+  """
+  columns = {
+    "example_id": np.array(train.ids, dtype=object),
+    "influence": np.asarray(scored.influence, np.float32),
+    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
+    "selected": selected,
+    "loss": np.asarray(scored.loss, np.float32),
+    "num_tokens": train.num_tokens,
+    "num_response_tokens": train.num_response_tokens,
+    "topic": np.array(train.topics, dtype=object),
+  }
+  if scored.self_influence is not None:
+    columns["self_influence"] = np.asarray(scored.self_influence, np.float32)
+  return columns
+
+
+def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> dict[str, str]:
+  """Pictures of scores and solver; {caption: file} for the report."""
+  images = {"Influence of the training examples": "plots/scores.png"}
+  histogram = score_histogram_plot(scored.influence, selected)
+  run_dir.write_bytes("plots/scores.png", figure_bytes(histogram))
+  curve = scored.result.curve
+  if len(curve) > 1:
+    figure = residual_plot([residual for _, residual in curve], s.solver, [step for step, _ in curve])
+    run_dir.write_bytes("plots/residual.png", figure_bytes(figure))
+    where = "examples that it has not seen" if s.solver == "lissa" else "the fixed examples of its curvature"
+    images[f"Residual of the solver on {where}"] = "plots/residual.png"
+  return images
+
+
+def _summary(run_dir, bench: Workbench, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
+  """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
+  train, result = bench.parts["train"], scored.result
+  known = np.all(np.isfinite(result.residual))
+  return {
+    "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
+    "unit": _unit(s),
+    "divided_by_number_of_examples": False,
+    "loss_reduction": s.loss_reduction,
+    "policy": s.policy,
+    "examples": len(train),
+    "selected": int(selected.sum()),
+    "response_tokens": int(train.num_response_tokens.sum()),
+    "selected_response_tokens": int(train.num_response_tokens[selected].sum()),
+    "without_response": [train.ids[row] for row in np.flatnonzero(train.num_response_tokens == 0)],
+    "solver": {k: v for k, v in result.info.items() if isinstance(v, str | int | float | bool)},
+    "solver_steps": result.steps,
+    "solver_residual": float(np.max(result.residual)) if known else None,
+    "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
+    "warnings": warnings,
+    "seconds": scored.seconds,
+    "batch_tokens": bench.batch_tokens,
+    "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    "identity": run_dir.identity,
+    "versions": run_folder.package_versions(),
+    "devices": run_folder.device_summary(),
+  }
+
+
+def _unit(s: Settings) -> str:
+  """What a score is a number of."""
+  how = score_aggregate(s)
+  if how == "topic_max":
+    return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
+  if how in ("topic_quota", "round_robin"):
+    return "none: a priority, the number of examples for the first choice down to 1 for the last"
+  if s.trajectory == "less":
+    return "learning rate: a sum of cosines, each times the mean learning rate before its checkpoint"
+  if s.trajectory == "tracin":
+    return "loss, summed over the checkpoints: what steps along the example's gradient take off the evaluation loss"
+  if s.normalize == WHITENED:
+    return "none: cosines of projected gradients in the whitened metric of the training set's, over the queries"
+  if s.normalize == "cosine":
+    return "none: the cosine of the example's gradient and the direction that the solver made of the query's"
+  if s.normalize != "none":
+    return f"that of the influence, divided by the example's own length under the inverse (--normalize={s.normalize})"
+  loss = f"loss: {s.loss_reduction} over response tokens, in nats"
+  if s.solver == "identity":
+    return f"loss^2 per squared parameter, an inner product of gradients ({loss})"
+  return f"loss, the first-order change of the evaluation loss per unit of weight on the example, times -1 ({loss})"
+
+
+def _flat(summary: dict, prefix: str = "") -> dict:
+  flat = {}
+  for name, value in summary.items():
+    if isinstance(value, dict) and name != "topics":
+      flat |= _flat(value, f"{prefix}{name} ")
+    elif isinstance(value, int | float | str):
+      flat[f"{prefix}{name}"] = value
+  return flat

@@ -1,0 +1,60 @@
+"""Shapes of the parameters that a stage will have, and counts of what it will do, before anything is loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from in2core_jax.model import decoder
+from in2core_jax.params import adapters, subtree
+from in2core_jax.pipeline.settings import TRAINED, Settings
+from in2core_jax.training import train_loop
+from in2core_jax.training.recipe import steps_for
+
+
+@functools.cache
+def param_shapes(config: decoder.ModelConfig, dtype: str, lora_rank: int = 0) -> Any:
+  """Shapes of the parameters, with LoRA factors beside the kernels when the rank is above 0."""
+
+  def make(key):
+    params = decoder.init_params(config, key, jnp.dtype(dtype))
+    return adapters.add_lora(params, lora_rank, key) if lora_rank else params
+
+  return jax.eval_shape(make, jax.random.key(0))
+
+
+def scored_params(config: decoder.ModelConfig, s: Settings) -> Any:
+  """Shapes of the scored parameters; the checkpoint says whether there are LoRA factors."""
+  rank = train_loop.checkpoint_meta(s.checkpoint)["lora_rank"] if s.checkpoint else 0
+  return param_shapes(config, s.dtype, rank)
+
+
+def scored_shapes(config: decoder.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
+  """(shapes of the scored parameters, chosen subtree); without a checkpoint the LoRA factors of a demo to come."""
+  to_come = s.trainable == "lora" and not s.checkpoint and "lora" in s.modules.split(",")
+  params = param_shapes(config, s.dtype, s.lora_rank) if to_come else scored_params(config, s)
+  return params, subtree.make_subtree(params, s.layers, s.modules)
+
+
+def trained_shapes(
+  config: decoder.ModelConfig, s: Settings, named: tuple[str, str] = TRAINED
+) -> tuple[Any, subtree.Subtree]:
+  """(shapes of the trained model's parameters, what is trained), as `finetune.start_params`."""
+  lora = s.trainable == "lora"
+  params = param_shapes(config, s.dtype, s.lora_rank if lora else 0)
+  modules = "lora" if lora else s.trainable_modules
+  return params, subtree.make_subtree(params, s.trainable_layers, modules, named)
+
+
+def num_steps(s: Settings, examples: int) -> int:
+  """Optimiser steps of a training, as `finetune.recipe_of`."""
+  return s.steps or steps_for(examples, s.batch_size, s.epochs)
+
+
+def num_checkpoints(bench, s: Settings) -> int:
+  """Checkpoints that a training on all examples makes, before --keep_checkpoints removes some."""
+  return -(-num_steps(s, np.count_nonzero(bench.parts["train"].num_response_tokens)) // s.checkpoint_every)

@@ -1,0 +1,137 @@
+"""From how much an example serves each single query to one value per example. NumPy only.
+
+  mean         s(i) = mean over q of S(q, i): what serves all queries together
+  nearest      s(i) = mean of the k largest S(q, i) over q: what serves some queries well
+  round_robin  queries take turns; each takes its best example that is not taken yet, so that every query is served
+  topic_max    mean inside each evaluation topic, divided by that topic's root mean square, then the largest over topics
+  topic_quota  topics take turns
+
+"round_robin" is how LESS and RDS+ choose in arXiv 2602.14696 and 2503.01807, "topic_max" LESS in arXiv 2402.04333.
+
+Letters: N examples of the pool, Q queries, G evaluation topics.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from in2core_jax.errors import UserError
+
+BY_TOPIC = ("topic_max", "topic_quota")
+BY_QUERY = ("nearest", "round_robin")  # which need the value for every single query
+AGGREGATES = ("mean", *BY_QUERY, *BY_TOPIC)
+NEAREST = 10  # queries: of 1, 3, 5, 10, 20 the one that found most of the sources (docs/selection.md)
+
+
+def aggregate(
+  scores: np.ndarray,
+  query_topics: Sequence[str],
+  how: str = "mean",
+  ids: Sequence[str] | None = None,
+  shares: np.ndarray | None = None,
+) -> np.ndarray:
+  """Per-query scores -> one value per example.
+
+  topic_max divides because inner products need it, or the topic with the largest gradients decides alone; LESS
+  compares cosines and does not. Zero and sign keep their meaning. round_robin and topic_quota give a priority, N for
+  the first choice down to 1, not an influence: use it to choose, not to report.
+
+  Args:
+    scores: [Q, N].
+    query_topics: Q names.
+    how: a word of `AGGREGATES`.
+    ids: N example ids, for the ties of those that take turns; without them ties go by row.
+    shares: [Q], positive, how many turns each query has relative to the others, for round_robin; equal when None.
+
+  Returns:
+    f64 [N].
+
+  Raises:
+    UserError: unknown `how`, shapes that do not match, scores that are not finite.
+  """
+  if how not in AGGREGATES:
+    raise UserError(f"aggregate={how} is unknown; choose one of {', '.join(AGGREGATES)}")
+  scores = np.asarray(scores, np.float64)
+  if scores.ndim != 2 or not len(scores) or len(query_topics) != scores.shape[0]:
+    raise UserError(f"scores have shape {scores.shape} for {len(query_topics)} query topics; expected [Q, N]")
+  finite(scores.T, "scores", f"aggregate={how}", ids)
+  if how == "mean":
+    return scores.mean(axis=0)
+  if how == "nearest":
+    return nearest_mean(scores)
+  if how == "round_robin":
+    return _turns(scores, ids, shares)
+  by_topic = topic_means(scores, query_topics)
+  if how == "topic_max":
+    rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
+    return np.max(by_topic / np.where(rms > 0, rms, 1.0), axis=0)
+  return _turns(by_topic, ids)
+
+
+def nearest_mean(scores: np.ndarray, count: int = NEAREST) -> np.ndarray:
+  """Mean of each example's `count` largest values over the queries: how well its nearest queries match it.
+
+  Args:
+    scores: [Q, N].
+    count: at least 1; all queries where there are fewer.
+
+  Returns:
+    f64 [N].
+  """
+  if count < 1:
+    raise UserError(f"nearest queries: {count} of them; need at least 1")
+  kept = min(count, len(scores))
+  return np.partition(scores, len(scores) - kept, axis=0)[len(scores) - kept :].mean(axis=0)
+
+
+def topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
+  """Rows [Q, ...] -> means by topic [G, ...], topics in sorted order; weights [Q], equal when None."""
+  codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
+  weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+  return np.stack([np.average(values[codes == g], axis=0, weights=weights[codes == g]) for g in range(codes.max() + 1)])
+
+
+def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
+  """Whose turn it is, int [turns]: query q has its k-th turn at time k / share_q; ties go by position.
+
+  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . After any number of turns no query is ahead of another by more than
+  one turn of its own (stride scheduling).
+
+  Raises:
+    UserError: shares that are not positive and finite.
+  """
+  shares = np.asarray(shares, np.float64)
+  if shares.ndim != 1 or not np.isfinite(shares).all() or not (shares > 0).all():
+    raise UserError("shares of turns must be positive and finite, one for each query")
+  most = np.minimum(turns, np.ceil(turns * shares / shares.sum()).astype(np.int64) + 1)  # no query has more
+  relative = shares / shares.max()  # equal ones are 1, so that their times are whole numbers and tie
+  times = np.concatenate([np.arange(1, count + 1) / share for count, share in zip(most, relative, strict=True)])
+  whose = np.repeat(np.arange(len(shares)), most)
+  return whose[np.lexsort((whose, times))[:turns]]
+
+
+def _turns(scores: np.ndarray, ids: Sequence[str] | None, shares: np.ndarray | None = None) -> np.ndarray:
+  """Priorities N..1 from rows of scores that take turns."""
+  size = scores.shape[1]
+  by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+  best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")]
+  place, priority = np.zeros(len(scores), np.int64), np.zeros(size)
+  for turn, mine in enumerate(turn_order(np.ones(len(scores)) if shares is None else shares, size)):
+    while priority[best_first[mine, place[mine]]]:
+      place[mine] += 1
+    priority[best_first[mine, place[mine]]] = size - turn
+  return priority
+
+
+def finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:
+  """`values` [N] or [N, d], or a UserError when they are missing or not finite (with the count and the first ids)."""
+  if values is None:
+    raise UserError(f"{what} needs {name}, which were not given; compute them or choose another policy")
+  good = np.isfinite(values if values.ndim == 1 else values.sum(axis=1, dtype=np.float64))
+  if not good.all():
+    bad = np.flatnonzero(~good)
+    first = ", ".join(f"row {i}" if ids is None else str(ids[i]) for i in bad[:3])
+    raise UserError(
+      f"{name}: {bad.size} of {good.size} are NaN or infinite (first: {first}); check weights, learning rate, damping"
+    )
+  return values

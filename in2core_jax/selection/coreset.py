@@ -1,0 +1,276 @@
+"""Scores and gradient features -> the rows of the coreset, in order of choice. NumPy only.
+
+Letters: N examples of the pool, Q queries, G evaluation topics, d features, S chosen rows.
+
+Rules that hold for every policy:
+- Ties are broken by `example_id` (then by row), never by the order of reading: rows are sorted by id before anything
+  else, random policies included, so the same pool in another order gives the same coreset.
+- Examples without response tokens teach nothing and are never selected. A fraction is a fraction of the others; a
+  `num_examples` that cannot be met without them is a UserError.
+- A token budget counts all tokens of an example. The order is walked until the next example would exceed the budget,
+  and ends there: skipping on to whatever still fits would fill the rest with short examples, an unwanted length bias.
+- Copies of one example are different rows with ids of their own and may all be chosen; `selection_warnings` counts
+  them, by content.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from in2core_jax.errors import UserError
+from in2core_jax.selection import matching
+from in2core_jax.selection.aggregation import aggregate, finite, topic_means
+from in2core_jax.selection.inputs import (
+  SIMILARITIES,
+  Budget,
+  PolicyInputs,
+  matching_target,
+  means,
+  query_weights,
+  turn_shares,
+)
+from in2core_jax.selection.two_samples import Apart
+
+_LENGTH_BINS = 20
+# From where on `auto` aims at the queries: the squared distance of their mean from the pool's (`two_samples.apart`),
+# 0.002 at most for evaluation sets of a pool's own kind and 0.025 at least for others (docs/selection.md), and its p.
+LEAST_DISTANCE, MOST_P = 0.01, 0.01
+
+
+# ---------------------------------------------------------------- policies: pure functions, orders of row numbers
+
+
+def proponents(scores: np.ndarray) -> np.ndarray:
+  """Rows from the highest score down (the rule of the paper, arXiv 2408.03560); ties in row order."""
+  return np.argsort(-np.asarray(scores, np.float64), kind="stable")
+
+
+def opponents(scores: np.ndarray) -> np.ndarray:
+  """Rows from the lowest score up; ties in row order."""
+  return np.argsort(np.asarray(scores, np.float64), kind="stable")
+
+
+def longest(num_response_tokens: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+  """Rows by response tokens, most first; equal ones by all tokens, then in row order."""
+  return np.lexsort((-np.asarray(num_tokens, np.int64), -np.asarray(num_response_tokens, np.int64)))
+
+
+def random_order(size: int, seed: int) -> np.ndarray:
+  """A permutation of the rows, the same for the same seed."""
+  return np.random.default_rng(seed).permutation(size)
+
+
+def length_matched(chosen: np.ndarray, num_response_tokens: np.ndarray, seed: int) -> np.ndarray:
+  """Random rows with the response-length histogram of `chosen`.
+
+  The lengths of the pool are cut into at most 20 bins of about equal count (exact lengths would leave nothing to draw
+  in thinly filled places), and each bin gives as many rows, drawn without replacement, as `chosen` has in it.
+  """
+  rng = np.random.default_rng(seed)
+  edges = np.unique(np.quantile(num_response_tokens, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1]))
+  bins = np.searchsorted(edges, num_response_tokens, side="left")
+  wanted = np.bincount(bins[chosen], minlength=len(edges) + 1)
+  drawn = [rng.permutation(np.flatnonzero(bins == b))[:n] for b, n in enumerate(wanted)]
+  return rng.permutation(np.concatenate(drawn))
+
+
+def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
+  """Reorders so that every beginning of the order holds (to within rounding) the same fraction of every topic.
+
+  The k-th best of a topic of n examples comes at (k + 1/2) / n, as in Sainte-Lague's rule; equal places keep `order`.
+  """
+  codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
+  order = np.asarray(order)
+  ordered = codes[order]
+  place = (2 * _times_before(ordered) + 1) / np.bincount(codes)[ordered]
+  return order[np.argsort(place, kind="stable")]
+
+
+def copies_last(order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
+  """Reorders so that no example comes a second time before every other has come once; equal places keep `order`.
+
+  Args:
+    order: int [N], rows, best first.
+    first_of: int [rows], the same number for copies.
+  """
+  return order[np.argsort(_times_before(first_of[order]), kind="stable")]
+
+
+def _times_before(names: np.ndarray) -> np.ndarray:
+  """How often each entry has come before, int [N]."""
+  _, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
+  found = np.empty(len(names), np.int64)
+  found[np.argsort(codes, kind="stable")] = np.arange(len(names)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return found
+
+
+# --------------------------------------------------------------------------------------------- the one entry
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+  """One call of `select_rows`: the pool is sorted by id, so orders of pool positions break ties by id."""
+
+  inputs: PolicyInputs
+  pool: np.ndarray
+  budget: Budget
+  seed: int
+  policy: str
+
+  def values(self, name: str) -> np.ndarray:
+    """The pool's part of a per-example array; NaN matters only where it could be chosen."""
+    part = getattr(self.inputs, name)
+    ids = [self.inputs.ids[row] for row in self.pool]
+    return finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """Tokens of each example of the pool, int [P]."""
+    return self.inputs.num_tokens[self.pool]
+
+  @property
+  def topics(self) -> np.ndarray:
+    """Topic of each example of the pool, str [P]."""
+    return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
+
+
+def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> np.ndarray:
+  """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
+  inputs = task.inputs
+  features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
+  target = finite(inputs.target, "target", f"policy {task.policy}", None)
+  if by_topic:
+    if inputs.query_topics is None or len(inputs.query_topics) != len(target):
+      seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
+      raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
+    target = np.mean(
+      [topic_means(target, inputs.query_topics, query_weights(inputs, by_token)) for by_token in means(inputs)],
+      axis=0,
+    )
+  if merge:
+    target = matching.merged_target(target, inputs.target_weights) if by_topic else matching_target(inputs)
+  count, topics = task.budget.limit(task.tokens), inputs.topics if quota else None
+  rows = matching.greedy_matching(features, target, count, topics, task.pool)
+  position = np.empty(len(features), np.int64)
+  position[task.pool] = np.arange(len(task.pool))
+  return position[rows]
+
+
+def _by_similarity(task: _Task, name: str) -> np.ndarray:
+  inputs, values = task.inputs, task.inputs.similarities.get(name)
+  if values is None:
+    raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
+  how = inputs.aggregate or SIMILARITIES[name]
+  topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
+  shares = turn_shares(inputs) if name == "hybrid" else None  # the others are as published
+  order = proponents(aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool], shares))
+  return _copies_last(task, order)
+
+
+def _copies_last(task: _Task, order: np.ndarray) -> np.ndarray:
+  alike = task.inputs.alike
+  return order if alike is None else copies_last(order, np.asarray(alike)[task.pool])
+
+
+def aims(inputs: PolicyInputs) -> bool:
+  """Whether `auto` takes what is similar to the queries, else it draws at random."""
+  return apart_enough(inputs.apart)
+
+
+def apart_enough(apart: Apart | None) -> bool:
+  """Whether queries are of another kind than the pool; not where nobody can tell."""
+  return apart is not None and apart.distance >= LEAST_DISTANCE and apart.p <= MOST_P
+
+
+def _matching_hybrid(task: _Task) -> np.ndarray:
+  inputs = task.inputs
+  if inputs.kernel is None or inputs.towards is None:
+    raise UserError(f"policy {task.policy} needs kernel and towards, which were not given")
+  kernel = np.asarray(inputs.kernel)[np.ix_(task.pool, task.pool)]
+  return matching.herding(kernel, np.asarray(inputs.towards)[task.pool], task.budget.limit(task.tokens))
+
+
+def _auto(task: _Task) -> np.ndarray:
+  if aims(task.inputs):
+    return _by_similarity(task, "hybrid")
+  return _copies_last(task, random_order(len(task.pool), task.seed))
+
+
+def _length_matched_random(task: _Task) -> np.ndarray:
+  chosen = task.budget.cut(proponents(task.values("scores")), task.tokens)
+  return length_matched(chosen, task.inputs.num_response_tokens[task.pool], task.seed)
+
+
+_POLICIES: dict[str, Callable[[_Task], np.ndarray]] = {
+  "auto": _auto,
+  "proponents": lambda task: proponents(task.values("scores")),
+  "opponents": lambda task: opponents(task.values("scores")),
+  "random": lambda task: random_order(len(task.pool), task.seed),
+  "length_matched_random": _length_matched_random,
+  "longest": lambda task: longest(task.inputs.num_response_tokens[task.pool], task.tokens),
+  "highest_loss": lambda task: proponents(task.values("loss")),
+  **{name: functools.partial(_by_similarity, name=name) for name in SIMILARITIES},
+  "topic_quota": lambda task: topic_quota(proponents(task.values("scores")), task.topics),
+  "matching": _matching,
+  "matching_hybrid": _matching_hybrid,
+  "matching_topic": lambda task: _matching(task, by_topic=True),
+  "matching_round_robin": lambda task: _matching(task, by_topic=True, merge=False),
+  "matching_quota": lambda task: _matching(task, quota=True),
+}
+POLICIES = tuple(_POLICIES)
+SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
+HYBRID_POLICIES = ("auto", "hybrid", "matching_hybrid")  # which compare gradients and hidden states
+FEATURE_POLICIES = ("matching", "matching_topic", "matching_round_robin", "matching_quota")
+GRADIENT_POLICIES = (*FEATURE_POLICIES, *HYBRID_POLICIES, "whitened_cosine")  # which need projected gradients
+HIDDEN_POLICIES = (*HYBRID_POLICIES, "whitened_embedding", "embedding", "rds")  # which need last hidden states
+SEEDED_POLICIES = ("random", "length_matched_random")
+# What a select run must have measured first.
+SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quota", "highest_loss")
+
+
+def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:
+  """Chooses the coreset.
+
+  Args:
+    policy: one of `POLICIES`. auto: hybrid where the queries are of another kind than the pool (`aims`), else random
+      with copies last. proponents, opponents: highest, lowest score first. random. length_matched_random: random
+      with the response lengths of the proponents. longest: most response tokens. highest_loss. hybrid,
+      whitened_cosine, whitened_embedding, embedding, rds, bm25: most similar to the queries by gradients and hidden
+      states, by one of the two, by embeddings (rds: as RDS+ makes them), by the words of the texts;
+      `PolicyInputs.aggregate` says over which queries. topic_quota: proponents, every training
+      topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
+      matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean.
+      matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
+      topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
+      fraction.
+    inputs: what to choose from.
+    budget: how much.
+    seed: of the random policies; the others do not look at it.
+
+  Returns:
+    int64 [S], row numbers of `inputs` in order of choice, each once.
+
+  Raises:
+    UserError: unknown policy, missing or non-finite inputs, a budget that cannot be met.
+  """
+  if policy not in _POLICIES:
+    raise UserError(f"policy={policy} is unknown; choose one of {', '.join(POLICIES)}")
+  pool = inputs.pool()
+  if pool.size == 0:
+    raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
+  task = _Task(inputs, pool, budget, seed, policy)
+  budget.limit(task.tokens)  # a budget that cannot be met is told before the work
+  return pool[budget.cut(_POLICIES[policy](task), task.tokens)].astype(np.int64)
+
+
+def select_copies_last(
+  policy: str, inputs: PolicyInputs, budget: Budget, first_of: np.ndarray, seed: int = 0
+) -> np.ndarray:
+  """As `select_rows`, but no example a second time while there is another text; `first_of` as for `copies_last`."""
+  every = copies_last(select_rows(policy, inputs, Budget(fraction=1.0), seed), first_of)
+  return every[budget.cut(np.arange(len(every)), inputs.num_tokens[every])]
+
+
+# ------------------------------------------------------------------------------------------------ warnings
