@@ -6,6 +6,7 @@ Prints one line for each fault and exits with 1 when there is one. `./run.sh doc
 and `tests/test_docs.py` calls it in the test suite.
 """
 
+import ast
 import contextlib
 import dataclasses
 import re
@@ -239,6 +240,28 @@ def wrong_commands(page: Page, parse, root: Path = ROOT) -> Iterator[str]:
       yield f"{page.path}: ./run.sh {shown}: {error}"
 
 
+def wrong_python(page: Page) -> Iterator[str]:
+  """Blocks of Python that do not parse, and public names or settings in them that there are not."""
+  import in2core_jax
+  from experiments import flags
+
+  known = {field.name for field in dataclasses.fields(flags.Settings)} | {"session", "select_runs"}
+  for block in re.findall(r"^```python\n(.*?)^```", page.text, flags=re.M | re.S):
+    try:
+      tree = ast.parse(block)
+    except SyntaxError as error:
+      yield f"{page.path}: Python that does not parse: {error}"
+      continue
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Attribute)):
+      if ast.unparse(node.value) == "i2c" and node.attr not in in2core_jax.__all__:
+        yield f"{page.path}: in2core_jax has no {node.attr}"
+    for call in (call for call in calls if ast.unparse(call.func).startswith("i2c.")):
+      for keyword in call.keywords:
+        if keyword.arg not in known:
+          yield f"{page.path}: {ast.unparse(call.func)} has no {keyword.arg}"
+
+
 def unknown_flags(page: Page) -> Iterator[str]:
   """Flags that a page names in backticks and that are none of ours."""
   from experiments import flags
@@ -256,7 +279,7 @@ def faults(root: Path = ROOT) -> list[str]:
     for page in pages(root):
       found += [*long_lines(page), *(long_sentences(page) if page.is_plain() else ())]
       found += [*broken_links(page, root), *missing_files(page, root)]
-      found += [*wrong_commands(page, parse, root), *unknown_flags(page)]
+      found += [*wrong_commands(page, parse, root), *unknown_flags(page), *wrong_python(page)]
   return found
 
 

@@ -109,6 +109,13 @@ def test_flags_and_files_that_are_gone_are_found():
   assert len(list(check.missing_files(page("`in2core_jax/no_such_module.py`")))) == 1
 
 
+def test_python_that_would_fail_is_found():
+  block = "```python\nimport in2core_jax as i2c\n{}\n```\n"
+  assert not list(check.wrong_python(page(block.format("i2c.select(i2c.Settings(layers='all'), run_dir='x')"))))
+  for wrong in ("i2c.chose()", "i2c.select(layerz='all')", "i2c.select("):
+    assert len(list(check.wrong_python(page(block.format(wrong))))) == 1, wrong
+
+
 DOCSTRING = """One line with `code_x` and a *b_c* |x|.
 
   y = a * b
