@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
@@ -35,7 +37,15 @@ maximum_signature_line_length = 90
 add_module_names = False
 
 
+def _with_dashes(app, doctree, name) -> None:
+  """Writes dashes between arguments and their texts: Sphinx leaves that to smart quotes, which would change flags."""
+  for text in list(doctree.findall(nodes.Text)):
+    if text == " -- ":
+      text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app):
   """Writes the generated pages before the sources are read, and registers the renderer of equations."""
   mathml.setup(app)
   app.connect("config-inited", lambda *_: generate.write_all(DOCS))
+  app.connect("doctree-resolved", _with_dashes)

@@ -70,6 +70,14 @@ def docstring(text: str) -> str:
   return "\n\n".join([*(part for part in shown if part), *(["\n".join(fields)] if fields else [])])
 
 
+def with_links(page: str, docs: Path) -> str:
+  """A generated page in which "method.md section 3" leads there."""
+  headings = re.findall(r"^## ((\d+)\. .*)$", (docs / "method.md").read_text(), flags=re.M)
+  anchors = {number: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title, number in headings}
+  link = lambda match: f"[{match[0]}](../../../method.md#{anchors[match[1]]})"  # noqa: E731
+  return re.sub(r"method\.md section (\d+)", link, page)
+
+
 # --- the API --------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +171,15 @@ def package_page(folder: Path, name: str, children: list[tuple[str, str]]) -> st
   )
 
 
+def room_jobs(root: Path) -> dict[str, str]:
+  """{package: its job} by the table of rooms in WORKSPACE.md."""
+  table = root / "WORKSPACE.md"
+  return dict(re.findall(r"^\| `(\w+)/` \| (.*?) \|", table.read_text() if table.exists() else "", flags=re.M))
+
+
 def api_pages(root: Path) -> dict[str, str]:
   """{name of the page: its text} for the package and all that is below it."""
-  pages = {}
+  pages, jobs = {}, room_jobs(root)
 
   def walk(folder: Path, name: str) -> None:
     children = []
@@ -173,7 +187,8 @@ def api_pages(root: Path) -> dict[str, str]:
       child = f"{name}.{path.stem}"
       if path.is_dir() and any(path.glob("*.py")):
         walk(path, child)
-        children.append((child, first_line(path / "__init__.py") if (path / "__init__.py").exists() else ""))
+        told = first_line(path / "__init__.py") if (path / "__init__.py").exists() else ""
+        children.append((child, told or jobs.get(path.name, "")))
       elif path.suffix == ".py" and path.stem != "__init__":
         pages[f"api/{child}.md"] = module_page(path, child)
         children.append((child, first_line(path)))
@@ -281,7 +296,9 @@ def results_page(docs: Path) -> str:
 def write_all(docs: Path) -> None:
   """Writes all generated pages, leaves unchanged ones alone and removes those of modules that are gone."""
   root, folder = docs.parent, docs / "reference" / "generated"
-  pages = {"flags.md": flags_page(root), "results.md": results_page(docs)} | api_pages(root)
+  pages = {"flags.md": flags_page(root), "results.md": results_page(docs)} | {
+    name: with_links(text, docs) for name, text in api_pages(root).items()
+  }
   for name, text in pages.items():
     path = folder / name
     if not path.exists() or path.read_text() != text:
