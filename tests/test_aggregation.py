@@ -75,5 +75,7 @@ def test_turns_go_by_share_and_no_query_waits_longer_than_its_own_turn():
 
 def test_a_query_with_three_shares_has_three_turns_in_four():
   scores = np.array([np.arange(20.0), -np.arange(20.0)])  # the first wants the last rows, the second the first ones
-  priority = aggregate(scores, ["", ""], "round_robin", shares=np.array([3.0, 1.0]))
+  priority = aggregate(scores, ["", ""], "weighted_turns", tokens=np.array([50, 0]))  # half equal, half by token
+  with pytest.raises(UserError, match="weighted_turns needs the response tokens of 2 queries"):
+    aggregate(scores, ["", ""], "weighted_turns")
   assert sorted(np.argsort(-priority)[:8]) == [0, 1, 14, 15, 16, 17, 18, 19]

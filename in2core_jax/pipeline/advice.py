@@ -25,8 +25,7 @@ def without_effect(s: Settings) -> list[str]:
   given = [name for name in ("repeat", "scale", "acceleration", "average") if s.solver != "lissa" and s.is_set(name)]
   found = [f"{s.as_flag(name)} is LiSSA's and changes nothing with --solver={s.solver}" for name in given]
   if s.policy not in coreset.FEATURE_POLICIES:
-    weighs = ("matching_target",) if s.policy not in ("auto", "hybrid") else ()  # whose turns it says
-    idle = [name for name in (*weighs, "matching_shrink") if s.is_set(name)]
+    idle = [name for name in ("matching_target", "matching_shrink") if s.is_set(name)]
     found += [f"{s.as_flag(name)} is of greedy matching and changes nothing with --policy={s.policy}" for name in idle]
   if s.policy in (*coreset.FEATURE_POLICIES, "matching_hybrid") and s.is_set("aggregate"):
     found.append(f"{s.as_flag('aggregate')} changes the reported scores alone: --policy={s.policy} matches a mean")

@@ -130,7 +130,6 @@ def _check_same_rule(folder: str, bench: Workbench, s: Settings) -> None:
   policy = run["flags"].get("policy")
   names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
   names += ("matching_target", "matching_shrink") if policy in coreset.FEATURE_POLICIES else ()
-  names += ("matching_target",) if policy in ("auto", "hybrid") else ()
   names += ("aggregate",) if policy in (*SIMILARITIES, "auto") else ()
   for name in names:
     theirs, ours = run["flags"].get(name), getattr(s, name)

@@ -122,11 +122,6 @@ class ChoiceInputs:
     check_pairs(self.bench)
     return self._hybrid.among()
 
-  @property
-  def _target_mean(self) -> str:
-    """Gradients of summed losses weigh tokens by themselves."""
-    return self.settings.matching_target if self.settings.loss_reduction == "mean" else "examples"
-
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
     s, evals = self.settings, self.bench.parts["eval"]
@@ -135,7 +130,8 @@ class ChoiceInputs:
       "query_topics": [evals.topics[row] for row in queries],
       "target": self._eval_features[queries],
       "query_tokens": evals.num_response_tokens[queries],
-      "target_mean": self._target_mean,
+      # Gradients of summed losses weigh tokens by themselves.
+      "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
       "shrink": s.matching_shrink,
     }
 
@@ -169,7 +165,6 @@ class ChoiceInputs:
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
     found["similar_tokens"] = self.bench.parts["eval"].num_response_tokens[queries]
-    found["target_mean"] = self._target_mean
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
     found["similarities"] = {name: self._similarity(name, queries) for name in plain}
     if wanted & {*coreset.HYBRID_POLICIES}:

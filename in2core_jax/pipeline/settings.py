@@ -183,7 +183,8 @@ class Settings:
   aggregate: str = _flag(
     "select",
     "auto",
-    "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn; "
+    "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn, "
+    "in weighted turns (longer responses more often); "
     "auto: round_robin for hybrid and rds, nearest for parts of hybrid, mean for all others",
     ("auto", *aggregation.AGGREGATES),
   )

@@ -3,6 +3,8 @@
   mean         s(i) = mean over q of S(q, i): what serves all queries together
   nearest      s(i) = mean of the k largest S(q, i) over q: what serves some queries well
   round_robin  queries take turns; each takes its best example that is not taken yet, so that every query is served
+  weighted_turns  the same, but queries with long responses have more turns: half of all turns are dealt out equally, as
+               perplexity by example counts, half by response tokens, as perplexity by token does
   topic_max    mean inside each evaluation topic, divided by that topic's root mean square, then the largest over topics
   topic_quota  topics take turns
 
@@ -18,7 +20,7 @@ import numpy as np
 from in2core_jax.errors import UserError
 
 BY_TOPIC = ("topic_max", "topic_quota")
-BY_QUERY = ("nearest", "round_robin")  # which need the value for every single query
+BY_QUERY = ("nearest", "round_robin", "weighted_turns")  # which need the value for every single query
 AGGREGATES = ("mean", *BY_QUERY, *BY_TOPIC)
 NEAREST = 10  # queries: of 1, 3, 5, 10, 20 the one that found most of the sources (docs/selection.md)
 
@@ -28,7 +30,7 @@ def aggregate(
   query_topics: Sequence[str],
   how: str = "mean",
   ids: Sequence[str] | None = None,
-  shares: np.ndarray | None = None,
+  tokens: np.ndarray | None = None,
 ) -> np.ndarray:
   """Per-query scores -> one value per example.
 
@@ -41,7 +43,7 @@ def aggregate(
     query_topics: Q names.
     how: a word of `AGGREGATES`.
     ids: N example ids, for the ties of those that take turns; without them ties go by row.
-    shares: [Q], positive, how many turns each query has relative to the others, for round_robin; equal when None.
+    tokens: [Q], response tokens of the queries, for weighted_turns.
 
   Returns:
     f64 [N].
@@ -60,7 +62,9 @@ def aggregate(
   if how == "nearest":
     return nearest_mean(scores)
   if how == "round_robin":
-    return _turns(scores, ids, shares)
+    return _turns(scores, ids)
+  if how == "weighted_turns":
+    return _turns(scores, ids, turn_shares(tokens, len(scores)))
   by_topic = topic_means(scores, query_topics)
   if how == "topic_max":
     rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
@@ -89,6 +93,18 @@ def topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray |
   codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
   weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
   return np.stack([np.average(values[codes == g], axis=0, weights=weights[codes == g]) for g in range(codes.max() + 1)])
+
+
+def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
+  """Each query's share of the turns, f64 [Q]: half of them equal, half by response tokens.
+
+  Raises:
+    UserError: no token count for each query.
+  """
+  tokens = np.asarray(0 if tokens is None else tokens, np.float64)
+  if tokens.shape != (size,) or tokens.min() < 0 or not tokens.any():
+    raise UserError(f"weighted_turns needs the response tokens of {size} queries, got shape {tokens.shape}")
+  return 0.5 / size + 0.5 * tokens / tokens.sum()
 
 
 def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:

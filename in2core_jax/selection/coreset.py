@@ -29,7 +29,6 @@ from in2core_jax.selection.inputs import (
   matching_target,
   means,
   query_weights,
-  turn_shares,
 )
 from in2core_jax.selection.two_samples import Apart
 
@@ -164,8 +163,9 @@ def _by_similarity(task: _Task, name: str) -> np.ndarray:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  shares = turn_shares(inputs) if name == "hybrid" else None  # the others are as published
-  order = proponents(aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool], shares))
+  order = proponents(
+    aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool], inputs.similar_tokens)
+  )
   return _copies_last(task, order)
 
 

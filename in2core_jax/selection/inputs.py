@@ -115,7 +115,7 @@ class PolicyInputs:
     towards: [N], mean hybrid similarity of each example with the queries, for the same.
     apart: how far the queries are from the pool as a whole, which decides for `auto`; None: not known.
     similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
-    similar_tokens: int [Q], their response tokens, for the turns of hybrid (`turn_shares`); None: equal turns.
+    similar_tokens: int [Q], their response tokens, for weighted turns.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
@@ -240,19 +240,6 @@ def means(inputs: PolicyInputs) -> list[bool]:
   if inputs.target_mean not in TARGETS:
     raise UserError(f"target_mean={inputs.target_mean} is unknown; choose one of {', '.join(TARGETS)}")
   return {"both": [True, False], "tokens": [True], "examples": [False]}[inputs.target_mean]
-
-
-def turn_shares(inputs: PolicyInputs) -> np.ndarray | None:
-  """How many turns each query of the similarities has, f64 [Q], as `target_mean` says; None: all the same.
-
-  By examples each query has the same, by tokens as many as it has response tokens, and "both" is the mean of the two:
-  perplexity by example counts each test example alike, perplexity by token the long answers more.
-  """
-  if inputs.similar_tokens is None or inputs.target_mean == "examples":
-    return None
-  tokens = np.asarray(inputs.similar_tokens, np.float64)
-  shares = [tokens / tokens.sum() if by_token else np.full(len(tokens), 1 / len(tokens)) for by_token in means(inputs)]
-  return np.mean(shares, axis=0)
 
 
 def query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
