@@ -21,6 +21,8 @@ UNFINISHED="$VENV/in2core-unfinished" # what a set-up of an older run.sh left wh
 LOG="$ROOT/.cache/setup.log"
 REQUIREMENTS="$ROOT/requirements.txt"
 ASSETS="$ROOT/third_party/requirements-assets.txt"
+DOCS_REQUIREMENTS="$ROOT/requirements-docs.txt"
+DOCS_STAMP="in2core-docs" # in .venv: of which requirements-docs.txt it has the packages
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -60,6 +62,7 @@ usage: ./run.sh COMMAND [flags]
   demo [flags]   the whole chain on the embedded model and data: choose, retrain, judge
   test [args]    the tests (arguments go to pytest)
   lint           ruff check and ruff format --check
+  docs           check the documentation and build its site into docs/_build
   help           this text
 
 experiments (each is python -m experiments.NAME inside .venv; --help lists its flags; paths are relative to where you are):
@@ -106,8 +109,9 @@ is_ready() {
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
 # Prints "MAJOR.MINOR PATH" of a Python that can make environments, "MAJOR.MINOR" of one that cannot; nothing if it does not start.
+# -I here, and -P below: a file in the current folder, such as experiments/select.py, must not shadow the standard library.
 probe_python() {
-  "$1" -c 'import sys
+  "$1" -I -c 'import sys
 try:
   import ensurepip, venv
   able = " " + sys.executable
@@ -152,8 +156,8 @@ check_disk() {
 # Says why pip failed, in one line. Args: what was being installed.
 explain_failure() {
   local last kept=""
-  if [ -e "$VENV/bin/python" ]; then kept="; .venv is as it was"; fi
-  last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300)"
+  if [ -e "$VENV/bin/python" ] && [ -z "${INTO:-}" ]; then kept="; .venv is as it was"; fi
+  last="$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c 1-300 || true)"
   if grep -qiE 'No space left on device|Disk quota exceeded' "$LOG"; then
     die "disk full while installing $1: free some space (${TMPDIR:-/tmp} and the pip cache count too) and run the same command again$kept"
   fi
@@ -180,7 +184,7 @@ tick() {
 pip_install() {
   local what="$1" code=0
   shift
-  "$NEW/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
+  "${INTO:-$NEW}/bin/python" -P -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$LOG" 2>&1 || code=$?
   if [ "$code" -ne 0 ]; then explain_failure "$what"; fi
 }
 
@@ -188,7 +192,7 @@ make_new() {
   find_python
   check_disk "$NEEDED_GB"
   say "setting up .venv with $PYTHON for $ACCELERATOR: installing about 90 packages, a few minutes the first time (log: $LOG)"
-  "$PYTHON" -m venv --prompt .venv "$NEW" >>"$LOG" 2>&1 || {
+  "$PYTHON" -P -m venv --prompt .venv "$NEW" >>"$LOG" 2>&1 || {
     if grep -qi 'No space left on device' "$LOG"; then die "disk full while creating $NEW"; fi
     die "$PYTHON could not create $NEW: $(tail -n 1 "$LOG")"
   }
@@ -196,7 +200,7 @@ make_new() {
 
 # True when pip can bring .venv up to date: it works, no set-up of it was broken off, and it was made for the same accelerator.
 can_update() {
-  [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+  [ -x "$VENV/bin/python" ] && [ ! -e "$UNFINISHED" ] && "$VENV/bin/python" -P -m pip --version >/dev/null 2>&1 || return 1
   if [ -f "$VENV/$STAMP" ]; then
     grep -qx "accelerator $ACCELERATOR" "$VENV/$STAMP" && grep -qx "python $(venv_python "$VENV")" "$VENV/$STAMP"
   fi
@@ -289,6 +293,27 @@ ensure_venv() {
   exec 9>&-
 }
 
+has_docs() {
+  [ -f "$VENV/$DOCS_STAMP" ] && [ "$(cat "$VENV/$DOCS_STAMP")" = "$(sha256 <"$DOCS_REQUIREMENTS")" ]
+}
+
+# What builds the site goes into .venv by itself: it changes nothing that the other commands use.
+ensure_docs() {
+  if has_docs; then return; fi
+  mkdir -p -- "$ROOT/.cache" 2>/dev/null || die "cannot write to $ROOT"
+  if command -v flock >/dev/null; then
+    exec 9>"$ROOT/.cache/setup.lock"
+    flock 9
+  fi
+  if ! has_docs; then
+    say "installing what builds the documentation, 5 packages and what they need (log: $LOG)"
+    : >"$LOG"
+    INTO="$VENV" pip_install "requirements-docs.txt" -c "$REQUIREMENTS" -r "$DOCS_REQUIREMENTS"
+    sha256 <"$DOCS_REQUIREMENTS" >"$VENV/$DOCS_STAMP"
+  fi
+  exec 9>&-
+}
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 enter() {
@@ -332,8 +357,17 @@ main() {
       "$VENV/bin/python" -m ruff check "$@" .
       exec "$VENV/bin/python" -m ruff format --check .
       ;;
+    docs)
+      enter
+      ensure_docs
+      cd -- "$ROOT"
+      "$VENV/bin/python" docs/check_docs.py
+      rm -rf -- docs/_build # pages of modules that are gone would stay
+      "$VENV/bin/python" -m sphinx -q -E -W --keep-going -j auto -b html docs docs/_build "$@"
+      say "ready: open $ROOT/docs/_build/index.html"
+      ;;
     *)
-      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint help $(experiments | sed 's/ $//')"
+      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint docs help $(experiments | sed 's/ $//')"
       if [ "$command" = demo ]; then set -- --flagfile="$ROOT/experiments/flags/demo.flags" "$@"; fi
       run_experiment "$command" "$@"
       ;;

@@ -1,4 +1,4 @@
-"""Derivatives over a subtree against plain `jax.grad`, dense matrices and each other (METHOD.md section 6)."""
+"""Derivatives over a subtree against plain `jax.grad`, dense matrices and each other (method.md section 6)."""
 
 import functools
 import logging

@@ -1,5 +1,6 @@
 """`run.sh` for real, in a copy of its own with almost empty requirements: set-up, repair, refusals."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def test_help_and_unknown_command_need_no_environment(project):
   shown = run(project)
   assert shown.returncode == 0 and "demo select" in shown.stdout
   result = run(project, "slect")
-  assert_one_line(result, "'slect'", "setup test lint help demo select")
+  assert_one_line(result, "'slect'", "setup test lint docs help demo select")
   assert "cli" not in result.stderr and "workbench" not in result.stderr and result.stderr.count("\n") == 1
   for name in ("cli", "workbench", "__init__", "../run", "demo select", "sel*"):
     assert_one_line(run(project, name), "unknown command")
@@ -138,6 +139,44 @@ def test_set_up_once_then_repair_and_update(project):
   (project / "requirements.txt").write_text("# nothing once more\n")
   assert "set-up done" in run(project, "select").stderr
   assert not (project / ".venv").is_symlink() and (work / "linked/kept").exists()
+
+
+def stand_in_environment(project: Path) -> None:
+  """A .venv that run.sh takes for ready, whose Python only shows its arguments and fails when told to."""
+  (project / ".venv/bin").mkdir(parents=True)
+  (project / ".venv/pyvenv.cfg").write_text("version = 3.11.7\n")
+  files = [project / "requirements.txt", project / "third_party/requirements-assets.txt"]
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+  (project / ".venv/in2core-stamp").write_text(f"python 3.11.7\naccelerator cpu\nrequirements {digest}\n")
+  python = project / ".venv/bin/python"
+  python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"${FAILING:-nothing}"*) exit 1 ;; esac\n')
+  python.chmod(0o755)
+
+
+def test_docs_are_checked_then_built_and_what_builds_them_is_installed_once(project):
+  (project / "requirements-docs.txt").write_text("# nothing\n")
+  stand_in_environment(project)
+  checked, built = "docs/check_docs.py", "-m sphinx -q -E -W --keep-going -j auto -b html docs docs/_build"
+  first = run(project, "docs", cwd=project / "experiments")
+  assert (first.returncode, first.stdout) == (0, f"{checked}\n{built}\n"), first.stderr
+  said = first.stderr.splitlines()
+  assert "installing what builds the documentation" in said[0]
+  assert said[1:] == [f"ready: open {project}/docs/_build/index.html"]
+  assert "-r " + str(project / "requirements-docs.txt") in (project / ".cache/setup.log").read_text()
+
+  again = run(project, "docs", "-D", "x=1")  # arguments go to Sphinx
+  assert (again.returncode, again.stdout) == (0, f"{checked}\n{built} -D x=1\n")
+  assert again.stderr.splitlines() == said[1:]
+  faults = run(project, "docs", FAILING="check_docs")  # nothing is built of pages with faults
+  assert (faults.returncode, faults.stdout, faults.stderr) == (1, f"{checked}\n", "")
+  warnings = run(project, "docs", FAILING="sphinx")
+  assert (warnings.returncode, warnings.stderr) == (1, "")
+
+  # Other requirements are installed; what pip cannot do is said, and tried again.
+  (project / "requirements-docs.txt").write_text("# still nothing\n")
+  for _ in range(2):
+    assert_one_line(run(project, "docs", FAILING="pip install"), "requirements-docs.txt", "setup.log")
+  assert "installing what builds the documentation" in run(project, "docs").stderr
 
 
 def test_unsuited_pythons_are_named(project):

@@ -1,7 +1,7 @@
 """What a run computes, on paper: FLOPs of every pass and every solver, from shapes alone; no array is made.
 
 A matrix of P numbers costs 2 P a token in the forward pass, and as much for every further product with it or
-with its tangent or cotangent (METHOD section 4). `KINDS` counts these products for each pass; what is not a matrix
+with its tangent or cotangent (method.md section 4). `KINDS` counts these products for each pass; what is not a matrix
 product (norms, softmax, rotary positions) is left out, about 4 % of a small layer and less of a large one. Padding is
 counted: it costs as much as real tokens.
 
@@ -182,12 +182,12 @@ def matrix_sizes(params: Any, tree: Subtree) -> Sizes:
 
 
 def pass_flops(sizes: Sizes, kind: str, work: Work, cached: bool) -> float:
-  """FLOPs of a pass (METHOD section 4).
+  """FLOPs of a pass (method.md section 4).
 
     2 tokens (P_below + (1 + through) P_above + own P_chosen) + 4 pairs H head_dim (L_below + attention L_above)
       + 2 slots head V D
 
-  For "jvp" with all layers above the boundary chosen the first term is METHOD's 2 P_all + 4 P_sel a token.
+  For "jvp" with all layers above the boundary chosen the first term is 2 P_all + 4 P_sel a token.
 
   Args:
     sizes: of the model and the subtree.
@@ -213,7 +213,7 @@ def below_flops(sizes: Sizes, work: Work) -> float:
 
 
 def contraction_flops(sizes: Sizes, examples: float, queries: int) -> float:
-  """FLOPs of per-example gradients [B, P] times directions [Q, P]: 2 P Q an example (METHOD section 4, row 2)."""
+  """FLOPs of per-example gradients [B, P] times directions [Q, P]: 2 P Q an example (method.md section 4, row 2)."""
   return 2.0 * sizes.subtree * queries * examples
 
 

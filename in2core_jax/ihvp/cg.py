@@ -116,7 +116,7 @@ def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings,
 
 
 def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None, precondition=None) -> SolveResult:
-  """Preconditioned conjugate gradients, one Krylov space per query (Hestenes and Stiefel 1952; METHOD.md section 3).
+  """Preconditioned conjugate gradients, one Krylov space per query (Hestenes and Stiefel 1952; method.md section 3).
 
   Every query has its own step lengths, stops at its own tolerance and stays frozen from there, so that several queries
   give what each alone gives. The recursive residual drifts from the true one in f32: when it claims convergence, the

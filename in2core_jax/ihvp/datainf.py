@@ -277,7 +277,7 @@ def datainf(v: Tree, source: ExampleGradients, settings: DataInfSettings, matvec
   """r_l = (1/damping_l) (v_l - (1/n) sum_i (g_il.v_l / (damping_l + |g_il|^2)) g_il), per block l.
 
   Equals (1/n) sum_i (damping_l I + g_il g_il^T)^-1 v_l: DataInf (arXiv 2310.00902) swaps the mean and the inverse of
-  the Fisher's blocks, so its residual does not vanish; METHOD.md section 3.
+  the Fisher's blocks, so its residual does not vanish; method.md section 3.
 
   Args:
     v: right-hand side, leaves [Q, ...].

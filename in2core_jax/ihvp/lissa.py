@@ -302,7 +302,7 @@ def lissa(
 ) -> SolveResult:
   """(H + damping I)^-1 v by u <- v + u - (H_B u + damping u) / scale from u = v, answer u / scale.
 
-  METHOD.md section 3 (Agarwal, Bullins and Hazan 2017, with the damping outside of the scaling): the fixed point is
+  method.md section 3 (Agarwal, Bullins and Hazan 2017, with the damping outside of the scaling): the fixed point is
   (H + damping I)^-1 v for every scale above (largest eigenvalue + damping) / 2. Every step draws a new minibatch by
   fold_in(fold_in(key, run), step), so a resumed run draws what the killed one would have drawn.
 

@@ -124,7 +124,7 @@ def mean_product(curvature: Curvature, batches: Iterable[Tree | Parts], v: Tree)
 def fixed_matvec(curvature: Curvature, batches: Sequence[Tree] | Callable[[], Iterable[Tree]]) -> Matvec:
   """H v over a fixed set of examples: the sums of all batches are added up, then divided once by all examples.
 
-  H v = sum_b sum_(i in b) H_i v / sum_b n_b, METHOD.md section 6: the answer does not depend on how the data is cut,
+  H v = sum_b sum_(i in b) H_i v / sum_b n_b, method.md section 6: the answer does not depend on how the data is cut,
   whereas the mean over batches of their means (or of their inverses) would.
 
   Args:
@@ -153,7 +153,7 @@ def check_damping(damping: float, positive: bool = False) -> float:
 
 
 def resolve_damping(damping: float | None, damping_ratio: float | None, lambda_max: float) -> float:
-  """The absolute damping: as typed, or damping_ratio times the largest eigenvalue (METHOD.md section 2).
+  """The absolute damping: as typed, or damping_ratio times the largest eigenvalue (method.md section 2).
 
   Args:
     damping: absolute, in the unit of H, or None.

@@ -177,7 +177,7 @@ def score_path(path: str, queries: int) -> str:
     raise UserError(f"--score_path={path} is unknown; use auto, jvp or vmap")
   if path != "auto":
     return path
-  return "jvp" if queries <= 2 else "vmap"  # METHOD section 4: jvp is cheapest for 1 or 2 directions
+  return "jvp" if queries <= 2 else "vmap"  # method.md section 4: jvp is cheapest for 1 or 2 directions
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

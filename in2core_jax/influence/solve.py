@@ -36,7 +36,7 @@ class SolverSettings:
     acceleration: LiSSA's: none, momentum or chebyshev.
     tol: relative residual at which LiSSA and CG stop.
     seed: of LiSSA's minibatches and of the power iteration.
-    average: share of LiSSA's last steps whose iterates are averaged; 0 is the plain recursion of METHOD.md section 3.
+    average: share of LiSSA's last steps whose iterates are averaged; 0 is the plain recursion of method.md section 3.
       Half of them takes most of the minibatches' noise out of the answer.
     precondition: CG's: none, ekfac, or diagonal (the diagonal of the Fisher, fitted as EK-FAC's diagonal leaves are).
   """

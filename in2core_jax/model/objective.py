@@ -123,7 +123,7 @@ def _moved_by_head_of_queries(size, batched, *operands):
 
 @functools.cache  # equal choices give the same functions, so `jax.jit` compiles them once
 def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objective:
-  """The loss of METHOD: weighted response-token negative log-likelihood, as a function of the chosen subtree.
+  """The loss (method.md section 1): weighted response-token negative log-likelihood, a function of the chosen subtree.
 
   `outputs` are the normed hidden states at the response slots [B,R,D] (logits [B,R,V] when the head itself is chosen).
   The head is linear and frozen, so the Gauss-Newton matrix with respect to these outputs equals the one with respect to
@@ -252,7 +252,7 @@ def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
 
 @functools.cache
 def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
-  """Makes token_losses(sub, frozen, batch) -> [B,R], the loss of METHOD apart for each response slot.
+  """Makes token_losses(sub, frozen, batch) -> [B,R], the loss (method.md section 1) apart for each response slot.
 
     token_losses[b, r] = weight[b, r] * nll(target[b, r] | hidden state at position[b, r]),
 

@@ -26,7 +26,7 @@ def greedy_matching(
 ) -> np.ndarray:
   """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
 
-  Step m + 1 takes argmin_j |(s + f_j) / (m + 1) - t|^2, s the sum over the m rows taken (METHOD.md section 9), which is
+  Step m + 1 takes argmin_j |(s + f_j) / (m + 1) - t|^2, s the sum over the m rows taken (method.md section 9), which is
   argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step and is summed in float64, as
   are |f_j|^2 and f_j.t. The columns are float64 only where all of F F^T is made first: up to 5,792 examples of which an
   eighth or more is taken. Else they are products in the dtype of the features.
