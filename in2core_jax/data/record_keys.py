@@ -324,6 +324,15 @@ def has_no_meaning(key: str, value: Any) -> bool:
   return len(value if isinstance(value, str) else json.dumps(value)) <= _SHORT
 
 
+def column_type(key: str) -> str:
+  """What a column of a table of texts holds under a name: "truth" or "number" values, which JSON would have as such."""
+  name = snake(key)
+  if name in _WANTED | _UNWANTED:
+    return "truth"
+  flags = LEARNT | NOT_LEARNT | _SAMPLE_WEIGHTS | _SETTINGS.keys() | _COUNTED_LISTS
+  return "number" if name in flags or _about_loss(name) or _OF_NUMBERS.fullmatch(name) else "text"
+
+
 def is_medium(key: str) -> bool:
   """Whether a key names pictures, sound or films."""
   name = snake(key)

@@ -117,7 +117,7 @@ def limit_sources(records: list, s: Settings) -> list:
   if not s.source_limits.strip():
     return records
   limits = integers(s.source_limits, "source_limits")
-  names = list(dict.fromkeys(sources.name_of(record.source) for record in records))
+  names = list(dict.fromkeys(sources.name_of(record) for record in records))
   if len(limits) != len(names) or min(limits) < 0:
     raise UserError(
       f"--source_limits={s.source_limits}: need {len(names)} numbers of at least 0, one for each source that training "
@@ -127,7 +127,7 @@ def limit_sources(records: list, s: Settings) -> list:
   kept = {
     id(record)
     for name in names
-    for record in limited([one for one in records if sources.name_of(one.source) == name], "train", limit_of[name], 0)
+    for record in limited([one for one in records if sources.name_of(one) == name], "train", limit_of[name], 0)
   }
   return [record for record in records if id(record) in kept]
 
