@@ -2,13 +2,11 @@
 
 import json
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax.data.file_kinds import check_data_file
 from in2core_jax.data.records import BadRecords, Item, to_records
-from in2core_jax.errors import UserError
 
 RECORD_KEYS = (
   *("messages", "conversations", "instruction", "input", "output", "prompt", "response", "completion", "history"),
@@ -59,10 +57,9 @@ def test_a_call_of_a_list_is_refused():
   assert "must be an object but is a list" in bad.kept[0]["reason"]
 
 
-def test_a_quoted_table_is_named_and_lone_texts_are_not_one(tmp_path):
+def test_a_quoted_table_is_recognised_and_lone_texts_are_not_one(tmp_path):
   path = tmp_path / "d.jsonl"
   path.write_text('"prompt","response"\n"a","b"\n')
-  with pytest.raises(UserError, match="a table separated by commas"):
-    check_data_file(path)
+  assert check_data_file(path).kind == "csv"
   path.write_text('"text"\n')
-  check_data_file(path)  # refused as a record that is no object
+  assert check_data_file(path).kind == "json"  # refused as a record that is no object

@@ -44,11 +44,12 @@ def data_files(path: pathlib.Path) -> list[DataFile]:
   if _is_folder(path):
     return _of_folder(path)
   if any(sign in str(path) for sign in "*?[") and not os.path.lexists(path):
-    names = sorted(glob.glob(str(path), recursive=True))
-    if not names:
-      raise UserError(f"{path}: no file fits this pattern; the paths are taken from {pathlib.Path.cwd()}")
-    paths = [pathlib.Path(name) for name in names]
-    files = [file for name in paths for file in (_of_folder(name) if name.is_dir() else [check_data_file(name)])]
+    paths = [pathlib.Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    files = [check_data_file(found) for found in paths if found.name not in _ABOUT and not found.is_dir()]
+    # Folders count where no file fits: `**` fits a folder and its files, which are not to be read twice.
+    files = files or [file for found in paths if found.is_dir() for file in _of_folder(found)]
+    if not files:
+      raise UserError(f"{path}: no file fits this pattern; it is looked for in {pathlib.Path.cwd()}")
     _check_splits(str(path), [file.path for file in files], path.parent)
     return files
   return [check_data_file(path)]
