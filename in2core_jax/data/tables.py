@@ -30,6 +30,7 @@ _LONGEST_CELL = 50_000_000  # characters; a quote that is never closed ends ther
 _TIMES = 3  # a table's bytes, its rows' JSON, and the lists and objects made of it: an estimate, not a measurement
 # What a table may be refused with by pyarrow; a flipped bit can also turn a text into one that is not UTF-8.
 _BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, KeyError, OverflowError)
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def table_items(file: DataFile, fields: Mapping[str, str], bad: BadRecords) -> Iterator[Item]:
@@ -54,6 +55,8 @@ def to_plain(value: Any) -> Any:
   Bytes are text, or {"bytes": how many} where they are none; NaN is null; times are ISO 8601; decimals are numbers.
   Inside an object a null is left out: columns hold every key that any row has, so it was not there when it was written.
   """
+  if value is None or isinstance(value, str | bool | int):
+    return value
   if isinstance(value, dict):
     return {str(key): to_plain(item) for key, item in value.items() if item is not None}
   if isinstance(value, list | tuple):
@@ -69,7 +72,7 @@ def to_plain(value: Any) -> Any:
     return value.isoformat()
   if isinstance(value, decimal.Decimal):
     return float(value) if value.is_finite() else None
-  return value if value is None or isinstance(value, str | bool | int) else str(value)
+  return str(value)
 
 
 # ---- Parquet and Arrow -----------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def _row_items(file: DataFile, fields: Mapping[str, str], rows: Iterator[dict[st
   number = 0
   for number, row in enumerate(rows, 1):
     value = {key: to_plain(item) for key, item in row.items()}
-    yield Item(value, json.dumps(value, ensure_ascii=False), file.shown, number, fields)
+    yield Item(value, _as_json(value), file.shown, number, fields)
   if not number:
     raise UserError(f"{file.shown} has no rows; it must hold one record a row")
 
@@ -173,17 +176,18 @@ def _csv_items(file: DataFile, fields: Mapping[str, str], bad: BadRecords) -> It
   names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]  # as pandas calls its index
   _check_names(file, names)
   roles = {column: role for role, column in fields.items()}
+  types = [column_type(roles.get(name, name)) for name in names]
   number = 0
   for number, cells in rows:
-    place, line = f"{file.shown}:{number}", shorten(",".join(cells), 2000)
     if not_utf8 or len(cells) != len(names):
       bad.read += 1
       reason = f"it has {len(cells)} cells, and the header has {len(names)}; put cells with separators into quotes"
-      bad.refuse(place, line, f"line {not_utf8[0]} is not UTF-8; save the file as UTF-8" if not_utf8 else reason)
+      place, shown = f"{file.shown}:{number}", shorten(",".join(cells), 2000)
+      bad.refuse(place, shown, f"line {not_utf8[0]} is not UTF-8; save the file as UTF-8" if not_utf8 else reason)
       not_utf8.clear()
       continue
-    value = {name: _cell(roles.get(name, name), cell) for name, cell in zip(names, cells, strict=True)}
-    yield Item(value, json.dumps(value, ensure_ascii=False), file.shown, number, fields)
+    value = {name: _cell(kind, cell) for name, kind, cell in zip(names, types, cells, strict=True)}
+    yield Item(value, _as_json(value), file.shown, number, fields)
   if not number:
     raise UserError(f"{file.shown} has no rows; it must hold the names of its columns, and one record a row below")
 
@@ -221,11 +225,11 @@ def _separator(header: str) -> str:
   return max("\t,;", key=outside.count) if any(sign in outside for sign in "\t,;") else ","
 
 
-def _cell(name: str, cell: str) -> Any:
-  """A cell: a text, but for columns that never hold one, whose numbers and truth values are read as JSON has them."""
-  kind, text = column_type(name), cell.strip()
+def _cell(kind: str, cell: str) -> Any:
+  """A cell of a `column_type`: a text, but for columns that never hold one, whose values are those that JSON has."""
   if kind == "text":
     return cell
+  text = cell.strip()
   if text.lower() in ("true", "false"):
     return text.lower() == "true"
   if kind == "truth":
