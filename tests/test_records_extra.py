@@ -11,7 +11,7 @@ from in2core_jax.data.records import BadRecords, Item, to_records
 RECORD_KEYS = (
   *("messages", "conversations", "instruction", "input", "output", "prompt", "response", "completion", "history"),
   *("system", "system_prompt", "tools", "functions", "id", "topic", "weight", "label", "images", "chosen", "mask"),
-  *("reasoning_content", "mood"),
+  *("reasoning_content", "mood", "question", "answer", "context", "inputs", "targets", "text", "data", "conversation"),
 )
 TURN_KEYS = (
   *("role", "content", "from", "value", "tool_calls", "function_call", "reasoning", "thinking", "weight", "train"),
@@ -24,7 +24,20 @@ SCALARS = st.one_of(
   st.sampled_from([0.0, 0.5, 1.0, float("inf")]),
   st.sampled_from(["", " ", "x", "\ud800", "\x1b"]),
 )
-WORDS = st.sampled_from(["user", "gpt", "tool", "system", "function_call", "text", "thinking", "[]", '{"name": "f"}'])
+WORDS = st.sampled_from(
+  [
+    "user",
+    "gpt",
+    "tool",
+    "system",
+    "function_call",
+    "text",
+    "thinking",
+    "[]",
+    "### Human: x### Assistant: y",
+    '{"name": "f"}',
+  ]
+)
 
 
 def _objects(values):

@@ -172,10 +172,7 @@ def _missing(path: pathlib.Path, error: Exception) -> str:
   if re.match(r"\w+:/", text):
     return "nothing is fetched from the network; copy the file here and give its path"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.suffix:
-    return (
-      "no such file; if it is the name of a data set on a hub: nothing is downloaded, save it as JSON lines first and "
-      "give the path of that file"
-    )
+    return f"no such file; if it is the name of a data set on a hub, write hub:{text}"
   return "no such file; give the path of a file of data: JSON lines, a JSON array, CSV, Parquet or Arrow"
 
 

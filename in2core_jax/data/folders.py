@@ -27,6 +27,8 @@ _ABOUT = frozenset(
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
   ["validation", "valid", "val", "dev", "eval"], "validation"
 )
+# Names of data files for a shell, compressed or not.
+DATA_PATTERNS = tuple(f"*{suffix}{codec}" for suffix in _SUFFIXES for codec in ("", *CODEC_SUFFIXES))
 
 
 def data_files(path: pathlib.Path) -> list[DataFile]:
@@ -80,12 +82,7 @@ def _of_folder(path: pathlib.Path) -> list[DataFile]:
   if "dataset_dict.json" in names:
     return _of_saved_splits(path)
   _refuse_folder(path, names)
-  found, others = [], []
-  for folder, inner, files in os.walk(path):
-    inner[:] = sorted(name for name in inner if not name.startswith((".", "_")))
-    for name in sorted(files):
-      if not name.startswith((".", "_")) and name not in _ABOUT:
-        (found if is_data_name(name) else others).append(pathlib.Path(folder, name))
+  found, others = found_in(path)
   if not found:
     kinds = sorted({other.suffix for other in others} - {""})[:4]
     inside = f"{len(others):,} other files" + (f" ({', '.join(kinds)})" if kinds else "") if others else "no files"
@@ -94,7 +91,18 @@ def _of_folder(path: pathlib.Path) -> list[DataFile]:
   if others:
     named = ", ".join(other.name for other in others[:3]) + (", ..." if len(others) > 3 else "")
     log.info("%s", printable(f"{path}: {len(found):,} files are read; {len(others):,} are no data: {named}"))
-  return [check_data_file(file) for file in sorted(found)]
+  return [check_data_file(file) for file in found]
+
+
+def found_in(path: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """(files of data, other files) of a folder and the folders in it; hidden ones and those about the data in neither."""
+  found, others = [], []
+  for folder, inner, files in os.walk(path):
+    inner[:] = [name for name in inner if not name.startswith((".", "_"))]
+    for name in files:
+      if not name.startswith((".", "_")) and name not in _ABOUT:
+        (found if is_data_name(name) else others).append(pathlib.Path(folder, name))
+  return sorted(found), sorted(others)
 
 
 def is_data_name(name: str) -> bool:
@@ -108,6 +116,11 @@ def split_of(path: pathlib.PurePath) -> str:
   """train, test or validation by the words in a path such as `data/train-00000-of-00002.parquet`, or ""."""
   words = [word for part in reversed(path.parts) for word in re.split(r"[^a-z]+", part.lower())]
   return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+
+
+def words_of_split(word: str) -> list[str]:
+  """A word, and the others that mean the same split."""
+  return [word, *(other for other in _SPLITS if _SPLITS[other] == _SPLITS.get(word.lower()) and other != word)]
 
 
 def _check_splits(shown: str, files: list[pathlib.Path], folder: pathlib.Path) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 
 from in2core_jax.data.assets import asset_path
+from in2core_jax.data.file_kinds import DataFile
 from in2core_jax.data.folders import data_files, is_data_name
+from in2core_jax.data.hub import hub_data
 from in2core_jax.data.json_files import json_items
 from in2core_jax.data.message_trees import assembled
 from in2core_jax.data.record_shapes import ROLES
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _KNOWN_SOURCES = (
   "chatterbot[:topic,topic], file:PATH (or jsonl:PATH; a file, a folder, a pattern), - (standard input), "
-  "tfds:NAME/SPLIT[@DATA_DIR], or several of them joined by +"
+  "tfds:NAME/SPLIT[@DATA_DIR], hub:ORG/NAME[/SPLIT], or several of them joined by +"
 )
 _NAMES_SOURCE = re.compile(rf"(.+?)=((?:{'|'.join(ROLES)})\s*=.*)", re.DOTALL)
 _ROLE_FIRST = re.compile(rf"\s*(?:{'|'.join(ROLES)})\s*=")
@@ -47,9 +49,10 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
 
   Args:
     spec: `chatterbot[:topic,topic]` (the installed corpus), `file:PATH` (or `jsonl:PATH`, or the path alone; see
-      `folders.data_files`: JSON, CSV, Parquet or Arrow, by its contents), `-` (standard input) or
-      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow). Several of them are
-      joined by `+`, each with a name before and a share behind if need be: `talk=chatterbot+own=file:PATH*0.5`.
+      `folders.data_files`: JSON, CSV, Parquet or Arrow, by its contents), `-` (standard input),
+      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow) or
+      `hub:ORG/NAME[/SPLIT]` (see `hub.hub_data`). Several of them are joined by `+`, each with a name before and a
+      share behind if need be: `talk=chatterbot+own=file:PATH*0.5`.
     data_fields: columns by role, see `parse_fields`; the corpus goes without.
     bad: gets the records that cannot be read; those of other sources than `spec` may be in it. When None, they are an
       error.
@@ -159,7 +162,9 @@ def _items(part: Source, fields: dict[str, str], bad: BadRecords) -> Iterator[It
   if part.kind == "chatterbot":
     items = _chatterbot_items(part.place)
   elif part.kind == "file" and part.place:
-    items = _checked(_file_items(_path(part.place), fields, bad), fields)
+    items = _checked(_file_items(data_files(_path(part.place)), fields, bad), fields)
+  elif part.kind == "hub" and part.place:
+    items = _checked(_file_items(hub_data(part.place), fields, bad), fields)
   elif part.kind == "tfds" and part.place:
     items = _checked(_tfds_items(part.place, fields), fields)
   else:
@@ -167,8 +172,8 @@ def _items(part: Source, fields: dict[str, str], bad: BadRecords) -> Iterator[It
   return (dataclasses.replace(item, origin=part.origin, name=part.name) for item in items)
 
 
-def _file_items(path: pathlib.Path, fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
-  for file in data_files(path):
+def _file_items(files: Iterable[DataFile], fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
+  for file in files:
     read = json_items if file.kind == "json" else table_items
     yield from assembled(read(file, fields, bad), bad)
 
@@ -182,6 +187,8 @@ def _path(text: str) -> pathlib.Path:
 
 def _meant(part: Source) -> str:
   """What an unknown source may have been meant for."""
+  if part.kind == "hf" and re.fullmatch(r"[\w.-]+/[\w.-]+", part.place) and not is_data_name(part.place):
+    return f"hf: names a folder of a model, for --model; a data set of the Hub is hub:{part.place}; "
   if part.kind in ("hf", "gguf", "random", "truncated", "smollm2", "gemma3"):
     return f"{part.kind}: names a model, for --model; "
   if part.kind in ("csv", "tsv", "json", "parquet", "arrow") and part.place:
@@ -191,7 +198,7 @@ def _meant(part: Source) -> str:
   if not part.place and is_data_name(part.text):
     return "no such file; "
   if re.fullmatch(r"[\w.-]+/[\w.-]+", part.text):
-    return "neither a file nor, as names of a hub are, downloaded: save that data set as JSON lines first; "
+    return f"there is no such file; a data set of the Hub is hub:{part.text}; "
   return ""
 
 
