@@ -63,6 +63,7 @@ def alone(bench, s, choice, solver, folder):
   return scoring.score(bench, own, chosen, work).influence
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("solver", ablate_layers.ADDITIVE)
 def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_path, solver):
@@ -75,6 +76,7 @@ def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_
     np.testing.assert_allclose(scores[choice], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   result = json.loads((finished / "ablate_layers.json").read_text())
@@ -109,6 +111,7 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
   assert not (finished / "unfinished").exists() or not any((finished / "unfinished").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, finished, monkeypatch):
   before = (finished / "ablate_layers.csv").read_text()
@@ -129,6 +132,7 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
   assert result["rows"][1]["Spearman"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_measured_costs_join_a_report_that_is_already_there(settings, bench, finished, monkeypatch, caplog):
   def start(s, *_):

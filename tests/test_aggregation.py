@@ -5,7 +5,7 @@ import pytest
 
 from in2core_jax.errors import UserError
 from in2core_jax.selection import aggregation
-from in2core_jax.selection.aggregation import aggregate
+from in2core_jax.selection.aggregation import aggregate, turn_order
 
 
 def test_aggregate_mean_and_topic_max():
@@ -59,3 +59,23 @@ def test_queries_take_turns():
     mine = scores[turn % 4]
     assert row == min(free, key=lambda i: (-mine[i], ids[i]))
     free.remove(int(row))
+
+
+def test_turns_go_by_share_and_no_query_waits_longer_than_its_own_turn():
+  assert turn_order(np.full(3, 0.25), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+  shares = np.random.default_rng(0).uniform(0.05, 3, 9)
+  order = turn_order(shares, 500)
+  counts = (order[:, None] == np.arange(9)).cumsum(axis=0)
+  fair = np.arange(1, 501)[:, None] * shares / shares.sum()
+  assert np.abs(counts - fair).max() <= 2 and len(order) == 500
+  for bad in ([0.0, 1.0], [-1.0, 1.0], [np.nan, 1.0], [[1.0]]):
+    with pytest.raises(UserError, match="shares of turns must be positive"):
+      turn_order(np.array(bad), 4)
+
+
+def test_a_query_with_three_shares_has_three_turns_in_four():
+  scores = np.array([np.arange(20.0), -np.arange(20.0)])  # the first wants the last rows, the second the first ones
+  priority = aggregate(scores, ["", ""], "weighted_turns", tokens=np.array([50, 0]))  # half equal, half by token
+  with pytest.raises(UserError, match="weighted_turns needs the response tokens of 2 queries"):
+    aggregate(scores, ["", ""], "weighted_turns")
+  assert sorted(np.argsort(-priority)[:8]) == [0, 1, 14, 15, 16, 17, 18, 19]

@@ -208,6 +208,7 @@ def test_synthetic_examples(settings):
   assert tokens.min() >= 0 and tokens.max() < 37 and len(set(tokens.tolist())) > 10
 
 
+@pytest.mark.slow
 def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys):
   monkeypatch.setattr(benchmark, "_PRODUCT_SIZE", {"cpu": (32, 1)})
   folder = pathlib.Path(benchmark.run(settings))

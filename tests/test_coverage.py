@@ -154,6 +154,7 @@ def finished(settings, bench):
   return pathlib.Path(experiment.run(settings, bench))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_tables_hold_every_signal(finished, bench):
   result = json.loads((finished / "coverage.json").read_text())
@@ -182,6 +183,7 @@ def test_the_tables_hold_every_signal(finished, bench):
   assert text.rstrip().endswith(result["sentence"])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   rows = np.flatnonzero(np.array(bench.parts["train"].topics) != "food")
@@ -239,6 +241,7 @@ def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
   assert sorted(key[-1] for key in own._hidden) == ["base", "base", "second", "second"]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}

@@ -160,6 +160,7 @@ def test_half_of_is_a_half_and_does_not_depend_on_the_others():
   assert set(fidelity.half_of(rows, 1, 0)) != set(first)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, monkeypatch):
   folder = pathlib.Path(fidelity.run(settings, bench))

@@ -471,7 +471,7 @@ def ekfac_reference(d, fitted, damping, h):
   return np.concatenate([wanted[path].reshape(2, -1) for path in sizes], axis=1)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+@pytest.mark.parametrize("curvature", ["ggn", pytest.param("fisher", marks=pytest.mark.slow)])
 def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x64):
   d, h = decoder, decoder.h[curvature]
   settings = SolverSettings("ekfac", curvature, damping_ratio=0.05, seed=3)
@@ -571,6 +571,7 @@ def test_an_example_without_response_scores_exactly_0():
   assert problem.losses(stream, len(tiny.ROLES))[tiny.NO_RESPONSE] == 0
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing(caplog):
   t = tiny.make_tiny()
   problem = Problem(t.objective, t.sub, t.frozen, 4, sample_labels_fn(t.config, t.subtree))

@@ -439,8 +439,10 @@ def test_bfloat16_sums_over_positions_are_added_up_in_float32():
   assert [e for e in narrow if e.primitive.name != "scatter-add" or e.outvars[0].aval.shape not in (hidden, flat)] == []
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("layers", ["last:2", "all"])
+@pytest.mark.parametrize(
+  ("layers", "groups"),
+  [("last:2", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("last:2", 1), ("all", 1), ("all", 2)))],
+)
 def test_flat_response_slots_change_nothing(layers, groups):
   """Computing only the filled response slots gives the losses, gradients and products of computing all of them."""
   config = decoder.ModelConfig(61, 16, 24, 3, 4, 2, 4)

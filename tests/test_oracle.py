@@ -10,6 +10,7 @@ from experiments import oracle
 from in2core_jax.pipeline.settings import Settings
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_rows_measure_the_distance_to_the_dense_inverse(x64, tmp_path, monkeypatch):
   monkeypatch.setattr(oracle, "STEPS", 30)

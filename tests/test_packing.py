@@ -239,8 +239,10 @@ def test_shuffled_is_the_same_in_another_process():
   assert printed == {f"{[cells for _, cells in Packer(scope['d']).shuffled_plan(4, 7, 3)]}\n"}
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+  ("groups", "cached"),
+  [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (1, True), (2, False)))],
+)
 def test_losses_gradients_and_products_are_those_of_a_row_each(x64, groups, cached):
   t = tiny.make_tiny(dtype=jnp.float64)
   dataset = tiny.make_dataset(t.config.vocab_size)

@@ -223,6 +223,7 @@ def test_cg_on_a_mesh_gives_the_scores_of_one_device(bench, tmp_path):
 # ---- run folders on an object store
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path, caplog):
   """fsspec's store in memory stands for the one behind gs://; only what is read at random stays on the local disk."""
@@ -291,6 +292,7 @@ def worker() -> None:
   cli.run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
   job = settings.replace(run_dir=str(tmp_path / "two"), mesh="data:4,fsdp:2")

@@ -234,7 +234,9 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+  "path", [pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory") else []) for path in PATHS]
+)
 def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, bench, alone, tmp_path, monkeypatch, request, path):
   monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)
   chosen = settings.replace(**PATHS[path])
@@ -324,6 +326,7 @@ def test_other_commands_that_are_killed_end_in_the_same_bytes(settings, tmp_path
   assert "killed and resumed: 3 of 3 identical" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_process_that_is_killed_ends_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch):
   for name, value in tiny.child_environment(devices=1).items():

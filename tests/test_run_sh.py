@@ -72,6 +72,7 @@ def first_calls(project: Path, cwd: Path) -> list[tuple[int, str, str]]:
   return [(call.returncode, *end) for call, end in zip(calls, ends, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_set_up_once_then_repair_and_update(project):
   work = project / "elsewhere"

@@ -41,6 +41,7 @@ def settings_of(folder, **changes):
   return tiny.run_settings(folder, dataclasses.replace(tiny.CONFIG, num_layers=2), **(small | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch):
   settings = settings_of(tmp_path)

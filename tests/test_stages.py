@@ -203,6 +203,7 @@ def test_a_solver_that_stopped_above_its_tolerance_is_told():
     assert unsolved(s, dataclasses.replace(stopped, info=info)) == []
 
 
+@pytest.mark.slow
 def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   common = settings.replace(checkpoint=trained, solver="ekfac", damping_ratio=0.5, curvature="fisher")
   run = lambda name, **changes: pathlib.Path(  # noqa: E731
@@ -246,6 +247,7 @@ def test_a_store_estimates_the_scores_and_is_used_again(settings, bench, tmp_pat
   np.testing.assert_array_equal(run_folder.read_scores(again / "scores.parquet")["influence"], b)
 
 
+@pytest.mark.slow
 def test_sums_over_checkpoints(settings, bench, tmp_path):
   full = settings.replace(run_dir=str(tmp_path / "full"), checkpoint_every=4, keep_checkpoints=0)
   checkpoint = finetune.run(full, bench)
@@ -445,6 +447,7 @@ def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
 
 
+@pytest.mark.slow
 def test_less_in_turns_serves_every_query(settings, bench, tmp_path):
   tuned = settings.replace(run_dir=str(tmp_path / "tuned"), keep_checkpoints=0, trainable_layers="last:1")
   checkpoint = finetune.run(tuned, bench)

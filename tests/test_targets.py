@@ -98,6 +98,29 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
   assert (folder / "targets.md").read_bytes() == before
 
 
+@pytest.mark.real
+def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypatch):
+  folder, bench = finished
+  own = json.loads((folder / "targets.json").read_text())
+  monkeypatch.setattr(targets.Judge, "train", lambda *_: pytest.fail("trained again"))  # the same sets: all are kept
+  targets.run(settings.replace(choices_of=str(folder)), Workbench(settings))
+  both = json.loads((folder / "targets.json").read_text())
+  for title, table in both["tables"].items():
+    rows = {row["rule"]: row for row in table}
+    for name in ("hybrid, base model", "bm25"):
+      other = rows.pop(f"{name}, chosen by {settings.model}")
+      assert {key: value for key, value in other.items() if key != "rule"} == {
+        key: value for key, value in rows[name].items() if key != "rule"
+      }
+    assert list(rows.values())[2:] == [
+      row for row in own["tables"][title] if row["rule"] in ("hybrid, base model", "bm25")
+    ]
+  chosen = own["choices"]["bm25"]["sports"]
+  assert len(chosen) == round(0.2 * len(bench.parts["train"])) and set(chosen) <= set(bench.parts["train"].ids)
+  with pytest.raises(UserError, match="--choices_of=.*it chose [0-9]+ examples, [0-9]+ are needed"):
+    targets.run(settings.replace(choices_of=str(folder), fractions="0.6"), Workbench(settings))
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [

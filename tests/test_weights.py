@@ -566,6 +566,7 @@ def test_unlisted_and_absent_assets_are_refused(small_asset):
     assets.asset_path("absent")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_embedded_gemma3():
   config, params, tokenizer, digest = weights.load_model("gemma3", "bfloat16")

@@ -139,6 +139,7 @@ VARIANTS = {
   "auto, base model": _variant("auto"),
   "hybrid": _variant("hybrid", trained=True),
   "hybrid, base model": _variant("hybrid"),
+  "hybrid, weighted turns, base model": _variant("hybrid", aggregate="weighted_turns"),
   "matching, hybrid": _variant("matching_hybrid", trained=True),
   "matching, hybrid, base model": _variant("matching_hybrid"),
   "hybrid, nearest": _variant("hybrid", aggregate="nearest"),

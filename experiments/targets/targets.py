@@ -189,6 +189,7 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   bench = bench or Workbench(s)
   targets = with_targets(bench, s)
   judged_targets = reported(targets, s)
+  chosen_elsewhere = read_choices(s, bench, judged_targets, max(budgets))
   identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   bench.write_skipped(run_dir)
@@ -198,10 +199,11 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
     checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
   cells, chooser = Cells(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
-  found = {"recall": recall_table(targets, orders, budgets)}
+  found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
   log.info("\n%s", table_text.markdown_table(found["recall"]))
   if retrained:
-    found |= retrain(bench, s, cells, judged_targets, {name: orders[name] for name in retrained}, (budgets, equal))
+    judged = {name: orders[name] for name in retrained} | chosen_elsewhere
+    found |= retrain(bench, s, cells, judged_targets, judged, (budgets, equal))
   write_tables(run_dir, bench, s, targets, found)
   return str(run_dir.path)
 
@@ -216,6 +218,43 @@ def orders_of(
       choose = lambda variant=variant, target=target: {"rows": chooser.order(variant, target, 0).tolist()}  # noqa: E731
       kept = cells.get(choose, "order", name, dataclasses.astuple(variant), target.name, target.queries.tolist())
       found.setdefault(name, {})[target.name] = np.array(kept["rows"], np.int64)
+  return found
+
+
+# ---- choices of other models ---------------------------------------------------------
+
+
+def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Workbench, most: float) -> dict:
+  """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
+  ids = bench.parts["train"].ids
+  size = max(1, round(most * len(trainable_rows(bench))))
+  return {
+    name: {target: [ids[row] for row in rows[:size]] for target, rows in of_targets.items()}
+    for name, of_targets in orders.items()
+  }
+
+
+def read_choices(s: Settings, bench: Workbench, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
+  """What the rules of `--retrained` chose in another run, as rules of this one.
+
+  Raises:
+    UserError: no finished targets run, one that did not choose for these, or chose fewer or other examples.
+  """
+  if not s.choices_of:
+    return {}
+  other = run_folder.RunDir.load(s.choices_of)
+  told, whose = other.load_json("targets.json"), other.identity["flags"]["model"]
+  row_of = {name: row for row, name in enumerate(bench.parts["train"].ids)}
+  size = max(1, round(most * len(trainable_rows(bench))))
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for name in words(s.retrained, "retrained", (), ";"):
+    for target in targets:
+      ids = told.get("choices", {}).get(name, {}).get(target.name, ())
+      unknown = [one for one in ids if one not in row_of]
+      if len(ids) < size or unknown:
+        why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
+        raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")
+      found.setdefault(f"{name}, chosen by {whose}", {})[target.name] = np.array([row_of[one] for one in ids])
   return found
 
 

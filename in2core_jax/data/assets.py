@@ -8,7 +8,9 @@ import pathlib
 
 from in2core_jax.errors import UserError
 
-MANIFEST = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "manifest.json"
+_HERE = pathlib.Path(__file__).resolve()
+_OWN = _HERE.parents[2] / "third_party" / "manifest.json"
+MANIFEST = _OWN if _OWN.exists() else _HERE.with_name("manifest.json")  # an installed package has a copy beside this
 SETUP_HINT = "run ./run.sh setup"
 
 
@@ -67,7 +69,7 @@ def _manifest() -> dict:
   try:
     return json.loads(MANIFEST.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise UserError(f"{MANIFEST} is missing: the package must stay inside its repository; clone it again") from None
+    raise UserError(f"{MANIFEST} is missing: install the package again, or clone the repository again") from None
 
 
 def _package_dir(package: str, name: str) -> pathlib.Path:

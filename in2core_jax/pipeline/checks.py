@@ -129,6 +129,11 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
         f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
         "--solver=ekfac or --solver=identity only"
       )
+  if score_aggregate(s) == "weighted_turns":
+    raise UserError(
+      f"--aggregate=weighted_turns is for policies by similarity, not for --policy={s.policy}: take --policy=hybrid, "
+      "or --aggregate=round_robin"
+    )
   if score_aggregate(s) in aggregation.BY_QUERY and s.normalize != WHITENED:
     other = f"--normalize={s.normalize}" if s.normalize != "none" else f"--score_path={s.score_path}"
     if s.normalize != "none" or s.score_path == "projected":

@@ -164,6 +164,7 @@ class ChoiceInputs:
     topics = self.bench.parts["eval"].topics
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
+    found["similar_tokens"] = self.bench.parts["eval"].num_response_tokens[queries]
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
     found["similarities"] = {name: self._similarity(name, queries) for name in plain}
     if wanted & {*coreset.HYBRID_POLICIES}:

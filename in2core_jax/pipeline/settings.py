@@ -187,7 +187,8 @@ class Settings:
   aggregate: str = _flag(
     "select",
     "auto",
-    "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn; "
+    "how values on single evaluation examples become one: their mean, that of the nearest, examples or topics in turn, "
+    "in weighted turns (longer responses more often); "
     "auto: round_robin for hybrid and rds, nearest for parts of hybrid, mean for all others",
     ("auto", *aggregation.AGGREGATES),
   )
@@ -259,6 +260,11 @@ class Settings:
   target_tests: int = _flag("targets", 120, "test examples of a target, at most")
   retrained: str = _flag("targets", "", "those of --variants whose choices are trained on; empty: none")
   retrained_targets: str = _flag("targets", "", "those of --targets that --retrained is for; empty: all")
+  choices_of: str = _flag(
+    "targets",
+    "",
+    "a finished targets run of another model on the same pool: what it chose is trained on and judged, too",
+  )
 
   preset: str = _flag("paper", "quick", "how much: two cores, or an accelerator", ("quick", "full"))
   alpaca: str = _flag("paper", "", "path of an Alpaca JSON file, for the experiments on it; empty: they are left out")

@@ -3,6 +3,8 @@
   mean         s(i) = mean over q of S(q, i): what serves all queries together
   nearest      s(i) = mean of the k largest S(q, i) over q: what serves some queries well
   round_robin  queries take turns; each takes its best example that is not taken yet, so that every query is served
+  weighted_turns  the same, but queries with long responses have more turns: half of all turns are dealt out equally, as
+               perplexity by example counts, half by response tokens, as perplexity by token does
   topic_max    mean inside each evaluation topic, divided by that topic's root mean square, then the largest over topics
   topic_quota  topics take turns
 
@@ -18,13 +20,17 @@ import numpy as np
 from in2core_jax.errors import UserError
 
 BY_TOPIC = ("topic_max", "topic_quota")
-BY_QUERY = ("nearest", "round_robin")  # which need the value for every single query
+BY_QUERY = ("nearest", "round_robin", "weighted_turns")  # which need the value for every single query
 AGGREGATES = ("mean", *BY_QUERY, *BY_TOPIC)
 NEAREST = 10  # queries: of 1, 3, 5, 10, 20 the one that found most of the sources (docs/selection.md)
 
 
 def aggregate(
-  scores: np.ndarray, query_topics: Sequence[str], how: str = "mean", ids: Sequence[str] | None = None
+  scores: np.ndarray,
+  query_topics: Sequence[str],
+  how: str = "mean",
+  ids: Sequence[str] | None = None,
+  tokens: np.ndarray | None = None,
 ) -> np.ndarray:
   """Per-query scores -> one value per example.
 
@@ -37,6 +43,7 @@ def aggregate(
     query_topics: Q names.
     how: a word of `AGGREGATES`.
     ids: N example ids, for the ties of those that take turns; without them ties go by row.
+    tokens: [Q], response tokens of the queries, for weighted_turns.
 
   Returns:
     f64 [N].
@@ -56,6 +63,8 @@ def aggregate(
     return nearest_mean(scores)
   if how == "round_robin":
     return _turns(scores, ids)
+  if how == "weighted_turns":
+    return _turns(scores, ids, turn_shares(tokens, len(scores)))
   by_topic = topic_means(scores, query_topics)
   if how == "topic_max":
     rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
@@ -86,14 +95,44 @@ def topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray |
   return np.stack([np.average(values[codes == g], axis=0, weights=weights[codes == g]) for g in range(codes.max() + 1)])
 
 
-def _turns(scores: np.ndarray, ids: Sequence[str] | None) -> np.ndarray:
+def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
+  """Each query's share of the turns, f64 [Q]: half of them equal, half by response tokens.
+
+  Raises:
+    UserError: no token count for each query.
+  """
+  tokens = np.asarray(0 if tokens is None else tokens, np.float64)
+  if tokens.shape != (size,) or tokens.min() < 0 or not tokens.any():
+    raise UserError(f"weighted_turns needs the response tokens of {size} queries, got shape {tokens.shape}")
+  return 0.5 / size + 0.5 * tokens / tokens.sum()
+
+
+def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
+  """Whose turn it is, int [turns]: query q has its k-th turn at time k / share_q; ties go by position.
+
+  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . After any number of turns no query is ahead of another by more than
+  one turn of its own (stride scheduling).
+
+  Raises:
+    UserError: shares that are not positive and finite.
+  """
+  shares = np.asarray(shares, np.float64)
+  if shares.ndim != 1 or not np.isfinite(shares).all() or not (shares > 0).all():
+    raise UserError("shares of turns must be positive and finite, one for each query")
+  most = np.minimum(turns, np.ceil(turns * shares / shares.sum()).astype(np.int64) + 1)  # no query has more
+  relative = shares / shares.max()  # equal ones are 1, so that their times are whole numbers and tie
+  times = np.concatenate([np.arange(1, count + 1) / share for count, share in zip(most, relative, strict=True)])
+  whose = np.repeat(np.arange(len(shares)), most)
+  return whose[np.lexsort((whose, times))[:turns]]
+
+
+def _turns(scores: np.ndarray, ids: Sequence[str] | None, shares: np.ndarray | None = None) -> np.ndarray:
   """Priorities N..1 from rows of scores that take turns."""
   size = scores.shape[1]
   by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
   best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")]
   place, priority = np.zeros(len(scores), np.int64), np.zeros(size)
-  for turn in range(size):
-    mine = turn % len(scores)
+  for turn, mine in enumerate(turn_order(np.ones(len(scores)) if shares is None else shares, size)):
     while priority[best_first[mine, place[mine]]]:
       place[mine] += 1
     priority[best_first[mine, place[mine]]] = size - turn

@@ -22,7 +22,14 @@ import numpy as np
 from in2core_jax.errors import UserError
 from in2core_jax.selection import matching
 from in2core_jax.selection.aggregation import aggregate, finite, topic_means
-from in2core_jax.selection.inputs import SIMILARITIES, Budget, PolicyInputs, matching_target, means, query_weights
+from in2core_jax.selection.inputs import (
+  SIMILARITIES,
+  Budget,
+  PolicyInputs,
+  matching_target,
+  means,
+  query_weights,
+)
 from in2core_jax.selection.two_samples import Apart
 
 _LENGTH_BINS = 20
@@ -156,7 +163,9 @@ def _by_similarity(task: _Task, name: str) -> np.ndarray:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  order = proponents(aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool]))
+  order = proponents(
+    aggregate(values[:, task.pool], topics, how, [inputs.ids[row] for row in task.pool], inputs.similar_tokens)
+  )
   return _copies_last(task, order)
 
 

@@ -115,6 +115,7 @@ class PolicyInputs:
     towards: [N], mean hybrid similarity of each example with the queries, for the same.
     apart: how far the queries are from the pool as a whole, which decides for `auto`; None: not known.
     similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
+    similar_tokens: int [Q], their response tokens, for weighted turns.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
@@ -140,6 +141,7 @@ class PolicyInputs:
   towards: np.ndarray | None = None
   apart: Apart | None = None
   similar_topics: Sequence[str] | None = None
+  similar_tokens: np.ndarray | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
   query_tokens: np.ndarray | None = None
