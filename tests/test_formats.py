@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from in2core_jax.data import folders, json_files, tables
 from in2core_jax.data.file_kinds import check_data_file
 from in2core_jax.data.records import BadRecords
+from in2core_jax.data.source_specs import sources_of
 from in2core_jax.data.sources import check_fields, load_records, name_of
 from in2core_jax.errors import UserError
 
@@ -154,6 +155,29 @@ def test_values_of_tables_that_json_lacks():
   assert tables.to_plain([decimal.Decimal("1.5"), True, 7]) == [1.5, True, 7]
 
 
+def test_columns_of_all_types_are_read(tmp_path):
+  pairs = {"prompt": pa.array(["Q"]).dictionary_encode(), "response": pa.array([b"R"])}
+  others = {
+    "created_at": pa.array([1], pa.timestamp("ns", "UTC")),
+    "date": pa.array([datetime.date(2024, 1, 2)]),
+    "score": pa.array([decimal.Decimal("1.50")]),
+    "payload": pa.array([b"\xff"]),
+    "meta": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+  }
+  pq.write_table(pa.table(pairs | others), tmp_path / "d.parquet")
+  (record,) = load_records(str(tmp_path / "d.parquet"))
+  assert [m["content"] for m in record.messages] == ["Q", "R"] and record.unread == ("payload",)
+  assert json.loads(record.raw) == {
+    "prompt": "Q",
+    "response": "R",
+    "created_at": "1970-01-01T00:00:00+00:00",
+    "date": "2024-01-02",
+    "score": 1.5,
+    "payload": {"bytes": 1},
+    "meta": {"k": 1},
+  }
+
+
 # --- what is broken
 
 
@@ -182,6 +206,7 @@ BROKEN = [
   ("d.csv", b"instruction,output\nQ,\xff\n", r"d.csv:2: line 2 is not UTF-8"),
   ("d.csv", b"instruction,instruction\nQ,A\n", "the column 'instruction' stands twice"),
   ("d.csv", b"instruction,output\n", "d.csv has no rows"),
+  ("d.csv", b"\n\ninstruction;output\nQ;A;B\n", r"d.csv:4: it has 3 cells"),
   ("d.csv", b"", "d.csv is empty|d.csv has no rows"),
   ("d.parquet", parquet([{"odd": 1}]), r"d.parquet:1: unknown record shape"),
   ("d.parquet", parquet([*PAIRS[:2], {"id": None}]), r"d.parquet:3: 'instruction' must be a string"),
@@ -278,10 +303,12 @@ def test_a_folder_is_all_of_its_data_in_order(tmp_path):
   written(tmp_path / "data/c.csv", quoted(PAIRS[2:]))
   for other in ("README.md", ".hidden.jsonl", "_SUCCESS", "dataset_info.json"):
     (tmp_path / "data" / other).write_text("{}")
-  for spec in (str(tmp_path), f"file:{tmp_path}/data", f"{tmp_path}/data/[abc]*", f"jsonl:{tmp_path}/**/*.[jpc]*"):
+  patterns = (f"{tmp_path}/data/[abc]*", f"jsonl:{tmp_path}/**/*.[jpc]*")
+  for spec in (str(tmp_path), f"file:{tmp_path}/data", *patterns):
     records = load_records(spec)
     assert [record.example_id for record in records] == ["7", "08", "c"]
     assert len({name_of(record) for record in records}) == 1 and len({record.source for record in records}) == 3
+  assert len(load_records(f"{tmp_path}/data/[ab]*+{tmp_path}/data/c*")) == 3
 
 
 def test_splits_are_not_mixed_without_a_word(tmp_path):
@@ -353,6 +380,20 @@ def test_names_are_in_front_of_ids(tmp_path):
   assert {name_of(record) for record in load_records(f"a={one}+{two}")} == {"a", str(tmp_path / "two.jsonl")}
   named = load_records("talk=chatterbot:food")
   assert named[0].example_id.startswith("talk:") and named[0].raw == load_records("chatterbot:food")[0].raw
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+  st.text(alphabet=st.sampled_from("ab=+*:.-/5[?"), max_size=12), st.sampled_from(["", "jsonl:", "hub:", "x=file:"])
+)
+def test_any_text_names_sources_or_is_told(text, word):
+  try:
+    found = sources_of(word + text)
+  except UserError as error:
+    assert "\n" not in str(error)
+    return
+  for source in found:
+    assert 0 < source.share <= 1 and source.text in f"jsonl:{word}{text}"
 
 
 def test_columns_can_be_named_by_the_name_of_a_source(tmp_path):

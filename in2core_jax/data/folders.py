@@ -67,10 +67,11 @@ def _is_folder(path: pathlib.Path) -> bool:
 @functools.cache
 def _standard_input() -> tempfile._TemporaryFileWrapper:
   """Standard input as a file on the disk, once for all that read it; it outlives this function, not the process."""
-  if sys.stdin is None or sys.stdin.isatty():
-    raise UserError("-: standard input is a terminal; send a file to it: ./run.sh ... < FILE")
+  stream = getattr(sys.stdin, "buffer", None)  # a notebook has none
+  if stream is None or sys.stdin.isatty():
+    raise UserError("-: nothing is sent to standard input; send a file to it: ./run.sh ... < FILE")
   file = tempfile.NamedTemporaryFile(prefix="in2core-stdin-")  # noqa: SIM115
-  shutil.copyfileobj(sys.stdin.buffer, file)
+  shutil.copyfileobj(stream, file)
   file.flush()
   return file
 

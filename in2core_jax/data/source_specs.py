@@ -117,7 +117,9 @@ def _share_of(text: str, written: str | None) -> float:
 
 def _is_source(part: str) -> bool:
   _, text, _ = _taken_apart(part)
-  return _is_there(text) or (not re.match(r"(jsonl|file):", text) and re.match(_WORD, text) is not None)
+  return (
+    _is_there(text) or _is_pattern(text) or (not re.match(r"(jsonl|file):", text) and re.match(_WORD, text) is not None)
+  )
 
 
 def _is_pattern(text: str) -> bool:

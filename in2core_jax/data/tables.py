@@ -105,8 +105,11 @@ def _check_names(file: DataFile, names: list[str]) -> None:
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[list[dict[str, Any]]]:
   batch.validate(full=True)  # offsets of a damaged file would point out of its buffers
+  for i, field in enumerate(batch.schema):
+    if pa.types.is_timestamp(field.type) and field.type.unit == "ns":  # which Python's times are too coarse for
+      batch = batch.set_column(i, field.name, batch[i].cast(pa.timestamp("us", field.type.tz), safe=False))
   for start in range(0, batch.num_rows, _ROWS):
-    yield batch.slice(start, _ROWS).to_pylist()
+    yield batch.slice(start, _ROWS).to_pylist(maps_as_pydicts="strict")
 
 
 def _parquet_rows(file: DataFile) -> Iterator[dict[str, Any]]:
@@ -203,9 +206,10 @@ def _csv_rows(file: DataFile, not_utf8: list[int]) -> Iterator[tuple[int, list[s
         not_utf8.append(number)
         yield data.decode("utf-8", "replace")
 
-  source = lines()
-  first = next(source, "")
-  reader = csv.reader(itertools.chain([first], source), delimiter=_separator(first), strict=True)
+  source, head = lines(), [""]
+  while not head[-1].strip() and (line := next(source, None)) is not None:
+    head.append(line)
+  reader = csv.reader(itertools.chain(head[1:], source), delimiter=_separator(head[-1]), strict=True)
   begins = 1
   try:
     for cells in reader:
