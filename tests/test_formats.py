@@ -393,7 +393,7 @@ def test_any_text_names_sources_or_is_told(text, word):
     assert "\n" not in str(error)
     return
   for source in found:
-    assert 0 < source.share <= 1 and source.text in f"jsonl:{word}{text}"
+    assert 0 < source.share <= 1 and source.place in word + text and source.name in word + text
 
 
 def test_columns_can_be_named_by_the_name_of_a_source(tmp_path):
