@@ -192,7 +192,7 @@ BROKEN = [
   ("d.parquet.gz", gzip.compress(parquet(PAIRS)), "a table compressed by gzip as a whole; unpack it first"),
   ("d.json", WRAPPED, r"d.json:1: broken JSON array \(expected a comma or the closing bracket\) at ''"),
   ("d.json", WRAPPED + b'], "more": [{"a": 1}]}', "one object with two lists, 'data' and 'more'"),
-  ("d.json", WRAPPED + b"]} {}", r"d.json:1: broken JSON array \(text after the object that holds 'data'\)"),
+  ("d.json", WRAPPED + b"\n]} {}", r"d.json:2: broken JSON array \(text after the object that holds 'data'\)"),
   ("d.json", b"[" + GOOD.splitlines()[0] + b",\n\n" + b'{"a": "\xff"}]', r"d.json:3: byte 0xff is not UTF-8"),
   ("d.parquet", parquet(PAIRS)[:-4], "d.parquet: the Parquet file cannot be read"),
   ("d.parquet", b"PAR1", "d.parquet: the Parquet file cannot be read"),
@@ -267,6 +267,12 @@ def test_arrays_in_pieces_are_whole_arrays(tmp_path_factory, values, piece, wrap
   assert [item.value for item in found] == values
   lines = path.read_text().split("\n")
   assert all(lines[item.line - 1].lstrip(' [,{"dat:').startswith(("n", '"n', "")) for item in found)
+
+
+def test_records_that_begin_with_a_list_are_lines(tmp_path):
+  rows = [{"examples": [{"a": i}], "prompt": f"Q{i}", "response": "A"} for i in range(3)]
+  records = load_records(written(tmp_path / "d.jsonl", json_lines(rows)))
+  assert len(records) == 3 and records[0].unread == ("examples",)
 
 
 @pytest.mark.parametrize("cut", range(1, 60))

@@ -10,6 +10,7 @@ from huggingface_hub import _tree_cache, constants
 
 from in2core_jax.data import hub
 from in2core_jax.data.sources import load_records, name_of
+from in2core_jax.data.tokenizing import data_summary, tokenize, told_lines
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from tests.test_weights import CONFIG, make_params
@@ -90,7 +91,7 @@ def test_parts_of_a_data_set(cache, files, words, prompts):
   records = load_records(f"hub:some-org/a.set{words}")
   assert "".join(record.messages[0]["content"] for record in records) == prompts
   assert {name_of(record) for record in records} == {f"hub:some-org/a.set{words}"}
-  assert all(record.source.startswith(f"hub:some-org/a.set@{NEW[:12]}/") for record in records)
+  assert all(record.source.startswith(f"hub:some-org/a.set@{NEW}/") for record in records)
   named = load_records(f"chatterbot:food+own=hub:some-org/a.set{words}*1")
   assert named[-1].example_id == f"own:{records[-1].example_id}"
 
@@ -102,6 +103,8 @@ def test_a_revision_is_kept_to(cache):
   for revision, prompt in revisions.items():
     (record,) = load_records(f"hub:org/set{revision}")
     assert record.messages[0]["content"] == prompt and name_of(record) == "hub:org/set"
+  summary = data_summary({"train": tokenize([record], make_tokenizer(2000), 64)})
+  assert summary["hub"] == [f"hub:org/set@{OLD}"] and any(OLD in line for line in told_lines(summary))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import functools
 import logging
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from in2core_jax.data.file_kinds import DataFile, check_data_file
 from in2core_jax.data.folders import DATA_PATTERNS, found_in, split_of, words_of_split
@@ -50,7 +50,7 @@ def hub_data(place: str) -> list[DataFile]:
     named = ", ".join(sets[:8]) + (", ..." if len(sets) > 8 else "")
     raise UserError(printable(f"hub:{place} holds several sets of files: {named}; name one: hub:{repo}/{sets[0]}"))
   _check_shards(place, chosen)
-  shown = f"hub:{repo}@{folder.name[:12]}"
+  shown = f"hub:{repo}@{folder.name}"
   return [check_data_file(relative[path], f"{shown}/{path}") for path in sorted(chosen)]
 
 
@@ -95,8 +95,14 @@ def _snapshot(shown: str, repo: str, kind: str, revision: str | None, patterns: 
   except OSError as error:
     raise UserError(f"{shown} cannot be fetched ({_line(error)})") from error
   folder = pathlib.Path(found)
-  log.info("%s is commit %s; @%s keeps to it", printable(shown), folder.name, folder.name[:12])
+  log.info("%s is commit %s", printable(shown), folder.name)
   return folder
+
+
+def commits_of(sources: Iterable[str]) -> list[str]:
+  """`hub:ORG/NAME@COMMIT` of each data set that records are of, by their `Record.source`."""
+  found = (re.match(r"hub:[\w.-]+/[\w.-]+@\w+", source) for source in set(sources))
+  return sorted({match[0] for match in found if match})
 
 
 def _cache() -> str:

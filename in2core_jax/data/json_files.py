@@ -23,7 +23,7 @@ _PIECE = 1 << 20  # bytes that are read at once
 _CUT_OFF = 16
 _LISTS = ("data", "records", "rows", "examples", "instances", "items")
 _SCALAR = r'(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)'
-# {"data": [{ with nothing but numbers and texts before: no record of any shape begins so.
+# {"data": [{ with nothing but numbers and texts before.
 _WRAPPED = re.compile(rf'\s*\{{\s*(?:"[^"\\]*"\s*:\s*{_SCALAR}\s*,\s*)*"(?:{"|".join(_LISTS)})"\s*:\s*\[\s*\{{')
 
 
@@ -50,9 +50,20 @@ def json_items(file: DataFile, fields: Mapping[str, str], bad: BadRecords) -> It
     raise UserError(f"{file.shown} is empty; it must hold one JSON object a line, or one JSON array")
   if head.lstrip()[:1] == b"[":
     return _array_items(file, fields, bad)
-  if _WRAPPED.match(head.decode("utf-8", "replace")):
+  if _WRAPPED.match(head.decode("utf-8", "replace")) and not _first_line_is_a_value(file):
     return _wrapped_items(file, fields, bad)
   return _line_items(file, fields, bad)
+
+
+def _first_line_is_a_value(file: DataFile) -> bool:
+  """Whether the first line is JSON by itself and others follow: a record that happens to have a list called `data`."""
+  with file.open() as stream:
+    line, rest = stream.readline(_WHOLE), stream.read(1 << 16)
+  try:
+    Decoder().whole(line.decode("utf-8-sig"))
+  except (UnicodeDecodeError, Refused):
+    return False
+  return bool(rest.strip())
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:

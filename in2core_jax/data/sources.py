@@ -5,7 +5,6 @@ To add a source: a function that yields `Item`s, a branch in `_items`, and its w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import pathlib
@@ -169,7 +168,8 @@ def _items(part: Source, fields: dict[str, str], bad: BadRecords) -> Iterator[It
     items = _checked(_tfds_items(part.place, fields), fields)
   else:
     raise UserError(f"unknown data source {part.text!r}; {_meant(part)}use one of {_KNOWN_SOURCES}")
-  return (dataclasses.replace(item, origin=part.origin, name=part.name) for item in items)
+  origin, name = part.origin, part.name
+  return (Item(one.value, one.raw, one.source, one.line, one.fields, origin, name) for one in items)
 
 
 def _file_items(files: Iterable[DataFile], fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:

@@ -264,7 +264,9 @@ def _what_it_has(turn: Any) -> str:
 
 
 def _role(value: Any, key: str, at: str) -> str:
-  role = re.sub(r"[\s-]+", "_", value.strip().rstrip(":").lower()) if isinstance(value, str) else None
+  role = value if isinstance(value, str) else None
+  if role is not None and role not in _ROLES:  # most are written as they are known
+    role = re.sub(r"[\s-]+", "_", value.strip().rstrip(":").lower())
   if role not in _ROLES:
     raise UserError(f"{at} has {key}={value!r}; known: {', '.join(_ROLES)}")
   return _ROLES[role]
