@@ -173,7 +173,11 @@ BOTH = [
   ({"prompt": "Q", "response": "R", "question": "q", "answer": "a"}, QA, {"question", "answer"}),
   ({"question": "Q", "response": "R", "answer": "a"}, QA, {"answer"}),
   ({"problem": "Q", "solution": "R", "answer": "4"}, QA, {"answer"}),
-  ({"prompt": "P", "response": None, "question": "Q", "answer": "R"}, QA, {"prompt"}),
+  ({"prompt": "Q", "response": None, "question": "q", "answer": "a"}, [(U, "Q")], {"question", "answer"}),
+  ({"prompt": "", "response": "R", "question": "q", "answer": "a"}, [(U, ""), (A, "R")], {"question", "answer"}),
+  ({"instruction": "", "input": "Q", "output": ""}, [(U, "\n\nQ")], set()),
+  ({"prompt": None, "response": None, "question": "Q", "answer": "R"}, QA, set()),
+  ({"instruction": "", "output": "", "question": "Q", "answer": "R"}, QA, set()),
   ({"question": "Q", "answer": "R", "context": "c", "choices": ["a", "b"]}, QA, {"context", "choices"}),
   ({"prompt": "Q", "completion": "R", "text": "another text"}, QA, {"text"}),
 ]

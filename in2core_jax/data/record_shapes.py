@@ -1,6 +1,6 @@
 """The shapes that people write a record in -> its messages, its tools, and the keys that nobody reads.
 
-To add a shape: a row of `_SHAPES`. Nothing here knows a file format or a tokenizer.
+To add a shape: a row of `_MORE_SHAPES`. Nothing here knows a file format or a tokenizer.
 """
 
 from __future__ import annotations
@@ -288,20 +288,22 @@ class _Shape:
   fits: Callable[[Mapping[str, Any]], bool] = lambda view: True
 
 
-# The first that fits is taken. New ones go behind: a record that fits an older one keeps its messages and its id.
-_SHAPES = (
+# The first that fits is taken. A record that one of the first kind reads is not looked at by others: it keeps its id.
+_FIRST_SHAPES = (
   _Shape(("messages",), _conversation("messages")),
   _Shape(("conversations",), _conversation("conversations", spelling=1)),  # ShareGPT, LIMA
   _Shape(("instruction", "output"), _pair("instruction", "output", "input")),  # Alpaca
   _Shape(("prompt", "completion"), _pair("prompt", "completion")),
   _Shape(("prompt", "response"), _pair("prompt", "response")),
+)
+_MORE_SHAPES = (
   _Shape(("instruction", "response"), _pair("instruction", "response", "input", "context")),  # Dolly
   _Shape(("question", "response"), _pair("question", "response")),  # OpenOrca
   _Shape(("question", "answer"), _pair("question", "answer")),  # GSM8K
   _Shape(("query", "response"), _pair("query", "response")),  # MetaMath
   _Shape(("problem", "solution"), _pair("problem", "solution")),
   _Shape(("inputs", "targets"), _pair("inputs", "targets")),  # FLAN, Aya
-  _Shape(("input", "output"), _pair("input", "output")),
+  _Shape(("input", "output"), _pair("input", "output"), lambda view: "instruction" not in view),
   _Shape(("conversation",), _conversation("conversation")),
   _Shape(("data",), _conversation("data"), _is_texts),  # UltraChat
   _Shape(("text",), _written_out, _has_speakers),  # Guanaco
@@ -311,15 +313,19 @@ _SHAPES = (
 def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[str, ...], _Parse]:
   """The first shape whose columns are all filled, or else there: a table of several shapes has empty columns."""
   filled = {column for column in view if not is_empty(view[column])}
-  for there in (
-    lambda columns: filled.issuperset(columns),
-    lambda columns: columns[0] in filled and view.keys() >= {*columns},
-    lambda columns: view.keys() >= {*columns},
+  there = lambda columns: view.keys() >= {*columns}  # noqa: E731
+  asked = lambda columns: columns[0] in filled and there(columns)  # noqa: E731
+  # A blank prompt with an answer is a pair all the same.
+  blank = lambda columns: there(columns) and isinstance(view[columns[0]], str) and filled & {*columns}  # noqa: E731
+  for shapes, fit in (
+    *((_FIRST_SHAPES, fit) for fit in (filled.issuperset, asked, blank)),
+    *((_MORE_SHAPES, fit) for fit in (filled.issuperset, asked)),
+    *((shapes, there) for shapes in (_FIRST_SHAPES, _MORE_SHAPES)),
   ):
-    for shape in _SHAPES:
-      if there(shape.columns) and shape.fits(view):
+    for shape in shapes:
+      if fit(shape.columns) and shape.fits(view):
         return shape.columns, shape.parse
-  known = "; ".join(" + ".join(shape.columns) for shape in _SHAPES[:-2])
+  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2]))
   raise UserError(
     f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
     "with ### Human: and ### Assistant:; name the columns with data_fields, for example prompt=question,response=answer"
