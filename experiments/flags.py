@@ -77,6 +77,6 @@ def read(tells_costs: bool = False) -> Settings:
   if settings.hardware and not settings.dry_run:
     raise UserError(f"--hardware={settings.hardware} is for --dry_run: a run takes the devices that are here (--mesh)")
   if not settings.train_data.strip():
-    raise UserError("--train_data is empty: give chatterbot, jsonl:FILE.jsonl or another source (--help lists them)")
+    raise UserError("--train_data is empty: give chatterbot, file:FILE.jsonl or another source (--help lists them)")
   ranges.check(dataclasses.asdict(settings))
   return settings

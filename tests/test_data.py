@@ -267,7 +267,10 @@ def test_mistakes_in_a_file(tmp_path, text, message):
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
-    ("csv:x", "unknown data source 'csv:x'; use one of chatterbot"),
+    (
+      "csv:x",
+      "unknown data source 'csv:x'; the kind of a file is seen from its contents: file:x; use one of chatterbot",
+    ),
     ("jsonl:", "unknown data source"),
     ("jsonl:/no/such/file.jsonl", "/no/such/file.jsonl: no such file"),
     ("chatterbot:ai,gardening", "no topic 'gardening'; its topics are: ai, botprofile"),

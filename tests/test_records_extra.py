@@ -2,18 +2,16 @@
 
 import json
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax.data.file_kinds import check_data_file
 from in2core_jax.data.records import BadRecords, Item, to_records
-from in2core_jax.errors import UserError
 
 RECORD_KEYS = (
   *("messages", "conversations", "instruction", "input", "output", "prompt", "response", "completion", "history"),
   *("system", "system_prompt", "tools", "functions", "id", "topic", "weight", "label", "images", "chosen", "mask"),
-  *("reasoning_content", "mood"),
+  *("reasoning_content", "mood", "question", "answer", "context", "inputs", "targets", "text", "data", "conversation"),
 )
 TURN_KEYS = (
   *("role", "content", "from", "value", "tool_calls", "function_call", "reasoning", "thinking", "weight", "train"),
@@ -26,7 +24,20 @@ SCALARS = st.one_of(
   st.sampled_from([0.0, 0.5, 1.0, float("inf")]),
   st.sampled_from(["", " ", "x", "\ud800", "\x1b"]),
 )
-WORDS = st.sampled_from(["user", "gpt", "tool", "system", "function_call", "text", "thinking", "[]", '{"name": "f"}'])
+WORDS = st.sampled_from(
+  [
+    "user",
+    "gpt",
+    "tool",
+    "system",
+    "function_call",
+    "text",
+    "thinking",
+    "[]",
+    "### Human: x### Assistant: y",
+    '{"name": "f"}',
+  ]
+)
 
 
 def _objects(values):
@@ -59,10 +70,9 @@ def test_a_call_of_a_list_is_refused():
   assert "must be an object but is a list" in bad.kept[0]["reason"]
 
 
-def test_a_quoted_table_is_named_and_lone_texts_are_not_one(tmp_path):
+def test_a_quoted_table_is_recognised_and_lone_texts_are_not_one(tmp_path):
   path = tmp_path / "d.jsonl"
   path.write_text('"prompt","response"\n"a","b"\n')
-  with pytest.raises(UserError, match="a table separated by commas"):
-    check_data_file(path)
+  assert check_data_file(path).kind == "csv"
   path.write_text('"text"\n')
-  check_data_file(path)  # refused as a record that is no object
+  assert check_data_file(path).kind == "json"  # refused as a record that is no object

@@ -477,7 +477,8 @@ def test_random_weights_follow_the_seed(tmp_path):
 @pytest.mark.parametrize("spec", ["", "gpt2", "hf:", "gguf", "torch:x", "smollm2:x"])
 def test_unknown_model_specs_list_the_forms(spec):
   with pytest.raises(
-    UserError, match="use smollm2, gemma3, hf:DIR, gguf:FILE, random:CONFIG.json or truncated:MODEL:LAYERS"
+    UserError,
+    match="use smollm2, gemma3, hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json or truncated:MODEL:LAYERS",
   ):
     weights.load_model(spec)
 

@@ -521,7 +521,9 @@ def _curvature_of(s: Settings, usable: int) -> str:
 
 def _sources(s: Settings) -> str:
   """The training data without the folders of files, and which block of it."""
-  named = " + ".join(re.sub(r"^(jsonl:).*/", r"\1", source) for source in s.train_data.split("+"))
+  named = " + ".join(
+    re.sub(r"^((?:\w[\w.-]*=)?(?:jsonl|file):).*/", r"\1", source) for source in s.train_data.split("+")
+  )
   return f"{named} (block {s.limit_block} of the limits' size)" if s.limit_block else named
 
 

@@ -65,7 +65,7 @@ class Target:
 
 def labels_of(record: tokenizing.Record) -> set[str]:
   """The names by which a target may ask for a record: its topic, and its source without folder and ending."""
-  return {record.topic, pathlib.PurePath(name_of(record.source)).name.partition(".")[0]} - {""}
+  return {record.topic, pathlib.PurePath(name_of(record)).name.partition(".")[0]} - {""}
 
 
 def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: Settings) -> list[Target]:
@@ -417,7 +417,7 @@ def write_tables(run_dir, bench: Session, s: Settings, targets: list[Target], fo
 
 
 def _sources(bench: Session) -> str:
-  names = [pathlib.PurePath(name_of(record.source)).name for record in bench.splits["train"].records]
+  names = [pathlib.PurePath(name_of(record)).name for record in bench.splits["train"].records]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

@@ -16,11 +16,17 @@ _NESTED = f"lists or objects stand more than {MAX_DEPTH} deep in each other"
 
 
 class Refused(ValueError):
-  """Text that is JSON by its form, or nearly so, and is not read; the message says why. `position`: of broken JSON."""
+  """Text that is JSON by its form, or nearly so, and is not read; the message says why.
 
-  def __init__(self, reason: str, position: int | None = None):
-    super().__init__(reason)
+  Attributes:
+    position: of broken JSON.
+    reason: the message without that place.
+  """
+
+  def __init__(self, message: str, position: int | None = None, reason: str | None = None):
+    super().__init__(message)
     self.position = position
+    self.reason = message if reason is None else reason
 
 
 class Decoder:
@@ -65,7 +71,7 @@ class Decoder:
     except RecursionError:
       raise Refused(_NESTED, at) from None
     except json.JSONDecodeError as error:
-      raise Refused(str(error), error.pos) from None
+      raise Refused(str(error), error.pos, error.msg) from None
     except StopIteration as error:  # raw_decode's way to say that there is no value
       raise Refused("Expecting value", error.value) from None
     if not self._problems and _may_be_deep(text, at, end) and depth(value) > MAX_DEPTH:

@@ -112,6 +112,9 @@ _NO_MEANING = frozenset(
     "tasks",
     "task_type",
     "task_name",
+    "template_type",
+    "annotation_type",
+    "language_code",
     "type",
     "kind",
     "tag",
@@ -344,6 +347,15 @@ def _holds_parts(value: Any) -> bool:
     if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or is_medium(key))):
       return True
   return False
+
+
+def column_type(key: str) -> str:
+  """What a column of a table of texts holds under a name: "truth" or "number" values, which JSON would have as such."""
+  name = snake(key)
+  if name in _WANTED | _UNWANTED:
+    return "truth"
+  flags = LEARNT | NOT_LEARNT | _SAMPLE_WEIGHTS | _SETTINGS.keys() | _COUNTED_LISTS
+  return "number" if name in flags or _about_loss(name) or _OF_NUMBERS.fullmatch(name) else "text"
 
 
 def is_medium(key: str) -> bool:

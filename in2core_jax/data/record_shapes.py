@@ -1,17 +1,18 @@
 """The shapes that people write a record in -> its messages, its tools, and the keys that nobody reads.
 
-To add a shape: a row of `_SHAPES`. Nothing here knows a file format or a tokenizer.
+To add a shape: a row of `_MORE_SHAPES`. Nothing here knows a file format or a tokenizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from in2core_jax.data import record_keys
 from in2core_jax.data.record_keys import is_empty
-from in2core_jax.data.turns import REASONING, Message, TurnReader, clean, read_tools, type_name
+from in2core_jax.data.turns import REASONING, Message, TurnReader, clean, listed, read_tools, type_name
 from in2core_jax.errors import UserError
 
 Messages = tuple[Message, ...]
@@ -25,9 +26,13 @@ ROLES = (
   *("messages", "conversations", "system", "history", "tools", "reasoning", "id", "topic"),
 )
 _TEXT_ROLES = frozenset(ROLES) - {"system", "tools", "id", "topic"}
-# A round of `history` as an object: its question and its answer.
+# Columns that often hold the whole record once more, as one text.
+_RENDERINGS = ("text", "full_text", "formatted_text")
+_Parse = Callable[[Mapping[str, Any], TurnReader, set[str]], list[Message]]
+# A round as an object: its question and its answer.
 _ROUNDS = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("prompt", "response"))
 _ROUNDS += (("question", "answer"), ("query", "response"), ("instruction", "output"), ("q", "a"))
+_ROUNDS += (("input", "output"), ("human", "bot"), ("user", "bot"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +85,24 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
     if key not in read and not is_empty(item):
       record_keys.refuse_medium(key, item)
       # Whoever names the columns of the text has said that the others are none of it.
-      settled = not named and record_keys.check_record_key(key, item)
+      settled = (not named and record_keys.check_record_key(key, item)) or _is_rendering(key, item, messages)
       if not settled and not record_keys.has_no_meaning(key, item):
         unread.append(key)
   unread += reader.unread
   return Conversation(_end_at_last_response(messages), tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic)
+
+
+def _is_rendering(key: str, value: Any, messages: Sequence[Message]) -> bool:
+  """Whether a text is the conversation once more, written out as some trainer wants it."""
+  if key not in _RENDERINGS or not isinstance(value, str):
+    return False
+  at = 0
+  for said in (message["content"].strip() for message in messages):
+    at = value.find(said, at)
+    if at < 0:
+      return False
+    at += len(said)
+  return True
 
 
 # ---- the parts that all shapes have ----------------------------------------------------------------------------------
@@ -145,6 +163,7 @@ def _text(view: Mapping[str, Any], key: str, optional: bool = False) -> str:
 
 def _history(value: Any, reader: TurnReader) -> list[Message]:
   """Earlier rounds: pairs of a question and an answer, objects of two texts, or turns with roles."""
+  value = listed(value, "history")
   if is_empty(value):
     return []
   if not isinstance(value, list):
@@ -154,20 +173,32 @@ def _history(value: Any, reader: TurnReader) -> list[Message]:
     at = f"round {i} of 'history'"
     if isinstance(pair, dict) and ("role" in pair or "from" in pair):
       messages.append(reader.turn(pair, at, "history[]"))
-      continue
-    question, answer, rest = _round(pair, at)
-    if is_empty(question) and is_empty(answer):
-      continue
-    messages.append(reader.turn({"role": "user", "content": question}, at, "history[]"))
-    messages.append(reader.turn({"role": "assistant", "content": answer} | rest, at, "history[]"))
+    else:
+      messages += _turns_of_round(pair, at, "history[]", reader)
   return messages
+
+
+def _turns_of_round(pair: Any, at: str, path: str, reader: TurnReader) -> list[Message]:
+  """A question and its answer; nothing where both are empty."""
+  question, answer, rest = _round(pair, at)
+  if is_empty(question) and is_empty(answer):
+    return []
+  asked = reader.turn({"role": "user", "content": question}, at, path)
+  return [asked, reader.turn({"role": "assistant", "content": answer} | rest, at, path)]
+
+
+def _names_of_round(pair: Any) -> tuple[str, str] | None:
+  """The names of its question and answer; None for what is no such object."""
+  if not isinstance(pair, dict) or "role" in pair or "from" in pair:
+    return None
+  return next((names for names in _ROUNDS if all(name in pair for name in names)), None)
 
 
 def _round(pair: Any, at: str) -> tuple[Any, Any, dict[str, Any]]:
   """(question, answer, what else is there) of an earlier round."""
   if isinstance(pair, list) and len(pair) == 2 and not any(isinstance(text, dict) for text in pair):
     return pair[0], pair[1], {}
-  names = next((names for names in _ROUNDS if isinstance(pair, dict) and all(name in pair for name in names)), None)
+  names = _names_of_round(pair)
   if names is None:
     raise UserError(f"{at} must be a question and its answer, [question, answer], but is {record_keys.shown(pair)}")
   rest = {key: item for key, item in pair.items() if key not in names}
@@ -177,68 +208,127 @@ def _round(pair: Any, at: str) -> tuple[Any, Any, dict[str, Any]]:
 # ---- the shapes ------------------------------------------------------------------------------------------------------
 
 
-def _pair(view: Mapping[str, Any], prompt: str, response: str, reader: TurnReader, used: set[str]) -> list[Message]:
-  """Earlier rounds, a prompt and its response; a missing or null response is an empty one."""
-  used.add("history")
-  messages = _history(view.get("history"), reader)
-  answer = {"role": "assistant", "content": _text(view, response, optional=True)}
-  thoughts = {key: view[key] for key in REASONING[:3] if not is_empty(view.get(key))}
-  used.update(thoughts)
+def _turns(view: Mapping[str, Any], key: str, reader: TurnReader, spelling: int = 0) -> list[Message]:
+  """A conversation: turns with roles, texts that alternate between user and assistant, or rounds of two texts."""
+  value = listed(view[key], key)
+  if isinstance(value, list) and value:
+    if all(isinstance(text, str) for text in value):
+      return [{"role": ("user", "assistant")[i % 2], "content": clean(text)} for i, text in enumerate(value)]
+    if all(_names_of_round(pair) for pair in value):
+      rounds = (_turns_of_round(pair, f"round {i} of {key!r}", f"{key}[]", reader) for i, pair in enumerate(value))
+      return [message for found in rounds for message in found]
+  return reader.turns(value, key, spelling)
+
+
+def _pair(prompt: str, response: str, *extras: str) -> _Parse:
+  """Reads a prompt, the columns that are added to it, and its response; with earlier rounds and reasoning."""
+
+  def parse(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
+    used.update(("history", *extras))
+    messages = _history(view.get("history"), reader)
+    if _has_roles(view[prompt]):
+      # As TRL has it: what stands in the prompt is context, and the completion alone is learnt.
+      asked = [{**m, "train": False} if is_learnt(m) else m for m in reader.turns(view[prompt], prompt)]
+      texts = []
+    else:
+      asked, texts = [{"role": "user", "content": ""}], [_text(view, prompt)]
+    more = [text for text in (_text(view, extra, optional=True) for extra in extras) if text.strip()]
+    if texts or more:
+      asked[-1]["content"] = "\n\n".join([*filter(None, [asked[-1]["content"]]), *texts, *more])
+    if _has_roles(view.get(response)):
+      return [*messages, *asked, *reader.turns(view[response], response)]
+    answer = {"role": "assistant", "content": _text(view, response, optional=True)}
+    thoughts = {key: view[key] for key in REASONING[:3] if not is_empty(view.get(key))}
+    used.update(thoughts)
+    return [*messages, *asked, reader.turn(answer | thoughts, "the record", "")]
+
+  return parse
+
+
+def _has_roles(value: Any) -> bool:
+  """Whether a prompt or a completion is a list of turns (tfds: an object of lists) and no text."""
+  if isinstance(value, dict):
+    return bool(value) and all(isinstance(column, list) for column in value.values())
+  return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _conversation(key: str, spelling: int = 0) -> _Parse:
+  return lambda view, reader, used: _turns(view, key, reader, spelling)
+
+
+_SPEAKERS = re.compile(r"### ?(Human|User|Assistant|System): ?")
+
+
+def _written_out(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
+  """Turns that stand in one text, `### Human: ... ### Assistant: ...`."""
+  before, *rest = _SPEAKERS.split(_text(view, "text"))
+  if before.strip():
+    raise UserError(f"'text' has {record_keys.shown(before)} before its first speaker; remove it, or write 'messages'")
+  said = [text.strip() for text in rest[1::2]]
   return [
-    *messages,
-    {"role": "user", "content": prompt},
-    reader.turn(answer | thoughts, "the record", ""),
+    reader.turn({"role": role, "content": text}, "the text", "text") for role, text in zip(rest[::2], said, strict=True)
   ]
 
 
-def _chat(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
-  return reader.turns(view["messages"], "messages")
+def _has_speakers(view: Mapping[str, Any]) -> bool:
+  text = view["text"]
+  return isinstance(text, str) and {"Assistant"} < {*_SPEAKERS.findall(text)}
 
 
-def _sharegpt(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
-  return reader.turns(view["conversations"], "conversations", spelling=1)
+def _is_texts(view: Mapping[str, Any]) -> bool:
+  return isinstance(view["data"], list) and all(isinstance(text, str) for text in view["data"])
 
 
-def _alpaca(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
-  used.add("input")
-  extra = _text(view, "input", optional=True)
-  instruction = _text(view, "instruction")
-  return _pair(view, f"{instruction}\n\n{extra}" if extra.strip() else instruction, "output", reader, used)
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+  """Columns that a record of this shape has, and what reads it, adding the columns that it reads besides."""
+
+  columns: tuple[str, ...]
+  parse: _Parse
+  fits: Callable[[Mapping[str, Any]], bool] = lambda view: True
 
 
-def _prompt_completion(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
-  return _pair(view, _text(view, "prompt"), "completion", reader, used)
-
-
-def _prompt_response(view: Mapping[str, Any], reader: TurnReader, used: set[str]) -> list[Message]:
-  return _pair(view, _text(view, "prompt"), "response", reader, used)
-
-
-_Parse = Callable[[Mapping[str, Any], TurnReader, set[str]], list[Message]]
-# Columns that a record of this shape has, and what reads it, adding the columns that it reads besides.
-_SHAPES: tuple[tuple[tuple[str, ...], _Parse], ...] = (
-  (("messages",), _chat),
-  (("conversations",), _sharegpt),
-  (("instruction", "output"), _alpaca),
-  (("prompt", "completion"), _prompt_completion),
-  (("prompt", "response"), _prompt_response),
+# The first that fits is taken. A record that one of the first kind reads is not looked at by others: it keeps its id.
+_FIRST_SHAPES = (
+  _Shape(("messages",), _conversation("messages")),
+  _Shape(("conversations",), _conversation("conversations", spelling=1)),  # ShareGPT, LIMA
+  _Shape(("instruction", "output"), _pair("instruction", "output", "input")),  # Alpaca
+  _Shape(("prompt", "completion"), _pair("prompt", "completion")),
+  _Shape(("prompt", "response"), _pair("prompt", "response")),
+)
+_MORE_SHAPES = (
+  _Shape(("instruction", "response"), _pair("instruction", "response", "input", "context")),  # Dolly
+  _Shape(("question", "response"), _pair("question", "response")),  # OpenOrca
+  _Shape(("question", "answer"), _pair("question", "answer")),  # GSM8K
+  _Shape(("query", "response"), _pair("query", "response")),  # MetaMath
+  _Shape(("problem", "solution"), _pair("problem", "solution")),
+  _Shape(("inputs", "targets"), _pair("inputs", "targets")),  # FLAN, Aya
+  _Shape(("input", "output"), _pair("input", "output"), lambda view: "instruction" not in view),
+  _Shape(("conversation",), _conversation("conversation")),
+  _Shape(("data",), _conversation("data"), _is_texts),  # UltraChat
+  _Shape(("text",), _written_out, _has_speakers),  # Guanaco
 )
 
 
 def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[str, ...], _Parse]:
   """The first shape whose columns are all filled, or else there: a table of several shapes has empty columns."""
   filled = {column for column in view if not is_empty(view[column])}
-  for there in (filled.issuperset, lambda columns: columns[0] in filled and view.keys() >= {*columns}):
-    for columns, parse in _SHAPES:
-      if there(columns):
-        return columns, parse
-  for columns, parse in _SHAPES:
-    if view.keys() >= {*columns}:
-      return columns, parse
-  known = "; ".join(" + ".join(columns) for columns, _ in _SHAPES)
+  there = lambda columns: view.keys() >= {*columns}  # noqa: E731
+  asked = lambda columns: columns[0] in filled and there(columns)  # noqa: E731
+  # A blank prompt with an answer is a pair all the same.
+  blank = lambda columns: there(columns) and isinstance(view[columns[0]], str) and filled & {*columns}  # noqa: E731
+  for shapes, fit in (
+    *((_FIRST_SHAPES, fit) for fit in (filled.issuperset, asked, blank)),
+    *((_MORE_SHAPES, fit) for fit in (filled.issuperset, asked)),
+    *((shapes, there) for shapes in (_FIRST_SHAPES, _MORE_SHAPES)),
+  ):
+    for shape in shapes:
+      if fit(shape.columns) and shape.fits(view):
+        return shape.columns, shape.parse
+  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2]))
   raise UserError(
-    f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; "
-    "name the columns with data_fields, for example prompt=question,response=answer"
+    f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
+    "with ### Human: and ### Assistant:; name the columns with data_fields, for example prompt=question,response=answer"
   )
 
 

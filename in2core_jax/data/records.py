@@ -27,15 +27,16 @@ class Record:
 
   Attributes:
     example_id: unique within its source: the given id, or the first 16 hex digits of the content key; a repetition of
-      the same messages gets the suffix -2, -3, ... in source order.
+      the same messages gets the suffix -2, -3, ... in source order. The name of its source, if it has one, is in front.
     messages: ({"role": "system" | "user" | "assistant" | "tool", "content": text}, ...), ending with the last response;
       what else a message may have is told in `turns.py`.
     topic: column `topic`, `source` or `category`, or "".
     raw: the source record as one JSON line, exactly as it was read.
     source: the file or data set that it came from.
-    line: 1-based line of the file (position in the split for tfds).
+    line: 1-based line of the file, row of a table (position in the split for tfds).
     tools: definitions of the tools that the conversation may use, for the template.
     unread: names of keys that nobody renders and that are not known to be without meaning.
+    origin: the source of the pool that it is of, which may be many files; "": `source` itself.
   """
 
   example_id: str
@@ -46,6 +47,7 @@ class Record:
   line: int
   tools: tuple[dict[str, Any], ...] = ()
   unread: tuple[str, ...] = ()
+  origin: str = ""
 
   @property
   def content_key(self) -> str:
@@ -78,6 +80,8 @@ class Item:
     raw: its text.
     source, line: its place.
     fields: {role: column} of its source.
+    origin: see `Record`.
+    name: that the user gave its source, in front of all ids of it; "": none.
   """
 
   value: Any
@@ -85,6 +89,8 @@ class Item:
   source: str
   line: int
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  origin: str = ""
+  name: str = ""
 
   @property
   def place(self) -> str:
@@ -204,6 +210,21 @@ def firsts(records: Sequence[Record]) -> np.ndarray:
   return np.array([not (record.content_key in seen or seen.add(record.content_key)) for record in records], bool)
 
 
+def drawn_share(records: Sequence[Record], share: float) -> list[Record]:
+  """A share of the conversations, in source order: those whose hashes come first, the same whatever the order.
+
+  A larger share has all that a smaller one has; copies of a conversation stay together.
+
+  Args:
+    records: of one source.
+    share: above 0; at least one conversation is kept.
+  """
+  order = lambda key: hashlib.sha256(f"share/{key}".encode()).digest()  # noqa: E731
+  keys = sorted({record.content_key for record in records}, key=order)
+  kept = set(keys[: max(1, round(share * len(keys)))])
+  return [record for record in records if record.content_key in kept]
+
+
 def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
   """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
   return "".join(records[row].raw + "\n" for row in rows)
@@ -230,9 +251,10 @@ def to_records(items: Iterable[Item], bad: BadRecords) -> list[Record]:
       bad.refuse(item.place, item.raw, str(error))
   keys = [content_key(found.messages, found.tools) for _, found in read]
   read, given, keys = _told_apart(read, keys, bad)
+  ids = _unique_ids(given, keys, [item.name for item, _ in read])
   return [
-    Record(example_id, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread)
-    for example_id, (item, found) in zip(_unique_ids(given, keys), read, strict=True)
+    Record(one, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread, item.origin)
+    for one, (item, found) in zip(ids, read, strict=True)
   ]
 
 
@@ -241,14 +263,14 @@ def _told_apart(
 ) -> tuple[list[tuple[Item, Conversation]], list[str | None], list[str]]:
   """Makes given ids name one conversation each.
 
-  An id that two sources use for different conversations gets the source's name in front, in both; a source that does so
-  within itself is wrong.
+  An id that two files use for different conversations gets the file's name in front, in both; a file that does so
+  within itself is wrong. Sources with names of their own have them in front in any case.
 
   Returns:
     (the records that stay, their given ids, their content keys).
   """
   first: dict[tuple[str, str], int] = {}
-  contents: dict[str, set[str]] = collections.defaultdict(set)
+  contents: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
   stay, given = [], []
   for i, (item, found) in enumerate(read):
     name = found.given_id
@@ -263,12 +285,12 @@ def _told_apart(
           "content hashes",
         )
         continue
-      contents[name].add(keys[i])
+      contents[item.name, name].add(keys[i])
     stay.append(i)
     given.append(name)
   labels = source_labels(dict.fromkeys(item.source for item, _ in read))
   given = [
-    f"{labels[read[i][0].source]}:{name}" if name is not None and len(contents[name]) > 1 else name
+    f"{labels[read[i][0].source]}:{name}" if name is not None and len(contents[read[i][0].name, name]) > 1 else name
     for i, name in zip(stay, given, strict=True)
   ]
   return [read[i] for i in stay], given, [keys[i] for i in stay]
@@ -284,16 +306,17 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
   return {source: source for source in parts}
 
 
-def _unique_ids(given: list[str | None], keys: list[str]) -> list[str]:
+def _unique_ids(given: list[str | None], keys: list[str], names: list[str]) -> list[str]:
+  wanted = [given[i] if given[i] is not None else key[:16] for i, key in enumerate(keys)]
+  wanted = [f"{name}:{one}" if name else one for name, one in zip(names, wanted, strict=True)]
   first: dict[str, int] = {}
   for i, name in enumerate(given):
     if name is not None:
-      first.setdefault(name, i)
+      first.setdefault(wanted[i], i)
   taken: set[str] = set()
   copies: dict[str, int] = {}
   ids = []
-  for i, name in enumerate(given):
-    base = name if name is not None else keys[i][:16]
+  for i, base in enumerate(wanted):
     unique = base
     while unique in taken or (unique in first and first[unique] != i):
       copies[base] = copies.get(base, 1) + 1

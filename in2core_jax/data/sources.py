@@ -1,13 +1,12 @@
-"""A data source named in one word (`chatterbot`, `jsonl:PATH`, `tfds:NAME/SPLIT`), or several, -> records.
+"""Data sources (`chatterbot`, files and folders, `tfds:NAME/SPLIT`), one or several of them, -> records.
 
-To add a source: a function that yields `Item`s, and its word in `load_records`.
+To add a source: a function that yields `Item`s, a branch in `_items`, and its word in `source_specs`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
+import logging
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,29 +15,43 @@ from typing import Any
 import yaml
 
 from in2core_jax.data.assets import asset_path
+from in2core_jax.data.file_kinds import DataFile
+from in2core_jax.data.folders import data_files, is_data_name
+from in2core_jax.data.hub import hub_data
 from in2core_jax.data.json_files import json_items
+from in2core_jax.data.message_trees import assembled
 from in2core_jax.data.record_shapes import ROLES
-from in2core_jax.data.records import BadRecords, Item, Record, shorten, to_records
+from in2core_jax.data.records import BadRecords, Item, Record, drawn_share, shorten, to_records
+from in2core_jax.data.source_specs import Source, sources_of
+from in2core_jax.data.tables import table_items, to_plain
 from in2core_jax.errors import UserError, printable
 
-_KNOWN_SOURCES = "chatterbot[:topic,topic], jsonl:PATH, tfds:NAME/SPLIT[@DATA_DIR], or several of them joined by +"
-_JOINED = re.compile(r"\+(?=chatterbot(?:[:+]|$)|jsonl:|tfds:)")
+log = logging.getLogger(__name__)
+
+_KNOWN_SOURCES = (
+  "chatterbot[:topic,topic], file:PATH (or jsonl:PATH; a file, a folder, a pattern), - (standard input), "
+  "tfds:NAME/SPLIT[@DATA_DIR], hub:ORG/NAME[/SPLIT], or several of them joined by +"
+)
 _NAMES_SOURCE = re.compile(rf"(.+?)=((?:{'|'.join(ROLES)})\s*=.*)", re.DOTALL)
 _ROLE_FIRST = re.compile(rf"\s*(?:{'|'.join(ROLES)})\s*=")
 
 
-def name_of(source: str) -> str:
-  """The source that the file of a record (`Record.source`) is of: the corpus for one of its files, else itself."""
-  return "chatterbot" if source.startswith("chatterbot/") else source
+def name_of(record: Record) -> str:
+  """The source that a record is of, as `Source.origin` says."""
+  if record.origin:
+    return record.origin
+  return "chatterbot" if record.source.startswith("chatterbot/") else record.source
 
 
 def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | None = None) -> list[Record]:
   """Reads all records of a source.
 
   Args:
-    spec: `chatterbot[:topic,topic]` (the installed corpus), `jsonl:PATH` (JSON lines or one JSON array; the path alone
-      will do) or `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow).
-      Several of them are joined by `+`: `chatterbot+jsonl:PATH` is a mixed pool.
+    spec: `chatterbot[:topic,topic]` (the installed corpus), `file:PATH` (or `jsonl:PATH`, or the path alone; see
+      `folders.data_files`: JSON, CSV, Parquet or Arrow, by its contents), `-` (standard input),
+      `tfds:NAME/SPLIT[@DATA_DIR]` (ArrayRecord, already prepared on disk; read without TensorFlow) or
+      `hub:ORG/NAME[/SPLIT]` (see `hub.hub_data`). Several of them are joined by `+`, each with a name before and a
+      share behind if need be: `talk=chatterbot+own=file:PATH*0.5`.
     data_fields: columns by role, see `parse_fields`; the corpus goes without.
     bad: gets the records that cannot be read; those of other sources than `spec` may be in it. When None, they are an
       error.
@@ -51,12 +64,13 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
       no response in any record.
   """
   groups = parse_fields(data_fields)
-  parts = split_spec(spec)
+  parts = sources_of(spec)
   if groups and not has_columns(spec):
     raise UserError(f"data_fields={data_fields}: the chatterbot source has no columns; leave data_fields out")
   collected = BadRecords() if bad is None else bad
   before = len(collected)
-  records = to_records([item for part in parts for item in _items(part, fields_of(part, groups), collected)], collected)
+  items = (item for part in parts for item in _items(part, fields_of(part, groups), collected))
+  records = _drawn(to_records(items, collected), parts)
   if bad is None:
     collected.raise_if_any()
   if len(collected) > before and not records:
@@ -104,11 +118,23 @@ def parse_fields(data_fields: str | None) -> dict[str, dict[str, str]]:
   return {source: fields for source, fields in groups.items() if fields}
 
 
-def fields_of(part: str, groups: Mapping[str, dict[str, str]]) -> dict[str, str]:
+def _drawn(records: list[Record], parts: list[Source]) -> list[Record]:
+  """The records, of sources with a share that much."""
+  shares = {part.origin: part.share for part in parts}
+  for origin, share in shares.items():
+    if share < 1:
+      own = [record for record in records if record.origin == origin]
+      kept = {id(record) for record in drawn_share(own, share)}
+      log.info("%s", printable(f"{origin}: {len(kept):,} of its {len(own):,} records are drawn, a share of {share:g}"))
+      records = [record for record in records if record.origin != origin or id(record) in kept]
+  return records
+
+
+def fields_of(part: Source, groups: Mapping[str, dict[str, str]]) -> dict[str, str]:
   """The columns of one source: those that name it, or else those for all."""
-  if part.partition(":")[0] == "chatterbot":
+  if not part.has_columns:
     return {}
-  return next((groups[name] for name in (part, part.removeprefix("jsonl:")) if name in groups), groups.get("", {}))
+  return next((groups[label] for label in part.labels if label in groups), groups.get("", {}))
 
 
 def check_fields(data_fields: str | None, specs: Iterable[str]) -> None:
@@ -117,55 +143,39 @@ def check_fields(data_fields: str | None, specs: Iterable[str]) -> None:
   Raises:
     UserError: names the sources.
   """
-  parts = [part for spec in specs for part in split_spec(spec)]
-  known = {name for part in parts for name in (part, part.removeprefix("jsonl:"))}
+  parts = [part for spec in specs for part in sources_of(spec)]
+  known = {label for part in parts for label in part.labels}
   for source in parse_fields(data_fields):
     if source and source not in known:
-      raise UserError(f"data_fields={data_fields!r}: there is no source {source!r}; the sources: {', '.join(parts)}")
-
-
-def split_spec(spec: str) -> list[str]:
-  """The sources that a flag names, joined by +; a bare path becomes `jsonl:PATH` where there is something."""
-  found = []
-  for part in _JOINED.split(spec):
-    pieces = part.split("+") if not _is_there(part.removeprefix("jsonl:")) else [part]
-    # A + belongs to the name of a file unless what it parts are all sources.
-    if len(pieces) < 2 or not all(_is_source(piece) for piece in pieces):
-      pieces = [part]
-    found += [f"jsonl:{piece}" if not _has_word(piece) and _is_there(piece) else piece for piece in pieces]
-  return found
-
-
-def _has_word(part: str) -> bool:
-  return re.match(r"chatterbot(:|$)|jsonl:|tfds:", part) is not None
-
-
-def _is_source(part: str) -> bool:
-  return _is_there(part.removeprefix("jsonl:")) or re.match(r"chatterbot(:|$)|tfds:", part) is not None
-
-
-def _is_there(path: str) -> bool:
-  try:
-    return bool(path) and os.path.lexists(os.path.expanduser(path))
-  except ValueError:  # a zero byte
-    return False
+      there = ", ".join(part.name or part.text for part in parts)
+      raise UserError(f"data_fields={data_fields!r}: there is no source {source!r}; the sources: {there}")
 
 
 def has_columns(spec: str) -> bool:
   """Whether any part of a source has records with columns, which `data_fields` can name."""
-  return any(part.partition(":")[0] != "chatterbot" for part in split_spec(spec))
+  return any(part.has_columns for part in sources_of(spec))
 
 
-def _items(part: str, fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
+def _items(part: Source, fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
   """Yields what one source holds."""
-  kind, _, rest = part.partition(":")
-  if kind == "chatterbot":
-    return _chatterbot_items(rest)
-  if kind == "jsonl" and rest:
-    return _checked(json_items(_path(rest), fields, bad), fields)
-  if kind == "tfds" and rest:
-    return _checked(_tfds_items(rest, fields), fields)
-  raise UserError(f"unknown data source {part!r}; {_meant(kind, rest, part)}use one of {_KNOWN_SOURCES}")
+  if part.kind == "chatterbot":
+    items = _chatterbot_items(part.place)
+  elif part.kind == "file" and part.place:
+    items = _checked(_file_items(data_files(_path(part.place)), fields, bad), fields)
+  elif part.kind == "hub" and part.place:
+    items = _checked(_file_items(hub_data(part.place), fields, bad), fields)
+  elif part.kind == "tfds" and part.place:
+    items = _checked(_tfds_items(part.place, fields), fields)
+  else:
+    raise UserError(f"unknown data source {part.text!r}; {_meant(part)}use one of {_KNOWN_SOURCES}")
+  origin, name = part.origin, part.name
+  return (Item(one.value, one.raw, one.source, one.line, one.fields, origin, name) for one in items)
+
+
+def _file_items(files: Iterable[DataFile], fields: dict[str, str], bad: BadRecords) -> Iterator[Item]:
+  for file in files:
+    read = json_items if file.kind == "json" else table_items
+    yield from assembled(read(file, fields, bad), bad)
 
 
 def _path(text: str) -> pathlib.Path:
@@ -175,35 +185,41 @@ def _path(text: str) -> pathlib.Path:
     raise UserError(f"{text}: {error}; write the whole path") from error
 
 
-def _meant(kind: str, rest: str, part: str) -> str:
+def _meant(part: Source) -> str:
   """What an unknown source may have been meant for."""
-  if kind in ("hf", "gguf", "random", "truncated", "smollm2", "gemma3"):
-    return f"{kind}: names a model, for --model; "
-  if rest.startswith("//"):
+  if part.kind == "hf" and re.fullmatch(r"[\w.-]+/[\w.-]+", part.place) and not is_data_name(part.place):
+    return f"hf: names a folder of a model, for --model; a data set of the Hub is hub:{part.place}; "
+  if part.kind in ("hf", "gguf", "random", "truncated", "smollm2", "gemma3"):
+    return f"{part.kind}: names a model, for --model; "
+  if part.kind in ("csv", "tsv", "json", "parquet", "arrow") and part.place:
+    return f"the kind of a file is seen from its contents: file:{part.place}; "
+  if part.place.startswith("//"):
     return "nothing is fetched from the network, copy the file here; "
-  if any(sign in part for sign in "*?["):
-    return "a pattern: name each file, jsonl:ONE.jsonl+jsonl:OTHER.jsonl; "
-  if part.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz")) and not rest:
+  if not part.place and is_data_name(part.text):
     return "no such file; "
-  if re.fullmatch(r"[\w.-]+/[\w.-]+", part):
-    return "neither a file nor, as names of a hub are, downloaded: save that data set as JSON lines first; "
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", part.text):
+    return f"there is no such file; a data set of the Hub is hub:{part.text}; "
   return ""
 
 
 def _checked(items: Iterator[Item], fields: dict[str, str]) -> Iterator[Item]:
-  """The items of a source, all of them read, if it has the columns that are named.
+  """Passes the items of a source on; the end is reached only if it has the columns that are named.
 
   Raises:
     UserError: a column that no record has.
   """
-  found = list(items)
-  columns = dict.fromkeys(key for item in found if isinstance(item.value, dict) for key in item.value) if fields else {}
+  columns: dict[str, None] = {}
+  some = False
+  for item in items:
+    some = True
+    if fields and isinstance(item.value, dict):
+      columns |= dict.fromkeys(item.value)
+    yield item
   for role, column in fields.items():
-    if found and column not in columns:
+    if some and column not in columns:
       raise UserError(
         printable(f"data_fields: no column {column!r} (for {role}) in the data; columns: {', '.join(columns)}")
       )
-  return iter(found)
 
 
 def _chatterbot_items(topics: str) -> Iterator[Item]:
@@ -255,18 +271,16 @@ def _tfds_items(rest: str, fields: dict[str, str]) -> Iterator[Item]:
       f"tfds:{rest}: cannot be read as ArrayRecord ({shorten(detail, 200)}); prepare it with file_format='array_record'"
     ) from error
   for i in range(len(source)):
-    value = _to_plain(source[i])
+    value = _of_tfds(source[i])
     yield Item(value, json.dumps(value, ensure_ascii=False), f"tfds:{name}/{split}", i + 1, fields)
 
 
-def _to_plain(value: Any) -> Any:
-  """Turns a decoded tfds example into plain JSON values: bytes are text, arrays are lists, NaN is null."""
+def _of_tfds(value: Any) -> Any:
+  """Turns a decoded tfds example into plain JSON values: bytes are text, arrays are lists."""
   if isinstance(value, bytes):
     return value.decode("utf-8", errors="replace")
   if isinstance(value, dict):
-    return {key: _to_plain(item) for key, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_to_plain(item) for item in value]
-  if hasattr(value, "tolist"):
-    return _to_plain(value.tolist())
-  return None if isinstance(value, float) and math.isnan(value) else value
+    return {key: _of_tfds(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_of_tfds(item) for item in value]
+  return _of_tfds(value.tolist()) if hasattr(value, "tolist") else to_plain(value)

@@ -80,7 +80,7 @@ def limit_sources(records: list, limits: Sequence[int]) -> list:
   Raises:
     UserError: not a number for each source of --train_data.
   """
-  names = list(dict.fromkeys(sources.name_of(record.source) for record in records))
+  names = list(dict.fromkeys(sources.name_of(record) for record in records))
   if len(limits) != len(names) or min(limits) < 0:
     given = ",".join(map(str, limits))
     raise UserError(
@@ -91,7 +91,7 @@ def limit_sources(records: list, limits: Sequence[int]) -> list:
   kept = {
     id(record)
     for name in names
-    for record in limited([one for one in records if sources.name_of(one.source) == name], "train", limit_of[name], 0)
+    for record in limited([one for one in records if sources.name_of(one) == name], "train", limit_of[name], 0)
   }
   return [record for record in records if id(record) in kept]
 

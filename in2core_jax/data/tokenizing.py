@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.data.chat_template import Renderer
+from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import BadRecords, Record
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
@@ -290,6 +291,7 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
     the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
     the template makes one text.
+    `hub`, only where there are some: the commits that data sets of the Hub are of.
     `unread_keys`, only where there are some: {key that nobody reads: {"count": records, "first": place}}.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
@@ -317,6 +319,8 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     for key in record.unread:
       unread.setdefault(key, {"count": 0, "first": record.place})["count"] += 1
   summary |= {"unread_keys": unread} if unread else {}
+  commits = commits_of(record.source for part in parts.values() for record in part.records)
+  summary |= {"hub": commits} if commits else {}
   dates = [part.template["date"] for part in parts.values() if "date" in part.template]
   template: dict[str, Any] = {"date": dates[0]} if dates else {}
   for key in ("changes", "alike"):
@@ -339,6 +343,9 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
       f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
       "is no part of the conversation"
     )
+  lines += [
+    f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
+  ]
   if "date" in template:
     lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
   for name, changes in template.get("changes", {}).items():

@@ -7,6 +7,7 @@ A message is a dict of "role" (system, user, assistant, tool), "content" (a stri
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from in2core_jax.data import record_keys
@@ -19,14 +20,22 @@ Message = dict[str, Any]
 
 _CALLS = "calls"  # a turn whose text is a tool call in JSON
 _ROLES = {
-  **dict.fromkeys(("system", "developer"), "system"),
-  **dict.fromkeys(("user", "human", "prompter"), "user"),
-  **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "chatbot", "ai"), "assistant"),
-  **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+  **dict.fromkeys(("system", "developer", "sys", "system_prompt", "system_message"), "system"),
+  **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "question", "instruction"), "user"),
+  **dict.fromkeys(("prompt", "query"), "user"),
+  **dict.fromkeys(
+    ("assistant", "gpt", "model", "bot", "chatgpt", "chatbot", "ai", "asst", "llm", "agent"), "assistant"
+  ),
+  **dict.fromkeys(("ai_assistant", "bard", "bing", "claude", "gemini", "gpt4", "gpt_4", "gpt_3.5"), "assistant"),
+  **dict.fromkeys(("answer", "response", "completion"), "assistant"),
+  **dict.fromkeys(("tool", "function", "observation", "ipython", "environment", "api"), "tool"),
   **dict.fromkeys(("tool_response", "function_response", "tool_result", "tool_output", "function_output"), "tool"),
-  **dict.fromkeys(("function_call", "tool_call", "tool_calls"), _CALLS),
+  **dict.fromkeys(("tool_responses", "tool_results", "function_result", "tool_return", "function_return"), "tool"),
+  **dict.fromkeys(("function_call", "tool_call", "tool_calls", "function_calls"), _CALLS),
 }
 _SPELLINGS = (("role", "content"), ("from", "value"))
+_OTHERS = (("role", "value"), ("role", "text"), ("role", "message"), ("from", "content"), ("from", "text"))
+_OTHERS += (("speaker", "text"), ("speaker", "content"), ("author", "content"), ("author", "text"))
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_PARTS = ("image", "audio", "video", "file", "document", "media")
@@ -65,7 +74,8 @@ class TurnReader:
     Args:
       value: the list.
       key: its name.
-      spelling: 0 where turns mostly have a role and a content, 1 for from and value; each may have the other.
+      spelling: 0 where turns mostly have a role and a content, 1 for from and value; each may have the other, or yet
+        another one.
 
     Raises:
       UserError: not such a list, or what `turn` refuses.
@@ -111,7 +121,7 @@ class TurnReader:
 
   def _spelling(self, turn: Any, at: str, spelling: int) -> tuple[str, str]:
     """The names of its role and text."""
-    pairs = (_SPELLINGS[spelling], _SPELLINGS[1 - spelling])
+    pairs = (_SPELLINGS[spelling], _SPELLINGS[1 - spelling], *_OTHERS)
     if isinstance(turn, dict):
       for pair in pairs:
         # A turn that is a tool call may go without a text.
@@ -258,10 +268,26 @@ def _what_it_has(turn: Any) -> str:
 
 
 def _role(value: Any, key: str, at: str) -> str:
-  role = value.strip().lower().replace("-", "_") if isinstance(value, str) else None
+  role = value if isinstance(value, str) else None
+  if role is not None and role not in _ROLES:  # most are written as they are known
+    role = re.sub(r"[\s-]+", "_", value.strip().rstrip(":").lower())
   if role not in _ROLES:
     raise UserError(f"{at} has {key}={value!r}; known: {', '.join(_ROLES)}")
   return _ROLES[role]
+
+
+def listed(value: Any, key: str) -> Any:
+  """A list that stands as JSON in a text, as tables of texts have it; anything else as it is.
+
+  Raises:
+    UserError: a text that begins as a list and is none.
+  """
+  if not isinstance(value, str) or value.lstrip()[:1] != "[":
+    return value
+  try:
+    return Decoder().whole(value)
+  except Refused as error:
+    raise UserError(f"{key!r} is a text, but not a list in JSON ({error})") from error
 
 
 def _is_part(value: Any) -> bool:

@@ -225,7 +225,7 @@ def full_spec(spec: str, known: tuple[str, ...], forms: str) -> str:
     UserError: a name on the Hub, or nothing that is understood.
   """
   kind, _, rest = spec.partition(":")
-  if spec in known or (kind in ("hf", "gguf", "random") and rest):
+  if spec in known or (kind in ("hf", "gguf", "random", "hub") and rest):
     return spec
   bare = expand(spec) if spec else None
   if bare is not None and bare.is_dir() and ((bare / "config.json").exists() or (bare / _ADAPTERS[0]).exists()):
@@ -241,9 +241,10 @@ def full_spec(spec: str, known: tuple[str, ...], forms: str) -> str:
 
 
 def _download(name: str) -> str:
+  cached = "" if ":" in name else f"; or give hub:{name}, its place in the Hub's cache"
   return (
     "a name on the Hugging Face Hub is not a local folder, and nothing is downloaded: fetch it with "
-    f"`hf download {name} --local-dir DIR` and give hf:DIR"
+    f"`hf download {name} --local-dir DIR` and give hf:DIR{cached}"
   )
 
 

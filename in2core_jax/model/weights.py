@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from in2core_jax.data import assets
+from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder, hf_config, model_files
 from in2core_jax.model import tokenizer as tokenizer_lib
@@ -33,7 +33,7 @@ from in2core_jax.parallel.host import host_bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
 EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
-SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, random:CONFIG.json or truncated:MODEL:LAYERS"
+SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json or truncated:MODEL:LAYERS"
 
 # Leaf path in the parameter tree -> tensor name; {i} is the layer.
 GGUF_NAMES = {
@@ -95,7 +95,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, random:CONFIG.json, or
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or
       truncated:MODEL:LAYERS, the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
@@ -164,6 +164,8 @@ def _parse_spec(spec: str) -> tuple[str, Any]:
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
   kind, _, rest = full_spec(spec).partition(":")
+  if kind == "hub":
+    return "hf", hub.hub_model(rest)
   path = model_files.expand(rest)
   if kind == "random" and path.is_dir():
     raise UserError(f"--model={spec}: random: takes a file: give random:{path / 'config.json'}, or hf:{path}")

@@ -9,6 +9,7 @@ from scipy import sparse
 
 from in2core_jax.data import tokenizing
 from in2core_jax.data.records import spoken
+from in2core_jax.data.sources import name_of
 from in2core_jax.evaluation import paired, verdict
 from in2core_jax.evaluation.statistics import RetrainRow
 from in2core_jax.report import near_duplicates
@@ -119,8 +120,8 @@ def tell_size(test: tokenizing.TokenizedDataset) -> None:
 def of_the_target(train: tokenizing.TokenizedDataset, evals: tokenizing.TokenizedDataset) -> np.ndarray | None:
   """Which training examples come from where the evaluation examples come from, bool [N].
 
-  That is their topic, or without a topic the file or data set. None where it says nothing: all of them or none do.
+  That is their topic, or without a topic the source. None where it says nothing: all of them or none do.
   """
-  wanted = {record.topic or record.source for record in evals.records}
-  found = np.array([(record.topic or record.source) in wanted for record in train.records])
+  wanted = {record.topic or name_of(record) for record in evals.records}
+  found = np.array([(record.topic or name_of(record)) in wanted for record in train.records])
   return found if found.any() and not found.all() else None

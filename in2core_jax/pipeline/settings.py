@@ -86,7 +86,9 @@ class Settings:
   train_data: str = _flag(
     "data",
     "chatterbot",
-    "chatterbot[:topic,topic] | jsonl:PATH (.jsonl or .json) | tfds:NAME/SPLIT; several are joined by +",
+    "chatterbot[:topic,topic] | file:PATH (or jsonl:PATH; JSON, CSV, Parquet, Arrow; a file, a folder, a pattern) | - "
+    "(standard input) | tfds:NAME/SPLIT | hub:ORG/NAME[/SPLIT]; several are joined by +, each with a name before and a "
+    "share behind if need be: talk=chatterbot+own=file:a.jsonl*0.5",
   )
   eval_data: str = _flag("data", "", "source that guides the selection; empty: a part of --train_data")
   test_data: str = _flag("data", "", "source that judges it; empty: a part of --train_data, or half of --eval_data")
@@ -119,7 +121,9 @@ class Settings:
   loss_reduction: str = _flag("data", "mean", "loss of an example over its response tokens", ("mean", "sum"))
 
   model: str = _flag(
-    "model", "smollm2", "smollm2 | gemma3 | hf:DIR | gguf:FILE | random:CONFIG.json | truncated:MODEL:LAYERS"
+    "model",
+    "smollm2",
+    "smollm2 | gemma3 | hf:DIR | hub:ORG/NAME | gguf:FILE | random:CONFIG.json | truncated:MODEL:LAYERS",
   )
   dtype: str = _flag("model", "float32", "of the weights; reductions are float32 at least", ("float32", "bfloat16"))
 
