@@ -40,7 +40,7 @@ class ModelConfig:
     attention_multiplier: attention scores are multiplied by it; None: see `query_scalar`.
     logits_divisor: logits are divided by it.
     score_cap, logit_cap: soft caps c tanh(x / c) of attention scores and of logits; None: none.
-    local: which layers are local, by index, in place of `global_every`; more entries than layers are ignored.
+    local: which layers are local, by index, in place of `global_every`; entries beyond the layers are cut off.
     unrotated: which layers have no rotary positions, by index.
   """
 
@@ -95,6 +95,14 @@ class ModelConfig:
       listed = getattr(self, name)
       if listed is not None and len(listed) < self.num_layers:
         raise UserError(f"model config: {name} names {len(listed)} layers of {self.num_layers}")
+      kept = listed and tuple(listed[: self.num_layers])
+      object.__setattr__(self, name, kept if kept and any(kept) else None)  # one way to write the same model
+      if name == "local" and listed and not any(kept):
+        object.__setattr__(self, "sliding_window", None)
+    if self.local and all(self.local) and self.local_rope_theta is None:
+      object.__setattr__(self, "local", None)
+    if self.local is None and self.local_rope_theta is None:
+      object.__setattr__(self, "local_rope_theta", 10000.0)
 
   def __repr__(self):
     shown = ", ".join(f"{name}={value!r}" for name, value in self.stated().items() if name != "carried")

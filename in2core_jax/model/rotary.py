@@ -28,8 +28,8 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
   ),
   "longrope": (
-    ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
-    ("attention_factor",),
+    ("original_max_position_embeddings", "short_factor", "long_factor"),
+    ("factor", "max_position_embeddings", "attention_factor"),  # the second stands for the first where it is absent
   ),
 }
 
@@ -39,6 +39,25 @@ def longest_example(config: ModelConfig) -> int | None:
   scaling = dict(config.rope_scaling or ())
   key = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
   return scaling.get(key.get(scaling.get("rope_type"), ""))
+
+
+def check_length(config: ModelConfig, length: int, what: str) -> None:
+  """Refuses examples beyond `longest_example`.
+
+  Args:
+    config: the model's shape.
+    length: tokens of the longest example.
+    what: whose longest example that is, for messages.
+
+  Raises:
+    UserError: it is too long.
+  """
+  most = longest_example(config)
+  if most is not None and length > most:
+    raise UserError(
+      f"{what} has an example of {length} tokens, and the model's rotary angles are those of every example only up to "
+      f"{most} tokens ({dict(config.rope_scaling or ())['rope_type']} scaling): --max_length={most}"
+    )
 
 
 def rotary_tables(config: ModelConfig, length: int, dtype, local: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +107,7 @@ def attention_factor(scaling: Mapping[str, Any]) -> float:
     return 1.0
   if scaling.get("attention_factor") is not None:
     return scaling["attention_factor"]
-  factor = scaling["factor"]
+  factor = scaling.get("factor") or scaling["max_position_embeddings"] / scaling["original_max_position_embeddings"]
   if factor <= 1:
     return 1.0
   if kind == "longrope":

@@ -17,7 +17,7 @@ from in2core_jax.data import batches, packing, tokenizing
 from in2core_jax.data.records import BadRecords
 from in2core_jax.errors import UserError
 from in2core_jax.influence import kernels
-from in2core_jax.model import decoder, embeddings, hidden_cache, weights
+from in2core_jax.model import decoder, embeddings, hidden_cache, rotary, weights
 from in2core_jax.model.objective import make_objective, sample_labels_fn
 from in2core_jax.parallel import sharding
 from in2core_jax.params import adapters, subtree
@@ -195,7 +195,7 @@ class Workbench:
   ) -> tokenizing.TokenizedDataset:
     """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
     s = self.settings
-    return tokenizing.tokenize(
+    dataset = tokenizing.tokenize(
       records,
       self.tokenizer,
       s.max_length,
@@ -205,6 +205,8 @@ class Workbench:
       date=s.template_date,
       bad=bad,
     )
+    rotary.check_length(self.config, int(np.max(dataset.num_tokens, initial=0)), f"the {part} set")
+    return dataset
 
   @functools.cached_property
   def summary(self) -> dict:
