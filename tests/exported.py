@@ -15,6 +15,7 @@ import zlib
 import jax
 import numpy as np
 import safetensors.numpy
+import test_families
 import tiny
 from test_weights import GEMMA3_IN_GGUF, VARIANTS, write_gguf
 
@@ -76,3 +77,6 @@ def checksum(tensors: dict[str, np.ndarray]) -> int:
 if __name__ == "__main__":
   for each in NAMES:
     export(each, pathlib.Path(sys.argv[1]) / "sources" / each, pathlib.Path(sys.argv[1]) / each)
+  for each in test_families.MODELS:
+    made = test_families.write(pathlib.Path(sys.argv[1]) / "sources" / each, each)
+    weights.save_hf_dir(pathlib.Path(sys.argv[1]) / "families" / each, *weights.load_hf_dir(made))

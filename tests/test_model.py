@@ -192,8 +192,8 @@ def test_impossible_shapes_are_refused(changes):
 
 
 def test_unknown_rope_scaling_is_refused():
-  config = tiny.make_config(rope_scaling=(("rope_type", "yarn"),))
-  with pytest.raises(UserError, match="'yarn' is not supported; known: default, linear, llama3"):
+  config = tiny.make_config(rope_scaling=(("rope_type", "ntk"),))
+  with pytest.raises(UserError, match="'ntk' is not supported; known: default, linear, llama3"):
     decoder.rotary_tables(config, 4, jnp.float32)
 
 

@@ -165,10 +165,13 @@ def test_damaged_weights_are_refused_by_name(tmp_path, change, message):
   [
     ({"model_type": "gemma3"}, r"'gemma3' is not supported; known: llama, mistral, qwen2, gemma3_text"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"attention_bias": True}, "attention_bias True"),
-    ({"mlp_bias": True}, "mlp_bias True"),
+    ({"model_type": "mistral", "architectures": None, "attention_bias": True}, "attention_bias True"),
+    ({"model_type": "mistral", "architectures": None, "mlp_bias": True}, "mlp_bias True"),
+    ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.k_proj\.bias"),
+    ({"mlp_bias": True}, r"missing: model\.layers\.0\.mlp\.down_proj\.bias"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported; known: default, linear, llama3"),
+    ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk' is not supported; known: default, linear, llama3"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn needs original_max_position_embeddings"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs low_freq_factor"),
     ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types mixes"),
     ({"num_hidden_layers": None}, "num_hidden_layers must be given"),
@@ -279,11 +282,11 @@ def test_export_refuses_what_hugging_face_has_no_place_for(tmp_path):
   params["layers"]["mlp"]["up_proj"]["core"] = np.zeros((3, 2, 2), np.float32)
   with pytest.raises(UserError, match="layers/mlp/up_proj/core"):
     weights.save_hf_dir(tmp_path / "sketch", CONFIG, params)
-  both = dataclasses.replace(CONFIG, attention_bias=True, sliding_window=4)
-  with pytest.raises(UserError, match="both attention biases and a sliding window"):
+  both = dataclasses.replace(CONFIG, attention_bias=True, post_norms=True)
+  with pytest.raises(UserError, match="no known model type has all options.* closest, qwen2, differs: post_norms"):
     weights.save_hf_dir(tmp_path / "both", both, make_params(both))
-  half = dataclasses.replace(CONFIG, query_key_norms=True)
-  with pytest.raises(UserError, match="no known model type has query_key_norms without activation, norm_offset"):
+  half = dataclasses.replace(CONFIG, query_key_norms=True, norm_offset=1.0)
+  with pytest.raises(UserError, match="the closest, qwen3, differs: norm_offset"):
     hf_config.write_config(half, "float32")
 
 

@@ -20,6 +20,10 @@ into third_party/reference/:
                    transformers' GemmaTokenizer, which must agree
     tiny.json      small configurations, the shapes and the seed of their weights, token ids
     tiny.npz       their logits [B, T, V]
+    families.json  the same of one model of each family in families.py, with every option that the family has; also the
+                   mean loss of each text, over all its tokens
+    families.npz   their logits at the last positions [B, 4, V]; some entries of the gradients of the mean loss
+                   "exported": the config.json of our exporter, which transformers reads as the same model
     exports.json   folders that our exporter wrote (python tests/exported.py OUT, in the project's environment; then
                    --exports=OUT here), as transformers read them: config.json, checksum of the tensors, token ids
     exports.npz    their logits [B, T, V]
@@ -137,6 +141,53 @@ TINY_CONFIGS = {
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
   },
 }
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0, "beta_slow": 0.5}
+_SIZES = _TINY | {"tie_word_embeddings": False, "rope_theta": 1000.0}
+_LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2.5], "long_factor": [2.0, 4.0, 8.0]}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+# One model of each family, with everything on that the family can have; of rotary kinds one each.
+FAMILY_CONFIGS = {
+  "llama biases yarn": _SIZES
+  | _BIASES
+  | {"model_type": "llama", "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
+  "llama dynamic": _SIZES | {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+  "qwen2 sliding yarn": _SIZES
+  | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+  | {"rope_scaling": _YARN},
+  "qwen3": _SIZES
+  | {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 9}
+  | {"max_window_layers": 2},
+  "phi3": _SIZES | {"model_type": "phi3", "sliding_window": 9, "pad_token_id": 0},
+  "phi4 mini": _SIZES
+  | {"model_type": "phi3", "partial_rotary_factor": 0.75, "rope_scaling": _LONGROPE, "pad_token_id": 0}
+  | {"original_max_position_embeddings": 64, "max_position_embeddings": 512, "tie_word_embeddings": True},
+  "smollm3": _SIZES
+  | _BIASES
+  | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7}
+  | {"pad_token_id": 0, "tie_word_embeddings": True},
+  "granite": _SIZES
+  | _BIASES
+  | {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.5}
+  | {"attention_multiplier": 0.2},
+  "olmo2": _SIZES | {"model_type": "olmo2", "attention_bias": True},
+  "olmo3": _SIZES
+  | {"model_type": "olmo3", "num_hidden_layers": 4, "attention_bias": True, "sliding_window": 7, "rope_scaling": _YARN},
+  "gemma": _SIZES
+  | {"model_type": "gemma", "head_dim": 16, "hidden_act": "gelu_pytorch_tanh", "attention_bias": True}
+  | {"tie_word_embeddings": True},
+  "gemma2": _SIZES
+  | {"model_type": "gemma2", "head_dim": 16, "attention_bias": True, "sliding_window": 7, "query_pre_attn_scalar": 24}
+  | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+  "ministral": _SIZES | {"model_type": "ministral", "head_dim": 16, "sliding_window": 7, "layer_types": _MIXED},
+  "seed_oss": _SIZES
+  | {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+  "helium": _SIZES | _BIASES | {"model_type": "helium", "head_dim": 8},
+  "ernie 4.5": _SIZES
+  | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True, "tie_word_embeddings": True, "pad_token_id": 0},
+  "arcee": _SIZES | _BIASES | {"model_type": "arcee", "head_dim": 16, "hidden_act": "relu2", "rope_scaling": _YARN},
+}
+LAST, PICKED = 4, 12
 TINY_SEED, TINY_BATCH, TINY_LENGTH = 7, 2, 48
 
 
@@ -431,6 +482,68 @@ def make_tiny() -> None:
   np.savez_compressed(OUT / "tiny.npz", **arrays)
 
 
+def pick(gradient: np.ndarray) -> np.ndarray:
+  """Some entries of a gradient and its norm, float32; the test picks the same ones."""
+  flat = gradient.astype(np.float64).ravel()
+  return np.append(flat[:: -(-flat.size // PICKED)], np.linalg.norm(flat)).astype(np.float32)
+
+
+def make_families() -> None:
+  """Writes families.json and families.npz."""
+  entries, arrays = {}, {}
+  for name, values in FAMILY_CONFIGS.items():
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(values)))
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    model.get_input_embeddings().padding_idx = None  # else the gradient of its row is left out
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    if values["tie_word_embeddings"]:
+      shapes.pop("lm_head.weight")
+    weights = tiny_weights(shapes, TINY_SEED)
+    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
+    assert not unexpected and missing in ([], ["lm_head.weight"]), (missing, unexpected)
+    tokens = torch.from_numpy(
+      np.random.default_rng(TINY_SEED).integers(0, values["vocab_size"], (TINY_BATCH, TINY_LENGTH))
+    )
+    with torch.enable_grad():
+      logits = model(tokens, use_cache=False).logits
+      nll = -torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
+      losses = nll.mean(-1)
+      losses.mean().backward()
+    arrays[f"{name}/logits"] = logits[:, -LAST:].detach().numpy().astype(np.float32)
+    named = dict(model.named_parameters())
+    arrays[f"{name}/gradients"] = np.concatenate([pick(named[key].grad.numpy()) for key in sorted(shapes)])
+    entries[name] = {"config": values, "seed": TINY_SEED, "shapes": shapes, "token_ids": tokens.tolist()}
+    entries[name] |= {"losses": losses.tolist()}
+    print(name, type(model).__name__, [round(loss, 3) for loss in losses.tolist()])
+  write_entries("families.json", entries)
+  np.savez_compressed(OUT / "families.npz", **arrays)
+
+
+def check_family_exports(root: pathlib.Path) -> None:
+  """Adds to families.json what our exporter writes, where transformers computes the same from it as from the source."""
+  entries = json.loads((OUT / "families.json").read_text(encoding="utf-8"))
+  with np.load(OUT / "families.npz") as stored:
+    arrays = {key: stored[key] for key in stored.files}
+  for name, entry in entries.items():
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+      root / name, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, told)
+    logits = model.eval()(torch.tensor(entry["token_ids"]), use_cache=False).logits[:, -LAST:].numpy()
+    error = float(np.abs(logits - arrays[f"{name}/logits"]).max())
+    assert error < 2e-6 * np.abs(logits).max(), (name, error)
+    entry["exported"] = json.loads((root / name / "config.json").read_text(encoding="utf-8"))
+    print(name, type(model).__name__, error)
+  write_entries("families.json", entries)
+
+
+def write_entries(file: str, entries: dict) -> None:
+  """One entry a line."""
+  lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+  (OUT / file).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
 def make_exports(root: pathlib.Path) -> None:
   """Writes exports.json and exports.npz: what transformers makes of folders of our exporter."""
   entries, arrays = {}, {}
@@ -468,8 +581,10 @@ def main() -> None:
   torch.set_grad_enabled(False)
   if arguments.exports:
     make_exports(arguments.exports)
+    check_family_exports(arguments.exports / "families")
     return
   make_tiny()
+  make_families()
   if arguments.gguf:
     make_smollm2(arguments.gguf)
   if arguments.gemma:

@@ -1,6 +1,7 @@
-"""The shape of a decoder, and what follows from it and the number of positions alone: rotary angles and masks."""
+"""The shape of a decoder, and what follows from it and the number of positions alone: which layers differ, masks."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import numpy as np
 from in2core_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelConfig:
   """Shape of a decoder; field names follow Hugging Face's Llama configuration where one exists there.
 
   Attributes:
     sliding_window: a position sees itself and so many less one before it; in all layers, or in the local ones.
-    activation: of the gated MLP, silu or gelu_tanh.
+    attention_bias: of the projections to queries, keys and values.
+    activation: of the MLP, a word of `decoder.ACTIVATIONS`.
     norm_offset: what norms add to their scale: 1 where files store the factor less one, which keeps half precision.
     post_norms: norms behind attention and MLP too, before their outputs are added.
     query_key_norms: norms of each head's queries and keys.
@@ -23,9 +25,23 @@ class ModelConfig:
     query_scalar: attention scores are divided by its square root; None: head_dim.
     global_every: every so many layers a global one, with `rope_theta`, `rope_scaling` and no window; the layers between
       are local, with `local_rope_theta` and `sliding_window`. None: all layers are alike.
-    local_rope_theta: of local layers.
+    local_rope_theta: of local layers, whose angles are not scaled; None: they have the angles of the global ones.
     carried: JSON text of what came with the model and export writes back (`hf_config.carry`): no computation uses it,
       so it is no part of the model's identity.
+    model_type: of the config.json that it was read from, which export prefers and whose tensor names it uses; no
+      computation uses it.
+    output_bias: of the attention's projection back to D.
+    mlp_bias: of all projections of the MLP.
+    gated_mlp: down(act(gate(x)) * up(x)); without: down(act(up(x))).
+    pre_norms: norms before attention and MLP.
+    wide_query_key_norms: `query_key_norms` over the queries of all heads at once, and over the keys.
+    rotary_dim: how many entries of a head are rotated, the first ones; None: all.
+    embedding_multiplier, residual_multiplier: embeddings, and what attention and MLP add, are multiplied by it.
+    attention_multiplier: attention scores are multiplied by it; None: see `query_scalar`.
+    logits_divisor: logits are divided by it.
+    score_cap, logit_cap: soft caps c tanh(x / c) of attention scores and of logits; None: none.
+    local: which layers are local, by index, in place of `global_every`; entries beyond the layers are cut off.
+    unrotated: which layers have no rotary positions, by index.
   """
 
   vocab_size: int
@@ -48,61 +64,92 @@ class ModelConfig:
   scaled_embeddings: bool = False
   query_scalar: float | None = None
   global_every: int | None = None
-  local_rope_theta: float = 10000.0
-  carried: str = dataclasses.field(default="", repr=False, compare=False)
+  local_rope_theta: float | None = 10000.0
+  carried: str = dataclasses.field(default="", compare=False)
+  model_type: str = dataclasses.field(default="", compare=False)
+  output_bias: bool = False
+  mlp_bias: bool = False
+  gated_mlp: bool = True
+  pre_norms: bool = True
+  wide_query_key_norms: bool = False
+  rotary_dim: int | None = None
+  embedding_multiplier: float = 1.0
+  residual_multiplier: float = 1.0
+  attention_multiplier: float | None = None
+  logits_divisor: float = 1.0
+  score_cap: float | None = None
+  logit_cap: float | None = None
+  local: tuple[bool, ...] | None = None
+  unrotated: tuple[bool, ...] | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise UserError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
     if self.head_dim % 2:
       raise UserError(f"model config: head_dim {self.head_dim} is odd, rotary embeddings need pairs")
-    if self.global_every and not self.sliding_window:
+    if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+      raise UserError(f"model config: rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
+    if (self.global_every or self.local) and not self.sliding_window:
       raise UserError("model config: local layers need a sliding_window")
+    for name in ("local", "unrotated"):
+      listed = getattr(self, name)
+      if listed is not None and len(listed) < self.num_layers:
+        raise UserError(f"model config: {name} names {len(listed)} layers of {self.num_layers}")
+      kept = listed and tuple(listed[: self.num_layers])
+      object.__setattr__(self, name, kept if kept and any(kept) else None)  # one way to write the same model
+      if name == "local" and listed and not any(kept):
+        object.__setattr__(self, "sliding_window", None)
+    if self.local and all(self.local) and self.local_rope_theta is None:
+      object.__setattr__(self, "local", None)
+    if self.local is None and self.local_rope_theta is None:
+      object.__setattr__(self, "local_rope_theta", 10000.0)
+
+  def __repr__(self):
+    shown = ", ".join(f"{name}={value!r}" for name, value in self.stated().items() if name != "carried")
+    return f"ModelConfig({shown})"
+
+  def stated(self) -> dict[str, Any]:
+    """Fields by name, without the options that the model does not use: what identities of stored results are made of.
+
+    A field that comes to this class later is left out at its default, so that it changes no identity.
+    """
+    fields = dataclasses.fields(self)
+    first = next(i for i, field in enumerate(fields) if field.name == "model_type")
+    used = [field for i, field in enumerate(fields) if i < first or getattr(self, field.name) != field.default]
+    return {field.name: getattr(self, field.name) for field in used if field.name != "model_type"}
 
   @property
   def score_scale(self) -> float:
     """What attention scores are multiplied by."""
+    if self.attention_multiplier is not None:
+      return self.attention_multiplier
     return (self.query_scalar or self.head_dim) ** -0.5
 
   def local_layers(self, first: int, count: int) -> np.ndarray | None:
     """bool [count], which of the layers from `first` on are local; None where all layers of the model are alike."""
+    if self.local is not None:
+      return np.array(self.local[first : first + count])
     if self.global_every is None:
       return None
     return (np.arange(first, first + count) + 1) % self.global_every != 0
 
+  def unrotated_layers(self, first: int, count: int) -> np.ndarray | None:
+    """bool [count], which of the layers from `first` on have no rotary positions; None where all of them have."""
+    return None if self.unrotated is None else np.array(self.unrotated[first : first + count])
 
-def rotary_tables(config: ModelConfig, length: int, dtype, local: bool = False) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [T, head_dim / 2] of the rotary angles, with Llama 3's frequency scaling when configured.
+
+def causal_mask(config: ModelConfig, length: int, local: bool = False) -> jax.Array:
+  """Whether a position (row) may look at another one (column): bool [T,T].
 
   Args:
     config: the model's shape.
     length: T.
-    dtype: of the tables.
-    local: those of local layers, which are never scaled.
+    local: that of local layers.
   """
-  exponent = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
-  frequency = 1.0 / ((config.local_rope_theta if local else config.rope_theta) ** exponent)
-  scaling = {} if local else dict(config.rope_scaling or ())
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind == "linear":
-    frequency = frequency / scaling["factor"]
-  elif kind == "llama3":
-    wavelength = 2 * jnp.pi / frequency
-    original = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = jnp.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
-  elif kind != "default":
-    raise UserError(f"model config: rope scaling {kind!r} is not supported; known: default, linear, llama3")
-  angle = jnp.arange(length, dtype=dtype)[:, None] * frequency[None, :]
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def causal_mask(config: ModelConfig, length: int, local: bool = False) -> jax.Array:
-  """Whether a position (row) may look at another one (column): bool [T,T]; for arguments see `rotary_tables`."""
   # Padding stands on the right, so a real token never looks at it: the causal mask is all that is needed.
   row, column = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
   mask = column <= row
-  if config.sliding_window is None or (config.global_every is not None and not local):
+  all_alike = config.global_every is None and config.local is None
+  if config.sliding_window is None or not (all_alike or local):
     return mask
   return mask & (row - column < config.sliding_window)

@@ -1,4 +1,4 @@
-"""One Flax decoder for the Llama family and Gemma 3, cut in two at the boundary.
+"""One Flax decoder for the families of `families.py`, cut in two at the boundary; what they differ in is data.
 
 Linen modules describe one layer; `jax.lax.scan` runs a stack of them whose parameters share a leading axis, so that
 compile time does not grow with depth and "the chosen layers" are a slice of that axis. Parameters are plain nested
@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from in2core_jax.model.config import ModelConfig, causal_mask, rotary_tables
+from in2core_jax.model.config import ModelConfig, causal_mask
+from in2core_jax.model.rotary import rotary_tables
 from in2core_jax.params import moment_probes
 from in2core_jax.params import subtree as subtree_lib
 
@@ -92,6 +93,11 @@ class Projection(nn.Module):
     return y
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap tanh(x / cap): x where it is small, never beyond the cap; x itself without a cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def _runs(length: int) -> list[tuple[int, int]]:
   """Cuts T positions into at most `ATTENTION_RUNS` stretches (start, stop)."""
   size = max(SHORTEST_RUN, -(-length // ATTENTION_RUNS))
@@ -102,6 +108,7 @@ def _attend(config, q, k, v, mask):
   """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim]."""
   wide = accumulation_dtype(q.dtype)
   scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * config.score_scale
+  scores = soft_cap(scores, config.score_cap)
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, v)
 
@@ -115,15 +122,15 @@ class Attention(nn.Module):
   def __call__(self, x, rotary, mask):
     c = self.config
     batch, length, _ = x.shape
-    bias = c.attention_bias
-    q = Projection(c.num_heads * c.head_dim, bias, name="q_proj")(x).reshape(batch, length, c.num_heads, c.head_dim)
-    k = Projection(c.num_kv_heads * c.head_dim, bias, name="k_proj")(x).reshape(
-      batch, length, c.num_kv_heads, c.head_dim
-    )
-    v = Projection(c.num_kv_heads * c.head_dim, bias, name="v_proj")(x).reshape(
-      batch, length, c.num_kv_heads, c.head_dim
-    )
-    if c.query_key_norms:
+
+    def project(name, heads):
+      y = Projection(heads * c.head_dim, c.attention_bias, name=f"{name}_proj")(x)
+      if c.query_key_norms and c.wide_query_key_norms and name != "v":
+        y = _norm(c, f"{name}_norm")(y)
+      return y.reshape(batch, length, heads, c.head_dim)
+
+    q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+    if c.query_key_norms and not c.wide_query_key_norms:
       q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
     q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
     k = _rotate(k, rotary)
@@ -132,40 +139,54 @@ class Attention(nn.Module):
       for start, stop in _runs(length)
     ]
     mixed = jnp.concatenate(runs, axis=1).reshape(batch, length, c.num_heads * c.head_dim)
-    return Projection(c.hidden_size, name="o_proj")(mixed)
+    return Projection(c.hidden_size, c.output_bias, name="o_proj")(mixed)
 
 
-ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+ACTIVATIONS = {
+  "silu": nn.silu,
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+  "relu2": lambda x: jnp.square(nn.relu(x)),
+}
 
 
 class Mlp(nn.Module):
-  """Gated MLP: down(act(gate(x)) * up(x)), act one of `ACTIVATIONS`."""
+  """Gated MLP: down(act(gate(x)) * up(x)), act one of `ACTIVATIONS`; without gate: down(act(up(x)))."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x):
-    gate = Projection(self.config.intermediate_size, name="gate_proj")(x)
-    up = Projection(self.config.intermediate_size, name="up_proj")(x)
-    return Projection(self.config.hidden_size, name="down_proj")(ACTIVATIONS[self.config.activation](gate) * up)
+    c, act = self.config, ACTIVATIONS[self.config.activation]
+    gate = Projection(c.intermediate_size, c.mlp_bias, name="gate_proj")(x) if c.gated_mlp else None
+    up = Projection(c.intermediate_size, c.mlp_bias, name="up_proj")(x)
+    inner = act(up) if gate is None else act(gate) * up
+    return Projection(c.hidden_size, c.mlp_bias, name="down_proj")(inner)
 
 
 class Block(nn.Module):
-  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)); what is added may be normed once more."""
+  """One decoder layer: h + attention(norm(h)), then h + mlp(norm(h)).
+
+  What is added may be normed once more or instead, and multiplied by a constant.
+  """
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, h, rotary, mask):
     c = self.config
-    added = Attention(c, name="attention")(_norm(c, "attention_norm")(h), rotary, mask)
-    h = h + (_norm(c, "attention_post_norm")(added) if c.post_norms else added)
-    added = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(h))
-    return h + (_norm(c, "mlp_post_norm")(added) if c.post_norms else added)
+    attention = lambda x: Attention(c, name="attention")(x, rotary, mask)  # noqa: E731
+    for name, inner in (("attention", attention), ("mlp", lambda x: Mlp(c, name="mlp")(x))):
+      added = inner(_norm(c, f"{name}_norm")(h) if c.pre_norms else h)
+      added = _norm(c, f"{name}_post_norm")(added) if c.post_norms else added
+      h = h + (added if c.residual_multiplier == 1 else added * c.residual_multiplier)
+    return h
 
 
 def _rotate(x, rotary):
   cos, sin = (table[..., :, None, :] for table in rotary)  # [T, 1, half], or [B, T, 1, half] in packed rows
+  rotated = 2 * cos.shape[-1]
+  if rotated < x.shape[-1]:
+    return jnp.concatenate([_rotate(x[..., :rotated], rotary), x[..., rotated:]], axis=-1)
   first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -198,28 +219,33 @@ def run_layers(
       example a row.
     first: which layer of the model the first one is; it matters where local and global layers take turns.
   """
+  count = jax.tree.leaves(layer_params)[0].shape[0]
   everywhere = _surroundings(config, h, offsets, local=False)
-  is_local = config.local_layers(first, jax.tree.leaves(layer_params)[0].shape[0])
+  is_local, is_unrotated = config.local_layers(first, count), config.unrotated_layers(first, count)
   nearby = None if is_local is None else _surroundings(config, h, offsets, local=True)
 
   def body(carry, layer):
-    params, local = layer
+    params, local, unrotated = layer
     around = everywhere
     if local is not None:  # one program for both kinds of layers: which one it is comes with the layer's parameters
       around = jax.tree.map(lambda near, far: jnp.where(local, near, far), nearby, everywhere)
+    if unrotated is not None:
+      (cos, sin), mask = around
+      around = (jnp.where(unrotated, 1, cos), jnp.where(unrotated, 0, sin)), mask
     return Block(config).apply({"params": params}, carry, *around), None
 
-  return jax.lax.scan(body, h, (layer_params, is_local))[0]
+  return jax.lax.scan(body, h, (layer_params, is_local, is_unrotated))[0]
 
 
 def embed(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
-  """Token embeddings [B,T,D], times sqrt(D) where the model has it so."""
+  """Token embeddings [B,T,D], times sqrt(D) or another constant where the model has it so."""
   return _scaled(config, jnp.take(params["embed"]["embedding"], tokens, axis=0))
 
 
 def _scaled(config: ModelConfig, h):
   # The factor is rounded to the dtype of the weights, as the model was trained.
-  return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scaled_embeddings else h
+  h = h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scaled_embeddings else h
+  return h if config.embedding_multiplier == 1 else h * config.embedding_multiplier
 
 
 def head_matrix(params) -> jax.Array:
@@ -250,10 +276,16 @@ def final_norm(config: ModelConfig, params, h: jax.Array) -> jax.Array:
   return _norm(config).apply({"params": params["final_norm"]}, h)
 
 
+def head_input(config: ModelConfig, params, h: jax.Array) -> jax.Array:
+  """What the vocabulary projection is applied to: the final norm of [..., D], over the divisor of the logits."""
+  z = final_norm(config, params, h)
+  return z if config.logits_divisor == 1 else z / config.logits_divisor
+
+
 def logits(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:
   """Logits of all positions, float32 [B,T,V]; for parity checks and small inputs."""
   h = run_layers(config, params["layers"], embed(config, params, tokens))
-  return _logits(final_norm(config, params, h), head_matrix(params))
+  return _logits(head_input(config, params, h), head_matrix(params), config.logit_cap)
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
@@ -273,5 +305,6 @@ def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32):
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _logits(z, matrix):
-  return jnp.einsum("...d,vd->...v", z, matrix, preferred_element_type=accumulation_dtype(z.dtype))
+def _logits(z, matrix, cap: float | None = None):
+  product = jnp.einsum("...d,vd->...v", z, matrix, preferred_element_type=accumulation_dtype(z.dtype))
+  return soft_cap(product, cap)

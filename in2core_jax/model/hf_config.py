@@ -1,6 +1,7 @@
 """The decoder's shape from, and to, a Hugging Face config.json; refuses what would not map exactly."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 import re
@@ -9,43 +10,12 @@ from typing import Any
 from in2core_jax.errors import UserError
 from in2core_jax.model import model_files, schema
 from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.families import FAMILIES, GEMMA3, TEXT_PARTS, Family
+from in2core_jax.model.hf_rope import by_kind_of_layer, read_rope
 from in2core_jax.model.schema import plain, shown
 
-# What a config.json of that type means when the key is absent (transformers' own defaults), as far as we read it.
-DEFAULTS: dict[str, dict[str, Any]] = {
-  "llama": {"rms_norm_eps": 1e-6, "sliding_window": None},
-  "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
-  "qwen2": {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": None},
-  "gemma3_text": {
-    "rms_norm_eps": 1e-6,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 6,
-    "query_pre_attn_scalar": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "rope_theta": 1000000.0,
-    "rope_local_base_freq": 10000.0,
-  },
-}
-ARCHITECTURES = {
-  "llama": "LlamaForCausalLM",
-  "mistral": "MistralForCausalLM",
-  "qwen2": "Qwen2ForCausalLM",
-  "gemma3_text": "Gemma3ForCausalLM",
-}
-# What sets Gemma 3 apart from Llama in every one of its models, as fields of `ModelConfig`.
-GEMMA3 = {
-  "activation": "gelu_tanh",
-  "norm_offset": 1.0,
-  "post_norms": True,
-  "query_key_norms": True,
-  "scaled_embeddings": True,
-}
 # Key -> the only values under which this decoder computes the same as the model (None: absent or null).
 ONLY = {
-  "hidden_act": ("silu", "swish", None),
   "attention_bias": (False, None),
   "mlp_bias": (False, None),
   "partial_rotary_factor": (1, 1.0, None),
@@ -66,6 +36,11 @@ ONLY = {
   "qk_norm": (False, None),
   "use_qk_norm": (False, None),
   "clip_qkv": (None,),
+  "use_bias": (False, None),
+  "qkv_bias": (False, None),
+  "attention_out_bias": (False, None),
+  "no_rope_layers": (None,),
+  "no_rope_layer_interval": (None,),
   "alibi": (False, None),
   "is_encoder_decoder": (False, None),
   "is_causal": (True, None),
@@ -78,14 +53,13 @@ ONLY = {
   "vision_config": (None,),
   "audio_config": (None,),
 }
-ONLY_GEMMA3 = {"hidden_activation": ("gelu_pytorch_tanh",)}
 # Keys that say nothing about what is computed; what is in no table is told.
 HARMLESS = re.compile(
   r"(_.*|model_type|model_name|transformers.*|unsloth.*|.*(bos|eos|pad|sep|unk|cls|mask)_token_id|use_cache"
   r"|cache_implementation|attn_implementation|torchscript|output_.*|return_.*|id2label|label2id|problem_type|num_labels"
   r"|task_specific_params|finetuning_task|tokenizer_class|prefix|is_llama_config|is_decoder|use_bfloat16"
   r"|decoder_start_token_id|max_length|min_length|do_sample|temperature|top_k|top_p|repetition_penalty|num_beams"
-  r"|chunk_size_feed_forward|tie_encoder_decoder|max_window_layers|sliding_window|hidden_act|hidden_activation)"
+  r"|residual_dropout|resid_pdrop|embd_pdrop|chunk_size_feed_forward|tie_encoder_decoder|max_window_layers|sliding_window|hidden_act|hidden_activation)"
 )
 KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # no computation uses them
 _REMEDIES = {
@@ -94,12 +68,6 @@ _REMEDIES = {
   "text_config": ": a multimodal model; save its text part as a model of its own",
   "vision_config": ": a multimodal model; save its text part as a model of its own",
   "audio_config": ": a multimodal model; save its text part as a model of its own",
-}
-ROPE_KINDS = ("default", "linear", "llama3")
-ROPE_KEYS = {
-  "default": (),
-  "linear": ("factor",),
-  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -133,35 +101,30 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
   Raises:
     UserError: unknown model type, missing keys, or options that the decoder does not have.
   """
+  values, origin = _text_part(values, origin)
   kind = values.get("model_type")
-  if not isinstance(kind, str) or kind not in DEFAULTS:
-    parts = "text_config" in values or "vision_config" in values
-    hint = "; it is a multimodal model: save its text part as a model of its own" if parts else ""
-    hint = "; it is a LoRA adapter: merge it into its base model" if "peft_type" in values else hint
-    raise UserError(f"{origin}: model_type {shown(kind)} is not supported; known: {', '.join(DEFAULTS)}{hint}")
-  given, values = values, DEFAULTS[kind] | values
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise UserError(
+      f"{origin}: model_type {shown(kind)} is not supported; known: {', '.join(FAMILIES)}{_hint(values, kind)}"
+    )
+  given, family = values, FAMILIES[kind]
+  values = family.defaults | values
   need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
   absent = [key for key in need if values.get(key) is None]
   if absent:
     raise UserError(f"{origin}: {', '.join(absent)} must be given as a whole number")
   schema.check(values, schema.CONFIG, origin)
   _refuse_others(values, kind, origin)
-  heads = values["num_attention_heads"]
-  if values.get("head_dim") is None and values["hidden_size"] % heads:
-    raise UserError(f"{origin}: hidden_size {values['hidden_size']} is not a multiple of {heads} heads; give head_dim")
-  shared, head_dim = (
-    values.get("num_key_value_heads") or heads,
-    values.get("head_dim") or values["hidden_size"] // heads,
-  )
-  if heads % shared:
-    raise UserError(f"{origin}: num_key_value_heads: {heads} heads cannot share {shared} key-value heads evenly")
-  if head_dim % 2:
-    raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embeddings need pairs")
-  # Llama ignores the key; Qwen2 uses it only with use_sliding_window, which is refused above.
-  family = {"sliding_window": values["sliding_window"] if kind == "mistral" else None}
+  heads, shared, head_dim = _heads(values, origin)
+  fields = dict(family.traits)
+  for key, names in family.options.items():
+    if values.get(key) is not None:
+      fields |= dict.fromkeys(names, values[key] if isinstance(values[key], bool) else float(values[key]))
   if kind == "gemma3_text":
-    values, family = _read_gemma3(values, origin)
-  theta, scaling = _rope(values, origin)
+    values, more = _read_gemma3(values, origin)
+  else:
+    values, more = _layers(values, kind, origin)
+  theta, scaling, rotary_dim = read_rope(values, family, head_dim, origin)
   return ModelConfig(
     vocab_size=values["vocab_size"],
     hidden_size=values["hidden_size"],
@@ -174,15 +137,66 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     rms_eps=float(values["rms_norm_eps"]),
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     rope_scaling=scaling,
-    attention_bias=kind == "qwen2",
+    rotary_dim=None if rotary_dim == head_dim else rotary_dim,
     carried=carry({key: given[key] for key in KEPT if key in given}, None),
-    **family,
+    model_type=kind,
+    **(fields | more),
   )
+
+
+def _heads(values: dict[str, Any], origin: str) -> tuple[int, int, int]:
+  """(query heads, key heads, entries of a head)."""
+  heads = values["num_attention_heads"]
+  if values.get("head_dim") is None and values["hidden_size"] % heads:
+    raise UserError(f"{origin}: hidden_size {values['hidden_size']} is not a multiple of {heads} heads; give head_dim")
+  shared, head_dim = (
+    values.get("num_key_value_heads") or heads,
+    values.get("head_dim") or values["hidden_size"] // heads,
+  )
+  if heads % shared:
+    raise UserError(f"{origin}: num_key_value_heads: {heads} heads cannot share {shared} key-value heads evenly")
+  if head_dim % 2:
+    raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embeddings need pairs")
+  return heads, shared, head_dim
+
+
+def _text_part(values: dict[str, Any], origin: str) -> tuple[dict[str, Any], str]:
+  """The keys of the language model in a model of several parts, and where they stand; other ones as they are."""
+  part, kind = TEXT_PARTS.get(values.get("model_type") if isinstance(values.get("model_type"), str) else "", ("", ""))
+  inner = values.get(part)
+  if not part or inner is None:
+    return values, origin
+  if not isinstance(inner, dict):
+    raise UserError(f"{origin}: {part} is {shown(inner)}; it must be an object")
+  model_files.say(f"{origin}: of the multimodal model {values['model_type']} the text part alone is read")
+  kept = {key: values[key] for key in (*KEPT, "tie_word_embeddings", "quantization_config") if key in values}
+  return kept | {"model_type": kind} | inner, f"{origin}: {part}"
+
+
+def _hint(values: dict[str, Any], kind: Any) -> str:
+  """What to do about a model type that is not read."""
+  if "peft_type" in values:
+    return "; it is a LoRA adapter: merge it into its base model"
+  if "text_config" in values or "vision_config" in values:
+    return "; it is a multimodal model: save its text part as a model of its own"
+  if isinstance(kind, str) and re.search("moe|mixtral|deepseek|gpt_oss|llama4|jetmoe|dbrx", kind):
+    return (
+      "; it is a mixture of experts, which this decoder is not: the closest that works is a dense model of its maker"
+    )
+  near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5) if isinstance(kind, str) else []
+  return f"; the closest that works is {near[0]}" if near else ""
 
 
 def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
   """Refuses options that this decoder does not have; tells of keys that nobody here knows."""
-  only = ONLY | (ONLY_GEMMA3 if kind == "gemma3_text" else {})
+  family = FAMILIES[kind]
+  only = ONLY | {"hidden_act": (*family.activation, None)}
+  if family.activation_key != "hidden_act":  # which is not read then
+    only |= {"hidden_act": (*family.activation, "silu", None), family.activation_key: tuple(family.activation)}
+  read = {*family.options, *(["partial_rotary_factor"] if family.partial_rotary else [])}
+  read |= {"use_sliding_window"} if family.window in ("late", "unrotated") else set()
+  read |= {"no_rope_layers", "no_rope_layer_interval"} if family.window == "unrotated" else set()
+  only = {key: allowed for key, allowed in only.items() if key not in read}
   for key, allowed in only.items():
     value = values.get(key)
     if value not in allowed or (isinstance(value, bool) and not any(value is one for one in allowed)):
@@ -190,21 +204,8 @@ def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
         f"{origin}: {key} {shown(value)} is not supported; this decoder computes {key} {allowed[0]!r} "
         f"only{_REMEDIES.get(key, '')}"
       )
-  named = values.get("architectures")
-  if named and ARCHITECTURES[kind].lower() not in [name.lower() for name in named]:
-    raise UserError(
-      f"{origin}: architectures {shown(named)} is not {ARCHITECTURES[kind]}, the language model of "
-      f"{kind}; save the model with its language-model head"
-    )
-  layers = values.get("layer_types")
-  if layers is not None and len(layers) != values["num_hidden_layers"]:
-    raise UserError(f"{origin}: layer_types names {len(layers)} layers of {values['num_hidden_layers']}")
-  if kind != "gemma3_text" and len(set(layers or ())) > 1:
-    raise UserError(f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must attend alike")
-  window = values["sliding_window"] if kind == "mistral" else None
-  if kind != "gemma3_text" and layers and ("sliding_attention" in layers) != (window is not None):
-    raise UserError(f"{origin}: layer_types says {layers[0]} of every layer, but the window of {kind} is {window}")
-  known = schema.CONFIG.keys() | only.keys() | DEFAULTS[kind].keys()
+  _check_kind(values, kind, origin)
+  known = schema.CONFIG.keys() | only.keys() | family.defaults.keys() | read
   strange = sorted(key for key in values if key not in known and not HARMLESS.fullmatch(key))
   if values.get("attention_dropout"):
     strange.append(f"attention_dropout {values['attention_dropout']} (nothing is dropped)")
@@ -216,28 +217,75 @@ def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
     model_files.say(f"{origin}: keys without effect here: {names}{more}")
 
 
+def _check_kind(values: dict[str, Any], kind: str, origin: str) -> None:
+  """Refuses a class without language-model head and kinds of layers that the family does not have."""
+  family, named = FAMILIES[kind], values.get("architectures")
+  if named and family.architecture.lower() not in [name.lower() for name in named]:
+    raise UserError(
+      f"{origin}: architectures {shown(named)} is not {family.architecture}, the language model of "
+      f"{kind}; save the model with its language-model head"
+    )
+  layers = values.get("layer_types")
+  if layers is not None and len(layers) != values["num_hidden_layers"]:
+    raise UserError(f"{origin}: layer_types names {len(layers)} layers of {values['num_hidden_layers']}")
+  if family.window in ("none", "all") and layers:
+    if len(set(layers)) > 1:
+      raise UserError(f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must attend alike")
+    window = values["sliding_window"] if family.window == "all" else None
+    if ("sliding_attention" in layers) != (window is not None):
+      raise UserError(f"{origin}: layer_types says {layers[0]} of every layer, but the window of {kind} is {window}")
+
+
 def _read_gemma3(values: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """(values whose rotary keys are those of the global layers alone, the fields of `ModelConfig` that Llama lacks)."""
-  local_theta, rope = values["rope_local_base_freq"], values.get("rope_parameters") or {}
-  if rope:  # the newer spelling has a dictionary for each kind of layer
-    near, far = (rope.get(kind) or {} for kind in ("sliding_attention", "full_attention"))
-    if not isinstance(near, dict) or not isinstance(far, dict):
-      raise UserError(f"{origin}: rope_parameters {shown(rope)} must hold an object for each kind of layer")
-    schema.check(near, schema.ROPE, f"{origin}: sliding_attention")
-    strange = set(rope) - {"sliding_attention", "full_attention"} or set(near) - {"rope_type", "rope_theta"}
-    if strange or near.get("rope_type", "default") != "default" or values.get("rope_scaling"):
-      raise UserError(
-        f"{origin}: rope_parameters {shown(rope)} is not supported; it must have sliding_attention, unscaled, and "
-        "full_attention, and no rope_scaling beside it"
-      )
-    local_theta = near.get("rope_theta", local_theta)
-    values = values | {"rope_parameters": {"rope_theta": values["rope_theta"]} | far}
+  values, local_theta = by_kind_of_layer(values, values["rope_local_base_freq"], origin)
   return values, GEMMA3 | {
     "sliding_window": values["sliding_window"],
     "global_every": _global_every(values, origin),
     "local_rope_theta": float(local_theta),
     "query_scalar": float(values["query_pre_attn_scalar"]),
   }
+
+
+def _layers(values: dict[str, Any], kind: str, origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(values whose rotary keys are those of the global layers, fields of `ModelConfig` about what differs by layer)."""
+  family, count, fields, theta = FAMILIES[kind], values["num_hidden_layers"], {}, None
+  if family.local_angles:
+    values, theta = by_kind_of_layer(values, family.defaults["rope_theta"], origin)
+  if family.window == "none":
+    return values, fields
+  if family.window == "all":
+    return values, {"sliding_window": values["sliding_window"]}
+  window, unrotated = values.get("sliding_window"), [False] * count
+  if family.window == "unrotated":
+    every, listed = values["no_rope_layer_interval"], values.get("no_rope_layers")
+    unrotated = [(layer + 1) % every == 0 for layer in range(count)] if listed is None else [not one for one in listed]
+    if len(unrotated) < count:
+      raise UserError(f"{origin}: no_rope_layers names {len(unrotated)} layers of {count}")
+    fields["unrotated"] = tuple(unrotated)
+  if family.window in ("late", "unrotated") and not values.get("use_sliding_window"):
+    window = None
+  kinds = values.get("layer_types")
+  if kinds is not None:
+    local = [name == "sliding_attention" for name in kinds]
+  elif window is None:
+    local = [False] * count
+  else:
+    local = _local_by_rule(family, values, unrotated)
+  if any(local) and window is None:
+    raise UserError(f"{origin}: layer_types says sliding_attention, but there is no sliding_window in use; remove one")
+  own = {"sliding_window": window, "local": tuple(local), "local_rope_theta": theta}
+  return values, fields | (own if any(local) else {})
+
+
+def _local_by_rule(family: Family, values: dict[str, Any], unrotated: list[bool]) -> list[bool]:
+  """Which layers are local where layer_types does not say it."""
+  layers = range(values["num_hidden_layers"])
+  if family.window == "late":
+    return [layer >= (values["max_window_layers"] or 0) for layer in layers]
+  if family.window == "unrotated":
+    return unrotated[: len(layers)]
+  return [family.every == 0 or (layer + 1) % family.every != 0 for layer in layers]
 
 
 def _global_every(values: dict[str, Any], origin: str) -> int:
@@ -260,17 +308,39 @@ def _layer_types(every: int, count: int) -> list[str]:
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   """The keys of a config.json that `parse_config` and transformers read as `config`.
 
+  The model type is that of the source, or the first of `FAMILIES` whose keys mean this very configuration.
+
   Raises:
     UserError: a configuration that no known model type expresses.
   """
-  gemma3 = _write_gemma3(config)
-  if config.attention_bias and config.sliding_window:
-    raise UserError("export: no known model type has both attention biases and a sliding window in all layers")
-  kind = "qwen2" if config.attention_bias else "mistral" if config.sliding_window else "llama"
-  kind = "gemma3_text" if gemma3 else kind
-  scaling = dict(config.rope_scaling) if config.rope_scaling else None
-  return {
-    "architectures": [ARCHITECTURES[kind]],
+  lost: dict[str, list[str]] = {}
+  names = [field.name for field in dataclasses.fields(ModelConfig) if field.compare]
+  for kind in dict.fromkeys([*([config.model_type] if config.model_type else []), *FAMILIES]):
+    values = _write(config, kind, dtype)
+    try:
+      read = parse_config(values, "export")
+    except UserError:
+      continue
+    read, wanted = (_shortest_period(one) for one in (read, config))
+    lost[kind] = [name for name in names if getattr(read, name) != getattr(wanted, name)]
+    if not lost[kind]:
+      return values
+  near = min(lost, key=lambda kind: len(lost[kind]), default="llama")
+  differ = ", ".join(lost.get(near, ["its sizes"]))
+  raise UserError(f"export: no known model type has all options of this model; the closest, {near}, differs: {differ}")
+
+
+def _shortest_period(config: ModelConfig) -> ModelConfig:
+  """The same model, where it has fewer layers than the period of its global ones."""
+  every = config.global_every and min(config.global_every, config.num_layers + 1)
+  return dataclasses.replace(config, global_every=every)
+
+
+def _write(config: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
+  """What a config.json of that type can say of the configuration."""
+  family = FAMILIES[kind]
+  values = {
+    "architectures": [family.architecture],
     "model_type": kind,
     "vocab_size": config.vocab_size,
     "hidden_size": config.hidden_size,
@@ -281,66 +351,75 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "head_dim": config.head_dim,
     "rms_norm_eps": config.rms_eps,
     "rope_theta": config.rope_theta,
-    "rope_scaling": scaling,
-    "sliding_window": config.sliding_window,
+    "rope_scaling": None,
+    "sliding_window": None if family.window == "none" else config.sliding_window,
     "tie_word_embeddings": config.tie_embeddings,
     "torch_dtype": dtype,
     **(json.loads(config.carried)["config"] if config.carried else {}),
-    **(gemma3 or {"hidden_act": "silu"}),
   }
+  if kind == "gemma3_text":
+    values |= _write_gemma3(config)
+  else:
+    word = {ours: theirs for theirs, ours in reversed(family.activation.items())}.get(config.activation)
+    values |= {family.activation_key: word or next(iter(family.activation))}
+    values |= _write_options(config, family) | _write_layers(config, family)
+  return values | _write_rope(config, family)
+
+
+def _write_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+  plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+  found = {key: getattr(config, names[0]) for key, names in family.options.items()}
+  found = {key: v for key, v in found.items() if v != plain[family.options[key][0]] or key in family.defaults}
+  if found.get("attention_multiplier", 1) is None:
+    found["attention_multiplier"] = config.score_scale
+  scalar = found.get("query_pre_attn_scalar", 1) or config.head_dim
+  if "query_pre_attn_scalar" in found and scalar == int(scalar):
+    found["query_pre_attn_scalar"] = int(scalar)  # transformers wants a whole number
+  return found
+
+
+def _write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """Keys about what differs by layer."""
+  found: dict[str, Any] = {}
+  if family.window == "unrotated":
+    unrotated = config.unrotated or (False,) * config.num_layers
+    found["no_rope_layers"] = [int(not one) for one in unrotated]
+  local = config.local or (config.sliding_window is not None,) * config.num_layers
+  if family.window in ("late", "unrotated") and any(local):
+    found["use_sliding_window"] = True
+  if family.window == "late" and any(local):
+    found["max_window_layers"] = local.index(True)
+  if family.window == "every" or "use_sliding_window" in found:
+    found["layer_types"] = ["sliding_attention" if one else "full_attention" for one in local]
+  return found
+
+
+def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """Rotary keys, in the spelling that the family's own releases have."""
+  scaling = {key: list(value) if isinstance(value, tuple) else value for key, value in config.rope_scaling or ()}
+  found: dict[str, Any] = {}
+  if scaling.get("rope_type") in ("dynamic", "longrope"):
+    length = scaling.pop("max_position_embeddings", None)
+    found |= {} if length is None else {"max_position_embeddings": length}
+  if family.partial_rotary:
+    rotated = config.rotary_dim or config.head_dim
+    found |= {} if rotated == config.head_dim else {"partial_rotary_factor": rotated / config.head_dim}
+    if scaling:
+      found["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings", None)
+      scaling["type"] = scaling.pop("rope_type")  # the one word that older readers of these models know
+  if family.local_angles:
+    near = {"rope_type": "default", "rope_theta": config.local_rope_theta if config.local else config.rope_theta}
+    far = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
+    return {"rope_parameters": {"sliding_attention": near, "full_attention": far}, "rope_theta": config.rope_theta}
+  return found | {"rope_scaling": scaling or None}
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-  """The keys that only Gemma 3 has; none for other decoders."""
-  plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-  traits = {name for name in (*GEMMA3, "global_every", "query_scalar") if getattr(config, name) != plain[name]}
-  if not traits:
-    return {}
-  missing = [name for name, value in GEMMA3.items() if getattr(config, name) != value]
-  if missing or config.attention_bias or not config.global_every:
-    raise UserError(
-      f"export: no known model type has {', '.join(sorted(traits))} without {', '.join(missing) or 'local layers'}"
-    )
+  """The keys that only Gemma 3 has."""
   scalar = config.query_scalar or config.head_dim
-  if scalar != int(scalar):
-    raise UserError(f"export: query_pre_attn_scalar {scalar} is no whole number, which Gemma 3 asks for")
   return {
     "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": int(scalar),
-    "layer_types": _layer_types(config.global_every, config.num_layers),
-    "rope_local_base_freq": config.local_rope_theta,
+    "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+    "layer_types": _layer_types(config.global_every or 1, config.num_layers),
+    "rope_local_base_freq": config.local_rope_theta or config.rope_theta,
   }
-
-
-def _rope(values: dict[str, Any], origin: str) -> tuple[float, tuple[tuple[str, object], ...] | None]:
-  """Rotary base and scaling; `rope_parameters` is the newer spelling of `rope_theta` and `rope_scaling`."""
-  old, new = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
-  given = dict(new or old)
-  if any(isinstance(value, dict) for value in given.values()):
-    raise UserError(f"{origin}: rotary scaling that differs between layers is not supported for this model type")
-  schema.check(given, schema.ROPE, f"{origin}: rotary scaling")
-  if old and new and any(old[key] != new[key] for key in old if key in new):
-    raise UserError(f"{origin}: rope_scaling and rope_parameters say different things; remove one of them")
-  theta = float(given.pop("rope_theta", None) or values.get("rope_theta") or 10000.0)
-  kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} - {None} or {"default"}
-  kind = kinds.pop()
-  if kind not in ROPE_KINDS or kinds:
-    raise UserError(
-      f"{origin}: rotary scaling {' and '.join(map(shown, [kind, *kinds]))} is not supported; known: "
-      f"{', '.join(ROPE_KINDS)}"
-    )
-  absent = [key for key in ROPE_KEYS[kind] if key not in given]
-  if absent:
-    raise UserError(f"{origin}: rotary scaling {kind} needs {', '.join(absent)}")
-  if given.get("partial_rotary_factor", 1) != 1:
-    raise UserError(f"{origin}: partial_rotary_factor {given['partial_rotary_factor']} is not supported; it must be 1")
-  strange = set(given) - {*ROPE_KEYS[kind], "partial_rotary_factor", "original_max_position_embeddings"}
-  if strange:
-    raise UserError(
-      f"{origin}: rotary scaling {kind} has no {', '.join(map(ascii, sorted(strange)))}; known: {ROPE_KEYS[kind]}"
-    )
-  if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-    raise UserError(f"{origin}: rotary scaling llama3 needs a low_freq_factor below its high_freq_factor")
-  if kind == "default":
-    return theta, None
-  return theta, tuple(sorted([("rope_type", kind), *((key, given[key]) for key in ROPE_KEYS[kind])]))

@@ -12,7 +12,7 @@ from in2core_jax.model.decoder import (
   _logits,
   _scaled,
   accumulation_dtype,
-  final_norm,
+  head_input,
   head_matrix,
   run_above,
   run_below,
@@ -33,8 +33,8 @@ def _nll_of_logits(logits_, target):
   return jax.nn.logsumexp(logits_, axis=-1) - picked
 
 
-@jax.custom_jvp
-def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array, cap: float | None = None) -> jax.Array:
   """Negative log-likelihood of `target` under softmax(z matrix^T), with logits alive for `head_chunk` rows at a time.
 
   The derivative rule forms (p - onehot) matrix beside the value, so that forward mode, reverse mode and
@@ -45,22 +45,24 @@ def token_nll(z: jax.Array, matrix: jax.Array, target: jax.Array) -> jax.Array:
     z: [M, D] final hidden states after the last norm.
     matrix: [V, D] vocabulary projection.
     target: int32 [M].
+    cap: soft cap of the logits (`decoder.soft_cap`).
 
   Returns:
     [M], float32 at least, nats.
   """
-  return _by_chunk(len(matrix), lambda zc, tc: _nll_of_logits(_logits(zc, matrix), tc), z, target)
+  return _by_chunk(len(matrix), lambda zc, tc: _nll_of_logits(_logits(zc, matrix, cap), tc), z, target)
 
 
 @token_nll.defjvp
-def _token_nll_jvp(primals, tangents):
+def _token_nll_jvp(cap, primals, tangents):
   z, matrix, target = primals
   dz = tangents[0]
 
   def value_and_slope(zc, tc):
-    chunk = _logits(zc, matrix)
+    chunk = _logits(zc, matrix, cap)
     probability = jax.nn.softmax(chunk, axis=-1)
     residual = probability - jax.nn.one_hot(tc, chunk.shape[-1], dtype=chunk.dtype)
+    residual = residual if cap is None else residual * _cap_slope(chunk, cap)
     slope = jnp.einsum("mv,vd->md", residual.astype(matrix.dtype), matrix, preferred_element_type=chunk.dtype)
     return _nll_of_logits(chunk, tc), slope
 
@@ -85,18 +87,31 @@ def _by_chunk(vocab_size: int, fn, z, *rest):
   return jax.tree.map(lambda a: a.reshape(chunks * size, *a.shape[2:])[:rows], out)
 
 
-def head_ggn(z, dz, matrix):
-  """W^T (diag(p) - p p^T) W dz per row: three vocabulary products, p = softmax(W z)."""
-  logits_ = _logits(z, matrix)
+def _cap_slope(capped, cap: float):
+  """Derivative of the soft cap at the logits whose capped values these are: 1 - tanh^2."""
+  return 1 - jnp.square(capped / cap)
+
+
+def head_ggn(z, dz, matrix, cap: float | None = None):
+  """W^T D (diag(p) - p p^T) D W dz per row: three vocabulary products, p = softmax(c(W z)).
+
+  c is the soft cap of the logits and D = diag(c'(W z)) its slope; without a cap c(x) = x and D = I. The Gauss-Newton
+  matrix takes the *capped* logits as the model's output, in which the loss is convex: it stays positive semi-definite
+  and equals the covariance of the gradients D (p - onehot) under labels drawn from p. The term with c'' is left out,
+  as that of every other nonlinearity of the model is.
+  """
+  logits_ = _logits(z, matrix, cap)
   # p = e / total; the division comes after the last product, where rows are short: fewer passes over [rows, V].
   e = jnp.exp(logits_ - jnp.max(logits_, axis=-1, keepdims=True))
   total = jnp.sum(e, axis=-1, keepdims=True)
-  return _moved_by_head(dz.astype(z.dtype), e, total, matrix)
+  slope = () if cap is None else (_cap_slope(logits_, cap),)
+  return _moved_by_head(dz.astype(z.dtype), e, total, matrix, *slope)
 
 
-def _moved(dz, e, total, matrix):
-  moved = _logits(dz, matrix)
+def _moved(dz, e, total, matrix, slope=None):
+  moved = _logits(dz, matrix) if slope is None else slope * _logits(dz, matrix)
   moved = e * (moved - jnp.sum(e * moved, axis=-1, keepdims=True) / total)
+  moved = moved if slope is None else slope * moved
   return jnp.einsum("mv,vd->md", moved.astype(matrix.dtype), matrix, preferred_element_type=moved.dtype) / total
 
 
@@ -127,7 +142,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
 
   `outputs` are the normed hidden states at the response slots [B,R,D] (logits [B,R,V] when the head itself is chosen).
   The head is linear and frozen, so the Gauss-Newton matrix with respect to these outputs equals the one with respect to
-  the logits: J_z^T (W^T H_out W) J_z.
+  the logits: J_z^T (W^T H_out W) J_z. A divisor of the logits is part of z, a soft cap part of H_out (`head_ggn`).
 
   Returns:
     An `Objective` over batches with the fields of `batches.Batch`; `hidden` [B,T,D] replaces the layers below the
@@ -151,16 +166,17 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
       h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
     h = run_above(config, subtree, sub, frozen, h, batch.offsets)
     picked = _pick(h, batch)
-    z = final_norm(config, sub if "final_norm" in subtree.extras else frozen, picked)
-    return _logits(z, head_matrix(frozen | sub)) if head_is_chosen else z
+    z = head_input(config, sub if "final_norm" in subtree.extras else frozen, picked)
+    return _logits(z, head_matrix(frozen | sub), config.logit_cap) if head_is_chosen else z
 
   def losses(z, frozen, batch):
-    return jnp.sum(_slot_losses(head_is_chosen, z, frozen, batch), axis=-1)
+    return jnp.sum(_slot_losses(config, head_is_chosen, z, frozen, batch), axis=-1)
 
   def output_hvp(z, dz, frozen, batch):
     flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
     matrix = head_matrix(frozen)
-    product = _by_chunk(len(matrix), lambda zc, dzc: head_ggn(zc, dzc, matrix), flat(z), flat(dz)).reshape(z.shape)
+    ggn = lambda zc, dzc: head_ggn(zc, dzc, matrix, config.logit_cap)  # noqa: E731
+    product = _by_chunk(len(matrix), ggn, flat(z), flat(dz)).reshape(z.shape)
     return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
 
   def separate(batch):
@@ -200,13 +216,14 @@ def _by_example(values, batch):
   return values.reshape(batch.target.shape)
 
 
-def _slot_losses(head_is_chosen: bool, z, frozen, batch):
+def _slot_losses(config: ModelConfig, head_is_chosen: bool, z, frozen, batch):
   """Weighted negative log-likelihood [B,R] of every response slot, from the outputs z of the objective."""
   target, weight = _by_slot(batch.target, batch), _by_slot(batch.weight, batch)
   if head_is_chosen:
     nll = _nll_of_logits(z, target)
   else:
-    nll = token_nll(z.reshape(-1, z.shape[-1]), head_matrix(frozen), target.reshape(-1)).reshape(target.shape)
+    flat = z.reshape(-1, z.shape[-1])
+    nll = token_nll(flat, head_matrix(frozen), target.reshape(-1), config.logit_cap).reshape(target.shape)
   return _by_example(nll * weight.astype(nll.dtype), batch)
 
 
@@ -235,12 +252,13 @@ def sample_labels_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
   def relabel(sub, frozen, batch, keys):
     z = objective.outputs(sub, frozen, batch._replace(slots=None))
     matrix = None if head_is_chosen else head_matrix(frozen)
+    logits_of = lambda zc: _logits(zc, matrix, config.logit_cap)  # noqa: E731
     slots = jnp.arange(z.shape[1])
     wide = accumulation_dtype(z.dtype)
     draw = lambda key: jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r), dtype=wide))(slots)  # noqa: E731
 
     def invert(zc, uniform):  # the least label whose cumulative probability exceeds u
-      total = jnp.cumsum(jax.nn.softmax(zc if head_is_chosen else _logits(zc, matrix), axis=-1), axis=-1)
+      total = jnp.cumsum(jax.nn.softmax(zc if head_is_chosen else logits_of(zc), axis=-1), axis=-1)
       below = jnp.sum(total <= uniform[:, None] * total[:, -1:], axis=-1)
       return jnp.minimum(below, total.shape[-1] - 1).astype(batch.target.dtype)
 
@@ -261,7 +279,7 @@ def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
   head_is_chosen, outputs = _head_is_chosen(config, subtree), make_objective(config, subtree).outputs
 
   def token_losses(sub, frozen, batch):
-    return _slot_losses(head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
+    return _slot_losses(config, head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
 
   return token_losses
 

@@ -62,6 +62,7 @@ _WIDTH, _LAYERS, _HEADS, _VOCABULARY = 2**20, 2**12, 2**14, 2**24
 _POSITIONS = whole(1, 2**40)
 _THETA = real(1, 1e15)
 _EPSILON = real(1e-30, 0.999)
+_MULTIPLIER = real(1e-6, 1e6)
 _ID = whole(-1, _VOCABULARY)  # -1: none, in old exports
 _IDS = Kind(
   "a token id, a list of token ids, or null",
@@ -93,6 +94,17 @@ CONFIG: dict[str, Kind] = {
   "use_sliding_window": or_null(TRUTH),
   "use_bidirectional_attention": or_null(TRUTH),
   "partial_rotary_factor": or_null(real(0, 1)),
+  "original_max_position_embeddings": or_null(_POSITIONS),
+  "embedding_multiplier": or_null(_MULTIPLIER),
+  "residual_multiplier": or_null(_MULTIPLIER),
+  "attention_multiplier": or_null(_MULTIPLIER),
+  "logits_scaling": or_null(_MULTIPLIER),
+  "final_logit_softcapping": or_null(_MULTIPLIER),
+  "attn_logit_softcapping": or_null(_MULTIPLIER),
+  "attention_out_bias": or_null(TRUTH),
+  "use_bias": or_null(TRUTH),
+  "no_rope_layers": or_null(list_of(whole(0, 1), "a list of 0 and 1")),
+  "no_rope_layer_interval": whole(1, _LAYERS),
   "layer_types": or_null(
     list_of(one_of("full_attention", "sliding_attention"), "a list of full_attention and sliding_attention")
   ),
@@ -117,7 +129,16 @@ ROPE: dict[str, Kind] = {
   "low_freq_factor": real(1e-6, 1e6),
   "high_freq_factor": real(1e-6, 1e6),
   "original_max_position_embeddings": _POSITIONS,
+  "max_position_embeddings": or_null(_POSITIONS),
   "partial_rotary_factor": or_null(real(0, 1)),
+  "attention_factor": or_null(real(1e-6, 1e6)),
+  "beta_fast": or_null(real(1e-6, 1e6)),
+  "beta_slow": or_null(real(1e-6, 1e6)),
+  "mscale": or_null(real(0, 1e6)),
+  "mscale_all_dim": or_null(real(0, 1e6)),
+  "truncate": or_null(TRUTH),
+  "short_factor": list_of(real(1e-6, 1e6), "a list of numbers"),
+  "long_factor": list_of(real(1e-6, 1e6), "a list of numbers"),
 }
 # Keys of a GGUF header behind "ARCHITECTURE.".
 GGUF: dict[str, Kind] = {

@@ -25,9 +25,22 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import decoder, hf_config, model_files
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.gguf_config import gguf_config
 from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
 from in2core_jax.model.schema import plain
+from in2core_jax.model.tensors import (
+  GGUF_NAMES,
+  GGUF_ROTARY,
+  HF_NAMES,
+  fuse,
+  fused_pieces,
+  hf_names,
+  pairs_apart,
+  pairs_together,
+  rotated_heads,
+  text_names,
+)
 from in2core_jax.parallel.host import host_bytes
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -35,52 +48,6 @@ EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
 EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
 SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json or truncated:MODEL:LAYERS"
 
-# Leaf path in the parameter tree -> tensor name; {i} is the layer.
-GGUF_NAMES = {
-  "embed/embedding": "token_embd.weight",
-  "final_norm/scale": "output_norm.weight",
-  "lm_head/kernel": "output.weight",
-  "layers/attention_norm/scale": "blk.{i}.attn_norm.weight",
-  "layers/attention/q_proj/kernel": "blk.{i}.attn_q.weight",
-  "layers/attention/k_proj/kernel": "blk.{i}.attn_k.weight",
-  "layers/attention/v_proj/kernel": "blk.{i}.attn_v.weight",
-  "layers/attention/o_proj/kernel": "blk.{i}.attn_output.weight",
-  "layers/mlp_norm/scale": "blk.{i}.ffn_norm.weight",
-  "layers/mlp/gate_proj/kernel": "blk.{i}.ffn_gate.weight",
-  "layers/mlp/up_proj/kernel": "blk.{i}.ffn_up.weight",
-  "layers/mlp/down_proj/kernel": "blk.{i}.ffn_down.weight",
-  "layers/attention/q_norm/scale": "blk.{i}.attn_q_norm.weight",
-  "layers/attention/k_norm/scale": "blk.{i}.attn_k_norm.weight",
-  "layers/attention_post_norm/scale": "blk.{i}.post_attention_norm.weight",
-  "layers/mlp_post_norm/scale": "blk.{i}.post_ffw_norm.weight",
-}
-HF_NAMES = {
-  "embed/embedding": "model.embed_tokens.weight",
-  "final_norm/scale": "model.norm.weight",
-  "lm_head/kernel": "lm_head.weight",
-  "layers/attention_norm/scale": "model.layers.{i}.input_layernorm.weight",
-  "layers/attention/q_proj/kernel": "model.layers.{i}.self_attn.q_proj.weight",
-  "layers/attention/k_proj/kernel": "model.layers.{i}.self_attn.k_proj.weight",
-  "layers/attention/v_proj/kernel": "model.layers.{i}.self_attn.v_proj.weight",
-  "layers/attention/o_proj/kernel": "model.layers.{i}.self_attn.o_proj.weight",
-  "layers/attention/q_proj/bias": "model.layers.{i}.self_attn.q_proj.bias",
-  "layers/attention/k_proj/bias": "model.layers.{i}.self_attn.k_proj.bias",
-  "layers/attention/v_proj/bias": "model.layers.{i}.self_attn.v_proj.bias",
-  "layers/mlp_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
-  "layers/mlp/gate_proj/kernel": "model.layers.{i}.mlp.gate_proj.weight",
-  "layers/mlp/up_proj/kernel": "model.layers.{i}.mlp.up_proj.weight",
-  "layers/mlp/down_proj/kernel": "model.layers.{i}.mlp.down_proj.weight",
-  "layers/attention/q_norm/scale": "model.layers.{i}.self_attn.q_norm.weight",
-  "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
-}
-# With norms behind attention and MLP, Llama's name for the norm before the MLP means the one behind attention.
-HF_POST_NORM_NAMES = HF_NAMES | {
-  "layers/attention_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
-  "layers/mlp_norm/scale": "model.layers.{i}.pre_feedforward_layernorm.weight",
-  "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
-}
-# Tensors that old exports carry and that follow from the configuration.
-HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 _QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
 _STRANGE = {
   _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
@@ -88,7 +55,6 @@ _STRANGE = {
   r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
   r"experts|_exps": "a mixture of experts, which this decoder is not",
 }
-GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/k_proj/kernel": "num_kv_heads"}
 
 
 def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelConfig, Any, Any, str]:
@@ -215,8 +181,7 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
       return array - np.float32(config.norm_offset)
     if leaf not in GGUF_ROTARY or file.metadata["general.architecture"] != "llama":
       return array
-    heads = getattr(config, GGUF_ROTARY[leaf])
-    return array.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
+    return pairs_apart(array, getattr(config, GGUF_ROTARY[leaf]))
 
   stored = {name: tensor.shape for name, tensor in file.tensors.items()}
   return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
@@ -240,22 +205,30 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
   config, where = _hf_config(folder), _hf_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
 
-  def read(name: str, leaf: str) -> np.ndarray:
-    return handles[where[name]].get_tensor(name)
-
-  ignored = {name for name in where if re.fullmatch(HF_IGNORED, name)}
-  if config.tie_embeddings:
-    ignored.add(HF_NAMES["lm_head/kernel"])  # equal to the embedding: some exports write the tied matrix twice
-  names, stored = _hf_names(config), {}
-  for name in where.keys() - ignored:
-    header = handles[where[name]].get_slice(name)
-    stored[name] = tuple(header.get_shape())
+  text, stored = text_names(where), {}
+  if config.tie_embeddings:  # equal to the embedding: some exports write the tied matrix twice
+    text |= {name: None for name in where if text[name] == HF_NAMES["lm_head/kernel"]}
+  for name, file in where.items():
+    if text.get(name) is None:
+      continue
+    header = handles[file].get_slice(name)
+    stored[text[name]] = tuple(header.get_shape())
     if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
       raise UserError(
-        f"{where[name]}: tensor {plain(name)} is stored as {header.get_dtype()}; convert it to float32, float16 or "
+        f"{file}: tensor {plain(name)} is stored as {header.get_dtype()}; convert it to float32, float16 or "
         "bfloat16 (of a quantised checkpoint use the unquantised one)"
       )
-  return config, _assemble(config, names, stored, read, dtype, str(folder))
+  source = {text[name]: (handles[file], name) for name, file in where.items() if text.get(name) is not None}
+  pieces = fused_pieces(config, stored)
+  interleaved = config.model_type and FAMILIES[config.model_type].interleaved
+
+  def read(name: str, leaf: str) -> np.ndarray:
+    whole, rows = pieces.get(name, (name, None))
+    handle, place = source[whole]
+    array = handle.get_tensor(place) if rows is None else handle.get_slice(place)[rows]
+    return pairs_apart(array, rotated_heads(config, leaf)) if interleaved and rotated_heads(config, leaf) else array
+
+  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
 
 
 def _hf_config(folder: pathlib.Path) -> ModelConfig:
@@ -265,7 +238,8 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
   if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
     return config
   where = _hf_files(folder)
-  pair = [HF_NAMES[leaf] for leaf in ("embed/embedding", "lm_head/kernel")]
+  text = {name: stored for stored, name in text_names(where).items()}
+  pair = [text.get(HF_NAMES[leaf], "") for leaf in ("embed/embedding", "lm_head/kernel")]
   if not all(name in where for name in pair):
     return config
   embedding, head = (model_files.open_safetensors(where[name]).get_slice(name) for name in pair)
@@ -307,19 +281,24 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       folder with other weights.
   """
   folder = pathlib.Path(path)
-  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), _hf_names(config)
+  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), hf_names(config)
   absent = sorted(set(leaves) - set(names))
   if absent:
     raise UserError(
       f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
     )
-  tensors = {}
+  values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
+  family, tensors = FAMILIES[values["model_type"]], {}
   for leaf, stacked in leaves.items():
     array = np.asarray(stacked)
     rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
     for i, row in rows:
-      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row.T if leaf.endswith("/kernel") else row)
-  values = hf_config.write_config(config, tensors[HF_NAMES["embed/embedding"]].dtype.name)
+      row = row.T if leaf.endswith("/kernel") else row
+      row = (
+        pairs_together(row, rotated_heads(config, leaf)) if family.interleaved and rotated_heads(config, leaf) else row
+      )
+      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row)
+  fuse(tensors, family, config.num_layers)
   foreign = sorted({*folder.glob("*.safetensors*"), *folder.glob("adapter_*")} - {folder / "model.safetensors"})
   if foreign:
     raise UserError(f"export to {folder}: {foreign[0].name} of another model is there; give an empty folder")
@@ -360,10 +339,6 @@ def _dtype(dtype) -> np.dtype:
   return found
 
 
-def _hf_names(config: ModelConfig) -> dict[str, str]:
-  return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
-
-
 def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Tensor name -> safetensors file that holds it."""
   return model_files.weight_files(folder)
@@ -382,7 +357,7 @@ def _file_hash(place: Place) -> str:
 def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
-  layer = 2 * heads * width + 3 * width * config.intermediate_size
+  layer = 2 * heads * width + (3 if config.gated_mlp else 2) * width * config.intermediate_size
   count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
   need, there = count * dtype.itemsize, host_bytes()
   if need > there:

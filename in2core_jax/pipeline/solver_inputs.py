@@ -120,7 +120,7 @@ def ekfac_source(
   batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
   stream = bench.stream(batcher, f"EK-FAC of {len(rows)} examples", pieces)
   made_of = {
-    "config": dataclasses.asdict(bench.model.config),
+    "config": bench.model.config.stated(),
     "subtree": train_loop.subtree_meta(chosen.tree),
     "data": bench.splits.identity("train"),
     "rows": rows.tolist(),

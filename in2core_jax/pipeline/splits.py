@@ -13,7 +13,7 @@ from in2core_jax.data import sources, tokenizing
 from in2core_jax.data.records import BadRecords
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
-from in2core_jax.model import hidden_cache
+from in2core_jax.model import hidden_cache, rotary
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
@@ -135,7 +135,7 @@ def tokenized(
   bad: BadRecords | None = None,
 ) -> tokenizing.TokenizedDataset:
   """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
-  return tokenizing.tokenize(
+  dataset = tokenizing.tokenize(
     records,
     tokenizer,
     s.max_length,
@@ -145,6 +145,8 @@ def tokenized(
     date=s.template_date,
     bad=bad,
   )
+  rotary.check_length(config, int(np.max(dataset.num_tokens, initial=0)), f"the {part} set")
+  return dataset
 
 
 def split_sources(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRecords]:
