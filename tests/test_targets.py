@@ -41,9 +41,9 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(settings):
-  """(folder, bench) of a finished run."""
+  """(folder, session with what the targets need) of a finished run."""
   bench = open_session(settings)
-  return pathlib.Path(targets.run(settings, bench)), bench
+  return pathlib.Path(targets.run(settings, bench)), targets.with_targets(bench, settings)[0]
 
 
 @pytest.mark.real
