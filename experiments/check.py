@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
+from experiments.settings import CheckFlags
 from in2core_jax import gradients
 from in2core_jax.data import batches
 from in2core_jax.gradients import Tree, tree_dot
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Chosen, Workbench, choose
-from in2core_jax.pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Row:
 class Sample(Workbench):
   """A workbench whose training set is a few examples, from the shortest to the median length."""
 
-  def __init__(self, settings: Settings):
+  def __init__(self, settings: CheckFlags):
     """Cuts the data to what a check needs."""
     least = lambda limit: min(limit, POOL) if limit else POOL  # noqa: E731
     limits = {f"{part}_limit": least(getattr(settings, f"{part}_limit")) for part in ("train", "eval", "test")}
@@ -328,7 +328,7 @@ def table(rows: list[Row]) -> str:
   return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: CheckFlags) -> list[Row]:
   """Runs every check; a table and a verdict go to stdout."""
   began = time.perf_counter()
   subject = Subject(Sample(settings))
@@ -353,9 +353,9 @@ def run(settings: Settings) -> list[Row]:
 
 def main(_) -> int:
   """Entry point."""
-  return int(any(row.failed for row in run(flags.read())))
+  return int(any(row.failed for row in run(flags.read(CheckFlags))))
 
 
 if __name__ == "__main__":
-  flags.define()
+  flags.define(CheckFlags)
   cli.run(main)

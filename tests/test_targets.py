@@ -10,6 +10,7 @@ from tiny import CONFIG, OneDevice, quick_compile, run_settings  # noqa: F401, a
 
 from experiments.study.study import VARIANTS
 from experiments.targets import targets
+from experiments.targets.settings import TargetsSettings
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import session
 
@@ -25,6 +26,7 @@ def settings(tmp_path_factory):
   return run_settings(
     tmp_path_factory.mktemp("targets"),
     dataclasses.replace(CONFIG, num_layers=2),
+    kind=TargetsSettings,
     train_data="chatterbot:food,sports,movies,humor",
     split="0.5,0.3,0.2",
     train_limit=0,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import flop_counts, timing
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.records import Record
@@ -15,7 +16,6 @@ from in2core_jax.ihvp import solvers
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Chosen, Workbench, choose
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import PARTS
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
@@ -26,7 +26,7 @@ FORWARD = "forward only"
 class Bench(Workbench):
   """A workbench that may have random examples, and fewer devices than there are."""
 
-  def __init__(self, settings: Settings, num_devices: int | None = None):
+  def __init__(self, settings: BenchmarkSettings, num_devices: int | None = None):
     """Keeps the settings; all devices when `num_devices` is None."""
     super().__init__(settings)
     self.num_devices = num_devices
@@ -42,7 +42,7 @@ class Bench(Workbench):
     return synthetic_parts(self.settings, self.config.vocab_size) if self.settings.synthetic_length else super().parts
 
 
-def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
+def synthetic_parts(s: BenchmarkSettings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
   """Examples of `--synthetic_length` random tokens, the second half a response; as many as the limits say.
 
   Raises:
@@ -177,7 +177,7 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
-def make_rows(bench: Bench, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(bench: Bench, s: BenchmarkSettings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import flags
 from experiments.coverage import report
+from experiments.coverage.settings import CoverageSettings
 from in2core_jax.data.records import spoken
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
@@ -28,7 +29,7 @@ from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.retraining import Judge
 from in2core_jax.pipeline.session import Chosen, Workbench, choose
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
+from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse
 from in2core_jax.pipeline.splits import distinct_points
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.result_cache import Cells
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 POINTS = report.POINTS
 _DOES = "coverage fine-tunes without the held-out topics itself; scores are of single test points, and choose nothing"
 _REFUSED = (
-  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
+  *("checkpoint", "normalize", "write=self", "write=layer", "write=token", "aggregate", "trajectory"),
   *OTHER_POLICIES,
 )
 _CELLS = "train and points"  # columns of the arrays in cells
@@ -73,7 +74,7 @@ class Fold(Workbench):
     return found.take(self._rows) if part == "train" else found
 
 
-def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
+def folds_of(bench: Workbench, s: CoverageSettings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
@@ -92,7 +93,7 @@ def folds_of(bench: Workbench, s: Settings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[str, normalize.Measures]:
+def measured(bench: Workbench, s: CoverageSettings, chosen: Chosen, work: Work) -> dict[str, normalize.Measures]:
   """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
 
   `--query_block` test points at a time.
@@ -118,7 +119,7 @@ def measured(bench: Workbench, s: Settings, chosen: Chosen, work: Work) -> dict[
   }
 
 
-def tables_of(bench: Workbench, s: Settings, params, work: Work) -> np.ndarray:
+def tables_of(bench: Workbench, s: CoverageSettings, params, work: Work) -> np.ndarray:
   """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
@@ -170,7 +171,9 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Workbench, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
+  def __init__(
+    self, bench: Workbench, s: CoverageSettings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]
+  ):
     self.bench, self.settings, self.cells, self.folds = bench, s, Cells(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.parts[part].records] for part in ("train", POINTS)}
@@ -387,7 +390,7 @@ def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.nda
   return sorted(rows, key=lambda row: row["topic"])
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: CoverageSettings, bench: Workbench | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -423,4 +426,4 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(CoverageSettings))

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import flags
+from experiments.solvers.settings import SolversSettings
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.record_shapes import is_learnt
 from in2core_jax.errors import UserError
@@ -25,7 +26,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, solver_inputs
 from in2core_jax.pipeline.finetune import recipe_of, start_params, trainable_rows
 from in2core_jax.pipeline.session import Chosen, Workbench, choose
-from in2core_jax.pipeline.settings import Settings, listed
+from in2core_jax.pipeline.settings import listed
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.runs import run_folder
@@ -52,7 +53,7 @@ FREE = {"datainf": {"solver": "datainf"}, "identity": {"solver": "identity"}}
 class Comparison:
   """What all estimators share, made once: gradients of the queries, curvature, largest eigenvalue, fits."""
 
-  def __init__(self, bench: Workbench, s: Settings, chosen: Chosen | None = None):
+  def __init__(self, bench: Workbench, s: SolversSettings, chosen: Chosen | None = None):
     self.bench, self.settings = bench, s.replace(aggregate="mean")
     self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
@@ -222,7 +223,7 @@ def deal_answers(
 class Mislabelled(Workbench):
   """The same model and data, with the answers of a share of the training examples dealt out among them."""
 
-  def __init__(self, bench: Workbench, s: Settings):
+  def __init__(self, bench: Workbench, s: SolversSettings):
     super().__init__(s)
     self.__dict__["_loaded"], self.__dict__["mesh"] = bench._loaded, bench.mesh
     train = bench.parts["train"]
@@ -233,7 +234,7 @@ class Mislabelled(Workbench):
     self.__dict__["parts"] = bench.parts | {"train": self.tokenized("train", records)}
 
 
-def mislabelled(bench: Workbench, s: Settings, cells: Cells) -> dict:
+def mislabelled(bench: Workbench, s: SolversSettings, cells: Cells) -> dict:
   """ROC AUC with which signals find the mislabelled examples, after fine-tuning on the data that hold them."""
 
   def make() -> dict:
@@ -347,7 +348,7 @@ def ratios(text: str, name: str) -> list[float]:
   return found
 
 
-def run(settings: Settings, bench: Workbench | None = None) -> str:
+def run(settings: SolversSettings, bench: Workbench | None = None) -> str:
   """Compares, writes solvers.md, solvers.json, residuals.csv and plots; returns the run folder. Goes on if stopped."""
   s = settings
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
@@ -435,4 +436,4 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(SolversSettings))

@@ -65,7 +65,8 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
   of_policies = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
   of_policies += ("aggregate", "matching_target", "matching_shrink")
-  identity["flags"] |= {name: getattr(s, name) for name in of_policies}
+  chosen_by = s.identity("select")
+  identity["flags"] |= {name: chosen_by[name] for name in of_policies}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {

@@ -1,6 +1,6 @@
 """Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows from it.
 
-python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fraction=0.5 --run_dir=runs/mine
+python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --budget=0.5 --run_dir=runs/mine
 """
 
 import dataclasses
@@ -73,15 +73,15 @@ def run(settings: Settings, bench: Workbench | None = None) -> str:
   if s.policy in coreset.HYBRID_POLICIES:
     log.info("%s", chosen_by(s.policy, inputs.apart))
   clock.lap("selection")
-  if s.per_layer:
+  if s.writes("layer"):
     table = layer_table(bench, s, chosen, scored.result, work)
     run_dir.write_parquet("layer_scores.parquet", table)
     scored = dataclasses.replace(scored, layers=facts.layers_of(table))
-  if s.per_token:
+  if s.writes("token"):
     run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
-  if s.per_layer or s.per_token:
+  if s.writes("layer") or s.writes("token"):
     clock.lap("per layer and token")
-  if s.per_query:
+  if s.writes("query"):
     scored = dataclasses.replace(scored, queries=query_scores(bench, s, chosen, work))
     if run_dir.writer:
       write_query_scores(run_dir, bench, scored.queries)

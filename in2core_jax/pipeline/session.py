@@ -171,7 +171,7 @@ class Workbench:
     for part in PARTS:
       if part != "train" and s.eval_topics:
         records[part] = of_topics(records[part], part, listed(s.eval_topics))
-      if part == "train" and s.drop_copies:
+      if part == "train" and s.dedup:
         records[part] = without_copies(records[part])
       if part == "train":
         records[part] = limit_sources(records[part], s)
