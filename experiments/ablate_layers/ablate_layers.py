@@ -17,6 +17,7 @@ from experiments import flags
 from experiments.ablate_layers import report
 from experiments.ablate_layers.settings import AblateLayersSettings
 from experiments.benchmark import isolated
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import stage_phases
 from in2core_jax.estimate.pricing import Described
@@ -247,7 +248,8 @@ class Ablation:
     """
 
     def make() -> dict:
-      own = self.settings.replace(alone="score", layers=choice.flag, modules=choice.modules, checkpoint="")
+      of_choice = {"layers": choice.flag, "modules": choice.modules, "checkpoint": ""}
+      own = BenchmarkSettings.of(self.settings, alone="score", **of_choice)
       # Of one device and of the same batches for all choices.
       own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batch_tokens)
       limit = min(self.settings.ablate_examples, len(self.bench.parts["train"]))
