@@ -194,7 +194,7 @@ def parser():
       make = getattr(absl_flags, name)
       changed = lambda *a, make=make, **k: make(*a, **k | {"flag_values": own})  # noqa: E731
       stack.enter_context(mock.patch.object(absl_flags, name, changed))
-    flags.define()
+    flags.define(flags.Settings)
     absl_flags.DEFINE_string("flagfile", "", "absl's own", flag_values=own)
 
     def parse(arguments: list[str]) -> None:
@@ -204,7 +204,7 @@ def parser():
       rest = own(["command", *arguments])[1:]
       if rest:
         raise ValueError(f"{rest[0]!r} is no flag")
-      flags.read(tells_costs=True)
+      flags.read(flags.Settings, tells_costs=True)
 
     yield parse
 
@@ -266,7 +266,7 @@ def unknown_flags(page: Page) -> Iterator[str]:
   """Flags that a page names in backticks and that are none of ours."""
   from experiments import flags
 
-  known = {field.name for field in dataclasses.fields(flags.Settings)} | NOT_OURS
+  known = {field.name for field in flags.every_field()} | NOT_OURS
   for name in re.findall(r"`--(?:no)?(\w+)(?:=[^`]*)?`", page.text):
     if name not in known and f"no{name}" not in known:
       yield f"{page.path}: `--{name}` is no flag"

@@ -201,28 +201,40 @@ def api_pages(root: Path) -> dict[str, str]:
 # --- flags ----------------------------------------------------------------------------------------------------------
 
 
-def own_defaults(root: Path) -> dict[str, dict[str, str]]:
-  """{command: {flag: default}} where a command has other defaults than the table of flags."""
+def own_defaults() -> dict[str, dict[str, str]]:
+  """{command: {flag: default}} where a command has other defaults than the stage."""
+  from experiments import flags
+  from experiments import settings as commands
+
+  kinds = {kind for kind in vars(commands).values() if isinstance(kind, type) and issubclass(kind, flags.Settings)}
+  kinds |= set(flags.OTHERS)
   found = {}
-  for path in sorted((root / COMMANDS).rglob("*.py")):
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Call) and ast.unparse(node.func) == "flags.define":
-        command = path.parent.name if path.stem == "__main__" else path.stem
-        found[command] = {keyword.arg: str(ast.literal_eval(keyword.value)) for keyword in node.keywords}
+  for kind in sorted(kinds - {flags.Settings}, key=lambda kind: kind.__name__):
+    command = re.search(r"`(\w+)`", kind.__doc__ or "")
+    fields = {field.name: field.default for field in dataclasses.fields(flags.Settings)}
+    changed = {field.name: field for field in dataclasses.fields(kind) if field.name in fields}
+    values = {
+      name: _text(field.default) for name, field in changed.items() if _text(field.default) != _text(fields[name])
+    }
+    found[command[1] if command else kind.__name__] = values
   return found
+
+
+def _text(value) -> str:
+  return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _default(field: dataclasses.Field) -> str:
   if field.default != field.default:  # not-a-number
     return "unset"
-  text = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+  text = _text(field.default)
   return f"`{text}`" if text else "empty"
 
 
-def _values(field: dataclasses.Field, ranges) -> str:
+def _values(field: dataclasses.Field) -> str:
   if field.metadata["choices"]:
     return "One of " + ", ".join(f"`{choice}`" for choice in field.metadata["choices"] if choice) + "."
-  return f"A number {_range(ranges[field.name])}." if field.name in ranges else ""
+  return f"A number {_range(field.metadata['within'])}." if field.metadata["within"] else ""
 
 
 def _range(bounds) -> str:
@@ -231,35 +243,39 @@ def _range(bounds) -> str:
   return text.split(" and ")[0] if bounds.high >= 10**6 else text
 
 
-def _meaning(field: dataclasses.Field, ranges) -> str:
+def _meaning(field: dataclasses.Field) -> str:
   """The help text of a flag, with flags in it as code, and its values."""
-  text = re.sub(r"(?<![`\w])--\w+(=\w+)?", lambda match: f"`{match[0]}`", field.metadata["help"])
+  text = re.sub(
+    r"(?<![`\w])--\w+(=\w+)?",
+    lambda match: f"`{match[0]}`",
+    " ".join(filter(None, (field.metadata["help"], field.metadata["more"]))),
+  )
   text = cell(text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,-]", text) else text)
-  return f"{text}{'' if text.endswith('.') else '.'} {_values(field, ranges)}".strip()
+  return f"{text}{'' if text.endswith('.') else '.'} {_values(field)}".strip()
 
 
-def flags_page(root: Path) -> str:
+def flags_page() -> str:
   """All flags by group, with defaults, choices, ranges and help."""
   from experiments import flags
 
   parts = [
     "# Flags",
-    "Every command takes every flag, so one flagfile can serve the whole chain. This page is made from the table of "
-    "settings when the site is built.",
+    "Every command takes every flag, so one flagfile can serve the whole chain. `--help` shows those that it uses. "
+    "This page is made from the settings when the site is built.",
     "A value follows `=`. A boolean flag is `--name` or `--name=true`, and `--noname` or `--name=false`. "
     "`--flagfile=FILE` reads flags from a file, one a line; `#` starts a comment; later flags win.",
   ]
   for group, title in flags.GROUPS.items():
-    rows = [field for field in dataclasses.fields(flags.Settings) if field.metadata["group"] == group]
+    rows = [field for field in flags.every_field() if field.metadata["group"] == group]
     if not rows:
       continue
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for field in rows:
-      lines.append(f"| `--{field.name}` | {_default(field)} | {_meaning(field, flags.ranges.NUMBERS)} |")
+      lines.append(f"| `--{field.name}` | {_default(field)} | {_meaning(field)} |")
     parts += [f"## {group}", title[0].upper() + title[1:] + ".", "\n".join(lines)]
   rows = [
     f"| `{command}` | " + ", ".join(f"`--{name}={value}`" for name, value in values.items()) + " |"
-    for command, values in own_defaults(root).items()
+    for command, values in own_defaults().items()
     if values
   ]
   parts += ["## Defaults of single commands", "\n".join(["| command | default |", "|---|---|", *rows])]
@@ -296,7 +312,7 @@ def results_page(docs: Path) -> str:
 def write_all(docs: Path) -> None:
   """Writes all generated pages, leaves unchanged ones alone and removes those of modules that are gone."""
   root, folder = docs.parent, docs / "reference" / "generated"
-  pages = {"flags.md": flags_page(root), "results.md": results_page(docs)} | {
+  pages = {"flags.md": flags_page(), "results.md": results_page(docs)} | {
     name: with_links(text, docs) for name, text in api_pages(root).items()
   }
   for name, text in pages.items():

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
+from experiments.settings import CheckFlags
 from in2core_jax import gradients
 from in2core_jax.data import batches
 from in2core_jax.gradients import Tree, tree_dot
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
-from in2core_jax.pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Row:
     return f"skipped: {self.skipped}" if self.skipped else "FAILED" if self.failed else "ok"
 
 
-def sample(s: Settings, mesh: Any = None) -> Session:
+def sample(s: CheckFlags, mesh: Any = None) -> Session:
   """A session whose training set is a few examples with a response, from the shortest to the median length.
 
   Args:
@@ -327,7 +327,7 @@ def table(rows: list[Row]) -> str:
   return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: CheckFlags) -> list[Row]:
   """Runs every check; a table and a verdict go to stdout."""
   began = time.perf_counter()
   subject = Subject(sample(settings))
@@ -352,9 +352,9 @@ def run(settings: Settings) -> list[Row]:
 
 def main(_) -> int:
   """Entry point."""
-  return int(any(row.failed for row in run(flags.read())))
+  return int(any(row.failed for row in run(flags.read(CheckFlags))))
 
 
 if __name__ == "__main__":
-  flags.define()
+  flags.define(CheckFlags)
   cli.run(main)

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from experiments import output
+from experiments import help_text, output
 from in2core_jax.errors import UserError, printable
 from in2core_jax.runs import locks
 from in2core_jax.runs.cache_folder import cache_folder
@@ -172,10 +172,12 @@ def _end(code: int) -> NoReturn:
 def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
   """absl's flags, with its errors as ours: absl would print several lines and exit with 1."""
   if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv[1:]):
-    print(help_fn() if help_fn else _help_text(), flush=True)
+    print(help_fn() if help_fn else help_text.help_text("--helpfull" in argv), flush=True)
     sys.exit(0)
   try:
     rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(help_text.unknown_flag(error.flagname)) from error
   except flags.Error as error:
     raise UserError(f"{error}; --help lists the flags") from error
   except UnicodeDecodeError as error:
@@ -183,21 +185,6 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value; --help lists them")
   return rest
-
-
-def _help_text() -> str:
-  """The command's docstring and the flags that the project's modules define."""
-  modules = flags.FLAGS.flags_by_module_dict()
-  # The stages' flags are grouped under "stage: what it does" (experiments/flags.py).
-  ours = [
-    name
-    for name in modules
-    if name == sys.argv[0] or ": " in name or name.startswith(("experiments.", "in2core_jax.", "__main__"))
-  ]
-  doc = (sys.modules["__main__"].__doc__ or "").strip()
-  return "\n\n".join(
-    [doc, *(flags.FLAGS.module_help(name) for name in ours), "--flagfile=FILE: read flags from a file"]
-  )
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

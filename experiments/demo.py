@@ -7,6 +7,7 @@ import logging
 import time
 
 from experiments import cli, flags
+from experiments.settings import DemoFlags
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run
 from in2core_jax.pipeline import checks, evaluate, finetune, select
@@ -44,7 +45,7 @@ def settled(s: Settings) -> Settings:
 def main(_) -> None:
   """Runs the chain; each stage writes a folder under --run_dir and is skipped when it is finished there."""
   began = time.perf_counter()
-  settings = settled(flags.read(tells_costs=True))
+  settings = settled(flags.read(DemoFlags, tells_costs=True))
   if settings.dry_run:
     dry_run.run(settings, "demo")
     return
@@ -66,5 +67,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.define(run_dir="runs/demo")
+  flags.define(DemoFlags)
   cli.run(main)

@@ -1,82 +1,211 @@
-"""Every flag of every stage, in one table: one flagfile drives the whole chain (absl refuses flags it does not know).
+"""The absl flags of a command, made of its settings class; and `Settings` made of what was given.
 
-A flag is a field of `Settings`; `define()` makes absl flags of them, grouped by stage in `--help`, and `read()` gives a
-frozen `Settings` back. Stages take `Settings`, so that one script can run a stage twice with different ones.
+A command has the flags of its own class, in order of use. Those of other commands are known too, hidden from --help:
+one flagfile drives the whole chain. Old names are read, told, and become the new ones before anything is made of them.
 """
 
 import dataclasses
-import datetime
+import logging
 import os
-import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from absl import flags
 
-from in2core_jax.errors import UserError, printable
-from in2core_jax.pipeline import ranges
-from in2core_jax.pipeline.settings import GROUPS, Settings
+from experiments import settings as commands
+from experiments.ablate_layers.settings import AblateLayersSettings
+from experiments.benchmark.settings import BenchmarkSettings
+from experiments.coverage.settings import CoverageSettings
+from experiments.fidelity.settings import FidelitySettings
+from experiments.help_text import HIDDEN, SHOWN
+from experiments.paper.settings import PaperSettings
+from experiments.solvers.settings import SolversSettings
+from experiments.study.settings import StudySettings
+from experiments.targets.settings import TargetsSettings
+from experiments.transfer.settings import TransferSettings
+from in2core_jax.errors import UserError
+from in2core_jax.pipeline import ranges, settings
+from in2core_jax.pipeline.fields import in_flags
+from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
+from in2core_jax.selection.inputs import Budget
+
+log = logging.getLogger(__name__)
+
+GROUPS = settings.GROUPS | {
+  "check": "self-check before a long run",
+  "solvers": "comparison of the solvers",
+  "study": "rules of selection, retrained",
+  "targets": "what rules find in a mixed pool",
+  "paper": "all experiments in one command",
+  "fidelity": "whether scores predict what retraining gives",
+  "transfer": "one model selects, another one is trained",
+  "benchmark": "seconds, memory, compilation",
+  "ablate_layers": "how many layers are enough",
+  "coverage": "which test points the training set does not cover",
+  "kill_test": "runs, killed and started again",
+}
+OTHERS = (
+  *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
+  *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
+)
+_HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
+
+S = TypeVar("S", bound=Settings)
 
 
-def define(**defaults: Any) -> None:
-  """Makes absl flags of `Settings`; `defaults` override those of the table for one entry point."""
-  for field in dataclasses.fields(Settings):
-    meta = field.metadata
-    default = defaults.get(field.name, field.default)
-    module = f"{meta['group']}: {GROUPS[meta['group']]}"
-    if meta["choices"]:
-      flags.DEFINE_enum(field.name, default, list(meta["choices"]), meta["help"], module_name=module)
-    else:
-      make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-      default = str(default) if meta["kind"] is str else default
-      make[meta["kind"]](field.name, default, meta["help"], module_name=module)
+def every_field() -> list[dataclasses.Field]:
+  """The flags of all commands, each once, by group in the order of `GROUPS`."""
+  found = {field.name: field for kind in (Settings, *OTHERS) for field in dataclasses.fields(kind)}
+  found |= {field.name: field for field in dataclasses.fields(Settings)}  # with the defaults of their stages
+  return sorted(found.values(), key=lambda field: list(GROUPS).index(field.metadata["group"]))
 
 
-class _Read(Settings):
-  """Settings that were read from flags."""
-
-  def has_own_default(self, name: str) -> bool:
-    return name in flags.FLAGS and str(flags.FLAGS[name].default) != str(getattr(Settings, name))
+def names() -> list[str]:
+  """The names of all flags, old ones too."""
+  return [*(field.name for field in every_field()), *OLD_BUDGETS, *OLD_WRITES.values(), "drop_copies"]
 
 
-def _batch_tokens(text: str) -> int | str:
-  """Reads --batch_tokens: "auto" or a whole number."""
-  if text == "auto":
-    return text
-  if not re.fullmatch(r"\s*\d{1,18}\s*", text) or int(text) < 1:
-    raise UserError(f"--batch_tokens={text} is neither auto nor a whole number of at least 1, such as 2048")
-  return int(text)
+# ---- definition ------------------------------------------------------------------------------------------------------
 
 
-def _check_date(text: str) -> None:
-  try:
-    datetime.date.fromisoformat(text)
-  except ValueError:
-    raise UserError(f"--template_date={text} is no day, such as 2024-07-26") from None
+def define(kind: type[Settings] = Settings) -> None:
+  """Makes absl flags of a settings class, under the titles that --help shows; then those of other commands."""
+  own = {field.name: field for field in dataclasses.fields(kind)}
+  for title, fields in _sections(kind):
+    for field in fields:
+      _define(field, title)
+      del own[field.name]
+  known = {field.name for field in dataclasses.fields(kind)}
+  foreign = {field.name: field for field in every_field() if field.name not in known}
+  for field in sorted((own | foreign).values(), key=lambda field: list(GROUPS).index(field.metadata["group"])):
+    group = field.metadata["group"]
+    _define(field, f"{HIDDEN}{GROUPS[group] if group in settings.GROUPS else f'{group}, {GROUPS[group]}'}")
+  title = f"{HIDDEN}old names"
+  for name, default in OLD_BUDGETS.items():
+    make = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
+    make(name, None, "Now --budget.", module_name=title)
+  for word, name in OLD_WRITES.items():
+    flags.DEFINE_bool(name, None, f"Now --write={word}.", module_name=title)
+  flags.DEFINE_bool("drop_copies", None, "Now --dedup.", module_name=title)
 
 
-def read(tells_costs: bool = False) -> Settings:
-  """The parsed flags.
+def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+  """Titles and flags that --help shows: what the class says in `shown`, groups or names; advanced ones last.
+
+  A class that does not say has its own group first, and all stages.
+  """
+  fields = dataclasses.fields(kind)
+  own = [group for group in GROUPS if group not in settings.GROUPS]
+  shown = getattr(kind, "shown", (*own, *settings.GROUPS))
+  members: dict[str, list[dataclasses.Field]] = {}
+  advanced: list[dataclasses.Field] = []
+  for word in shown:
+    for field in (field for field in fields if word in (field.metadata["group"], field.name)):
+      if any(field in section for section in (*members.values(), advanced)):
+        continue
+      if field.metadata["advanced"] and word != field.name:
+        advanced.append(field)
+      else:
+        members.setdefault(field.metadata["group"], []).append(field)
+  yield from ((f"{SHOWN}{GROUPS[group]}", fields) for group, fields in members.items())
+  if advanced:
+    yield f"{SHOWN}advanced", advanced
+
+
+def _define(field: dataclasses.Field, title: str) -> None:
+  meta = field.metadata
+  text = f"{meta['help']}\n{meta['more']}".strip()
+  if meta["choices"]:
+    flags.DEFINE_enum(field.name, field.default, list(meta["choices"]), text, module_name=title)
+    return
+  make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  default = str(field.default) if meta["kind"] is str else field.default
+  make[meta["kind"]](field.name, default, text, module_name=title)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(kind: type[S] = Settings, tells_costs: bool = False) -> S:
+  """The parsed flags as settings, which check themselves.
 
   Args:
+    kind: the settings class that the flags were made of.
     tells_costs: whether the command knows --dry_run.
 
   Raises:
-    UserError: a value out of its range, or --dry_run of a command that would do its work nevertheless.
+    UserError: a value that is none, old and new names that disagree, or --dry_run of a command that would do its work
+      nevertheless. It names flags.
   """
-  settings = _Read(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)})
-  at_home = {name: os.path.expanduser(getattr(settings, name)) for name in ("run_dir", "checkpoint")}
-  folders = [os.path.expanduser(folder.strip()) for folder in settings.select_runs.split(",")]
-  settings = settings.replace(select_runs=",".join(folders), **at_home)  # what the shell leaves of ~ after a comma or =
-  settings = settings.replace(batch_tokens=_batch_tokens(settings.batch_tokens))
-  for name, value in dataclasses.asdict(settings).items():
-    if isinstance(value, str) and "\0" in value:
-      raise UserError(f"--{name}={printable(value)} holds a NUL character, which no path and no text has")
-  _check_date(settings.template_date)
-  if settings.dry_run and not tells_costs:
+  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(kind)}
+  values |= _budget() | _write() | _dedup()
+  for name in set(_HOME) & set(values):
+    values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
+  if values["dry_run"] and not tells_costs:
     raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
-  if settings.hardware and not settings.dry_run:
-    raise UserError(f"--hardware={settings.hardware} is for --dry_run: a run takes the devices that are here (--mesh)")
-  if not settings.train_data.strip():
-    raise UserError("--train_data is empty: give chatterbot, file:FILE.jsonl or another source (--help lists them)")
-  ranges.check(dataclasses.asdict(settings))
-  return settings
+  try:
+    return kind(**values)
+  except UserError as error:
+    raise UserError(in_flags(str(error), list(values))) from error
+
+
+# ---- old names -------------------------------------------------------------------------------------------------------
+
+_OLD_RANGES = {"fraction": ranges.SHARE, "num_examples": ranges.LIMIT, "token_budget": ranges.Range(0, 2**53)}
+
+
+def _given(*names: str) -> dict[str, Any]:
+  """Those of the flags that were given, with their values."""
+  return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+
+
+def _tell(old: str, new: str) -> None:
+  log.info("--%s is now %s; the old name works for one more release", old, new)
+
+
+def _refuse_two(old: str, new: str) -> None:
+  raise UserError(f"{old} and {new} disagree: give {new.partition('=')[0]} alone")
+
+
+def _budget() -> dict[str, str]:
+  """--budget from the three flags that it was: a number of examples or tokens goes before a share."""
+  old, new = _given(*OLD_BUDGETS), _given("budget")
+  for name, value in old.items():
+    if not _OLD_RANGES[name].holds(value):
+      raise UserError(f"--{name}={value} must be a number that is {_OLD_RANGES[name]}; it is now --budget")
+  counts = {name: value for name, value in old.items() if name != "fraction" and value}
+  if len(counts) > 1:
+    raise UserError(f"{' and '.join(f'--{name}={value}' for name, value in counts.items())}: give one --budget")
+  meant = counts or {name: value for name, value in old.items() if name == "fraction"}
+  if not meant:
+    return {}
+  ((name, value),) = meant.items()
+  budget = str(Budget(**meant))
+  if new and str(Budget.read(new["budget"])) != budget:
+    _refuse_two(f"--{name}={value}", f"--budget={new['budget']}")
+  _tell(name, f"--budget={budget}")
+  return {"budget": budget}
+
+
+def _write() -> dict[str, str]:
+  """--write from the four flags that it was."""
+  old, new = _given(*OLD_WRITES.values()), _given("write")
+  words = settings.listed(new.get("write", ""))
+  for word, name in OLD_WRITES.items():
+    if name in old and new and old[name] != (word in words):
+      _refuse_two(f"--{name}={str(old[name]).lower()}", f"--write={new['write']}")
+    if name in old:
+      _tell(name, f"--write={word}")
+  return {} if new else {"write": ",".join(word for word in WRITES if old.get(OLD_WRITES[word]))}
+
+
+def _dedup() -> dict[str, bool]:
+  """--dedup from its old name."""
+  old, new = _given("drop_copies"), _given("dedup")
+  if not old:
+    return {}
+  (value,) = old.values()
+  if new and new["dedup"] != value:
+    _refuse_two(f"--drop_copies={str(value).lower()}", f"--dedup={str(new['dedup']).lower()}")
+  _tell("drop_copies", "--dedup")
+  return {"dedup": value}

@@ -19,8 +19,8 @@ import time
 import numpy as np
 
 from experiments import cli, flags, subprocesses
+from experiments.settings import KillTestFlags
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.runs import files, locks, run_folder
 from in2core_jax.runs.unfinished import FOLDER
@@ -51,7 +51,7 @@ class Kill:
 class Run:
   """A command with a folder of its own; caches beside the run folder are not shared between runs."""
 
-  def __init__(self, settings: Settings, place: pathlib.Path):
+  def __init__(self, settings: KillTestFlags, place: pathlib.Path):
     """Writes the flagfile into `place`; the run folder is made below it."""
     self.name = settings.kill_command
     self.folder, self._log = place / self.name, place / f"{self.name}.log"
@@ -147,7 +147,7 @@ def moments(kills: int, seconds: float, seed: int) -> list[float]:
   return list((rng.permutation(kills) + rng.random(kills)) * seconds / kills)
 
 
-def run(s: Settings) -> bool:
+def run(s: KillTestFlags) -> bool:
   """Runs, kills, compares; whether every run ended in the same bytes."""
   identity = {"stage": "kill_test", "flags": s.identity("run", "data", "model", "select", "kill_test")}
   root = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite or _is_kill_test(s.run_dir))
@@ -188,9 +188,9 @@ def _verdict(names: list[str]) -> str:
 
 def main(_) -> int:
   """Entry point; exit code 1 when a byte differs."""
-  return 0 if run(flags.read()) else 1
+  return 0 if run(flags.read(KillTestFlags)) else 1
 
 
 if __name__ == "__main__":
-  flags.define(run_dir="runs/kill_test")
+  flags.define(KillTestFlags)
   cli.run(main)

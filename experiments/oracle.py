@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, flags
+from experiments.settings import OracleFlags
 from in2core_jax.data import packing
 from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.errors import UserError
@@ -23,7 +24,6 @@ from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, sample_labels_fn
 from in2core_jax.params import subtree
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
@@ -89,7 +89,7 @@ def make_case(seed: int) -> Case:
   return Case(problem, v, CurvatureData(stream, stream, draw), CurvatureData(stream, stream, whole))
 
 
-def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarray, s: Settings) -> dict:
+def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarray, s: OracleFlags) -> dict:
   """One row: error and residual against the dense inverse, steps, seconds of a second solve (nothing compiles)."""
   # The same absolute damping for all, also for DataInf, whose ratio has another rule.
   damping = ratio * float(np.linalg.eigvalsh(dense)[-1])
@@ -116,7 +116,7 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
   }
 
 
-def run(s: Settings) -> str:
+def run(s: OracleFlags) -> str:
   """Measures all rows and writes oracle.md, oracle.json; returns the run folder."""
   case = make_case(s.seed)
   identity = {"stage": "oracle", "depth": s.depth, "seed": s.seed, "versions": run_folder.package_versions()}
@@ -155,9 +155,9 @@ def run(s: Settings) -> str:
 def main(_) -> None:
   """Entry point."""
   jax.config.update("jax_enable_x64", True)
-  run(flags.read())
+  run(flags.read(OracleFlags))
 
 
 if __name__ == "__main__":
-  flags.define(run_dir="runs/oracle", depth=400)
+  flags.define(OracleFlags)
   cli.run(main, alone=True)

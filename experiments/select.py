@@ -1,11 +1,12 @@
 from experiments import cli, flags
+from experiments.settings import SelectFlags
 from in2core_jax.estimate import dry_run
 from in2core_jax.pipeline.select import __doc__, run  # noqa: F401 -- __doc__ is the text of --help
 
 
 def main(_) -> None:
   """Entry point."""
-  settings = flags.read(tells_costs=True)
+  settings = flags.read(SelectFlags, tells_costs=True)
   if settings.dry_run:
     dry_run.run(settings, "select")
   else:
@@ -13,5 +14,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.define(run_dir="runs/select")
+  flags.define(SelectFlags)
   cli.run(main)

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import html
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -27,6 +26,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.pipeline import evaluate as stage_evaluate
 from in2core_jax.pipeline import finetune as stage_finetune
 from in2core_jax.pipeline import select as stage_select
+from in2core_jax.pipeline.fields import in_parameters
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report.table_text import markdown_table
@@ -255,9 +255,8 @@ def _settled(settings: Settings | None, changes: Mapping[str, Any]) -> Settings:
 
 
 def _in_words(text: str) -> str:
-  """A text that names flags, in the words of a caller: `--run_dir=x` becomes `run_dir=x`. The one place for it."""
-  names = "|".join(field.name for field in dataclasses.fields(Settings))
-  return re.sub(rf"(?<![\w-])--({names})\b", r"\1", text)
+  """A text that names flags, in the words of a caller: `--run_dir=x` becomes `run_dir=x`."""
+  return in_parameters(text, Settings)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from tiny import open_session, quick_compile, run_settings  # noqa: F401, an aut
 
 from experiments.ablate_layers import ablate_layers, report
 from experiments.ablate_layers.ablate_layers import Choice
+from experiments.ablate_layers.settings import AblateLayersSettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.influence import decompose
@@ -27,6 +28,7 @@ def settings(tmp_path_factory):
   folder = tmp_path_factory.mktemp("ablation")
   return run_settings(
     folder,
+    kind=AblateLayersSettings,
     train_limit=24,
     eval_limit=6,
     test_limit=6,
@@ -86,7 +88,7 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
     tops = {choice.name: set(task.top(values).tolist()) for choice, values in scores.items()}
     share = len(tops["all"] & tops["first:1"]) / len(tops["all"])
     assert float(rows[solver, "first:1"]["overlap"]) == pytest.approx(share)
-    few = ablate_layers.Ablation(bench, settings.replace(num_examples=3), run_folder.RunDir.load(str(finished)))
+    few = ablate_layers.Ablation(bench, settings.replace(budget=3), run_folder.RunDir.load(str(finished)))
     values = ablate_layers.table_of(few, solver, scores)
     assert {3 * row["overlap"] for row in values} <= {0, 1, 2, 3} and len(values[0]["top"]) == 3
     whole = rows[solver, "all"]
@@ -300,13 +302,13 @@ def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
   ("changes", "message"),
   [
     ({"ablate_positions": "top"}, "positions are last, first, middle, spread"),
-    ({"ablate_counts": "0"}, "counts are at least 1"),
+    ({"ablate_counts": "0"}, "^ablate_counts=0: '0' is wrong in this list of whole numbers, each at least 1"),
     ({"ablate_retrain": "last:3"}, "'last:3' is none of the choices all, all/mlp, last:1"),
     ({"ablate_modules": "heads"}, "^--ablate_modules=heads: this model has no 'heads'"),
     ({"ablate_solvers": "newton"}, "must name some of"),
     ({"policy": "topic_quota"}, "--policy=topic_quota: ablate_layers compares"),
     ({"fractions": "0.1,0.5"}, "--fractions=0.1,0.5: ablate_layers .* one budget; leave it out"),
-    ({"per_layer": True}, "--per_layer=true: .* leave it out"),
+    ({"write": "layer"}, "--write=layer: .* leave it out"),
     ({"score_path": "projected"}, "--score_path=projected: "),
     (
       {"ablate_solvers": "identity,ekfac", "curvature": "hessian"},
@@ -316,7 +318,7 @@ def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
       {"ablate_solvers": "datainf,exact"},
       "^--ablate_solvers=datainf,exact, exact of all: .* 9,344 parameters, more than",
     ),
-    ({"num_examples": 99}, "num_examples=99 is more than the 24 examples"),
+    ({"budget": 99}, "budget=99 is more than the 24 examples"),
     ({"seeds": ""}, "--seeds is empty: give at least one"),
     ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],

@@ -26,7 +26,7 @@ def session(settings):
 def chain(settings, session, tmp_path_factory):
   folder = tmp_path_factory.mktemp("chain")
   tuned = i2c.finetune(settings, session=session, run_dir=folder / "finetune")
-  chosen = i2c.select(settings, session=session, run_dir=folder / "select", checkpoint=tuned.checkpoint, fraction=0.25)
+  chosen = i2c.select(settings, session=session, run_dir=folder / "select", checkpoint=tuned.checkpoint, budget=0.25)
   judged = i2c.evaluate(
     settings, session=session, run_dir=folder / "evaluate", select_runs=[chosen], checkpoint=tuned.checkpoint
   )
@@ -49,7 +49,7 @@ def test_results_are_what_the_run_folders_hold(chain):
 def test_the_same_call_reads_what_is_there(chain, settings, session, monkeypatch):
   tuned, chosen, _ = chain
   monkeypatch.setattr("in2core_jax.pipeline.select.score", lambda *_: pytest.fail("scored again"))
-  same = settings.replace(run_dir=str(chosen.run_dir), checkpoint=str(tuned.checkpoint), fraction=0.25)
+  same = settings.replace(run_dir=str(chosen.run_dir), checkpoint=str(tuned.checkpoint), budget=0.25)
   assert i2c.select(same, session=session).ids == chosen.ids
 
 
@@ -57,7 +57,7 @@ def test_results_are_shown_as_text_and_in_notebooks(chain):
   for result in chain:
     text, page = repr(result), result._repr_html_()
     assert str(result.run_dir) in text and "<table>" in page and page.count("<table>") == page.count("</table>")
-  assert " --" not in repr(chain[1]) and "drop_copies" in repr(chain[1])  # parameters, not flags
+  assert " --" not in repr(chain[1]) and "dedup=True" in repr(chain[1])  # parameters, not flags
   assert "| rank |" in repr(chain[1]) and "10 of 40 examples" in repr(chain[1])
   assert "| policy |" in repr(chain[2]) and chain[2].verdict[0] in repr(chain[2])
 
@@ -72,8 +72,8 @@ def test_mistakes_are_told_in_the_callers_words(settings, session, tmp_path):
   with pytest.raises(i2c.UserError, match="^no_such is no setting"):
     i2c.select(settings, no_such=1)
   with pytest.raises(i2c.UserError) as told:
-    i2c.select(settings, session=session, run_dir=tmp_path / "x", fraction=0.0)
-  assert "--fraction" not in str(told.value) and "fraction" in str(told.value)
+    i2c.select(settings, session=session, run_dir=tmp_path / "x", budget=0.0)
+  assert "--budget" not in str(told.value) and "budget=0.0" in str(told.value)
   with pytest.raises(i2c.UserError, match="no finished|no run folder|manifest"):
     i2c.load(tmp_path)
 

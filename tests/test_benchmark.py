@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from experiments.benchmark import benchmark, isolated, passes
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax import gradients
 from in2core_jax.costs import flop_counts, timing
 from in2core_jax.data.records import Record
@@ -28,6 +29,7 @@ def settings(tmp_path):
   return tiny.run_settings(
     tmp_path,
     CONFIG,
+    kind=BenchmarkSettings,
     synthetic_length=24,
     train_limit=10,
     eval_limit=2,
@@ -185,7 +187,8 @@ def test_verdicts():
     ({"score_layers": "all,all"}, "a word is given twice"),
     ({"score_layers": "all,last:99"}, "^--score_layers=last:99: 99 is not between"),
     ({"device_counts": "2,1"}, "not a list of growing numbers"),
-    ({"memory_examples": "0"}, "not a list of growing numbers"),
+    ({"memory_examples": "0"}, "^memory_examples=0: '0' is wrong in this list of whole numbers, each at least 1"),
+    ({"memory_examples": "8,4"}, "not a list of growing numbers"),
     ({"synthetic_length": 1}, "needs 2 or more tokens"),
     ({"train_limit": 0}, "--train_limit"),
     ({"boundary_cache": "off"}, "the benchmark needs one"),

@@ -15,9 +15,9 @@ import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import check
+from experiments.settings import CheckFlags
 from in2core_jax.parallel import sharding
 from in2core_jax.pipeline import session
-from in2core_jax.pipeline.settings import Settings
 
 pytestmark = pytest.mark.real  # a tokenizer, and a process of its own
 CONFIG = dataclasses.replace(
@@ -56,7 +56,7 @@ def write_inputs(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
   texts = dict(flag.split("=", 1) for flag in write_inputs(tmp_path_factory.mktemp("inputs")))
-  settings = Settings(**texts, layers="last:1", microbatch=3, system_prompt="none", max_shapes=1)
+  settings = CheckFlags(**texts, layers="last:1", microbatch=3, system_prompt="none", max_shapes=1)
   return check.Subject(check.sample(settings))
 
 

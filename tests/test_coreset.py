@@ -73,7 +73,7 @@ def test_fraction_rounds_half_up(fraction, count):
 
 
 def test_num_examples_beyond_the_pool():
-  with pytest.raises(UserError, match="num_examples=41 is more than the 40"):
+  with pytest.raises(UserError, match="budget=41 is more than the 40"):
     select_rows("proponents", make_inputs(), Budget(num_examples=41))
 
 
@@ -467,7 +467,7 @@ def test_warning_of_copies():
   inputs = dataclasses.replace(plain, content_keys=["same"] * 3 + [f"key {i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
   assert found == [
-    "2 of the 40 selected examples are duplicates of another selected one. To leave them out, use --drop_copies in "
+    "2 of the 40 selected examples are duplicates of another selected one. To leave them out, use --dedup in "
     "finetune, select and evaluate alike."
   ]
   assert selection_warnings(np.arange(40), inputs, copies=False) == []

@@ -12,6 +12,7 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 
 from experiments.coverage import coverage as experiment
 from experiments.coverage import report
+from experiments.coverage.settings import CoverageSettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
@@ -125,6 +126,7 @@ def settings(tmp_path_factory):
   return run_settings(
     folder,
     dataclasses.replace(CONFIG, num_layers=2),
+    kind=CoverageSettings,
     train_data="chatterbot:food,sports,movies,humor",
     split="0.5,0.3,0.2",
     test_limit=6,

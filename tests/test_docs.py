@@ -159,7 +159,7 @@ def test_every_public_name_and_every_flag_has_an_entry(tmp_path):
   assert "{py:class} C(x: int = 0)" in text and "{py:method} m(b)" in text
   assert "[inner](in2core_jax.inner.md)" in pages["api/in2core_jax.md"]
   assert "one <in2core_jax.inner.one>" in pages["api/in2core_jax.inner.md"]
-  shown = generate.flags_page(ROOT)
+  shown = generate.flags_page()
   from experiments import flags
 
   assert all(f"| `--{name}` |" in shown for name in flags.Settings.__dataclass_fields__)

@@ -9,6 +9,7 @@ import tiny
 from absl import flags as absl_flags
 
 from experiments import flags, scaling
+from experiments.coverage.settings import CoverageSettings
 from in2core_jax.costs import device_memory, flop_counts, hardware
 from in2core_jax.data import packing
 from in2core_jax.errors import UserError
@@ -126,14 +127,14 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
 def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   """Of as many examples as are kept, whichever flag or run says so."""
   run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
-  own = bench.settings.replace(policies="random", seeds="0", equal="epochs", fraction=0.5)
+  own = bench.settings.replace(policies="random", seeds="0", equal="epochs", budget=0.5)
   tokens = bench.splits["train"].num_tokens
   steps = named(stage_phases.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
   for share, changes in (
     (0.5, {}),
-    (0.25, {"num_examples": 10}),
-    (0.2, {"token_budget": int(tokens.sum() // 5)}),
-    (0.1, {"select_runs": str(tmp_path), "policies": "", "num_examples": 10}),
+    (0.25, {"budget": 10}),
+    (0.2, {"budget": f"{tokens.sum() // 5}tok"}),
+    (0.1, {"select_runs": str(tmp_path), "policies": "", "budget": 10}),
   ):
     s = own.replace(**changes)
     assert stage_phases.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
@@ -150,8 +151,8 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
     ({"normalize": "whitened_cosine", "solver": "identity", "sketch_size": 4}, "projected gradients (eval)"),
     ({"solver": "ekfac"}, "EK-FAC of"),
     ({"solver": "datainf"}, "datainf"),
-    ({"per_query": True, "query_block": 4}, "per query: gradients and scores, 3 blocks"),
-    ({"self_influence": True, "solver": "identity"}, "scores and norms"),
+    ({"write": "query", "query_block": 4}, "per query: gradients and scores, 3 blocks"),
+    ({"write": "self", "solver": "identity"}, "scores and norms"),
   ],
 )
 def test_other_ways_have_phases_of_their_own(bench, described, changes, phase):
@@ -220,12 +221,12 @@ def test_hardware_by_name():
 
 
 @contextlib.contextmanager
-def command(**defaults):
-  """Parses command lines of a command with some defaults of its own into settings."""
+def command(kind=Settings):
+  """Parses command lines of a command into its settings."""
   before = set(absl_flags.FLAGS)
-  flags.define(**defaults)
+  flags.define(kind)
   try:
-    yield lambda *line, **options: absl_flags.FLAGS(["command", *line]) and flags.read(**options)
+    yield lambda *line, **options: absl_flags.FLAGS(["command", *line]) and flags.read(kind, **options)
   finally:
     for name in set(absl_flags.FLAGS) - before:
       delattr(absl_flags.FLAGS, name)
@@ -249,13 +250,14 @@ def test_batch_tokens_is_a_number_or_auto(parse):
 
 
 def test_a_flagfile_repeats_the_run_of_a_command_with_defaults_of_its_own():
-  own = {"run_dir": "runs/coverage", "layers": "last:2", "solver": "identity", "fixed_seeds": "0,1,2", "depth": 400}
+  own = {"run_dir": "runs/coverage", "layers": "last:2", "trainable_layers": "last:2", "solver": "identity"}
+  assert {name: getattr(CoverageSettings(), name) for name in own} == own
   table = Settings()
-  for line in ([], [f"--{name}={getattr(table, name)}" for name in own], ["--layers=all", "--depth=50"]):
-    with command(**own) as parse:
+  for line in ([], [f"--{name}={getattr(table, name)}" for name in own], ["--layers=all", "--solver=cg"]):
+    with command(CoverageSettings) as parse:
       asked = parse(*line)
       written = asked.as_flags()
-    with command(**own) as parse:
+    with command(CoverageSettings) as parse:
       again = parse(*written)
     with command() as parse:  # another command, from the same file
       other = parse(*written)

@@ -10,6 +10,7 @@ import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.fidelity import fidelity, report
+from experiments.fidelity.settings import FidelitySettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling, statistics
 from in2core_jax.pipeline.retraining import Retrainer
@@ -26,6 +27,7 @@ def settings(tmp_path_factory):
   return run_settings(
     folder,
     dataclasses.replace(CONFIG, num_layers=2),
+    kind=FidelitySettings,
     train_limit=30,
     eval_limit=8,
     test_limit=6,
@@ -143,7 +145,7 @@ def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path
 
 def test_what_is_of_no_use_is_not_refused(settings):
   """Flagfiles are shared between stages: a budget, a list of seeds, another way to the same scores."""
-  shared = settings.replace(fraction=0.1, score_path="vmap", damping_ratio=0.5, layers="all", per_query=True)
+  shared = settings.replace(budget=0.1, score_path="vmap", damping_ratio=0.5, layers="all", write="query")
   assert refuse(shared, fidelity._REFUSED, fidelity._DOES) is None
 
 

@@ -7,7 +7,7 @@ import pytest
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import oracle
-from in2core_jax.pipeline.settings import Settings
+from experiments.settings import OracleFlags
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_rows_measure_the_distance_to_the_dense_inverse(x64, tmp_path, monkeypat
   monkeypatch.setattr(oracle, "RATIOS", (0.1,))
   monkeypatch.setattr(oracle, "CURVATURES", ("ggn",))
   monkeypatch.setattr(oracle, "SOLVERS", {name: oracle.SOLVERS[name] for name in ("lissa", "cg", "identity")})
-  folder = pathlib.Path(oracle.run(Settings(run_dir=str(tmp_path / "run"), depth=60)))
+  folder = pathlib.Path(oracle.run(OracleFlags(run_dir=str(tmp_path / "run"), depth=60)))
   rows = {row["solver"]: row for row in json.loads((folder / "oracle.json").read_text())["rows"]}
   assert rows["cg"]["error"] < 1e-6
   assert rows["cg"]["reported residual"] == pytest.approx(rows["cg"]["residual"], abs=1e-9)

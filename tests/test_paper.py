@@ -14,12 +14,13 @@ import pytest
 from absl import flags as absl_flags
 from safetensors.numpy import save_file
 
+from experiments import flags
 from experiments.paper import paper
+from experiments.paper.settings import PaperSettings
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage
 from in2core_jax.pipeline import session
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import stopping
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +48,9 @@ class Made:
     self.flagfile, self.alpaca = folder / "own.flags", folder / "alpaca.json"
     self.flagfile.write_text("--train_limit=5\n")
     self.write_alpaca("answer")
-    self.settings = Settings(run_dir=str(folder / "runs"), results_dir=str(folder / "results"), alpaca=str(self.alpaca))
+    self.settings = PaperSettings(
+      run_dir=str(folder / "runs"), results_dir=str(folder / "results"), alpaca=str(self.alpaca)
+    )
     self.codes, self.kind, self.mark, self.started = {}, "cpu", "x", []
     steps = (
       paper.Step("first", "select", "table", str(self.flagfile), "scores"),
@@ -225,7 +228,7 @@ def test_only_runs_what_the_named_step_reads_first_where_it_is_not_there(made, c
 def test_steps_say_what_they_read():
   reads = {step.name: step.reads for step in paper.STEPS if step.reads}
   assert reads == {"scores": ("tuned",), "sweep": ("tuned", "scores"), "layers": ("layers-tuned",)}
-  fresh = Settings(only="sweep", run_dir="nowhere")
+  fresh = PaperSettings(only="sweep", run_dir="nowhere")
   assert [step.name for step in paper.steps_of(fresh)] == ["tuned", "scores", "sweep"]
   assert [step.name for step in paper.steps_of(fresh.replace(only="layers"))] == ["layers-tuned", "layers"]
 
@@ -279,15 +282,18 @@ def test_overwrite_starts_anew_what_it_names(made):
 def parsed(arguments):
   """The flags as an experiment reads them."""
   own = absl_flags.FlagValues()
-  for field in paper.dataclasses.fields(Settings):
-    absl_flags.DEFINE_string(field.name, str(field.default), "", flag_values=own)
+  defaults = {field.name: str(field.default) for field in flags.every_field()}
+  for name in flags.names():
+    absl_flags.DEFINE_string(name, defaults.get(name), "", flag_values=own)
   own(["program", *arguments])
   return {name: own[name].value for name in own}
 
 
 def test_commands_get_what_was_given_and_work_alone(tmp_path):
   step = next(step for step in paper.STEPS if step.name == "fidelity")
-  s = Settings(run_dir=str(tmp_path), mesh="data:2", batch_tokens=64, seed=3, boundary_cache_gb=1.5, model="gemma3")
+  s = PaperSettings(
+    run_dir=str(tmp_path), mesh="data:2", batch_tokens=64, seed=3, boundary_cache_gb=1.5, model="gemma3"
+  )
   found = parsed(paper.command(step, s)[4:])
   assert [found[name] for name in ("mesh", "batch_tokens", "seed", "boundary_cache_gb", "model")] == [
     *("data:2", "64", "3", "1.5", "gemma3"),
@@ -297,7 +303,7 @@ def test_commands_get_what_was_given_and_work_alone(tmp_path):
   full = s.replace(preset="full")
   assert parsed(paper.command(step, full)[4:])["dtype"] == "bfloat16"
   # A default that was asked for undoes a flagfile, and is not said where there is nothing to undo.
-  assert paper.given(step, Settings(), ("boundary_cache", "dtype", "seed")) == ["--boundary_cache=auto"]
+  assert paper.given(step, PaperSettings(), ("boundary_cache", "dtype", "seed")) == ["--boundary_cache=auto"]
   assert parsed(paper.command(step, full, ("dtype",))[4:])["dtype"] == "float32"
   assert set(paper.HOW_FAST) < set(session._WHERE_AND_HOW_FAST)
 
@@ -305,7 +311,7 @@ def test_commands_get_what_was_given_and_work_alone(tmp_path):
 def test_the_full_preset_means_all_data_layers_and_modules():
   found = {}
   for step in paper.STEPS:
-    s = Settings(preset="full", alpaca="alpaca.json", run_dir="runs")
+    s = PaperSettings(preset="full", alpaca="alpaca.json", run_dir="runs")
     found[step.name] = parsed(paper.command(step, s)[4:])
     own = found[step.name]
     assert own["max_length"] == "512"
@@ -336,13 +342,13 @@ def test_an_extra_step_runs_only_when_it_is_named(made, monkeypatch):
   assert made.run() == (0, ["first", "second", "third"])
   assert made.run(only="more") == (0, ["more"])
   assert "more/table.md" in made.page("README.md")
-  assert [step.name for step in paper.steps_of(Settings())] == ["first", "second"]
+  assert [step.name for step in paper.steps_of(PaperSettings())] == ["first", "second"]
 
 
 def test_the_help_of_only_names_what_is_run_only_where_it_is_named():
-  (told,) = (field.metadata["help"] for field in paper.dataclasses.fields(Settings) if field.name == "only")
+  told = PaperSettings.__dataclass_fields__["only"].metadata["more"]
   extra = sorted(step.name for step in paper.STEPS if step.extra)
-  assert told.endswith(f"; empty: all but {', '.join(extra)}")
+  assert told.endswith(f" Empty: all but {', '.join(extra)}.")
 
 
 def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path):
@@ -360,7 +366,7 @@ def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path)
 
 def test_flagfiles_of_the_project_are_shown_with_their_folder():
   step = next(step for step in paper.STEPS if step.name == "transfer")
-  shown = paper.shown_command(step, Settings(preset="full", batch_tokens=512))
+  shown = paper.shown_command(step, PaperSettings(preset="full", batch_tokens=512))
   assert "--flagfile=experiments/flags/transfer.flags" in shown and "--batch_tokens=512" in shown
   assert "--flagfile=experiments/flags/paper-full.flags" in shown and str(ROOT) not in shown
   assert "'--score_models=smollm2;truncated:smollm2:15;gemma3'" in shown  # to be pasted into a shell
@@ -514,6 +520,6 @@ def test_the_log_tells_what_is_left_and_how_long_it_took(made, caplog):
 
 
 def test_every_flag_of_paper_is_its_own_or_passed_on():
-  of_paper = {field.name for field in paper.dataclasses.fields(Settings) if field.metadata["group"] == "paper"}
+  of_paper = {field.name for field in paper.dataclasses.fields(PaperSettings) if field.metadata["group"] == "paper"}
   assert of_paper < set(paper._OWN) and set(paper.PASSED).isdisjoint(paper._OWN)
-  assert {*paper.PASSED, *paper._OWN} <= {field.name for field in paper.dataclasses.fields(Settings)}
+  assert {*paper.PASSED, *paper._OWN} <= {field.name for field in paper.dataclasses.fields(PaperSettings)}

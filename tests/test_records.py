@@ -68,6 +68,7 @@ OUT = (
   *({"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"train": False}, {"train": 0}, {"training": False}),
   *({"loss": False}, {"trainable": False}, {"train_on_turn": False}, {"masked": True}, {"loss_weight": 0}),
   *({"ignore_loss": True}, {"loss_mask": 0}, {"weight": 0, "train": False}),
+  *({"is_trainable": False}, {"supervise": 0}, {"unmasked": False}, {"no_grad": True}, {"skip": True}, {"exclude": 1}),
 )
 IN = ({"weight": 1}, {"weight": 1.0}, {"train": True}, {"loss": True}, {"loss": 1}, {"masked": False}, {"weight": None})
 
@@ -229,6 +230,8 @@ def test_what_would_be_another_conversation_is_refused(value, message):
     ({"mood": "sad", "id": 3}, ("mood",)),
     ({"prompt": "another"}, ("prompt",)),
     ({"source": "x" * 600}, ()),
+    ({"title": "Vectors", "state": "Ohio", "subject": "physics"}, ()),
+    ({"state": "The patient has had a fever of 39 degrees for two days."}, ("state",)),
     ({"metadata": {"url": "u", "sizes": [{"text_length": 3}], "text": ""}}, ()),
     ({"metadata": {"history": [["q", "a"]]}}, ("metadata",)),
     ({"meta": [{"more": {"systemPrompt": "Be brief."}}]}, ("meta",)),

@@ -13,6 +13,7 @@ import tiny
 from tiny import Killed, quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import kill_test
+from experiments.settings import KillTestFlags
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import finetune, select, session
 from in2core_jax.pipeline.batching import Batching
@@ -179,6 +180,7 @@ class Counter:
 def settings(tmp_path_factory):
   return tiny.run_settings(
     tmp_path_factory.mktemp("resume"),
+    kind=KillTestFlags,
     eval_limit=8,
     test_limit=8,
     steps=3,
@@ -240,9 +242,9 @@ def alone(settings, counter, tmp_path_factory):
 
 PATHS = {
   "lissa": {},
-  "ekfac": {"solver": "ekfac", "normalize": "relatif", "self_influence": True, "aggregate": "topic_max"},
+  "ekfac": {"solver": "ekfac", "normalize": "relatif", "write": "self", "aggregate": "topic_max"},
   "cg": {"solver": "cg", "damping_ratio": 0.01},
-  "datainf": {"solver": "datainf", "per_layer": True, "per_token": True, "per_query": True, "query_block": 4},
+  "datainf": {"solver": "datainf", "write": "query,layer,token", "query_block": 4},
   "trajectory": {"solver": "identity", "trajectory": "tracin"},
 }
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from experiments.solvers import solvers
+from experiments.solvers.settings import SolversSettings
 from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
@@ -33,7 +34,8 @@ def settings_of(folder, **changes):
     "compare_bfloat16": False,
     "mislabelled": 0.2,
   }
-  return tiny.run_settings(folder, dataclasses.replace(tiny.CONFIG, num_layers=2), **(small | changes))
+  config = dataclasses.replace(tiny.CONFIG, num_layers=2)
+  return tiny.run_settings(folder, config, SolversSettings, **(small | changes))
 
 
 @pytest.mark.slow

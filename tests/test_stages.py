@@ -123,7 +123,7 @@ def test_checkpoint_of_another_model_is_refused(settings, trained, tmp_path):
 
 
 def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
-  chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, per_query=True, query_block=16, depth=4)
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=trained, write="query", query_block=16, depth=4)
   folder = pathlib.Path(select.run(chosen, bench))
   scores = run_folder.read_scores(folder / "scores.parquet")
   names = ["example_id", "influence", "rank", "selected", "loss", "num_tokens", "num_response_tokens", "topic"]
@@ -148,7 +148,7 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert len(queries["influence"]) == 10 * 40 and set(queries["query"]) == set(bench.splits["eval"].ids)
   # the flagfile repeats the run: same flags, same folder, nothing to do
   text = (folder / "flags.txt").read_text()
-  assert f"--checkpoint={trained}" in text and "--per_query=true" in text
+  assert f"--checkpoint={trained}" in text and "--write=query" in text
   before = (folder / "scores.parquet").stat().st_mtime_ns
   select.run(chosen, bench)
   assert (folder / "scores.parquet").stat().st_mtime_ns == before
@@ -161,7 +161,7 @@ def test_risky_settings_are_told(settings, bench, tmp_path, caplog):
   folder = pathlib.Path(select.run(risky, bench))
   told = json.loads((folder / "summary.json").read_text())["warnings"]
   assert told[:2] == risky_settings(risky)
-  assert sum("--drop_copies" in line for line in told) == 1  # of this corpus, whose copies are selected too
+  assert sum("--dedup" in line for line in told) == 1  # of this corpus, whose copies are selected too
   assert (
     "--checkpoint" in told[0] and "--solver=lissa" in told[1] and told[0][:40] in (folder / "report.md").read_text()
   )
@@ -202,7 +202,7 @@ def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   run = lambda name, **changes: pathlib.Path(  # noqa: E731
     select.run(common.replace(run_dir=str(tmp_path / name), **changes), bench)
   )
-  plain = run("plain", per_layer=True, per_token=True, self_influence=True)
+  plain = run("plain", write="layer,token,self")
   scores = run_folder.read_parquet(plain / "scores.parquet")
   ids = {name: row for row, name in enumerate(scores["example_id"])}
   scale = np.abs(scores["influence"]).max()
@@ -273,17 +273,16 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
   wrong = {
     "exact": {"solver": "exact", "layers": "all"},
     "precondition": {"precondition": "ekfac"},
-    "self_influence": {"self_influence": True},
+    "--write=self": {"write": "self"},
     "normalize=relatif": {"normalize": "relatif"},
-    "per_layer": {"per_layer": True, "aggregate": "topic_max"},
+    "--write=layer": {"write": "layer", "aggregate": "topic_max"},
     "layers=last:9": {"layers": "last:9"},
     "trajectory=tracin": {"trajectory": "tracin"},
     "sketch_size": {"score_path": "projected"},
     "--modules=attention lacks": {"score_path": "projected", "sketch_size": 32, "modules": "attention"},
     "lower --depth": {"solver": "low_rank", "depth": 50, "modules": "final_norm"},
-    "give one of the two": {"num_examples": 3, "token_budget": 9},
-    "token_budget=1 is less": {"token_budget": 1},
-    "per_layer does not go with --trajectory": {"trajectory": "tracin", "solver": "identity", "per_layer": True},
+    "budget=1tok is less": {"budget": "1tok"},
+    "write=layer does not go with --trajectory": {"trajectory": "tracin", "solver": "identity", "write": "layer"},
   }
   for words, changes in wrong.items():
     folder = tmp_path / words.split(":")[0]
@@ -309,7 +308,7 @@ def test_select_refuses_before_it_makes_a_folder(settings, bench, tmp_path):
       "--depth=50 vectors of a subtree of 16 parameters: lower --depth",
     ),
     ({"solver": "ekfac", "curvature": "hessian"}, "--solver=ekfac with --curvature=hessian"),
-    ({"num_examples": 99}, "num_examples=99 is more than the 40 examples"),
+    ({"budget": 99}, "budget=99 is more than the 40 examples"),
     ({"trajectory": "tracin", "solver": "cg"}, "--trajectory=tracin has no inverse"),
     ({"trajectory": "less", "solver": "identity", "layers": "last:1"}, r"fine-tuning trains layers \[2, 3\]"),
     ({"trajectory": "tracin", "solver": "identity"}, "all 4 checkpoints, .*: give --keep_checkpoints=0"),
@@ -320,7 +319,7 @@ def test_a_demo_and_its_dry_run_refuse_before_the_fine_tuning(settings, bench, m
   monkeypatch.setattr(finetune, "run", lambda *_: pytest.fail("a demo that cannot end was begun"))
   monkeypatch.setattr(demo, "open_session", lambda _: bench)
   for asked in (s, s.replace(dry_run=True)):
-    monkeypatch.setattr(flags, "read", lambda asked=asked, **_: asked)
+    monkeypatch.setattr(flags, "read", lambda _, asked=asked, **options: asked)
     with pytest.raises(UserError, match=words):
       demo.main([])
   assert not pathlib.Path(s.run_dir).exists()
@@ -346,7 +345,8 @@ def test_a_demo_is_settled_before_its_first_stage():
     ({"policy": "random"}, "--policy=random --policies=full,random,.* one name"),
     ({"policies": "full,best"}, "unknown 'best'"),
     ({"equal": "cost"}, "--equal=cost: unknown 'cost'"),
-    ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list"),
+    ({"fractions": "0.5,2"}, "^fractions=0.5,2: '2' is wrong in this list of numbers, each above 0 and at most 1"),
+    ({"fractions": "0.5,0.5"}, "--fractions=0.5,0.5 is not a list of different shares"),
     ({"seeds": ""}, "--seeds is empty"),
   ):
     with pytest.raises(UserError, match=words):
@@ -396,9 +396,9 @@ def test_two_devices_give_the_scores_of_one(settings, bench):
 @pytest.mark.parametrize("solver", ["identity", "datainf", "cg"])
 def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
   policy = {"identity": "matching", "datainf": "highest_loss", "cg": "random"}[solver]
-  chosen = settings.replace(run_dir=str(tmp_path / "run"), solver=solver, policy=policy, num_examples=7, fraction=0.5)
+  chosen = settings.replace(run_dir=str(tmp_path / "run"), solver=solver, policy=policy, budget=7)
   if solver == "identity":
-    chosen = chosen.replace(per_query=True, query_block=4)
+    chosen = chosen.replace(write="query", query_block=4)
   folder = pathlib.Path(select.run(chosen, bench))
   scores = run_folder.read_scores(folder / "scores.parquet")
   assert scores["selected"].sum() == 7 and np.all(np.isfinite(scores["influence"]))
@@ -423,13 +423,13 @@ def _answered(bench):
 
 
 def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
-  """Their nearest, or in turns: from the very scores that --per_query writes."""
-  plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", per_query=True)
+  """Their nearest, or in turns: from the very scores that --write=query writes."""
+  plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", write="query")
   folder = pathlib.Path(select.run(plain, bench))
   pairs = run_folder.read_parquet(folder / "query_scores.parquet")["influence"].reshape(10, 40)
   answered = _answered(bench)
   for how in ("nearest", "round_robin"):
-    chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, per_query=False, query_block=3)
+    chosen = plain.replace(run_dir=str(tmp_path / how), aggregate=how, write="", query_block=3)
     found = run_folder.read_scores(pathlib.Path(select.run(chosen, bench)) / "scores.parquet")["influence"]
     wanted = aggregation.aggregate(pairs[answered], [""] * len(answered), how, bench.splits["train"].ids)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(pairs).max())
@@ -542,7 +542,7 @@ def test_sources_are_split_as_documented(settings, tmp_path):
   tested, _ = split_sources(settings.replace(train_data=a, test_data=b))
   assert len(tested["test"]) == 200 and len(tested["train"]) + len(tested["eval"]) == 200
   for bad in ("1,2", "a,b,c", "0.5,0.5,0.5", "1.2,-0.1,-0.1", "nan,0.5,0.5"):
-    with pytest.raises(UserError, match=f"--split={bad}"):
+    with pytest.raises(UserError, match=rf"^(--)?split={bad}"):
       split_sources(settings.replace(train_data=a, split=bad))
   with pytest.raises(UserError, match="--split=0.5,0.1,0.1"):  # as with one source, whatever of it is used
     split_sources(settings.replace(train_data=a, test_data=b, split="0.5,0.1,0.1"))
@@ -579,17 +579,17 @@ def test_copies_are_told_and_can_be_left_out(settings, bench, tmp_path):
   item = lambda i: {"prompt": f"question {i % 20}", "response": f"answer {i % 20}", "topic": str(i), "id": str(i)}  # noqa: E731
   path.write_text("\n".join(json.dumps(item(i)) for i in range(60)))
   own = settings.replace(train_data=f"jsonl:{path}", split="0.6,0.2,0.2", train_limit=0, eval_limit=0, test_limit=0)
-  every, distinct = (tiny.open_session(own.replace(drop_copies=drop), bench.model) for drop in (False, True))
+  every, distinct = (tiny.open_session(own.replace(dedup=drop), bench.model) for drop in (False, True))
   assert [len(distinct.splits[part]) for part in ("eval", "test")] == [
     len(every.splits[part]) for part in ("eval", "test")
   ]
   train = distinct.splits["train"]
   assert 3 * len(train) == len(every.splits["train"]) and all(int(name) < 20 for name in train.ids)
   assert list(train.ids) == [name for name in every.splits["train"].ids if int(name) < 20]
-  assert len(tiny.open_session(own.replace(drop_copies=True, train_limit=8), bench.model).splits["train"]) == 8
+  assert len(tiny.open_session(own.replace(dedup=True, train_limit=8), bench.model).splits["train"]) == 8
   size, again = len(every.splits["train"]), every.splits.summary["parts"]["train"]["duplicates"]
   assert 3 * again == 2 * size and distinct.splits.summary["parts"]["train"]["duplicates"] == 0
-  assert "drop_copies" not in own.identity("data") and own.replace(drop_copies=True).identity("data")["drop_copies"]
+  assert "drop_copies" not in own.identity("data") and own.replace(dedup=True).identity("data")["drop_copies"]
 
 
 def test_examples_without_response_score_zero_and_are_listed(settings, bench, tmp_path):

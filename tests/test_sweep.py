@@ -11,7 +11,9 @@ import pytest
 from tiny import Killed, open_session, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
 from experiments.paper import paper
+from experiments.paper.settings import PaperSettings
 from experiments.study import study
+from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.influence import kernels
@@ -20,7 +22,6 @@ from in2core_jax.pipeline.compared import plan_of
 from in2core_jax.pipeline.evaluate_results import report_names
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, cosines
 from in2core_jax.selection.inputs import Budget
@@ -28,7 +29,8 @@ from in2core_jax.selection.inputs import Budget
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-  return run_settings(tmp_path_factory.mktemp("sweep"), solver="identity", sketch_size=4, epochs=1.0, train_limit=32)
+  small = {"solver": "identity", "sketch_size": 4, "epochs": 1.0, "train_limit": 32}
+  return run_settings(tmp_path_factory.mktemp("sweep"), kind=StudySettings, **small)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,10 @@ def coreset_lines(folder, name):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"fractions": "0.5,2"}, "--fractions=0.5,2 is not a list of different shares"),
-    ({"fractions": "half"}, "--fractions=half is not a list"),
-    ({"fractions": "0.5", "num_examples": 3}, "--fractions with --num_examples"),
+    ({"fractions": "0.5,2"}, "^fractions=0.5,2: '2' is wrong in this list of numbers, each above 0 and at most 1"),
+    ({"fractions": "half"}, "^fractions=half: 'half' is wrong in this list of numbers"),
+    ({"fractions": "0.5,0.5"}, "--fractions=0.5,0.5 is not a list of different shares"),
+    ({"fractions": "0.5", "budget": 3}, "--fractions=0.5 with --budget=3: give one of them"),
     ({"equal": "cost", "policies": "full"}, "--equal=cost: unknown 'cost'; use some of steps, epochs, tokens"),
     ({"fractions": "0.5", "policies": "proponents"}, "proponents needs the scores of a select run"),
   ],
@@ -177,11 +180,11 @@ def test_reports_of_select_runs_have_names_of_their_own():
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
   line = (paper._FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
-  assert len(study.variants_of(Settings(variants=line))) > 10
+  assert len(study.variants_of(StudySettings(variants=line))) > 10
   for step in paper.STEPS:
     for change in step.changes:
       if change.startswith("--variants="):
-        assert study.variants_of(Settings(variants=change.removeprefix("--variants=")))
+        assert study.variants_of(StudySettings(variants=change.removeprefix("--variants=")))
 
 
 def test_evaluation_topics(settings, bench):
@@ -258,11 +261,11 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
   )
   whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
   rule = study.VARIANTS["matching, cut at 48"]
-  assert study.budget_for(settings.replace(fraction=0.5), rule, whole, cut) == Budget(num_examples=4)
-  tokens = settings.replace(token_budget=30)
+  assert study.budget_for(settings.replace(budget=0.5), rule, whole, cut) == Budget(num_examples=4)
+  tokens = settings.replace(budget="30tok")
   assert study.budget_for(tokens, rule, whole, cut) == Budget(token_budget=30)
   with pytest.raises(UserError, match="choose 6 examples, but only 5 have a response within 48 tokens"):
-    study.budget_for(study.settings_of(settings.replace(fraction=0.75, max_length=96), rule), rule, whole, cut)
+    study.budget_for(study.settings_of(settings.replace(budget=0.75, max_length=96), rule), rule, whole, cut)
   assert study.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
 
 
@@ -320,7 +323,7 @@ def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
   for rows in chosen:  # half of 8 texts with 4 copies each: two of each text
     np.testing.assert_array_equal(np.bincount(rows // 4), np.full(8, 2))
   assert len({tuple(rows) for rows in chosen}) == 3
-  few = study.Study(bench, settings.replace(fraction=0.25), "", run_dir)
+  few = study.Study(bench, settings.replace(budget=0.25), "", run_dir)
   np.testing.assert_array_equal(few.rows(study.VARIANTS["random, copies last"], 0) // 4, np.arange(8))
 
 
@@ -396,7 +399,7 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
     paper.Step("broken", "select", "report", str(flagfile), "a mistake", ("--fraction=2",)),
   )
   monkeypatch.setattr(paper, "STEPS", steps)
-  s = settings.replace(run_dir=str(tmp_path / "paper"), results_dir=str(tmp_path / "results"))
+  s = PaperSettings.of(settings, run_dir=str(tmp_path / "paper"), results_dir=str(tmp_path / "results"))
   assert paper.run(s) == 1  # the second step fails, the first is there
   page = (tmp_path / "results" / "quick" / "first" / "report.md").read_text()
   assert "python -m experiments.select --flagfile=" in page and "--fraction=0.25" in page and "cores of" in page
@@ -411,7 +414,8 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
   assert json.loads((tmp_path / "paper" / "first.json").read_text())["seconds"] == seconds  # not run again
 
 
-def test_paper_knows_its_steps(settings):
+def test_paper_knows_its_steps():
+  settings = PaperSettings()
   assert [step.name for step in paper.steps_of(settings)] == [
     s.name for s in paper.STEPS if not s.needs_alpaca and not s.extra
   ]

@@ -10,6 +10,7 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 
 from experiments.study.study import VARIANTS
 from experiments.targets import targets
+from experiments.targets.settings import TargetsSettings
 from in2core_jax.errors import UserError
 
 RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
@@ -20,6 +21,7 @@ def settings(tmp_path_factory):
   return run_settings(
     tmp_path_factory.mktemp("targets"),
     dataclasses.replace(CONFIG, num_layers=2),
+    kind=TargetsSettings,
     train_data="chatterbot:food,sports,movies,humor",
     split="0.5,0.3,0.2",
     train_limit=0,

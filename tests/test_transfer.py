@@ -11,13 +11,13 @@ import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
 
 from experiments.transfer import transfer
+from experiments.transfer.settings import TransferSettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder, weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, session
 from in2core_jax.pipeline.retraining import Retrainer
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import matching
 from in2core_jax.selection.inputs import inputs_of
@@ -30,6 +30,7 @@ def settings(tmp_path_factory):
   return run_settings(
     folder,
     dataclasses.replace(CONFIG, num_layers=2),
+    kind=TransferSettings,
     train_limit=24,
     eval_limit=6,
     test_limit=6,
@@ -179,7 +180,7 @@ def test_a_scorer_weighs_its_gradients_by_its_own_tokens():
 
 
 def test_scorers_are_read_with_their_layers():
-  s = Settings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
+  s = TransferSettings(model="smollm2", layers="last:8", trainable_layers="last:2", score_models="hf:x;smollm2")
   assert transfer.scorers_of(s) == [
     transfer.Scorer("smollm2", "last:8", "last:2", 1e-4),
     transfer.Scorer("hf:x", "last:8", "last:2", 1e-4),
@@ -188,7 +189,7 @@ def test_scorers_are_read_with_their_layers():
   named = transfer.scorers_of(s.replace(**changes))
   assert named == [transfer.Scorer("smollm2", "last:8", "last:2", 1e-4), transfer.Scorer("hf:x", "0,1", "all", 3e-5)]
   for bad in ("fast", "0", "nan"):
-    with pytest.raises(UserError, match=f"'{bad}' is no learning rate"):
+    with pytest.raises(UserError, match=f"^model_rates={bad}: '{bad}' is wrong in this list of numbers, each above 0"):
       transfer.scorers_of(s.replace(model_rates=bad))
   with pytest.raises(UserError, match="3 words for 2 models"):
     transfer.scorers_of(s.replace(model_layers="all;all;all"))
@@ -206,7 +207,7 @@ def test_scorers_are_read_with_their_layers():
     ({"layers": "last:9", "model_layers": "last:1"}, "^--layers=last:9: 9 is not between 1 and 2"),
     ({"solver": "exact", "layers": "all"}, "^--solver=exact: the subtree has 4,672 parameters"),
     ({"fractions": "0.1,0.5"}, "^--fractions=0.1,0.5: transfer .* one budget .*; leave it out"),
-    ({"num_examples": 99}, "num_examples=99 is more than the 24 examples"),
+    ({"budget": 99}, "budget=99 is more than the 24 examples"),
   ],
 )
 def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(

@@ -226,7 +226,9 @@ def write_model(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG) -> s
   return f"hf:{folder}"
 
 
-def run_settings(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG, **changes) -> Settings:
+def run_settings(
+  folder: pathlib.Path, config: decoder.ModelConfig = CONFIG, kind: type[Settings] = Settings, **changes
+) -> Settings:
   """Flags of a run that takes seconds, on a model that is written into `folder`, with real conversations."""
   small = {
     "model": write_model(folder / "model", config),
@@ -252,7 +254,7 @@ def run_settings(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG, **c
     "seeds": "0,1",
     "fixed_seeds": "0",
   }
-  return Settings(**(small | changes))
+  return kind(**(small | changes))
 
 
 class Killed(BaseException):

@@ -15,7 +15,9 @@ import numpy as np
 
 from experiments import flags
 from experiments.ablate_layers import report
+from experiments.ablate_layers.settings import AblateLayersSettings
 from experiments.benchmark import isolated
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import stage_phases
 from in2core_jax.evaluation import statistics
@@ -29,7 +31,7 @@ from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, integers, listed, refuse, seeds_of
+from in2core_jax.pipeline.settings import OTHER_POLICIES, integers, listed, refuse, seeds_of
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
@@ -45,7 +47,7 @@ POSITIONS = ("last", "first", "middle", "spread")
 ALL = "all"
 _DOES = "ablate_layers compares plain influence of the mean query, and what --policy=proponents keeps of one budget"
 _REFUSED = (
-  *("normalize", "self_influence", "per_layer", "per_token", "per_query", "aggregate", "trajectory"),
+  *("normalize", "write", "aggregate", "trajectory"),
   *("score_path=projected", "fractions"),
   *OTHER_POLICIES,
 )
@@ -84,11 +86,11 @@ def spread(count: int, num_layers: int) -> tuple[int, ...]:
   return tuple(int((i + 0.5) * num_layers / count) for i in range(count))
 
 
-def choices_of(s: Settings, num_layers: int) -> list[Choice]:
+def choices_of(s: AblateLayersSettings, num_layers: int) -> list[Choice]:
   """Every choice that the flags ask for; the first is all layers with all modules.
 
   Raises:
-    UserError: an unknown position, counts that are none, or nothing but the first choice.
+    UserError: an unknown position, or nothing but the first choice.
   """
   counts, positions, modules = (
     integers(s.ablate_counts, "ablate_counts"),
@@ -96,11 +98,8 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
     listed(s.ablate_modules),
   )
   unknown = [word for word in positions if word not in POSITIONS]
-  if unknown or min(counts, default=1) < 1:
-    raise UserError(
-      f"--ablate_positions={s.ablate_positions} --ablate_counts={s.ablate_counts}: positions are "
-      f"{', '.join(POSITIONS)}, counts are at least 1"
-    )
+  if unknown:
+    raise UserError(f"--ablate_positions={s.ablate_positions}: positions are {', '.join(POSITIONS)}")
   chosen = [(ALL, tuple(range(num_layers)))]
   for position in positions:
     for count in sorted(set(counts)):
@@ -116,7 +115,7 @@ def choices_of(s: Settings, num_layers: int) -> list[Choice]:
   return found
 
 
-def solvers_of(s: Settings) -> list[str]:
+def solvers_of(s: AblateLayersSettings) -> list[str]:
   """The solvers that the flags ask for.
 
   Raises:
@@ -154,7 +153,7 @@ def tree_of(choice: Choice, params) -> subtree.Subtree:
 class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+  def __init__(self, bench: Session, s: AblateLayersSettings, run_dir: run_folder.RunDir):
     self.bench, self.settings, self.cells = bench, s, ResultCache(run_dir)
     self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
     self.params = bench.checkpoint_params(s.checkpoint)
@@ -246,7 +245,8 @@ class Ablation:
     """
 
     def make() -> dict:
-      own = self.settings.replace(alone="score", layers=choice.flag, modules=choice.modules, checkpoint="")
+      of_choice = {"layers": choice.flag, "modules": choice.modules, "checkpoint": ""}
+      own = BenchmarkSettings.of(self.settings, alone="score", **of_choice)
       # Of one device and of the same batches for all choices.
       own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batching.batch_tokens)
       limit = min(self.settings.ablate_examples, len(self.bench.splits["train"]))
@@ -289,7 +289,7 @@ class Ablation:
     return [trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)]
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: AblateLayersSettings, bench: Session | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -427,4 +427,4 @@ def retrain(
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(AblateLayersSettings))

@@ -9,9 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
+from experiments.ablate_layers.settings import AblateLayersSettings
 from in2core_jax.evaluation import paired, statistics, verdict
+from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
@@ -252,7 +253,7 @@ def _legend(plot, rows: Sequence[dict]) -> None:
 
 def write(
   run_dir: run_folder.RunDir,
-  s: Settings,
+  s: AblateLayersSettings,
   bench: Session,
   found: Mapping[str, Sequence[dict]],
   yardsticks: Yardsticks,
@@ -287,10 +288,11 @@ def write(
   log.info("\n%s", "".join(text))
 
 
-def explanation(s: Settings, bench: Session) -> str:
+def explanation(s: AblateLayersSettings, bench: Session) -> str:
   """What the columns are."""
-  counts = {"examples": s.num_examples, "tokens": s.token_budget}
-  kept = next((f"{count} {what}" for what, count in counts.items() if count), f"{s.fraction:.0%} of the examples")
+  budget = budget_of(s)
+  counts = {"examples": budget.num_examples, "tokens": budget.token_budget}
+  kept = next((f"{n} {what}" for what, n in counts.items() if n), f"{budget.fraction or 0:.0%} of the examples")
   return (
     f"{len(bench.splits['train'])} training and {len(bench.splits['eval'])} evaluation examples, gradients at "
     f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "

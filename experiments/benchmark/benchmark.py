@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from experiments import flags
 from experiments.benchmark import isolated
 from experiments.benchmark.passes import FORWARD, make_rows, open_bench
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import Settings, integers, words
+from in2core_jax.pipeline.settings import integers, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.progress import Progress
@@ -104,7 +105,7 @@ class Found:
 # ---- times ---------------------------------------------------------------------------
 
 
-def measure_times(bench: Session, s: Settings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
+def measure_times(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
   """(rows of the table, figures) of all passes, interleaved."""
   rows = make_rows(bench, s, score_layers)
   size, repeat = _PRODUCT_SIZE.get(jax.default_backend(), _PRODUCT_SIZE_ELSEWHERE)
@@ -169,7 +170,7 @@ def processor() -> str:
   return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
-def facts(s: Settings) -> dict:
+def facts(s: BenchmarkSettings) -> dict:
   """Where and on what it was measured."""
   return {
     "date": datetime.date.today().isoformat(),
@@ -207,12 +208,12 @@ def markdown(found: Found, measured_on: dict, asked: list[dict]) -> str:
 def counts(text: str, name: str) -> list[int]:
   """Reads a comma-separated list of growing numbers above 0."""
   found = list(integers(text, name))
-  if not found or found[0] < 1 or sorted(set(found)) != found:
+  if not found or sorted(set(found)) != found:
     raise UserError(f"--{name}={text} is not a list of growing numbers above 0, such as 1,2,4")
   return found
 
 
-def asked_of(s: Settings) -> tuple[list[str], list[str]]:
+def asked_of(s: BenchmarkSettings) -> tuple[list[str], list[str]]:
   """(the words of --measure, those of --score_layers), told before there is a run folder.
 
   Raises:
@@ -228,7 +229,7 @@ def asked_of(s: Settings) -> tuple[list[str], list[str]]:
   return wanted, score_layers
 
 
-def measure(s: Settings) -> Found:
+def measure(s: BenchmarkSettings) -> Found:
   """Everything that `--measure` or `--scaling` asks for; processes of their own first, while this one has no device."""
   wanted, score_layers = asked_of(s)
   examples, devices = counts(s.memory_examples, "memory_examples"), counts(s.device_counts, "device_counts")
@@ -249,7 +250,7 @@ def measure(s: Settings) -> Found:
   return found
 
 
-def run(s: Settings) -> str:
+def run(s: BenchmarkSettings) -> str:
   """Measures, prints the tables, writes benchmark.md and benchmark.json; returns the run folder."""
   asked_of(s)
   identity = {"stage": "benchmark", "flags": s.identity("run", "data", "model", "select", "benchmark")}
@@ -266,7 +267,7 @@ def run(s: Settings) -> str:
 
 def main(_: Sequence[str]) -> None:
   """Entry point."""
-  s = flags.read()
+  s = flags.read(BenchmarkSettings)
   if s.alone:
     isolated.run_alone(s)
   else:

@@ -15,11 +15,11 @@ import numpy as np
 
 from experiments import subprocesses
 from experiments.benchmark.passes import open_bench
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import scoring, select
 from in2core_jax.pipeline.session import choose
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 
 _RESULT = "alone.json"
@@ -28,14 +28,14 @@ _RESULT = "alone.json"
 # ---- inside the process --------------------------------------------------------------
 
 
-def run_alone(s: Settings) -> None:
+def run_alone(s: BenchmarkSettings) -> None:
   """Does what `--alone` names and writes alone.json into the run folder."""
   folder = pathlib.Path(s.run_dir)
   folder.mkdir(parents=True, exist_ok=True)
   run_folder.write_json(folder / _RESULT, select_alone(s) if s.alone == "select" else score_alone(s))
 
 
-def select_alone(s: Settings) -> dict:
+def select_alone(s: BenchmarkSettings) -> dict:
   """A whole `select` run, and what was compiled for it. Two solver steps run the programs of any number of them."""
   short = s.replace(run_dir=str(pathlib.Path(s.run_dir) / "select"), depth=2, policy="proponents")
   with timing.CompileMeter() as meter:
@@ -49,7 +49,7 @@ def select_alone(s: Settings) -> dict:
   }
 
 
-def score_alone(s: Settings) -> dict:
+def score_alone(s: BenchmarkSettings) -> dict:
   """The score pass through the whole model on the first `--device_counts` devices, twice: compiled, then timed."""
   wanted = int(s.device_counts)
   if wanted > len(jax.devices()):
@@ -87,7 +87,7 @@ def score_alone(s: Settings) -> dict:
 # ---- outside -------------------------------------------------------------------------
 
 
-def start(s: Settings, folder: pathlib.Path, environment: Mapping[str, str]) -> dict:
+def start(s: BenchmarkSettings, folder: pathlib.Path, environment: Mapping[str, str]) -> dict:
   """Runs this benchmark with `s.alone` in a process of its own and returns what it found.
 
   Args:
@@ -106,7 +106,7 @@ def start(s: Settings, folder: pathlib.Path, environment: Mapping[str, str]) -> 
   return run_folder.read_json(folder / _RESULT)
 
 
-def measure_compile(s: Settings) -> list[dict]:
+def measure_compile(s: BenchmarkSettings) -> list[dict]:
   """Compilation of a `select` run from an empty persistent cache, and once more from the filled one."""
   with tempfile.TemporaryDirectory() as temporary:
     place = pathlib.Path(temporary)
@@ -116,7 +116,7 @@ def measure_compile(s: Settings) -> list[dict]:
   return [{"cache": name} | found for name, found in runs]
 
 
-def measure_memory(s: Settings, layers: str, counts: list[int]) -> list[dict]:
+def measure_memory(s: BenchmarkSettings, layers: str, counts: list[int]) -> list[dict]:
   """Peak memory of the score pass over so many training examples, each in a process of its own."""
   found = []
   with tempfile.TemporaryDirectory() as temporary:
@@ -128,7 +128,7 @@ def measure_memory(s: Settings, layers: str, counts: list[int]) -> list[dict]:
   return [{**row, "growth, %": 100 * (row["peak memory"] / found[0]["peak memory"] - 1)} for row in found]
 
 
-def measure_scaling(s: Settings, layers: str, counts: list[int]) -> list[dict]:
+def measure_scaling(s: BenchmarkSettings, layers: str, counts: list[int]) -> list[dict]:
   """The score pass over the first devices, compared with the first count; counts beyond the machine's are left out."""
   found, reference = [], None
   with tempfile.TemporaryDirectory() as temporary:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import flop_counts, timing
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.records import Record
@@ -17,7 +18,6 @@ from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.loaded_model import open_model
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
@@ -25,7 +25,7 @@ from in2core_jax.training.recipe import Recipe
 FORWARD = "forward only"
 
 
-def open_bench(s: Settings, num_devices: int | None = None) -> Session:
+def open_bench(s: BenchmarkSettings, num_devices: int | None = None) -> Session:
   """A session on the first devices by `--mesh`, with random examples where `--synthetic_length` asks for them.
 
   Args:
@@ -40,7 +40,7 @@ def open_bench(s: Settings, num_devices: int | None = None) -> Session:
   return make_session(s, splits, open_model(s, (config, tokenizer), mesh))
 
 
-def synthetic_parts(s: Settings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
+def synthetic_parts(s: BenchmarkSettings, vocab_size: int) -> dict[str, tokenizing.TokenizedDataset]:
   """Examples of `--synthetic_length` random tokens, the second half a response; as many as the limits say.
 
   Raises:
@@ -177,7 +177,7 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
-def make_rows(bench: Session, s: Settings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import flags
 from experiments.coverage import report
+from experiments.coverage.settings import CoverageSettings
 from in2core_jax.data.records import spoken
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
@@ -28,7 +29,7 @@ from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse
+from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 POINTS = report.POINTS
 _DOES = "coverage fine-tunes without the held-out topics itself; scores are of single test points, and choose nothing"
 _REFUSED = (
-  *("checkpoint", "normalize", "self_influence", "per_layer", "per_token", "aggregate", "trajectory"),
+  *("checkpoint", "normalize", "write=self", "write=layer", "write=token", "aggregate", "trajectory"),
   *OTHER_POLICIES,
 )
 _CELLS = "train and points"  # columns of the arrays in cells
@@ -57,7 +58,7 @@ def influence_signals(projected: bool) -> tuple[str, ...]:
   return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
-def folds_of(bench: Session, s: Settings) -> list[tuple[str, ...]]:
+def folds_of(bench: Session, s: CoverageSettings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
@@ -76,7 +77,7 @@ def folds_of(bench: Session, s: Settings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
+def measured(bench: Session, s: CoverageSettings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
   """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
 
   `--query_block` test points at a time.
@@ -102,7 +103,7 @@ def measured(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> d
   }
 
 
-def tables_of(bench: Session, s: Settings, params, work: Work) -> np.ndarray:
+def tables_of(bench: Session, s: CoverageSettings, params, work: Work) -> np.ndarray:
   """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
@@ -154,7 +155,7 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
+  def __init__(self, bench: Session, s: CoverageSettings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
     self.bench, self.settings, self.cells, self.folds = bench, s, ResultCache(run_dir), folds
     self._run_dir = run_dir
     self.texts = {part: [text_of(record) for record in bench.splits[part].records] for part in ("train", POINTS)}
@@ -371,7 +372,7 @@ def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.nda
   return sorted(rows, key=lambda row: row["topic"])
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: CoverageSettings, bench: Session | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -408,4 +409,4 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(CoverageSettings))

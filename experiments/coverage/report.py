@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.coverage.settings import CoverageSettings
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.plots import BLUE, ORANGE, SKY, VERMILION
@@ -74,7 +74,7 @@ def drop_area(pooled) -> statistics.Interval:
   return coverage.area_interval(pooled.drop, pooled.uncovered, pooled.points)
 
 
-def point_rows(bench: Session, s: Settings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
+def point_rows(bench: Session, s: CoverageSettings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
   """Every test point under the whole training set, the least covered first."""
   whole, points = found.whole, bench.splits[POINTS]
   signal = whole.signals[s.coverage_signal]
@@ -130,7 +130,7 @@ def figure(found: Findings, judged: str) -> Figure:
 
 
 def write(
-  run_dir: run_folder.RunDir, s: Settings, bench: Session, texts: Mapping[str, list[str]], found: Findings
+  run_dir: run_folder.RunDir, s: CoverageSettings, bench: Session, texts: Mapping[str, list[str]], found: Findings
 ) -> None:
   """Tables, lists and figure; coverage.json last."""
   points = point_rows(bench, s, texts, found)
@@ -165,7 +165,7 @@ def write(
   log.info("\n%s", text)
 
 
-def markdown(s: Settings, bench: Session, found: Findings, points: Sequence[dict]) -> str:
+def markdown(s: CoverageSettings, bench: Session, found: Findings, points: Sequence[dict]) -> str:
   """The report but for its last sentence."""
   shown = ["topic", s.coverage_signal, "embedding, maximum", "loss before", "loss after", "text"]
   held = "; ".join(f"{', '.join(one.topics)} ({len(one.rows)} examples left)" for one in found.observed)

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import flags
 from experiments.fidelity import report
+from experiments.fidelity.settings import FidelitySettings
 from experiments.solvers.solvers import ratios
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
@@ -25,7 +26,7 @@ from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import Session, choose, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
+from in2core_jax.pipeline.settings import OTHER_POLICIES, refuse, seeds_of, words
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work
@@ -49,7 +50,7 @@ _NOT_IDENTITY = (
 )
 _DOES = "fidelity compares plain influence (--lds_solvers, --lds_ratios), trains by itself (--lds_at), has no policy"
 _REFUSED = (
-  *("checkpoint", "damping", "normalize", "self_influence", "per_layer", "per_token", "aggregate"),
+  *("checkpoint", "damping", "normalize", "write=self", "write=layer", "write=token", "aggregate"),
   *("score_path=projected", "trajectory"),
   *OTHER_POLICIES,
 )
@@ -91,7 +92,7 @@ class Variant:
     return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
-def variants_of(s: Settings) -> list[Variant]:
+def variants_of(s: FidelitySettings) -> list[Variant]:
   """Every solver at the default layers, damping and place, and each of these changed alone; the default comes first.
 
   With --lds_every=false they are changed for --solver and the baselines, which is what conclusions are drawn from.
@@ -117,7 +118,7 @@ def variants_of(s: Settings) -> list[Variant]:
   return found
 
 
-def settings_of(s: Settings, variant: Variant) -> Settings:
+def settings_of(s: FidelitySettings, variant: Variant) -> FidelitySettings:
   """The flags with those of a variant in their place."""
   depth = {"cg": s.cg_steps, "low_rank": s.krylov}.get(variant.solver, s.depth)
   ratio = s.damping_ratio if math.isnan(variant.ratio) else variant.ratio
@@ -144,7 +145,7 @@ class Removal:
 class Task:
   """The data, the halves, and every training and score that is made of them."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+  def __init__(self, bench: Session, s: FidelitySettings, run_dir: run_folder.RunDir):
     self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
     self.rows = trainable_rows(bench)
     self.halves = [half_of(self.rows, s.seed, number) for number in range(s.halves)]
@@ -277,7 +278,7 @@ def judged_losses(bench: Session, part: str, losses: np.ndarray) -> dict:
   return {"losses": losses[counted], "tokens": examples.tokens, "groups": examples.groups, "by": by}
 
 
-def check_halves(s: Settings) -> None:
+def check_halves(s: FidelitySettings) -> None:
   """Refuses numbers of halves that have no correlation.
 
   Raises:
@@ -292,7 +293,7 @@ def check_halves(s: Settings) -> None:
     raise UserError(f"--halves_again={s.halves_again} of --halves={s.halves}: give at most as many")
 
 
-def check_left_out(s: Settings, examples: int) -> None:
+def check_left_out(s: FidelitySettings, examples: int) -> None:
   """Refuses shares of so many training examples that leave out nothing, or everything.
 
   Raises:
@@ -305,7 +306,7 @@ def check_left_out(s: Settings, examples: int) -> None:
       raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: FidelitySettings, bench: Session | None = None) -> str:
   """Retrains, scores, compares, writes fidelity.md and its kin; returns the run folder. Goes on if stopped."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -378,4 +379,4 @@ def recipe(task: Task, losses: np.ndarray) -> dict:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(FidelitySettings))

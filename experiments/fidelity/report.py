@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.fidelity.settings import FidelitySettings
 from in2core_jax.evaluation import datamodeling, paired
 from in2core_jax.evaluation.statistics import Interval
-from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, curve_plot
@@ -45,7 +45,7 @@ class Found:
     recipe: names and values.
   """
 
-  settings: Settings
+  settings: FidelitySettings
   measured: dict
   cells: dict
   repeated: datamodeling.Measured | None

@@ -40,6 +40,7 @@ from collections.abc import Collection, Sequence
 from absl import flags as command_line
 
 from experiments import flags, subprocesses
+from experiments.paper.settings import HOW_FAST, PASSED, PaperSettings
 from experiments.paper.steps import STEPS, Step
 from in2core_jax.data import sources, tokenizing
 from in2core_jax.data.subsets import PARTS
@@ -62,15 +63,12 @@ _FACTS = "run.json"  # beside a published table: what the index says of it
 _NOTE_SECONDS = 30.0  # between two notes of how long a running experiment has taken
 _PATIENCE = 60.0  # seconds that a stopped experiment has to save its work
 
-# Flags of this command that its experiments get; the first ones change no number of a result.
-HOW_FAST = ("mesh", "boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "shard_batches")
-PASSED = (*HOW_FAST, "seed", "model", "dtype")
 _OWN = ("run_dir", "overwrite", "coordinator", "process_id", "num_processes", "preset", "alpaca", "only", "results_dir")
 # Made by the experiments beside their run folders; RUN-full, by study, is another.
 _CACHES = ("boundary", "ekfac", "projected")
 
 
-def steps_of(s: Settings) -> list[Step]:
+def steps_of(s: PaperSettings) -> list[Step]:
   """The steps that the flags ask for, each after those whose results it reads.
 
   With --only those are added which are not finished, or read one that is not. A finished step reads nothing.
@@ -103,7 +101,7 @@ def steps_of(s: Settings) -> list[Step]:
   return list(with_read.values())
 
 
-def is_named(s: Settings, step: Step) -> bool:
+def is_named(s: PaperSettings, step: Step) -> bool:
   """Whether the flags ask for the step itself, not only for one that reads it."""
   return not s.only or step.name in listed(s.only)
 
@@ -111,12 +109,12 @@ def is_named(s: Settings, step: Step) -> bool:
 # ---- commands ------------------------------------------------------------------------
 
 
-def flagfiles(step: Step, s: Settings) -> list[pathlib.Path]:
+def flagfiles(step: Step, s: PaperSettings) -> list[pathlib.Path]:
   """The flagfiles of the step's command."""
   return [_FLAGS / step.flagfile, *([_FLAGS / "paper-full.flags"] if s.preset == "full" else [])]
 
 
-def given(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+def given(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
   """Flags of this command that the step gets: which have another value than the default, or undo its flagfile's.
 
   Args:
@@ -131,7 +129,7 @@ def given(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
   return [f"--{name}={value(name)}" for name in wanted]
 
 
-def arguments(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+def arguments(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
   """The step's flags, later ones win: its flagfile's, its changes, the full preset's, what was given to this command.
 
   {alpaca} and {runs} are not filled in. `--num_processes=1`: a job of several processes must not be waited for.
@@ -141,14 +139,14 @@ def arguments(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]
   return [first, *step.changes, *full, *(step.full if full else ()), *last]
 
 
-def command(step: Step, s: Settings, named: Collection[str] = ()) -> list[str]:
+def command(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
   """The step's command line."""
   alpaca, runs = os.path.abspath(s.alpaca), pathlib.Path(s.run_dir).absolute()
   filled = [_filled(argument, alpaca, runs) for argument in arguments(step, s, named)]
   return [sys.executable, "-P", "-m", f"experiments.{step.module}", *filled]
 
 
-def shown_command(step: Step, s: Settings, named: Collection[str] = ()) -> str:
+def shown_command(step: Step, s: PaperSettings, named: Collection[str] = ()) -> str:
   """The same for readers elsewhere: no path of this machine."""
   shown = []
   for argument in arguments(step, s, named):
@@ -166,7 +164,7 @@ def _without_folders(argument: str) -> str:
   return re.sub(r"(?<=[=:;,+])~?/(?:[^/:;,+]+/)*([^/:;,+]*)/?", r"\1", argument)
 
 
-def facts_of(step: Step, s: Settings, named: Collection[str] = ()) -> dict[str, str]:
+def facts_of(step: Step, s: PaperSettings, named: Collection[str] = ()) -> dict[str, str]:
   """What the step's results depend on, by name: its flags, the content of its flagfiles, of --alpaca and --model.
 
   Of a step whose results it reads, what that one was run with, or will be in this very call.
@@ -244,12 +242,12 @@ def changes_of(
 # ---- one step ------------------------------------------------------------------------
 
 
-def folder_of(s: Settings, name: str) -> pathlib.Path:
+def folder_of(s: PaperSettings, name: str) -> pathlib.Path:
   """The run folder of a step."""
   return pathlib.Path(s.run_dir) / name
 
 
-def read_note(s: Settings, name: str) -> dict:
+def read_note(s: PaperSettings, name: str) -> dict:
   """What is known of a step's run; nothing of one that was never started.
 
   Entries: command (`facts_of`), shown (`shown_command`), seconds over all starts, finished, date, commit, machine,
@@ -265,12 +263,12 @@ def read_note(s: Settings, name: str) -> dict:
     return {}
 
 
-def write_note(s: Settings, name: str, note: dict) -> None:
+def write_note(s: PaperSettings, name: str, note: dict) -> None:
   """Keeps what is known of a step's run, with a checksum."""
   run_folder.write_json(folder_of(s, f"{name}.json"), files.sealed(note))
 
 
-def _is_finished(s: Settings, step: Step) -> bool:
+def _is_finished(s: PaperSettings, step: Step) -> bool:
   """Whether the step has run to its end, of whatever command, and what it made is there."""
   folder = folder_of(s, step.name)
   if not read_note(s, step.name).get("finished") or not (folder / step.marker).exists():
@@ -300,7 +298,7 @@ class Task:
   anew: str
 
 
-def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
+def task_of(step: Step, s: PaperSettings, named: Collection[str] = ()) -> Task:
   """Looks at what is there of a step."""
   note, facts, finished = read_note(s, step.name), facts_of(step, s, named), _is_finished(s, step)
   if s.overwrite and is_named(s, step):
@@ -314,7 +312,7 @@ def task_of(step: Step, s: Settings, named: Collection[str] = ()) -> Task:
   return Task(step, facts, finished and not changed, "; ".join(anew))
 
 
-def clear(s: Settings, step: Step) -> None:
+def clear(s: PaperSettings, step: Step) -> None:
   """Removes what this command has made of a step; a kill in between is told from a finished removal."""
   folders = (folder_of(s, step.name), folder_of(s, f"{step.name}-full"))
   for folder in folders:  # somebody may have started the experiment by itself
@@ -327,7 +325,7 @@ def clear(s: Settings, step: Step) -> None:
       shutil.rmtree(folder)
 
 
-def run_step(task: Task, s: Settings, named: Collection[str] = ()) -> int:
+def run_step(task: Task, s: PaperSettings, named: Collection[str] = ()) -> int:
   """Runs the step's command to its end and notes where and for how long, also when it is stopped; its exit code."""
   step = task.step
   note = {"seconds": 0.0, "finished": False} | read_note(s, step.name)
@@ -413,7 +411,7 @@ def _devices_here() -> dict:
 # ---- all steps -----------------------------------------------------------------------
 
 
-def run(s: Settings, named: Collection[str] = ()) -> int:
+def run(s: PaperSettings, named: Collection[str] = ()) -> int:
   """Runs the steps and publishes their results.
 
   Args:
@@ -452,7 +450,7 @@ def run(s: Settings, named: Collection[str] = ()) -> int:
   return 1 if failed else 0
 
 
-def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = ()) -> None:
+def check_settings(s: PaperSettings, steps: Sequence[Step], named: Collection[str] = ()) -> None:
   """Tells before any work what could not go well.
 
   Raises:
@@ -480,7 +478,7 @@ def check_settings(s: Settings, steps: Sequence[Step], named: Collection[str] = 
       _check_block(step, s, {part: len(records) for part, records in parts.items()})
 
 
-def _check_block(step: Step, s: Settings, sizes: dict[str, int]) -> None:
+def _check_block(step: Step, s: PaperSettings, sizes: dict[str, int]) -> None:
   """Raises UserError when a step takes examples that come after all of --alpaca's; sizes: of its parts."""
   given = []
   for argument in arguments(step, s):
@@ -498,7 +496,7 @@ def _check_block(step: Step, s: Settings, sizes: dict[str, int]) -> None:
       )
 
 
-def open_folder(s: Settings) -> run_folder.RunDir:
+def open_folder(s: PaperSettings) -> run_folder.RunDir:
   """Makes the run folder or continues it, and notes as its own what the experiments will write into it.
 
   Raises:
@@ -518,7 +516,7 @@ def open_folder(s: Settings) -> run_folder.RunDir:
   return run_dir
 
 
-def announce(s: Settings, tasks: Sequence[Task]) -> None:
+def announce(s: PaperSettings, tasks: Sequence[Task]) -> None:
   """Tells what will be run, and why again."""
   done, waiting = ([task for task in tasks if task.done == wanted] for wanted in (True, False))
   if done:
@@ -532,7 +530,7 @@ def announce(s: Settings, tasks: Sequence[Task]) -> None:
       log.info("  %s once more: %s", task.step.name, task.anew)
 
 
-def _tell_progress(s: Settings, task: Task, code: int, waiting: Sequence[Task], elapsed: float) -> None:
+def _tell_progress(s: PaperSettings, task: Task, code: int, waiting: Sequence[Task], elapsed: float) -> None:
   """After a step: how long it and all so far took, and what is left."""
   name, seconds = task.step.name, read_note(s, task.step.name)["seconds"]
   ended = f"failed with exit code {code}" if code else "finished"
@@ -540,7 +538,7 @@ def _tell_progress(s: Settings, task: Task, code: int, waiting: Sequence[Task], 
   log.info("left: %s", _left(s, waiting))
 
 
-def _left(s: Settings, waiting: Sequence[Task]) -> str:
+def _left(s: PaperSettings, waiting: Sequence[Task]) -> str:
   """Names of steps, with the time that they took when their published tables were made, if all of them tell."""
   if not waiting:
     return "nothing"
@@ -557,17 +555,17 @@ def _duration(seconds: float) -> str:
 # ---- results -------------------------------------------------------------------------
 
 
-def target_of(s: Settings, step: Step) -> pathlib.Path:
+def target_of(s: PaperSettings, step: Step) -> pathlib.Path:
   """The folder that a step's results are published in."""
   return pathlib.Path(s.results_dir) / s.preset / step.name
 
 
-def _published(s: Settings, step: Step) -> dict:
+def _published(s: PaperSettings, step: Step) -> dict:
   path = target_of(s, step) / _FACTS
   return run_folder.read_json(path) if path.exists() else {}
 
 
-def publish(step: Step, s: Settings) -> None:
+def publish(step: Step, s: PaperSettings) -> None:
   """Copies a finished step's tables and pictures; the Markdown gets command, machine, date and commit at its end."""
   if not step.table:
     return
@@ -592,7 +590,7 @@ def publish(step: Step, s: Settings) -> None:
   run_folder.write_json(target / _FACTS, facts | {"files": sorted(contents)})
 
 
-def _without_places(text: str, s: Settings, note: dict) -> str:
+def _without_places(text: str, s: PaperSettings, note: dict) -> str:
   """Replaces the paths of this machine that the experiments know of."""
   places = {
     str(pathlib.Path(s.run_dir).absolute()): "runs/paper",
@@ -605,7 +603,7 @@ def _without_places(text: str, s: Settings, note: dict) -> str:
   return text
 
 
-def write_index(s: Settings) -> None:
+def write_index(s: PaperSettings) -> None:
   """README.md of the results: what there is, of when, from where, and what it took."""
   rows, older, total, plain = [], [], 0.0, 0.0
   for step in STEPS:
@@ -635,5 +633,5 @@ def write_index(s: Settings) -> None:
 
 def main(_) -> int:
   """Entry point."""
-  fields = (field.name for field in dataclasses.fields(Settings))
-  return run(flags.read(), [name for name in fields if command_line.FLAGS[name].present])
+  settings = flags.read(PaperSettings)
+  return run(settings, [name for name in flags.names() if command_line.FLAGS[name].present])

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import flags
+from experiments.solvers.settings import SolversSettings
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.record_shapes import is_learnt
 from in2core_jax.errors import UserError
@@ -25,7 +26,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline import scoring, solver_inputs
 from in2core_jax.pipeline.finetune import recipe_of, start_params, trainable_rows
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
-from in2core_jax.pipeline.settings import Settings, listed
+from in2core_jax.pipeline.settings import listed
 from in2core_jax.pipeline.splits import tokenized
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
@@ -53,7 +54,7 @@ FREE = {"datainf": {"solver": "datainf"}, "identity": {"solver": "identity"}}
 class Comparison:
   """What all estimators share, made once: gradients of the queries, curvature, largest eigenvalue, fits."""
 
-  def __init__(self, bench: Session, s: Settings, chosen: BoundSubtree | None = None):
+  def __init__(self, bench: Session, s: SolversSettings, chosen: BoundSubtree | None = None):
     self.bench, self.settings = bench, s.replace(aggregate="mean")
     self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
@@ -221,7 +222,7 @@ def deal_answers(
   return dealt, wrong
 
 
-def with_wrong_answers(bench: Session, s: Settings) -> tuple[Session, np.ndarray]:
+def with_wrong_answers(bench: Session, s: SolversSettings) -> tuple[Session, np.ndarray]:
   """(the same with the answers of a share of the training examples dealt out among them, bool [N] which are wrong)."""
   train, model = bench.splits["train"], bench.model
   usable = np.flatnonzero(train.num_response_tokens)
@@ -232,7 +233,7 @@ def with_wrong_answers(bench: Session, s: Settings) -> tuple[Session, np.ndarray
   return make_session(s, bench.splits.with_parts(train=dealt), model), wrong
 
 
-def mislabelled(bench: Session, s: Settings, cells: ResultCache) -> dict:
+def mislabelled(bench: Session, s: SolversSettings, cells: ResultCache) -> dict:
   """ROC AUC with which signals find the mislabelled examples, after fine-tuning on the data that hold them."""
 
   def make() -> dict:
@@ -345,7 +346,7 @@ def ratios(text: str, name: str) -> list[float]:
   return found
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: SolversSettings, bench: Session | None = None) -> str:
   """Compares, writes solvers.md, solvers.json, residuals.csv and plots; returns the run folder. Goes on if stopped."""
   s = settings
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
@@ -433,4 +434,4 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(SolversSettings))

@@ -14,6 +14,7 @@ import re
 import numpy as np
 
 from experiments import flags
+from experiments.study.settings import RuleSettings, StudySettings
 from in2core_jax.data import tokenizing
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 _DOES = "study's rules say themselves how they score and choose, all with one budget, and it fine-tunes by itself"
 _REFUSED = (
-  *("checkpoint", "damping", "normalize", "self_influence", "per_query", "per_layer", "per_token", "trajectory"),
+  *("checkpoint", "damping", "normalize", "write", "trajectory"),
   *("score_path=projected", "fractions"),
   *OTHER_POLICIES,
 )
@@ -165,7 +166,7 @@ VARIANTS = {
 class Study:
   """One pool of examples, and the rows that each variant chooses of it."""
 
-  def __init__(self, bench: Session, s: Settings, checkpoint: str, run_dir: run_folder.RunDir):
+  def __init__(self, bench: Session, s: StudySettings, checkpoint: str, run_dir: run_folder.RunDir):
     """Keeps what all variants share.
 
     Args:
@@ -190,7 +191,7 @@ class Study:
     first_of = distinct_points(bench.splits["train"])
     return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
 
-  def _inputs(self, bench: Session, s: Settings, variant: Variant) -> PolicyInputs:
+  def _inputs(self, bench: Session, s: StudySettings, variant: Variant) -> PolicyInputs:
     """What the variant chooses from."""
     policy = variant.policy
     params = bench.checkpoint_params(s.checkpoint)
@@ -202,7 +203,7 @@ class Study:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
     return inputs_of(bench.splits["train"], influence, loss, **more)
 
-  def _scores(self, bench: Session, s: Settings, params) -> tuple[np.ndarray, np.ndarray]:
+  def _scores(self, bench: Session, s: StudySettings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
     depends_on |= {"queries": bench.splits.identity("eval")}  # of a variant fewer than --eval_limit
@@ -231,7 +232,7 @@ def bench_of(bench: Session, s: Settings) -> Session:
 
 
 def budget_for(
-  s: Settings, variant: Variant, whole: tokenizing.TokenizedDataset, cut: tokenizing.TokenizedDataset
+  s: StudySettings, variant: Variant, whole: tokenizing.TokenizedDataset, cut: tokenizing.TokenizedDataset
 ) -> Budget:
   """How much a variant chooses: as many examples as if none was cut.
 
@@ -254,7 +255,7 @@ def budget_for(
   return Budget(num_examples=count)
 
 
-def check_variants(bench: Session, s: Settings) -> None:
+def check_variants(bench: Session, s: StudySettings) -> None:
   """Tells before the work what a variant could not do.
 
   Raises:
@@ -277,7 +278,7 @@ def check_variants(bench: Session, s: Settings) -> None:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
 
-def variants_of(s: Settings) -> dict[str, Variant]:
+def variants_of(s: RuleSettings) -> dict[str, Variant]:
   """The variants that the flags ask for.
 
   Raises:
@@ -289,7 +290,7 @@ def variants_of(s: Settings) -> dict[str, Variant]:
   return {name: VARIANTS[name] for name in wanted}
 
 
-def with_enough_queries(bench: Session, s: Settings) -> Settings:
+def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
   """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
   if s.variants.strip():
     return s
@@ -304,7 +305,7 @@ def with_enough_queries(bench: Session, s: Settings) -> Settings:
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
 
 
-def candidates(study: Study, s: Settings, cells: ResultCache) -> list[TrainingSubset]:
+def candidates(study: Study, s: StudySettings, cells: ResultCache) -> list[TrainingSubset]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
   usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
   found = [TrainingSubset(FULL, seed, usable) for seed in fixed]
@@ -328,7 +329,7 @@ def retrained(
   return judged(judge.bench.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: StudySettings, bench: Session | None = None) -> str:
   """Chooses, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -475,7 +476,7 @@ _COLUMNS = (
 )
 
 
-def rules_table(s: Settings, usable: int) -> list[dict]:
+def rules_table(s: StudySettings, usable: int) -> list[dict]:
   """For every variant its policy, where its gradients are taken, its solver and what else it changes.
 
   Args:
@@ -508,7 +509,7 @@ def rules_table(s: Settings, usable: int) -> list[dict]:
   return found
 
 
-def _curvature_of(s: Settings, usable: int) -> str:
+def _curvature_of(s: StudySettings, usable: int) -> str:
   """Which training examples a solver's curvature is that of, in words."""
   if s.solver == "datainf" or s.solver == "ekfac" and not s.ekfac_examples:
     return "all examples"
@@ -519,7 +520,7 @@ def _curvature_of(s: Settings, usable: int) -> str:
   return f"{num_curvature_examples(s, usable)} examples"
 
 
-def _sources(s: Settings) -> str:
+def _sources(s: StudySettings) -> str:
   """The training data without the folders of files, and which block of it."""
   named = " + ".join(
     re.sub(r"^((?:\w[\w.-]*=)?(?:jsonl|file):).*/", r"\1", source) for source in s.train_data.split("+")
@@ -534,7 +535,7 @@ def remove_pictures(run_dir: run_folder.RunDir, equal: list[str]) -> None:
       run_dir.remove(f"plots/study-{word}.{kind}")
 
 
-def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base, of_sets: SetFacts) -> None:
+def write_tables(run_dir, bench: Session, s: StudySettings, groups: list[Group], base, of_sets: SetFacts) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
   num_test, perplexity = np.count_nonzero(bench.splits["test"].num_response_tokens), perplexity_on_test(bench, base)
   parts = [
@@ -569,4 +570,4 @@ def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(StudySettings))

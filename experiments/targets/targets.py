@@ -1,6 +1,6 @@
 """Which rule finds what a target needs in a mixed pool, and what training on its choice is worth: many targets at once.
 
-python -m experiments.targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --drop_copies \
+python -m experiments.targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --dedup \
   --targets="gsm8k; trivia; gsm8k, chatterbot" --run_dir=runs/targets
 
 A target is one or several sources or topics of the pool. Its queries are evaluation examples of these, its test
@@ -17,17 +17,19 @@ import numpy as np
 
 from experiments import flags
 from experiments.study.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
+from experiments.targets.settings import TargetsSettings
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import name_of
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_of, equal_steps, retrain_row
 from in2core_jax.pipeline.session import Session, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, shares, words
+from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse, seeds_of, shares, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
@@ -39,8 +41,8 @@ log = logging.getLogger(__name__)
 
 _DOES = "targets' rules say themselves how they choose, by gradients at the base or the fine-tuned model"
 _REFUSED = (
-  *("checkpoint", "normalize", "self_influence", "per_query", "per_layer", "per_token", "trajectory", "num_examples"),
-  *("token_budget", "score_path=projected", *OTHER_POLICIES),
+  *("checkpoint", "normalize", "write", "trajectory"),
+  *("score_path=projected", *OTHER_POLICIES),
 )
 FULL, RANDOM = statistics.FULL, statistics.RANDOM
 _LEAST = 5  # queries of a target
@@ -68,7 +70,7 @@ def labels_of(record: tokenizing.Record) -> set[str]:
   return {record.topic, pathlib.PurePath(name_of(record)).name.partition(".")[0]} - {""}
 
 
-def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: Settings) -> list[Target]:
+def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings) -> list[Target]:
   """Reads --targets; of each label at most --target_queries and --target_tests examples, drawn by a hash of their ids.
 
   Raises:
@@ -105,7 +107,7 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: Settings) -> li
   return found
 
 
-def reported(targets: list[Target], s: Settings) -> list[Target]:
+def reported(targets: list[Target], s: TargetsSettings) -> list[Target]:
   """Those of --retrained_targets.
 
   Raises:
@@ -118,7 +120,7 @@ def reported(targets: list[Target], s: Settings) -> list[Target]:
   return [target for target in targets if not wanted or target.name in wanted]
 
 
-def with_targets(bench: Session, s: Settings) -> tuple[Session, list[Target]]:
+def with_targets(bench: Session, s: TargetsSettings) -> tuple[Session, list[Target]]:
   """(the same with what the targets need of evaluation and test set, the targets, whose rows are of these)."""
   every = targets_of(bench.splits, s)
   parts = dict(bench.splits)
@@ -132,7 +134,7 @@ def with_targets(bench: Session, s: Settings) -> tuple[Session, list[Target]]:
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, bench: Session, s: Settings, checkpoint: str, trains: bool = False):
+  def __init__(self, bench: Session, s: TargetsSettings, checkpoint: str, trains: bool = False):
     """Computes nothing yet.
 
     Args:
@@ -159,7 +161,7 @@ class Chooser:
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
 
-def check(s: Settings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
+def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
   """(rules, names of those that are retrained, budgets).
 
   Raises:
@@ -177,10 +179,10 @@ def check(s: Settings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]
   return rules, retrained, budgets
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: TargetsSettings, bench: Session | None = None) -> str:
   """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
-  refuse(s, _REFUSED, _DOES)
+  refuse(s, (*_REFUSED, *(["budget"] if budget_of(s).fraction is None else [])), _DOES)
   rules, retrained, budgets = check(s)
   equal, _ = equal_of(s), seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
@@ -231,7 +233,9 @@ def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: f
   }
 
 
-def read_choices(s: Settings, bench: Session, targets: list[Target], most: float) -> dict[str, dict[str, np.ndarray]]:
+def read_choices(
+  s: TargetsSettings, bench: Session, targets: list[Target], most: float
+) -> dict[str, dict[str, np.ndarray]]:
   """What the rules of `--retrained` chose in another run, as rules of this one.
 
   Raises:
@@ -286,7 +290,7 @@ def recall_table(
 
 def retrain(
   bench: Session,
-  s: Settings,
+  s: TargetsSettings,
   cells: ResultCache,
   targets: list[Target],
   orders: dict[str, dict[str, np.ndarray]],
@@ -375,7 +379,7 @@ def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str]) ->
 # ---- tables --------------------------------------------------------------------------
 
 
-def write_tables(run_dir, bench: Session, s: Settings, targets: list[Target], found: dict) -> None:
+def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Target], found: dict) -> None:
   """targets.md, .csv, .tex and .json."""
   about = (
     f"{len(trainable_rows(bench)):,} training examples of {_sources(bench)}; {s.model}, layers {s.layers} compared, "
@@ -423,4 +427,4 @@ def _sources(bench: Session) -> str:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(TargetsSettings))

@@ -6,12 +6,12 @@ python -m experiments.transfer --flagfile=experiments/flags/transfer.flags
 import dataclasses
 import functools
 import logging
-import math
 
 import numpy as np
 
 from experiments import flags
 from experiments.solvers.solvers import spearman_interval
+from experiments.transfer.settings import TransferSettings
 from in2core_jax.data import tokenizing
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
@@ -26,7 +26,7 @@ from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Session, choose, open_session
-from in2core_jax.pipeline.settings import TRAINED, Settings, listed, refuse, seeds_of
+from in2core_jax.pipeline.settings import TRAINED, listed, refuse, seeds_of
 from in2core_jax.report import table_text
 from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_rows
@@ -44,7 +44,7 @@ _DOES = (
   "no tables of scores"
 )
 _REFUSED = (
-  *("checkpoint", "trajectory", "score_path=projected", "self_influence", "per_layer", "per_token", "per_query"),
+  *("checkpoint", "trajectory", "score_path=projected", "write"),
   "fractions",
 )
 # What a choice is held against beside full data and random sets: what length or dropped copies alone would give.
@@ -71,7 +71,7 @@ class Scorer:
   rate: float
 
 
-def scorers_of(s: Settings) -> list[Scorer]:
+def scorers_of(s: TransferSettings) -> list[Scorer]:
   """The models that select; the one that is trained comes first, whether it is named or not.
 
   Raises:
@@ -90,30 +90,20 @@ def scorers_of(s: Settings) -> list[Scorer]:
         f"--{name}={getattr(s, name)} has {len(words)} words for {len(models)} models: give one, or as many"
       )
     lists[name] = words
-  rates = [_rate(word, s) for word in lists["model_rates"]]
+  rates = [float(word) for word in lists["model_rates"]]
   found = [Scorer(*four) for four in zip(models, lists["model_layers"], lists["model_trains"], rates, strict=True)]
   own = [scorer for scorer in found if scorer.model == s.model]
   own = own or [Scorer(s.model, s.layers, s.trainable_layers, s.learning_rate)]
   return own + [scorer for scorer in found if scorer.model != s.model]
 
 
-def _rate(word: str, s: Settings) -> float:
-  try:
-    rate = float(word)
-  except ValueError:
-    rate = math.nan
-  if not 0 < rate < math.inf:
-    raise UserError(f"--model_rates={s.model_rates}: {word!r} is no learning rate; give numbers above 0, such as 1e-4")
-  return rate
-
-
-def settings_of(s: Settings, scorer: Scorer) -> Settings:
+def settings_of(s: TransferSettings, scorer: Scorer) -> TransferSettings:
   """The flags with those of a scorer in their place."""
   s = s.replace(model=scorer.model, layers=scorer.layers, trainable_layers=scorer.trains, checkpoint="")
   return s.replace(learning_rate=scorer.rate)
 
 
-def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
+def check_scorers(s: TransferSettings, scorers: list[Scorer]) -> None:
   """Tells before the first training what a model could not do whose turn comes later; reads no weight.
 
   Raises:
@@ -137,7 +127,7 @@ def check_scorers(s: Settings, scorers: list[Scorer]) -> None:
 class Transfer:
   """The trained model's bench and judge, and what each scorer makes of the same examples."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir):
+  def __init__(self, bench: Session, s: TransferSettings, run_dir: run_folder.RunDir):
     self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
     self.train = bench.splits["train"]
 
@@ -193,7 +183,7 @@ class Transfer:
       "eval loss": losses,
     }
 
-  def params_of(self, bench: Session, s: Settings) -> tuple[dict, float, float]:
+  def params_of(self, bench: Session, s: TransferSettings) -> tuple[dict, float, float]:
     """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
     rows = trainable_rows(bench)
     judge = Retrainer(bench, s, [rows])
@@ -381,7 +371,7 @@ def printed(table: list[dict]) -> list[dict]:
 
 
 def write(
-  run_dir: run_folder.RunDir, s: Settings, table: list[dict], rows: list, recipe: dict, about: str = ""
+  run_dir: run_folder.RunDir, s: TransferSettings, table: list[dict], rows: list, recipe: dict, about: str = ""
 ) -> None:
   """transfer.md, .csv, .tex, retrained.csv, .tex, the figure; transfer.json last."""
   summary, words = verdict.summarise(rows), verdict.verdict(rows)
@@ -420,7 +410,7 @@ def write(
   log.info("\n%s", text)
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: TransferSettings, bench: Session | None = None) -> str:
   """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
   s = settings
   scorers = scorers_of(s)
@@ -465,4 +455,4 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read())
+  run(flags.read(TransferSettings))

@@ -100,7 +100,7 @@ def without_copies(records: list) -> list:
   """The first record of each set of messages, in source order; tells how many others there were."""
   distinct = [record for record, first in zip(records, firsts(records), strict=True) if first]
   log.info(
-    "--drop_copies: %s of the %s training examples repeat an earlier one and are left out",
+    "--dedup: %s of the %s training examples repeat an earlier one and are left out",
     f"{len(records) - len(distinct):,}",
     f"{len(records):,}",
   )

@@ -21,6 +21,7 @@ from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, 
 from in2core_jax.pipeline.shapes import num_checkpoints, num_steps, trained_shapes
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset
+from in2core_jax.selection.inputs import Budget
 
 _FIT = "EK-FAC"  # begins the name of its phase
 
@@ -64,14 +65,14 @@ def select_phases(bench: Session, s: Settings) -> list[Phase]:
   found += solver_phases(price, s, inverse)
   found += score_phases(price, s, inverse, times)
   found += choice_phases(price, s, {s.policy})
-  if s.per_layer:
+  if s.writes("layer"):
     work = price.by_row("train")
     more = flop_counts.contraction_flops(price.sizes, work.examples, 1)
     found.append(price.mapped_pass("scores by layer", work, more, held))
-  if s.per_token:
+  if s.writes("token"):
     found.append(price.packed_pass("scores by token", "jvp", price.packed("train"), 1, held))
   by_query = score_aggregate(s) in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED
-  for _ in range(int(s.per_query) + int(by_query)):
+  for _ in range(int(s.writes("query")) + int(by_query)):
     found += per_query_phases(price, s, inverse)
   return [*found, results_phase(bench, s, len(groups))]
 
@@ -120,7 +121,7 @@ def score_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse, times
     return [losses, *projection_phases(price, s, ("train",), loaded=False)]
   if s.normalize == WHITENED:
     return [losses, *projection_phases(price, s, ("train", "eval"))]
-  if s.normalize != "none" or s.self_influence:
+  if s.normalize != "none" or s.writes("self"):
     rows = price.by_row("train")
     a_row = flop_counts.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
     more = rows.examples * a_row + flop_counts.contraction_flops(sizes, rows.examples, queries + 2)
@@ -194,9 +195,9 @@ def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   """Files of a select run; scores are also kept in pieces while they are computed."""
   train, evals = bench.splits["train"], bench.splits["eval"]
   numbers = len(train) * (20 + 2 * (queries + 1))
-  numbers += len(train) * (len(evals) + 2) if s.per_query else 0
-  numbers += int(train.num_response_tokens.sum()) * 8 if s.per_token else 0
-  numbers += len(train) * bench.model.config.num_layers * 2 if s.per_layer else 0
+  numbers += len(train) * (len(evals) + 2) if s.writes("query") else 0
+  numbers += int(train.num_response_tokens.sum()) * 8 if s.writes("token") else 0
+  numbers += len(train) * bench.model.config.num_layers * 2 if s.writes("layer") else 0
   texts = sum(len(record.raw) for record in train.records)
   return Phase("select", "scores and coreset", disk=FLOAT * numbers + texts)
 
@@ -256,13 +257,14 @@ def share_kept(s: Settings, num_tokens: np.ndarray) -> float:
     num_tokens: int [N], of the training examples with a response; a token budget is taken to keep average ones.
   """
   summaries = filter(None, map(_summary_of, listed(s.select_runs)[:1]))
-  counts = [summary["selected"] for summary in summaries] or [s.num_examples]
+  budget = Budget.read(s.budget)
+  counts = [summary["selected"] for summary in summaries] or [budget.num_examples]
   if counts[0]:
     return min(1.0, counts[0] / len(num_tokens))
-  return min(1.0, s.token_budget / num_tokens.sum()) if s.token_budget else s.fraction
+  return min(1.0, budget.token_budget / num_tokens.sum()) if budget.token_budget else budget.fraction
 
 
-def num_trainings(s: Settings, share: float | None = None) -> tuple[int, float]:
+def num_trainings(s: Settings, share: float = 1.0) -> tuple[int, float]:
   """(trainings of an evaluation, how many of the full set's steps these are).
 
   As `evaluate.plan_of` compares: a policy has its seeds, and in a sweep every budget; a select run has the fixed seeds,
@@ -270,7 +272,7 @@ def num_trainings(s: Settings, share: float | None = None) -> tuple[int, float]:
 
   Args:
     s: flags.
-    share: of the examples in a set, where there is one budget; --fraction when None.
+    share: of the examples in a set, where there is one budget.
   """
   seeds, fixed = seeds_of(s)
   budgets = [share for share in shares(s.fractions, "fractions") if share < 1]
@@ -278,7 +280,7 @@ def num_trainings(s: Settings, share: float | None = None) -> tuple[int, float]:
   if budgets:
     policies += [name for name in dict.fromkeys(map(_policy_of_run, runs)) if name not in policies]
     runs = []
-  kept = budgets or [s.fraction if share is None else share]
+  kept = budgets or [share]
   compared = [(name, len(seeds if name in coreset.SEEDED_POLICIES else fixed)) for name in policies]
   count, whole = 0, 0.0
   for name, own in [*compared, *((name, len(fixed)) for name in runs)]:

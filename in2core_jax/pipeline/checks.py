@@ -13,22 +13,16 @@ from in2core_jax.pipeline import shapes
 from in2core_jax.pipeline.policy_inputs import check_pairs
 from in2core_jax.pipeline.scoring import WHITENED, score_aggregate
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import Settings, seeds_of, words
+from in2core_jax.pipeline.settings import SelectSettings, Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training import train_loop
 
 
-def budget_of(s: Settings) -> Budget:
+def budget_of(s: SelectSettings) -> Budget:
   """The budget that the flags ask for."""
-  if s.num_examples and s.token_budget:
-    raise UserError(f"--num_examples={s.num_examples} and --token_budget={s.token_budget}: give one of the two")
-  if s.num_examples:
-    return Budget(num_examples=s.num_examples)
-  if s.token_budget:
-    return Budget(token_budget=s.token_budget)
-  return Budget(fraction=s.fraction)
+  return Budget.read(s.budget)
 
 
 def policies_of(s: Settings) -> list[str]:
@@ -102,11 +96,10 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
   solver_settings(s)
   if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
     raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
-  other_ways = [name for name in ("self_influence", "per_query", "per_layer", "per_token") if getattr(s, name)]
-  other_ways += ["normalize"] if s.normalize != "none" else []
+  other_ways = [name for name in ("write", "normalize") if s.is_set(name)]
   if (s.score_path == "projected" or s.trajectory != "none") and other_ways:
     way = "--score_path=projected" if s.trajectory == "none" else f"--trajectory={s.trajectory}"
-    raise UserError(f"--{other_ways[0]} does not go with {way}: leave one of them out")
+    raise UserError(f"{s.as_flag(other_ways[0])} does not go with {way}: leave one of them out")
   if s.trajectory != "none" and (s.solver != "identity" or s.score_path == "projected"):
     raise UserError(
       f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
@@ -122,8 +115,8 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
       lacks = min(missing)
       raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
   check_size(s, params, tree, f"--solver={s.solver}")
-  if s.self_influence or s.normalize in ("relatif", "theta_relatif"):
-    wanted = "--self_influence" if s.self_influence else f"--normalize={s.normalize}"
+  if s.writes("self") or s.normalize in ("relatif", "theta_relatif"):
+    wanted = "--write=self" if s.writes("self") else f"--normalize={s.normalize}"
     if s.solver not in ("ekfac", "identity"):
       raise UserError(
         f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
@@ -141,11 +134,13 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
         f"--aggregate={s.aggregate} takes plain scores of single evaluation examples, not {other}: leave that out, or "
         f"give --policy=hybrid or --normalize={WHITENED}"
       )
-  if s.normalize == WHITENED and (s.solver != "identity" or s.self_influence):
-    given = "--self_influence" if s.solver == "identity" else f"--solver={s.solver}"
+  if s.normalize == WHITENED and (s.solver != "identity" or s.writes("self")):
+    given = "--write=self" if s.solver == "identity" else f"--solver={s.solver}"
     raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
-  if (s.per_layer or s.per_token) and score_aggregate(s) != "mean":
-    raise UserError(f"--per_layer and --per_token take apart the score of one query, not of --aggregate={s.aggregate}")
+  if (s.writes("layer") or s.writes("token")) and score_aggregate(s) != "mean":
+    raise UserError(
+      f"--write=layer and --write=token take apart the score of one query, not of --aggregate={s.aggregate}"
+    )
 
 
 def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree | None) -> None:

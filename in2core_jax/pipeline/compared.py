@@ -150,8 +150,8 @@ def fractions_of(s: Settings) -> tuple[float, ...]:
   found = shares(s.fractions, "fractions")
   if found == (1.0,):
     raise UserError("--fractions=1 is all of the data: give a share below 1 besides, such as 0.25,0.5")
-  if found and (s.num_examples or s.token_budget):
-    raise UserError("--fractions with --num_examples or --token_budget: give one of them")
+  if found and Budget.read(s.budget).fraction is None:
+    raise UserError(f"--fractions={s.fractions} with --budget={s.budget}: give one of them")
   return tuple(share for share in found if share < 1)
 
 

@@ -104,7 +104,8 @@ _OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
 def identity_of(bench: Session, s: Settings, plan: Plan) -> dict:
   """What the results depend on."""
   identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
-  identity["flags"] |= {name: getattr(s, name) for name in _OF_POLICIES}
+  chosen_by = s.identity("select")
+  identity["flags"] |= {name: chosen_by[name] for name in _OF_POLICIES}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {

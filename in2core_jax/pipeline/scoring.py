@@ -55,8 +55,8 @@ class Scored:
     result: of the solver.
     seconds: per phase.
     self_influence: float64 [N], or None where nothing asked for it.
-    layers: {layer: influence [N]} with --per_layer, else None.
-    queries: float32 [Q, N], influence on each evaluation example with --per_query, else None.
+    layers: {layer: influence [N]} with --write=layer, else None.
+    queries: float32 [Q, N], influence on each evaluation example with --write=query, else None.
   """
 
   influence: np.ndarray
@@ -104,10 +104,10 @@ def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scor
   elif s.normalize == WHITENED:
     raw, names = ChoiceInputs(bench, s, chosen.params).whitened_cosines()
     loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
-  elif s.normalize != "none" or s.self_influence:
+  elif s.normalize != "none" or s.writes("self"):
     found = measure(bench, s, chosen, result, pieces)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
-    itself = found.self_influence if s.self_influence else None
+    itself = found.self_influence if s.writes("self") else None
   else:
     if kernels.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
       train = bench.batcher("train", chosen.tree, chosen.params)

@@ -1,6 +1,6 @@
 """Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows from it.
 
-python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --fraction=0.5 --run_dir=runs/mine
+python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --budget=0.5 --run_dir=runs/mine
 """
 
 import dataclasses
@@ -142,10 +142,10 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
 
 def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   """Writes scores by layer, by token and by evaluation example, where they are asked for."""
-  if task.settings.per_layer or task.settings.per_token:
+  if task.settings.writes("layer") or task.settings.writes("token"):
     scored = by_layer_and_token(task, scored, work)
     clock.lap("per layer and token")
-  if task.settings.per_query:
+  if task.settings.writes("query"):
     scored = by_query(task, scored, work)
     clock.lap("per query")
   return dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
@@ -154,11 +154,11 @@ def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
 def by_layer_and_token(task: Task, scored: Scored, work: Work) -> Scored:
   """Writes layer_scores.parquet and token_scores.parquet; the layers' sums are kept for the report."""
   s, bench, chosen, layers = task.settings, task.bench, task.chosen, None
-  if s.per_layer:
+  if s.writes("layer"):
     table = layer_table(bench, s, chosen, scored.result, work)
     work.run_dir.write_parquet("layer_scores.parquet", table)
     layers = facts.layers_of(table)
-  if s.per_token:
+  if s.writes("token"):
     work.run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
   return dataclasses.replace(scored, layers=layers)
 

@@ -95,7 +95,7 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
   for part in PARTS:
     if part != "train" and s.eval_topics:
       records[part] = of_topics(records[part], part, topics)
-    if part == "train" and s.drop_copies:
+    if part == "train" and s.dedup:
       records[part] = without_copies(records[part])
     if part == "train" and s.source_limits.strip():
       records[part] = limit_sources(records[part], limits)

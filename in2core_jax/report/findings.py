@@ -77,7 +77,7 @@ def _duplicates(run: SelectRun) -> list[Finding]:
     "duplicates of another selected one."
   )
   if mind:
-    text += " To leave them out, use --drop_copies in finetune, select and evaluate alike."
+    text += " To leave them out, use --dedup in finetune, select and evaluate alike."
   what = "first choices" if "choice" in run.columns else "strongest proponents"
   near = f"{close:,} of the {top:,} {what} are near-duplicates of another one."
   return [Finding(text, mind), Finding(near, close > 0.1 * top)]

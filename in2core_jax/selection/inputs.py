@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -55,6 +56,31 @@ class Budget:
     elif value != int(value) or value < 1:
       raise UserError(f"{name}={value} is not a whole number of at least 1")
 
+  @classmethod
+  def read(cls, given: str | float) -> "Budget":
+    """The budget of a word: 0.5 or 1.0 is a share, 500 a number of examples, 40000tok a number of tokens.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    word = str(given).strip()
+    tokens = re.fullmatch(r"(\d{1,16}) ?tok(?:ens)?", word)
+    try:
+      if tokens:
+        return cls(token_budget=int(tokens[1]))
+      return cls(num_examples=int(word)) if re.fullmatch(r"\d{1,10}", word) else cls(fraction=float(word))
+    except ValueError:  # UserError is one
+      raise UserError(
+        f"budget={word} is not a budget: give a share above 0.0 and up to 1.0 such as 0.5, a number of examples such "
+        "as 500, or a number of tokens such as 40000tok"
+      ) from None
+
+  def __str__(self) -> str:
+    """The word that `read` takes; the same for the same budget."""
+    if self.fraction is not None:
+      return repr(float(self.fraction))
+    return str(int(self.num_examples)) if self.num_examples is not None else f"{int(self.token_budget)}tok"
+
   def limit(self, num_tokens: np.ndarray) -> int:
     """Most examples that the budget can hold, out of a pool with these token counts.
 
@@ -66,15 +92,11 @@ class Budget:
       return max(1, math.floor(self.fraction * size + 0.5))
     if self.num_examples is not None:
       if self.num_examples > size:
-        raise UserError(
-          f"num_examples={self.num_examples} is more than the {size} examples with response tokens; ask for fewer"
-        )
+        raise UserError(f"budget={self} is more than the {size} examples with response tokens; ask for fewer")
       return int(self.num_examples)
     fitting = int(np.sum(np.cumsum(np.sort(num_tokens)) <= self.token_budget))
     if fitting == 0:
-      raise UserError(
-        f"token_budget={self.token_budget} is less than the shortest example's {num_tokens.min()} tokens; raise it"
-      )
+      raise UserError(f"budget={self} is less than the shortest example's {num_tokens.min()} tokens; raise it")
     return fitting
 
   def cut(self, order: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
@@ -83,9 +105,7 @@ class Budget:
       return order[: self.limit(num_tokens)]
     kept = order[: int(np.sum(np.cumsum(num_tokens[order]) <= self.token_budget))]
     if kept.size == 0:
-      raise UserError(
-        f"token_budget={self.token_budget} is less than the {num_tokens[order[0]]} tokens of the first choice; raise it"
-      )
+      raise UserError(f"budget={self} is less than the {num_tokens[order[0]]} tokens of the first choice; raise it")
     return kept
 
 

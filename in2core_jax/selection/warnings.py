@@ -35,7 +35,7 @@ def selection_warnings(
     if repeats:
       found.append(
         f"{repeats:,} of the {rows.size:,} selected examples are duplicates of another selected one. To leave them "
-        "out, use --drop_copies in finetune, select and evaluate alike."
+        "out, use --dedup in finetune, select and evaluate alike."
       )
   return found
 

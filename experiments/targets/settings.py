@@ -1,0 +1,30 @@
+"""The settings of `targets`."""
+
+import dataclasses
+import functools
+
+from experiments.study.settings import RuleSettings
+from in2core_jax.pipeline.fields import changed, setting
+from in2core_jax.pipeline.ranges import COUNT
+from in2core_jax.pipeline.settings import Settings
+
+_targets = functools.partial(setting, "targets")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetsSettings(RuleSettings, Settings):
+  """`targets`: what rules find in a mixed pool."""
+
+  run_dir: str = changed(Settings, "run_dir", "runs/targets")
+  fractions: str = changed(Settings, "fractions", "0.1")
+  equal: str = changed(Settings, "equal", "epochs")
+  targets: str = _targets(
+    "", "Wanted sources or topics.", more="Semicolons between targets, commas between the parts of one."
+  )
+  target_queries: int = _targets(60, "Most evaluation examples of a target.", within=COUNT)
+  target_tests: int = _targets(120, "Most test examples of a target.", within=COUNT)
+  retrained: str = _targets("", "Which of --variants to train on; empty: none.")
+  retrained_targets: str = _targets("", "Which of --targets --retrained is for; empty: all.")
+  choices_of: str = _targets(
+    "", "Finished targets run of another model on the same pool.", more="What it chose is trained on and judged, too."
+  )
