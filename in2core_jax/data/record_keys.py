@@ -14,6 +14,9 @@ from typing import Any
 from in2core_jax.errors import UserError
 
 _SHORT = 500  # characters: an id, a source or a list of tags; a longer text may be a document
+# Names of a category as often as of a text that the question is about; the text is longer than so many characters.
+_PERHAPS_TEXT = frozenset(["title", "subject", "section", "state", "task", "group", "field", "area", "class", "page"])
+_CATEGORY = 40
 
 # Names in lower case with underscores, whatever their spelling in the data.
 _NO_MEANING = frozenset(
@@ -268,7 +271,14 @@ LEARNT = frozenset(
     "train_mask",
     "training_mask",
     "is_target",
+    "supervise",
     "supervised",
+    "is_supervised",
+    "is_trainable",
+    "learnable",
+    "to_train",
+    "unmasked",
+    "is_unmasked",
   ]
 )
 # True, 1: the loss passes it over.
@@ -289,6 +299,15 @@ NOT_LEARNT = frozenset(
     "dont_train",
     "do_not_train",
     "untrained",
+    "no_grad",
+    "skip",
+    "skipped",
+    "skip_train",
+    "skip_training",
+    "exclude",
+    "excluded",
+    "deleted",
+    "is_deleted",
   ]
 )
 _DETAILS = re.compile(r"(train|training|loss|mask)_(detail|details|range|ranges|spans?)")
@@ -333,7 +352,8 @@ def has_no_meaning(key: str, value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
   if name not in _NO_MEANING and not _OF_WORDS.fullmatch(name):
     return False
-  return len(value if isinstance(value, str) else json.dumps(value)) <= _SHORT
+  most = _CATEGORY if name in _PERHAPS_TEXT else _SHORT
+  return len(value if isinstance(value, str) else json.dumps(value)) <= most
 
 
 def _holds_parts(value: Any) -> bool:

@@ -201,7 +201,7 @@ class ModelSettings(Checked):
   """Which model."""
 
   model: str = _model(
-    "smollm2", "smollm2, gemma3, hf:DIR, hub:ORG/NAME, gguf:FILE, random:CONFIG.json, truncated:MODEL:LAYERS."
+    "smollm2", "smollm2, gemma3, hf:DIR, hub:ORG/NAME, gguf:FILE, random:JSON or truncated:MODEL:LAYERS."
   )
   dtype: str = _model("float32", "Of the weights; sums are float32 at least.", choices=("float32", "bfloat16"))
 
