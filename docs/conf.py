@@ -1,5 +1,6 @@
 """Settings of Sphinx; `./run.sh docs` builds the site."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,13 +9,19 @@ from docutils import nodes
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
+os.environ["PYTHONPATH"] = str(DOCS.parent)  # for the notebook, which runs in a process of its own
+
 import generate  # noqa: E402
 import mathml  # noqa: E402
 
 project = "in2core_jax"
 author = "the in2core_jax authors"
 copyright = author
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton"]
+nb_execution_mode = "force"  # the notebook is run by every build, so that what it shows is what the code gives
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 exclude_patterns = ["_build"]
 
 # Anchors are those that GitHub makes of headings, so that a link works in both places.

@@ -120,7 +120,7 @@ class Selected(_Result):
     return {"policy": self.summary["policy"], "selected": f"{kept} of {size} examples"}
 
   def _rows(self) -> list[dict]:
-    names = ("choice", "reason", "rank", "example_id", "influence", "loss", "num_response_tokens")
+    names = ("choice", "example_id", "reason", "influence", "loss")
     names = [name for name in names if name in self.scores.column_names]  # an older run has no order of choice
     first = self.scores.filter(self.scores["selected"]).sort_by([(names[0], "ascending")]).slice(0, _SHOWN)
     return first.select(names).to_pylist()

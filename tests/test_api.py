@@ -58,7 +58,7 @@ def test_results_are_shown_as_text_and_in_notebooks(chain):
     text, page = repr(result), result._repr_html_()
     assert str(result.run_dir) in text and "<table>" in page and page.count("<table>") == page.count("</table>")
   assert " --" not in repr(chain[1]) and "dedup=True" in repr(chain[1])  # parameters, not flags
-  assert "| rank |" in repr(chain[1]) and "10 of 40 examples" in repr(chain[1])
+  assert "| choice |" in repr(chain[1]) and "10 of 40 examples" in repr(chain[1])
   assert "| policy |" in repr(chain[2]) and chain[2].verdict[0] in repr(chain[2])
 
 
