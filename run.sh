@@ -55,23 +55,45 @@ is_experiment() {
 }
 
 usage() {
+  local name others=""
+  for name in $(experiments); do
+    case "$name" in
+      demo | finetune | select | evaluate | study) ;;
+      *) others="$others $name" ;;
+    esac
+  done
   cat <<EOF
 usage: ./run.sh COMMAND [flags]
 
-  setup          create .venv and install the pinned requirements (every command does, when it has to)
-  demo [flags]   the whole chain on the embedded model and data: choose, retrain, judge
-  test [args]    the tests (arguments go to pytest)
-  lint           ruff check and ruff format --check
-  docs           check the documentation and build its site into docs/_build
-  help           this text
+  demo       the whole chain on the embedded model and data: choose, retrain, judge
+  finetune   fine-tune on all examples
+  select     score the training examples and choose a coreset
+  evaluate   retrain on chosen sets and compare them
+  study      compare rules of selection on your data
 
-experiments (each is python -m experiments.NAME inside .venv; --help lists its flags; paths are relative to where you are):
-  $(experiments)
+  --help after a command lists its flags; --dry_run tells what it would take. Paths are relative to where you are.
+
+other experiments (each is python -m experiments.NAME inside .venv):
+ $others
+
+the project:
+  setup      create .venv and install the pinned requirements (every command does, when it has to)
+  test       the tests (arguments go to pytest)
+  lint       ruff check and ruff format --check
+  docs       check the documentation and build its site into docs/_build
+  help       this text
 
 environment:
   IN2CORE_ACCELERATOR=cpu|cuda12|tpu   which JAX to install (default: what .venv has, else cpu)
   IN2CORE_PYTHON=PATH                  the Python (3.11 to 3.13) that .venv is made with
 EOF
+}
+
+# Args: a word that is no command. Prints the command that it is like, where there is one and a Python to find it.
+near_command() {
+  # shellcheck disable=SC2046 -- one word a command
+  "$VENV/bin/python" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
+    "$1" setup test lint docs help $(experiments) 2>/dev/null || true
 }
 
 # --- what .venv was made from ---------------------------------------------------------------------------------------
@@ -367,7 +389,11 @@ main() {
       say "ready: open $ROOT/docs/_build/index.html"
       ;;
     *)
-      is_experiment "$command" || die "unknown command '$command'; commands: setup test lint docs help $(experiments | sed 's/ $//')"
+      if ! is_experiment "$command"; then
+        local near
+        near="$(near_command "$command")"
+        die "unknown command '$command'; ${near:+did you mean $near? }commands: setup test lint docs help $(experiments | sed 's/ $//')"
+      fi
       if [ "$command" = demo ]; then set -- --flagfile="$ROOT/experiments/flags/demo.flags" "$@"; fi
       run_experiment "$command" "$@"
       ;;
