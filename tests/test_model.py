@@ -15,7 +15,7 @@ from in2core_jax import gradients
 from in2core_jax.data import batches
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder, hidden_cache, objective
-from in2core_jax.model.objective import head_chunk, head_ggn, make_objective, token_nll, token_nlls
+from in2core_jax.model.objective import head_chunk, head_ggn, make_objective, token_losses_fn, token_nll
 from in2core_jax.params import adapters, subtree
 from in2core_jax.runs import files
 
@@ -37,6 +37,13 @@ CONFIGS = {
   "linear rope": {"rope_scaling": (("factor", 4.0), ("rope_type", "linear"))},
   "gemma 3": tiny.GEMMA3,
 }
+
+
+def token_nlls(config, chosen, sub, frozen, batch):
+  """Per-token negative log-likelihood [B,R] at the response slots; zero on padding slots."""
+  filled = batch.weight > 0
+  nlls = token_losses_fn(config, chosen)(sub, frozen, batch._replace(weight=filled))
+  return jnp.where(filled, nlls, 0)
 
 
 def frequencies_in_numpy(config, local=False):

@@ -49,16 +49,6 @@ FLAGS = {
 def test_one_process_needs_no_start():
   assert processes.initialize() is False
   assert processes.initialize(num_processes=1) is False
-  assert processes.process_slice(7) == slice(0, 7)
-
-
-def test_process_slices_cover_all_work(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 3)
-  parts = []
-  for index in range(3):
-    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-    parts.append(range(10)[processes.process_slice(10)])
-  assert [list(part) for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize(

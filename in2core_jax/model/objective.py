@@ -282,10 +282,3 @@ def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
     return _slot_losses(config, head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
 
   return token_losses
-
-
-def token_nlls(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch) -> jax.Array:
-  """Per-token negative log-likelihood [B,R] at the response slots; zero on padding slots."""
-  filled = batch.weight > 0
-  nlls = token_losses_fn(config, subtree)(sub, frozen, batch._replace(weight=filled))
-  return jnp.where(filled, nlls, 0)

@@ -177,12 +177,6 @@ def is_writer() -> bool:
   return _alone() or jax.process_index() == 0
 
 
-def process_slice(n: int) -> slice:
-  """This process's share of n pieces of work: contiguous, sizes differ by at most one, nothing twice or left out."""
-  index, count = jax.process_index(), jax.process_count()
-  return slice(n * index // count, n * (index + 1) // count)
-
-
 def barrier(name: str) -> None:
   """Returns when all processes have come here; collective. What they wrote before is there afterwards."""
   if not _alone():

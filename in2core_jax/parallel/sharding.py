@@ -10,7 +10,7 @@ like the subtree (queries, iHVPs, LiSSA states, optimizer moments) have the same
 code knows nothing of all this: the axes are of type Auto, so `jax.jit` propagates the shardings of its arguments.
 
 With several processes every process runs the same programs on the same global arrays; it holds its own devices' part.
-A process that shall work alone makes its mesh from `jax.local_devices()` and takes its `processes.process_slice`.
+A process that shall work alone makes its mesh from `jax.local_devices()`.
 """
 
 import logging
