@@ -157,6 +157,7 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
   assert (finished / "ablate_layers.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_choice_is_measured_in_a_process_of_its_own(settings, bench, tmp_path, monkeypatch):
   for name, value in tiny.child_environment(devices=2).items():
@@ -215,6 +216,7 @@ def test_names_of_neighbours_in_the_figure_do_not_cover_each_other():
   assert len(boxes) == 4 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+@pytest.mark.slow
 def test_the_table_of_leaves_is_the_score_apart():
   t = tiny.make_tiny("1,3", "attention,mlp")
   direction = tiny.direction(t.sub, queries=2)

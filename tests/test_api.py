@@ -1,20 +1,22 @@
 """The public functions: what a notebook calls, against what the commands write."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
-from tiny import quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 import in2core_jax as i2c
-from in2core_jax.pipeline.session import open_session
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-  return run_settings(tmp_path_factory.mktemp("api"), steps=3, policies="full,random", seeds="0", fixed_seeds="0")
+  small = dataclasses.replace(CONFIG, num_layers=2)
+  changes = {"layers": "last:1", "trainable_layers": "last:1", "steps": 3, "policies": "full,random", "seeds": "0"}
+  return run_settings(tmp_path_factory.mktemp("api"), small, fixed_seeds="0", **changes)
 
 
 @pytest.fixture(scope="module")

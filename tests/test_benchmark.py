@@ -235,6 +235,7 @@ def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys
   assert "not measured" in text and found["measured_on"]["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_several_devices_score_like_one(settings, tmp_path):
   found, scores = {}, {}
   for name, changes in {
@@ -256,6 +257,7 @@ def test_several_devices_score_like_one(settings, tmp_path):
   assert beyond == {"devices": len(jax.devices())}
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_memory_is_measured_in_processes_of_their_own(settings, monkeypatch):
   for name, value in tiny.child_environment(devices=1).items():

@@ -196,6 +196,7 @@ def test_factors_are_the_covariances_of_inputs_and_output_gradients():
   np.testing.assert_allclose((down.right[1] * down.right_values[1]) @ down.right[1].T, g.T @ g / 6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_lora_and_sketch_matrices_are_fitted_like_kernels():
   t = make_tiny("lora,sketch", lora=2, sketch=3)
   fitted = ekfac.fit(tiny_source(t), KEY, FISHER)

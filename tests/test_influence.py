@@ -473,7 +473,8 @@ def ekfac_reference(d, fitted, damping, h):
   return np.concatenate([wanted[path].reshape(2, -1) for path in sizes], axis=1)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", pytest.param("fisher", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x64):
   d, h = decoder, decoder.h[curvature]
   settings = SolverSettings("ekfac", curvature, damping_ratio=0.05, seed=3)
@@ -496,6 +497,7 @@ def test_ekfac_inverts_the_diagonal_of_h_in_its_eigenbasis(decoder, curvature, x
   assert np.array_equal(one, other) == (curvature == "fisher")  # the seed draws the ggn's labels
 
 
+@pytest.mark.slow
 def test_ekfac_is_fitted_to_its_own_stream_by_its_own_function(decoder, x64):
   d, calls = decoder, []
   some = lambda: iter([(np.arange(3), tiny.make_batch(d.t.config, range(3)))])  # noqa: E731
@@ -648,9 +650,19 @@ def planted():
   return Planted(problem, stream, CurvatureData(stream, stream, draw), lambda: evals.sequential(128), right)
 
 
+OTHER_SOLVERS = ("lissa", "low_rank", "datainf", "ekfac")
+
+
 # DataInf swaps mean and inverse, EK-FAC drops blocks: for the mean query measurably further from the inverse.
 @pytest.mark.parametrize(
-  ("solver", "least"), [("cg", 0.95), ("lissa", 0.95), ("low_rank", 0.95), ("datainf", 0.9), ("ekfac", 0.9)]
+  ("solver", "least"),
+  [
+    ("cg", 0.95),
+    ("lissa", 0.95),
+    ("low_rank", 0.95),
+    ("datainf", 0.9),
+    pytest.param("ekfac", 0.9, marks=pytest.mark.slow),
+  ],
 )
 def test_planted_rows_outrank_rows_with_shuffled_answers(planted, solver, least):
   settings = SolverSettings(solver, damping_ratio=0.1, depth=40)
@@ -660,7 +672,7 @@ def test_planted_rows_outrank_rows_with_shuffled_answers(planted, solver, least)
   assert statistics.roc_auc(scores, planted.right).mean > least
 
 
-@pytest.mark.parametrize("solver", ["cg", "lissa", "low_rank", "datainf", "ekfac"])
+@pytest.mark.parametrize("solver", ["cg", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_SOLVERS)])
 def test_a_planted_row_outranks_rows_with_shuffled_answers_for_its_own_query(planted, solver):
   settings, count = SolverSettings(solver, damping_ratio=0.1, depth=40), np.count_nonzero(planted.right)
   gradients_ = planted.problem.gradients(planted.evaluation, count)

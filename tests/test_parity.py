@@ -79,6 +79,7 @@ def test_embedded_gemma3_matches_pytorch(gemma3_logits, row):
   assert_matches(gemma3_logits, GEMMA3_PROMPTS[row], "gemma3_logits.npz", row)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_curvature_products_of_many_queries_are_those_of_each(embedded):
   """jaxlib 0.10.2 on CPU compiled the products of 11 or more queries of this model wrongly, for all but the first."""

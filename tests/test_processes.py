@@ -186,6 +186,7 @@ def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, m
     assert bytes_on_first_device(tree) <= whole / fsdp + 0.02 * whole
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_cg_on_a_mesh_gives_the_scores_of_one_device(bench, tmp_path):
   """The default solver, to its residual; what it solves for is cut over fsdp."""

@@ -163,9 +163,7 @@ def tiny_sketch(size=3, seed=0, dtype=jnp.float64, **options):
   sketch = make_sketch(params, "0,2", SketchSettings(size, seed, allow_small=True, **options))
   problems = []
   for whole, tree in ((sketch.params, sketch.tree), (params, subtree.make_subtree(params, "0,2", "matrices"))):
-    problems.append(
-      CompiledObjective(tiny.model.make_objective(config, tree), *subtree.split(whole, tree), microbatch=3)
-    )
+    problems.append(CompiledObjective(tiny.make_objective(config, tree), *subtree.split(whole, tree), microbatch=3))
   dataset = tiny.make_dataset(config.vocab_size)
 
   def stream_of(rows):

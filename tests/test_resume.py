@@ -250,7 +250,10 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-  "path", [pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory") else []) for path in PATHS]
+  "path",
+  [
+    pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory", "datainf") else []) for path in PATHS
+  ],
 )
 def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, counter, alone, tmp_path, monkeypatch, request, path):
   monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)

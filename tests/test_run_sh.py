@@ -54,7 +54,7 @@ def assert_one_line(result: subprocess.CompletedProcess, *seen: str) -> None:
 
 def test_help_and_unknown_command_need_no_environment(project):
   shown = run(project)
-  assert shown.returncode == 0 and "demo select" in shown.stdout
+  assert shown.returncode == 0 and "\n  select     score" in shown.stdout
   result = run(project, "slect")
   assert_one_line(result, "'slect'", "setup test lint docs help demo select")
   assert "cli" not in result.stderr and "workbench" not in result.stderr and result.stderr.count("\n") == 1

@@ -422,6 +422,7 @@ def _answered(bench):
   return np.array(sorted(np.flatnonzero(evals.num_response_tokens), key=lambda row: evals.ids[row]))
 
 
+@pytest.mark.slow
 def test_scores_of_single_queries_are_aggregated(settings, bench, tmp_path):
   """Their nearest, or in turns: from the very scores that --write=query writes."""
   plain = settings.replace(run_dir=str(tmp_path / "plain"), solver="identity", policy="proponents", write="query")
@@ -517,6 +518,7 @@ def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
   assert kept and set(kept) == {".bin", ".sha256"}
 
 
+@pytest.mark.slow
 def test_lora_trains_and_scores(settings, bench, tmp_path):
   lora = settings.replace(run_dir=str(tmp_path / "l"), trainable="lora", lora_rank=2, trainable_layers="all")
   checkpoint = finetune.run(lora, bench)

@@ -193,7 +193,7 @@ def test_layer_sums_name_each_layer_and_extra_once():
   lone = subtree.make_subtree(t.params, "1", "mlp,norms")
   sub, frozen = subtree.split(t.params, lone)
   alone = {"layers": jax.tree.map(lambda leaf: leaf[:, 1:], v["layers"])}
-  objective = tiny.model.make_objective(t.config, lone)
+  objective = tiny.make_objective(t.config, lone)
   wanted = jax.jit(gradients.vmap_scores, static_argnums=0)(objective, sub, frozen, t.batch, alone)
   assert wanted.shape == (2, tiny.SIZE)
   np.testing.assert_allclose(named["layer 1"], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

@@ -178,4 +178,4 @@ def test_topics_are_groups_where_there_are_enough():
 def test_a_test_set_that_is_too_small_is_told_with_the_size_that_would_do():
   (said,) = judging.too_small(part_of([words(n) for n in range(1, 27)]))
   assert said.startswith("The 26 test examples are too few to see a difference of 1 %")
-  assert "at least about 800 test examples" in said
+  assert "To see 1 %, use about 800 test examples or more" in said
