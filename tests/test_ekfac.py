@@ -207,6 +207,7 @@ def test_lora_and_sketch_matrices_are_fitted_like_kernels():
     np.testing.assert_allclose(factor.values, np.mean(rotated**2, axis=0), rtol=1e-8, atol=1e-20)
 
 
+@pytest.mark.slow
 def test_closer_to_the_dense_inverse_than_kfac_and_identity():
   """More examples than parameters of a matrix, as in use; right-hand sides are gradients, dampings 0.1 and 0.01."""
   t = make_tiny("mlp", layers="2")

@@ -300,6 +300,7 @@ def test_silent_rows_add_nothing_to_any_product():
   tiny.assert_trees_equal(measure(t.batch._replace(tokens=other)), measure(t.batch))
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_give_float32_results_near_those_of_float32():
   config = tiny.make_config(attention_bias=True, num_layers=2)
   results = []

@@ -527,6 +527,7 @@ def test_cg_gives_the_dense_inverse_with_any_preconditioner(decoder, preconditio
     assert not np.allclose(plain.curve[1][1], result.curve[1][1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, caplog, x64):
   d, settings = decoder, SolverSettings("ekfac", "fisher", seed=1)
   data = dataclasses.replace(d.data, fit=ekfac_store.stored_fit(tmp_path / "ekfac", {"data": "tiny"}))

@@ -77,6 +77,7 @@ def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_bl
   assert not (tmp_path / locks.NAME).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_writer_blocks_nobody(tmp_path, number):
   process, _ = hold(tmp_path)

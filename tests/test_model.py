@@ -479,6 +479,7 @@ def test_flat_response_slots_change_nothing(layers, groups):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), got, want)
 
 
+@pytest.mark.slow
 def test_adapter_gradients_are_the_per_example_gradients():
   config = decoder.ModelConfig(61, 16, 24, 3, 4, 2, 4)
   params = adapters.add_sketch(decoder.init_params(config, jax.random.key(0)), 5, jax.random.key(1))

@@ -119,6 +119,7 @@ def test_eight_devices_equal_one(spec):
   assert np.all(got["jvp"][-2:] == 0) and np.all(got["jvp"][:-2] != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_eight_devices_equal_one_in_double_precision(x64):
   got = run_on_mesh("data:2,fsdp:2,tensor:2", "attention", np.float64)

@@ -73,6 +73,7 @@ def test_finetune_learns_and_resumes_to_the_same_bytes(settings, bench, trained,
   assert any(not np.array_equal(a, b) for a, b in zip(leaves(ours), leaves(bench.model.params), strict=True))
 
 
+@pytest.mark.slow
 def test_trainings_of_other_lengths_are_one_program(settings, bench):
   """The rate is an argument of the step; the numbers are those of a loop with the recipe's own optimiser."""
   rows = np.arange(16)
@@ -364,6 +365,7 @@ def test_lissa_never_draws_the_examples_of_its_residual(settings, bench, curvatu
   assert sorted(rows.fixed[np.concatenate(shown)]) == rows.fixed.tolist()
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   files = []
   for name in ("a", "b"):

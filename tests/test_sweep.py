@@ -391,6 +391,7 @@ def test_unit_gradients_have_length_1():
 # ---- paper ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
   flagfile = tmp_path / "tiny.flags"
   flagfile.write_text("\n".join(settings.as_flags()))

@@ -135,6 +135,7 @@ def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder
     transfer.run(settings.replace(score_path="projected"), bench)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_matching_selects_by_each_models_own_gradients(settings, bench, tmp_path):
   matching = settings.replace(policy="matching", score_at="base", run_dir=str(tmp_path / "run"))
