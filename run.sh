@@ -328,7 +328,7 @@ ensure_docs() {
     flock 9
   fi
   if ! has_docs; then
-    say "installing what builds the documentation, 5 packages and what they need (log: $LOG)"
+    say "installing what builds the documentation, 7 packages and what they need (log: $LOG)"
     : >"$LOG"
     INTO="$VENV" pip_install "requirements-docs.txt" -c "$REQUIREMENTS" -r "$DOCS_REQUIREMENTS"
     sha256 <"$DOCS_REQUIREMENTS" >"$VENV/$DOCS_STAMP"
