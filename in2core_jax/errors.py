@@ -21,6 +21,11 @@ def printable(text: str) -> str:
   return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+  """What a library's error says, in one line of at most so many characters; its class where it says nothing."""
+  return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextlib.contextmanager
 def told_by_tokenizers(what: str):
   """Turns what the tokenizers library raises into one line that begins with `what`.
@@ -34,5 +39,6 @@ def told_by_tokenizers(what: str):
     bare = type(error) in (Exception, ValueError, TypeError, KeyError, OSError, OverflowError)
     if not bare and type(error).__name__ != "PanicException":
       raise
-    detail = " ".join(str(error).split())[:300] or type(error).__name__
-    raise UserError(f"{what} ({detail}); save the tokenizer again, or take it from the model's own source") from error
+    raise UserError(
+      f"{what} ({one_line(error)}); save the tokenizer again, or take it from the model's own source"
+    ) from error

@@ -14,8 +14,7 @@ from in2core_jax.evaluation import paired, statistics, verdict
 from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.session import Session
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
-from in2core_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from in2core_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION, write_figure
 from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)

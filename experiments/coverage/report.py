@@ -13,8 +13,7 @@ from experiments.coverage.settings import CoverageSettings
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.pipeline.session import Session
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
-from in2core_jax.report.plots import BLUE, ORANGE, SKY, VERMILION
+from in2core_jax.report.plots import BLUE, ORANGE, SKY, VERMILION, write_figure
 from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)

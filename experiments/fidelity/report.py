@@ -12,8 +12,7 @@ from experiments.fidelity.settings import FidelitySettings
 from in2core_jax.evaluation import datamodeling, paired
 from in2core_jax.evaluation.statistics import Interval
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
-from in2core_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, curve_plot
+from in2core_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, curve_plot, write_figure
 from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)

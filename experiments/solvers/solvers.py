@@ -29,7 +29,7 @@ from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_ses
 from in2core_jax.pipeline.settings import listed
 from in2core_jax.pipeline.splits import tokenized
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
+from in2core_jax.report.plots import write_figure
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.training import train_loop

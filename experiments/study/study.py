@@ -40,8 +40,7 @@ from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
-from in2core_jax.report.plots import perplexity_plot
+from in2core_jax.report.plots import perplexity_plot, write_figure
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work

@@ -226,7 +226,7 @@ def orders_of(
 def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: float) -> dict:
   """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
   ids = bench.splits["train"].ids
-  size = max(1, round(most * len(trainable_rows(bench))))
+  size = size_of(most, len(trainable_rows(bench)))
   return {
     name: {target: [ids[row] for row in rows[:size]] for target, rows in of_targets.items()}
     for name, of_targets in orders.items()
@@ -246,7 +246,7 @@ def read_choices(
   other = run_folder.RunDir.load(s.choices_of)
   told, whose = other.load_json("targets.json"), other.identity["flags"]["model"]
   row_of = {name: row for row, name in enumerate(bench.splits["train"].ids)}
-  size = max(1, round(most * len(trainable_rows(bench))))
+  size = size_of(most, len(trainable_rows(bench)))
   found: dict[str, dict[str, np.ndarray]] = {}
   for name in words(s.retrained, "retrained", (), ";"):
     for target in targets:
@@ -260,6 +260,11 @@ def read_choices(
 
 
 # ---- recall --------------------------------------------------------------------------
+
+
+def size_of(budget: float, examples: int) -> int:
+  """How many examples a budget, a share of the pool, is."""
+  return max(1, round(budget * examples))
 
 
 def share_found(order: np.ndarray, mine: np.ndarray, count: int) -> float:
@@ -279,7 +284,7 @@ def recall_table(
     row = {"rule": name} | {target.name: f"{value:.2f}" for target, value in zip(targets, recall, strict=True)}
     row["median"] = f"{np.median(recall):.3f}"
     for budget in budgets:
-      found = at(lambda target, budget=budget: max(1, round(budget * size)))
+      found = at(lambda target, budget=budget: size_of(budget, size))
       row[f"median at {100 * budget:g} %"] = f"{np.median(found):.3f}"
     table.append(row)
   return table
@@ -311,7 +316,7 @@ def retrain(
   """
   (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
   usable, train_set = trainable_rows(bench), bench.splits["train"]
-  size = {budget: max(1, round(budget * len(usable))) for budget in budgets}
+  size = {budget: size_of(budget, len(usable)) for budget in budgets}
   draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
   random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
   chosen = {

@@ -28,9 +28,8 @@ from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import TRAINED, listed, refuse, seeds_of
 from in2core_jax.report import table_text
-from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_rows
-from in2core_jax.report.plots import perplexity_plot
+from in2core_jax.report.plots import perplexity_plot, write_figure
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import Work

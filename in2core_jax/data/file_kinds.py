@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pathlib
 import re
 import stat
@@ -13,6 +12,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from in2core_jax.errors import UserError
+from in2core_jax.parallel.host import available_bytes
 
 _GIVE = "give JSON lines, a JSON array, CSV, Parquet or Arrow"
 # First bytes -> how the file is compressed, how it is read.
@@ -89,9 +89,11 @@ class _Unpacked(io.RawIOBase):
     self._left = available_bytes() // _MEMORY_FACTOR
 
   def readable(self) -> bool:
+    """As `io.RawIOBase` has it."""
     return True
 
   def readinto(self, buffer: memoryview) -> int:
+    """Reads into a buffer, and refuses what unpacks to more than the free memory."""
     data = self._stream.read(len(buffer))
     buffer[: len(data)] = data
     self._left -= len(data)
@@ -100,6 +102,7 @@ class _Unpacked(io.RawIOBase):
     return len(data)
 
   def close(self) -> None:
+    """Closes the file below too."""
     self._stream.close()
     super().close()
 
@@ -150,18 +153,6 @@ def check_data_file(path: pathlib.Path, shown: str | None = None) -> DataFile:
   if isinstance(kind, tuple):
     raise UserError(f"{shown} is {kind[0]}; {kind[1]}".replace("FILE", name.name))
   return DataFile(path, kind, codec, shown)
-
-
-def available_bytes() -> int:
-  """Memory that is free for this process, by what Linux and its container say; without an answer, all there is."""
-  try:
-    free = next(line for line in pathlib.Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-    found = int(free.split()[1]) * 1024
-  except (OSError, StopIteration):
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-  text = limit.read_text().strip() if limit.is_file() else "max"
-  return found if not text.isdecimal() else min(found, int(text))
 
 
 def _missing(path: pathlib.Path, error: Exception) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from in2core_jax.data.file_kinds import DataFile, check_data_file
 from in2core_jax.data.folders import DATA_PATTERNS, found_in, split_of, words_of_split
-from in2core_jax.errors import UserError, printable
+from in2core_jax.errors import UserError, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _cache() -> str:
 
 
 def _line(error: Exception) -> str:
-  return printable(" ".join(str(error).split())[:300])
+  return printable(one_line(error))
 
 
 def _set_of(path: pathlib.PurePath) -> str:

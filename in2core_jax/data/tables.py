@@ -19,11 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from in2core_jax.data.file_kinds import DataFile, available_bytes
+from in2core_jax.data.file_kinds import DataFile
 from in2core_jax.data.json_files import numbered_lines
 from in2core_jax.data.record_keys import column_type
 from in2core_jax.data.records import BadRecords, Item, shorten
 from in2core_jax.errors import UserError
+from in2core_jax.parallel.host import available_bytes
 
 _ROWS = 1024  # that are in memory as Python objects at once
 _LONGEST_CELL = 50_000_000  # characters; a quote that is never closed ends there

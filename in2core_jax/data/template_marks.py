@@ -14,6 +14,7 @@ WORD = "zq{}qz"  # in place of names and arguments, which a template may write a
 
 
 def conversation(*roles: str) -> tuple[Message, ...]:
+  """A conversation of these roles, each of whose texts is the role's name."""
   return tuple({"role": role, "content": role} for role in roles)
 
 

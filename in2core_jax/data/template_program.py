@@ -23,6 +23,8 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
+from in2core_jax.errors import one_line
+
 DEFAULT_DATE = "2024-07-26"  # what Llama 3.2's template prints where it is given no clock
 # Variables by which templates take a date from their caller, and how it is written there.
 DATE_VARIABLES = {"date_string": "%d %b %Y", "current_date": "%d %b %Y"}
@@ -155,8 +157,7 @@ class Program:
     except (MemoryError, RecursionError, OverflowError) as error:
       raise TemplateRefusal(f"it was stopped: it needs too much memory or depth ({type(error).__name__})") from None
     except Exception as error:  # a template is a foreign program, which can raise whatever Python's operators raise
-      detail = " ".join(str(error).split())[:300] or type(error).__name__
-      raise TemplateRefusal(detail) from error
+      raise TemplateRefusal(one_line(error)) from error
 
 
 class _Turns:
@@ -255,6 +256,7 @@ class _Instrument(NodeTransformer):
     self._turns = turns
 
   def visit_For(self, node: nodes.For) -> Any:  # noqa: N802 - the visitor's names
+    """Ticks in the body of a loop, or marks what it runs over."""
     node = self.generic_visit(node)
     names = _names(node.target)
     if not self._turns:
@@ -264,10 +266,12 @@ class _Instrument(NodeTransformer):
     return [_write(node, "_enter"), node, _write(node, "_leave")]
 
   def visit_Assign(self, node: nodes.Assign) -> Any:  # noqa: N802
+    """Marks what is set, with `turns`."""
     node = self.generic_visit(node)
     return [node, *(_write(node, "_turn", name) for name in _names(node.target))] if self._turns else node
 
   def visit_Macro(self, node: nodes.Macro) -> Any:  # noqa: N802
+    """Ticks in the body of a macro."""
     node = self.generic_visit(node)
     node.body = [_write(node, "_tick"), *node.body]
     return node

@@ -71,6 +71,7 @@ GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
+  """Path of a leaf -> the tensor's name in Hugging Face files, by where the model's norms are."""
   return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import findings
+from in2core_jax.report.answer import ENOUGH_QUERIES
 from in2core_jax.selection import coreset, matching
 from in2core_jax.selection.inputs import PolicyInputs
 from in2core_jax.selection.warnings import selection_warnings
@@ -19,10 +20,6 @@ log = logging.getLogger(__name__)
 
 # Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
 _ANOTHER_KIND = 0.3
-
-
-_ENOUGH_QUERIES = 40  # of a source that is 43 % of a pool, 40 differed from it in 15 of 20 draws, 20 in none
-
 
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
 
@@ -110,11 +107,11 @@ def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
 
 def too_few_to_aim(s: Settings, inputs: PolicyInputs) -> list[str]:
   """Where --policy=auto draws at random and more evaluation examples might show otherwise, in one sentence."""
-  if s.policy != "auto" or coreset.aims(inputs) or (size := len(inputs.similarities["hybrid"])) >= _ENOUGH_QUERIES:
+  if s.policy != "auto" or coreset.aims(inputs) or (size := len(inputs.similarities["hybrid"])) >= ENOUGH_QUERIES:
     return []
   return [
     f"{size:,} distinct evaluation examples are too few to show whether they differ in kind from the training set. Use "
-    f"{_ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they differ."
+    f"{ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they differ."
   ]
 
 

@@ -15,9 +15,8 @@ from in2core_jax.pipeline.retraining import many_passes, perplexity_on_test
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, listed
 from in2core_jax.report import answer, facts, findings, html_page, table_text
-from in2core_jax.report.figure_files import write_figure
 from in2core_jax.report.markdown import retrain_report_markdown, retrain_rows
-from in2core_jax.report.plots import perplexity_plot, sweep_plot
+from in2core_jax.report.plots import perplexity_plot, sweep_plot, write_figure
 from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)

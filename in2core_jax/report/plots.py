@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from in2core_jax.errors import UserError
 from in2core_jax.report.table_text import plain_line
+from in2core_jax.runs import run_folder
 
 # Okabe and Ito's colours, told apart with every common colour blindness and in print by their lightness.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY = _CYCLE = (
@@ -209,3 +210,9 @@ def score_edges(scores: np.ndarray, bins: int) -> np.ndarray:
   if not high > low:
     low, high = low - max(abs(low), 1.0) * 1e-3, high + max(abs(high), 1.0) * 1e-3
   return np.linspace(low, high, bins + 1)
+
+
+def write_figure(run_dir: run_folder.RunDir, name: str, figure: Figure) -> None:
+  """Writes plots/NAME.svg, for papers, and plots/NAME.png."""
+  for kind in ("svg", "png"):
+    run_dir.write_bytes(f"plots/{name}.{kind}", figure_bytes(figure, kind))

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from in2core_jax.runs import locks
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, one_line
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
 SHARD = ".shard"  # ends the names of pieces that carry a checksum of their own (shards.py)
@@ -291,8 +291,7 @@ def parse_parquet(
   except UserError:
     raise
   except Exception as error:  # of damaged bytes Arrow raises errors of many classes: OSError, KeyError, MemoryError ...
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise UserError(f"{path}: not a Parquet file, or a damaged one ({reason})") from error
+    raise UserError(f"{path}: not a Parquet file, or a damaged one ({one_line(error, 200)})") from error
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

@@ -15,6 +15,7 @@ class Terminated(BaseException):
 
 
 def terminate(number: int, frame: object) -> None:
+  """The handler of SIGTERM while no loop asks to finish its piece."""
   raise Terminated
 
 
