@@ -318,14 +318,10 @@ def test_the_full_preset_means_all_data_layers_and_modules():
     sized = {flag.partition("=")[0].lstrip("-"): flag.partition("=")[2] for flag in step.full}
     for name in ("train_limit", "eval_limit", "test_limit"):
       assert own[name] == sized.get(name, "0"), (step.name, name)
-    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca", "study-alpaca-fresh", "study-length"))
+    assert ("train_limit" in sized) == (step.name in ("fidelity", "study-alpaca"))
     words = ("trainable_layers", "trainable_modules", "layers", "modules", "model_layers", "model_trains")
     assert {own[name] for name in words} == {"all"}, step.name
     assert own["lds_layers"].split(";")[0] == "all" and own["batch_tokens"] == "auto"
-  # The second block of the same size as the first: nothing of it is in the first.
-  assert found["study-alpaca"].get("limit_block", "0") == "0" and found["study-alpaca-fresh"]["limit_block"] == "1"
-  for name in ("train_limit", "eval_limit", "test_limit"):
-    assert found["study-alpaca"][name] == found["study-alpaca-fresh"][name]
   assert found["transfer"]["score_models"].count(";") == 2  # changes of the step that are no sizes stay
   assert found["study-mixed"]["eval_topics"] == "trivia"
   # The folds fit the topics of the whole corpus.
@@ -334,21 +330,6 @@ def test_the_full_preset_means_all_data_layers_and_modules():
   own = found["coverage"]
   folds = coverage.deal_topics(sorted(topics), int(own["hold_out_topics"]), int(own["folds"]), 0)
   assert {topic for fold in folds for topic in fold} == topics
-
-
-def test_an_extra_step_runs_only_when_it_is_named(made, monkeypatch):
-  extra = paper.Step("more", "study", "table", str(made.flagfile), "more rules", extra=True)
-  monkeypatch.setattr(paper, "STEPS", (*paper.STEPS, extra))
-  assert made.run() == (0, ["first", "second", "third"])
-  assert made.run(only="more") == (0, ["more"])
-  assert "more/table.md" in made.page("README.md")
-  assert [step.name for step in paper.steps_of(PaperSettings())] == ["first", "second"]
-
-
-def test_the_help_of_only_names_what_is_run_only_where_it_is_named():
-  told = PaperSettings.__dataclass_fields__["only"].metadata["more"]
-  extra = sorted(step.name for step in paper.STEPS if step.extra)
-  assert told.endswith(f" Empty: all but {', '.join(extra)}.")
 
 
 def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path):

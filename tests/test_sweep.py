@@ -417,9 +417,7 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
 
 def test_paper_knows_its_steps():
   settings = PaperSettings()
-  assert [step.name for step in paper.steps_of(settings)] == [
-    s.name for s in paper.STEPS if not s.needs_alpaca and not s.extra
-  ]
+  assert [step.name for step in paper.steps_of(settings)] == [s.name for s in paper.STEPS if not s.needs_alpaca]
   with pytest.raises(UserError, match="there is no 'x'"):
     paper.steps_of(settings.replace(only="x"))
   with pytest.raises(UserError, match="needs --alpaca"):

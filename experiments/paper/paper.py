@@ -3,9 +3,6 @@
 ./run.sh paper                                          2 cores, the embedded models and corpus
 ./run.sh paper --alpaca=alpaca.json                     also on Alpaca, and on a pool that mixes both
 ./run.sh paper --preset=full --mesh=data:8              an accelerator: all data, all layers
-./run.sh paper --only=ablations,study-distinct          what no other call runs: many variants of the rules, and rules
-                                                        without copies; with --alpaca study-length, study-mixed-fresh,
-                                                        study-queries
 ./run.sh paper --only=sweep                             and, where they are not finished, the steps that it reads
 
 Every experiment is a run folder of its own in --run_dir and goes on where it was stopped. A finished one is not run
@@ -77,7 +74,7 @@ def steps_of(s: PaperSettings) -> list[Step]:
     UserError: --only names a step that there is not, or one that needs --alpaca.
   """
   known = {step.name: step for step in STEPS}
-  wanted = listed(s.only) or [step.name for step in STEPS if (s.alpaca or not step.needs_alpaca) and not step.extra]
+  wanted = listed(s.only) or [step.name for step in STEPS if s.alpaca or not step.needs_alpaca]
   for name in wanted:
     if name not in known:
       raise UserError(f"--only={s.only}: there is no {name!r}; use {', '.join(known)}")
@@ -619,12 +616,12 @@ def write_index(s: PaperSettings) -> None:
     seconds = facts.get("seconds")
     rows.append(row | {"seconds": "" if seconds is None else f"{seconds:,.0f}", "machine": facts.get("machine", "")})
     total += seconds or 0.0
-    plain += 0.0 if step.needs_alpaca or step.extra else seconds or 0.0
+    plain += 0.0 if step.needs_alpaca else seconds or 0.0
     if note and not note["finished"]:
       older.append(step.name)
   columns = ("experiment", "shows", "table", "date", "commit", "seconds", "machine")
   lines = [f"# Results, preset {s.preset}", "", table_text.markdown_table(rows, columns).rstrip(), ""]
-  lines += [f"{total:,.0f} seconds in all, {plain:,.0f} of them without --alpaca and --only.", ""]
+  lines += [f"{total:,.0f} seconds in all, {plain:,.0f} of them without --alpaca.", ""]
   if older:
     lines += [f"Of an earlier run, the last one is not finished or failed: {', '.join(older)}.", ""]
   lines += ["Made by `./run.sh paper`; the command, machine, date and commit stand at the end of each page."]

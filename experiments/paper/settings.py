@@ -23,8 +23,7 @@ class PaperSettings(Settings):
   alpaca: str = _paper("", "Alpaca JSON file; empty: no experiments on it.")
   only: str = _paper(
     "",
-    "Names of experiments, separated by commas; empty: most of them.",
-    more="Those whose results they read are run too, where not finished. Empty: all but ablations, study-distinct, "
-    "study-length, study-mixed-fresh, study-queries.",
+    "Names of experiments, separated by commas; empty: all.",
+    more="Those whose results they read are run too, where not finished.",
   )
   results_dir: str = _paper("docs/results", "Folder of the tables and pictures.")

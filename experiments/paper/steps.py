@@ -18,7 +18,6 @@ class Step:
     changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir;
       {runs}/NAME in one of them says that the step reads what another one made.
     full: flags that come after paper-full.flags, which comes after `changes`.
-    extra: it is run only where --only names it.
   """
 
   name: str
@@ -28,7 +27,6 @@ class Step:
   about: str
   changes: tuple[str, ...] = ()
   full: tuple[str, ...] = ()
-  extra: bool = False
 
   @property
   def marker(self) -> str:
@@ -47,24 +45,6 @@ class Step:
 
 
 _RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
-_MORE_RULES = "proponents; proponents, cg; opponents; matching; matching, base model; matching, plain; longest"
-# Each changes one thing of proponents or of matching, some a second with it (`study.VARIANTS` says which).
-_ABLATIONS = "; ".join(
-  (
-    *("proponents", "proponents, base model", "proponents, no curvature", "proponents, datainf", "proponents, cg"),
-    *("proponents, cg at 0.1", "proponents, cg, copies last", "proponents, summed losses", "proponents, quota"),
-    *("proponents, worst 10 % left out", "random, copies last", "longest", "highest loss"),
-    *("matching", "matching, base model", "matching, plain", "matching, mean over examples"),
-    *("matching, mean over tokens", "matching, quota", "matching, unit gradients"),
-    *("matching, last layer", "matching, 16 queries"),
-  )
-)
-_MIXED = (
-  "--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",
-  *("--split=0.5,0.25,0.25", "--train_limit=600"),
-)
-_CUTS = ("", ", cut at 96", ", cut at 48")
-_BLOCK = ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000")  # of Alpaca, preset full
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
   Step(
@@ -125,22 +105,12 @@ STEPS = (
     "study",
     "study",
     "study.flags",
-    "rules of selection on Alpaca",
-    ("--train_data=jsonl:{alpaca}", f"--variants={_MORE_RULES}"),
-    # A block, as the next step's: all of the data would leave nothing fresh.
-    _BLOCK,
-  ),
-  Step(
-    "study-alpaca-fresh",
-    "study",
-    "study",
-    "study.flags",
-    "rules of selection on other examples of Alpaca, which nothing was tuned on",
+    "rules of selection on Alpaca, for an evaluation set of its own kind",
     (
-      *("--train_data=jsonl:{alpaca}", "--limit_block=1"),
-      *("--variants=proponents; proponents, cg; matching", "--equal=steps,tokens"),
+      *("--train_data=jsonl:{alpaca}", "--test_limit=600"),
+      "--variants=auto; proponents, cg; matching; hybrid; longest; length-matched random",
     ),
-    _BLOCK,
+    ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
   ),
   Step(
     "study-mixed",
@@ -149,68 +119,9 @@ STEPS = (
     "study.flags",
     "rules of selection on a mixed pool with an evaluation set of one topic",
     (
-      *(*_MIXED, "--eval_topics=trivia", "--equal=steps,tokens"),
-      "--variants=proponents; proponents, cg; matching; matching, base model; matching, plain; embedding",
+      *("--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",),
+      *("--split=0.5,0.25,0.25", "--train_limit=600", "--eval_topics=trivia", "--equal=steps,tokens"),
+      "--variants=auto; proponents; proponents, cg; matching; matching, base model; embedding; rds",
     ),
-  ),
-  Step(
-    "study-mixed-fresh",
-    "study",
-    "study",
-    "study.flags",
-    "the same pool with evaluation and test examples of other topics, which nothing was tuned on",
-    (
-      *(*_MIXED, "--eval_topics=ai,psychology,emotion", "--equal=steps,tokens", "--fixed_seeds=0,1,2"),
-      "--variants=proponents, cg; matching; embedding",
-    ),
-    extra=True,
-  ),
-  Step(
-    "study-distinct",
-    "study",
-    "study",
-    "study.flags",
-    "rules of selection on ChatterBot where copies are left out before anything is chosen",
-    (
-      *("--drop_copies", "--equal=steps,tokens", "--fixed_seeds=0,1,2,3,4"),
-      "--variants=proponents; proponents, cg; matching; matching, plain; longest",
-    ),
-    extra=True,
-  ),
-  Step(
-    "study-length",
-    "study",
-    "study",
-    "study.flags",
-    "the effect of sequence length: examples that are not cut, scored as a whole and by how they begin",
-    (
-      *("--train_data=jsonl:{alpaca}", "--max_length=512", "--equal=steps,tokens"),
-      "--variants=" + "; ".join(f"{rule}{cut}" for rule in ("proponents, cg", "matching") for cut in _CUTS),
-    ),
-    _BLOCK,
-    extra=True,
-  ),
-  Step(
-    "study-queries",
-    "study",
-    "study",
-    "study.flags",
-    "Alpaca once more with many evaluation examples, or 120 of them, and a larger test set",
-    (
-      *("--train_data=jsonl:{alpaca}", "--split=0.3,0.4,0.3", "--eval_limit=1500", "--test_limit=800"),
-      "--equal=steps,tokens",
-      "--variants=proponents, cg; proponents, cg, 120 queries; matching; matching, 120 queries; "
-      "matching, mean over examples",
-    ),
-    extra=True,
-  ),
-  Step(
-    "ablations",
-    "study",
-    "study",
-    "study.flags",
-    "what makes the rules win or lose: variants that change one thing, or two that go together",
-    (f"--variants={_ABLATIONS}", "--equal=steps,tokens"),
-    extra=True,
   ),
 )
