@@ -621,9 +621,10 @@ def test_cg_goes_on_from_the_steps_that_found_the_eigenvalue(x64, condition, rat
   plain = solvers.cg(matrix_matvec(h), v, settings)
   shared = solvers.cg(matrix_matvec(h), v, settings, space=space)
   assert shared.steps == plain.steps  # not one more, though its first steps knew no damping
-  for (step, one), (other_step, other) in zip(plain.curve, shared.curve, strict=True):
-    assert step == other_step
-    np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-9)  # rounding grows with the condition
+  # Later ones differ where CG by itself has lost the orthogonality of its residuals to rounding.
+  for step in range(len(space.diagonal) + 1):
+    assert plain.curve[step][0] == shared.curve[step][0] == step
+    np.testing.assert_allclose(shared.curve[step][1], plain.curve[step][1], rtol=1e-4)
   assert error(shared.solution, dense_solve(h, v, 3 * ratio)) < 1e-7
 
 
