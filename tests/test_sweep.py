@@ -235,6 +235,7 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
     study.variants_of(chosen.replace(variants=";"))
 
 
+@pytest.mark.slow
 def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
   """The same examples and model, shorter; what no cut reaches is the rule itself, and is not trained again."""
   length = int(max(part.num_tokens.max() for part in bench.splits.values()))
@@ -363,6 +364,7 @@ def test_shares_of_rules_that_change_another_by_hand():
   assert [row["of the target"] for row in table] == ["", "0.25", "1.00", ""]
 
 
+@pytest.mark.slow
 def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
   def kill(*_):
     raise Killed

@@ -54,6 +54,7 @@ def folder(settings, bench):
   return pathlib.Path(transfer.run(settings, bench))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   result = json.loads((folder / "transfer.json").read_text())
@@ -95,6 +96,7 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
   assert transfer.AS_LONG in line and transfer.COPIES_LAST not in line
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
@@ -116,6 +118,7 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder, monkeypatch):
   before = (folder / "transfer.md").read_bytes()
