@@ -512,7 +512,7 @@ REASONS = {
 @pytest.mark.parametrize("policy", REASONS)
 def test_every_choice_has_its_reason_in_words(policy):
   queries = [f"q{i}" for i in range(5)]
-  choice = coreset.choose(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
+  choice = coreset.select_by(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
   np.testing.assert_array_equal(
     choice.rows, select_rows(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
   )
@@ -525,7 +525,7 @@ def test_every_choice_has_its_reason_in_words(policy):
 @pytest.mark.parametrize("policy", ["matching", "matching_round_robin", "matching_hybrid"])
 def test_a_choice_is_said_to_bring_the_set_closer_exactly_where_it_does(policy):
   inputs = make_inputs(target_mean="examples", similar_ids=None)
-  choice = coreset.choose(policy, inputs, Budget(fraction=0.9))
+  choice = coreset.select_by(policy, inputs, Budget(fraction=0.9))
   inner = inputs.features if policy != "matching_hybrid" else np.linalg.cholesky(inputs.kernel + 1e-9 * np.eye(40))
   if policy == "matching_hybrid":
     targets = [np.linalg.lstsq(inner, inputs.towards, rcond=None)[0]]
@@ -544,7 +544,7 @@ def test_a_choice_is_said_to_bring_the_set_closer_exactly_where_it_does(policy):
 
 def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
   inputs = make_inputs(size=4, alike=np.array([0, 0, 1, 2]), similar_ids=["a\u202e\n", "", "c", "d", "e"])
-  reasons = coreset.choose("hybrid", inputs, Budget(fraction=1.0)).reasons
+  reasons = coreset.select_by("hybrid", inputs, Budget(fraction=1.0)).reasons
   assert [reason.endswith("; a duplicate, taken when every other example was in") for reason in reasons] == [
     False,
     False,
@@ -558,7 +558,7 @@ def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
 def test_the_reason_names_the_query_whose_turn_it_was_also_where_turns_go_by_tokens():
   tokens = np.array([1, 30, 2, 9, 4])
   inputs = make_inputs(similar_tokens=tokens, aggregate="weighted_turns", similar_ids=list("abcde"))
-  choice = coreset.choose("hybrid", inputs, Budget(fraction=1.0))
+  choice = coreset.select_by("hybrid", inputs, Budget(fraction=1.0))
   shares = (tokens / tokens.sum() + 1 / 5) / 2
   names = [reason.removeprefix("in turn for query ").split(",")[0] for reason in choice.reasons]
   assert names == ["abcde"[query] for query in aggregation.turn_order(shares, 40)]

@@ -271,7 +271,7 @@ def check_variants(bench: Session, s: StudySettings) -> None:
         tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
-        check_size(own, bench.model.params, tree, f"--solver={own.solver}")
+        check_size(own, subtree.size_of(bench.model.params, tree), f"--solver={own.solver}")
       budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error

@@ -189,7 +189,8 @@ class ChoiceInputs:
       told = self._views("train")
       return hybrid.Texts.fit(told[self._counts]).cosines(self._views("eval")[queries], told)
     pooling = "position" if name == "rds" else "mean"
-    return cosines.cosine_to(self._hidden("eval", pooling)[queries], self._hidden("train", pooling))
+    told = self._hidden("train", pooling)
+    return cosines.cosine_to(self._hidden("eval", pooling)[queries], told)
 
 
 def shown(record: tokenizing.Record) -> str:

@@ -110,7 +110,7 @@ def _times_before(names: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-  """What `choose` gives.
+  """What `select_by` gives.
 
   Attributes:
     rows: int64 [S], row numbers of the inputs in order of choice, each once.
@@ -309,11 +309,11 @@ SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quo
 
 
 def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:
-  """The rows of `choose`, int64 [S]."""
-  return choose(policy, inputs, budget, seed).rows
+  """The rows of `select_by`, int64 [S]."""
+  return select_by(policy, inputs, budget, seed).rows
 
 
-def choose(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> Choice:
+def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> Choice:
   """Chooses the coreset.
 
   Args:
