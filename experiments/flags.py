@@ -7,7 +7,7 @@ one flagfile drives the whole chain. Old names are read, told, and become the ne
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from absl import flags
@@ -117,11 +117,26 @@ def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Fiel
     yield f"{SHOWN}advanced", advanced
 
 
+class _Words(flags.EnumParser):
+  """The words that a flag may be; of those that it could be once it says what to use instead."""
+
+  def __init__(self, words: list[str], gone: Mapping[str, str]):
+    super().__init__(words)
+    self._gone = gone
+
+  def parse(self, argument: str) -> str:
+    """The word; ValueError for any other."""
+    if argument in self._gone:
+      raise ValueError(f"it is gone: use {self._gone[argument]}")
+    return super().parse(argument)
+
+
 def _define(field: dataclasses.Field, title: str, into: flags.FlagValues) -> None:
   meta = field.metadata
   text = f"{meta['help']}\n{meta['more']}".strip()
   if meta["choices"]:
     flags.DEFINE_enum(field.name, field.default, list(meta["choices"]), text, flag_values=into, module_name=title)
+    into[field.name].parser = _Words(list(meta["choices"]), meta["gone"])
     return
   make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
   default = str(field.default) if meta["kind"] is str else field.default

@@ -15,9 +15,10 @@ from experiments.coverage.settings import CoverageSettings
 from experiments.fidelity.settings import FidelitySettings
 from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline import fields
+from in2core_jax.pipeline import checks, fields
 from in2core_jax.pipeline.fields import Checked
 from in2core_jax.pipeline.settings import GROUPS, Settings
+from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training.recipe import steps_for
 
@@ -312,6 +313,16 @@ def test_settings_of_one_stage_check_themselves():
 def test_a_number_that_is_not_set_stays_so():
   made = Settings(damping=math.nan)
   assert not made.is_set("damping") and made.as_flags() == []
+
+
+def test_a_policy_that_is_gone_names_the_one_to_take(parser):
+  with pytest.raises(UserError, match="policy=matching_quota is gone: use matching"):
+    Settings(policy="matching_quota")
+  with pytest.raises(absl_flags.Error, match="policy=matching_topic: it is gone: use matching"):
+    parser(settings.SelectFlags)("--policy=matching_topic")
+  with pytest.raises(UserError, match="--policies=full,matching_quota: matching_quota is gone: use matching"):
+    checks.policies_of(Settings(policies="full,matching_quota"))
+  assert not set(coreset.GONE) & set(coreset.POLICIES) and set(coreset.GONE.values()) <= set(coreset.POLICIES)
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   assert "mostly noise (4 % kept)" in few_queries(told, unknown, 1200)[0]
   assert few_queries(told, apart, 1200) == few_queries(told, None, 1200) == []
   assert few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
-  others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching_quota"}]
+  others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching"}]
   for other in (*others, {"matching_shrink": False}):
     assert better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())

@@ -231,6 +231,8 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
+  with pytest.raises(UserError, match="no rule 'proponents, cg, cut at 96': name 'proponents, cg', and change"):
+    study.variants_of(chosen.replace(variants="matching; proponents, cg, cut at 96"))
   with pytest.raises(UserError, match="--variants=; names no rule"):
     study.variants_of(chosen.replace(variants=";"))
 
@@ -261,7 +263,7 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     num_tokens=np.full(len(responses), 9), num_response_tokens=np.array(responses)
   )
   whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
-  rule = study.VARIANTS["matching, cut at 48"]
+  rule = study._variant("matching", trained=True, max_length=48)
   assert study.budget_for(settings.replace(budget=0.5), rule, whole, cut) == Budget(num_examples=4)
   tokens = settings.replace(budget="30tok")
   assert study.budget_for(tokens, rule, whole, cut) == Budget(token_budget=30)

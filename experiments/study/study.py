@@ -37,7 +37,7 @@ from in2core_jax.pipeline.retraining import (
 )
 from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Session, choose, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
+from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, listed, refuse, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
 from in2core_jax.report import table_text
 from in2core_jax.report.plots import perplexity_plot, write_figure
@@ -72,7 +72,6 @@ class Variant:
     changes: flags that it changes.
     trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
     unit: gradients of length 1, so that no example counts more than another (matching).
-    drop: only the worst share is left out, whatever the budget; 0: the budget counts.
     queries: only so many evaluation examples, drawn at random; 0: all.
     copies_last: no example a second time while there is another text.
   """
@@ -81,9 +80,13 @@ class Variant:
   changes: tuple[tuple[str, object], ...] = ()
   trained: bool = False
   unit: bool = False
-  drop: float = 0.0
   queries: int = 0
   copies_last: bool = False
+
+  @property
+  def key(self) -> tuple:
+    """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
+    return self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last
 
 
 _OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
@@ -95,61 +98,34 @@ def _variant(policy: str, **changes) -> Variant:
 
 
 # Name -> what it is; the first of each family is the rule itself. The others change one thing of it, some a second with
-# it: a solver has its damping; "summed losses" and "cosine" of proponents have no curvature; "plain" and "unit
-# gradients" of matching aim at the mean over examples, "plain" without shrinking.
+# it: a solver has its damping; "summed losses" of proponents has no curvature; "plain" and "unit gradients" of matching
+# aim at the mean over examples, "plain" without shrinking.
 VARIANTS = {
   "proponents": _variant("proponents", trained=True),
   "proponents, base model": _variant("proponents"),
   "proponents, no curvature": _variant("proponents", trained=True, solver="identity"),
   "proponents, cg": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
-  "proponents, cg at 0.1": _variant("proponents", trained=True, solver="cg", damping_ratio=0.1),
-  "proponents, cg, copies last": _variant(
-    "proponents", trained=True, solver="cg", damping_ratio=0.01, copies_last=True
-  ),
-  "proponents, cg, cut at 96": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=96),
-  "proponents, cg, cut at 48": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=48),
   "random, copies last": _variant("random", copies_last=True),
   "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
   "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
-  "proponents, cosine": _variant("proponents", trained=True, solver="identity", normalize="cosine"),
   "proponents, quota": _variant("topic_quota", trained=True),
-  "proponents, worst 10 % left out": _variant("proponents", trained=True, drop=0.1),
   "opponents": _variant("opponents", trained=True),
   "matching": _variant("matching", trained=True),
   "matching, base model": _variant("matching"),
   "matching, plain": _variant("matching", trained=True, matching_target="examples", matching_shrink=False),
-  "matching, plain, base model": _variant("matching", matching_target="examples", matching_shrink=False),
-  "matching, mean over examples": _variant("matching", trained=True, matching_target="examples"),
-  "matching, mean over tokens": _variant("matching", trained=True, matching_target="tokens"),
-  "matching, not shrunk": _variant("matching", trained=True, matching_shrink=False),
   "matching, summed losses": _variant("matching", trained=True, loss_reduction="sum"),
   "matching, unit gradients": _variant("matching", trained=True, unit=True, matching_target="examples"),
-  "matching, quota": _variant("matching_quota", trained=True),
-  "matching, by topic": _variant("matching_topic", trained=True),
-  "matching, topics in turn": _variant("matching_round_robin", trained=True),
-  "matching, last layer": _variant("matching", trained=True, layers="last:1"),
-  "matching, all layers": _variant("matching", trained=True, layers="all"),
   "matching, 16 queries": _variant("matching", trained=True, queries=16),
-  "matching, 120 queries": _variant("matching", trained=True, queries=120),
-  "proponents, cg, 120 queries": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, queries=120),
   # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
-  "matching, cut at 96": _variant("matching", trained=True, max_length=96),
   "matching, cut at 48": _variant("matching", trained=True, max_length=48),
   "auto": _variant("auto", trained=True),
   "auto, base model": _variant("auto"),
   "hybrid": _variant("hybrid", trained=True),
   "hybrid, base model": _variant("hybrid"),
-  "hybrid, weighted turns, base model": _variant("hybrid", aggregate="weighted_turns"),
-  "matching, hybrid": _variant("matching_hybrid", trained=True),
   "matching, hybrid, base model": _variant("matching_hybrid"),
   "hybrid, nearest": _variant("hybrid", aggregate="nearest"),
-  "whitened cosine": _variant("whitened_cosine", trained=True),
   "whitened cosine, base model": _variant("whitened_cosine"),
-  "whitened cosine, in turns": _variant("whitened_cosine", trained=True, aggregate="round_robin"),
   "whitened cosine, mean": _variant("whitened_cosine", aggregate="mean"),
-  "whitened cosine, last layer": _variant("whitened_cosine", layers="last:1"),
-  "whitened cosine, 4 middle layers": _variant("whitened_cosine", layers="middle:4"),
-  "whitened cosine, sketch of 16": _variant("whitened_cosine", sketch_size=16),
   "whitened embedding": _variant("whitened_embedding"),
   "embedding": _variant("embedding"),
   "embedding, in turns": _variant("embedding", aggregate="round_robin"),
@@ -244,7 +220,7 @@ def budget_for(
   Raises:
     UserError: fewer examples than that still have a response.
   """
-  budget = Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
+  budget = budget_of(s)
   if budget.token_budget:
     return budget
   count = budget.limit(whole.num_tokens[whole.num_response_tokens > 0])
@@ -277,12 +253,22 @@ def check_variants(bench: Session, s: StudySettings) -> None:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
 
+def rules_of(name: str) -> list[str]:
+  """The rules that one of that name changes, the nearest first: of "proponents, cg, copies last" two."""
+  parts = name.split(", ")
+  return [", ".join(parts[:stop]) for stop in range(len(parts) - 1, 0, -1)]
+
+
 def variants_of(s: RuleSettings) -> dict[str, Variant]:
   """The variants that the flags ask for.
 
   Raises:
     UserError: a name that is unknown.
   """
+  for name in listed(s.variants, ";"):
+    rule = next((rule for rule in rules_of(name) if rule in VARIANTS), None)
+    if name not in VARIANTS and rule is not None:
+      raise UserError(f"--variants: there is no rule {name!r}: name {rule!r}, and change its flags on the command line")
   wanted = words(s.variants, "variants", VARIANTS, ";") or list(VARIANTS)
   if s.variants.strip() and not s.variants.strip(" ;"):
     raise UserError(f"--variants={s.variants} names no rule: leave it empty for all, or name some, joined by ;")
@@ -314,7 +300,7 @@ def candidates(study: Study, s: StudySettings, cells: ResultCache) -> list[Train
     for seed in seeds if seeded else fixed:
       drawn = seed if seeded else 0
       choose_rows = lambda variant=variant, drawn=drawn: {"rows": study.rows(variant, drawn).tolist()}  # noqa: E731
-      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), drawn)
+      kept = cells.get(choose_rows, "rows", name, variant.key, drawn)
       found.append(TrainingSubset(name, seed, np.array(kept["rows"], np.int64)))
   return found
 
@@ -381,9 +367,7 @@ def shared_with_their_rule(chosen: list[TrainingSubset]) -> dict[str, float]:
     first.setdefault(candidate.policy, candidate.rows)
   shared = {}
   for name, rows in first.items():
-    words_ = name.split(", ")
-    rules = (", ".join(words_[:stop]) for stop in range(len(words_) - 1, 0, -1))
-    rule = next((rule for rule in rules if rule in first), None)
+    rule = next((rule for rule in rules_of(name) if rule in first), None)
     if rule is not None:
       shared[name] = len(np.intersect1d(rows, first[rule])) / max(1, len(rows))
   return shared
@@ -493,7 +477,6 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     more += ["gradients of length 1"] if variant.unit else []
     more += [f"{variant.queries} evaluation examples"] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
-    more += [f"the worst {variant.drop:.0%} left out, whatever the budget"] if variant.drop else []
     line = {
       "rule": name,
       "policy": policy,

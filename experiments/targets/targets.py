@@ -169,7 +169,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
   """
   rules = variants_of(s)
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.drop or variant.queries or variant.unit:
+    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit:
       known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
       raise UserError(f"--variants: {name!r} needs scores of each target; use some of {'; '.join(known)}")
   retrained = words(s.retrained, "retrained", rules, ";")

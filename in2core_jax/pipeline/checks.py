@@ -26,7 +26,7 @@ def budget_of(s: SelectSettings) -> Budget:
 
 def policies_of(s: Settings) -> list[str]:
   """The words of --policies, told where one is unknown."""
-  return words(s.policies, "policies", (statistics.FULL, *coreset.POLICIES))
+  return words(s.policies, "policies", (statistics.FULL, *coreset.POLICIES), gone=coreset.GONE)
 
 
 def check_budget(s: SelectSettings, train: tokenizing.TokenizedDataset) -> Budget:

@@ -127,7 +127,6 @@ class ChoiceInputs:
     s, evals = self.settings, self.bench.splits["eval"]
     return {
       "features": self._features,
-      "query_topics": [evals.topics[row] for row in queries],
       "target": self._eval_features[queries],
       "query_tokens": evals.num_response_tokens[queries],
       # Gradients of summed losses weigh tokens by themselves.
