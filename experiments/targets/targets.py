@@ -16,7 +16,9 @@ import pathlib
 import numpy as np
 
 from experiments import flags
-from experiments.study.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
+from experiments.study.report import SetFacts, comparison
+from experiments.study.study import bench_of
+from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import name_of
