@@ -78,7 +78,7 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert tokens["longest"] == max(count for name, count in tokens.items() if name != "full")
   text = (folder / "transfer.md").read_text()
   assert (
-    "perplexity not to be told apart from that of the model's own choice (" in text and "plots/transfer.svg" in text
+    "perplexity not distinguishable from that of the model's own choice (" in text and "plots/transfer.svg" in text
   )
   assert text.count(" comparisons by token or by example, each at 95%") == 1 and "Measured on these 6 test" in text
   assert len([line for line in text.splitlines() if f" times {scorers.AS_LONG}'s, 95% interval" in line]) == 3
@@ -230,11 +230,11 @@ def test_sentences_follow_the_intervals():
   row |= dict(zip(report._LOSSES, (4.0, 3.0), strict=True))
   said = lambda **changes: report.sentences([row, row | changes], 0.5)  # noqa: E731
   assert "by token perplexity above that" in said()[0] and len(said()) == 1
-  assert "by example perplexity not to be told apart from that" in said()[0]
+  assert "by example perplexity not distinguishable from that" in said()[0]
   assert "shares 70% with the model's own, 50% by chance; Spearman of the scores 0.50)" in said()[0]
   assert "Spearman" not in report.sentences([row, row], 0.5, by_scores=False)[0]
   assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})[0]
-  assert "not to be told apart" in said(**{"ratio low": 0.9})[0]
+  assert "not distinguishable" in said(**{"ratio low": 0.9})[0]
   assert "one training each" in said(**{"ratio low": np.nan, "ratio high": np.nan})[0]
   worse = {report._LOSSES[1]: 4.1}
   assert "evaluation loss of a (4.000 before, 4.100 after): overfitted or diverged" in said(**worse)[1]

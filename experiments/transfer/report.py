@@ -91,7 +91,7 @@ def _against_own(row: dict, by: str, word: str) -> str:
   bounds = f"{ratio:.3f} times, 95 % interval {low:.3f} to {high:.3f}"
   if low > 1 or high < 1:
     return f"by {by} perplexity {'above' if low > 1 else 'below'} that of the model's own choice ({bounds})"
-  return f"by {by} perplexity not to be told apart from that of the model's own choice ({bounds})"
+  return f"by {by} perplexity not distinguishable from that of the model's own choice ({bounds})"
 
 
 def beside(rows: list[statistics.RetrainRow]) -> list[str]:
@@ -167,7 +167,7 @@ def write(
     "length.",
   ]
   if any(row.policy == COPIES_LAST for row in rows):
-    parts[-1] += f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of copies it '
+    parts[-1] += f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of duplicates it '
     parts[-1] += "leaves out."
   parts += ["## Retrained", table_text.markdown_table(retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", table_text.markdown_table(named, ["name", "value"])]
