@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import Killed, open_session, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
-from experiments.paper import paper
+from experiments.paper import commands, paper
 from experiments.paper.settings import PaperSettings
 from experiments.study import report, study, variants
 from experiments.study.settings import StudySettings
@@ -179,7 +179,7 @@ def test_reports_of_select_runs_have_names_of_their_own():
 
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
-  line = (paper._FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
+  line = (commands.FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
   assert len(variants.variants_of(StudySettings(variants=line))) > 10
   for step in paper.STEPS:
     for change in step.changes:
@@ -428,4 +428,4 @@ def test_paper_knows_its_steps():
   with pytest.raises(UserError, match="needs --alpaca"):
     paper.steps_of(settings.replace(only="study-alpaca"))
   for step in paper.STEPS:
-    assert (paper._FLAGS / step.flagfile).exists(), step.name
+    assert (commands.FLAGS / step.flagfile).exists(), step.name

@@ -77,9 +77,7 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert abs(tokens[scorers.AS_LONG] - mine) < abs(tokens["longest"] - mine)
   assert tokens["longest"] == max(count for name, count in tokens.items() if name != "full")
   text = (folder / "transfer.md").read_text()
-  assert (
-    "perplexity not distinguishable from that of the model's own choice (" in text and "plots/transfer.svg" in text
-  )
+  assert "perplexity not distinguishable from that of the model's own choice (" in text and "plots/transfer.svg" in text
   assert text.count(" comparisons by token or by example, each at 95%") == 1 and "Measured on these 6 test" in text
   assert len([line for line in text.splitlines() if f" times {scorers.AS_LONG}'s, 95% interval" in line]) == 3
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]

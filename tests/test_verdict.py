@@ -158,7 +158,7 @@ def test_copies_and_near_copies_are_drawn_together():
   found = judging.test_examples(part_of([long, words(2), f"{long} more", "hi", "hi", words(3)]))
   a, b, again, hi, copy, c = found.groups
   assert a == again and hi == copy and len({a, b, hi, c}) == 4
-  assert found.about.startswith("2 of the 6 test examples are copies or near copies")
+  assert found.about.startswith("2 of the 6 test examples are duplicates or near-duplicates")
   shared = words(0)  # an instruction that all have makes no near copies
   assert (
     len(np.unique(near_duplicates.alike([f"{shared} {words(n, 8)}" for n in range(1, 40)], list(map(str, range(39))))))

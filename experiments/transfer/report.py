@@ -167,8 +167,8 @@ def write(
     "length.",
   ]
   if any(row.policy == COPIES_LAST for row in rows):
-    parts[-1] += f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of duplicates it '
-    parts[-1] += "leaves out."
+    parts[-1] += f' "{COPIES_LAST}": random sets without a text twice while there is another: the same of '
+    parts[-1] += "duplicates it leaves out."
   parts += ["## Retrained", table_text.markdown_table(retrain_rows(summary)).rstrip()]
   parts += ["## Recipe", table_text.markdown_table(named, ["name", "value"])]
   text = "\n\n".join(parts)
