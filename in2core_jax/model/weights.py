@@ -127,9 +127,9 @@ def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
 
 def _parse_spec(spec: str) -> tuple[str, Any]:
   """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  kind, _, rest = full_spec(spec).partition(":")
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
-  kind, _, rest = full_spec(spec).partition(":")
   if kind == "hub":
     return "hf", hub.hub_model(rest)
   path = model_files.expand(rest)

@@ -56,7 +56,7 @@ def _grouped(
   enough = known > 1 and min(_effective(joined, tokens), _effective(joined, np.ones(size))) >= ENOUGH_TOPICS
   groups = joined if enough else copies
   less = size - len(np.unique(copies))
-  said = f"{less:,} of the {size:,} test examples are copies or near copies of others and count with them"
+  said = f"{less:,} of the {size:,} test examples are duplicates or near-duplicates of others and count with them"
   parts = [said] if less else []
   if enough:
     parts.append(f"test examples of one topic are drawn together ({known:,} topics), so intervals hold for new topics")
@@ -101,7 +101,7 @@ def too_small(test: tokenizing.TokenizedDataset) -> list[str]:
   found = paired.before(points.tokens, points.groups)
   if found.seen <= paired.SEEN:
     return []
-  groups = "" if found.groups == found.count else f" in {found.groups:,} groups of copies or topics"
+  groups = "" if found.groups == found.count else f" in {found.groups:,} groups of duplicates or topics"
   return [
     f"The {found.count:,} test examples{groups} are too few to see a difference of 1 %. With them, a perplexity must "
     f"differ by about {verdict.percent(found.seen)} to be seen in four of five cases. To see 1 %, use about "

@@ -1,6 +1,6 @@
 """Lists in a text: words, shares, whole numbers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from in2core_jax.errors import UserError
 
@@ -10,13 +10,29 @@ def listed(text: str, separator: str = ",") -> list[str]:
   return [part.strip() for part in text.split(separator) if part.strip()]
 
 
-def words(text: str, name: str, known: Collection[str] = (), separator: str = ",") -> list[str]:
-  """Reads a list of different words; `known`: the ones that there are, if they are few.
+def words(
+  text: str,
+  name: str,
+  known: Collection[str] = (),
+  separator: str = ",",
+  gone: Mapping[str, str] | None = None,
+) -> list[str]:
+  """Reads a list of different words.
+
+  Args:
+    text: the list.
+    name: of the flag, for messages.
+    known: the words that there are, if they are few.
+    separator: between two words.
+    gone: words of older versions -> what to use instead.
 
   Raises:
     UserError: one that is unknown, or given twice.
   """
   found = listed(text, separator)
+  old = [word for word in found if word in (gone or {})]
+  if old:
+    raise UserError(f"--{name}={text}: {old[0]} is gone: use {gone[old[0]]}")
   wrong = [word for word in found if known and word not in known]
   if wrong:
     raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {f'{separator} '.join(known)}")

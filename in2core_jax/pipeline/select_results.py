@@ -9,8 +9,9 @@ import numpy as np
 
 from in2core_jax.data import records, tokenizing
 from in2core_jax.pipeline.advice import tell, without_effect
+from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import shown
-from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
+from in2core_jax.pipeline.scoring import Scored
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
@@ -19,7 +20,7 @@ from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, matching, two_samples
-from in2core_jax.selection.inputs import PolicyInputs
+from in2core_jax.selection.inputs import PolicyInputs, taking_no_part
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,22 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
   }
+
+
+def tell_selected(
+  s: Settings, train: tokenizing.TokenizedDataset, inputs: PolicyInputs, rows: np.ndarray, run_dir: run_folder.RunDir
+) -> None:
+  """Logs how much was selected, and where it is."""
+  tokens = inputs.num_response_tokens
+  log.info(
+    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
+    len(rows),
+    len(inputs.ids),
+    taking_no_part(inputs, train.truncated),
+    s.policy,
+    100 * tokens[rows].sum() / tokens.sum(),
+    run_dir.path / "coreset.jsonl",
+  )
 
 
 def rule_of(s: Settings, inputs: PolicyInputs) -> str:

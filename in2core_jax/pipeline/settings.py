@@ -281,6 +281,7 @@ class SelectSettings(Checked):
     "auto",
     "How the coreset is chosen; auto: hybrid or random.",
     choices=coreset.POLICIES,
+    gone=coreset.GONE,
     more="auto measures whether evaluation and training examples are of one kind. If they differ, it takes hybrid: "
     "similar gradients and hidden states. If not, it draws at random, without duplicates. proponents is the paper's "
     "rule.",
@@ -374,7 +375,7 @@ class SelectSettings(Checked):
     True,
     "Shrink the target of matching by its sampling error.",
     advanced=True,
-    more="James-Stein, towards the training set's mean gradient; policies matching and matching_quota.",
+    more="James-Stein, towards the training set's mean gradient; policy matching.",
   )
 
   def writes(self, what: str) -> bool:
