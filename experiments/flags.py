@@ -43,10 +43,12 @@ GROUPS = settings.GROUPS | {
   "ablate_layers": "how many layers are enough",
   "coverage": "which test points the training set does not cover",
   "kill_test": "runs, killed and started again",
+  "export": "a model for other programs",
 }
 OTHERS = (
   *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
+  commands.ExportFlags,
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 

@@ -42,6 +42,14 @@ class DemoFlags(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportFlags(Settings):
+  """`export`: --model is that of the checkpoint where it is not given."""
+
+  shown: ClassVar = ("export", "checkpoint", "model", "dtype", "overwrite")
+  to: str = setting("export", "", "Folder that is written.", repeats=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckFlags(Settings):
   """`check`."""
 
