@@ -20,6 +20,7 @@ from in2core_jax.pipeline.scoring import (
   token_table,
   trajectory_weights,
 )
+from in2core_jax.pipeline.select_outputs import FORMS, write_forms
 from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
@@ -78,6 +79,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     tell(task, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
+    add_forms(task, work.run_dir)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
@@ -168,6 +170,12 @@ def by_query(task: Task, scored: Scored, work: Work) -> Scored:
   queries = query_scores(task.bench, task.settings, task.chosen, work)
   write_query_scores(work.run_dir, task.bench.splits, queries)
   return dataclasses.replace(scored, queries=queries)
+
+
+def add_forms(task: Task, run_dir: run_folder.RunDir) -> None:
+  """What a finished run is asked for besides and does not have (--coreset_format, --write=pool)."""
+  if run_dir.writer and any(task.settings.writes(word) for word in FORMS):
+    write_forms(run_dir, task.bench.splits["train"], run_dir.read_parquet("scores.parquet"), task.settings)
 
 
 def warn(task: Task, choice: Choice) -> list[str]:
