@@ -194,4 +194,4 @@ def test_the_lines_for_trainers_parse_and_say_what_the_run_says(rank):
   assert chat["datasets"][0]["path"] == tune["dataset"]["data_files"] == "coreset_chat.jsonl"
   assert (tune["tokenizer"]["max_seq_len"], tune["optimizer"]["lr"], tune["epochs"]) == (2048, 1e-5, 2)
   assert "learning_rate=0.00001" in page and ("LoraConfig" in page) == bool(rank) and "interleave_datasets" in page
-  assert r"where there is none: Be \| brief." in page
+  assert r"that has none: Be \| brief." in page

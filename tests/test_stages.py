@@ -158,9 +158,8 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert (folder / "scores.parquet").stat().st_mtime_ns == before
   assert len(run_folder.read_parquet(folder / "pool_scored.parquet", only=["rank"])["rank"]) == 40
   assert (folder / "coreset_tokens" / "state.json").exists()
-  lines = [json.loads(line) for line in (folder / "coreset_chat.jsonl").read_text().splitlines()]
-  assert [line["messages"][-1]["role"] for line in lines] == ["assistant"] * 20
-  assert "coreset_chat.jsonl" in (folder / "train_with.md").read_text()
+  assert not (folder / "coreset_chat.jsonl").exists()  # these records are conversations
+  assert 'data_files="coreset.jsonl"' in (folder / "train_with.md").read_text()
   assert [row["weight"] for row in summary["sources"]] == [1.0]
   with pytest.raises(UserError, match="depth is 4 there and 5 now"):
     select.run(chosen.replace(depth=5), bench)

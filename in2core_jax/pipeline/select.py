@@ -24,6 +24,7 @@ from in2core_jax.pipeline.select_outputs import FORMS, write_forms
 from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.report import facts
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
@@ -186,7 +187,9 @@ def warn(task: Task, choice: Choice) -> list[str]:
 
 def write(task: Task, scored: Scored, choice: Choice, warnings: list[str], run_dir: run_folder.RunDir) -> None:
   """The results, by the process that writes."""
+  recipe = recipe_elsewhere(task.settings, task.bench)  # from a checkpoint, which all processes open together
   if run_dir.writer:
+    write_train_with(run_dir, task.bench, task.settings, choice.chosen.rows, recipe)
     about = told(task.settings, choice.inputs, choice.aim)
     write_results(run_dir, task.bench, task.settings, scored, choice.chosen, warnings, about)
 

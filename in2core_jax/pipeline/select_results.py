@@ -15,7 +15,6 @@ from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
-from in2core_jax.pipeline.train_elsewhere import write_train_with
 from in2core_jax.report import answer, facts, findings, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
@@ -70,7 +69,6 @@ def write_results(
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
   summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
-  write_train_with(run_dir, bench, s, np.flatnonzero(selected), len(summary["sources"]))
   select_outputs.write_forms(run_dir, train, columns, s)
   known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {

@@ -1,6 +1,6 @@
 """train_with.md of a select run, and the file of conversations that it names."""
 
-import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -8,19 +8,22 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from in2core_jax.data.record_tables import chat_line, is_chat_line
+from in2core_jax.data.sources import name_of
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.model import weights
-from in2core_jax.pipeline.finetune import recipe_of
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import train_with
 from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.training import train_loop
 
+_OF_FLAGS = ("batch_size", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "seed")
 CHAT = "coreset_chat.jsonl"  # there only where coreset.jsonl says something else
 
 
-def write_train_with(run_dir: RunDir, bench: Session, s: Settings, rows: np.ndarray, num_sources: int) -> None:
+def write_train_with(
+  run_dir: RunDir, bench: Session, s: Settings, rows: np.ndarray, recipe: tuple[dict[str, Any], int]
+) -> None:
   """Writes train_with.md and, where coreset.jsonl does not hold conversations, coreset_chat.jsonl.
 
   Args:
@@ -28,11 +31,11 @@ def write_train_with(run_dir: RunDir, bench: Session, s: Settings, rows: np.ndar
     bench: its examples and model.
     s: the flags.
     rows: int [S], the coreset.
-    num_sources: of the training set.
+    recipe: of `recipe_elsewhere`.
   """
-  few = bench.splits["train"].take(rows)
-  usable = int(np.count_nonzero(bench.splits["train"].num_response_tokens))
-  recipe, rank = _recipe(s, usable)
+  train = bench.splits["train"]
+  few, usable = train.take(np.sort(rows)), _usable(bench)
+  recipe, rank = recipe
   model, about = _model_elsewhere(s)
   training = train_with.Training(
     model=model,
@@ -48,7 +51,7 @@ def write_train_with(run_dir: RunDir, bench: Session, s: Settings, rows: np.ndar
     full_steps=recipe["steps"],
     recipe={name: value for name, value in recipe.items() if name != "steps"},
     lora_rank=rank,
-    sources=num_sources,
+    sources=len(set(map(name_of, train.records))),
     notes=tuple(_notes(few, s)),
   )
   run_dir.write_text("train_with.md", train_with.page(training))
@@ -68,12 +71,20 @@ def write_chat(run_dir: RunDir, few: TokenizedDataset, system_prompt: str) -> st
   return CHAT
 
 
-def _recipe(s: Settings, usable: int) -> tuple[dict[str, Any], int]:
-  """(recipe of the checkpoint that was scored, or of the flags; rank of its LoRA factors or 0)."""
+def recipe_elsewhere(s: Settings, bench: Session) -> tuple[dict[str, Any], int]:
+  """(recipe of the checkpoint that is scored, or of the flags; rank of its LoRA factors or 0); collective."""
   if s.checkpoint:
     meta = train_loop.checkpoint_meta(s.checkpoint)
     return meta["recipe"], meta["lora_rank"]
-  return dataclasses.asdict(recipe_of(s, usable)), s.lora_rank if s.trainable == "lora" else 0
+  # No `Recipe`: what it refuses is no reason to fail when the scores are there.
+  found = {name: getattr(s, name) for name in _OF_FLAGS}
+  found["steps"] = s.steps or max(1, math.ceil(_usable(bench) * s.epochs / s.batch_size))
+  return found, s.lora_rank if s.trainable == "lora" else 0
+
+
+def _usable(bench: Session) -> int:
+  """How many training examples have a response."""
+  return int(np.count_nonzero(bench.splits["train"].num_response_tokens))
 
 
 def _model_elsewhere(s: Settings) -> tuple[str, str]:
