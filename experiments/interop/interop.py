@@ -4,6 +4,7 @@ The model is random, with weights large enough that every token has a loss of it
 cut elsewhere, would show. It goes out by `export`, the coreset by `select`; TRL reads both.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -37,8 +38,10 @@ def run(s: InteropFlags) -> bool:
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite or _is_interop(s.run_dir))
   python = environment.python()
   folder = pathlib.Path(run_dir.folder("parts")).absolute()
-  coreset, ours = our_loss(folder, s.seed)
-  exported = export.run(Settings(model=f"hf:{folder / 'source'}", overwrite=True), str(folder / "exported"))
+  log.info("a small random model, and a coreset of 8 examples")
+  with _quiet():
+    coreset, ours = our_loss(folder, s.seed)
+    exported = export.run(Settings(model=f"hf:{folder / 'source'}", overwrite=True), str(folder / "exported"))
   theirs = trl_loss(python, pathlib.Path(exported), coreset, folder / "trl.json")
   error = abs(theirs["loss"] / ours - 1)
   same = error <= RTOL and theirs["same_ids"] and theirs["batches"] == 1
@@ -47,6 +50,18 @@ def run(s: InteropFlags) -> bool:
   run_dir.write_text("interop.md", table(result))
   print(table(result), end="")
   return same
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Without what select and export tell: advice on a selection that nobody will use."""
+  ours = logging.getLogger("in2core_jax")
+  before = ours.level
+  ours.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    ours.setLevel(before)
 
 
 def make_model(folder: pathlib.Path, seed: int) -> None:
