@@ -99,8 +99,10 @@ def write(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:
   if values is not None:
     hf_folder.write_json(folder / "config.json", values)
   copied = hf_folder.copy_beside(place, folder)
-  how = "copied" if values is not None else "written anew, as the source's would mean another model"
-  return [f"config.json is {how}; copied from {place}: {', '.join(copied)}"]
+  if values is not None:
+    return [f"copied from {place}: {', '.join(['config.json', *copied])}"]
+  anew = "config.json is written anew, as the source's would mean another model"
+  return [f"{anew}; copied from {place}: {', '.join(copied) or 'nothing'}"]
 
 
 def _unfinished(target: pathlib.Path, note: dict[str, Any]) -> pathlib.Path:
