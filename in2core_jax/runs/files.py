@@ -139,9 +139,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-  folder = os.open(path.parent, os.O_RDONLY)
+  _sync_folder(path.parent)
+
+
+def _sync_folder(path: epath.Path) -> None:
+  """Flushes a folder to disk, or a rename in it could be lost."""
+  folder = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(folder)  # or the rename itself could be lost
+    os.fsync(folder)
   finally:
     os.close(folder)
 
@@ -169,6 +174,7 @@ def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None], note
       path.write_bytes(temporary.read_bytes())
     else:
       os.replace(temporary, path)
+      _sync_folder(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
     if is_remote(path):
