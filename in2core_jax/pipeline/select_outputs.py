@@ -7,7 +7,7 @@ it. So a finished run adds what it is asked for and does not have.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,7 +19,7 @@ from in2core_jax.data.record_tables import Table
 from in2core_jax.data.records import raw_lines, source_labels
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.runs.run_folder import RunDir
+from in2core_jax.runs.run_folder import RunDir, hash_of
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def write_forms(run_dir: RunDir, train: TokenizedDataset, columns: Mapping[str, 
   lines = lambda: [train.records[row].raw for row in rows]  # noqa: E731
   make: dict[str, Callable[[], None]] = {
     "parquet": lambda: _write_parquet(run_dir, FORMS["parquet"], Table.of(lines())),
-    "hf": lambda: _write_hf(run_dir, "coreset_hf", *_of_table(Table.of(lines()))),
+    "hf": lambda: _write_table_hf(run_dir, "coreset_hf", Table.of(lines())),
     "tokens": lambda: _write_hf(run_dir, TOKENS, _TOKEN_SCHEMA, _token_batches(train, rows)),
     "pool": lambda: _write_parquet(run_dir, POOL, _pool(train, columns)),
   }
@@ -147,10 +147,6 @@ _TOKEN_SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids"
 _TOKEN_SCHEMA = _TOKEN_SCHEMA.append(pa.field("attention_mask", pa.list_(pa.int8())))
 
 
-def _of_table(table: Table):
-  return table.schema, table.batches()
-
-
 def _write_parquet(run_dir: RunDir, name: str, table: Table) -> None:
   _tell_texts(name, table)
 
@@ -162,7 +158,12 @@ def _write_parquet(run_dir: RunDir, name: str, table: Table) -> None:
   run_dir.write_streamed(name, write)
 
 
-def _write_hf(run_dir: RunDir, folder: str, schema: pa.Schema, batches) -> None:
+def _write_table_hf(run_dir: RunDir, folder: str, table: Table) -> None:
+  _tell_texts(folder, table)
+  _write_hf(run_dir, folder, table.schema, table.batches())
+
+
+def _write_hf(run_dir: RunDir, folder: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
   """A folder as `datasets.Dataset.save_to_disk` leaves it; the features follow from the Arrow schema."""
   data = "data-00000-of-00001.arrow"
 
@@ -174,12 +175,13 @@ def _write_hf(run_dir: RunDir, folder: str, schema: pa.Schema, batches) -> None:
   run_dir.write_streamed(f"{folder}/{data}", write)
   texts = dict.fromkeys(("citation", "description", "homepage", "license"), "")
   run_dir.write_json(f"{folder}/dataset_info.json", texts | {"features": None})
-  state = {"_data_files": [{"filename": data}], "_fingerprint": run_dir.identity_sha256[:16], "_format_columns": None}
+  fingerprint = hash_of([run_dir.identity_sha256, folder])[:16]  # names what `datasets` caches of it
+  state = {"_data_files": [{"filename": data}], "_fingerprint": fingerprint, "_format_columns": None}
   state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": "train"}
   run_dir.write_json(f"{folder}/state.json", state)
 
 
-def _token_batches(train: TokenizedDataset, rows: np.ndarray):
+def _token_batches(train: TokenizedDataset, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
   for start in range(0, len(rows), record_tables.BLOCK):
     part = rows[start : start + record_tables.BLOCK]
     ids = [train.tokens[row] for row in part]
