@@ -26,7 +26,7 @@ from experiments.transfer.settings import TransferSettings
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import ranges, settings
 from in2core_jax.pipeline.fields import in_flags
-from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
+from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, Settings
 from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,12 @@ GROUPS = settings.GROUPS | {
   "ablate_layers": "how many layers are enough",
   "coverage": "which test points the training set does not cover",
   "kill_test": "runs, killed and started again",
+  "export": "a model for other programs",
 }
 OTHERS = (
   *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
+  commands.ExportFlags,
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 
@@ -242,7 +244,7 @@ def _write(parsed: flags.FlagValues) -> dict[str, str]:
       _refuse_two(f"--{name}={str(old[name]).lower()}", f"--write={new['write']}")
     if name in old:
       _tell(name, f"--write={word}")
-  return {} if new else {"write": ",".join(word for word in WRITES if old.get(OLD_WRITES[word]))}
+  return {} if new else {"write": ",".join(word for word in OLD_WRITES if old.get(OLD_WRITES[word]))}
 
 
 def _dedup(parsed: flags.FlagValues) -> dict[str, bool]:

@@ -13,9 +13,11 @@ from in2core_jax.pipeline.checks import check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
+from in2core_jax.pipeline.select_outputs import FORMS, write_forms
 from in2core_jax.pipeline.select_results import about_choice, rule_of, tell_selected, told, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset, matching
@@ -69,6 +71,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     write(task, scored, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
+    add_forms(task, work.run_dir)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
@@ -122,12 +125,20 @@ def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   return taken_apart(task.bench, task.settings, task.chosen, scored, work, clock)
 
 
+def add_forms(task: Task, run_dir: run_folder.RunDir) -> None:
+  """What a finished run is asked for besides and does not have (--coreset_format, --write=pool)."""
+  if run_dir.writer and any(task.settings.writes(word) for word in FORMS):
+    write_forms(run_dir, task.bench.splits["train"], run_dir.read_parquet("scores.parquet"), task.settings)
+
+
 def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir) -> None:
   """The results, with what looks risky about settings, data and choice, by the process that writes."""
   s, bench, inputs, chosen = task.settings, task.bench, choice.inputs, choice.chosen
   rule = rule_of(s, inputs)
   warnings = of_selection(s, inputs, chosen.rows, choice.aim, bench.splits["eval"], rule)
+  recipe = recipe_elsewhere(s, bench)  # from a checkpoint, which all processes open together
   if run_dir.writer:
+    write_train_with(run_dir, bench, s, chosen.rows, recipe)
     write_results(run_dir, bench, s, scored, chosen, warnings, told(s, inputs, choice.aim))
   tell_selected(s, bench.splits["train"], inputs, chosen.rows, run_dir)
 
