@@ -58,7 +58,7 @@ usage() {
   local name others=""
   for name in $(experiments); do
     case "$name" in
-      demo | finetune | select | evaluate | study) ;;
+      demo | recommend | finetune | select | evaluate | study) ;;
       *) others="$others $name" ;;
     esac
   done
@@ -66,6 +66,7 @@ usage() {
 usage: ./run.sh COMMAND [flags]
 
   demo       the whole chain on the embedded model and data: choose, retrain, judge
+  recommend  try the rules on your data: which examples to train on, how many, and is it as good
   finetune   fine-tune on all examples
   select     score the training examples and choose a coreset
   evaluate   retrain on chosen sets and compare them

@@ -9,6 +9,7 @@ from typing import NoReturn
 _HERE = pathlib.Path(__file__).parent
 _MAIN = {
   "demo": "the whole chain on a small model and data: fine-tune, choose, retrain, judge",
+  "recommend": "try the rules on your data: which examples to train on, how many, and is it as good",
   "finetune": "fine-tune on all examples",
   "select": "score the training examples and choose a coreset",
   "evaluate": "retrain on chosen sets and compare them",

@@ -27,11 +27,13 @@ from in2core_jax.errors import UserError
 from in2core_jax.pipeline import ranges, settings
 from in2core_jax.pipeline.fields import in_flags
 from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
+from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
 
 GROUPS = settings.GROUPS | {
+  "recommend": "rules tried on your data",
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
@@ -46,7 +48,7 @@ GROUPS = settings.GROUPS | {
 }
 OTHERS = (
   *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
-  *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
+  *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings, RecommendSettings),
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 
@@ -142,7 +144,8 @@ def read(kind: type[S] = Settings, tells_costs: bool = False) -> S:
   for name in set(_HOME) & set(values):
     values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
   if values["dry_run"] and not tells_costs:
-    raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
+    known = "finetune, select, evaluate, demo and recommend"
+    raise UserError(f"--dry_run: {known} can tell what they would take, this command cannot")
   try:
     return kind(**values)
   except UserError as error:
