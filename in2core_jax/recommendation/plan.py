@@ -49,6 +49,7 @@ class Plan:
     finalists: rules that are trained at every budget.
     seconds: expected, all in all.
     dropped: what was left out, in order, in words.
+    screened: the budget at which all rules are tried; 0: the middle one, the smaller of two.
   """
 
   rules: tuple[str, ...]
@@ -57,6 +58,7 @@ class Plan:
   finalists: int
   seconds: float = 0.0
   dropped: tuple[str, ...] = ()
+  screened: float = 0.0
 
   @property
   def tried(self) -> tuple[str, ...]:
@@ -65,8 +67,8 @@ class Plan:
 
   @property
   def screening(self) -> float:
-    """The budget at which all rules are tried: the middle one, the smaller of two."""
-    return self.budgets[(len(self.budgets) - 1) // 2]
+    """The budget at which all rules are tried."""
+    return self.screened or self.budgets[(len(self.budgets) - 1) // 2]
 
   @property
   def rungs(self) -> list[int]:
@@ -81,6 +83,11 @@ class Plan:
     """Comparisons with random sets that the answer is picked from."""
     return len(self.tried) + self.finalists * (len(self.budgets) - 1)
 
+  @property
+  def left_out(self) -> str:
+    """`dropped` in a few words."""
+    return "; ".join(_joined(self.dropped))
+
   def told(self) -> str:
     """The plan in a sentence or two."""
     shares = ", ".join(f"{100 * budget:g} %" for budget in self.budgets)
@@ -89,7 +96,7 @@ class Plan:
       f"plan: {len(self.tried)} rules ({', '.join(self.tried)}) at {100 * self.screening:g} %, then {finalists} at "
       f"{shares} with {self.seeds} seeds, beside random sets and full data; about {_minutes(self.seconds)}"
     )
-    left = f" Left out to keep the time: {'; '.join(self.dropped)}." if self.dropped else ""
+    left = f" Left out to keep the time: {self.left_out}." if self.dropped else ""
     return f"{said}.{left}"
 
   def as_json(self) -> dict:
@@ -116,6 +123,22 @@ def seed_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> fl
   return plan.finalists * guided + random + sum(pace.chosen.get(rule, 0.0) for rule in plan.rules[: plan.finalists])
 
 
+def rung_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """Until the finalists are known: what rules choose by, their choices, trainings at the screening budget."""
+  one = 2 * steps_of(plan.screening) * pace.step + pace.judged
+  chosen = [pace.chosen.get(rule, 0.0) for rule in plan.rules]
+  choices = sum(chosen) + sum(sum(sorted(chosen)[-count:]) for count in plan.rungs[1:])
+  return pace.shared + choices + sum(count * one for count in plan.rungs)
+
+
+def rest_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """After that, to the end."""
+  one = 2 * steps_of(plan.screening) * pace.step + pace.judged
+  # What the first seeds have trained at the screening budget need not be trained again.
+  finals = plan.seeds * seed_seconds(plan, pace, steps_of) - len(plan.rungs) * plan.finalists * one
+  return max(finals, 0.0) + closing_seconds(plan, pace, steps_of)
+
+
 def seconds_of(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
   """Expected, from beginning to end.
 
@@ -125,14 +148,28 @@ def seconds_of(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> floa
     steps_of: share of the pool -> optimiser steps of a training on it.
   """
   whole = steps_of(1.0) * pace.step + pace.judged + pace.tested
-  one = 2 * steps_of(plan.screening) * pace.step + pace.judged
-  chosen = [pace.chosen.get(rule, 0.0) for rule in plan.rules]
-  screened = sum(count * one for count in plan.rungs)
-  screened += sum(chosen) + sum(sum(sorted(chosen)[-count:]) for count in plan.rungs[1:])
-  # What the first seeds have trained at the screening budget need not be trained again.
-  rest = plan.seeds * seed_seconds(plan, pace, steps_of) - len(plan.rungs) * plan.finalists * one
-  closing = closing_seconds(plan, pace, steps_of)
-  return pace.spent + pace.shared + 2 * whole + screened + max(rest, 0.0) + closing
+  rungs, rest = rung_seconds(plan, pace, steps_of), rest_seconds(plan, pace, steps_of)
+  return pace.spent + 2 * whole + rungs + rest
+
+
+def shortened(plan: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
+  """The largest plan whose rest fits, once the finalists are known; the least where none does.
+
+  Args:
+    plan: that was begun.
+    pace: of this machine, as it turned out.
+    steps_of: as in `seconds_of`.
+    seconds: that are left.
+  """
+  begun = dataclasses.replace(plan, screened=plan.screening)
+  found, dropped = begun, list(plan.dropped)
+  for found, what in _smaller(begun):
+    if what.startswith("the rule"):  # they have been tried
+      continue
+    dropped += [what] if what else []
+    if rest_seconds(found, pace, steps_of) <= seconds:
+      break
+  return dataclasses.replace(found, rules=plan.rules, dropped=tuple(dropped))
 
 
 def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
@@ -152,7 +189,7 @@ def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: 
     dropped += [what] if what else []
     needed = seconds_of(plan, pace, steps_of)
     if needed * _ROOM <= seconds:
-      return dataclasses.replace(plan, seconds=needed, dropped=tuple(_joined(dropped)))
+      return dataclasses.replace(plan, seconds=needed, dropped=tuple(dropped))
   raise UserError(
     f"--minutes={seconds / 60:g} is too short: one rule at {100 * plan.budgets[0]:g} % with {plan.seeds} seeds, beside "
     f"random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
@@ -169,7 +206,7 @@ def _smaller(plan: Plan):
   if plan.finalists > 1:
     plan = dataclasses.replace(plan, finalists=1)
     yield plan, "the second finalist"
-  while len(plan.budgets) > 1:
+  while len(plan.budgets) > 1 and plan.budgets[-1] > plan.screened:
     what = f"the budget of {100 * plan.budgets[-1]:g} %"
     plan = dataclasses.replace(plan, budgets=plan.budgets[:-1])
     yield plan, what

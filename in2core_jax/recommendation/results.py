@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from in2core_jax.evaluation.paired import BY, Estimate
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
 from in2core_jax.evaluation.tries import DISTINCT, LONGEST, MARGIN, MATCHED, WHOLE
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.recommendation.plan import Plan
+from in2core_jax.recommendation.plan import ORDER, Plan
 from in2core_jax.recommendation.rules import ABOUT
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Trainings
@@ -70,7 +71,7 @@ def sentence(outcome: Outcome) -> str:
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
   enough = f", so no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else ""
   if rule == RANDOM:
-    none = f"none of {tried} rules beats random sets of that size beyond its interval"
+    none = f"none of {tried} rules surely beats random sets of that size"
     return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}{enough}."
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
@@ -83,18 +84,18 @@ def _whole_sentence(outcome: Outcome) -> str:
   best = (decision.winners[largest], largest)
   said = f"Use all {count:,} examples"
   if rule == DISTINCT:
-    said += f", each once, for {outcome.pool - count:,} duplicates add nothing"
+    said += f", each once, for the other {outcome.pool - count:,} are duplicates"
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
   said += (
-    f": no part that was tried is shown to lose at most {100 * MARGIN:g} %, and the best {100 * largest:g} %, by "
-    f"{best[0]}, has a perplexity of {of_best}"
+    f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "
+    f"{100 * largest:g} %, by {best[0]}, is {of_best}"
   )
   useful = [budget for budget, found in decision.beats.items() if found]
   if not useful:
-    return f"{said}; if less must do, take random examples, for no rule beats them beyond its interval."
+    return f"{said}; if less must do, take random examples, for no rule surely beats them."
   name = (decision.winners[useful[0]], useful[0])
   ratio = _times(trial.ratio(name, (RANDOM, useful[0]), "example"), "random sets of that size")
-  return f"{said}; if less must do, {name[0]} at {100 * useful[0]:g} % has {ratio}."
+  return f"{said}; if less must do, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
 
 
 def _times(ratio: Interval, what: str) -> str:
@@ -148,7 +149,7 @@ def warnings(outcome: Outcome) -> list[str]:
   """What to mind of the answer."""
   found = []
   if outcome.plan.dropped:
-    found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {'; '.join(outcome.plan.dropped)}.")
+    found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {outcome.plan.left_out}.")
   if len(outcome.seeds) < outcome.plan.seeds:
     found.append(f"There was time for {len(outcome.seeds)} of {outcome.plan.seeds} seeds.")
   closing = outcome.closing
@@ -217,7 +218,7 @@ def as_json(outcome: Outcome, asked: dict) -> dict:
     "correction": {"method": correction, "tries": trial.tries, "level": trial.level, "of_the_test": tries.LEVEL},
     "to_know_more": to_know_more(outcome),
     "warnings": warnings(outcome),
-    "plan": outcome.plan.as_json(),
+    "plan": outcome.plan.as_json() | {"order": ORDER},
     "seeds": list(outcome.seeds),
     "asked": asked,
   }
@@ -228,14 +229,12 @@ def as_json(outcome: Outcome, asked: dict) -> dict:
 
 def train_line(s: Settings, folder: str) -> str:
   """The command that trains on the choice, with the recipe of the trial."""
-  own = (
-    *("model", "max_length", "system_prompt", "trainable", "trainable_layers", "learning_rate", "epochs", "batch_size"),
-    "lora_rank",
-  )
+  own = ("model", "data_fields", "max_length", "system_prompt", "trainable", "trainable_layers", "trainable_modules")
+  own += ("lora_rank", "learning_rate", "epochs", "steps", "batch_size")
   flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
-  quoted = [f"'{flag}'" if " " in flag else flag for flag in flags]
-  data = [f"--train_data=jsonl:{folder}/coreset.jsonl", *(f"--eval_data={s.eval_data}" for _ in [0] if s.eval_data)]
-  return " ".join(["./run.sh finetune", *data, f"--run_dir={folder}-trained", *quoted])
+  # With evaluation data of its own the coreset is not split.
+  data = [f"--train_data=jsonl:{folder}/coreset.jsonl", f"--eval_data={s.eval_data or s.train_data}"]
+  return shlex.join(["./run.sh", "finetune", *data, f"--run_dir={folder}-trained", *flags])
 
 
 def train_with(outcome: Outcome) -> str:

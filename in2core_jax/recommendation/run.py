@@ -7,6 +7,7 @@ the other, and the other way round. Random sets, length-matched ones, the longes
 part. The answer is one sentence: a rule with a budget, random examples, or all of the data.
 """
 
+import dataclasses
 import logging
 import time
 
@@ -66,14 +67,14 @@ def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
   return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1))
 
 
-def planned(trainings: Trainings, began: float) -> plans.Plan:
-  """Measures how fast this machine is, and says what fits."""
+def planned(trainings: Trainings, began: float) -> dict:
+  """Measures how fast this machine is, and what fits: {plan, pace}, as JSON values."""
   s, bench = trainings.settings, trainings.bench
   everything = wanted(s, bench)
   pace = trainings.pace(began, everything.rules)
   found = plans.fitted(everything, pace, steps_of(trainings), 60 * s.minutes)
   log.info("%.3g s a step, %.3g s to judge a model. What goes first: %s", pace.step, pace.judged, plans.ORDER)
-  return found
+  return {"plan": found.as_json(), "pace": dataclasses.asdict(pace)}
 
 
 def steps_of(trainings: Trainings):
@@ -103,39 +104,76 @@ def run(settings: RecommendSettings, bench: Session | None = None) -> str:
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
   tell_size(bench.splits["test"])
-  trainings = Trainings(bench, s, run_dir, judged)
-  kept = trainings.cells.get(lambda: {"plan": planned(trainings, began).as_json()}, "plan", asked)
-  plan = plans.Plan.from_json(kept["plan"])
+  trainings = Trainings(bench, s, run_dir, judged, budgets_of(s, bench)[0][-1])
+  kept = trainings.cells.get(lambda: planned(trainings, began), "plan", asked)
+  plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
-  found = results.write(run_dir, trainings, tried(trainings, plan, asked, began), asked)
+  found = results.write(run_dir, trainings, tried(trainings, plan, pace, asked, began), asked)
   tell(found, run_dir, (time.monotonic() - began) / 60)
   return str(run_dir.path)
 
 
-def tried(trainings: Trainings, plan: plans.Plan, asked: dict, began: float) -> results.Outcome:
+def tried(trainings: Trainings, plan: plans.Plan, pace: plans.Pace, asked: dict, began: float) -> results.Outcome:
   """The trial, its answer, and the look at the test set."""
   s, seeds = trainings.settings, seeds_of(trainings.settings)[0]
   first, deadline = plan.rules[0], began + 60 * s.minutes
-  checkpoint = trainings.full(seeds[0])
-  finalists = run_rungs(trainings, plan, seeds, checkpoint)
-  used, took = [], 0.0
-  for number, seed in enumerate(seeds[: plan.seeds]):
+  start = time.monotonic()
+  trainings.full(seeds[0])
+  finalists = run_rungs(trainings, plan, seeds)
+  shorter = lambda: {"plan": in_time(trainings, plan, pace, start, deadline).as_json()}  # noqa: E731
+  plan = plans.Plan.from_json(trainings.cells.get(shorter, "rest", asked)["plan"])
+  finalists = finalists[: plan.finalists]
+  used = final_seeds(trainings, plan, pace, finalists, asked, deadline)
+  decision = trainings.trial(plan).decide(finalists, plan.budgets, budgets_of(s, trainings.bench)[1])
+  closing = close(trainings, decision, used, first)
+  return results.Outcome.of(trainings, plan, used, decision, closing)
+
+
+def in_time(trainings: Trainings, plan: plans.Plan, pace: plans.Pace, start: float, deadline: float) -> plans.Plan:
+  """The plan for the rest, by how long the first part took beside what was expected.
+
+  Args:
+    trainings: that there are.
+    plan: that was begun.
+    pace: that was measured before it.
+    start: when it was begun. deadline: when all is to be done.
+  """
+  now, steps = time.monotonic(), steps_of(trainings)
+  expected = plans.rung_seconds(plan, pace, steps) + 2 * steps(1.0) * pace.step
+  slower = max(1.0, (now - start) / max(expected, 1e-9))
+  scaled = {name: slower * getattr(pace, name) for name in ("step", "judged", "tested")}
+  found = plans.shortened(plan, dataclasses.replace(pace, **scaled), steps, deadline - now)
+  if found.dropped != plan.dropped:
+    log.warning("this machine is %.2g times slower than measured: also left out: %s", slower, found.left_out)
+  return found
+
+
+def final_seeds(
+  trainings: Trainings, plan: plans.Plan, pace: plans.Pace, finalists: list[str], asked: dict, deadline: float
+) -> tuple[int, ...]:
+  """Trains the finalists at every budget, seed by seed, while there is time for the end too; the seeds that were done.
+
+  Args:
+    trainings: that there are.
+    plan: of the rest.
+    pace: that was measured.
+    finalists: best first.
+    asked: names what is kept of the clock.
+    deadline: of `time.monotonic`.
+  """
+  steps, used, took = steps_of(trainings), [], 0.0
+  for number, seed in enumerate(seeds_of(trainings.settings)[0][: plan.seeds]):
+    if number >= plans.LEAST_SEEDS:
+      end = plans.closing_seconds(dataclasses.replace(plan, seeds=number + 1), pace, steps)
+      slower = max(1.0, took / plans.seed_seconds(plan, pace, steps))
+      late = lambda took=took, end=slower * end: {"late": time.monotonic() + took + end > deadline}  # noqa: E731
+      if trainings.cells.get(late, "late", asked, number)["late"]:
+        break
     start = time.monotonic()
-    # A seed and the end take about as long as the last seed did; the first of a seed's trainings may be kept.
-    late = lambda took=took: time.monotonic() + 2 * took > deadline  # noqa: E731
-    stop = number >= plans.LEAST_SEEDS and trainings.cells.get(
-      lambda late=late: {"stop": bool(late())}, "stop", asked, number
-    )
-    if stop and stop["stop"]:
-      log.warning("no time for more than %d of %d seeds", number, plan.seeds)
-      break
-    run_seed(trainings, plan, finalists, seed, checkpoint)
+    run_seed(trainings, plan, finalists, seed)
     used.append(seed)
     took = time.monotonic() - start
-  _, most = budgets_of(s, trainings.bench)
-  decision = trainings.trial(plan).decide(finalists, plan.budgets, most)
-  closing = close(trainings, decision, used, first, checkpoint)
-  return results.Outcome.of(trainings, plan, tuple(used), decision, closing)
+  return tuple(used)
 
 
 def tell(found: dict, run_dir: run_folder.RunDir, minutes: float) -> None:
@@ -143,7 +181,7 @@ def tell(found: dict, run_dir: run_folder.RunDir, minutes: float) -> None:
   for line in found["warnings"]:
     log.warning("%s", line)
   log.info(
-    "\n%s\n%s %s\ntrain: %s\n%.0f minutes; open %s",
+    "\n%s\n%s %s\ntrain: %s\n%.1f minutes; open %s",
     found["sentence"],
     found["checked"],
     found["to_know_more"]["sentence"],
@@ -159,7 +197,7 @@ def dry_run(settings: RecommendSettings, bench: Session | None = None) -> plans.
   refuse(settings, _REFUSED, _DOES)
   equal_of(settings), seeds_of(settings)
   bench = bench or open_session(settings)
-  trainings = Trainings(bench, settings, None, Judged.of(bench))
-  plan = planned(trainings, began)
+  trainings = Trainings(bench, settings, None, Judged.of(bench), budgets_of(settings, bench)[0][-1])
+  plan = plans.Plan.from_json(planned(trainings, began)["plan"])
   log.info("%s", plan.told())
   return plan

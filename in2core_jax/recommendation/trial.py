@@ -34,6 +34,7 @@ LEAST_QUERIES = 16  # different evaluation examples
 _TIMED = 4  # steps whose seconds are measured
 # In optimiser steps for each batch of examples: what gradients, hidden states and products cost beside a step.
 _GRADIENTS, _HIDDEN, _PRODUCT = 2.0, 0.6, 2.5
+_BYTES_A_SECOND = 5e9  # of memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +82,9 @@ class Judged:
 class Trainings:
   """Trains, measures, keeps."""
 
-  def __init__(self, bench: Session, s: RecommendSettings, run_dir: run_folder.RunDir | None, judged: Judged):
+  def __init__(
+    self, bench: Session, s: RecommendSettings, run_dir: run_folder.RunDir | None, judged: Judged, largest: float = 1.0
+  ):
     """Trains nothing yet.
 
     Args:
@@ -89,10 +92,12 @@ class Trainings:
       s: the recipe.
       run_dir: keeps trainings and orders; None keeps nothing and can only measure.
       judged: the evaluation examples.
+      largest: budget, a share of the pool: rules choose no more.
     """
-    self.bench, self.settings, self.run_dir, self.judged = bench, s, run_dir, judged
+    self.bench, self.settings, self.run_dir, self.judged, self.largest = bench, s, run_dir, judged, largest
     self.test_rows = np.flatnonzero(bench.splits["test"].num_response_tokens)
     self.cells = ResultCache(run_dir) if run_dir else None
+    self.checkpoint = ""  # of the training on all data, once `full` was called
     self.losses: dict[tries.Name, dict[int, np.ndarray]] = {}  # of evaluation examples, by seed
     self.tested: dict[tries.Name, dict[int, np.ndarray]] = {}  # of test examples
     self.sizes: dict[tries.Name, tuple[int, int]] = {}  # examples, steps
@@ -100,7 +105,8 @@ class Trainings:
   @functools.cached_property
   def chooser(self) -> Chooser:
     """The sets."""
-    return Chooser(self.bench, self.settings, self.run_dir, len(finetune.trainable_rows(self.bench)))
+    size = len(finetune.trainable_rows(self.bench))
+    return Chooser(self.bench, self.settings, self.run_dir, max(1, round(self.largest * size)))
 
   @functools.cached_property
   def retrainer(self) -> Retrainer:
@@ -146,8 +152,11 @@ class Trainings:
   def _own(self, step: float, rules: Sequence[str]) -> dict[str, float]:
     s = self.settings
     products = s.depth * min(s.curvature_examples, len(self.bench.splits["train"])) / s.batch_size * _PRODUCT
-    solved = 2 * step * (products + self._batches() * 1.5)
-    return {rule: solved if RULES[rule].solves else 0.1 * step for rule in rules}
+    # Greedy matching reads all gradients for every choice, at most 2,000 times; so many numbers has an example's.
+    size, width = len(self.bench.splits["train"]), 7 * len(self.retrainer.chosen.layers) * s.sketch_size**2
+    reads = 2 * min(2000, self.largest * size) * size * width * 4 / _BYTES_A_SECOND
+    price = {"matching": reads, "proponents": 2 * step * (products + self._batches() * 1.5)}
+    return {rule: price.get(RULES[rule].policy, 0.0) + 0.1 * step for rule in rules}
 
   # ---- one training --------------------------------------------------------------------
 
@@ -172,16 +181,19 @@ class Trainings:
 
   # ---- one candidate -------------------------------------------------------------------
 
-  def fold_sets(self, name: tries.Name, seed: int, first: str, checkpoint: str) -> list[np.ndarray]:
+  def fold_sets(self, name: tries.Name, seed: int, first: str) -> list[np.ndarray]:
     """For each fold the rows that the candidate takes when it sees the others."""
     rule, budget = name
     if rule == MATCHED:
-      leading = self.fold_sets((first, budget), seed, first, checkpoint)
+      leading = self.fold_sets((first, budget), seed, first)
       return [self.chooser.matched(rows, budget, seed) for rows in leading]
     fold = self.judged.folds(seed)
     seen = [self.judged.rows[fold != number] for number in range(2)]
-    trained = checkpoint if RULES[rule].trained else ""
-    return [order[: self.chooser.size(budget)] for order in self.chooser.orders(rule, seen, trained)]
+    return [order[: self.chooser.size(budget)] for order in self.orders(rule, seen)]
+
+  def orders(self, rule: str, queries: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`Chooser.orders`, at the training on all data for a rule that is taken there."""
+    return self.chooser.orders(rule, queries, self.checkpoint if RULES[rule].trained else "")
 
   def out_of_fold(self, name: tries.Name, sets: Sequence[np.ndarray], seed: int) -> None:
     """Trains on a set for each fold; each model is judged on its own fold."""
@@ -210,31 +222,30 @@ class Trainings:
     self.losses.setdefault(name, {})[seed] = losses
     self.sizes.setdefault(name, (len(rows), self.steps(rows)))
 
-  def candidate(self, name: tries.Name, seed: int, first: str, checkpoint: str = "") -> None:
+  def candidate(self, name: tries.Name, seed: int, first: str) -> None:
     """A seed of a candidate, done now unless it was.
 
     Args:
       name: rule and budget.
       seed: of the folds, of the order of the data and of random sets.
       first: the rule whose response lengths length-matched random sets take.
-      checkpoint: of the training on all data.
     """
     rule, budget = name
     if seed in self.losses.get(name, {}):
       return
     if guided(rule):
-      self.out_of_fold(name, self.fold_sets(name, seed, first, checkpoint), seed)
+      self.out_of_fold(name, self.fold_sets(name, seed, first), seed)
     elif rule == LONGEST:
       self.unguided(name, self.chooser.longest(budget), seed)
     else:
       self.unguided(name, self.chooser.random(budget, seed), seed, test=True)
 
-  def full(self, seed: int) -> str:
-    """Full data, by a run folder of its own beside this one, whose checkpoint rules may score at; its path."""
-    s = self.settings
-    checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full", seed=seed), self.bench)
-    everyone = np.arange(len(self.judged.rows))
-    measure = lambda: self._losses(train_loop.load_sub(checkpoint, self.retrainer.sub), everyone, True)  # noqa: E731
+  def full(self, seed: int) -> None:
+    """Full data, by a run folder of its own beside this one, whose checkpoint rules may score at."""
+    s = self.settings.replace(run_dir=f"{self.settings.run_dir.rstrip('/')}-full", seed=seed)
+    self.checkpoint = finetune.run(s, self.bench)
+    everyone, load = np.arange(len(self.judged.rows)), train_loop.load_sub
+    measure = lambda: self._losses(load(self.checkpoint, self.retrainer.sub), everyone, True)  # noqa: E731
     found = self.cells.get(measure, "full", seed)
     name = (FULL, 1.0)
     self._note(name, seed, self.chooser.usable, np.array(found["eval"]))
@@ -242,7 +253,6 @@ class Trainings:
     distinct = self.chooser.distinct
     if len(distinct) < len(self.chooser.usable):
       self.unguided((DISTINCT, len(distinct) / len(self.chooser.usable)), distinct, seed, test=True)
-    return checkpoint
 
   # ---- all of them ---------------------------------------------------------------------
 
@@ -258,23 +268,23 @@ class Trainings:
     return tries.Trial(stacked, points.tokens, points.groups)
 
 
-def run_rungs(trainings: Trainings, plan: Plan, seeds: Sequence[int], checkpoint: str) -> list[str]:
+def run_rungs(trainings: Trainings, plan: Plan, seeds: Sequence[int]) -> list[str]:
   """Halves the rules at the screening budget; the finalists, best first."""
   left = list(plan.tried)
   for place, count in enumerate(plan.rungs):
     left = left[:count]
     for rule in (RANDOM, *left):
-      trainings.candidate((rule, plan.screening), seeds[place], plan.rules[0], checkpoint)
+      trainings.candidate((rule, plan.screening), seeds[place], plan.rules[0])
     left = trainings.trial(plan).ranked(left, plan.screening)
     log.info("rung %d: %s", place + 1, ", ".join(left))
   return left[: plan.finalists]
 
 
-def run_seed(trainings: Trainings, plan: Plan, finalists: Sequence[str], seed: int, checkpoint: str) -> None:
+def run_seed(trainings: Trainings, plan: Plan, finalists: Sequence[str], seed: int) -> None:
   """A seed of the finalists and of random sets at every budget."""
   for budget in plan.budgets:
     for rule in (RANDOM, *finalists):
-      trainings.candidate((rule, budget), seed, plan.rules[0], checkpoint)
+      trainings.candidate((rule, budget), seed, plan.rules[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,7 +304,7 @@ class Closing:
   twin: tries.Name
 
 
-def close(trainings: Trainings, decision: tries.Decision, seeds: Sequence[int], first: str, checkpoint: str) -> Closing:
+def close(trainings: Trainings, decision: tries.Decision, seeds: Sequence[int], first: str) -> Closing:
   """Trains what only the answer needs: the set chosen for all evaluation examples, random sets of its lengths.
 
   Args:
@@ -302,34 +312,33 @@ def close(trainings: Trainings, decision: tries.Decision, seeds: Sequence[int], 
     decision: the answer.
     seeds: of the finalists.
     first: the rule whose response lengths length-matched random sets take.
-    checkpoint: of the training on all data.
   """
   rule, budget = decision.rule, decision.budget
   size = max(decision.winners) if rule in WHOLE else budget  # all of the data is held against the largest random sets
-  rows = answer_rows(trainings, decision, seeds[0], first, checkpoint)
+  rows = answer_rows(trainings, decision, seeds[0], first)
   has_copies = len(trainings.chooser.distinct) < len(trainings.chooser.usable)
   tested = (ANSWER, budget) if rule == RANDOM and has_copies else (rule, budget)
   found = Closing(rows, (rule, budget), tested, (RANDOM, size), (TWIN, size))
   for seed in seeds:
-    own = answer_rows(trainings, decision, seed, first, checkpoint)
+    own = answer_rows(trainings, decision, seed, first)
     if seed not in trainings.tested.get(tested, {}) and rule not in WHOLE:
       trainings.on_test(tested, own, seed)
-    _twins(trainings, found, own, seed, first, checkpoint)
+    _twins(trainings, found, own, seed, first)
   return found
 
 
-def _twins(trainings: Trainings, closing: Closing, own: np.ndarray, seed: int, first: str, checkpoint: str) -> None:
+def _twins(trainings: Trainings, closing: Closing, own: np.ndarray, seed: int, first: str) -> None:
   """Random sets with the response lengths of what the answer's rule chose, in every half and in all."""
   chooser, (rule, _), (_, size) = trainings.chooser, closing.name, closing.twin
   if not guided(rule):
     trainings.unguided(closing.twin, chooser.matched(own, size, seed), seed, test=True)
     return
-  sets = trainings.fold_sets(closing.name, seed, first, checkpoint)
+  sets = trainings.fold_sets(closing.name, seed, first)
   trainings.out_of_fold(closing.twin, [chooser.matched(rows, size, seed) for rows in sets], seed)
   trainings.on_test(closing.twin, chooser.matched(own, size, seed), seed)
 
 
-def answer_rows(trainings: Trainings, decision: tries.Decision, seed: int, first: str, checkpoint: str) -> np.ndarray:
+def answer_rows(trainings: Trainings, decision: tries.Decision, seed: int, first: str) -> np.ndarray:
   """The rows of the answer, chosen for all evaluation examples; a random set takes no copy before every text is in."""
   rule, budget, chooser = decision.rule, decision.budget, trainings.chooser
   if rule in WHOLE:
@@ -339,6 +348,6 @@ def answer_rows(trainings: Trainings, decision: tries.Decision, seed: int, first
   if rule == LONGEST:
     return chooser.longest(budget)
   leading = first if rule == MATCHED else rule
-  (order,) = chooser.orders(leading, [trainings.judged.rows], checkpoint if RULES[leading].trained else "")
+  (order,) = trainings.orders(leading, [trainings.judged.rows])
   chosen = order[: chooser.size(budget)]
   return chooser.matched(chosen, budget, seed) if rule == MATCHED else chosen
