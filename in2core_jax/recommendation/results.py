@@ -20,6 +20,7 @@ from in2core_jax.report import recommendation_page
 from in2core_jax.runs.run_folder import RunDir
 
 FILE = "recommendation.json"
+_FEW = 10  # degrees of freedom, below which an interval of many comparisons is very wide
 _CHOSEN_BY = {MATCHED: "random ones with the response lengths of the first rule's choice", LONGEST: "the longest ones"}
 
 
@@ -135,12 +136,12 @@ def to_know_more(outcome: Outcome) -> dict:
   if estimate.note:
     return {"sentence": f"There is no interval: {estimate.note}.", "examples": estimate.count}
   seen, more, then = tries.to_know_more(estimate, outcome.trial.level)
-  more = verdict.rounded(more)
+  more, alone = verdict.rounded(more), tries.sees(estimate, 1e6, outcome.trial.level)
   said = f"{estimate.count:,} evaluation examples see {verdict.percent(seen)}"
   if more > 1.2 * estimate.count:
     said += f"; {more:,} would see {verdict.percent(then)}"
-  if estimate.seen_by_seeds > seen / 2:
-    said += "; more --seeds and --minutes help as well"
+  if alone > seen / 2:
+    said += f"; the spread of the trainings alone hides {verdict.percent(alone)}: give more --minutes and --seeds"
   facts = {"examples": estimate.count, "sees": math.expm1(seen), "more_examples": more, "would_see": math.expm1(then)}
   return {"sentence": f"{said}."} | facts
 
@@ -152,7 +153,12 @@ def warnings(outcome: Outcome) -> list[str]:
     found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {outcome.plan.left_out}.")
   if len(outcome.seeds) < outcome.plan.seeds:
     found.append(f"There was time for {len(outcome.seeds)} of {outcome.plan.seeds} seeds.")
-  closing = outcome.closing
+  estimate, closing = compared(outcome), outcome.closing
+  if estimate.examples_freedom < _FEW:
+    found.append(
+      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} of equal weight: "
+      "many are copies or of one topic, or a few long responses decide. Give more different ones."
+    )
   if closing.name[0] not in (*WHOLE, RANDOM, MATCHED) and not outcome.trial.beats(closing.name, closing.twin):
     ratio = _said(outcome.trial.ratio(closing.name, closing.twin, "example"))
     found.append(f"Against random sets of its response lengths the ratio is {ratio}: its gain may be one of length.")

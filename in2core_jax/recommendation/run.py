@@ -57,12 +57,18 @@ def budgets_of(s: RecommendSettings, bench: Session) -> tuple[tuple[float, ...],
   return tuple(found), most
 
 
+def distinct_seeds(s: RecommendSettings) -> tuple[int, ...]:
+  """Each seed once, in the given order."""
+  return tuple(dict.fromkeys(seeds_of(s)[0]))
+
+
 def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
   """Everything that would be tried without a clock."""
-  seeds, _ = seeds_of(s)
+  seeds, (budgets, _) = distinct_seeds(s), budgets_of(s, bench)
   if len(seeds) < plans.LEAST_SEEDS:
-    raise UserError(f"{s.as_flag('seeds')}: intervals need {plans.LEAST_SEEDS} trainings: give two or more, as 0,1,2")
-  budgets, _ = budgets_of(s, bench)
+    raise UserError(
+      f"{s.as_flag('seeds')}: intervals need {plans.LEAST_SEEDS} different seeds: give two or more, as 0,1,2"
+    )
   rules = tuple(listed(s.rules))
   return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1))
 
@@ -115,7 +121,7 @@ def run(settings: RecommendSettings, bench: Session | None = None) -> str:
 
 def tried(trainings: Trainings, plan: plans.Plan, pace: plans.Pace, asked: dict, began: float) -> results.Outcome:
   """The trial, its answer, and the look at the test set."""
-  s, seeds = trainings.settings, seeds_of(trainings.settings)[0]
+  s, seeds = trainings.settings, distinct_seeds(trainings.settings)
   first, deadline = plan.rules[0], began + 60 * s.minutes
   start = time.monotonic()
   trainings.full(seeds[0])
@@ -162,7 +168,7 @@ def final_seeds(
     deadline: of `time.monotonic`.
   """
   steps, used, took = steps_of(trainings), [], 0.0
-  for number, seed in enumerate(seeds_of(trainings.settings)[0][: plan.seeds]):
+  for number, seed in enumerate(distinct_seeds(trainings.settings)[: plan.seeds]):
     if number >= plans.LEAST_SEEDS:
       end = plans.closing_seconds(dataclasses.replace(plan, seeds=number + 1), pace, steps)
       slower = max(1.0, took / plans.seed_seconds(plan, pace, steps))

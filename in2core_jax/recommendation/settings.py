@@ -14,6 +14,12 @@ from in2core_jax.recommendation.rules import RULES
 _recommend = functools.partial(setting, "recommend")
 
 
+def _here(name: str, default: str, text: str, more: str = ""):
+  """A field of `Settings` that means something narrower here."""
+  known = Settings.__dataclass_fields__[name].metadata
+  return dataclasses.field(default=default, metadata=known | {"help": text, "more": more})
+
+
 @dataclasses.dataclass(frozen=True)
 class RecommendSettings(Settings):
   """`recommend`: rules tried on the user's own data."""
@@ -32,10 +38,14 @@ class RecommendSettings(Settings):
     "always tried.",
   )
   run_dir: str = changed(Settings, "run_dir", "runs/recommend")
-  budget: str | float | int = changed(Settings, "budget", "1.0")
-  fractions: str = changed(Settings, "fractions", "0.05,0.1,0.25,0.5")
+  budget: str | float | int = _here(
+    "budget", "1.0", "Most that the answer may keep: 0.1 (share) or 500 (examples); 1.0: all of it."
+  )
+  fractions: str = _here(
+    "fractions", "0.05,0.1,0.25,0.5", "Budgets to try, as shares.", "Those above --budget are not, and --budget is."
+  )
   equal: str = changed(Settings, "equal", "epochs")
-  seeds: str = changed(Settings, "seeds", "0,1,2,3,4")
+  seeds: str = _here("seeds", "0,1,2,3,4", "Seeds of halves, data order and random sets; as many as there is time for.")
   layers: str = changed(Settings, "layers", "last:4")
   trainable_layers: str = changed(Settings, "trainable_layers", "last:4")
 
