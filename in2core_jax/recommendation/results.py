@@ -156,7 +156,7 @@ def warnings(outcome: Outcome) -> list[str]:
   estimate, closing = compared(outcome), outcome.closing
   if estimate.examples_freedom < _FEW:
     found.append(
-      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} of equal weight: "
+      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} equal ones: "
       "many are copies or of one topic, or a few long responses decide. Give more different ones."
     )
   if closing.name[0] not in (*WHOLE, RANDOM, MATCHED) and not outcome.trial.beats(closing.name, closing.twin):
