@@ -19,6 +19,7 @@ from experiments.coverage.settings import CoverageSettings
 from experiments.fidelity.settings import FidelitySettings
 from experiments.help_text import HIDDEN, SHOWN
 from experiments.paper.settings import PaperSettings
+from experiments.recommend.settings import CalibrationSettings, RecommendFlags
 from experiments.solvers.settings import SolversSettings
 from experiments.study.settings import StudySettings
 from experiments.targets.settings import TargetsSettings
@@ -27,7 +28,6 @@ from in2core_jax.errors import UserError
 from in2core_jax.pipeline import ranges, settings
 from in2core_jax.pipeline.fields import in_flags
 from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
-from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ GROUPS = settings.GROUPS | {
 }
 OTHERS = (
   *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
-  *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings, RecommendSettings),
+  *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
+  *(RecommendFlags, CalibrationSettings),
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
+from experiments.recommend import calibration
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
@@ -240,12 +241,28 @@ def test_the_page_escapes_what_it_shows_and_runs_nothing():
     ({"rules": "hybrid,none"}, "--rules=hybrid,none: unknown 'none'"),
     ({"rules": ""}, "rules= is empty"),
     ({"minutes": 0.0}, "minutes=0.0"),
-    ({"equal": "steps,epochs"}, "one word"),
   ],
 )
 def test_settings_that_cannot_be_are_told_in_one_line(flags, message):
   with pytest.raises(UserError, match=message):
     RecommendSettings(**flags)
+
+
+def test_a_calibration_counts_what_is_right_safe_and_worse():
+  found = results.as_json(outcome_of(), {})
+  row = calibration.row_of("pool", "task", found)
+  assert row["right, by token"] and row["safe, by example"] and not row["worse, by token"]
+  wrong = json.loads(json.dumps(found))
+  wrong["test"]["ratio_to_random"]["token"] = {"estimate": 1.1, "low": 1.05, "high": 1.15}
+  told = calibration.summary([row, calibration.row_of("pool", "other", wrong)])
+  assert told[0].startswith("By token: of 2 recommendations 1 have") and "1 are worse beyond" in told[0]
+  assert "2 are at most 1 % worse" in told[1]
+
+
+@pytest.mark.parametrize("flags", [{"equal": "steps,epochs"}, {"checkpoint": "x"}, {"policy": "bm25"}, {"seeds": ""}])
+def test_flags_that_contradict_it_are_refused_before_the_data_are_read(flags):
+  with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
+    run.run(RecommendSettings(train_data="file:not_there.jsonl", **flags))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 from experiments import cli, flags
+from experiments.recommend.settings import RecommendFlags
 from in2core_jax.recommendation.run import __doc__, dry_run, run  # noqa: F401 -- __doc__ is the text of --help
-from in2core_jax.recommendation.settings import RecommendSettings
 
 
 def main(_) -> None:
   """The trial, or with --dry_run the plan alone."""
-  settings = flags.read(RecommendSettings, tells_costs=True)
+  settings = flags.read(RecommendFlags, tells_costs=True)
   if settings.dry_run:
     dry_run(settings)
   else:
@@ -13,5 +13,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.define(RecommendSettings)
+  flags.define(RecommendFlags)
   cli.run(main, alone=True)

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import cli, flags
+from experiments.recommend.settings import CalibrationSettings
 from experiments.targets.targets import labels_of
 from in2core_jax.data.records import firsts
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation.paired import BY
 from in2core_jax.evaluation.tries import MARGIN
-from in2core_jax.pipeline.fields import changed, setting
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import listed
 from in2core_jax.recommendation import results, run
@@ -37,15 +37,6 @@ from in2core_jax.selection.whitening import spread_rows
 log = logging.getLogger(__name__)
 
 _MOST = 200  # evaluation, and test examples of a task
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationSettings(RecommendSettings):
-  """`calibration`."""
-
-  run_dir: str = changed(RecommendSettings, "run_dir", "runs/calibration")
-  pools: str = setting("recommend", "", "Pools, each as --train_data, between semicolons; empty: --train_data.")
-  tasks: str = setting("recommend", "", "Sources or topics, between semicolons; empty: all that are large enough.")
 
 
 def tasks_of(bench: Session, wanted: str) -> dict[str, dict[str, np.ndarray]]:

@@ -26,7 +26,6 @@ from in2core_jax.recommendation import results
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import Judged, Trainings, close, run_rungs, run_seed
 from in2core_jax.runs import run_folder
-from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +54,18 @@ def budgets_of(s: RecommendSettings, bench: Session) -> tuple[tuple[float, ...],
       f"{s.as_flag('fractions')} names no budget below {most:g} of {size:,} examples: give some, such as 0.1,0.25"
     )
   return tuple(found), most
+
+
+def check(s: RecommendSettings) -> None:
+  """Refuses what flags alone tell, before the data are read.
+
+  Raises:
+    UserError: flags that would be passed over, lists that cannot be read, more than one word of --equal.
+  """
+  refuse(s, _REFUSED, _DOES)
+  seeds_of(s), shares(s.fractions, "fractions"), budget_of(s)
+  if len(equal_of(s)) != 1:
+    raise UserError(f"{s.as_flag('equal')}: one word here, such as --equal=epochs or --equal=tokens")
 
 
 def distinct_seeds(s: RecommendSettings) -> tuple[int, ...]:
@@ -93,8 +104,7 @@ def steps_of(trainings: Trainings):
 def run(settings: RecommendSettings, bench: Session | None = None) -> str:
   """Plans, tries, decides, checks once, writes; returns the run folder. Finished trainings are kept."""
   began, s = time.monotonic(), settings
-  refuse(s, _REFUSED, _DOES)
-  equal_of(s), seeds_of(s), shares(s.fractions, "fractions"), Budget.read(s.budget)  # flags alone: before the data
+  check(s)
   run_folder.RunDir.refuse_held(s.run_dir)
   bench = bench or open_session(s)
   judged = Judged.of(bench)
@@ -200,8 +210,7 @@ def tell(found: dict, run_dir: run_folder.RunDir, minutes: float) -> None:
 def dry_run(settings: RecommendSettings, bench: Session | None = None) -> plans.Plan:
   """Measures a few steps and tells the plan, without a run folder."""
   began = time.monotonic()
-  refuse(settings, _REFUSED, _DOES)
-  equal_of(settings), seeds_of(settings)
+  check(settings)
   bench = bench or open_session(settings)
   trainings = Trainings(bench, settings, None, Judged.of(bench), budgets_of(settings, bench)[0][-1])
   plan = plans.Plan.from_json(planned(trainings, began)["plan"])

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline.fields import changed, setting
-from in2core_jax.pipeline.lists import listed, words
+from in2core_jax.pipeline.lists import words
 from in2core_jax.pipeline.ranges import Range
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.recommendation.rules import RULES
@@ -22,7 +22,7 @@ def _here(name: str, default: str, text: str, more: str = ""):
 
 @dataclasses.dataclass(frozen=True)
 class RecommendSettings(Settings):
-  """`recommend`: rules tried on the user's own data."""
+  """Rules tried on the user's own data."""
 
   shown: ClassVar = ("recommend", "fractions", "equal", "seeds", "budget", "data", "model", "finetune", "run")
   minutes: float = _recommend(
@@ -50,9 +50,7 @@ class RecommendSettings(Settings):
   trainable_layers: str = changed(Settings, "trainable_layers", "last:4")
 
   def check(self) -> None:
-    """Refuses rules that there are not, and more than one way to compare."""
+    """Refuses rules that there are not."""
     super().check()
     if not words(self.rules, "rules", RULES):
       raise UserError(f"rules= is empty: name one or several of {', '.join(RULES)}")
-    if len(listed(self.equal)) != 1:
-      raise UserError(f"equal={self.equal} must be one word here: epochs, tokens, steps or budget_tokens")
