@@ -248,7 +248,8 @@ def recommend(settings: Settings | None = None, *, session: Session | None = Non
   """
   given = settings or Settings()
   set_ = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if given.is_set(field.name)}
-  s = _settled(RecommendSettings(), set_ | changes)
+  own = given if isinstance(given, RecommendSettings) else _settled(RecommendSettings(), set_)
+  s = _settled(own, changes)
   with _in_parameters(RecommendSettings):
     return _read_recommended(stage_recommend.run(s, session))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
+import in2core_jax as i2c
 from experiments.recommend import calibration
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
@@ -284,6 +285,15 @@ def test_budgets_and_seeds_are_checked_before_the_work(flags, message):
       run.wanted(s, bench)
 
 
+def test_python_reads_of_parameters_and_settings_keep_what_they_set():
+  with pytest.raises(UserError, match="^rules=none: unknown 'none'"):
+    i2c.recommend(rules="none")
+  with pytest.raises(UserError, match="^no_such is no setting.*RecommendSettings"):
+    i2c.recommend(no_such=1)
+  with pytest.raises(UserError, match="^equal=steps,tokens: one word here, such as equal=epochs"):
+    i2c.recommend(i2c.Settings(layers="last:2"), equal="steps,tokens")
+
+
 # ---- the whole, on a small model ---------------------------------------------------------
 
 
@@ -324,6 +334,7 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
   lines = (folder / "coreset.jsonl").read_text().splitlines()
   assert len(lines) == found["examples"] and (folder / "train_with.md").exists()
   assert (folder / "recommendation.html").read_text().count("<h1>") == 1
+  assert i2c.load(folder).sentence == found["sentence"] in repr(i2c.load(folder))
   monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
   assert run.run(settings, bench) == str(folder)
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import optimize
 
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation.paired import BY, POWER, SEEN, Estimate, Paired
@@ -26,6 +27,7 @@ from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
 
 LEVEL = 0.95
 MARGIN = 0.01  # a budget is enough where its perplexity is at most 1 % above that of full data
+_MOST_TIMES = 100.0  # as many evaluation examples as that: more is no advice
 MATCHED, LONGEST, DISTINCT = "length_matched_random", "longest", "full_deduplicated"
 WHOLE = (FULL, DISTINCT)  # rules without a budget
 CORRECTION = "Bonferroni: each of the {tries} comparisons with random sets has the level 1 - 0.05 / {tries}"
@@ -187,7 +189,11 @@ def to_know_more(estimate: Estimate, level: float = LEVEL) -> tuple[float, int, 
   """
   seen = sees(estimate, 1.0, level)
   wanted = max(SEEN, seen / 3)
-  factor = min(100.0, max(1.0, estimate.examples * (_quantiles(level) / wanted) ** 2))
+  gap = lambda log_factor: sees(estimate, math.exp(log_factor), level) - wanted  # noqa: E731
+  most = math.log(_MOST_TIMES)
+  if gap(0.0) <= 0:
+    return seen, estimate.count, seen
+  factor = _MOST_TIMES if gap(most) > 0 else math.exp(optimize.brentq(gap, 0.0, most))
   return seen, math.ceil(estimate.count * factor), sees(estimate, factor, level)
 
 
@@ -195,9 +201,3 @@ def sees(estimate: Estimate, factor: float, level: float = LEVEL) -> float:
   """The smallest true difference, in nats, that is seen in four of five cases with `factor` times the examples."""
   more = replace(estimate, examples=estimate.examples / factor, examples_freedom=estimate.examples_freedom * factor)
   return more.half(level) + more.half(2 * POWER - 1)
-
-
-def _quantiles(level: float) -> float:
-  """Standard errors between 0 and a difference that is seen in four of five cases."""
-  alone = Estimate(0.0, 0.0, 1.0, 1.0, 1e9, 1, 2)
-  return alone.half(level) + alone.half(2 * POWER - 1)
