@@ -1,6 +1,7 @@
 """The recommendation: folds, plan, correction, decision, what is written; and the command on a small real slice."""
 
 import dataclasses
+import gc
 import json
 import pathlib
 import re
@@ -8,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
+from tiny import CONFIG, Killed, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 import in2core_jax as i2c
 from experiments.recommend import calibration
@@ -16,6 +17,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
+from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run
 from in2core_jax.recommendation.settings import RecommendSettings
@@ -322,8 +324,15 @@ def settings(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.real
 def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
-  bench = open_session(settings)
-  folder = pathlib.Path(run.run(settings, bench))
+  bench, trained, train = open_session(settings), [], Retrainer.train
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(run, "close", lambda *_: (_ for _ in ()).throw(Killed()))
+    run.run(settings, bench)
+  gc.collect()  # the lock of the folder
+  with monkeypatch.context() as patch:
+    patch.setattr(Retrainer, "train", lambda self, *given: trained.append(given[2]) or train(self, *given))
+    folder = pathlib.Path(run.run(settings, bench))
+  assert trained and all(label.startswith(("test: ", TWIN)) for label in trained)  # the others were kept
   found = json.loads((folder / "recommendation.json").read_text())
   check_json(found)
   tried = {(row["rule"], row["budget"]) for row in found["candidates"]}
@@ -335,6 +344,8 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
   assert len(lines) == found["examples"] and (folder / "train_with.md").exists()
   assert (folder / "recommendation.html").read_text().count("<h1>") == 1
   assert i2c.load(folder).sentence == found["sentence"] in repr(i2c.load(folder))
+  with pytest.raises(UserError, match="--minutes=0.001 is too short"):
+    run.dry_run(settings.replace(minutes=0.001), bench)
   monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
   assert run.run(settings, bench) == str(folder)
 

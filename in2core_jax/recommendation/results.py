@@ -70,13 +70,13 @@ def sentence(outcome: Outcome) -> str:
   count, tried = len(outcome.closing.rows), len(outcome.plan.tried)
   part = f"{count:,} of {outcome.pool:,} examples ({100 * count / outcome.pool:.2g} %)"
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
-  enough = f", so no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else ""
+  lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
   if rule == RANDOM:
     none = f"none of {tried} rules surely beats random sets of that size"
-    return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}{enough}."
+    return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}, so {lost}."
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
-  return f"Train on {part}, {chosen}: their perplexity is {to_random} and {to_full}{enough}."
+  return f"Train on {part}, {chosen}: their perplexity is {to_random} and {to_full}, so {lost}."
 
 
 def _whole_sentence(outcome: Outcome) -> str:

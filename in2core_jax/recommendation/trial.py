@@ -131,15 +131,16 @@ class Trainings:
     usable, seed = finetune.trainable_rows(self.bench), self.settings.seed
     rows = usable[np.random.default_rng((seed, 37)).permutation(len(usable))]
     log.info("measuring the seconds of a step")
-    self.retrainer.train(rows, seed, "compilation", 2)
+    first = self.retrainer.train(rows, seed, "compilation", 2)
     result = self.retrainer.train(rows, seed, "timing", _TIMED)
     self.retrainer.losses(result.sub, "eval")
     start = time.monotonic()
     self.retrainer.losses(result.sub, "eval")
     judged, step = time.monotonic() - start, result.seconds / _TIMED
     tested = judged * self.bench.splits["test"].num_tokens.sum() / self.bench.splits["eval"].num_tokens.sum()
-    spent = time.monotonic() - began
-    return Pace(step, judged, float(tested), self._shared(step, rules), self._own(step, rules), spent)
+    programs = sum(any(getattr(RULES[rule], what) for rule in rules) for what in ("gradients", "hidden", "solves"))
+    shared = self._shared(step, rules) + programs * max(0.0, first.seconds - 2 * step)  # they are compiled too
+    return Pace(step, judged, float(tested), shared, self._own(step, rules), time.monotonic() - began)
 
   def _batches(self) -> float:
     examples = sum(len(self.bench.splits[part]) for part in ("train", "eval"))
@@ -169,7 +170,7 @@ class Trainings:
       trained = self.retrainer.train(np.sort(rows), seed, label, steps)
       return self._losses(trained.sub, places, test) | {"trained_tokens": trained.trained_response_tokens}
 
-    return self.cells.get(train, "training", asked, seed, steps, test)
+    return self.cells.get(train, "training", asked, seed, steps, "test" if test else "eval")
 
   def _losses(self, sub, places: np.ndarray, test: bool) -> dict:
     found = {}
