@@ -89,7 +89,7 @@ def solver_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> l
   curvature = solver_inputs.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
   fixed = curvature.num_fixed
-  count = flop_counts.num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree)
+  count = flop_counts.num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree, inverse.apart)
   flops = flop_counts.products_flops(sizes, inverse, batch, fixed, price.cached)
   queries = 64 if inverse.solver == "exact" else inverse.queries
   device = price.device(price.program(inverse.curvature, (curvature.shape,), queries), held)

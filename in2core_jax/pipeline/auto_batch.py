@@ -143,7 +143,8 @@ def compiled_bytes(work: Work, shape: packing.PackedShape) -> int | None:
 def inverse_of(s: Settings, queries: int = 1) -> flop_counts.Inverse:
   """The solver that the flags ask for, as far as its cost depends on it."""
   solver = "identity" if s.trajectory != "none" else s.solver
-  return flop_counts.Inverse(solver, s.curvature, s.depth, s.repeat, queries, math.isnan(s.damping))
+  apart = not (solver == "cg" and s.precondition == "none" and s.curvature != "hessian")
+  return flop_counts.Inverse(solver, s.curvature, s.depth, s.repeat, queries, math.isnan(s.damping), apart)
 
 
 def largest_batch(work: Work, shapes_for: Callable[[int], tuple[packing.PackedShape, ...]]) -> int:

@@ -153,7 +153,10 @@ def _solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumab
   source = curvature_data(bench, s, chosen, pieces, rows)
   if s.solver == "datainf":  # no product, and a pass that shows itself
     return solve_on(chosen.problem, v, settings, source)
-  count = lambda depth, repeat: flop_counts.num_products(s.solver, rows.num_fixed, depth, repeat, subtree.count(v))  # noqa: E731
+  apart = not settings.shares_space
+  count = lambda depth, repeat: flop_counts.num_products(  # noqa: E731
+    s.solver, rows.num_fixed, depth, repeat, subtree.count(v), apart
+  )
   with Progress(count(s.depth, s.repeat), s.solver, "products") as progress:
 
     def fixed():
