@@ -216,6 +216,7 @@ def wrong_python(page: Page) -> Iterator[str]:
   from experiments import flags
 
   known = {field.name for field in dataclasses.fields(flags.Settings)} | {"session", "select_runs"}
+  known |= {"minutes", "rules"}  # of `recommend`
   for block in re.findall(r"^```python\n(.*?)^```", page.text, flags=re.M | re.S):
     try:
       tree = ast.parse(block)

@@ -9,10 +9,10 @@ from typing import NoReturn
 _HERE = pathlib.Path(__file__).parent
 MAIN = {  # run.sh reads these lines too
   "demo": "the whole chain on a small model and data: fine-tune, choose, retrain, judge",
+  "recommend": "try the rules on your data: which examples to train on, how many, and is it as good",
   "finetune": "fine-tune on all examples",
   "select": "score the training examples and choose a coreset",
   "evaluate": "retrain on chosen sets and compare them",
-  "study": "compare rules of selection on your data",
 }
 
 

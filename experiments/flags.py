@@ -19,6 +19,7 @@ from experiments.coverage.settings import CoverageSettings
 from experiments.fidelity.settings import FidelitySettings
 from experiments.help_text import HIDDEN, SHOWN
 from experiments.paper.settings import PaperSettings
+from experiments.recommend.settings import CalibrationSettings, RecommendFlags
 from experiments.solvers.settings import SolversSettings
 from experiments.study.settings import StudySettings
 from experiments.targets.settings import TargetsSettings
@@ -32,6 +33,7 @@ from in2core_jax.selection.inputs import Budget
 log = logging.getLogger(__name__)
 
 GROUPS = settings.GROUPS | {
+  "recommend": "rules tried on your data",
   "check": "self-check before a long run",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
@@ -48,7 +50,7 @@ GROUPS = settings.GROUPS | {
 OTHERS = (
   *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
-  commands.ExportFlags,
+  *(commands.ExportFlags, RecommendFlags, CalibrationSettings),
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 
@@ -165,7 +167,8 @@ def read(kind: type[S] = Settings, tells_costs: bool = False, given: flags.FlagV
   for name in set(_HOME) & set(values):
     values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
   if values["dry_run"] and not tells_costs:
-    raise UserError("--dry_run: finetune, select, evaluate and demo can tell what they would take, this command cannot")
+    known = "finetune, select, evaluate, demo and recommend"
+    raise UserError(f"--dry_run: {known} can tell what they would take, this command cannot")
   try:
     return kind(**values)
   except UserError as error:
