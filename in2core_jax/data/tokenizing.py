@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ class TokenizedDataset:
     truncated: bool [N], whether tokens were cut off at the maximal length.
     template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
       `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
+    second: int64 [N] where the examples are preference pairs, else None: tokens and mask of an example are those of the
+      chosen side, and from here on those of the rejected one.
   """
 
   name: str
@@ -64,6 +66,7 @@ class TokenizedDataset:
   response_mask: tuple[np.ndarray, ...]
   truncated: np.ndarray
   template: dict[str, Any] = dataclasses.field(default_factory=dict)
+  second: np.ndarray | None = None
 
   def __post_init__(self):
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
@@ -92,6 +95,12 @@ class TokenizedDataset:
     return np.array([len(tokens) for tokens in self.tokens], np.int32)
 
   @property
+  def longest(self) -> int:
+    """Tokens of the longest sequence; a preference pair has two."""
+    sizes, first = self.num_tokens, self.second
+    return int(np.max(sizes if first is None else np.maximum(first, sizes - first), initial=0))
+
+  @property
   def num_response_tokens(self) -> np.ndarray:
     """int32 [N], response tokens of each example."""
     return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
@@ -106,6 +115,7 @@ class TokenizedDataset:
       tuple(self.response_mask[i] for i in rows),
       self.truncated[rows],
       self.template,
+      None if self.second is None else self.second[rows],
     )
 
 
@@ -153,7 +163,7 @@ def tokenize(
   Args:
     records: N records.
     tokenizer: a transformers fast tokenizer with a chat template.
-    max_length: tokens beyond this are cut off.
+    max_length: tokens beyond this are cut off; of a preference pair, those of each side.
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
@@ -171,6 +181,14 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
+  if any(record.rejected for record in records):
+    return _pairs(
+      records,
+      name,
+      lambda some: tokenize(
+        some, tokenizer, max_length, system_prompt, name, vocab_size=vocab_size, date=date, bad=bad
+      ),
+    )
   render = Renderer(tokenizer, system_prompt, date)
   kept, tokens, masks, truncated = [], [], [], []
   for start in range(0, len(records), _CHUNK):
@@ -201,6 +219,56 @@ def tokenize(
       + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
     )
   return dataset
+
+
+def _pairs(
+  records: Sequence[Record], name: str, side: Callable[[Sequence[Record]], TokenizedDataset]
+) -> TokenizedDataset:
+  """Preference pairs: both sides one after the other.
+
+  A pair of which the cut leaves a side without response, or two sides that are equal, has no response token.
+
+  Args:
+    records: of one part.
+    name: of the part.
+    side: tokenises records of one conversation each.
+
+  Raises:
+    UserError: not all of them are pairs, or what `tokenize` refuses.
+  """
+  plain = next((record for record in records if not record.rejected), None)
+  if plain is not None:
+    raise UserError(
+      f"the {name} set has conversations ({plain.place}) and preference pairs "
+      f"({next(record for record in records if record.rejected).place}): they have different losses; keep one kind"
+    )
+  given = {record.example_id: record for record in records}
+  chosen = side([dataclasses.replace(record, rejected=()) for record in records])
+  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in chosen.records])
+  places = {record.example_id: row for row, record in enumerate(chosen.records)}
+  chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
+  tokens, masks = [], []
+  for ours, theirs, won, lost in zip(
+    chosen.tokens, rejected.tokens, chosen.response_mask, rejected.response_mask, strict=True
+  ):
+    differ = won.any() and lost.any() and not np.array_equal(ours, theirs)
+    tokens.append(np.concatenate([ours, theirs]))
+    masks.append(np.concatenate([won, lost]) & differ)
+  return TokenizedDataset(
+    name,
+    tuple(given[one] for one in chosen.ids),
+    tuple(tokens),
+    tuple(masks),
+    chosen.truncated | rejected.truncated,
+    _both_told(chosen.template, rejected.template),
+    np.array([len(ours) for ours in chosen.tokens], np.int64),
+  )
+
+
+def _both_told(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+  """What the chat template did to either side."""
+  changes = collections.Counter(chosen.get("changes", {})) + collections.Counter(rejected.get("changes", {}))
+  return rejected | chosen | ({"changes": dict(changes)} if changes else {})
 
 
 def _no_tokens(record: Record) -> str:

@@ -145,7 +145,7 @@ def tokenized(
     date=s.template_date,
     bad=bad,
   )
-  rotary.check_length(config, int(np.max(dataset.num_tokens, initial=0)), f"the {part} set")
+  rotary.check_length(config, dataset.longest, f"the {part} set")
   return dataset
 
 
