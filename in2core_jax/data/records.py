@@ -231,6 +231,12 @@ def drawn_share(records: Sequence[Record], share: float) -> list[Record]:
   return [record for record in records if record.content_key in kept]
 
 
+def rejected_turns(record: Record) -> Messages:
+  """What a preference pair says on its rejected side after the prompt that both sides share; nothing for others."""
+  shared = next((i for i, (a, b) in enumerate(zip(record.messages, record.rejected, strict=False)) if a != b), None)
+  return record.rejected[len(record.messages) :] if shared is None else record.rejected[shared:]
+
+
 def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
   """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
   return "".join(records[row].raw + "\n" for row in rows)

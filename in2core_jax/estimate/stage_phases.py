@@ -35,7 +35,8 @@ def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
   kept = s.keep_checkpoints or -(-steps // s.checkpoint_every)
   # float32 weights and Adam's two moments; the newest is written before the oldest goes.
   disk = 3 * FLOAT * price.sizes.subtree * (kept + 1)
-  return [*price.boundary("train"), dataclasses.replace(training(price, s, rows, steps), disk=disk)]
+  found = [*price.boundary("train"), *price.reference("train")]
+  return [*found, dataclasses.replace(training(price, s, rows, steps), disk=disk)]
 
 
 def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
@@ -60,7 +61,7 @@ def select_phases(bench: Session, s: Settings) -> list[Phase]:
     times = len(trajectory_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
     if score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
       times *= -(-len(bench.splits["eval"]) // s.query_block)
-  found = [*price.boundary("train"), *price.boundary("eval")]
+  found = [*price.boundary("train"), *price.boundary("eval"), *price.reference("train", "eval")]
   found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
   found += solver_phases(price, s, inverse)
   found += score_phases(price, s, inverse, times)
@@ -215,7 +216,7 @@ def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
   count, whole = num_trainings(s, share_kept(s, bench.splits["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
   test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
-  found = [*price.boundary("train"), *price.boundary("test")]
+  found = [*price.boundary("train"), *price.boundary("test"), *price.reference("train", "test")]
   named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
   found += choice_phases(price, s, named)
   name = f"{count} trainings: {one.name.removeprefix('training, ')}"
@@ -233,7 +234,7 @@ def demo_phases(bench: Session, s: Settings) -> list[Phase]:
     *evaluate_phases(bench, s.replace(select_runs=s.policy), known),
   ]
   for phase in stages:
-    shared = phase.name.startswith("hidden states")
+    shared = phase.name.startswith(("hidden states", "reference model"))
     found.setdefault((phase.name, "" if shared else phase.stage), phase)
   return list(found.values())
 

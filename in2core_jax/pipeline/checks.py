@@ -36,7 +36,14 @@ def check_budget(s: Settings, train: tokenizing.TokenizedDataset) -> None:
 
 
 def check_policies(bench: Session, policies: set[str]) -> None:
-  """Refuses policies that the training set is too large for."""
+  """Refuses policies that the training set is too large for, or that cannot do with preference pairs."""
+  views = sorted(policies & set(coreset.HIDDEN_POLICIES))
+  pairs = [part for part in ("train", "eval") if bench.splits[part].second is not None]
+  if views and pairs:
+    raise UserError(
+      f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
+      "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
+    )
   if "matching_hybrid" in policies:
     check_pairs(bench)
 
@@ -154,8 +161,23 @@ def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree 
     )
 
 
+def check_pair_solver(bench: Session, s: Settings) -> None:
+  """Refuses what takes a loss to be a sum over tokens, where the training set has preference pairs.
+
+  Raises:
+    UserError: EK-FAC, as a solver or a preconditioner.
+  """
+  named = next((name for name in ("solver", "precondition") if getattr(s, name) in ("ekfac", "diagonal")), None)
+  if named and bench.splits["train"].second is not None:
+    raise UserError(
+      f"{s.as_flag(named)} fits factors to losses of single tokens, and the training set has preference pairs, whose "
+      "loss joins the tokens of both sides: take --solver=cg, lissa or low_rank without --precondition"
+    )
+
+
 def check_select(bench: Session, s: Settings) -> None:
   """What `select` refuses, by shapes and data alone."""
+  check_pair_solver(bench, s)
   check_policies(bench, {s.policy})
   check_scores(s, shapes.scored_params(bench.model.config, s))
   check_budget(s, bench.splits["train"])

@@ -88,7 +88,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
   budget = budget_of(s)
-  bench = bench or open_session(s)
+  bench = bench or open_session(s, pairs=True)
   chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
   check_select(bench, s)
   return Task(s, bench, budget, chosen)

@@ -103,6 +103,21 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
   return records, bad
 
 
+def refuse_pairs(records: Mapping[str, list[tokenizing.Record]]) -> None:
+  """Refuses preference pairs, for commands that know perplexity alone.
+
+  Raises:
+    UserError: names the first pair.
+  """
+  for part in PARTS:
+    pair = next((record for record in records[part] if record.rejected), None)
+    if pair is not None:
+      raise UserError(
+        f"the {part} set has preference pairs ({pair.place}), which this command has no measure for: run finetune, "
+        "select and evaluate, or name one answer with --data_fields, for example messages=chosen"
+      )
+
+
 def tokenized_splits(
   s: Settings, config: ModelConfig, tokenizer, records: Mapping[str, list[tokenizing.Record]], bad: BadRecords
 ) -> Splits:
