@@ -3,6 +3,7 @@
 import json
 import pathlib
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 from in2core_jax import gradients
 from in2core_jax.data import batches, packing, record_shapes, tokenizing
 from in2core_jax.errors import UserError
+from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, token_losses_fn
 from in2core_jax.params import subtree
@@ -66,17 +68,27 @@ def make(config, layers, modules, dtype=jnp.float64, **extra):
   return make_objective(config, chosen), chosen, params, BETA * reference, rows, (where, packed), dataset
 
 
-@pytest.mark.parametrize(
-  ("layers", "modules", "changes"),
-  [
-    ("1", "mlp", {}),
-    pytest.param("0,1", "all,lm_head", {"tie_embeddings": False}, marks=pytest.mark.slow),
-  ],
-  ids=["hidden states", "the head is chosen"],
-)
-def test_loss_and_derivatives_are_those_of_the_definition(layers, modules, changes, x64):
+class Case(NamedTuple):
+  """A model on pairs, and what its loss and derivatives must be: dense, from margins alone."""
+
+  objective: Any
+  sub: Any
+  frozen: Any
+  chosen: Any
+  config: Any
+  rows: Any
+  packed: Any
+  v: Any
+  direction: np.ndarray
+  losses: np.ndarray
+  jacobian: np.ndarray
+  products: dict
+
+
+def make_case(layers, modules, changes, hessian):
+  """The oracle in NumPy; `hessian`: with that product too."""
   config = tiny.smaller_config(num_layers=2, **changes)
-  objective, chosen, params, reference, rows, (where, packed), dataset = make(config, layers, modules)
+  objective, chosen, params, reference, rows, packed, dataset = make(config, layers, modules)
   sub, frozen = subtree.split(params, chosen)
   flat, back = ravel_pytree(sub)
   v = tiny.direction(sub)
@@ -85,50 +97,75 @@ def test_loss_and_derivatives_are_those_of_the_definition(layers, modules, chang
 
   @jax.jit
   def oracle(vector):
-    found, slopes = ours(vector), jax.jacrev(ours)(vector)
-    return found, slopes, jax.jvp(jax.jacrev(ours), (vector,), (direction,))[1]  # the last: Hessians times v
+    bent = jax.jvp(jax.jacrev(ours), (vector,), (direction,))[1] if hessian else jnp.zeros(())
+    return ours(vector), jax.jacrev(ours)(vector), bent
 
   found, slopes, bent = map(np.asarray, oracle(flat))
   u = (BETA * found - np.float32(reference))[:3]  # the last pair counts nothing
   share = 1 / (1 + np.exp(u))  # sigmoid(-u)
   jacobian = np.concatenate([-BETA * share[:, None] * slopes[:3], np.zeros((1, len(flat)))])
   weight = BETA**2 * share * (1 - share)  # second derivative of the logistic loss in the margin
-  dense = {
+  products = {
     "ggn": np.einsum("i,ip,iq,q->p", weight, slopes[:3], slopes[:3], direction),
     "fisher": jacobian.T @ (jacobian @ direction),
   }
-  dense["hessian"] = dense["ggn"] - BETA * share @ bent[:3]
-  close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)  # noqa: E731
-  step = 1e-4
-  ahead, behind = (np.asarray(jax.jit(ours)(flat + sign * step * direction)) for sign in (1, -1))
-  np.testing.assert_allclose((ahead - behind) / (2 * step), slopes @ direction, rtol=1e-5)
+  if hessian:
+    products["hessian"] = products["ggn"] - BETA * share @ bent[:3]
+  losses = np.array([*np.log1p(np.exp(-u)), 0])  # TRL's sigmoid loss, -logsigmoid(beta * logits)
+  return Case(objective, sub, frozen, chosen, config, rows, packed, v, direction, losses, jacobian, products)
+
+
+def close(got, want):
+  """In double precision."""
+  np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+def check_sums(t, batch, places):
+  """Losses, scores, gradient and curvature products of a batch."""
 
   @jax.jit
   def measure(batch):
-    losses, scores = gradients.losses_and_jvp_scores(objective, sub, frozen, batch, v)
+    losses, scores = gradients.losses_and_jvp_scores(t.objective, t.sub, t.frozen, batch, t.v)
     products = {
-      name: product(objective, sub, frozen, batch, v) for name, product in gradients.CURVATURE_PRODUCTS.items()
+      name: gradients.CURVATURE_PRODUCTS[name](t.objective, t.sub, t.frozen, batch, t.v) for name in t.products
     }
-    return losses, scores, gradients.sum_gradient(objective, sub, frozen, batch), products
+    return losses, scores, gradients.sum_gradient(t.objective, t.sub, t.frozen, batch), products
 
-  for batch, places in ((rows, np.arange(COUNT)), (packed, where)):
-    losses, scores, total, products = jax.tree.map(np.asarray, measure(batch))
-    there = np.array([np.flatnonzero(places == row)[0] for row in range(COUNT)])
-    close(losses[there], [*np.log1p(np.exp(-u)), 0])  # TRL's sigmoid loss, -logsigmoid(beta * logits)
-    assert np.count_nonzero(losses) == 3  # not the padding, nor the pair without response
-    close(scores[there], jacobian @ direction)
-    close(ravel_pytree(total)[0], jacobian.sum(0))
-    for name, want in dense.items():
-      close(ravel_pytree(products[name])[0], want)
+  losses, scores, total, products = jax.tree.map(np.asarray, measure(batch))
+  there = np.array([np.flatnonzero(places == row)[0] for row in range(COUNT)])
+  close(losses[there], t.losses)
+  assert np.count_nonzero(losses) == 3  # not the padding, nor the pair without response
+  close(scores[there], t.jacobian @ t.direction)
+  close(ravel_pytree(total)[0], t.jacobian.sum(0))
+  for name, want in t.products.items():
+    close(ravel_pytree(products[name])[0], want)
+
+
+def test_loss_scores_and_curvature_are_those_of_the_definition(x64):
+  t = make_case("1", "mlp", {}, hessian=False)
+  check_sums(t, t.packed[1], t.packed[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("layers", "modules", "changes"),
+  [("1", "mlp", {}), ("0,1", "all,lm_head", {"tie_embeddings": False})],
+  ids=["hidden states", "the head is chosen"],
+)
+def test_a_row_for_each_pair_gives_the_same_and_single_gradients(layers, modules, changes, x64):
+  t = make_case(layers, modules, changes, hessian=True)
+  check_sums(t, t.rows, np.arange(COUNT))
 
   @jax.jit
   def apart(batch):
-    losses = lambda s: token_losses_fn(config, chosen)(s, frozen, batch)  # noqa: E731
-    return gradients.per_example_gradients(objective, sub, frozen, batch), jax.jvp(losses, (sub,), (v,))[1]
+    losses = lambda s: token_losses_fn(t.config, t.chosen)(s, t.frozen, batch)  # noqa: E731
+    each = gradients.per_example_gradients(t.objective, t.sub, t.frozen, batch, microbatch=4)
+    return each, jax.jvp(losses, (t.sub,), (t.v,))[1]
 
-  each, tokens = jax.tree.map(np.asarray, apart(rows))
-  close(np.stack([ravel_pytree(jax.tree.map(lambda leaf: leaf[i], each))[0] for i in range(COUNT)]), jacobian)  # noqa: B023
-  close(np.sum(tokens, axis=1)[:COUNT], jacobian @ direction)  # a pair's score is the sum of its tokens' scores
+  each, tokens = jax.tree.map(np.asarray, apart(t.rows))
+  rows = [ravel_pytree(jax.tree.map(lambda leaf, row=row: leaf[row], each))[0] for row in range(COUNT)]
+  close(np.stack(rows), t.jacobian)
+  close(np.sum(tokens, axis=1)[:COUNT], t.jacobian @ t.direction)  # a pair's score is the sum of its tokens' scores
 
 
 # ---- records -------------------------------------------------------------------------
@@ -178,7 +215,7 @@ def test_a_pair_is_read_in_every_spelling(name):
     ({"prompt": "P", "chosen": GOOD, "rejected": BAD}, 'the prompt "P" is not the one'),
     ({"chosen": "good", "rejected": "bad"}, "answers without a prompt: add a column 'prompt'"),
     ({"prompt": "Q", "chosen": GOOD, "rejected": "bad"}, "'chosen' begins with the prompt and 'rejected' with the"),
-    ({"chosen": GOOD, "rejected": GOOD[:1]}, "no answer|begins with"),
+    ({"chosen": GOOD, "rejected": GOOD[:1]}, "'rejected' has no answer"),
   ],
 )
 def test_what_is_no_pair_is_told(value, words):
@@ -237,17 +274,19 @@ def test_a_cut_side_and_a_mixed_part_are_told(settings, bench, tmp_path):
   path.write_text("\n".join([*write_pairs(path, 8), json.dumps({"prompt": "a", "response": "b"})]) + "\n")
   records = tokenizing.load_records(f"jsonl:{path}")
   with pytest.raises(UserError, match=r"conversations \(.*:9\) and preference pairs \(.*:1\).*keep one kind"):
-    tokenizing.tokenize(records, bench.model.tokenizer, 48)
-  whole = tokenizing.tokenize(records[:8], bench.model.tokenizer, 48)
-  at = int(whole.second[0])
-  first = np.flatnonzero(whole.response_mask[0][at:])[0]  # of the rejected answer
-  cut = tokenizing.tokenize(records[:8], bench.model.tokenizer, int(first) + 1)
-  assert cut.truncated.all() and cut.longest == first + 1
-  assert np.count_nonzero(cut.num_response_tokens) > 0
+    tokenizing.tokenize(records, bench.model.tokenizer, 48, "none")
+  whole = tokenizing.tokenize(records[:8], bench.model.tokenizer, 48, "none")
+  starts = [np.flatnonzero(mask[at:])[0] for mask, at in zip(whole.response_mask, whole.second, strict=True)]
+  most = int(min(starts)) + 1  # of the rejected answers
+  cut = tokenizing.tokenize(records[:8], bench.model.tokenizer, most, "none")
+  assert cut.truncated.all() and cut.longest == most
+  there = cut.num_response_tokens > 0  # a pair counts where both of its answers begin before the cut
+  assert there.tolist() == [start < most for start in starts] and there.any() and not there.all()
   take = whole.take([3, 1])
   assert take.second.tolist() == whole.second[[3, 1]].tolist() and take.longest <= whole.longest
 
 
+@pytest.mark.slow
 def test_pairs_are_chosen_trained_and_judged_by_the_dpo_loss(settings, bench, tmp_path):
   """Losses of the base model are log 2; training lowers them; the selection is the original lines."""
   tuned = finetune.run(settings.replace(run_dir=str(tmp_path / "finetune")), bench)
@@ -268,7 +307,7 @@ def test_pairs_are_chosen_trained_and_judged_by_the_dpo_loss(settings, bench, tm
     np.testing.assert_allclose(total, table["influence"], atol=1e-4 * np.abs(table["influence"]).max())
   summary = json.loads((folder / "summary.json").read_text())
   assert summary["beta"] == 0.5 and "DPO with beta 0.5" in summary["unit"]
-  reference = sorted((tmp_path / "reference").iterdir())
+  reference = sorted((pathlib.Path(settings.run_dir).parent / "reference").iterdir())  # of the session's run folder
   assert [path.name.partition("-")[0] for path in reference] == ["eval", "train"]
   judged = evaluate.run(
     settings.replace(run_dir=str(tmp_path / "evaluate"), select_runs=str(folder), policies="full,random"), bench
@@ -293,3 +332,44 @@ def test_influence_of_pairs_on_conversations_and_the_other_way(settings, tmp_pat
     assert np.isfinite(table["influence"]).all() and sum(table["selected"]) == round(len(table["selected"]) / 4)
     mean = np.array(queries["influence"]).reshape(-1, len(table["influence"])).mean(0)
     np.testing.assert_allclose(mean, table["influence"], atol=0.1 * np.abs(mean).max())  # CG stops at 1 %
+
+
+@pytest.mark.slow
+def test_influence_of_a_pair_is_what_leaving_it_out_does(x64):
+  """theta minimises the mean DPO loss + damping / 2 |theta - theta_0|^2; each pair is left out, theta found anew."""
+  config, damping, size, queries = tiny.smaller_config(num_layers=2), 0.05, 12, 4
+  rng = np.random.default_rng(4)
+  sides = [(rng.integers(0, 11, 4 + i % 3), rng.integers(0, 11, 3 + i % 4)) for i in range(size + queries)]
+  answer = lambda tokens: np.arange(len(tokens)) >= 2  # noqa: E731
+  dataset = types.SimpleNamespace(
+    ids=tuple(map(str, range(len(sides)))),
+    tokens=tuple(np.concatenate(both).astype(np.int32) for both in sides),
+    response_mask=tuple(np.concatenate([answer(won), answer(lost)]) for won, lost in sides),
+    second=np.array([len(won) for won, _ in sides]),
+  )
+  params = tiny.make_params(config, jnp.float64)
+  chosen = subtree.make_subtree(params, "1", "attention")
+  sub, frozen = subtree.split(params, chosen)
+  start, back = ravel_pytree(sub)
+  objective, shape = make_objective(config, chosen), batches.Shape(16, 8)
+  terms = batches.PairTerms(BETA, lambda: np.zeros(len(sides)))
+  batch = batches.Batcher(dataset, (shape,), pairs=terms).batch(range(len(sides)), shape, len(sides))
+  losses = jax.jit(lambda x: gradients.per_example_losses(objective, back(x), frozen, batch))
+  penalised = lambda x, w: w @ losses(x)[:size] / size + damping / 2 * jnp.sum((x - start) ** 2)  # noqa: E731
+  newton = jax.jit(lambda x, w: x - jnp.linalg.solve(jax.hessian(penalised)(x, w), jax.grad(penalised)(x, w)))
+
+  def fit(weight):
+    x = start
+    for _ in range(12):
+      x = newton(x, weight)
+    assert np.linalg.norm(jax.grad(penalised)(x, weight)) < 1e-9
+    return x
+
+  whole = fit(np.ones(size))
+  jacobian = np.asarray(jax.jacrev(losses)(whole))
+  inverse = np.linalg.inv(jax.hessian(penalised)(whole, np.ones(size)))  # the damping is in it
+  influence = jacobian[size:].mean(0) @ inverse @ jacobian[:size].T
+  query = lambda x: float(losses(x)[size:].mean())  # noqa: E731
+  left_out = [query(fit(np.delete(np.eye(size), i, axis=0).sum(0))) - query(whole) for i in range(size)]
+  assert statistics.spearman(influence, np.array(left_out)) > 0.95
+  np.testing.assert_allclose(influence / size, left_out, atol=0.3 * np.abs(left_out).max())

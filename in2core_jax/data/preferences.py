@@ -84,6 +84,9 @@ def read_pair(
         "data_fields, for example prompt=question"
       )
     found = [[*prompt, *turns] for turns in found]
+  for key, turns in zip(sides, found, strict=True):
+    if not any(map(_answers, turns)):
+      raise UserError(f"{key!r} has no answer; a preference pair needs both")
   size = _shared(*found)
   asked = found[0][:size]
   if not any(message["role"] == "user" for message in asked):
@@ -94,7 +97,7 @@ def read_pair(
   pair = Pair(*([*_as_context(asked), *turns[size:]] for turns in found))
   for key, turns in zip(sides, pair, strict=True):
     if not any(_answers(message) for message in turns[size:]):
-      raise UserError(f"{key!r} has no answer after the prompt that both sides share; a preference pair needs both")
+      raise UserError(f"{key!r} has no answer after the prompt that both sides share; remove the pair")
   if pair.chosen == pair.rejected:
     raise UserError(f"{sides[0]!r} and {sides[1]!r} are equal: there is nothing to prefer; remove the pair")
   return pair

@@ -244,7 +244,8 @@ def _pairs(
     )
   given = {record.example_id: record for record in records}
   chosen = side([dataclasses.replace(record, rejected=()) for record in records])
-  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in chosen.records])
+  left = [given[one] for one in chosen.ids]
+  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
   places = {record.example_id: row for row, record in enumerate(chosen.records)}
   chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
   tokens, masks = [], []
