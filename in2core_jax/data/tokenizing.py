@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import BadRecords, Record
@@ -62,8 +63,8 @@ class TokenizedDataset:
 
   name: str
   records: tuple[Record, ...]
-  tokens: tuple[np.ndarray, ...]
-  response_mask: tuple[np.ndarray, ...]
+  tokens: Sequence[np.ndarray]
+  response_mask: Sequence[np.ndarray]
   truncated: np.ndarray
   template: dict[str, Any] = dataclasses.field(default_factory=dict)
   second: np.ndarray | None = None
@@ -92,7 +93,7 @@ class TokenizedDataset:
   @property
   def num_tokens(self) -> np.ndarray:
     """int32 [N], tokens of each example."""
-    return np.array([len(tokens) for tokens in self.tokens], np.int32)
+    return ragged.lengths_of(self.tokens)
 
   @property
   def longest(self) -> int:
@@ -103,7 +104,7 @@ class TokenizedDataset:
   @property
   def num_response_tokens(self) -> np.ndarray:
     """int32 [N], response tokens of each example."""
-    return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
+    return ragged.counts_of(self.response_mask)
 
   def take(self, rows: Sequence[int]) -> TokenizedDataset:
     """Returns the examples `rows` (int [n]), in the order given."""
@@ -111,8 +112,8 @@ class TokenizedDataset:
     return TokenizedDataset(
       self.name,
       tuple(self.records[i] for i in rows),
-      tuple(self.tokens[i] for i in rows),
-      tuple(self.response_mask[i] for i in rows),
+      ragged.taken(self.tokens, rows),
+      ragged.taken(self.response_mask, rows),
       self.truncated[rows],
       self.template,
       None if self.second is None else self.second[rows],
@@ -190,7 +191,8 @@ def tokenize(
       ),
     )
   render = Renderer(tokenizer, system_prompt, date)
-  kept, tokens, masks, truncated = [], [], [], []
+  kept, truncated = [], []
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
@@ -207,10 +209,10 @@ def tokenize(
       if vocab_size is not None and ids and max(ids) >= vocab_size:
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
       kept.append(record)
-      tokens.append(np.array(ids[:max_length], np.int32))
+      tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+  parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
   dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
@@ -248,7 +250,7 @@ def _pairs(
   rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
   places = {record.example_id: row for row, record in enumerate(chosen.records)}
   chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
-  tokens, masks = [], []
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for ours, theirs, won, lost in zip(
     chosen.tokens, rejected.tokens, chosen.response_mask, rejected.response_mask, strict=True
   ):
@@ -258,8 +260,8 @@ def _pairs(
   return TokenizedDataset(
     name,
     tuple(given[one] for one in chosen.ids),
-    tuple(tokens),
-    tuple(masks),
+    tokens.done(),
+    masks.done(),
     chosen.truncated | rejected.truncated,
     _both_told(chosen.template, rejected.template),
     np.array([len(ours) for ours in chosen.tokens], np.int64),
