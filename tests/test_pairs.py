@@ -325,7 +325,7 @@ def test_influence_of_pairs_on_conversations_and_the_other_way(settings, tmp_pat
   """Training and evaluation set may be of different kinds; sketches and per-example gradients serve both."""
   for number, changes in enumerate(({"train_data": "chatterbot:trivia"}, {"eval_data": "chatterbot:trivia"})):
     own = settings.replace(eval_data=settings.train_data).replace(**changes)
-    own = own.replace(run_dir=str(tmp_path / f"run{number}"), policy="matching", write="query")
+    own = own.replace(run_dir=str(tmp_path / f"run{number}"), policy="matching", write="query", batch_tokens="auto")
     folder = pathlib.Path(select.run(own, session.open_session(own, tiny.one_device(), pairs=True)))
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     queries = pq.read_table(folder / "query_scores.parquet").to_pydict()
@@ -337,7 +337,7 @@ def test_influence_of_pairs_on_conversations_and_the_other_way(settings, tmp_pat
 @pytest.mark.slow
 def test_influence_of_a_pair_is_what_leaving_it_out_does(x64):
   """theta minimises the mean DPO loss + damping / 2 |theta - theta_0|^2; each pair is left out, theta found anew."""
-  config, damping, size, queries = tiny.smaller_config(num_layers=2), 0.05, 12, 4
+  config, damping, size, queries = tiny.smaller_config(num_layers=2, tie_embeddings=False), 0.5, 12, 4
   rng = np.random.default_rng(4)
   sides = [(rng.integers(0, 11, 4 + i % 3), rng.integers(0, 11, 3 + i % 4)) for i in range(size + queries)]
   answer = lambda tokens: np.arange(len(tokens)) >= 2  # noqa: E731
@@ -348,11 +348,11 @@ def test_influence_of_a_pair_is_what_leaving_it_out_does(x64):
     second=np.array([len(won) for won, _ in sides]),
   )
   params = tiny.make_params(config, jnp.float64)
-  chosen = subtree.make_subtree(params, "1", "attention")
+  chosen = subtree.make_subtree(params, "1", "attention,lm_head")
   sub, frozen = subtree.split(params, chosen)
   start, back = ravel_pytree(sub)
   objective, shape = make_objective(config, chosen), batches.Shape(16, 8)
-  terms = batches.PairTerms(BETA, lambda: np.zeros(len(sides)))
+  terms = batches.PairTerms(0.1, lambda: np.zeros(len(sides)))
   batch = batches.Batcher(dataset, (shape,), pairs=terms).batch(range(len(sides)), shape, len(sides))
   losses = jax.jit(lambda x: gradients.per_example_losses(objective, back(x), frozen, batch))
   penalised = lambda x, w: w @ losses(x)[:size] / size + damping / 2 * jnp.sum((x - start) ** 2)  # noqa: E731
