@@ -356,20 +356,21 @@ def test_influence_of_a_pair_is_what_leaving_it_out_does(x64):
   batch = batches.Batcher(dataset, (shape,), pairs=terms).batch(range(len(sides)), shape, len(sides))
   losses = jax.jit(lambda x: gradients.per_example_losses(objective, back(x), frozen, batch))
   penalised = lambda x, w: w @ losses(x)[:size] / size + damping / 2 * jnp.sum((x - start) ** 2)  # noqa: E731
-  newton = jax.jit(lambda x, w: x - jnp.linalg.solve(jax.hessian(penalised)(x, w), jax.grad(penalised)(x, w)))
+  slope = jax.jit(jax.grad(penalised))
+  newton = jax.jit(lambda x, w: x - jnp.linalg.solve(jax.hessian(penalised)(x, w), slope(x, w)))
+  down = jax.jit(lambda w: jax.lax.fori_loop(0, 400, lambda _, x: x - 0.1 * slope(x, w), start))
 
-  def fit(weight):
-    x = start
-    for _ in range(12):
+  def fit(weight, x):
+    for _ in range(6):
       x = newton(x, weight)
-    assert np.linalg.norm(jax.grad(penalised)(x, weight)) < 1e-9
+    assert np.linalg.norm(slope(x, weight)) < 1e-9
     return x
 
-  whole = fit(np.ones(size))
+  whole = fit(np.ones(size), down(np.ones(size)))
   jacobian = np.asarray(jax.jacrev(losses)(whole))
   inverse = np.linalg.inv(jax.hessian(penalised)(whole, np.ones(size)))  # the damping is in it
   influence = jacobian[size:].mean(0) @ inverse @ jacobian[:size].T
   query = lambda x: float(losses(x)[size:].mean())  # noqa: E731
-  left_out = [query(fit(np.delete(np.eye(size), i, axis=0).sum(0))) - query(whole) for i in range(size)]
-  assert statistics.spearman(influence, np.array(left_out)) > 0.95
-  np.testing.assert_allclose(influence / size, left_out, atol=0.3 * np.abs(left_out).max())
+  without = lambda share: [query(fit(1 - share * row, whole)) - query(whole) for row in np.eye(size)]  # noqa: E731
+  np.testing.assert_allclose(without(0.01), 0.01 * influence / size, rtol=0.02, atol=2e-7)
+  assert statistics.spearman(influence, np.array(without(1.0))) > 0.9  # one of twelve is no small change

@@ -175,10 +175,15 @@ def check_pair_solver(bench: Session, s: Settings) -> None:
     )
 
 
-def check_select(bench: Session, s: Settings) -> None:
-  """What `select` refuses, by shapes and data alone."""
+def check_kinds(bench: Session, s: Settings) -> None:
+  """What `select` refuses because of the kind or number of examples, before any weight is read."""
   check_pair_solver(bench, s)
   check_policies(bench, {s.policy})
+
+
+def check_select(bench: Session, s: Settings) -> None:
+  """What `select` refuses, by shapes and data alone."""
+  check_kinds(bench, s)
   check_scores(s, shapes.scored_params(bench.model.config, s))
   check_budget(s, bench.splits["train"])
 

@@ -9,7 +9,7 @@ import logging
 from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.advice import of_selection, without_effect
-from in2core_jax.pipeline.checks import budget_of, check_select
+from in2core_jax.pipeline.checks import budget_of, check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.scoring import (
   Clock,
@@ -89,6 +89,7 @@ def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
   budget = budget_of(s)
   bench = bench or open_session(s, pairs=True)
+  check_kinds(bench, s)
   chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
   check_select(bench, s)
   return Task(s, bench, budget, chosen)
