@@ -158,6 +158,7 @@ def tokenize(
   vocab_size: int | None = None,
   date: str | None = None,
   bad: BadRecords | None = None,
+  on_chunk: Callable[[int], None] = lambda count: None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
@@ -172,6 +173,7 @@ def tokenize(
     date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
     bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
       first one is an error.
+    on_chunk: called with the number of records that are done, again and again.
 
   Returns:
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
@@ -183,13 +185,8 @@ def tokenize(
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
   if any(record.rejected for record in records):
-    return _pairs(
-      records,
-      name,
-      lambda some: tokenize(
-        some, tokenizer, max_length, system_prompt, name, vocab_size=vocab_size, date=date, bad=bad
-      ),
-    )
+    more = {"vocab_size": vocab_size, "date": date, "bad": bad, "on_chunk": on_chunk}
+    return _pairs(records, name, lambda some: tokenize(some, tokenizer, max_length, system_prompt, name, **more))
   render = Renderer(tokenizer, system_prompt, date)
   kept, truncated = [], []
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
@@ -212,6 +209,7 @@ def tokenize(
       tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
+    on_chunk(len(records[start : start + _CHUNK]))
   parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
   dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():

@@ -1,6 +1,7 @@
 """From sources to the three parts: train, eval, test."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,8 +18,11 @@ from in2core_jax.model import hidden_cache, rotary
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_MANY = 20_000  # records that take so long to tokenise that progress is shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,16 +154,13 @@ def tokenized(
   bad: BadRecords | None = None,
 ) -> tokenizing.TokenizedDataset:
   """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
-  dataset = tokenizing.tokenize(
-    records,
-    tokenizer,
-    s.max_length,
-    s.system_prompt,
-    name=part,
-    vocab_size=config.vocab_size,
-    date=s.template_date,
-    bad=bad,
-  )
+  more = {"name": part, "vocab_size": config.vocab_size, "date": s.template_date, "bad": bad}
+  sides = 1 + any(record.rejected for record in records)
+  with contextlib.ExitStack() as shown:
+    if len(records) >= _MANY:
+      progress = shown.enter_context(Progress(sides * len(records), f"tokenise ({part})", "texts"))
+      more["on_chunk"] = progress.update
+    dataset = tokenizing.tokenize(records, tokenizer, s.max_length, s.system_prompt, **more)
   rotary.check_length(config, dataset.longest, f"the {part} set")
   return dataset
 
