@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from in2core_jax import gradients
-from in2core_jax.data import batches, packing, record_shapes, tokenizing
+from in2core_jax.data import batches, packing, ragged, record_shapes, tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder
@@ -374,3 +374,25 @@ def test_influence_of_a_pair_is_what_leaving_it_out_does(x64):
   without = lambda share: [query(fit(1 - share * row, whole)) - query(whole) for row in np.eye(size)]  # noqa: E731
   np.testing.assert_allclose(without(0.01), 0.01 * influence / size, rtol=0.02, atol=2e-7)
   assert statistics.spearman(influence, np.array(without(1.0))) > 0.9  # one of twelve is no small change
+
+
+# ---- what holds token ids ------------------------------------------------------------
+
+
+def test_flat_arrays_give_back_what_they_got():
+  """Also beyond 16 bits, across the arrays that are joined, and empty; a part shares the content."""
+  rng = np.random.default_rng(0)
+  sizes = [0, 1, 7, 8, 9, 30, *rng.integers(0, 5, 5000)]
+  ids = [rng.integers(0, 70_000 if i == 4 else 60_000, size).astype(np.int32) for i, size in enumerate(sizes)]
+  masks = [rng.random(size) < 0.5 for size in sizes]
+  for kind, items, dtype in ((ragged.TokenIds, ids, np.int32), (ragged.Masks, masks, bool)):
+    found = kind.of(items)
+    assert len(found) == len(items) and all(one.dtype == dtype for one in found[:6])
+    for ours, theirs in zip(found, items, strict=True):
+      np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ragged.counts_of(found), [np.count_nonzero(item) for item in items])
+    part = ragged.taken(found, np.array([5, 2]))
+    assert part.flat is found.flat and ragged.lengths_of(part).tolist() == [30, 7]
+    np.testing.assert_array_equal(part[0], items[5])
+    with pytest.raises(IndexError):
+      part[2]
