@@ -21,7 +21,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, token_losses_fn
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import evaluate, finetune, select, session
+from in2core_jax.pipeline import evaluate, evaluate_pairs, finetune, select, session
 
 BETA = 0.5  # a number that float32 holds
 # (chosen, rejected) by role of each token; the last pair has no response on one side, so none at all.
@@ -395,3 +395,34 @@ def test_flat_arrays_give_back_what_they_got():
     np.testing.assert_array_equal(part[0], items[5])
     with pytest.raises(IndexError):
       part[2]
+
+
+# ---- verdicts ------------------------------------------------------------------------
+
+
+def made_row(policy, seed, losses):
+  """A retrained model with these DPO losses."""
+  ones = np.ones(len(losses), np.int64)
+  return statistics.RetrainRow(policy, seed, 5, 50, 20, 3, 30, 1.0, 1.0, losses, ones, np.arange(len(losses)))
+
+
+def test_a_verdict_on_pairs_says_loss_and_accuracy():
+  rng = np.random.default_rng(0)
+  hard = rng.normal(0, 0.1, 200)  # how hard each pair is
+  losses = {
+    **{("random", seed): 0.686 + 0.001 * seed + hard + rng.normal(0, 0.01, 200) for seed in range(4)},
+    ("good", 0): 0.6 + hard,
+    ("same", 0): 0.685 + hard + rng.normal(0, 0.05, 200),
+  }
+  rows = [made_row(policy, seed, own) for (policy, seed), own in losses.items()]
+  table = {row["policy"]: row for row in evaluate_pairs.summarise(rows)}
+  assert np.isclose(table["good"]["loss"], np.mean(losses["good", 0]))
+  assert np.isclose(table["good"]["accuracy"], np.mean(losses["good", 0] < np.log(2)))
+  both = np.mean([losses["random", seed] for seed in range(4)])
+  assert np.isclose(table["good"]["loss_minus_random"], np.mean(losses["good", 0]) - both)
+  assert table["good"]["loss_minus_random_high"] < 0 < table["same"]["loss_minus_random_high"]
+  said = {line.partition(":")[0]: line for line in evaluate_pairs.sentences(rows)}
+  assert "its loss is lower (better) than that of random sets" in said["good"]
+  assert "its loss cannot be told apart from that of random sets" in said["same"]
+  assert "2 comparisons of losses" in evaluate_pairs.chance({"": rows})[0]
+  assert evaluate_pairs.accuracies(np.array([0.1, np.log(2), 2.0])).tolist() == [1, 0.5, 0]

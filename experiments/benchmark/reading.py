@@ -3,7 +3,7 @@
 python -m experiments.benchmark.reading --records=1000000 --folder=runs/reading --peer=PATH/OF/PYTHON
 
 It writes records of about 200 tokens as Parquet, then starts a process for each way, so that no peak hides another's.
---peer is the Python of an environment that has `datasets` and `transformers`; without it our way is measured alone.
+--peer is the Python of an environment that has datasets, transformers and jinja2; without it we are measured alone.
 """
 
 import argparse
@@ -120,8 +120,11 @@ def main(arguments: argparse.Namespace) -> None:
     ways["datasets.map"] = [arguments.peer, "-c", _PEER, str(path), str(folder / "tokenizer"), str(cache)]
   found = {}
   for name, command in ways.items():
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+      raise SystemExit(f"{name} ended with {done.returncode}: see its messages above")
     found[name] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {found[name]}", flush=True)
   (folder / "reading.json").write_text(json.dumps({"records": arguments.records, "ways": found}, indent=1) + "\n")
   (folder / "reading.md").write_text(table(arguments.records, found))
   print(table(arguments.records, found))

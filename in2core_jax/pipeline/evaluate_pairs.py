@@ -20,6 +20,7 @@ from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)
 
+_LABELS = {statistics.RANDOM: "random sets", statistics.FULL: "full data"}
 _ABOUT = (
   "The DPO loss of a pair is -log sigmoid(u), u = beta ((log pi_w - log ref_w) - (log pi_l - log ref_l)); the base "
   "model has log 2 = 0.6931. A pair is right where u > 0; accuracy is the share of right pairs. In brackets: 95 % "
@@ -58,7 +59,9 @@ class PairComparison:
     return self.of[what].difference(name, other, "example")
 
   def others(self, name: str) -> list[str]:
-    """What a policy is held against: random sets and full data, where they are there."""
+    """What a policy is held against: random sets and full data, where they are there; random sets against nothing."""
+    if name == statistics.RANDOM:
+      return []
     return [other for other in (statistics.RANDOM, statistics.FULL) if other in self.groups and other != name]
 
 
@@ -79,7 +82,8 @@ def summarise(rows: Sequence[statistics.RetrainRow]) -> list[dict]:
 
 def _cells(name: str, estimate: Estimate) -> dict[str, float]:
   interval = estimate.interval()
-  return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+  low, high = (interval.low, interval.high) if name != "accuracy" else np.clip((interval.low, interval.high), 0, 1)
+  return {name: interval.mean, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def sentences(rows: Sequence[statistics.RetrainRow]) -> list[str]:
@@ -90,18 +94,21 @@ def sentences(rows: Sequence[statistics.RetrainRow]) -> list[str]:
     parts = [f"{name}: DPO loss {loss.mean:.4f}, accuracy {100 * right.mean:.1f} %"]
     for other in compared.others(name):
       less, more = (compared.difference(name, other, what) for what in ("loss", "accuracy"))
-      label = verdict.LABELS[other]
-      said = "" if less.note else f"; its loss is {verdict.word(less)} that of {label}"
-      unit = f"difference {_shown(less, 1, '.4f')}, accuracy {_shown(more, 100, '+.1f')} points"
+      label = _LABELS[other]
+      word = verdict.word(less)
+      said = "" if less.note else f"; its loss {'' if word.startswith('cannot') else 'is '}{word} that of {label}"
+      unit = f"difference {_shown(less, 1, '+.4f')}; accuracy {_shown(more, 100, '+.1f', ' points')}"
       parts.append(f"{said or f'; against {label}'} ({unit})")
     lines.append("".join(parts) + ".")
   return lines
 
 
-def _shown(estimate: Estimate, times: float, digits: str) -> str:
+def _shown(estimate: Estimate, times: float, digits: str, unit: str = "") -> str:
   interval = estimate.interval()
   mean, low, high = (format(times * value, digits) for value in (interval.mean, interval.low, interval.high))
-  return f"{mean}, without an interval: {estimate.note}" if estimate.note else f"{mean} ({low} to {high})"
+  if estimate.note:
+    return f"{mean}{unit}, without an interval: {estimate.note}"
+  return f"{mean}{unit}, 95 % interval {low} to {high}"
 
 
 def chance(groups: Mapping[str, Sequence[statistics.RetrainRow]]) -> list[str]:
