@@ -16,7 +16,7 @@ from in2core_jax.data import packing
 from in2core_jax.model import embeddings, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import auto_batch, phases
+from in2core_jax.pipeline import auto_batch, phases, shapes
 from in2core_jax.pipeline.loaded_model import open_model
 from in2core_jax.pipeline.session import Session, make_session, read_described
 from in2core_jax.pipeline.settings import Settings
@@ -193,6 +193,17 @@ class Pricer:
     device = self.device(memory.program_bytes(bench.model.config, self.sizes, program, s.dtype))
     moved = self.gathered(self.sizes.below, work.batches)
     return Phase(self.stage, name, flop_counts.below_flops(self.sizes, work), device, host, disk, moved)
+
+  def reference(self, *parts: str) -> list[Phase]:
+    """Log probabilities of preference pairs at the reference model, which runs as a whole."""
+    bench, found = self.bench, []
+    params = shapes.param_shapes(bench.model.config, bench.settings.dtype)
+    for part in (part for part in parts if bench.splits[part].second is not None):
+      whole = Pricer(bench, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
+      whole.cached = False
+      work = whole.packed(part)
+      found.append(whole.packed_pass(phases.reference(part), "losses", work))
+    return found
 
   def hidden_states(self, part: str) -> Phase:
     """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""

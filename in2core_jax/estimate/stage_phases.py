@@ -38,7 +38,7 @@ def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
   prices = hidden_prices(price) | {
     phases.TRAINING: lambda: [dataclasses.replace(training(price, s, rows, steps), disk=disk)]
   }
-  return priced(phases.of_finetune(price.boundary), prices)
+  return [*price.reference("train"), *priced(phases.of_finetune(price.boundary), prices)]
 
 
 def priced(names: Iterable[str], prices: Mapping[str, Callable[[], list[Phase]]]) -> list[Phase]:
@@ -84,7 +84,7 @@ def select_phases(bench: Session, s: Settings) -> list[Phase]:
     phases.BLOCKS: lambda: block_phases(price, s, inverse),
     phases.RESULTS: lambda: [results_phase(bench, s, len(groups))],
   }
-  return priced(phases.of_select(s, price.boundary, len(groups)), prices)
+  return [*price.reference("train", "eval"), *priced(phases.of_select(s, price.boundary, len(groups)), prices)]
 
 
 def hidden_prices(price: Pricer) -> dict[str, Callable[[], list[Phase]]]:
@@ -253,7 +253,7 @@ def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
     phases.TRAININGS: lambda: [every],
     phases.TEST: lambda: [price.packed_pass(phases.TEST, "losses", price.packed("test"), count + known + 1)],
   }
-  return priced(phases.of_evaluate(named, price.boundary), prices)
+  return [*price.reference("train", "test"), *priced(phases.of_evaluate(named, price.boundary), prices)]
 
 
 def demo_phases(bench: Session, s: Settings) -> list[Phase]:
@@ -267,7 +267,7 @@ def demo_phases(bench: Session, s: Settings) -> list[Phase]:
     *evaluate_phases(bench, s.replace(select_runs=s.policy), known),
   ]
   for phase in stages:
-    shared = phase.name.startswith("hidden states")
+    shared = phase.name.startswith(("hidden states", "reference model"))
     found.setdefault((phase.name, "" if shared else phase.stage), phase)
   return list(found.values())
 

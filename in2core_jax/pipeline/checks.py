@@ -37,7 +37,14 @@ def check_budget(s: SelectSettings, train: tokenizing.TokenizedDataset) -> Budge
 
 
 def check_policies(bench: Session, policies: set[str]) -> None:
-  """Refuses policies that the training set is too large for."""
+  """Refuses policies that the training set is too large for, or that cannot do with preference pairs."""
+  views = sorted(policies & set(coreset.HIDDEN_POLICIES))
+  pairs = [part for part in ("train", "eval") if bench.splits[part].second is not None]
+  if views and pairs:
+    raise UserError(
+      f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
+      "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
+    )
   if "matching_hybrid" in policies:
     check_pairs(bench)
 
@@ -170,6 +177,26 @@ def _check_part(s: Settings, part: shapes.ScoredPart, who: str) -> None:
   check_size(s, part.size, f"--solver={s.solver}")
 
 
+def check_pair_solver(bench: Session, s: Settings) -> None:
+  """Refuses what takes a loss to be a sum over tokens, where the training set has preference pairs.
+
+  Raises:
+    UserError: EK-FAC, as a solver or a preconditioner.
+  """
+  named = next((name for name in ("solver", "precondition") if getattr(s, name) in ("ekfac", "diagonal")), None)
+  if named and bench.splits["train"].second is not None:
+    raise UserError(
+      f"{s.as_flag(named)} fits factors to losses of single tokens, and the training set has preference pairs, whose "
+      "loss joins the tokens of both sides: take --solver=cg, lissa or low_rank without --precondition"
+    )
+
+
+def check_kinds(bench: Session, s: Settings) -> None:
+  """What `select` refuses because of the kind or number of examples, before any weight is read."""
+  check_pair_solver(bench, s)
+  check_policies(bench, {s.policy})
+
+
 def check_select(bench: Session, s: Settings, params) -> Budget:
   """What `select` refuses, by shapes and data alone; returns its budget.
 
@@ -178,7 +205,7 @@ def check_select(bench: Session, s: Settings, params) -> Budget:
     s: the flags.
     params: that are scored, arrays or shapes.
   """
-  check_policies(bench, {s.policy})
+  check_kinds(bench, s)
   check_scores(s, params)
   return check_budget(s, bench.splits["train"])
 

@@ -81,7 +81,7 @@ class Task:
 def run(settings: Settings, bench: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(settings)
+  bench = bench or open_session(settings, pairs=True)
   identity = identity_of(bench, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
   task = prepare(settings, bench)

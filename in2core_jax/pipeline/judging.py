@@ -19,12 +19,18 @@ log = logging.getLogger(__name__)
 ENOUGH_TOPICS = 20  # of about equal size, as an interval over new topics needs them
 
 
+def loss_tokens(test: tokenizing.TokenizedDataset) -> np.ndarray:
+  """By how many tokens the loss of a test example is a mean, int [N]; 1 for a preference pair, 0 without response."""
+  tokens = test.num_response_tokens
+  return tokens if test.second is None else np.minimum(tokens, 1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TestExamples:
   """The test examples that have a response.
 
   Attributes:
-    tokens: int [N], response tokens.
+    tokens: int [N], response tokens (`loss_tokens`).
     groups: int [N], equal for those that are drawn as a whole: copies, near copies, and where there are enough topics
       those of one topic.
     about: what the groups are, in a sentence.
@@ -42,7 +48,7 @@ def test_examples(test: tokenizing.TokenizedDataset) -> TestExamples:
   rows = np.flatnonzero(test.num_response_tokens)
   records, topics = [test.records[row] for row in rows], tuple(test.topics[row] for row in rows)
   keys = tuple(record.content_key for record in records)
-  return _grouped(tuple(map(_text, records)), keys, topics, tuple(test.num_response_tokens[rows].tolist()))
+  return _grouped(tuple(map(_text, records)), keys, topics, tuple(loss_tokens(test)[rows].tolist()))
 
 
 @functools.lru_cache(maxsize=4)  # near copies are looked for once
@@ -97,6 +103,8 @@ def judged(test: tokenizing.TokenizedDataset, row: RetrainRow) -> RetrainRow:
 
 def too_small(test: tokenizing.TokenizedDataset) -> list[str]:
   """That a test set is too small to see 1 %, with the size that would do, before anything is trained."""
+  if test.second is not None:  # it is known of perplexities only
+    return []
   points = test_examples(test)
   found = paired.before(points.tokens, points.groups)
   if found.seen <= paired.SEEN:

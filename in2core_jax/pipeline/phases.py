@@ -29,6 +29,11 @@ def hidden(boundary: int, part: str) -> str:
   return f"hidden states below layer {boundary} ({part})"
 
 
+def reference(part: str) -> str:
+  """Log ratios of preference pairs at the reference model; where there are pairs, before every other phase."""
+  return f"reference model ({part})"
+
+
 def projected(part: str) -> str:
   """Per-example gradients through a random projection."""
   return f"projected gradients ({part})"

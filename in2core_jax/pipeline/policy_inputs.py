@@ -193,5 +193,7 @@ class ChoiceInputs:
 
 
 def shown(record: tokenizing.Record) -> str:
-  """A conversation in one string, for reports and comparisons of words."""
-  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)
+  """A conversation in one string, for reports and comparisons of words; of a preference pair both sides."""
+  told = [f"[{message['role']}] {records.spoken(message)}" for message in record.messages]
+  told += [f"[rejected {message['role']}] {records.spoken(message)}" for message in records.rejected_turns(record)]
+  return " ".join(told)

@@ -41,6 +41,8 @@ class Projection:
       "loss_reduction": s.loss_reduction,
       "dtype": s.dtype,
     }
+    if bench.splits["train"].second is not None:
+      identity["beta"] = bench.settings.beta
     name = run_folder.hash_of([identity, self.sketch.identity()])[:16]
     folder = run_folder.beside(s.run_dir, "projected") / name
     store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.splits["train"]))

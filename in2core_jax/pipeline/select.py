@@ -9,7 +9,7 @@ import logging
 from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.advice import of_selection, without_effect
-from in2core_jax.pipeline.checks import check_select
+from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
@@ -81,7 +81,8 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 
 def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
-  bench = bench or open_session(s)
+  bench = bench or open_session(s, pairs=True)
+  check_kinds(bench, s)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
   return Task(s, bench, check_select(bench, s, params), chosen)

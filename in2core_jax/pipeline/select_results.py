@@ -227,9 +227,10 @@ def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.
   known = np.all(np.isfinite(result.residual))
   return {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
-    "unit": _unit(s),
+    "unit": _unit(s, bench.splits["eval"].second is not None),
     "divided_by_number_of_examples": False,
     "loss_reduction": s.loss_reduction,
+    **({"beta": s.beta} if any(part.second is not None for part in bench.splits.values()) else {}),
     "policy": s.policy,
     "examples": len(train),
     "selected": int(selected.sum()),
@@ -250,8 +251,8 @@ def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.
   }
 
 
-def _unit(s: Settings) -> str:
-  """What a score is a number of."""
+def _unit(s: Settings, pairs: bool = False) -> str:
+  """What a score is a number of; `pairs`: whether the evaluation examples are preference pairs."""
   how = score_aggregate(s)
   if how == "topic_max":
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
@@ -268,6 +269,7 @@ def _unit(s: Settings) -> str:
   if s.normalize != "none":
     return f"that of the influence, divided by the example's own length under the inverse (--normalize={s.normalize})"
   loss = f"loss: {s.loss_reduction} over response tokens, in nats"
+  loss = f"loss: DPO with beta {s.beta:g}, in nats" if pairs else loss
   if s.solver == "identity":
     return f"loss^2 per squared parameter, an inner product of gradients ({loss})"
   return f"loss, the first-order change of the evaluation loss per unit of weight on the example, times -1 ({loss})"

@@ -172,6 +172,7 @@ class DataSettings(Checked):
     more="The next ones leave out duplicates of the first.",
   )
   template_date: str = _data("2024-07-26", "Date that a chat template prints.", advanced=True, added=True)
+  beta: float = _data(0.1, "Scale of the DPO loss, for preference pairs.", within=POSITIVE, advanced=True, added=True)
   max_shapes: int = _data(4, "Most batch shapes to compile.", within=Range(1, 1000), advanced=True)
   loss_reduction: str = _data(
     "mean", "How the losses of response tokens become one.", choices=("mean", "sum"), advanced=True
