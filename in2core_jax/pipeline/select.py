@@ -13,7 +13,7 @@ from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
-from in2core_jax.pipeline.select_outputs import FORMS, write_forms
+from in2core_jax.pipeline.select_outputs import add_forms
 from in2core_jax.pipeline.select_results import about_choice, rule_of, tell_selected, told, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
@@ -71,7 +71,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     write(task, scored, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
-    add_forms(task, work.run_dir)
+    add_forms(work.run_dir, task.bench.splits["train"], task.settings)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
@@ -124,12 +124,6 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
 def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   """Writes scores by layer, by token and by evaluation example, where they are asked for."""
   return taken_apart(task.bench, task.settings, task.chosen, scored, work, clock)
-
-
-def add_forms(task: Task, run_dir: run_folder.RunDir) -> None:
-  """What a finished run is asked for besides and does not have (--coreset_format, --write=pool)."""
-  if run_dir.writer and any(task.settings.writes(word) for word in FORMS):
-    write_forms(run_dir, task.bench.splits["train"], run_dir.read_parquet("scores.parquet"), task.settings)
 
 
 def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir) -> None:

@@ -103,6 +103,12 @@ def write_sources(run_dir: RunDir, train: TokenizedDataset, selected: np.ndarray
 # ---- in other forms --------------------------------------------------------------------------------------------------
 
 
+def add_forms(run_dir: RunDir, train: TokenizedDataset, s: Settings) -> None:
+  """What a finished run is asked for besides and does not have (--coreset_format, --write=pool)."""
+  if run_dir.writer and any(s.writes(word) for word in FORMS):
+    write_forms(run_dir, train, run_dir.read_parquet("scores.parquet"), s)
+
+
 def write_forms(run_dir: RunDir, train: TokenizedDataset, columns: Mapping[str, np.ndarray], s: Settings) -> None:
   """The forms that are asked for and are not there, by the process that writes.
 
