@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from experiments.study.settings import RuleSettings
 from in2core_jax.pipeline.fields import changed, setting
+from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.ranges import Range
 from in2core_jax.pipeline.settings import Settings
 
@@ -24,6 +25,13 @@ class SelectFlags(Settings):
 
   shown: ClassVar = ("data", "model", "select", "run")
   run_dir: str = changed(Settings, "run_dir", "runs/select")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexFlags(IndexSettings):
+  """`index`."""
+
+  shown: ClassVar = ("index", "data", "model", "checkpoint", "layers", "sketch_size", "run")
 
 
 @dataclasses.dataclass(frozen=True)

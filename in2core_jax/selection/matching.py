@@ -54,7 +54,9 @@ def greedy_matching(
   block = block or (1 if small else -(-count // _MOST_PRODUCTS))
   overlap, waiting = np.zeros_like(towards), [[] for _ in targets]
   free = np.ones(len(rows), bool)
-  shares = None if topics is None else _Shares(np.asarray(topics, dtype=np.str_)[rows])
+  shares = None
+  if topics is not None:
+    shares = Shares(np.unique(np.asarray(topics, dtype=np.str_)[rows], return_inverse=True)[1])
   chosen = np.empty(count, np.int64)
   for step in range(count):
     turn, size = step % len(targets), step // len(targets) + 1
@@ -123,22 +125,33 @@ def herding_path(kernel: np.ndarray, towards: np.ndarray, order: np.ndarray) -> 
   return among / sizes**2 - 2 * np.cumsum(towards[order]) / sizes
 
 
-class _Shares:
-  """Which topic is most behind its share."""
+class Shares:
+  """Which topic is most behind its share.
 
-  def __init__(self, topics: np.ndarray):
-    self._codes = np.unique(topics, return_inverse=True)[1]
-    self._sizes = np.bincount(self._codes)
+  Args:
+    codes: int [N], topic of each row, from 0 on without a gap.
+  """
+
+  def __init__(self, codes: np.ndarray):
+    self._codes = codes
+    self._sizes = np.bincount(codes)
     self._place = 1 / self._sizes
     self._taken = np.zeros_like(self._sizes)
 
+  def next_codes(self) -> np.ndarray:
+    """The topics that come next, bool [topics]."""
+    return self._place == self._place.min()
+
   def allowed(self) -> np.ndarray:
     """Rows of the topics that come next, bool [N]."""
-    return (self._place == self._place.min())[self._codes]
+    return self.next_codes()[self._codes]
 
   def take(self, row: int) -> None:
     """Counts a row that was chosen."""
-    code = self._codes[row]
+    self.take_code(self._codes[row])
+
+  def take_code(self, code: int) -> None:
+    """Counts a row of a topic."""
     self._taken[code] += 1
     full = self._taken[code] == self._sizes[code]
     self._place[code] = np.inf if full else (2 * self._taken[code] + 1) / self._sizes[code]
@@ -210,8 +223,12 @@ def shrunk_target(
     feature_weights: [P], not negative.
 
   """
-  q, q_noise, _ = _mean_and_noise(queries, query_weights)
-  p, p_noise, draws = _mean_and_noise(features, feature_weights)
+  return drawn_to(_mean_and_noise(queries, query_weights)[:2], _mean_and_noise(features, feature_weights))
+
+
+def drawn_to(queries: tuple[np.ndarray, float], pool: tuple[np.ndarray, float, float]) -> Shrunk:
+  """`shrunk_target` of means and their expected squared errors; the pool's with its number of equal draws."""
+  (q, q_noise), (p, p_noise, draws) = queries, pool
   if not np.isfinite(q_noise):  # one query, as often as it may be there: taken to vary as one example of the pool
     q_noise = p_noise * draws
   apart = float(np.sum((q - p) ** 2))
