@@ -20,6 +20,7 @@ MARK = "index.json"  # written last
 PARTS = "parts.json"
 _KEY = np.dtype("S32")
 _NARROWED = ("gradients", "hidden")
+QUERY_NAMES = ("gradients", "square", "hidden", "hidden_square")
 
 
 def keys_of(tokens: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> np.ndarray:

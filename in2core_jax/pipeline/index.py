@@ -15,7 +15,6 @@ from in2core_jax.data import batches, records
 from in2core_jax.data.subsets import by_id
 from in2core_jax.index import basis as bases
 from in2core_jax.index import store
-from in2core_jax.index.rows import Block
 from in2core_jax.influence.index_pass import IndexPass, OnDevice
 from in2core_jax.model.objective import losses_and_hidden_fn
 from in2core_jax.parallel import processes
@@ -33,6 +32,8 @@ from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
 
+# What `select --index` takes from the index.
+MADE_WITH = ("model", "checkpoint", "layers", "sketch_size", "seed", "loss_reduction", "dtype")
 _RAW_ROWS = 128  # examples whose whole sketched gradients make a piece
 _MOST_SHARDS = 1000
 
@@ -193,7 +194,7 @@ def _make_basis(pool: Pool, s: IndexSettings, index: store.IndexStore, work: Wor
     if len(asked):
       index.write_queries(pool.rows_of(queries, OnDevice(basis)), pool.keys("eval")[asked])
     index.write_basis(basis)
-  index.run_dir.write_json("basis.json", facts)
+  index.run_dir.write_json("basis.json", facts | {"sha256": resumable.tree_sha256(basis.arrays())})
   log.info("basis: %s", ", ".join(f"{name} {value}" for name, value in facts.items()))
   processes.barrier("basis written")
 
@@ -284,22 +285,10 @@ def _finish(pool: Pool, s: IndexSettings, index: store.IndexStore, parts: list, 
   index.run_dir.write_json(store.PARTS, parts)
   facts = {
     "examples": len(known),
-    "model": s.model,
-    "checkpoint": s.checkpoint,
-    "layers": list(pool.projection.sketch.tree.layers),
-    "sketch_size": s.sketch_size,
-    "seed": s.seed,
-    "loss_reduction": s.loss_reduction,
-    "dtype": s.dtype,
+    "flags": {name: getattr(s, name) for name in MADE_WITH},
     "evaluation_examples": len(evals),
     "basis": index.run_dir.read_json("basis.json"),
     "seconds": clock.seconds,
   }
   index.run_dir.write_json(store.MARK, facts)
   log.info("index of %s examples: %s", f"{len(known):,}", index.run_dir.path)
-
-
-def block_of(arrays: dict[str, np.ndarray]) -> Block:
-  """Queries as the rules take them."""
-  names = ("gradients", "square", "hidden", "hidden_square")
-  return Block(np.arange(len(arrays["square"])), *(arrays[name] for name in names))
