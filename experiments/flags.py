@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 GROUPS = settings.GROUPS | {
   "check": "self-check before a long run",
   "index": "index of a large pool",
+  "large_pools": "rules on a million rows",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
   "targets": "what rules find in a mixed pool",
@@ -46,8 +47,8 @@ GROUPS = settings.GROUPS | {
   "kill_test": "runs, killed and started again",
 }
 OTHERS = (
-  *(commands.CheckFlags, commands.IndexFlags, commands.KillTestFlags, SolversSettings, StudySettings),
-  *(TargetsSettings, PaperSettings),
+  *(commands.CheckFlags, commands.IndexFlags, commands.LargePoolsFlags, commands.KillTestFlags, SolversSettings),
+  *(StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
