@@ -166,6 +166,21 @@ def test_matching_in_blocks_comes_as_close_as_step_by_step():
   assert distance(found) < 1.5 * wanted + 1e-3 < 0.1 * distance(rng.permutation(4000)[:400])
 
 
+def test_quotas_hold_for_any_pace_and_many_topics():
+  rng = np.random.default_rng(4)
+  features, topics = rng.standard_normal((600, 8)).astype(np.float32), [f"t{n}" for n in rng.integers(0, 40, 600)]
+  rows = Rows.in_memory(gradients=features, square=np.sum(features**2, axis=1))
+  wanted = matching.greedy_matching(features, np.ones(8), 120, topics)
+  counts = [np.unique(np.array(topics)[wanted], return_counts=True)]
+  for pace in (block_matching.Pace(600, 16), block_matching.Pace(64, 16)):
+    found = block_matching.greedy_matching(rows, np.ones(8), 120, np.arange(600), topics, pace)
+    counts.append(np.unique(np.array(topics)[found], return_counts=True))
+    assert len(set(found.tolist())) == 120
+  np.testing.assert_array_equal(block_matching.greedy_matching(rows, np.ones(8), 120, np.arange(600), topics), wanted)
+  for names, sizes in counts[1:]:
+    assert np.abs(sizes - counts[0][1]).max() <= 1 and (names == counts[0][0]).all()
+
+
 def test_turns_with_short_lists_are_those_with_all_examples():
   rng = np.random.default_rng(1)
   values = np.round(rng.standard_normal((6, 200)), 1).astype(np.float32)  # with ties

@@ -57,59 +57,71 @@ def greedy_matching(
   """
   pace = pace or Pace()
   pool = np.flatnonzero(places >= 0)
-  pool = pool[np.argsort(places[pool], kind="stable")]
-  square = rows.values("square")
-  codes = None if topics is None else np.unique(np.asarray(topics, np.str_)[pool], return_inverse=True)[1]
-  shares = None if codes is None else Shares(codes)
-  code_of = None
-  if codes is not None:
-    code_of = np.full(len(rows), -1, np.int64)
-    code_of[pool] = codes
-  free = places >= 0
-  total, chosen = np.zeros(rows.width), np.empty(count, np.int64)
-  done = 0
+  quota = None if topics is None else _Quota(np.asarray(topics, np.str_), pool)
+  square, free = rows.values("square"), places >= 0
+  total, chosen, done = np.zeros(rows.width), np.empty(count, np.int64), 0
   while done < count:
     steps = min(pace.steps, count - done)
-    found = _candidates(rows, 2 * (total - (done + 1) * target), square, free, places, pace.candidates, code_of)
-    picked = _among(rows, found, square, (total, target), done, steps, (shares, code_of))
-    chosen[done : done + len(picked)] = picked
-    free[picked] = False
+    distance = _distances(rows, 2 * (total - (done + 1) * target)) + square
+    left = np.flatnonzero(free)
+    found = left
+    if len(left) > pace.candidates:
+      parts = [(left, pace.candidates)] if quota is None else quota.parts(left, steps, pace.candidates)
+      found = np.concatenate([_best(distance, places, group, most) for group, most in parts])
+    found = found[np.argsort(places[found])]
+    picked = _among(rows, found, square, (total, target), done, steps, quota)
+    chosen[done : done + len(picked)], free[picked] = picked, False
     total += rows.take(picked).gradients.sum(axis=0, dtype=np.float64)
     done += len(picked)
   return chosen
 
 
-def _candidates(rows: Rows, along: np.ndarray, square, free, places, count: int, code_of) -> np.ndarray:
-  """The free rows of the least distance at the present sum, by place; of every topic its share."""
-  distance = np.empty(len(rows), np.float32)
-  along = along.astype(np.float32)
+class _Quota:
+  """Which topics come next, and how many candidates each of them needs."""
+
+  def __init__(self, topics: np.ndarray, pool: np.ndarray):
+    codes = np.unique(topics[pool], return_inverse=True)[1]
+    self.shares, self.code_of = Shares(codes), np.full(len(topics), -1, np.int64)
+    self.code_of[pool] = codes
+
+  def parts(self, left: np.ndarray, steps: int, count: int) -> list[tuple[np.ndarray, int]]:
+    """(free rows of a topic, how many of them), for each topic that comes up in the next steps."""
+    ahead = self.shares.ahead(steps)
+    order = left[np.argsort(self.code_of[left], kind="stable")]
+    groups = np.split(order, np.cumsum(np.bincount(self.code_of[left], minlength=len(ahead)))[:-1])
+    return [
+      (group, -(-count * int(most) // int(ahead.sum()))) for group, most in zip(groups, ahead, strict=True) if most
+    ]
+
+
+def _distances(rows: Rows, along: np.ndarray) -> np.ndarray:
+  """Products of all rows with one vector, f32 [N]: the one pass over the pool."""
+  found, along = np.empty(len(rows), np.float32), along.astype(np.float32)
   for own, numbers in rows.gradients():
-    distance[own] = numbers @ along
-  distance += square
-  left = np.flatnonzero(free)
-  if len(left) <= count:
-    return left[np.argsort(places[left])]
-  groups = [left] if code_of is None else [left[code_of[left] == code] for code in np.unique(code_of[left])]
-  kept = []
-  for group in groups:
-    most = len(group) if len(group) <= 64 else max(64, -(-count * len(group) // len(left)))
-    keys = keys_of(-distance[group], places[group])
-    kept.append(group if most >= len(group) else group[np.argpartition(keys, len(keys) - most)[len(keys) - most :]])
-  found = np.concatenate(kept)
-  return found[np.argsort(places[found])]
+    found[own] = numbers @ along
+  return found
 
 
-def _among(rows: Rows, found, square, sums, done: int, steps: int, by_topic) -> np.ndarray:
+def _best(distance: np.ndarray, places: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
+  """The rows of a group of the least distances, ties by place, in any order."""
+  if most >= len(group):
+    return group
+  keys = keys_of(-distance[group], places[group])
+  return group[np.argpartition(keys, len(keys) - most)[len(keys) - most :]]
+
+
+def _among(rows: Rows, found: np.ndarray, square: np.ndarray, sums, done: int, steps: int, quota) -> np.ndarray:
   """The rule, step by step, among some candidates."""
-  (total, target), (shares, code_of) = sums, by_topic
+  total, target = sums
   numbers = rows.take(found).gradients.astype(np.float64 if len(rows) <= CANDIDATES else np.float32)
   gram = numbers @ numbers.T
   overlap = (numbers @ total.astype(numbers.dtype)).astype(np.float64)
   towards = (numbers @ target.astype(numbers.dtype)).astype(np.float64)
   norm, free = square[found].astype(np.float64), np.ones(len(found), bool)
+  codes = None if quota is None else quota.code_of[found]
   picked = []
   for step in range(min(steps, len(found))):
-    allowed = free if shares is None else free & shares.next_codes()[code_of[found]]
+    allowed = free if quota is None else free & quota.shares.next_codes()[codes]
     if not allowed.any():  # of a topic whose candidates are used up: another pass finds more
       break
     distance = 2 * overlap + norm - 2 * (done + step + 1) * towards
@@ -117,6 +129,6 @@ def _among(rows: Rows, found, square, sums, done: int, steps: int, by_topic) -> 
     picked.append(found[best])
     free[best] = False
     overlap += gram[best]
-    if shares is not None:
-      shares.take_code(code_of[found[best]])
+    if quota is not None:
+      quota.shares.take_code(codes[best])
   return np.asarray(picked, np.int64)

@@ -11,6 +11,7 @@ block, r and h numbers of a row, V views, Q queries.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import ml_dtypes
@@ -88,7 +89,7 @@ class Rows:
     """V; 0 where no hidden states are kept."""
     return self.segments[0]["hidden"].shape[1]
 
-  def blocks(self, names_all: bool = True) -> Iterator[Block]:
+  def blocks(self) -> Iterator[Block]:
     """All rows once, in the order in which they lie, at most `BLOCK` at a time."""
     for rows, segment, where in self._pieces():
       yield Block.of(rows, segment, where)
@@ -102,9 +103,14 @@ class Rows:
     """One number of each example, such as its loss or its square: f32 [N]."""
     return np.concatenate([segment[name] for segment in self.segments]).astype(np.float32)[self.position]
 
-  def _pieces(self) -> Iterator[tuple[np.ndarray, Arrays, slice | np.ndarray]]:
+  @functools.cached_property
+  def _lying(self) -> tuple[np.ndarray, np.ndarray]:
+    """(examples in the order in which their rows lie, where these are)."""
     order = np.argsort(self.position, kind="stable")
-    lying, start = self.position[order], 0
+    return order, self.position[order]
+
+  def _pieces(self) -> Iterator[tuple[np.ndarray, Arrays, slice | np.ndarray]]:
+    (order, lying), start = self._lying, 0
     for segment in self.segments:
       size = len(segment["square"])
       low, high = np.searchsorted(lying, [start, start + size])

@@ -26,6 +26,7 @@ MATCHING = coreset.SHRUNK_POLICIES
 # Served as they are, by scores, lengths or chance: they look at no features.
 PLAIN = ("proponents", "opponents", "random", "length_matched_random", "longest", "highest_loss", "topic_quota")
 POLICIES = (*SIMILAR, *MATCHING, *PLAIN)
+MOST_COUNTED = 65_536  # examples that make the metric: more hardly move it
 _PAIRS = 1024  # examples of the pool that stand for it where kinds are compared, as in `selection.hybrid`
 
 
@@ -120,13 +121,23 @@ def choose(
     return Outcome(_matched(rows, budget.cut(order, inputs.num_tokens), aim, topics is not None), aim=aim)
   asked = questions.asked()
   kind = "hybrid" if policy == "auto" else policy
-  similar = _Similar(IndexMetric.fit(rows, counted, kind), rows, asked, inputs, places)
+  similar = _Similar(IndexMetric.fit(rows, _some(counted, inputs.ids), kind), rows, asked, inputs, places)
   away = similar.apart(counted) if kind == "hybrid" else None
   if policy == "auto" and not coreset.apart_enough(away):
     drawn = coreset.choose("auto", dataclasses.replace(inputs, apart=away), budget, how.seed)
     return Outcome(drawn, away, queries=len(asked.ids))
   choice = similar.choose(kind, how.aggregate or SIMILARITIES[kind], budget, limit)
   return Outcome(choice, away, queries=len(asked.ids))
+
+
+def _some(counted: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+  """At most `MOST_COUNTED` of the examples that count, by the hashes of their ids; bool [N]."""
+  named = np.flatnonzero(counted)
+  if len(named) <= MOST_COUNTED:
+    return counted
+  kept = np.zeros_like(counted)
+  kept[named[spread_rows([ids[row] for row in named], MOST_COUNTED)]] = True
+  return kept
 
 
 # ---- similarity ----------------------------------------------------------------------

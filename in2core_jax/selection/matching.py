@@ -3,6 +3,7 @@
 Letters: N examples of the pool, G targets, d features.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -141,6 +142,16 @@ class Shares:
   def next_codes(self) -> np.ndarray:
     """The topics that come next, bool [topics]."""
     return self._place == self._place.min()
+
+  def ahead(self, steps: int) -> np.ndarray:
+    """About how many rows of each topic come in the next steps, int [topics]; all that are level come together."""
+    other, found = copy.copy(self), np.zeros_like(self._taken)
+    other._place, other._taken = self._place.copy(), self._taken.copy()
+    while found.sum() < steps and np.isfinite(other._place.min()):
+      for code in np.flatnonzero(other.next_codes()):
+        other.take_code(code)
+        found[code] += 1
+    return found
 
   def allowed(self) -> np.ndarray:
     """Rows of the topics that come next, bool [N]."""
