@@ -7,6 +7,8 @@ import pytest
 import tiny
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
+from experiments import large_pools
+from experiments.settings import LargePoolsFlags
 from in2core_jax.errors import UserError
 from in2core_jax.index import basis as bases
 from in2core_jax.index import store
@@ -192,3 +194,12 @@ def test_other_queries_are_computed_once_and_other_flags_are_refused(made, tmp_p
   ):
     with pytest.raises(UserError, match=told):
       select.run(own.replace(run_dir=str(tmp_path / "c"), **changes), bench)
+
+
+@slow
+def test_agreement_with_exact_products_is_whole_where_nothing_is_left_out(tmp_path):
+  given = {"sketch_size": 64, "agreement_sizes": "4,512", "solver": "identity"}
+  s = tiny.run_settings(tmp_path, kind=LargePoolsFlags, **given)
+  whole, few, all_ = large_pools.measure_agreement(s)
+  assert whole["mean query"] > 0.999 and all_["single queries, median"] > 0.99
+  assert few["bytes an example"] < all_["bytes an example"]

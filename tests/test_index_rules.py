@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import pytest
 
+from experiments import large_pools
+from experiments.settings import LargePoolsFlags
 from in2core_jax.errors import UserError
 from in2core_jax.index import basis as bases
 from in2core_jax.index import best, rules
@@ -236,3 +238,10 @@ def test_rows_are_taken_and_walked_alike_whatever_the_blocks(monkeypatch):
     np.testing.assert_array_equal(block.gradients, every.gradients[block.rows])
     np.testing.assert_array_equal(block.hidden, every.hidden[block.rows])
   assert sorted(np.concatenate([block.rows for block in rows.blocks()]).tolist()) == list(range(SIZE))
+
+
+def test_drawn_pools_are_measured_by_every_rule(tmp_path):
+  s = LargePoolsFlags(run_dir=str(tmp_path), pool_sizes="150,300", pool_queries=6, index_size=8, index_hidden=4)
+  found = large_pools.measure_rules(s)
+  assert [row["rule"] for row in found[: len(found) // 2]] == [*large_pools.RULES, large_pools.LISTS]
+  assert all(row["CPU seconds"] > 0 and row["peak memory, GB"] > 0 for row in found)
