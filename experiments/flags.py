@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 GROUPS = settings.GROUPS | {
   "recommend": "rules tried on your data",
   "check": "self-check before a long run",
+  "index": "index of a large pool",
+  "large_pools": "rules on a million rows",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
   "targets": "what rules find in a mixed pool",
@@ -48,7 +50,8 @@ GROUPS = settings.GROUPS | {
   "export": "a model for other programs",
 }
 OTHERS = (
-  *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
+  *(commands.CheckFlags, commands.IndexFlags, commands.LargePoolsFlags, commands.KillTestFlags, SolversSettings),
+  *(StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
   *(commands.ExportFlags, RecommendFlags, CalibrationSettings),
 )

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from experiments.study.settings import RuleSettings
 from in2core_jax.pipeline.fields import changed, setting
-from in2core_jax.pipeline.ranges import Range
+from in2core_jax.pipeline.index_settings import IndexSettings
+from in2core_jax.pipeline.ranges import COUNT, Each, Range
 from in2core_jax.pipeline.settings import Settings
 
 
@@ -24,6 +25,28 @@ class SelectFlags(Settings):
 
   shown: ClassVar = ("data", "model", "select", "run")
   run_dir: str = changed(Settings, "run_dir", "runs/select")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexFlags(IndexSettings):
+  """`index`."""
+
+  shown: ClassVar = ("index", "data", "model", "checkpoint", "layers", "sketch_size", "run")
+
+
+_large_pools = functools.partial(setting, "large_pools")
+
+
+@dataclasses.dataclass(frozen=True)
+class LargePoolsFlags(IndexSettings):
+  """`large_pools`."""
+
+  shown: ClassVar = ("large_pools", "index", "data", "model", "layers", "run")
+  run_dir: str = changed(Settings, "run_dir", "runs/large_pools")
+  pool_sizes: str = _large_pools("10000,100000,1000000", "Examples that are drawn.", each=Each(int, COUNT))
+  pool_queries: int = _large_pools(500, "Queries that are drawn.", within=COUNT)
+  agreement: bool = _large_pools(False, "Instead: compare scores with exact ones, on real examples.")
+  agreement_sizes: str = _large_pools("128,256,512", "Numbers of a row that are compared.", each=Each(int, COUNT))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from in2core_jax.model.decoder import (
   _logits,
   _scaled,
   accumulation_dtype,
+  final_norm,
   head_input,
   head_matrix,
   run_above,
@@ -161,20 +162,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
     return _margins(_slot_losses(config, head_is_chosen, z, frozen, batch), batch)
 
   def token_outputs(sub, frozen, batch):
-    if "embed" in subtree.extras:
-      if batch.hidden is not None:
-        raise UserError(
-          "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
-        )
-      matrix = sub["embed"]["embedding"]
-      # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
-      wide = matrix.astype(accumulation_dtype(matrix.dtype))
-      h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
-    elif batch.hidden is not None:
-      h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
-    else:
-      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
-    h = run_above(config, subtree, sub, frozen, h, batch.offsets)
+    h = _last_hidden(config, subtree, sub, frozen, batch)
     picked = _pick(h, batch)
     z = head_input(config, sub if "final_norm" in subtree.extras else frozen, picked)
     return _logits(z, head_matrix(frozen | sub), config.logit_cap) if head_is_chosen else z
@@ -217,6 +205,50 @@ def _pair_losses(margins, batch):
 def _has_sides(batch):
   """1 for pairs that have a response, else 0, [B]."""
   return jnp.any(batch.weight != 0, axis=-1).astype(batch.weight.dtype)
+
+
+def _last_hidden(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch):
+  """Hidden states [B,T,D] above the top layer, before the final norm."""
+  if "embed" in subtree.extras:
+    if batch.hidden is not None:
+      raise UserError(
+        "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
+      )
+    matrix = sub["embed"]["embedding"]
+    # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
+    wide = matrix.astype(accumulation_dtype(matrix.dtype))
+    h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
+  elif batch.hidden is not None:
+    h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
+  else:
+    h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
+  return run_above(config, subtree, sub, frozen, h, batch.offsets)
+
+
+@functools.cache
+def losses_and_hidden_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes losses_and_hidden(sub, frozen, batch, lengths) -> ([B], f32 [B,2,D]): one pass for losses and embeddings.
+
+  The losses are those of `make_objective`; the embeddings are `embeddings.pooled`'s "mean" and "last", for subtrees
+  without top-level modules. No gradient goes through them.
+
+  Args of the function made:
+    batch: a row for each example.
+    lengths: int32 [B], tokens of each; 1 on padding rows.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+
+  def losses_and_hidden(sub, frozen, batch, lengths):
+    h = _last_hidden(config, subtree, sub, frozen, batch)
+    z = head_input(config, frozen, _pick(h, batch))
+    losses = jnp.sum(_slot_losses(config, head_is_chosen, z, frozen, batch), axis=-1)
+    normed = jax.lax.stop_gradient(final_norm(config, frozen, h)).astype(jnp.float32)
+    inside = jnp.arange(normed.shape[1]) < lengths[:, None]
+    mean = jnp.sum(jnp.where(inside[..., None], normed, 0), axis=1) / lengths[:, None]
+    last = jnp.take_along_axis(normed, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return losses, jnp.stack([mean, last], axis=1)
+
+  return losses_and_hidden
 
 
 def _pick(h, batch):

@@ -154,6 +154,12 @@ class HiddenCache:
     found = self.embedded[part][pooling]
     return found[self.rows[part]] if part in self.rows else found
 
+  def pooled_rows(self, part: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Pooled last hidden states of some examples of a part at the base model, all layers run and nothing kept."""
+    job = self._job(embeddings.above_all(self.model.config.num_layers), self.model.params, "")
+    quiet = dataclasses.replace(job, track=lambda source, _: source)
+    return embeddings.pooled(quiet, self.splits[part].take(rows))
+
 
 def _below_hash(params: Any, tree: subtree.Subtree, base: Any) -> str:
   """Names the weights under the boundary: "base" when they are the base model's, else their hash."""

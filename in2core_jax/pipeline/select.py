@@ -8,6 +8,7 @@ import logging
 
 from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import select_index
 from in2core_jax.pipeline.advice import of_selection, without_effect
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
@@ -61,6 +62,8 @@ class Choice:
 
 def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
+  if settings.index:
+    return select_index.run(settings, bench)
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   task = prepare(settings, bench)
   work = open_folder(task)

@@ -264,6 +264,7 @@ class SelectSettings(Checked):
   checkpoint: str = _select("", "`checkpoint` folder of a finetune run; empty: the base model.")
   layers: str = _select("last:8", f"Layers to score: {LAYERS}.", counts=True)
   modules: str = _select("all", "Modules to score: all, attention, mlp, matrices or lora.")
+  index: str = _select("", "Run folder of `index`: select from it, without a pass over the examples.", added=True)
   solver: str = _select("cg", "How the inverse Hessian is applied.", choices=SOLVERS, more="lissa is In2Core's own.")
   damping_ratio: float = _select(
     0.01,
@@ -425,6 +426,14 @@ class EvaluateSettings(Checked):
 @dataclasses.dataclass(frozen=True)
 class Settings(EvaluateSettings, SelectSettings, FinetuneSettings, ModelSettings, DataSettings, RunSettings):
   """The settings of all stages; each function reads those of its own."""
+
+  def check(self) -> None:
+    """Refuses to price what is read from an index."""
+    super().check()
+    if self.index and self.dry_run:
+      raise UserError(
+        f"index={self.index} with dry_run=true: nothing is priced there; it takes seconds, leave dry_run out"
+      )
 
 
 def seeds_of(s: EvaluateSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:

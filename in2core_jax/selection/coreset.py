@@ -81,7 +81,7 @@ def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
   codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
   order = np.asarray(order)
   ordered = codes[order]
-  place = (2 * _times_before(ordered) + 1) / np.bincount(codes)[ordered]
+  place = (2 * times_before(ordered) + 1) / np.bincount(codes)[ordered]
   return order[np.argsort(place, kind="stable")]
 
 
@@ -92,10 +92,10 @@ def copies_last(order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
     order: int [N], rows, best first.
     first_of: int [rows], the same number for copies.
   """
-  return order[np.argsort(_times_before(first_of[order]), kind="stable")]
+  return order[np.argsort(times_before(first_of[order]), kind="stable")]
 
 
-def _times_before(names: np.ndarray) -> np.ndarray:
+def times_before(names: np.ndarray) -> np.ndarray:
   """How often each entry has come before, int [N]."""
   _, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
   found = np.empty(len(names), np.int64)
@@ -206,7 +206,7 @@ def _copies_last(task: _Task, order: _Order) -> _Order:
     return order
   first_of = np.asarray(task.inputs.alike)[task.pool]
   times = np.empty(len(first_of), np.int64)
-  times[order.positions] = _times_before(first_of[order.positions])
+  times[order.positions] = times_before(first_of[order.positions])
   return _Order(copies_last(order.positions, first_of), reasons.repeated(order.reasons, times))
 
 

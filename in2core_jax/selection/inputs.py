@@ -205,6 +205,11 @@ class PolicyInputs:
     target, kept, beyond_chance = zip(*(_target(self, by_token) for by_token in means(self)), strict=True)
     return matching.Shrunk(np.mean(target, axis=0), float(np.mean(kept)), float(np.mean(beyond_chance)))
 
+  @property
+  def asked(self) -> int:
+    """How many queries a policy by similarity compares examples with."""
+    return len(next(iter(self.similarities.values())) if self.similar_ids is None else self.similar_ids)
+
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
     by_id = np.argsort(np.asarray(self.ids, dtype=np.str_), kind="stable")

@@ -178,8 +178,12 @@ def shrunk_target(
     feature_weights: [P], not negative.
 
   """
-  q, q_noise, _ = _mean_and_noise(queries, query_weights)
-  p, p_noise, draws = _mean_and_noise(features, feature_weights)
+  return drawn_to(_mean_and_noise(queries, query_weights)[:2], _mean_and_noise(features, feature_weights))
+
+
+def drawn_to(queries: tuple[np.ndarray, float], pool: tuple[np.ndarray, float, float]) -> Shrunk:
+  """`shrunk_target` of means and their expected squared errors; the pool's with its number of equal draws."""
+  (q, q_noise), (p, p_noise, draws) = queries, pool
   if not np.isfinite(q_noise):  # one query, as often as it may be there: taken to vary as one example of the pool
     q_noise = p_noise * draws
   apart = float(np.sum((q - p) ** 2))
