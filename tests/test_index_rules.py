@@ -133,7 +133,7 @@ CASES = [
 def test_with_a_whole_basis_the_choice_and_its_reasons_are_those_of_whole_features(policy, budget, how):
   pool = Pool()
   found = pool.choose(policy, budget, how).choice
-  wanted = coreset.choose(policy, pool.dense(policy, how), Budget.read(budget), how.seed)
+  wanted = coreset.select_by(policy, pool.dense(policy, how), Budget.read(budget), how.seed)
   np.testing.assert_array_equal(found.rows, wanted.rows)
   assert found.reasons == wanted.reasons
 
@@ -144,7 +144,7 @@ def test_auto_measures_the_same_distance_and_draws_at_random_where_kinds_are_the
   outcome, dense = pool.choose("auto", "0.3"), pool.dense("auto", PLAIN)
   np.testing.assert_allclose(outcome.apart.distance, dense.apart.distance, atol=1e-5)
   assert outcome.choice.reasons[0] == "drawn at random"
-  np.testing.assert_array_equal(outcome.choice.rows, coreset.choose("auto", dense, Budget.read("0.3")).rows)
+  np.testing.assert_array_equal(outcome.choice.rows, coreset.select_by("auto", dense, Budget.read("0.3")).rows)
 
 
 def test_the_order_of_reading_does_not_matter():

@@ -423,6 +423,6 @@ def test_a_verdict_on_pairs_says_loss_and_accuracy():
   assert table["good"]["loss_minus_random_high"] < 0 < table["same"]["loss_minus_random_high"]
   said = {line.partition(":")[0]: line for line in evaluate_pairs.sentences(rows)}
   assert "its loss is lower (better) than that of random sets" in said["good"]
-  assert "its loss cannot be told apart from that of random sets" in said["same"]
+  assert "its loss cannot be distinguished from that of random sets" in said["same"]
   assert "2 comparisons of losses" in evaluate_pairs.chance({"": rows})[0]
   assert evaluate_pairs.accuracies(np.array([0.1, np.log(2), 2.0])).tolist() == [1, 0.5, 0]

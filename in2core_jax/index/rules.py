@@ -107,7 +107,7 @@ def choose(
   if policy not in POLICIES:
     raise UserError(f"policy={policy} is not served by an index, which has {', '.join(POLICIES)}: leave --index out")
   if policy in PLAIN:
-    return Outcome(coreset.choose(policy, inputs, budget, how.seed))
+    return Outcome(coreset.select_by(policy, inputs, budget, how.seed))
   pool = inputs.pool()
   if not pool.size:
     raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
@@ -123,7 +123,7 @@ def choose(
   similar = _Similar(IndexMetric.fit(rows, _some(counted, inputs.ids), kind), rows, asked, inputs, places)
   away = similar.apart(counted) if kind == "hybrid" else None
   if policy == "auto" and not coreset.apart_enough(away):
-    drawn = coreset.choose("auto", dataclasses.replace(inputs, apart=away), budget, how.seed)
+    drawn = coreset.select_by("auto", dataclasses.replace(inputs, apart=away), budget, how.seed)
     return Outcome(drawn, away, queries=len(asked.ids))
   choice = similar.choose(kind, how.aggregate or SIMILARITIES[kind], budget, limit)
   return Outcome(choice, away, queries=len(asked.ids))
