@@ -43,6 +43,7 @@ class Turn:
     ahead: what the generation prompt would write beyond the header.
     tail: the template's words behind the last mark.
     terminator: how many characters of them are response.
+    words: that stand in front of an answer where the generation prompt has others, and that are no marks of reasoning.
   """
 
   region: tuple[int, int] | None
@@ -51,6 +52,7 @@ class Turn:
   ahead: str
   tail: str
   terminator: int
+  words: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Structure:
     lost: (turn, key) of what is not rendered.
     texts_only: nothing but content and reasoning was there to be rendered.
     as_text: the arguments of tool calls are given as JSON text.
+    disorder: how the template moves or repeats turns, in words; "" where each stands once, in the order of the record.
   """
 
   pieces: list[str]
@@ -70,6 +73,7 @@ class Structure:
   lost: frozenset[tuple[int, str]]
   texts_only: bool
   as_text: bool
+  disorder: str = ""
 
 
 class Layout:
@@ -189,6 +193,7 @@ class Layout:
       frozenset(lost),
       not words,
       as_text,
+      _disorder(marked, [(int(mark[1]), mark[2]) for mark in template_marks.MARK.finditer(text)]),
     )
 
   def _turn(
@@ -222,7 +227,9 @@ class Layout:
     terminator = len(tail.rstrip())
     if is_last:
       terminator = self._last_terminator(tail, text[last:end].rstrip(), before)
-    return Turn(named, first - start - length, before[:length], ahead, tail, terminator)
+    words = before[length:].strip()
+    words = words if ahead.strip() and "think" not in words else ""
+    return Turn(named, first - start - length, before[:length], ahead, tail, terminator, words)
 
   def _prefix(self, messages: list[Message], tools: Sequence[dict], text: str, low: int, high: int) -> int:
     """Where the rendering of the first messages ends in that of all; 0 where it does not, or not in [low, high]."""
@@ -305,6 +312,17 @@ class Layout:
       plain = self.structure((user, answer | {"reasoning_content": "r"}), ())
       self._known["reasoning"] = plain is not None and (1, "r") not in plain.lost
     return self._known["reasoning"]
+
+
+def _disorder(messages: Sequence[Message], found: list[tuple[int, str]]) -> str:
+  """How a rendering of marks moves or repeats turns; a system message may stand anywhere."""
+  twice = next((k for i, (k, part) in enumerate(found) if (k, part) in found[:i]), None)
+  if twice is not None:
+    return f"renders turn {twice} ({messages[twice]['role']}) more than once"
+  turns = [k for k, part in found if part == "c" and messages[k]["role"] != "system"]
+  if turns != sorted(turns):
+    return f"renders the turns in another order than the conversation has ({', '.join(map(str, turns))})"
+  return ""
 
 
 def _common(a: str, b: str) -> int:

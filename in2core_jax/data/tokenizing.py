@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from in2core_jax.data import media
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import BadRecords, Record
@@ -339,6 +340,12 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
     lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
   for key, found in summary.get("unread_keys", {}).items():
+    if key.endswith(media.IN_A_TEXT):
+      lines.append(
+        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
+        f"{found['first']}, and is learnt as plain text: images, audio and video cannot be read"
+      )
+      continue
     lines.append(
       f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
       "is no part of the conversation"
