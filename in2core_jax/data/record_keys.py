@@ -482,9 +482,11 @@ def _settles(what: str, key: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
   """Whether a value is a number, in a text too: tables of texts write them so."""
+  if not isinstance(value, str):
+    return isinstance(value, int | float) and not isinstance(value, bool)
   try:
-    return not isinstance(value, bool) and isinstance(value, int | float | str) and float(value) == float(value)
-  except (ValueError, OverflowError):
+    return float(value) == float(value)
+  except ValueError:
     return False
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from in2core_jax.data import media
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
-from in2core_jax.data.records import BadRecords, Record
+from in2core_jax.data.records import BadRecords, Record, shorten
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
@@ -41,6 +41,7 @@ __all__ = [
   "tokenize",
 ]
 
+_MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
 
 
@@ -339,7 +340,8 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     skipped = summary["skipped_records"]
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
     lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
-  for key, found in summary.get("unread_keys", {}).items():
+  unread = summary.get("unread_keys", {})
+  for key, found in list(unread.items())[:_MOST_KEYS]:
     if key.endswith(media.IN_A_TEXT):
       lines.append(
         f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
@@ -347,9 +349,11 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
       )
       continue
     lines.append(
-      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
-      "is no part of the conversation"
+      f"the key {key[:120]!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it "
+      "says is no part of the conversation"
     )
+  if len(unread) > _MOST_KEYS:
+    lines.append(f"and {len(unread) - _MOST_KEYS:,} more keys are not read: data_summary.json names all of them")
   lines += [
     f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
   ]
@@ -377,7 +381,7 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = Tr
     for row in rows
   ]
   for name, part in summary["parts"].items():
-    named = [(printable(topic) or "(none)", count) for topic, count in part["topics"].items()]
+    named = [(shorten(topic, 60) or "(none)", count) for topic, count in part["topics"].items()]
     if len(named) > 1 or (named and named[0][0] != "(none)"):
       more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
