@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +158,13 @@ def guard() -> None:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-  """A traceback in which no text of the data steers the terminal."""
+  """A traceback in which no text of the data steers the terminal.
+
+  After a failed write, threads of the library that writes checkpoints still answer a loop that has gone. What has
+  failed is told by the main thread.
+  """
+  if str(error) == "Event loop is closed" and threading.current_thread() is not threading.main_thread():
+    return
   sys.stderr.write(printable_lines("".join(traceback.format_exception(kind, error, trace))))
 
 
