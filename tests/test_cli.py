@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from absl import flags as absl_flags
 
-from experiments import cli
+from experiments import cli, output
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
 
@@ -126,6 +127,16 @@ def test_a_job_whose_log_is_lost_goes_on_and_says_it_in_the_run_folder(tmp_path)
   assert told.startswith("--- stderr was lost ([Errno 32] Broken pipe); the job goes on")
   assert told.endswith("---\nbefore\nafter\nresult\n")
   assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log_lost.txt", "result"]
+
+
+def test_answers_that_come_too_late_after_a_failed_write_are_no_news(capsys):
+  for error, shown in ((RuntimeError("Event loop is closed"), False), (RuntimeError("another"), True)):
+    thread = threading.Thread(target=output._show, args=(RuntimeError, error, None))
+    thread.start()
+    thread.join()
+    assert (str(error) in capsys.readouterr().err) is shown
+  output._show(RuntimeError, RuntimeError("Event loop is closed"), None)
+  assert "Event loop is closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ends", ["2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>/dev/full >/dev/null"])
