@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -155,17 +154,22 @@ def guard() -> None:
   if not isinstance(sys.stderr, Stream):
     sys.stderr = Stream(sys.stderr, "stderr", escaped=False)  # tqdm moves the cursor there
   sys.excepthook = _show
+  sys.unraisablehook = _pass_over_late_answers
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-  """A traceback in which no text of the data steers the terminal.
-
-  After a failed write, threads of the library that writes checkpoints still answer a loop that has gone. What has
-  failed is told by the main thread.
-  """
-  if str(error) == "Event loop is closed" and threading.current_thread() is not threading.main_thread():
-    return
+  """A traceback in which no text of the data steers the terminal."""
   sys.stderr.write(printable_lines("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _pass_over_late_answers(unraisable: sys.UnraisableHookArgs) -> None:
+  """Shows what could be raised nowhere, but for answers to a loop that has gone.
+
+  The library that writes checkpoints gives one for each array that is still being written when another write has
+  failed. That failure is raised, and told.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def loss(stream: TextIO | None) -> Exception | None:
