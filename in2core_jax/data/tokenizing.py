@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 _MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
+_LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
 
 
@@ -178,8 +179,7 @@ def tokenize(
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
-    encoded = _encoded(tokenizer, texts, [record for record, _ in done]) if texts else {}
-    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    encodings = _encoded(tokenizer, texts, [record for record, _ in done], max_length)
     for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
@@ -209,12 +209,29 @@ def _no_tokens(record: Record) -> str:
   return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record]) -> Any:
-  """Token ids and offsets of the texts; where the tokenizer fails, its record is named."""
-  encode = lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)  # noqa: E731
+def _encoded(
+  tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+  """Token ids and offsets of the texts, at least `max_length` + 1 of each that has so many.
+
+  A token takes a hundred bytes and more on its way, so of a text of megabytes only the beginning is tokenised. What is
+  cut off far behind the last token that counts changes none of those. Where the tokenizer fails, its record is named.
+  """
+
+  def encode(some: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    if not some:
+      return []
+    found = tokenizer(list(some), add_special_tokens=False, return_offsets_mapping=True)
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+  most = max(_LONG, 64 * max_length)
   try:
     with told_by_tokenizers("the tokenizer makes no tokens"):
-      return encode(list(texts))
+      encodings = encode([text[:most] for text in texts])
+      for i, (text, (_, offsets)) in enumerate(zip(texts, encodings, strict=True)):
+        if len(text) > most and not (len(offsets) > max_length and offsets[max_length][1] < most - most // 4):
+          encodings[i] = encode([text])[0]
+      return encodings
   except UserError:
     for record, text in zip(records, texts, strict=True):
       with told_by_tokenizers(_no_tokens(record)):
