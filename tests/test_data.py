@@ -511,7 +511,9 @@ def test_truncation_keeps_the_front(chatml):
     tokenize(records, chatml, 1)
 
 
-@pytest.mark.parametrize("answer", ["word " * 3000, "x" * 9999, " " * 9999 + "x", "a\n\n" * 4000])
+@pytest.mark.parametrize(
+  "answer", ["word " * 3000, "x" * 9999, " " * 9999 + "x", "a\n\n" * 4000, "no <|im_end|> here " * 900]
+)
 def test_of_a_huge_text_only_the_beginning_is_tokenised(chatml, monkeypatch, answer):
   records = [_record("Hi", answer)]
   whole = tokenize(records, chatml, 80)

@@ -1,10 +1,14 @@
 """Keys in other words or case, media and what stands for them, ids of calls: read, told or refused."""
 
+import time
+
+import numpy as np
 import pytest
+from tiny import make_tokenizer
 
 from in2core_jax.data.record_shapes import read_record
-from in2core_jax.data.records import content_key
-from in2core_jax.data.tokenizing import told_lines
+from in2core_jax.data.records import Record, content_key
+from in2core_jax.data.tokenizing import tokenize, told_lines
 from in2core_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -150,6 +154,17 @@ def test_values_that_are_media_are_refused_whatever_their_key(more):
 @pytest.mark.parametrize("more", [{"source": "a.jpg"}, {"file_name": "a.wav"}, {"note": "see the picture a.png"}])
 def test_names_of_files_that_say_where_a_text_is_from_are_no_media(more):
   assert read(chat({"role": "user", "content": "Is 1 < 2 <b>image</b>?"}, ANSWER, **more)).messages
+
+
+def test_a_conversation_of_thousands_of_turns_takes_no_minutes():
+  turns = [message for i in range(1500) for message in ({"role": "user", "content": f"q{i}"}, ANSWER)]
+  tokenizer = make_tokenizer(2000)
+  record = Record("r", tuple(turns), "", "{}", "memory", 1)
+  began = time.thread_time()
+  dataset = tokenize([record], tokenizer, 200_000)
+  assert time.thread_time() - began < 4  # quadratic work took ten times as long
+  starts = np.flatnonzero(np.diff(dataset.response_mask[0].astype(int)) == 1)
+  assert len(starts) == 1500
 
 
 # ---- content keys --------------------------------------------------------------------

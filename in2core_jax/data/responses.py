@@ -124,11 +124,14 @@ class Responses(Layout):
     """Finds the responses by the regions of the template's loop in the true rendering."""
     _check_texts(messages, rendered)
     text, cuts = rendered.text, self._true_cuts(messages, tools, rendered.text)
+    of_turn = collections.defaultdict(list)
+    for i, (_, owner) in enumerate(cuts):
+      of_turn[owner].append(i)
     for k in learnt:
       turn = structure.turns.get(k) if structure is not None else None
       if structure is not None and turn is None:
         continue  # nothing of the answer is rendered
-      span = _in_region(text, cuts, turn, k + 1 == len(messages)) if turn is not None else None
+      span = _in_region(text, cuts, of_turn, turn, k + 1 == len(messages)) if turn is not None else None
       if span is None:
         span = self._by_prefixes(messages, tools, text, turn, k)
       (start, end), terminator = span
@@ -230,12 +233,14 @@ def _learnt(messages: Sequence[Message]) -> list[int]:
   ]
 
 
-def _in_region(text: str, cuts: list[tuple[int, int]], turn: Turn, is_last: bool) -> tuple[Span, int] | None:
+def _in_region(
+  text: str, cuts: list[tuple[int, int]], of_turn: dict[int, list[int]], turn: Turn, is_last: bool
+) -> tuple[Span, int] | None:
   """A response in its region of a true rendering: its span, and how much of it is terminator; None: not to be found."""
   if turn.region is None:
     return None
   label, back = turn.region
-  found = [i for i, (_, owner) in enumerate(cuts) if owner == label]
+  found = of_turn[label]
   if len(found) < back:
     return None
   start, following = cuts[found[-back]][0], found[-back] + 1

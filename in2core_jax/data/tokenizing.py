@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ __all__ = [
 _MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 _LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+
+_Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, the characters that each came from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,8 @@ def tokenize(
       if render.spells_control_token(record):
         try:
           with told_by_tokenizers(_no_tokens(record)):
-            ids, offsets = render.encode_quoted(record, rendered.text)
+            quote = functools.partial(render.encode_quoted, record, rendered.text)
+            ids, offsets = _of_beginning(rendered.text, max_length, lambda text, quote=quote: quote(len(text)))
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
@@ -209,29 +213,43 @@ def _no_tokens(record: Record) -> str:
   return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
 
 
-def _encoded(
-  tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-  """Token ids and offsets of the texts, at least `max_length` + 1 of each that has so many.
+def _beginning(max_length: int) -> int:
+  """How many characters of a text are tokenised, when that gives enough tokens."""
+  return max(_LONG, 64 * max_length)
+
+
+def _of_beginning(text: str, max_length: int, encode: Callable[[str], _Encoding]) -> _Encoding:
+  """Token ids and offsets of a text, at least `max_length` + 1 where it has so many.
 
   A token takes a hundred bytes and more on its way, so of a text of megabytes only the beginning is tokenised. What is
-  cut off far behind the last token that counts changes none of those. Where the tokenizer fails, its record is named.
+  cut off far behind the last token that counts changes none of those.
   """
+  most = _beginning(max_length)
+  ids, offsets = encode(text[:most])
+  if len(text) <= most or (len(offsets) > max_length and offsets[max_length][1] < most - most // 4):
+    return ids, offsets
+  return encode(text)
 
-  def encode(some: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+
+def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int) -> list[_Encoding]:
+  """`_of_beginning` of the texts; where the tokenizer fails, its record is named."""
+
+  def encode(some: Sequence[str]) -> list[_Encoding]:
     if not some:
       return []
     found = tokenizer(list(some), add_special_tokens=False, return_offsets_mapping=True)
     return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
-  most = max(_LONG, 64 * max_length)
+  short = [text for text in texts if len(text) <= _beginning(max_length)]
   try:
     with told_by_tokenizers("the tokenizer makes no tokens"):
-      encodings = encode([text[:most] for text in texts])
-      for i, (text, (_, offsets)) in enumerate(zip(texts, encodings, strict=True)):
-        if len(text) > most and not (len(offsets) > max_length and offsets[max_length][1] < most - most // 4):
-          encodings[i] = encode([text])[0]
-      return encodings
+      found = iter(encode(short))
+      return [
+        next(found)
+        if len(text) <= _beginning(max_length)
+        else _of_beginning(text, max_length, lambda t: encode([t])[0])
+        for text in texts
+      ]
   except UserError:
     for record, text in zip(records, texts, strict=True):
       with told_by_tokenizers(_no_tokens(record)):
