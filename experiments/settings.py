@@ -42,6 +42,14 @@ class DemoFlags(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportFlags(Settings):
+  """`export`: --model is that of the checkpoint where it is not given."""
+
+  shown: ClassVar = ("export", "checkpoint", "model", "dtype", "overwrite")
+  to: str = setting("export", "", "Folder that is written.", repeats=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckFlags(Settings):
   """`check`."""
 
@@ -56,6 +64,14 @@ class OracleFlags(Settings):
   shown: ClassVar = ("depth", "seed", "run_dir", "overwrite")
   run_dir: str = changed(Settings, "run_dir", "runs/oracle")
   depth: int = changed(Settings, "depth", 400)
+
+
+@dataclasses.dataclass(frozen=True)
+class InteropFlags(Settings):
+  """`interop`: its model and data are its own."""
+
+  shown: ClassVar = ("seed", "run_dir", "overwrite")
+  run_dir: str = changed(Settings, "run_dir", "runs/interop")
 
 
 _kill_test = functools.partial(setting, "kill_test")

@@ -16,7 +16,9 @@ import pathlib
 import numpy as np
 
 from experiments import flags
-from experiments.study.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
+from experiments.study.report import SetFacts, comparison
+from experiments.study.study import bench_of
+from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import name_of
@@ -169,7 +171,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
   """
   rules = variants_of(s)
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.drop or variant.queries or variant.unit:
+    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit:
       known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
       raise UserError(f"--variants: {name!r} needs scores of each target; use some of {'; '.join(known)}")
   retrained = words(s.retrained, "retrained", rules, ";")

@@ -113,7 +113,7 @@ class Renderer:
     if re.sub(f"[{marks[0]}{marks[1]}]", "", marked) != text:
       raise TemplateRefusal(
         f"it contains the control token {self._found(record)!r} as text, and the chat template rewrites texts, so the "
-        "two cannot be told apart; remove it from the data"
+        "two cannot be distinguished; remove it from the data"
       )
     encoded = self._quoting.encode(text[:most], quoted)
     if encoded is None:

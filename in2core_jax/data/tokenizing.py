@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from in2core_jax.data import media
+from in2core_jax.data import media, ragged
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import BadRecords, Record, shorten
@@ -62,14 +62,17 @@ class TokenizedDataset:
     truncated: bool [N], whether tokens were cut off at the maximal length.
     template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
       `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
+    second: int64 [N] where the examples are preference pairs, else None: tokens and mask of an example are those of the
+      chosen side, and from here on those of the rejected one.
   """
 
   name: str
   records: tuple[Record, ...]
-  tokens: tuple[np.ndarray, ...]
-  response_mask: tuple[np.ndarray, ...]
+  tokens: Sequence[np.ndarray]
+  response_mask: Sequence[np.ndarray]
   truncated: np.ndarray
   template: dict[str, Any] = dataclasses.field(default_factory=dict)
+  second: np.ndarray | None = None
 
   def __post_init__(self):
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
@@ -95,12 +98,18 @@ class TokenizedDataset:
   @property
   def num_tokens(self) -> np.ndarray:
     """int32 [N], tokens of each example."""
-    return np.array([len(tokens) for tokens in self.tokens], np.int32)
+    return ragged.lengths_of(self.tokens)
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest sequence; a preference pair has two."""
+    sizes, first = self.num_tokens, self.second
+    return int(np.max(sizes if first is None else np.maximum(first, sizes - first), initial=0))
 
   @property
   def num_response_tokens(self) -> np.ndarray:
     """int32 [N], response tokens of each example."""
-    return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
+    return ragged.counts_of(self.response_mask)
 
   def take(self, rows: Sequence[int]) -> TokenizedDataset:
     """Returns the examples `rows` (int [n]), in the order given."""
@@ -108,10 +117,11 @@ class TokenizedDataset:
     return TokenizedDataset(
       self.name,
       tuple(self.records[i] for i in rows),
-      tuple(self.tokens[i] for i in rows),
-      tuple(self.response_mask[i] for i in rows),
+      ragged.taken(self.tokens, rows),
+      ragged.taken(self.response_mask, rows),
       self.truncated[rows],
       self.template,
+      None if self.second is None else self.second[rows],
     )
 
 
@@ -153,13 +163,14 @@ def tokenize(
   vocab_size: int | None = None,
   date: str | None = None,
   bad: BadRecords | None = None,
+  on_chunk: Callable[[int], None] = lambda count: None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
   Args:
     records: N records.
     tokenizer: a transformers fast tokenizer with a chat template.
-    max_length: tokens beyond this are cut off.
+    max_length: tokens beyond this are cut off; of a preference pair, those of each side.
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
@@ -167,6 +178,7 @@ def tokenize(
     date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
     bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
       first one is an error.
+    on_chunk: called with the number of records that are done, again and again.
 
   Returns:
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
@@ -177,8 +189,12 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
+  if any(record.rejected for record in records):
+    more = {"vocab_size": vocab_size, "date": date, "bad": bad, "on_chunk": on_chunk}
+    return _pairs(records, name, lambda some: tokenize(some, tokenizer, max_length, system_prompt, name, **more))
   render = Renderer(tokenizer, system_prompt, date)
-  kept, tokens, masks, truncated = [], [], [], []
+  kept, truncated = [], []
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
@@ -195,10 +211,11 @@ def tokenize(
       if vocab_size is not None and ids and max(ids) >= vocab_size:
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
       kept.append(record)
-      tokens.append(np.array(ids[:max_length], np.int32))
+      tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+    on_chunk(len(records[start : start + _CHUNK]))
+  parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
   dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
@@ -207,6 +224,57 @@ def tokenize(
       + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
     )
   return dataset
+
+
+def _pairs(
+  records: Sequence[Record], name: str, side: Callable[[Sequence[Record]], TokenizedDataset]
+) -> TokenizedDataset:
+  """Preference pairs: both sides one after the other.
+
+  A pair of which the cut leaves a side without response, or two sides that are equal, has no response token.
+
+  Args:
+    records: of one part.
+    name: of the part.
+    side: tokenises records of one conversation each.
+
+  Raises:
+    UserError: not all of them are pairs, or what `tokenize` refuses.
+  """
+  plain = next((record for record in records if not record.rejected), None)
+  if plain is not None:
+    raise UserError(
+      f"the {name} set has conversations ({plain.place}) and preference pairs "
+      f"({next(record for record in records if record.rejected).place}): they have different losses; keep one kind"
+    )
+  given = {record.example_id: record for record in records}
+  chosen = side([dataclasses.replace(record, rejected=()) for record in records])
+  left = [given[one] for one in chosen.ids]
+  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
+  places = {record.example_id: row for row, record in enumerate(chosen.records)}
+  chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
+  for ours, theirs, won, lost in zip(
+    chosen.tokens, rejected.tokens, chosen.response_mask, rejected.response_mask, strict=True
+  ):
+    differ = won.any() and lost.any() and not np.array_equal(ours, theirs)
+    tokens.append(np.concatenate([ours, theirs]))
+    masks.append(np.concatenate([won, lost]) & differ)
+  return TokenizedDataset(
+    name,
+    tuple(given[one] for one in chosen.ids),
+    tokens.done(),
+    masks.done(),
+    chosen.truncated | rejected.truncated,
+    _both_told(chosen.template, rejected.template),
+    np.array([len(ours) for ours in chosen.tokens], np.int64),
+  )
+
+
+def _both_told(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+  """What the chat template did to either side."""
+  changes = collections.Counter(chosen.get("changes", {})) + collections.Counter(rejected.get("changes", {}))
+  return rejected | chosen | ({"changes": dict(changes)} if changes else {})
 
 
 def _no_tokens(record: Record) -> str:

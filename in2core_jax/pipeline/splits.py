@@ -1,6 +1,7 @@
 """From sources to the three parts: train, eval, test."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,8 +19,11 @@ from in2core_jax.model.config import ModelConfig
 from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_MANY = 20_000  # records that take so long to tokenise that progress is shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,6 +111,21 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
   return records, bad
 
 
+def refuse_pairs(records: Mapping[str, list[tokenizing.Record]]) -> None:
+  """Refuses preference pairs, for commands that know perplexity alone.
+
+  Raises:
+    UserError: names the first pair.
+  """
+  for part in PARTS:
+    pair = next((record for record in records[part] if record.rejected), None)
+    if pair is not None:
+      raise UserError(
+        f"the {part} set has preference pairs ({pair.place}), which this command has no measure for: run finetune, "
+        "select and evaluate, or name one answer with --data_fields, for example messages=chosen"
+      )
+
+
 def tokenized_splits(
   s: Settings, config: ModelConfig, tokenizer, records: Mapping[str, list[tokenizing.Record]], bad: BadRecords
 ) -> Splits:
@@ -139,17 +158,14 @@ def tokenized(
   bad: BadRecords | None = None,
 ) -> tokenizing.TokenizedDataset:
   """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
-  dataset = tokenizing.tokenize(
-    records,
-    tokenizer,
-    s.max_length,
-    s.system_prompt,
-    name=part,
-    vocab_size=config.vocab_size,
-    date=s.template_date,
-    bad=bad,
-  )
-  rotary.check_length(config, int(np.max(dataset.num_tokens, initial=0)), f"the {part} set")
+  more = {"name": part, "vocab_size": config.vocab_size, "date": s.template_date, "bad": bad}
+  sides = 1 + any(record.rejected for record in records)
+  with contextlib.ExitStack() as shown:
+    if len(records) >= _MANY:
+      progress = shown.enter_context(Progress(sides * len(records), f"tokenise ({part})", "texts"))
+      more["on_chunk"] = progress.update
+    dataset = tokenizing.tokenize(records, tokenizer, s.max_length, s.system_prompt, **more)
+  rotary.check_length(config, dataset.longest, f"the {part} set")
   return dataset
 
 
