@@ -7,6 +7,7 @@ one flagfile drives the whole chain. Old names are read, told, and become the ne
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -145,9 +146,25 @@ def _define(field: dataclasses.Field, title: str, into: flags.FlagValues) -> Non
     flags.DEFINE_enum(field.name, field.default, list(meta["choices"]), text, flag_values=into, module_name=title)
     into[field.name].parser = _Words(list(meta["choices"]), meta["gone"])
     return
-  make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: _define_float, str: flags.DEFINE_string}
   default = str(field.default) if meta["kind"] is str else field.default
   make[meta["kind"]](field.name, default, text, flag_values=into, module_name=title)
+
+
+class _FloatParser(flags.FloatParser):
+  """Reads numbers, but none that becomes another one: 1e-400 is 0 for a computer."""
+
+  def convert(self, argument: Any) -> float:
+    """The number; ValueError, which absl tells with the flag's name, where there is none."""
+    value = super().convert(argument)
+    if value == 0 and re.search("[1-9]", str(argument).lower().partition("e")[0]):
+      raise ValueError("is too small for a number of this computer; give 0 or a larger one")
+    return value
+
+
+def _define_float(name: str, default: float, text: str, flag_values: flags.FlagValues, module_name: str) -> None:
+  flags.DEFINE_float(name, default, text, flag_values=flag_values, module_name=module_name)
+  flag_values[name].parser = _FloatParser()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

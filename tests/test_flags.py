@@ -17,6 +17,7 @@ from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import checks, fields
 from in2core_jax.pipeline.fields import Checked
+from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import GROUPS, Settings
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget
@@ -114,11 +115,47 @@ def test_what_is_accepted_is_in_the_range_and_the_rest_is_one_line(read):
     ("--template_date=tomorrow", "^--template_date=tomorrow is no date"),
     ("--train_data= ", "^--train_data= is empty"),
     ("--hardware=v5e-8", "^--hardware=v5e-8 is for --dry_run=true"),
+    ("--damping=1e-39", "--damping=1e-39 is 0 in float32"),
+    ("--learning_rate=1e-400", "learning_rate=1e-400: is too small for a number of this computer"),
   ],
 )
 def test_the_message_has_name_value_and_range(read, flag, words):
-  with pytest.raises(UserError, match=words):
+  with pytest.raises((UserError, absl_flags.Error), match=words):
     read(flag)
+
+
+def test_entries_of_lists_in_order_do_not_move_up():
+  assert in_order("3, ,1;", "x", ";") == ["3, ,1"] and in_order("", "x") == [] and in_order("1,2,", "x") == ["1", "2"]
+  for text in ("1,,2", ",1"):
+    with pytest.raises(UserError, match=f"--x={text}: entry [12] of this list is empty"):
+      in_order(text, "x")
+
+
+FLAGFILES = {
+  "with a mark of the byte order": "\ufeff# first\n--seed=3\n",
+  "with a mark before a flag": "\ufeff--seed=3\n",
+  "with other line ends": "# first\r\n\r\n--seed=3\r\n--layers=all\r",
+  "with blanks before the name of another": "  --flagfile={other}\n",
+  "that names another": "--flagfile={other}\n",
+}
+
+
+@pytest.mark.parametrize("name", FLAGFILES)
+def test_a_flagfile_is_read_whatever_wrote_it(parser, tmp_path, name):
+  file, other = tmp_path / "a.flags", tmp_path / "b.flags"
+  other.write_text("--seed=3\n")
+  file.write_bytes(FLAGFILES[name].format(other=other).encode())
+  parser()
+  assert "--seed=3" in cli._with_flagfiles(["command", f"--flagfile={file}"])
+  assert cli._with_flagfiles(["command", "--system_prompt", "# x"])[1:] == ["--system_prompt", "# x"]
+
+
+def test_flagfiles_without_end_are_refused(parser, tmp_path):
+  file = tmp_path / "a.flags"
+  file.write_text(f" --flagfile={file}\n")
+  parser()
+  with pytest.raises(UserError, match="flagfiles name each other more than 10 times"):
+    cli._with_flagfiles(["command", f"--flagfile={file}"])
 
 
 @pytest.mark.parametrize(

@@ -384,10 +384,34 @@ def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   assert files[0] == files[1]
   (tmp_path / "b" / "coreset.jsonl").write_bytes(b"another's\n")  # "finished" means that all files are whole
   (tmp_path / "b" / "report.md").unlink()
-  with pytest.raises(UserError, match="coreset.jsonl is not what it selected"):
+  with pytest.raises(UserError, match="coreset.jsonl: damaged or changed since it was written"):
     read_selection(str(tmp_path / "b"), bench)
   folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / "b")), bench))
   assert [(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")] == files[0]
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_of_a_select_run_is_named_or_harmless_and_mended(settings, bench, tmp_path):
+  settings = settings.replace(run_dir=str(tmp_path / "run"), write="layer")
+  folder = pathlib.Path(select.run(settings, bench))
+  policy, wanted = read_selection(str(folder), bench)
+  whole = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+  for path, data in whole.items():
+    at = len(data) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    try:
+      found, columns = read_selection(str(folder), bench)
+      assert found == policy and all((columns[name] == wanted[name]).all() for name in wanted), path.name
+    except UserError as error:
+      assert path.name in str(error) and "\n" not in str(error)
+    if path.name == run_folder.MANIFEST:
+      with pytest.raises(UserError, match=r"manifest.json: (damaged|not JSON)"):
+        select.run(settings, bench)
+      path.write_bytes(data)
+      continue
+    select.run(settings, bench)
+    assert not run_folder.RunDir.load(folder).damaged(), path.name
+    assert (folder / "scores.parquet").read_bytes() == whole[folder / "scores.parquet"]
 
 
 @pytest.mark.real

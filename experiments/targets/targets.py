@@ -201,6 +201,7 @@ def run(settings: TargetsSettings, bench: Session | None = None) -> str:
   cells, chooser = ResultCache(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
+  found["contents"] = contents_of(found["choices"], bench)
   log.info("\n%s", table_text.markdown_table(found["recall"]))
   if retrained:
     judged = {name: orders[name] for name in retrained} | chosen_elsewhere
@@ -235,6 +236,15 @@ def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: f
   }
 
 
+def contents_of(choices: dict, bench: Session) -> dict:
+  """Rule -> target -> hash of what was chosen: equal ids do not make equal examples."""
+  key_of = {record.example_id: record.content_key for record in bench.splits["train"].records}
+  return {
+    name: {target: run_folder.hash_of([key_of.get(one) for one in ids]) for target, ids in of_targets.items()}
+    for name, of_targets in choices.items()
+  }
+
+
 def read_choices(
   s: TargetsSettings, bench: Session, targets: list[Target], most: float
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -254,6 +264,9 @@ def read_choices(
     for target in targets:
       ids = told.get("choices", {}).get(name, {}).get(target.name, ())
       unknown = [one for one in ids if one not in row_of]
+      theirs = told.get("contents", {}).get(name, {}).get(target.name)  # None: of an older version
+      if theirs not in (None, contents_of({name: {target.name: ids}}, bench)[name][target.name]):
+        raise UserError(f"--choices_of={s.choices_of}, {name!r}: its examples have changed; run it on the same data")
       if len(ids) < size or unknown:
         why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
         raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")

@@ -23,6 +23,7 @@ from in2core_jax.pipeline import shapes
 from in2core_jax.pipeline.checks import budget_of, check_budget, check_scores
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size, test_examples
+from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset
 from in2core_jax.pipeline.scoring import score
@@ -59,7 +60,7 @@ def scorers_of(s: TransferSettings) -> list[Scorer]:
     raise UserError(f"--score_models={s.score_models}: a model is given twice")
   lists, own_words = {}, (s.layers, s.trainable_layers, str(s.learning_rate))
   for name, default in zip(("model_layers", "model_trains", "model_rates"), own_words, strict=True):
-    words = read(getattr(s, name)) or [default]
+    words = in_order(getattr(s, name), name, ";") or [default]
     words = words * len(models) if len(words) == 1 else words
     if len(words) != len(models):
       raise UserError(

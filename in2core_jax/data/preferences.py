@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from in2core_jax.data.record_keys import is_empty, shown
+from in2core_jax.data.key_names import is_empty
+from in2core_jax.data.record_keys import shown
 from in2core_jax.data.turns import Message, TurnReader, clean, listed, type_name
 from in2core_jax.errors import UserError
 

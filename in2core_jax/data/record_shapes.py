@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from in2core_jax.data import preferences, record_keys
-from in2core_jax.data.record_keys import is_empty
+from in2core_jax.data import media, preferences, record_keys
+from in2core_jax.data.key_names import by_known_names, is_empty
 from in2core_jax.data.turns import REASONING, Message, TurnReader, clean, listed, read_tools, type_name
 from in2core_jax.errors import UserError
 
@@ -74,7 +74,9 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   """
   named = not _TEXT_ROLES.isdisjoint(fields)
   kept = {key: item for key, item in value.items() if not named or key in ("id", *TOPIC_COLUMNS)}
-  view = kept | {role: value[column] for role, column in fields.items() if column in value}
+  named_columns = {role: value[column] for role, column in fields.items() if column in value}
+  view, stood = (kept, {}) if named else _by_known_names(kept)
+  view = view | named_columns
   reader, used, rejected = TurnReader(), set(), []
   sides = preferences.sides_of(view)
   if sides:
@@ -91,15 +93,16 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   topic = _topic(view, used)
   given_id = _given_id(view)
   read = {"id"} | used
-  read = {fields.get(role, role) for role in read if role in fields or role in kept}
+  read = {fields.get(role, stood.get(role, role)) for role in read if role in fields or role in stood or role in kept}
+  placeholders = media.placeholders([*messages, *rejected])
   for key, item in value.items():
     if key not in read and not is_empty(item):
-      record_keys.refuse_medium(key, item)
+      media.refuse_key(key, item, placeholders, none_known=named or not record_keys.has_no_meaning(key, item))
       # Whoever names the columns of the text has said that the others are none of it.
       settled = (not named and record_keys.check_record_key(key, item)) or _is_rendering(key, item, messages)
       if not settled and not record_keys.has_no_meaning(key, item):
         unread.append(key)
-  unread += reader.unread
+  unread += [*reader.unread, *(f"{word}{media.IN_A_TEXT}" for word in placeholders)]
   ended = _end_at_last_response(messages)
   other = _end_at_last_response(rejected) if rejected else ()
   return Conversation(ended, tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic, other)
@@ -351,6 +354,16 @@ _MORE_SHAPES = (
   _Shape(("data",), _conversation("data"), _is_texts),  # UltraChat
   _Shape(("text",), _written_out, _has_speakers),  # Guanaco
 )
+
+
+def _by_known_names(kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+  """The record with the names that we read; those of shapes only where it has no shape without them."""
+  extras = {"history", *_SYSTEM, *_TOOLS, *REASONING[:3], *(["input"] if "instruction" in kept else [])}
+  view, stood = by_known_names(kept, extras)
+  if any(view.keys() >= {*shape.columns} and shape.fits(view) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES)):
+    return view, stood
+  columns = {column for shape in (*_FIRST_SHAPES, *_MORE_SHAPES) for column in shape.columns}
+  return by_known_names(kept, {*extras, *columns, "input"})
 
 
 def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[str, ...], _Parse]:

@@ -190,13 +190,32 @@ def content_key(messages: Sequence[Message], tools: Sequence[Any] = (), rejected
 
   Of plain turns it is the hash of their roles and contents. What a turn has besides (reasoning, tool calls, names, its
   place in the loss) is a third entry, and tools stand at the end, so that a record with them is another one. So does
-  the rejected side of a preference pair.
+  the rejected side of a preference pair. Ids of tool calls are drawn by chance, and few templates render them: which
+  call a result answers counts, not its name.
   """
-  canonical: list[Any] = [_canonical(message) for message in messages]
+  canonical: list[Any] = [_canonical(message) for message in _without_ids(messages)]
   canonical += [{"tools": list(tools)}] if tools else []
-  canonical += [{"rejected": [_canonical(message) for message in rejected]}] if rejected else []
+  canonical += [{"rejected": [_canonical(message) for message in _without_ids(rejected)]}] if rejected else []
   text = json.dumps(canonical, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
   return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _without_ids(messages: Sequence[Message]) -> Iterable[Message]:
+  """The messages without ids of tool calls; results that do not come in the order of the calls have their number."""
+  calls: dict[str, int] = {}
+  made = answered = 0
+  for message in messages:
+    if "tool_calls" in message:
+      bare = [{key: item for key, item in call.items() if key != "id"} for call in message["tool_calls"]]
+      calls |= {call["id"]: made + j for j, call in enumerate(message["tool_calls"]) if "id" in call}
+      answered, made = made, made + len(bare)
+      message = {**message, "tool_calls": bare}
+    elif message["role"] == "tool":
+      number = calls.get(message.get("tool_call_id"), answered)
+      message = {key: item for key, item in message.items() if key != "tool_call_id"}
+      message |= {"answers": number} if number != answered else {}
+      answered += 1
+    yield message
 
 
 def _canonical(message: Message) -> list[Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from in2core_jax.data import ragged
+from in2core_jax.data import media, ragged
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
-from in2core_jax.data.records import BadRecords, Record
+from in2core_jax.data.records import BadRecords, Record, shorten
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
@@ -41,7 +42,11 @@ __all__ = [
   "tokenize",
 ]
 
+_MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
+_LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+
+_Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, the characters that each came from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +198,13 @@ def tokenize(
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
-    encoded = _encoded(tokenizer, texts, [record for record, _ in done]) if texts else {}
-    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    encodings = _encoded(tokenizer, texts, [record for record, _ in done], max_length)
     for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
           with told_by_tokenizers(_no_tokens(record)):
-            ids, offsets = render.encode_quoted(record, rendered.text)
+            quote = functools.partial(render.encode_quoted, record, rendered.text)
+            ids, offsets = _of_beginning(rendered.text, max_length, lambda text, quote=quote: quote(len(text)))
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
@@ -276,12 +281,43 @@ def _no_tokens(record: Record) -> str:
   return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record]) -> Any:
-  """Token ids and offsets of the texts; where the tokenizer fails, its record is named."""
-  encode = lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)  # noqa: E731
+def _beginning(max_length: int) -> int:
+  """How many characters of a text are tokenised, when that gives enough tokens."""
+  return max(_LONG, 64 * max_length)
+
+
+def _of_beginning(text: str, max_length: int, encode: Callable[[str], _Encoding]) -> _Encoding:
+  """Token ids and offsets of a text, at least `max_length` + 1 where it has so many.
+
+  A token takes a hundred bytes and more on its way, so of a text of megabytes only the beginning is tokenised. What is
+  cut off far behind the last token that counts changes none of those.
+  """
+  most = _beginning(max_length)
+  ids, offsets = encode(text[:most])
+  if len(text) <= most or (len(offsets) > max_length and offsets[max_length][1] < most - most // 4):
+    return ids, offsets
+  return encode(text)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int) -> list[_Encoding]:
+  """`_of_beginning` of the texts; where the tokenizer fails, its record is named."""
+
+  def encode(some: Sequence[str]) -> list[_Encoding]:
+    if not some:
+      return []
+    found = tokenizer(list(some), add_special_tokens=False, return_offsets_mapping=True)
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+  short = [text for text in texts if len(text) <= _beginning(max_length)]
   try:
     with told_by_tokenizers("the tokenizer makes no tokens"):
-      return encode(list(texts))
+      found = iter(encode(short))
+      return [
+        next(found)
+        if len(text) <= _beginning(max_length)
+        else _of_beginning(text, max_length, lambda t: encode([t])[0])
+        for text in texts
+      ]
   except UserError:
     for record, text in zip(records, texts, strict=True):
       with told_by_tokenizers(_no_tokens(record)):
@@ -407,11 +443,20 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     skipped = summary["skipped_records"]
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
     lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
-  for key, found in summary.get("unread_keys", {}).items():
+  unread = summary.get("unread_keys", {})
+  for key, found in list(unread.items())[:_MOST_KEYS]:
+    if key.endswith(media.IN_A_TEXT):
+      lines.append(
+        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
+        f"{found['first']}, and is learnt as plain text: images, audio and video cannot be read"
+      )
+      continue
     lines.append(
-      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
-      "is no part of the conversation"
+      f"the key {key[:120]!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it "
+      "says is no part of the conversation"
     )
+  if len(unread) > _MOST_KEYS:
+    lines.append(f"and {len(unread) - _MOST_KEYS:,} more keys are not read: data_summary.json names all of them")
   lines += [
     f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
   ]
@@ -439,7 +484,7 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = Tr
     for row in rows
   ]
   for name, part in summary["parts"].items():
-    named = [(printable(topic) or "(none)", count) for topic, count in part["topics"].items()]
+    named = [(shorten(topic, 60) or "(none)", count) for topic, count in part["topics"].items()]
     if len(named) > 1 or (named and named[0][0] != "(none)"):
       more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)

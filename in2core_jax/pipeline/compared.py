@@ -40,8 +40,7 @@ def read_selection(folder: str, bench: Session) -> tuple[str, dict[str, np.ndarr
   # Equal ids do not make equal examples: what was selected must be what stands there now.
   train, rows = bench.splits["train"], np.flatnonzero(columns["selected"])
   kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
-  coreset_file = path / "coreset.jsonl"
-  if not coreset_file.exists() or coreset_file.read_bytes() != kept:
+  if chosen.read_bytes("coreset.jsonl") != kept:
     raise UserError(
       f"--select_runs: {folder}/coreset.jsonl is not what it selected from --train_data: the data changed"
     )

@@ -11,6 +11,19 @@ def listed(text: str, separator: str = ",") -> list[str]:
   return [part.strip() for part in text.split(separator) if part.strip()]
 
 
+def in_order(text: str, name: str, separator: str = ",") -> list[str]:
+  """The parts of a list in which the place of a part counts; only the last one may be empty.
+
+  Raises:
+    UserError: one between others is empty: whatever follows would move up.
+  """
+  parts = [part.strip() for part in text.split(separator)]
+  parts = parts if parts[-1] else parts[:-1]
+  if not all(parts):
+    raise UserError(f"--{name}={text}: entry {parts.index('') + 1} of this list is empty; write one for each")
+  return parts
+
+
 def words(
   text: str,
   name: str,

@@ -16,6 +16,7 @@ from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, r
 from in2core_jax.errors import UserError
 from in2core_jax.model import hidden_cache, rotary
 from in2core_jax.model.config import ModelConfig
+from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.progress import Progress
@@ -94,7 +95,10 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
   Raises:
     UserError: whatever is wrong with flags or sources.
   """
-  topics, limits = listed(s.eval_topics), integers(s.source_limits, "source_limits")
+  topics, limits = (
+    listed(s.eval_topics),
+    integers(",".join(in_order(s.source_limits, "source_limits")), "source_limits"),
+  )
   records, bad = split_sources(s)
   for part in PARTS:
     if part != "train" and s.eval_topics:

@@ -136,8 +136,10 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException as error:
     temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.filename is None:  # of a failed write: which disk is full?
+      error.filename = str(path)
     raise
   _sync_folder(path.parent)
 
