@@ -19,7 +19,7 @@ from in2core_jax.index.rows import Block, Rows
 from in2core_jax.influence import projected
 from in2core_jax.influence.index_pass import OnDevice
 from in2core_jax.parallel import processes
-from in2core_jax.pipeline import index, scoring, select_results
+from in2core_jax.pipeline import index, phases, scoring, select_results
 from in2core_jax.pipeline.advice import of_selection, without_effect
 from in2core_jax.pipeline.checks import budget_of, check_select
 from in2core_jax.pipeline.policy_inputs import NEAR, shown
@@ -98,7 +98,7 @@ def _check(s: Settings) -> None:
   other = [word for word in ("layer", "token", "self") if s.writes(word)]
   if other:
     raise UserError(f"--write={other[0]} needs gradients that an index does not hold: leave it or --index out")
-  if s.policy in BY_INFLUENCE and scoring.score_aggregate(s) in aggregation.BY_QUERY:
+  if s.policy in BY_INFLUENCE and phases.score_aggregate(s) in aggregation.BY_QUERY:
     raise UserError(
       f"--aggregate={s.aggregate} with --policy={s.policy} takes an inverse for every evaluation example: with --index "
       "take --policy=hybrid, or leave it out"
@@ -289,13 +289,13 @@ def _scored(
     result, along, names = _solved(task, work)
   else:
     s = s.replace(solver="identity")
-    along, names = _means(questions, scoring.score_aggregate(s) in aggregation.BY_TOPIC)
+    along, names = _means(questions, phases.score_aggregate(s) in aggregation.BY_TOPIC)
     result = solvers.SolveResult(None, np.full(len(along), np.nan), 0, [], {})
   clock.lap("solver")
   total = np.empty((len(along), len(task.rows)))
   for rows, numbers in task.rows.gradients():
     total[:, rows] = along.astype(np.float32) @ numbers.T
-  how = scoring.score_aggregate(s) if s.policy in BY_INFLUENCE else "mean"
+  how = phases.score_aggregate(s) if s.policy in BY_INFLUENCE else "mean"
   influence = aggregation.aggregate(total, names, how, task.bench.splits["train"].ids)
   clock.lap("scores")
   return scoring.Scored(influence, task.rows.values("loss"), result, clock.seconds), s
