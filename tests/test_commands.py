@@ -20,7 +20,7 @@ from experiments.study import study
 from experiments.study.settings import StudySettings
 from in2core_jax.data import sources
 from in2core_jax.estimate import dry_run
-from in2core_jax.pipeline import evaluate, finetune, select
+from in2core_jax.pipeline import evaluate, finetune, index, select
 
 quick_compile = tiny.quick_compile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -34,9 +34,10 @@ KINDS = {
   "select": commands.SelectFlags,
   "evaluate": commands.EvaluateFlags,
   "demo": commands.DemoFlags,
+  "index": commands.IndexFlags,
   "study": StudySettings,
 }
-STAGES = {"finetune": finetune.run, "select": select.run, "evaluate": evaluate.run}
+STAGES = {"finetune": finetune.run, "index": index.run, "select": select.run, "evaluate": evaluate.run}
 # Beginnings of commands that are not run here -> why.
 NOT_RUN = {
   "setup": "tests/test_run_sh.py runs it with requirements of its own",
@@ -46,6 +47,11 @@ NOT_RUN = {
   "solvers": "tests/test_solvers.py runs it on a slice",
   "kill_test": "tests/test_resume.py runs it on a slice",
   "check": "tests/test_check.py runs it, on one device and on two",
+  "recommend": "tests/test_recommend.py runs it on a slice",
+  "export": "tests/test_export.py runs it for every family",
+  "interop": "it makes an environment of its own; tests/test_interop.py has its parts",
+  "large_pools": "tests/test_index_rules.py runs its rules on a drawn pool",
+  "select --flagfile=runs/mine/select/flags.txt": "it goes on from a run of another page",
   "select --flagfile=mine.flags --mesh=data:2,fsdp:8": "needs two machines with a shared folder",
   "select --flagfile=mine.flags --coordinator": "needs two processes; tests/test_processes.py starts them",
   "select --flagfile=mine.flags --mesh=data:4,fsdp:4": "needs TPUs and a bucket",
@@ -103,6 +109,8 @@ def place(tmp_path_factory):
   parts = {"mine": lines, "pool": lines, "wanted": lines[60:], "eval": lines[:12], "test": lines[12:24]}
   for name, own in parts.items():
     (folder / f"{name}.jsonl").write_text("\n".join(own) + "\n")
+  pairs = [{"prompt": "Say it.", "chosen": f"Yes, {n} of them.", "rejected": f"No, {n}."} for n in range(60)]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
   coreset = folder / "runs" / "mine" / "select" / "coreset.jsonl"
   (folder / "mine.flags").write_text("--train_data=jsonl:mine.jsonl\n--dedup\n")
   return folder, coreset
