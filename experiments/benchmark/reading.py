@@ -9,7 +9,7 @@ It writes records of about 200 tokens as Parquet, then starts a process for each
 import argparse
 import json
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -27,12 +27,17 @@ _ROWS = 10_000  # of a row group
 
 # What the other process runs: the same template and tokenizer, ids and a mask of the response.
 _PEER = """
-import json, os, resource, sys, time
+import json, os, pathlib, re, sys, time
 from datasets import load_dataset
 from transformers import AutoTokenizer
 file, model, cache = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model)
-peak = lambda: max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+peaks = pathlib.Path(cache + "-peaks")
+peaks.mkdir()
+
+def peak():
+  return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+
 before, began = peak(), time.perf_counter()
 
 def encode(rows):
@@ -42,13 +47,15 @@ def encode(rows):
   starts = [len(text) for text in tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)]
   found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
   masks = [[a >= start for a, _ in offsets] for offsets, start in zip(found["offset_mapping"], starts)]
+  (peaks / str(os.getpid())).write_text(str(peak()))  # of this process of several
   return {"input_ids": found["input_ids"], "mask": masks}
 
 pool = load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
 pool = pool.map(encode, batched=True, num_proc=os.cpu_count(), remove_columns=pool.column_names)
 seconds = time.perf_counter() - began
 tokens = sum(map(len, pool["input_ids"]))
-print(json.dumps({"seconds": seconds, "peak_mb": peak() / 1024, "imports_mb": before / 1024, "tokens": tokens}))
+others = [float(path.read_text()) - before for path in peaks.iterdir()]
+print(json.dumps({"seconds": seconds, "peak_mb": peak() + sum(others), "imports_mb": before, "tokens": tokens}))
 """
 
 
@@ -63,8 +70,8 @@ def write_pool(path: pathlib.Path, records: int) -> None:
 
 
 def peak_mb() -> float:
-  """The most memory that this process has held, MB."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  """The most memory that this process has held, MB. (`ru_maxrss` is also that of who started it.)"""
+  return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def measure(path: pathlib.Path) -> dict:
@@ -76,7 +83,7 @@ def measure(path: pathlib.Path) -> dict:
   before, laps = peak_mb(), [time.perf_counter()]
   records = tokenizing.load_records(f"file:{path}")
   laps.append(time.perf_counter())
-  pool = tokenizing.tokenize(records, tokenizer, 512, "none")
+  pool = tokenizing.tokenize(records, tokenizer, 512)
   laps.append(time.perf_counter())
   packing.Packer(pool).sequential_plan(16_384)
   laps.append(time.perf_counter())
