@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -93,6 +94,16 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
   monkeypatch.setattr(targets.Retrainer, "train", lambda *_: pytest.fail("trained again"))
   targets.run(settings, open_session(settings))
   assert (folder / "targets.md").read_bytes() == before
+
+
+def test_equal_ids_of_other_examples_are_other_choices():
+  choices = {"rule": {"target": ["a", "b"]}}
+
+  def contents(*keys):
+    records = [types.SimpleNamespace(example_id=one, content_key=key) for one, key in zip("abc", keys, strict=True)]
+    return targets.contents_of(choices, types.SimpleNamespace(splits={"train": types.SimpleNamespace(records=records)}))
+
+  assert contents("1", "2", "3") == contents("1", "2", "4") != contents("1", "3", "2")
 
 
 @pytest.mark.real
