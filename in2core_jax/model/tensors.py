@@ -1,7 +1,8 @@
 """How files name and lay out the tensors of the parameter tree: tables of names, and what families store otherwise."""
 
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -50,6 +51,11 @@ HF_NAMES = {
   "layers/mlp/down_proj/kernel": "model.layers.{i}.mlp.down_proj.weight",
   "layers/attention/q_norm/scale": "model.layers.{i}.self_attn.q_norm.weight",
   "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
+  "layers/attention/sinks": "model.layers.{i}.self_attn.sinks",
+  "layers/mlp/router/kernel": "model.layers.{i}.mlp.gate.weight",
+  "layers/mlp/gate_proj/experts": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+  "layers/mlp/up_proj/experts": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+  "layers/mlp/down_proj/experts": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
 }
 # With norms behind attention and MLP, Llama's name for the norm before the MLP means the one behind attention.
 HF_POST_NORM_NAMES = HF_NAMES | {
@@ -70,9 +76,20 @@ _OTHER_PARTS = r"(model\.)?(vision_tower|multi_modal_projector)\."
 GGUF_ROTARY = {"layers/attention/q_proj/kernel": "num_heads", "layers/attention/k_proj/kernel": "num_kv_heads"}
 
 
-def hf_names(config: ModelConfig) -> dict[str, str]:
-  """Path of a leaf -> the tensor's name in Hugging Face files, by where the model's norms are."""
-  return HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
+def hf_names(config: ModelConfig, kind: str = "") -> dict[str, str]:
+  """Path of a leaf -> the tensor's name in Hugging Face files, by where the model's norms are and what the type says.
+
+  Args:
+    config: the model's shape.
+    kind: model_type of the files; that of the configuration where it is not given.
+  """
+  names = HF_POST_NORM_NAMES if config.post_norms else HF_NAMES
+  family = FAMILIES.get(kind or config.model_type)
+  if family is None:
+    return names
+  own = dict(family.names)
+  own |= {leaf: f"{end}:{leaf}" for end, leaves in family.fused.items() for leaf in leaves}  # as `pieces` calls it
+  return names | {leaf: f"model.layers.{{i}}.{end}" for leaf, end in own.items()}
 
 
 def text_names(where: Iterable[str]) -> dict[str, str | None]:
@@ -86,30 +103,90 @@ def text_names(where: Iterable[str]) -> dict[str, str | None]:
   return found | {name: None for name in found if re.fullmatch(HF_IGNORED, name)}
 
 
-def fused_pieces(config: ModelConfig, stored: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, slice]]:
-  """Name of a leaf's matrix -> (tensor that holds it among others, its rows); `stored` gets the pieces in its place."""
-  pieces: dict[str, tuple[str, slice]] = {}
-  if not config.model_type:
-    return pieces
-  rows = {f"layers/attention/{name}_proj/kernel": config.num_kv_heads * config.head_dim for name in "kv"}
-  rows |= {"layers/attention/q_proj/kernel": config.num_heads * config.head_dim}
-  for end, leaves in FAMILIES[config.model_type].fused.items():
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A leaf's part of a tensor that holds several.
+
+  Attributes:
+    whole: name of the tensor.
+    part: which part it is, of how many.
+    paired: their entries take turns along the last axis, and matrices are [in, out]; without: [out, in] matrices, one
+      after the other.
+    start, stop: rows of the part, where not paired.
+  """
+
+  whole: str
+  part: int
+  parts: int
+  paired: bool
+  start: int
+  stop: int
+
+  def of(self, array: np.ndarray, leaf: str) -> np.ndarray:
+    """The part, as [..., out, in] or [..., out]."""
+    if not self.paired:
+      return array[..., self.start : self.stop, :]
+    array = array[..., self.part :: self.parts]
+    return array.swapaxes(-1, -2) if is_matrix(leaf) else array
+
+
+def is_matrix(leaf: str) -> bool:
+  """Whether a leaf is [..., in, out], which files store as [..., out, in]."""
+  return leaf.endswith(("/kernel", "/experts"))
+
+
+def places(name: str, leaf: str, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+  """(index into a leaf, name of the tensor that stands there): by layer, and by expert where the name says so."""
+  if not leaf.startswith("layers/"):
+    return [((), name)]
+  if "{e}" not in name:
+    return [((i,), name.format(i=i)) for i in range(shape[0])]
+  return [((i, e), name.format(i=i, e=e)) for i in range(shape[0]) for e in range(shape[1])]
+
+
+def fused_pieces(
+  config: ModelConfig, stored: dict[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Piece]:
+  """Name of a leaf's tensor -> where it lies among others; `stored` gets the pieces in place of whole tensors.
+
+  Args:
+    config: the model's shape.
+    stored: name -> shape of what the files hold; changed.
+    shapes: leaf -> shape in the parameter tree.
+  """
+  pieces: dict[str, Piece] = {}
+  family = FAMILIES.get(config.model_type)
+  for end, leaves in family.fused.items() if family else ():
+    parts = [_as_stored(leaf, shapes[leaf][1:]) for leaf in leaves]  # [..., out, in] or [..., out]
+    sizes = [part[-1] if family.paired and not is_matrix(leaves[0]) else part[-2] for part in parts]
+    wanted = _whole_shape(parts[0], sum(sizes), family.paired, is_matrix(leaves[0]))
     for i in range(config.num_layers):
       whole, start = f"model.layers.{i}.{end}", 0
-      sizes = [rows.get(leaf, config.intermediate_size) for leaf in leaves]
       if whole not in stored:
         continue
-      if stored[whole] != (sum(sizes), config.hidden_size):
+      if stored[whole] != wanted:
         raise UserError(
-          f"tensor {whole} is {stored[whole]}, the configuration asks for {(sum(sizes), config.hidden_size)}; "
+          f"tensor {whole} is {stored[whole]}, the configuration asks for {wanted}; "
           "file and configuration do not belong together"
         )
       del stored[whole]
-      for leaf, size in zip(leaves, sizes, strict=True):
-        name = HF_NAMES[leaf].format(i=i)
-        stored[name], pieces[name] = (size, config.hidden_size), (whole, slice(start, start + size))
+      for number, (leaf, size, shape) in enumerate(zip(leaves, sizes, parts, strict=True)):
+        name = f"{whole}:{leaf}"
+        stored[name] = shape
+        pieces[name] = Piece(whole, number, len(leaves), family.paired, start, start + size)
         start += size
   return pieces
+
+
+def _as_stored(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return (*shape[:-2], shape[-1], shape[-2]) if is_matrix(leaf) else shape
+
+
+def _whole_shape(part: tuple[int, ...], size: int, paired: bool, matrix: bool) -> tuple[int, ...]:
+  """Shape of a tensor that holds several [..., out, in] or [..., out], `size` outputs in all."""
+  if not matrix:
+    return (*part[:-1], size)
+  return (*part[:-2], part[-1], size) if paired else (*part[:-2], size, part[-1])
 
 
 def rotated_heads(config: ModelConfig, leaf: str) -> int:
@@ -129,8 +206,14 @@ def pairs_together(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def fuse(tensors: dict[str, np.ndarray], family: Family, num_layers: int) -> None:
-  """Puts matrices that the family stores as one into one."""
+  """Puts matrices that the family stores as one into one: the inverse of `Piece.of`."""
   for end, leaves in family.fused.items():
     for i in range(num_layers):
-      parts = [tensors.pop(HF_NAMES[leaf].format(i=i)) for leaf in leaves]
-      tensors[f"model.layers.{i}.{end}"] = np.concatenate(parts)
+      whole = f"model.layers.{i}.{end}"
+      parts = [tensors.pop(f"{whole}:{leaf}") for leaf in leaves]
+      if not family.paired:
+        tensors[whole] = np.concatenate(parts, axis=-2)
+        continue
+      parts = [part.swapaxes(-1, -2) if is_matrix(leaf) else part for part, leaf in zip(parts, leaves, strict=True)]
+      joined = np.stack(parts, axis=-1)
+      tensors[whole] = np.ascontiguousarray(joined.reshape(*joined.shape[:-2], -1))

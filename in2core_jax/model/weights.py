@@ -36,8 +36,10 @@ from in2core_jax.model.tensors import (
   fuse,
   fused_pieces,
   hf_names,
+  is_matrix,
   pairs_apart,
   pairs_together,
+  places,
   rotated_heads,
   text_names,
 )
@@ -53,7 +55,7 @@ _STRANGE = {
   _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
   r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
   r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
-  r"experts|_exps": "a mixture of experts, which this decoder is not",
+  r"experts|_exps": "a mixture of experts, and the configuration says that it is none",
 }
 
 
@@ -219,13 +221,13 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
         "bfloat16 (of a quantised checkpoint use the unquantised one)"
       )
   source = {text[name]: (handles[file], name) for name, file in where.items() if text.get(name) is not None}
-  pieces = fused_pieces(config, stored)
+  pieces = fused_pieces(config, stored, _shapes(config))
   interleaved = config.model_type and FAMILIES[config.model_type].interleaved
 
   def read(name: str, leaf: str) -> np.ndarray:
-    whole, rows = pieces.get(name, (name, None))
-    handle, place = source[whole]
-    array = handle.get_tensor(place) if rows is None else handle.get_slice(place)[rows]
+    piece = pieces.get(name)
+    handle, place = source[piece.whole if piece else name]
+    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     return pairs_apart(array, rotated_heads(config, leaf)) if interleaved and rotated_heads(config, leaf) else array
 
   return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
@@ -281,23 +283,22 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       folder with other weights.
   """
   folder = pathlib.Path(path)
-  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), hf_names(config)
+  leaves = traverse_util.flatten_dict(_fold_lora(params), sep="/")
+  values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
+  names = hf_names(config, values["model_type"])
   absent = sorted(set(leaves) - set(names))
   if absent:
     raise UserError(
       f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
     )
-  values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
   family, tensors = FAMILIES[values["model_type"]], {}
   for leaf, stacked in leaves.items():
     array = np.asarray(stacked)
-    rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
-    for i, row in rows:
-      row = row.T if leaf.endswith("/kernel") else row
-      row = (
-        pairs_together(row, rotated_heads(config, leaf)) if family.interleaved and rotated_heads(config, leaf) else row
-      )
-      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row)
+    for index, name in places(names[leaf], leaf, array.shape):
+      row = array[index].swapaxes(-1, -2) if is_matrix(leaf) else array[index]
+      heads = rotated_heads(config, leaf) if family.interleaved else 0
+      row = pairs_together(row, heads) if heads else row
+      tensors[name] = np.ascontiguousarray(row)
   fuse(tensors, family, config.num_layers)
   foreign = sorted({*folder.glob("*.safetensors*"), *folder.glob("adapter_*")} - {folder / "model.safetensors"})
   if foreign:
@@ -357,7 +358,8 @@ def _file_hash(place: Place) -> str:
 def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
-  layer = 2 * heads * width + (3 if config.gated_mlp else 2) * width * config.intermediate_size
+  mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
+  layer = 2 * heads * width + mlps * width * config.intermediate_size
   count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
   need, there = count * dtype.itemsize, host_bytes()
   if need > there:
@@ -375,22 +377,18 @@ def _assemble(
   Names and shapes, `stored`, are compared before anything is allocated.
   """
   _check_memory(config, dtype, origin)
-  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
-  shapes = {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
+  shapes = _shapes(config)
   strange = sorted(leaf for leaf in shapes if leaf not in names)
   if strange:
     raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
-  layers = range(config.num_layers)
-  wanted = {
-    leaf: [names[leaf].format(i=i) for i in (layers if leaf.startswith("layers/") else (0,))] for leaf in shapes
-  }
-  expected = {name for group in wanted.values() for name in group}
+  wanted = {leaf: places(names[leaf], leaf, shape) for leaf, shape in shapes.items()}
+  expected = {name for group in wanted.values() for _, name in group}
   _refuse(origin, expected - stored.keys(), "tensors are missing", _why_missing(expected, stored.keys()))
   _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
   for leaf, shape in shapes.items():
-    right = shape[1:] if leaf.startswith("layers/") else shape
-    for name in wanted[leaf]:
-      found = stored[name][::-1] if leaf.endswith("/kernel") else stored[name]
+    for index, name in wanted[leaf]:
+      right, found = shape[len(index) :], stored[name]
+      found = (*found[:-2], *found[-2:][::-1]) if is_matrix(leaf) else found
       if found != right:
         raise UserError(
           f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
@@ -399,16 +397,21 @@ def _assemble(
   params = {}
   for leaf, shape in shapes.items():
     stacked = np.empty(shape, dtype)
-    for i, name in enumerate(wanted[leaf]):
-      target = stacked[i] if leaf.startswith("layers/") else stacked
-      array = read(name, leaf)
-      target[...] = array.T if leaf.endswith("/kernel") else array
+    for index, name in wanted[leaf]:
+      target, array = stacked[index], read(name, leaf)
+      target[...] = array.swapaxes(-1, -2) if is_matrix(leaf) else array
       if not np.isfinite(target).all():
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )
     params[leaf] = stacked
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Leaf -> its shape in the parameter tree."""
+  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+  return {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
 def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
