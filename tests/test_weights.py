@@ -18,6 +18,7 @@ from flax import traverse_util
 from in2core_jax.data import assets
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder, gguf_file, hf_config, weights
+from in2core_jax.model.tensors import GGUF_ROTARY
 
 CONFIG = decoder.ModelConfig(
   vocab_size=40,
@@ -333,8 +334,8 @@ def write_gguf(path, config, params, change=lambda tensors: None, architecture="
       row = row.T if leaf.endswith("/kernel") else row
       if leaf.endswith("_norm/scale"):
         row = row + np.float32(config.norm_offset)
-      if leaf in weights.GGUF_ROTARY and architecture == "llama":
-        heads = getattr(config, weights.GGUF_ROTARY[leaf])
+      if leaf in GGUF_ROTARY and architecture == "llama":
+        heads = getattr(config, GGUF_ROTARY[leaf])
         row = row.reshape(heads, 2, -1, row.shape[1]).swapaxes(1, 2).reshape(row.shape)
       tensors[weights.GGUF_NAMES[leaf].format(i=i)] = np.ascontiguousarray(row)
   change(tensors)

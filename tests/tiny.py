@@ -101,13 +101,15 @@ def make_params(config: decoder.ModelConfig, dtype=jnp.float32, seed: int = 0, l
   def draw(path, leaf):
     name = path[-1].key
     values = rng.standard_normal(leaf.shape)
-    if name == "kernel":
+    if name in ("kernel", "experts"):
       return values / np.sqrt(leaf.shape[-2])
-    return {"scale": 1 - config.norm_offset + 0.2 * values, "bias": 0.3 * values, "embedding": 0.7 * values}[name]
+    if name in ("bias", "expert_bias", "sinks"):
+      return 0.3 * values
+    return {"scale": 1 - config.norm_offset + 0.2 * values, "embedding": 0.7 * values}[name]
 
   params = jax.tree_util.tree_map_with_path(draw, shapes)
   modules = [*params["layers"]["attention"].values(), *params["layers"]["mlp"].values()]
-  for module in (module for module in modules if "kernel" in module):
+  for module in (module for module in modules if isinstance(module, dict) and "kernel" in module):
     layers, inner, outer = module["kernel"].shape
     if lora:
       module["lora_a"] = rng.standard_normal((layers, inner, lora)) / np.sqrt(inner)

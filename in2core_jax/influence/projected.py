@@ -9,8 +9,9 @@ unbiased; a side that is no longer than p is kept whole. Its standard deviation 
 share no directions, and up to 2 |G| |S| / sqrt(p) where they do. What that makes of a ranking is measured, not assumed:
 scores of two seeds are compared (`measure_self_agreement`).
 
-Only kernels and the matrices of experts are covered. Norm scales, biases, LoRA factors, embeddings and the head are no matrices beside which a
-sketch stands: what they would add to a score is missing from it. `uncovered_share` says how much that is.
+Only kernels and the matrices of experts are covered. Norm scales, biases, LoRA factors, embeddings and the head are no
+matrices beside which a sketch stands: what they would add to a score is missing from it. `uncovered_share` says how
+much that is.
 
 A store is a run folder of its own, so that runs with other evaluation sets share it. Its identity names the weights,
 the data and the sketch; a folder of another identity is refused. Shards that are damaged or foreign are named and
@@ -177,7 +178,8 @@ def project_direction(direction: Tree, sketch: Sketch) -> jax.Array:
     if leaf is None or leaf.shape[1:] != wanted:
       seen = "is missing" if leaf is None else f"has the shape {leaf.shape}"
       raise UserError(
-        f"{sketch.matrix(module)} {seen} in the direction, and the sketch covers it with [Q, {', '.join(map(str, wanted))}]: "
+        f"{sketch.matrix(module)} {seen} in the direction, and the sketch covers it with "
+        f"[Q, {', '.join(map(str, wanted))}]: "
         "use the same layers for both, and modules that hold every covered kernel (--modules=matrices or all)"
       )
     parts = "kia,qkio,kbo->qkab" if left.ndim == 3 else "keia,qkeio,kebo->qkab"  # experts share a core

@@ -119,7 +119,11 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
   schema.check(values, schema.CONFIG, origin)
   _refuse_others(values, kind, origin)
   heads, shared, head_dim = _heads(values, origin)
-  fields = {"intermediate_size": values["intermediate_size"], **family.traits, **hf_options.read_options(values, family)}
+  fields = {
+    "intermediate_size": values["intermediate_size"],
+    **family.traits,
+    **hf_options.read_options(values, family),
+  }
   if fields.get("num_experts") == 0:
     raise UserError(f"{origin}: a model of the type {kind} without experts is not supported; save it as a dense one")
   if kind == "gemma3_text":

@@ -170,6 +170,11 @@ GGUF: dict[str, Kind] = {
   "rope.freq_base_swa": _THETA,
   "rope.scaling.type": TEXT,
   "rope.scaling.factor": real(1e-6, 1e6),
+  "rope.scaling.original_context_length": _POSITIONS,
+  "rope.scaling.attn_factor": real(1e-6, 1e6),
+  "expert_count": whole(0, _HEADS),
+  "expert_used_count": whole(0, _HEADS),
+  "expert_feed_forward_length": whole(1, _VOCABULARY),
 }
 _TEXTS = list_of(TEXT, "a list of texts")
 _TOKEN = whole(0, _VOCABULARY)

@@ -26,6 +26,17 @@ GGUF_NAMES = {
   "layers/mlp/down_proj/kernel": "blk.{i}.ffn_down.weight",
   "layers/attention/q_norm/scale": "blk.{i}.attn_q_norm.weight",
   "layers/attention/k_norm/scale": "blk.{i}.attn_k_norm.weight",
+  "layers/attention/q_proj/bias": "blk.{i}.attn_q.bias",
+  "layers/attention/k_proj/bias": "blk.{i}.attn_k.bias",
+  "layers/attention/v_proj/bias": "blk.{i}.attn_v.bias",
+  "layers/attention/o_proj/bias": "blk.{i}.attn_output.bias",
+  "layers/mlp/gate_proj/bias": "blk.{i}.ffn_gate.bias",
+  "layers/mlp/up_proj/bias": "blk.{i}.ffn_up.bias",
+  "layers/mlp/down_proj/bias": "blk.{i}.ffn_down.bias",
+  "layers/mlp/router/kernel": "blk.{i}.ffn_gate_inp.weight",
+  "layers/mlp/gate_proj/experts": "blk.{i}.ffn_gate_exps.weight",
+  "layers/mlp/up_proj/experts": "blk.{i}.ffn_up_exps.weight",
+  "layers/mlp/down_proj/experts": "blk.{i}.ffn_down_exps.weight",
   "layers/attention_post_norm/scale": "blk.{i}.post_attention_norm.weight",
   "layers/mlp_post_norm/scale": "blk.{i}.post_ffw_norm.weight",
 }
@@ -87,9 +98,13 @@ def hf_names(config: ModelConfig, kind: str = "") -> dict[str, str]:
   family = FAMILIES.get(kind or config.model_type)
   if family is None:
     return names
-  own = dict(family.names)
-  own |= {leaf: f"{end}:{leaf}" for end, leaves in family.fused.items() for leaf in leaves}  # as `pieces` calls it
+  own = family.names | piece_names(family.fused)
   return names | {leaf: f"model.layers.{{i}}.{end}" for leaf, end in own.items()}
+
+
+def piece_names(fused: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+  """Leaf -> what its part of a fused tensor is called, as `fused_pieces` does."""
+  return {leaf: f"{end}:{leaf}" for end, leaves in fused.items() for leaf in leaves}
 
 
 def text_names(where: Iterable[str]) -> dict[str, str | None]:
@@ -145,23 +160,29 @@ def places(name: str, leaf: str, shape: tuple[int, ...]) -> list[tuple[tuple[int
 
 
 def fused_pieces(
-  config: ModelConfig, stored: dict[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+  fused: Mapping[str, tuple[str, ...]],
+  stored: dict[str, tuple[int, ...]],
+  shapes: Mapping[str, tuple[int, ...]],
+  paired: bool = False,
+  prefix: str = "model.layers.{i}.",
 ) -> dict[str, Piece]:
   """Name of a leaf's tensor -> where it lies among others; `stored` gets the pieces in place of whole tensors.
 
   Args:
-    config: the model's shape.
+    fused: end of a tensor's name -> its leaves.
     stored: name -> shape of what the files hold; changed.
     shapes: leaf -> shape in the parameter tree.
+    paired: see `families.Family`.
+    prefix: of the names.
   """
   pieces: dict[str, Piece] = {}
-  family = FAMILIES.get(config.model_type)
-  for end, leaves in family.fused.items() if family else ():
+  for end, leaves in fused.items():
     parts = [_as_stored(leaf, shapes[leaf][1:]) for leaf in leaves]  # [..., out, in] or [..., out]
-    sizes = [part[-1] if family.paired and not is_matrix(leaves[0]) else part[-2] for part in parts]
-    wanted = _whole_shape(parts[0], sum(sizes), family.paired, is_matrix(leaves[0]))
-    for i in range(config.num_layers):
-      whole, start = f"model.layers.{i}.{end}", 0
+    matrix = is_matrix(leaves[0])
+    sizes = [part[-2 if matrix else -1] for part in parts]
+    wanted = _whole_shape(parts[0], sum(sizes), paired, matrix)
+    for i in range(shapes[leaves[0]][0]):
+      whole, start = f"{prefix.format(i=i)}{end}", 0
       if whole not in stored:
         continue
       if stored[whole] != wanted:
@@ -173,7 +194,7 @@ def fused_pieces(
       for number, (leaf, size, shape) in enumerate(zip(leaves, sizes, parts, strict=True)):
         name = f"{whole}:{leaf}"
         stored[name] = shape
-        pieces[name] = Piece(whole, number, len(leaves), family.paired, start, start + size)
+        pieces[name] = Piece(whole, number, len(leaves), paired, start, start + size)
         start += size
   return pieces
 

@@ -26,12 +26,12 @@ from in2core_jax.model import decoder, hf_config, model_files
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
-from in2core_jax.model.gguf_config import gguf_config
+from in2core_jax.model.gguf_config import ARCHITECTURES, gguf_config
 from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
+from in2core_jax.model.gguf_rope import FACTOR_TENSORS
 from in2core_jax.model.schema import plain
 from in2core_jax.model.tensors import (
   GGUF_NAMES,
-  GGUF_ROTARY,
   HF_NAMES,
   fuse,
   fused_pieces,
@@ -39,6 +39,7 @@ from in2core_jax.model.tensors import (
   is_matrix,
   pairs_apart,
   pairs_together,
+  piece_names,
   places,
   rotated_heads,
   text_names,
@@ -157,10 +158,11 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
 
 
 def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
-  """Reads a GGUF file of the architecture llama or gemma3, dequantised.
+  """Reads a GGUF file of one of `gguf_config.ARCHITECTURES`, dequantised.
 
-  Of llama the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates
-  the halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+  Of some architectures the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1). This
+  decoder rotates the halves (j, j + head_dim / 2), so they are put back: [H, head_dim / 2, 2, D] becomes
+  [H, 2, head_dim / 2, D].
   Of gemma3 it stores the factors of norms, 1 + scale.
 
   Args:
@@ -175,18 +177,19 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
   """
   dtype = _dtype(dtype)
   file = read_gguf(place)
-  config = gguf_config(file)
+  config, kind = gguf_config(file), ARCHITECTURES[file.metadata["general.architecture"]]
+  stored = {name: tensor.shape for name, tensor in file.tensors.items() if name not in FACTOR_TENSORS}
+  pieces = fused_pieces(kind.fused, stored, _shapes(config), prefix="blk.{i}.")
 
   def read(name: str, leaf: str) -> np.ndarray:
-    array = file.read(name)
+    array = pieces[name].of(file.read(pieces[name].whole), leaf) if name in pieces else file.read(name)
     if leaf.endswith("_norm/scale"):
       return array - np.float32(config.norm_offset)
-    if leaf not in GGUF_ROTARY or file.metadata["general.architecture"] != "llama":
-      return array
-    return pairs_apart(array, getattr(config, GGUF_ROTARY[leaf]))
+    heads = rotated_heads(config, leaf) if kind.paired else 0
+    return pairs_apart(array, heads) if heads else array
 
-  stored = {name: tensor.shape for name, tensor in file.tensors.items()}
-  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
+  names = GGUF_NAMES | {leaf: f"blk.{{i}}.{end}" for leaf, end in piece_names(kind.fused).items()}
+  return config, _assemble(config, names, stored, read, dtype, str(file.path))
 
 
 def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
@@ -204,7 +207,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
       over, misshapen or with NaN; each is named.
   """
   dtype, folder = _dtype(dtype), pathlib.Path(path)
-  config, where = _hf_config(folder), _hf_files(folder)
+  config, where = _hf_config(folder), model_files.weight_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
 
   text, stored = text_names(where), {}
@@ -221,14 +224,15 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
         "bfloat16 (of a quantised checkpoint use the unquantised one)"
       )
   source = {text[name]: (handles[file], name) for name, file in where.items() if text.get(name) is not None}
-  pieces = fused_pieces(config, stored, _shapes(config))
-  interleaved = config.model_type and FAMILIES[config.model_type].interleaved
+  family = FAMILIES[config.model_type]
+  pieces = fused_pieces(family.fused, stored, _shapes(config), family.paired)
 
   def read(name: str, leaf: str) -> np.ndarray:
     piece = pieces.get(name)
     handle, place = source[piece.whole if piece else name]
     array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
-    return pairs_apart(array, rotated_heads(config, leaf)) if interleaved and rotated_heads(config, leaf) else array
+    heads = rotated_heads(config, leaf) if family.interleaved else 0
+    return pairs_apart(array, heads) if heads else array
 
   return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
 
@@ -239,7 +243,7 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
   config = hf_config.read_config(folder / "config.json")
   if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
     return config
-  where = _hf_files(folder)
+  where = model_files.weight_files(folder)
   text = {name: stored for stored, name in text_names(where).items()}
   pair = [text.get(HF_NAMES[leaf], "") for leaf in ("embed/embedding", "lm_head/kernel")]
   if not all(name in where for name in pair):
@@ -325,7 +329,7 @@ def hf_hash(path: str | pathlib.Path) -> str:
   """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
   folder = pathlib.Path(path)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  weight_files = sorted(set(_hf_files(folder).values()))
+  weight_files = sorted(set(model_files.weight_files(folder).values()))
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
     for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
       digest.update(f"{file.name} {content}\n".encode())
@@ -338,11 +342,6 @@ def _dtype(dtype) -> np.dtype:
   if found not in DTYPES.values():
     raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
   return found
-
-
-def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Tensor name -> safetensors file that holds it."""
-  return model_files.weight_files(folder)
 
 
 def _file_hash(place: Place) -> str:
