@@ -180,6 +180,17 @@ def test_leaves_of_experts_are_cut_by_width_and_never_by_expert():
   assert specs["router"]["kernel"] == sharding.PartitionSpec(None, "fsdp")
 
 
+@pytest.mark.slow
+def test_devices_that_share_experts_compute_the_same():
+  config = tiny.make_config(hidden_size=16, intermediate_size=24, num_heads=4, head_dim=4, **OPTIONS)
+  t = tiny.make_tiny("0,1", "all", jnp.float32, config)
+  run = jax.jit(lambda sub, frozen, batch: gradients.sum_gradient(t.objective, sub, frozen, batch))
+  alone = run(t.sub, t.frozen, t.batch)
+  mesh = sharding.make_mesh("fsdp:2,tensor:2,data:2")
+  placed = [sharding.place_params(tree, mesh) for tree in (t.sub, t.frozen)]
+  tiny.assert_trees_close(run(*placed, sharding.place_batch(t.batch._replace(slots=None), mesh)), alone, 2e-5)
+
+
 def test_flops_and_sizes_count_every_expert():
   config = tiny.make_config(**OPTIONS)
   params = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))

@@ -70,7 +70,7 @@ def losses_and_logits(config, params, tokens):
 
 
 # What these have beyond the models of one router alone, others have too.
-SLOW = ("qwen3 moe", "olmoe", "flex olmo", "granite moe")
+SLOW = ("qwen3 moe", "olmoe", "olmoe softmax", "flex olmo", "granite moe")
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -123,6 +123,7 @@ def test_a_truncated_model_can_be_exported(kind):
   values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True}
   values |= {"sliding_window": 4, "max_window_layers": 3} if FAMILIES[kind].window != "none" else {}
   values.pop("use_sliding_window") if FAMILIES[kind].window not in ("late", "unrotated") else None
+  values |= {"rope_scaling": YARN} if FAMILIES[kind].rope_kinds == ("yarn",) else {}
   whole = hf_config.parse_config(values, "config")
   for count in range(1, 9):
     config = dataclasses.replace(whole, num_layers=count)
@@ -344,11 +345,15 @@ def test_the_table_of_families_is_that_of_the_tests():
   text = families_table.DOC.read_text(encoding="utf-8")
   for row in families_table.rows():
     assert f"\n{row}" in text, "run python tests/families_table.py"
-  assert families_table.known() in text
+  assert families_table.known() in text and families_table.gguf_kinds() in text
 
 
-def test_no_option_widens_half_precision():
+@pytest.mark.parametrize("experts", [False, True])
+def test_no_option_widens_half_precision(experts):
   config = tiny.smaller_config(**OPTIONS, rope_scaling=tuple(sorted(YARN.items())))
+  if experts:
+    own = {"num_experts": 4, "experts_per_token": 2, "router_bias": True, "expert_bias": True, "swiglu_limit": 1.0}
+    config = dataclasses.replace(config, **own, attention_sinks=True, qkv_clip=1.0)
   params = jax.eval_shape(lambda: tiny.make_params(config, jnp.bfloat16))
   tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
   run = lambda p, t: decoder.run_layers(config, p["layers"], decoder.embed(config, p, t))  # noqa: E731

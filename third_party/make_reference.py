@@ -197,9 +197,11 @@ FAMILY_CONFIGS = {
   "olmoe": _SIZES
   | {"model_type": "olmoe", "attention_bias": True, "clip_qkv": 1.5, "num_experts": 4, "num_experts_per_tok": 3}
   | {"norm_topk_prob": True, "intermediate_size": 12},
+  "olmoe softmax": _SIZES
+  | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12},
   "flex olmo": _SIZES
   | {"model_type": "flex_olmo", "attention_bias": True, "num_experts": 4, "num_experts_per_tok": 2}
-  | {"norm_topk_prob": False, "intermediate_size": 12, "pad_token_id": 0, "eos_token_id": 2},
+  | {"norm_topk_prob": True, "intermediate_size": 12, "pad_token_id": 0, "eos_token_id": 2},
   "granite moe": _SIZES
   | {"model_type": "granitemoe", "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
   | {"logits_scaling": 0.5, "attention_multiplier": 0.2, "num_local_experts": 4, "num_experts_per_tok": 2}
