@@ -31,7 +31,8 @@ GGUF = {name: architecture for name, architecture, _ in test_gguf.CASES} | {"gem
 TINY = json.loads((test_families.REFERENCE / "tiny.json").read_text(encoding="utf-8"))
 # What the reference models of tiny.json have beyond the sizes.
 _QUIET = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_QUIET |= {"num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_theta", "pad_token_id"}
+_QUIET |= {"num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_theta"}
+_QUIET |= {"pad_token_id", "eos_token_id"}
 
 
 def options(config: dict) -> str:
@@ -71,11 +72,11 @@ def errors(name: str) -> str:
 
 
 def gguf_kinds() -> str:
-  """The sentences about GGUF files."""
-  names = ", ".join(f"`{name}` ({one.known})" for name, one in ARCHITECTURES.items())
-  return (
-    f"GGUF files of the architectures {names} are read.\nVocabularies of the kinds {', '.join(CUTS)} are, and Gemma's."
-  )
+  """What follows about GGUF files."""
+  names = [f"- `{name}`: {one.known}" for name, one in ARCHITECTURES.items()]
+  kinds = ", ".join(f"`{name}`" for name in CUTS)
+  text = ["GGUF files of these architectures are read:", "", *names, "", f"Their vocabularies: Gemma's, and {kinds}."]
+  return "\n".join(text)
 
 
 def known() -> str:
