@@ -1,5 +1,7 @@
 """Mixtures of experts: what they compute, and every derivative of it against dense oracles in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective
 from in2core_jax.parallel import sharding
 from in2core_jax.params import adapters, subtree
+from in2core_jax.pipeline import finetune, select
 from in2core_jax.training import recipe
 
 OPTIONS = {"num_experts": 4, "experts_per_token": 2, "router_bias": True, "expert_bias": True, "swiglu_limit": 0.5}
@@ -197,6 +200,32 @@ def test_flops_and_sizes_count_every_expert():
   sizes = flop_counts.matrix_sizes(params, subtree.make_subtree(params, "last:1", "experts"))
   assert sizes.chosen == sizes.subtree == 4 * 3 * 12 * 14 and len(sizes.matrices) == 12
   assert sizes.below == sizes.above == 2 * 24 * 12 + 2 * 12 * 12 + 12 * 4 + 4 * 3 * 12 * 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jvp", "ggn"])
+def test_flops_are_xlas_within_six_per_cent(kind):
+  config = tiny.make_config(hidden_size=96, intermediate_size=128, num_heads=4, head_dim=24, **OPTIONS)
+  t = tiny.make_tiny("1", "all", jnp.float32, config)
+  batch = tiny.make_batch(config, num_tokens=32, num_responses=12)
+  function = {"jvp": gradients.losses_and_jvp_scores, "ggn": gradients.ggn_product}[kind]
+  program = jax.jit(lambda sub, frozen, batch, v: function(t.objective, sub, frozen, batch, v))
+  counted = program.lower(t.sub, t.frozen, batch, t.sub).compile().cost_analysis()["flops"]
+  sizes = flop_counts.matrix_sizes(t.params, t.subtree)
+  slots = batch.target.size if batch.slots is None else batch.slots.size
+  work = flop_counts.Work(batch.tokens.size, batch.tokens.size * 32, slots, 6, 1)
+  assert 0.94 < counted / flop_counts.pass_flops(sizes, kind, work, False) < 1.06
+
+
+@pytest.mark.slow
+def test_a_model_with_experts_is_trained_and_its_examples_are_scored(tmp_path):
+  config = dataclasses.replace(tiny.CONFIG, num_experts=4, experts_per_token=2, norm_gates=True)
+  s = tiny.run_settings(tmp_path, config, epochs=1.0, modules="experts", sketch_size=4)
+  bench = tiny.open_session(s)
+  assert bench.model.config.model_type == "mixtral"
+  checkpoint = finetune.run(s.replace(run_dir=str(tmp_path / "full")), bench)
+  select.run(s.replace(checkpoint=checkpoint, budget="0.25"), bench)
+  assert len((tmp_path / "run" / "coreset.jsonl").read_text().splitlines()) == 10
 
 
 def test_an_impossible_number_of_experts_is_refused():

@@ -231,6 +231,12 @@ def test_fused_matrices_of_other_sizes_are_refused(tmp_path):
     weights.load_hf_dir(write(tmp_path, "phi3", tensors))
 
 
+def test_what_lies_in_a_missing_tensor_is_named_by_it(tmp_path):
+  tensors = {name: value for name, value in tensors_of("phi3").items() if "1.mlp.gate_up_proj" not in name}
+  with pytest.raises(UserError, match=r"tensors are missing: model\.layers\.1\.mlp\.gate_up_proj\.weight; the file is"):
+    weights.load_hf_dir(write(tmp_path, "phi3", tensors))
+
+
 def test_a_new_option_changes_no_identity():
   """Stored results of models without it are found again: repr and `stated` know nothing of what is at its default."""
   sizes = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 3, "num_layers": 2, "num_heads": 2}

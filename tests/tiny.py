@@ -216,7 +216,7 @@ def write_model(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG) -> s
   """Writes a random model and its tokenizer into `folder`; returns the --model that names it."""
   rng = np.random.default_rng(0)
   # The embeddings are large enough for logits that training can change.
-  deviations = {"kernel": 0.02, "embedding": 0.1}
+  deviations = {"kernel": 0.02, "experts": 0.02, "embedding": 0.1}
 
   def draw(path, leaf):
     name = path[-1].key

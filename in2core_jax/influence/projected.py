@@ -112,7 +112,8 @@ class Sketch:
 
   def matrix(self, module: str) -> str:
     """The leaf that a module's sketch covers, such as "mlp/up_proj/kernel"."""
-    return f"{module}/{'kernel' if self.sides(module)[0].ndim == 3 else 'experts'}"
+    experts = f"{module}/experts"
+    return experts if experts in subtree.leaf_paths(self.params) else f"{module}/kernel"
 
   @property
   def modules(self) -> tuple[str, ...]:

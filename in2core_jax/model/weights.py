@@ -382,7 +382,8 @@ def _assemble(
     raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
   wanted = {leaf: places(names[leaf], leaf, shape) for leaf, shape in shapes.items()}
   expected = {name for group in wanted.values() for _, name in group}
-  _refuse(origin, expected - stored.keys(), "tensors are missing", _why_missing(expected, stored.keys()))
+  absent = {name.partition(":")[0] for name in expected - stored.keys()}  # pieces by the tensor that holds them
+  _refuse(origin, absent, "tensors are missing", _why_missing(expected, stored.keys()))
   _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
   for leaf, shape in shapes.items():
     for index, name in wanted[leaf]:
@@ -433,10 +434,8 @@ def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
 
 
 def _why_strange(stored: Iterable[str]) -> str:
-  for pattern, why in _STRANGE.items():
-    if any(re.search(pattern, name) for name in stored):
-      return why
-  return "the model is of another architecture"
+  found = (why for pattern, why in _STRANGE.items() if any(re.search(pattern, name) for name in stored))
+  return next(found, "the model is of another architecture")
 
 
 def _fold_lora(params) -> dict:
