@@ -1,4 +1,4 @@
-"""Influence-based coreset selection for instruction tuning, in JAX: `finetune`, `select`, `evaluate` (see `api`)."""
+"""Influence-based coreset selection for instruction tuning, in JAX: `finetune`, `select`, `evaluate`, `recommend`."""
 
 import importlib
 import os
@@ -11,7 +11,11 @@ __version__ = "0.3.0"
 _PUBLIC = {
   "Settings": "in2core_jax.pipeline.settings",
   "UserError": "in2core_jax.errors",
-} | dict.fromkeys(("Evaluated", "Finetuned", "Selected", "evaluate", "finetune", "load", "select"), "in2core_jax.api")
+  "RecommendSettings": "in2core_jax.recommendation.settings",
+} | dict.fromkeys(
+  ("Evaluated", "Finetuned", "Recommended", "Selected", "evaluate", "finetune", "load", "recommend", "select"),
+  "in2core_jax.api",
+)
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

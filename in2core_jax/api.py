@@ -18,7 +18,7 @@ import dataclasses
 import html
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
@@ -29,6 +29,10 @@ from in2core_jax.pipeline import select as stage_select
 from in2core_jax.pipeline.fields import in_parameters
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.recommendation import results as recommendation_results
+from in2core_jax.recommendation import run as stage_recommend
+from in2core_jax.recommendation.settings import RecommendSettings
+from in2core_jax.report import recommendation_page
 from in2core_jax.report.table_text import markdown_table
 from in2core_jax.runs.run_folder import CHECKPOINT, RunDir
 
@@ -48,6 +52,7 @@ class _Result:
   summary: Mapping[str, Any] = dataclasses.field(repr=False)
 
   title: ClassVar[str]
+  kind: ClassVar[type[Settings]] = Settings  # whose flags its texts name
 
   def _facts(self) -> dict[str, Any]:
     return {}
@@ -63,7 +68,7 @@ class _Result:
     parts = [f"{self.title} in {self.run_dir}: {facts}"]
     if self._rows():
       parts.append(markdown_table(self._rows()).rstrip())
-    return "\n".join([*parts, *map(_in_words, self._notes())])
+    return "\n".join([*parts, *(_in_words(note, self.kind) for note in self._notes())])
 
   def _repr_html_(self) -> str:
     """For notebooks; texts of the data set are escaped."""
@@ -74,7 +79,7 @@ class _Result:
       head = "".join(f"<th>{text(name)}</th>" for name in rows[0])
       body = "".join(f"<tr>{''.join(f'<td>{text(value)}</td>' for value in row.values())}</tr>" for row in rows)
       found += f"<table><tr>{head}</tr>{body}</table>"
-    return found + "".join(f"<p>{text(_in_words(note))}</p>" for note in self._notes())
+    return found + "".join(f"<p>{text(_in_words(note, self.kind))}</p>" for note in self._notes())
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -134,7 +139,8 @@ class Evaluated(_Result):
   """Models retrained on the compared training sets.
 
   Attributes:
-    table: a row for each policy: perplexity on the test set by token and by example, with 95 % intervals.
+    table: a row for each policy: perplexity on the test set by token and by example, with 95 % intervals; DPO loss and
+      accuracy where the test set has preference pairs.
     verdict: what the intervals carry, in sentences.
   """
 
@@ -147,11 +153,45 @@ class Evaluated(_Result):
     return {"policies": self.table.num_rows, **self.summary["recipe"]}
 
   def _rows(self) -> list[dict]:
-    names = [name for name in ("policy", "seeds", "examples", "steps", "perplexity") if name in self.table.column_names]
+    names = ("policy", "seeds", "examples", "steps", "perplexity", "loss", "accuracy")  # the last two of pairs
+    names = [name for name in names if name in self.table.column_names]
     return self.table.select(names).to_pylist()
 
   def _notes(self) -> Sequence[str]:
     return tuple(dict.fromkeys([*self.summary.get("warnings", ()), *self.verdict]))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Recommended(_Result):
+  """What to train on, of a trial on the data at hand.
+
+  Attributes:
+    sentence: the answer: which examples, how many, what they are worth.
+    rule: that chooses them: random, full or the name of a rule.
+    budget: share of the training set.
+    coreset: JSON lines of the examples, each as it was read.
+    table: a row for each candidate: rule, budget, seeds, ratios with corrected intervals (`summary` has all).
+  """
+
+  sentence: str
+  rule: str
+  budget: float
+  coreset: pathlib.Path
+  table: pa.Table
+
+  title: ClassVar[str] = "Recommendation"
+  kind: ClassVar[type[Settings]] = RecommendSettings
+
+  def _facts(self) -> dict[str, Any]:
+    return {"rule": self.rule, "examples": self.summary["examples"], "minutes": self.summary["minutes"]}
+
+  def _rows(self) -> list[dict]:
+    names = ("rule", "budget", "examples", "ratio_to_random", "ratio_to_full")
+    return self.table.select(names).to_pylist()
+
+  def _notes(self) -> Sequence[str]:
+    found = self.summary
+    return (found["sentence"], found["checked"], found["to_know_more"]["sentence"], *found["warnings"])
 
 
 def finetune(settings: Settings | None = None, *, session: Session | None = None, **changes: Any) -> Finetuned:
@@ -201,8 +241,23 @@ def evaluate(
     return _read_evaluated(stage_evaluate.run(s, session))
 
 
-def load(run_dir: str | pathlib.Path) -> Finetuned | Selected | Evaluated:
-  """What a finished run folder of `finetune`, `select` or `evaluate` holds.
+def recommend(settings: Settings | None = None, *, session: Session | None = None, **changes: Any) -> Recommended:
+  """Tries the rules on the data at hand and says which examples to train on, how many, and whether it is as good.
+
+  Args and errors: as `finetune`. `minutes` is the most that it may take, `rules` and `fractions` are what is tried,
+  `budget` is the most that the answer may have. Some settings have defaults of their own (`RecommendSettings`): they
+  give way to those that differ from `Settings()`.
+  """
+  given = settings or Settings()
+  set_ = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if given.is_set(field.name)}
+  own = given if isinstance(given, RecommendSettings) else _settled(RecommendSettings(), set_)
+  s = _settled(own, changes)
+  with _in_parameters(RecommendSettings):
+    return _read_recommended(stage_recommend.run(s, session))
+
+
+def load(run_dir: str | pathlib.Path) -> Finetuned | Selected | Evaluated | Recommended:
+  """What a finished run folder of `finetune`, `select`, `evaluate` or `recommend` holds.
 
   Raises:
     UserError: no run folder, or one that is not finished.
@@ -210,6 +265,7 @@ def load(run_dir: str | pathlib.Path) -> Finetuned | Selected | Evaluated:
   folder = RunDir.load(str(run_dir))
   stage = folder.identity.get("stage")
   files = {"finetune": "finetune.json", "select": "summary.json", "evaluate": "evaluation.json"}
+  files |= {"recommend": recommendation_results.FILE}
   if stage not in files:
     raise UserError(f"{run_dir} is of the stage {stage!r}; load reads {', '.join(files)}")
   if not folder.is_whole(files[stage]):
@@ -218,6 +274,8 @@ def load(run_dir: str | pathlib.Path) -> Finetuned | Selected | Evaluated:
     return _read_selected(str(run_dir))
   if stage == "evaluate":
     return _read_evaluated(str(run_dir))
+  if stage == "recommend":
+    return _read_recommended(str(run_dir))
   path = pathlib.Path(folder.path)
   return Finetuned(path, folder.load_json("finetune.json"), path / CHECKPOINT)
 
@@ -236,33 +294,50 @@ def _read_evaluated(path: str) -> Evaluated:
   return Evaluated(pathlib.Path(folder.path), found, pa.Table.from_pylist(found["table"]), tuple(found["verdict"]))
 
 
+def _read_recommended(path: str) -> Recommended:
+  folder = RunDir.load(path)
+  found, here = folder.load_json(recommendation_results.FILE), pathlib.Path(folder.path)
+  shown = recommendation_page.shown
+  ratios = ("ratio_to_random", "ratio_to_full")
+  rows = [
+    {name: row[name] for name in ("rule", "budget", "examples", "steps", "seeds")}
+    | {name: shown(row[name]["example"]) for name in ratios}
+    for row in found["candidates"]
+  ]
+  answer = found["sentence"], found["rule"], found["budget"]
+  return Recommended(here, found, *answer, here / "coreset.jsonl", pa.Table.from_pylist(rows))
+
+
 # ---- settings --------------------------------------------------------------------------
 
+S = TypeVar("S", bound=Settings)
 
-def _settled(settings: Settings | None, changes: Mapping[str, Any]) -> Settings:
+
+def _settled(settings: S | None, changes: Mapping[str, Any]) -> S:
   """Settings with changes; paths become texts.
 
   Raises:
     UserError: a name that is no setting.
   """
-  known = {field.name for field in dataclasses.fields(Settings)}
+  settings = settings or Settings()
+  known = {field.name for field in dataclasses.fields(settings)}
   unknown = sorted(set(changes) - known)
   if unknown:
-    raise UserError(f"{unknown[0]} is no setting; those that there are: help(in2core_jax.Settings)")
+    raise UserError(f"{unknown[0]} is no setting; those that there are: help(in2core_jax.{type(settings).__name__})")
   texts = {name: str(value) if isinstance(value, pathlib.PurePath) else value for name, value in changes.items()}
-  with _in_parameters():
-    return (settings or Settings()).replace(**texts)
+  with _in_parameters(type(settings)):
+    return settings.replace(**texts)
 
 
-def _in_words(text: str) -> str:
+def _in_words(text: str, kind: type[Settings] = Settings) -> str:
   """A text that names flags, in the words of a caller: `--run_dir=x` becomes `run_dir=x`."""
-  return in_parameters(text, Settings)
+  return in_parameters(text, kind)
 
 
 @contextlib.contextmanager
-def _in_parameters() -> Iterator[None]:
+def _in_parameters(kind: type[Settings] = Settings) -> Iterator[None]:
   """Errors name parameters here, where the command line names flags."""
   try:
     yield
   except UserError as error:
-    raise UserError(_in_words(str(error))) from None  # the line says it all
+    raise UserError(_in_words(str(error), kind)) from None  # the line says it all

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from in2core_jax.errors import UserError
-from in2core_jax.ihvp import solvers, tree_math
+from in2core_jax.ihvp import krylov, solvers, tree_math
 
 SIZE = 12
 KEY = jax.random.key(7)
@@ -606,6 +606,47 @@ def test_settings_that_mean_nothing_are_refused(make):
 
 def test_damping_ratio_is_relative_to_the_largest_eigenvalue():
   assert solvers.resolve_damping(None, 0.1, 5.0) == 0.5 and solvers.resolve_damping(0.3, None, 5.0) == 0.3
+
+
+# --- one Krylov space for the eigenvalue and the solution
+
+
+@pytest.mark.parametrize("condition", [10, 1e4])
+@pytest.mark.parametrize("ratio", [0.1, 0.01])
+def test_cg_goes_on_from_the_steps_that_found_the_eigenvalue(x64, condition, ratio):
+  h, v = spectrum_matrix(np.geomspace(3, 3 / condition, SIZE)), queries()
+  space = krylov.explore(matrix_matvec(h), v)
+  assert space.lambda_max == pytest.approx(3, rel=0.05) and space.lambda_max <= 3 * (1 + 1e-12)
+  settings = solvers.CgSettings(3 * ratio, tol=1e-9, max_steps=300)
+  plain = solvers.cg(matrix_matvec(h), v, settings)
+  shared = solvers.cg(matrix_matvec(h), v, settings, space=space)
+  assert shared.steps == plain.steps  # not one more, though its first steps knew no damping
+  # Later ones differ where CG by itself has lost the orthogonality of its residuals to rounding.
+  for step in range(len(space.diagonal) + 1):
+    assert plain.curve[step][0] == shared.curve[step][0] == step
+    np.testing.assert_allclose(shared.curve[step][1], plain.curve[step][1], rtol=1e-4)
+  assert error(shared.solution, dense_solve(h, v, 3 * ratio)) < 1e-7
+
+
+def test_a_krylov_space_that_closes_and_queries_of_zero(x64):
+  h = np.diag(np.r_[np.full(4, 2.0), np.zeros(SIZE - 4)])
+  v = jax.tree.map(lambda leaf: leaf.at[0].set(0), queries())
+  products = []
+  matvec = matrix_matvec(h)
+  space = krylov.explore(lambda x: products.append(1) or matvec(x), v, steps=9)
+  assert space.lambda_max == pytest.approx(2) and len(products) <= 3  # three distinct values at most: closed
+  result = solvers.cg(matvec, v, solvers.CgSettings(0.02, tol=1e-12), space=space)
+  np.testing.assert_allclose(tree_math.ravel(result.solution), dense_solve(h, v, 0.02), rtol=1e-9)
+  assert not tree_math.ravel(result.solution)[0].any()
+
+
+def test_a_loose_tolerance_stops_inside_the_space(x64):
+  h, v = spectrum_matrix(np.geomspace(3, 1, SIZE)), queries()
+  space = krylov.explore(matrix_matvec(h), v, steps=6, tol=0)
+  loose = solvers.cg(matrix_matvec(h), v, solvers.CgSettings(0.3, tol=0.1), space=space)
+  plain = solvers.cg(matrix_matvec(h), v, solvers.CgSettings(0.3, tol=0.1))
+  assert error(loose.solution, tree_math.ravel(plain.solution)) < 1e-9 and loose.residual.max() <= 0.1
+  np.testing.assert_allclose(loose.residual, plain.residual, rtol=1e-6)
 
 
 # --- power iteration

@@ -267,6 +267,7 @@ class Inverse(NamedTuple):
     repeat: LiSSA runs.
     queries: Q.
     relative: the damping is relative, which costs DataInf a pass.
+    apart: the largest eigenvalue takes products of its own; CG as it is by default finds it in its own steps.
   """
 
   solver: str
@@ -275,13 +276,15 @@ class Inverse(NamedTuple):
   repeat: int = 1
   queries: int = 1
   relative: bool = True
+  apart: bool = True
 
 
-def num_products(solver: str, fixed: int, depth: int, repeat: int, size: int) -> int:
+def num_products(solver: str, fixed: int, depth: int, repeat: int, size: int, apart: bool = True) -> int:
   """Products with a batch of curvature examples that a solve takes at most, about.
 
-  The largest eigenvalue takes 10 over the fixed set, LiSSA one a step and a residual over the fixed set every ten, CG
-  and low_rank one over the fixed set a step and one for the residual, exact one for every 64 columns.
+  Where it is sought apart, the largest eigenvalue takes 10 over the fixed set. LiSSA takes one a step and a residual
+  over the fixed set every ten, CG and low_rank one over the fixed set a step and one for the residual,
+  exact one for every 64 columns.
 
   Args:
     solver: one of `solve.SOLVERS`, none of identity and datainf.
@@ -289,12 +292,13 @@ def num_products(solver: str, fixed: int, depth: int, repeat: int, size: int) ->
     depth: steps.
     repeat: LiSSA runs.
     size: P.
+    apart: as in `Inverse`.
   """
   if solver == "lissa":
     return 10 * fixed + repeat * (depth + -(-depth // 10) * fixed)
   if solver == "exact":
     return (11 + -(-size // 64)) * fixed
-  return (11 + (0 if solver == "ekfac" else depth)) * fixed
+  return ((11 if apart else 1) + (0 if solver == "ekfac" else depth)) * fixed
 
 
 def products_flops(sizes: Sizes, inverse: Inverse, batch: Work, fixed: int, cached: bool) -> float:
@@ -309,7 +313,7 @@ def products_flops(sizes: Sizes, inverse: Inverse, batch: Work, fixed: int, cach
   """
   if inverse.solver in ("identity", "datainf"):
     return 0.0
-  count = num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree)
+  count = num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree, inverse.apart)
   columns = 64 if inverse.solver == "exact" else inverse.queries
   return count * columns * pass_flops(sizes, inverse.curvature, batch, cached)
 

@@ -26,8 +26,8 @@ from in2core_jax.parallel import sharding
 from in2core_jax.params.subtree import Subtree
 
 # Vectors of P numbers in float32 that a solver holds at its peak, for each query: query, iterates and their copies at
-# a check, product, eigenvector.
-_VECTORS = {"identity": 1, "datainf": 4, "ekfac": 4, "cg": 9, "exact": 65, "lissa": 10}
+# a check, product, eigenvector; of CG the Krylov space of its first steps.
+_VECTORS = {"identity": 1, "datainf": 4, "ekfac": 4, "cg": 12, "exact": 65, "lissa": 10}
 
 
 def num_vectors(inverse: Inverse, accelerated: bool = False) -> int:

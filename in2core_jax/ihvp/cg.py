@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax.errors import UserError
-from in2core_jax.ihvp import tree_math
+from in2core_jax.ihvp import krylov, tree_math
 from in2core_jax.ihvp.operators import DivergenceError, Matvec, NegativeCurvatureError, SolveResult, check_damping
 from in2core_jax.ihvp.tree_math import Tree
 
@@ -36,12 +36,16 @@ class CgSettings:
 
 @dataclasses.dataclass
 class _Run:
-  """Mutable state of one solve; v has unit norm in every query that is not 0."""
+  """Mutable state of one solve; v has unit norm in every query that is not 0.
+
+  `p` is the direction to go on with, None to start from the residual.
+  """
 
   x: Tree
   r: Tree
   steps: int
   curve: list
+  p: Tree | None = None
 
 
 @jax.jit
@@ -58,13 +62,6 @@ def _move(alpha, x, r, p, ap):
 
 _turn = jax.jit(tree_math.axpy)
 _dot = jax.jit(tree_math.vdot)
-
-
-@jax.jit
-def _unit(v):
-  size = tree_math.norm(v)
-  safe = jnp.where(size == 0, 1, size)
-  return tree_math.scaled(1 / safe, v), safe, size == 0
 
 
 @jax.jit
@@ -93,7 +90,7 @@ def _check_curvature(curvature, squared, active, step, damping) -> None:
 def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings, precondition) -> None:
   """Runs until every query is below the tolerance by the recursive residual, or the steps are used up."""
   z = precondition(run.r)
-  p, rz = z, _dot(run.r, z)
+  p, rz, run.p = z if run.p is None else run.p, _dot(run.r, z), None
   # Below one unit of rounding the recursive residual goes on shrinking towards 0 / 0 while x no longer moves.
   tol = max(settings.tol, float(jnp.finfo(rz.dtype).eps))
   active, rz = sizes > tol, np.asarray(rz, np.float64)
@@ -115,7 +112,41 @@ def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings,
     p, rz = _turn(np.where(active, fresh / np.where(rz > 0, rz, 1), 0), p, z), fresh
 
 
-def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None, precondition=None) -> SolveResult:
+def _first_steps(space: krylov.KrylovSpace, sizes: np.ndarray, settings: CgSettings) -> _Run:
+  """The steps that a Krylov space already holds, in its coordinates: those that `_iterate` would have made, [k + 1, Q].
+
+  A' = T + damping I maps the coordinates of a direction to those of its product.
+  """
+  steps = len(space.diagonal)
+  matrix = krylov.tridiagonal(space.diagonal, space.below)
+  r = np.zeros((steps + 1, len(sizes)))
+  r[0] = sizes
+  x, p, active, rz, curve = np.zeros_like(r), r.copy(), sizes > settings.tol, sizes**2, [(0, sizes)]
+  for step in range(1, steps + 1):
+    ap = np.einsum("qij,jq->iq", matrix, p[:-1]) + settings.damping * p
+    curvature, squared = (p * ap).sum(axis=0), (p * p).sum(axis=0)
+    _check_curvature(curvature, squared, active, step, settings.damping)
+    alpha = np.where(active, rz / np.where(active, curvature, 1), 0)
+    x, r = x + alpha * p, r - alpha * ap
+    fresh = (r * r).sum(axis=0)
+    sizes = np.where(active, np.sqrt(fresh), sizes)
+    curve.append((step, sizes))
+    active = active & (sizes > settings.tol)
+    p = r + np.where(active, fresh / np.where(rz > 0, rz, 1), 0) * p
+    rz = fresh
+    if not active.any():
+      break
+  return _Run(*(krylov.combine(part, space.vectors) for part in (x, r)), steps, curve, krylov.combine(p, space.vectors))
+
+
+def cg(
+  matvec: Matvec,
+  v: Tree,
+  settings: CgSettings,
+  start: Tree | None = None,
+  precondition=None,
+  space: krylov.KrylovSpace | None = None,
+) -> SolveResult:
   """Preconditioned conjugate gradients, one Krylov space per query (Hestenes and Stiefel 1952; method.md section 3).
 
   Every query has its own step lengths, stops at its own tolerance and stays frozen from there, so that several queries
@@ -128,6 +159,8 @@ def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None,
     settings: damping, tolerance, steps.
     start: first guess, leaves [Q, ...]; zeros when absent.
     precondition: r -> M^-1 r, symmetric positive definite, close to the inverse of H + damping I.
+    space: of `krylov.explore` with the same matvec and v: its steps count and are not made again. Without `start` and
+      `precondition`, whose spaces are others.
 
   Returns:
     SolveResult; residual is recomputed at the end with one more product; curve holds the recursive residual.
@@ -139,9 +172,11 @@ def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None,
     UserError: a preconditioner that is not positive definite, or a malformed v.
   """
   tree_math.num_queries(v)
+  if space is not None and (start is not None or precondition is not None):
+    raise ValueError("cg: a Krylov space that starts from v goes with no other start and no preconditioner")
   precondition = precondition or (lambda r: r)
   # Unit right-hand sides: squares of small gradients would underflow in f32.
-  unit, norms, empty = _unit(tree_math.promote(v))
+  unit, norms, empty = krylov.unit(tree_math.promote(v))
   if not np.all(np.isfinite(np.asarray(norms))):
     raise DivergenceError(
       "cg: the right-hand side holds NaN or infinity: look for NaN in the weights or in a query's loss"
@@ -149,9 +184,12 @@ def cg(matvec: Matvec, v: Tree, settings: CgSettings, start: Tree | None = None,
   scale_in = np.where(np.asarray(empty), 0.0, 1 / np.asarray(norms, np.float64))
   x = tree_math.zeros_like(unit) if start is None else tree_math.scaled(scale_in, tree_math.promote(start))
   r, sizes = (unit, ~empty) if start is None else _start_residual(matvec(x), x, unit, settings.damping)
-  run = _Run(x, r, 0, [])
   sizes = np.asarray(sizes, np.float64)
-  run.curve.append((0, sizes))
+  if space is None:
+    run = _Run(x, r, 0, [(0, sizes)])
+  else:
+    run = _first_steps(space, sizes, settings)
+    sizes = run.curve[-1][1]
   while True:
     _iterate(matvec, run, sizes, settings, precondition)
     run.r, measured = _start_residual(matvec(run.x), run.x, unit, settings.damping)

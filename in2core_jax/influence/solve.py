@@ -10,7 +10,7 @@ import numpy as np
 from in2core_jax import gradients
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-from in2core_jax.ihvp import ekfac, solvers
+from in2core_jax.ihvp import ekfac, krylov, solvers
 from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
@@ -69,6 +69,11 @@ class SolverSettings:
     if self.solver == "ekfac" and self.curvature == "hessian":
       raise UserError("--solver=ekfac with --curvature=hessian: its factors are positive; use ggn or fisher, or cg")
 
+  @property
+  def shares_space(self) -> bool:
+    """Whether the solve finds the largest eigenvalue in its own steps (`ihvp.krylov`)."""
+    return self.solver == "cg" and self.precondition == "none" and self.curvature != "hessian"
+
 
 def solve(
   problem: CompiledObjective,
@@ -108,12 +113,13 @@ def solve(
   curvature = problem.curvature(settings.curvature)
   matvec = solvers.fixed_matvec(curvature, lambda: (batch for _, batch in data.fixed()))
   key = jax.random.key(settings.seed)
-  lambda_max, damping, top = _spectrum(matvec, v, key, settings, resume_from)
+  space = krylov.explore(matvec, v, min(krylov.STEPS, settings.depth)) if settings.shares_space else None
+  lambda_max, damping, top = _spectrum(matvec, v, key, settings, resume_from, space)
   if settings.solver == "exact":
     result = solvers.exact(matvec, v, damping)
   elif settings.solver == "cg":
     options = solvers.CgSettings(damping=damping, tol=settings.tol, max_steps=settings.depth)
-    result = solvers.cg(matvec, v, options, precondition=_preconditioner(problem, settings, data, damping))
+    result = solvers.cg(matvec, v, options, precondition=_preconditioner(problem, settings, data, damping), space=space)
     result = dataclasses.replace(result, info=result.info | {"precondition": settings.precondition})
   elif settings.solver == "ekfac":
     result = ekfac.ekfac(v, fit_ekfac(problem, settings, data), damping, matvec=matvec)
@@ -184,8 +190,18 @@ def _lissa_settings(settings: SolverSettings, damping: float, lambda_max: float)
   )
 
 
-def _spectrum(matvec, v: Tree, key: jax.Array, settings: SolverSettings, state: solvers.LissaState | None):
+def _spectrum(
+  matvec,
+  v: Tree,
+  key: jax.Array,
+  settings: SolverSettings,
+  state: solvers.LissaState | None,
+  space: krylov.KrylovSpace | None,
+):
   """(largest eigenvalue of H on the fixed set, damping, eigenvector); refuses what LiSSA and CG cannot solve."""
+  if space is not None:
+    damping = solvers.resolve_damping(settings.damping, settings.damping_ratio, space.lambda_max)
+    return space.lambda_max, damping, None
   if state is not None:  # the same numbers, so that the resumed run ends in the same bytes
     return state.lambda_max, solvers.resolve_damping(settings.damping, settings.damping_ratio, state.lambda_max), None
   if settings.curvature == "hessian":

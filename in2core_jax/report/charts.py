@@ -127,11 +127,14 @@ class Intervals:
   series: tuple[str, ...] = ("by token", "by example")
 
 
-def intervals(rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]]) -> Intervals:
+def intervals(
+  rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], kind: str = "95 % interval"
+) -> Intervals:
   """Ratios with their intervals, on a logarithmic axis, with 1 marked.
 
   Args:
     rows: (name, one (ratio, low, high) for each series); NaN where there is no interval.
+    kind: what the intervals are called.
   """
   logs = [math.log(value) for _, ratios in rows for ratio in ratios for value in ratio if value > 0]  # not NaN
   low, high = max(min([*logs, -0.01]), -_WIDEST), min(max([*logs, 0.01]), _WIDEST)
@@ -150,7 +153,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]]) 
       x = _rounded({"x": place(ratio), "y": top + 10 + 12 * series})
       ends = _rounded({"low": place(bounds[0]), "high": place(bounds[1])}) if known else {"low": None, "high": None}
       text = f"{name}, {Intervals.series[series]}: {_plain(ratio, 3)} times random's"
-      text += f", 95 % interval {_plain(bounds[0], 3)} to {_plain(bounds[1], 3)}" if known else ", without an interval"
+      text += f", {kind} {_plain(bounds[0], 3)} to {_plain(bounds[1], 3)}" if known else ", without an interval"
       marks.append(x | ends | {"series": series, "text": text})
   ticks = _change_ticks(place, low, high)
   return Intervals(tuple(names), tuple(marks), ticks, _short(place(1)), _FIRST + _GROUP * len(rows) + 20)

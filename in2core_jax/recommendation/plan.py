@@ -1,0 +1,233 @@
+"""What fits into the minutes: which rules, budgets and seeds are tried, and what is left out, in a stated order.
+
+The trial halves the rules: all of them at one budget with one seed, the better half with a second seed, and so on. The
+finalists are trained at every budget with all seeds. At the end the chosen set is trained for the test set, and random
+sets with its response lengths for both.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from in2core_jax.errors import UserError
+from in2core_jax.evaluation.tries import LONGEST, MATCHED
+
+LEAST_SEEDS, LEAST_RULES, FINALISTS = 2, 1, 2
+ORDER = "seeds beyond 3, the second finalist, budgets (the largest first), rules (the last first), seeds beyond 2"
+_ALWAYS = (MATCHED, LONGEST)  # beside random sets and full data
+_ROOM = 1.1  # seconds asked for over seconds expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+  """Seconds that things take on this machine.
+
+  Attributes:
+    step: of the optimiser.
+    judged: losses of one model on the evaluation set. tested: on the test set.
+    shared: what several rules choose by, made once.
+    chosen: rule -> what it needs beyond that, for the folds of one seed.
+    spent: until now, and what is always needed once.
+  """
+
+  step: float
+  judged: float
+  tested: float
+  shared: float
+  chosen: Mapping[str, float]
+  spent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is tried.
+
+  Attributes:
+    rules: that look at evaluation examples, the most promising first.
+    budgets: shares of the pool, growing.
+    seeds: of the finalists.
+    finalists: rules that are trained at every budget.
+    seconds: expected, all in all.
+    dropped: what was left out, in order, in words.
+    screened: the budget at which all rules are tried; 0: the middle one, the smaller of two.
+  """
+
+  rules: tuple[str, ...]
+  budgets: tuple[float, ...]
+  seeds: int
+  finalists: int
+  seconds: float = 0.0
+  dropped: tuple[str, ...] = ()
+  screened: float = 0.0
+
+  @property
+  def tried(self) -> tuple[str, ...]:
+    """All that is held against random sets."""
+    return (*self.rules, *_ALWAYS)
+
+  @property
+  def screening(self) -> float:
+    """The budget at which all rules are tried."""
+    return self.screened or self.budgets[(len(self.budgets) - 1) // 2]
+
+  @property
+  def rungs(self) -> list[int]:
+    """How many rules are left with 1, 2, ... seeds at the screening budget."""
+    found = [len(self.tried)]
+    while found[-1] > self.finalists and len(found) < self.seeds:
+      found.append(max(self.finalists, math.ceil(found[-1] / 2)))
+    return found
+
+  @property
+  def tries(self) -> int:
+    """Comparisons with random sets that the answer is picked from."""
+    return len(self.tried) + self.finalists * (len(self.budgets) - 1)
+
+  @property
+  def left_out(self) -> str:
+    """`dropped` in a few words."""
+    return "; ".join(_joined(self.dropped))
+
+  def told(self) -> str:
+    """The plan in a sentence or two."""
+    shares = ", ".join(f"{100 * budget:g} %" for budget in self.budgets)
+    finalists = f"the best {self.finalists}" if self.finalists > 1 else "the best one"
+    said = (
+      f"plan: {len(self.tried)} rules ({', '.join(self.tried)}) at {100 * self.screening:g} %, then {finalists} at "
+      f"{shares} with {self.seeds} seeds, beside random sets and full data; about {_minutes(self.seconds)}"
+    )
+    left = f" Left out to keep the time: {self.left_out}." if self.dropped else ""
+    return f"{said}.{left}"
+
+  def as_json(self) -> dict:
+    """All of it as JSON values."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, stored: Mapping) -> "Plan":
+    """Inverse of `as_json`."""
+    lists = {name: tuple(stored[name]) for name in ("rules", "budgets", "dropped")}
+    return cls(**{field.name: stored[field.name] for field in dataclasses.fields(cls)} | lists)
+
+
+def closing_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """Of what comes after the decision: the chosen set on the test set, random sets of its lengths on both."""
+  steps = steps_of(plan.budgets[-1])
+  return plan.seeds * (4 * steps * pace.step + pace.judged + 2 * pace.tested)
+
+
+def seed_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """Of one more seed of the finalists and of random sets, at every budget."""
+  guided = sum(2 * steps_of(budget) * pace.step + pace.judged for budget in plan.budgets)
+  random = sum(steps_of(budget) * pace.step + pace.judged + pace.tested for budget in plan.budgets)
+  return plan.finalists * guided + random + sum(pace.chosen.get(rule, 0.0) for rule in plan.rules[: plan.finalists])
+
+
+def rung_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """Until the finalists are known: what rules choose by, their choices, trainings at the screening budget."""
+  one = 2 * steps_of(plan.screening) * pace.step + pace.judged
+  chosen = [pace.chosen.get(rule, 0.0) for rule in plan.rules]
+  choices = sum(chosen) + sum(sum(sorted(chosen)[-count:]) for count in plan.rungs[1:])
+  return pace.shared + choices + sum(count * one for count in plan.rungs)
+
+
+def rest_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """After that, to the end."""
+  one = 2 * steps_of(plan.screening) * pace.step + pace.judged
+  # What the first seeds have trained at the screening budget need not be trained again.
+  finals = plan.seeds * seed_seconds(plan, pace, steps_of) - len(plan.rungs) * plan.finalists * one
+  return max(finals, 0.0) + closing_seconds(plan, pace, steps_of)
+
+
+def seconds_of(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
+  """Expected, from beginning to end.
+
+  Args:
+    plan: what is tried.
+    pace: of this machine.
+    steps_of: share of the pool -> optimiser steps of a training on it.
+  """
+  whole = steps_of(1.0) * pace.step + pace.judged + pace.tested
+  rungs, rest = rung_seconds(plan, pace, steps_of), rest_seconds(plan, pace, steps_of)
+  return pace.spent + 2 * whole + rungs + rest
+
+
+def shortened(plan: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
+  """The largest plan whose rest fits, once the finalists are known; the least where none does.
+
+  Args:
+    plan: that was begun.
+    pace: of this machine, as it turned out.
+    steps_of: as in `seconds_of`.
+    seconds: that are left.
+  """
+  begun = dataclasses.replace(plan, screened=plan.screening)
+  found, dropped = begun, list(plan.dropped)
+  for found, what in _smaller(begun):
+    if what.startswith("the rule"):  # they have been tried
+      continue
+    dropped += [what] if what else []
+    if rest_seconds(found, pace, steps_of) <= seconds:
+      break
+  return dataclasses.replace(found, rules=plan.rules, dropped=tuple(dropped))
+
+
+def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
+  """The largest plan that fits; what goes first is `ORDER`.
+
+  Args:
+    wanted: everything.
+    pace: of this machine.
+    steps_of: as in `seconds_of`.
+    seconds: that there are.
+
+  Raises:
+    UserError: not even the least plan fits; says how many minutes it takes.
+  """
+  dropped: list[str] = []
+  for plan, what in _smaller(wanted):
+    dropped += [what] if what else []
+    needed = seconds_of(plan, pace, steps_of)
+    if needed * _ROOM <= seconds:
+      return dataclasses.replace(plan, seconds=needed, dropped=tuple(dropped))
+  raise UserError(
+    f"--minutes={seconds / 60:g} is too short: one rule at {100 * plan.budgets[0]:g} % with {plan.seeds} seeds, beside "
+    f"random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
+    f"{math.ceil(needed * _ROOM / 60)}, a smaller pool (--train_limit), fewer --epochs or fewer --trainable_layers"
+  )
+
+
+def _smaller(plan: Plan):
+  """(plan, what was left out last), each smaller than the one before."""
+  yield plan, ""
+  while plan.seeds > 3:
+    plan = dataclasses.replace(plan, seeds=plan.seeds - 1)
+    yield plan, f"seed {plan.seeds + 1}"
+  if plan.finalists > 1:
+    plan = dataclasses.replace(plan, finalists=1)
+    yield plan, "the second finalist"
+  while len(plan.budgets) > 1 and plan.budgets[-1] > plan.screened:
+    what = f"the budget of {100 * plan.budgets[-1]:g} %"
+    plan = dataclasses.replace(plan, budgets=plan.budgets[:-1])
+    yield plan, what
+  while len(plan.rules) > LEAST_RULES:
+    what = f"the rule {plan.rules[-1]}"
+    plan = dataclasses.replace(plan, rules=plan.rules[:-1])
+    yield plan, what
+  while plan.seeds > LEAST_SEEDS:
+    plan = dataclasses.replace(plan, seeds=plan.seeds - 1)
+    yield plan, f"seed {plan.seeds + 1}"
+
+
+def _joined(dropped: Sequence[str]) -> list[str]:
+  """Things of a kind in one part: "the budgets of 50 % and 25 %" would need a grammar, so commas do."""
+  kinds: dict[str, list[str]] = {}
+  for what in dropped:
+    kind = next((kind for kind in ("seed ", "the budget of ", "the rule ") if what.startswith(kind)), "")
+    kinds.setdefault(kind or what, []).append(what.removeprefix(kind) if kind else "")
+  plural = {"seed ": "seeds ", "the budget of ": "the budgets of ", "the rule ": "the rules "}
+  return [f"{plural[kind] if len(own) > 1 else kind}{', '.join(filter(None, own))}" for kind, own in kinds.items()]
+
+
+def _minutes(seconds: float) -> str:
+  return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,275 @@
+"""What `recommend` writes: the sentence, recommendation.json, coreset.jsonl, the page, how to train on the choice."""
+
+import dataclasses
+import math
+import shlex
+
+import numpy as np
+
+from in2core_jax.data.records import raw_lines
+from in2core_jax.evaluation import tries, verdict
+from in2core_jax.evaluation.paired import BY, Estimate
+from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
+from in2core_jax.evaluation.tries import DISTINCT, LONGEST, MARGIN, MATCHED, WHOLE
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.recommendation.plan import ORDER, Plan
+from in2core_jax.recommendation.rules import ABOUT
+from in2core_jax.recommendation.settings import RecommendSettings
+from in2core_jax.recommendation.trial import TWIN, Closing, Trainings
+from in2core_jax.report import recommendation_page
+from in2core_jax.runs.run_folder import RunDir
+
+FILE = "recommendation.json"
+_FEW = 10  # degrees of freedom, below which an interval of many comparisons is very wide
+_CHOSEN_BY = {MATCHED: "random ones with the response lengths of the first rule's choice", LONGEST: "the longest ones"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+  """All that the reports are made of.
+
+  Attributes:
+    settings: the flags.
+    plan: what was tried.
+    seeds: of the finalists, as many as there was time for.
+    trial: on the evaluation set. test: on the test set.
+    decision: the answer.
+    closing: what it is held against.
+    sizes: (rule, budget) -> (examples, steps).
+    seeds_of: (rule, budget) -> seeds that were trained.
+    pool: examples with a response.
+  """
+
+  settings: RecommendSettings
+  plan: Plan
+  seeds: tuple[int, ...]
+  trial: tries.Trial
+  test: tries.Trial
+  decision: tries.Decision
+  closing: Closing
+  sizes: dict
+  seeds_of: dict
+  pool: int
+
+  @classmethod
+  def of(cls, trainings: Trainings, plan: Plan, seeds: tuple[int, ...], decision, closing: Closing) -> "Outcome":
+    """Of finished trainings."""
+    seeds_of = {name: sorted(own) for name, own in trainings.losses.items()}
+    pool, trials = len(trainings.chooser.usable), (trainings.trial(plan), trainings.test_trial())
+    return cls(trainings.settings, plan, seeds, *trials, decision, closing, trainings.sizes, seeds_of, pool)
+
+
+# ---- sentences -------------------------------------------------------------------------
+
+
+def sentence(outcome: Outcome) -> str:
+  """The answer: which examples, how many, and what they are worth; ratios are by example."""
+  rule, trial, name = outcome.decision.rule, outcome.trial, outcome.closing.name
+  if rule in WHOLE:
+    return _whole_sentence(outcome)
+  count, tried = len(outcome.closing.rows), len(outcome.plan.tried)
+  part = f"{count:,} of {outcome.pool:,} examples ({100 * count / outcome.pool:.2g} %)"
+  to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
+  lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
+  if rule == RANDOM:
+    none = f"none of {tried} rules surely beats random sets of that size"
+    return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}, so {lost}."
+  chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
+  to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
+  return f"Train on {part}, {chosen}: their perplexity is {to_random} and {to_full}, so {lost}."
+
+
+def _whole_sentence(outcome: Outcome) -> str:
+  rule, trial, decision = outcome.decision.rule, outcome.trial, outcome.decision
+  count, largest = len(outcome.closing.rows), max(decision.winners)
+  best = (decision.winners[largest], largest)
+  said = f"Use all {count:,} examples"
+  if rule == DISTINCT:
+    said += f", each once, for the other {outcome.pool - count:,} are duplicates"
+  of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
+  said += (
+    f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "
+    f"{100 * largest:g} %, by {best[0]}, is {of_best}"
+  )
+  useful = [budget for budget, found in decision.beats.items() if found]
+  if not useful:
+    return f"{said}; if less must do, take random examples, for no rule surely beats them."
+  name = (decision.winners[useful[0]], useful[0])
+  ratio = _times(trial.ratio(name, (RANDOM, useful[0]), "example"), "random sets of that size")
+  return f"{said}; if less must do, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
+
+
+def _times(ratio: Interval, what: str) -> str:
+  bounds = "" if ratio.low == ratio.high or math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
+  return f"{ratio.mean:.3f} times that of {what}{bounds}"
+
+
+def _said(ratio: Interval) -> str:
+  return f"{ratio.mean:.3f}" if ratio.low == ratio.high else verdict.shown(ratio)
+
+
+def checked(outcome: Outcome) -> str:
+  """The one look at the test set, beside what was predicted."""
+  closing, what = outcome.closing, "random sets"
+  if closing.name[0] == RANDOM:
+    pair, predicted, what = (closing.name, (FULL, 1.0)), (closing.tested, (FULL, 1.0)), "all of the data"
+    found, expected = outcome.test.ratio(*predicted, "example"), outcome.trial.ratio(*pair, "example")
+  else:
+    found = outcome.test.ratio(closing.tested, closing.random, "example")
+    expected = outcome.trial.ratio(closing.name, closing.random, "example")
+  return f"On the test set, looked at once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
+
+
+def compared(outcome: Outcome) -> Estimate:
+  """The comparison whose sharpness is told: of the answer, or of the best that was tried."""
+  decision = outcome.decision
+  if decision.rule not in (*WHOLE, RANDOM):
+    return outcome.trial.estimate(outcome.closing.name, outcome.closing.random, "example")
+  budget = outcome.plan.screening
+  best = next(rule for rule in outcome.trial.ranked(outcome.plan.tried, budget))
+  return outcome.trial.estimate((best, budget), (RANDOM, budget), "example")
+
+
+def to_know_more(outcome: Outcome) -> dict:
+  """What these evaluation examples can see, and what more would; with a sentence."""
+  estimate = compared(outcome)
+  if estimate.note:
+    return {"sentence": f"There is no interval: {estimate.note}.", "examples": estimate.count}
+  seen, more, then = tries.to_know_more(estimate, outcome.trial.level)
+  more, alone = verdict.rounded(more), tries.sees(estimate, 1e6, outcome.trial.level)
+  said = f"{estimate.count:,} evaluation examples see {verdict.percent(seen)}"
+  if more > 1.2 * estimate.count:
+    said += f"; {more:,} would see {verdict.percent(then)}"
+  if alone > seen / 2:
+    said += f"; the spread of the trainings alone hides {verdict.percent(alone)}: give more --minutes and --seeds"
+  facts = {"examples": estimate.count, "sees": math.expm1(seen), "more_examples": more, "would_see": math.expm1(then)}
+  return {"sentence": f"{said}."} | facts
+
+
+def warnings(outcome: Outcome) -> list[str]:
+  """What to mind of the answer."""
+  found = []
+  if outcome.plan.dropped:
+    found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {outcome.plan.left_out}.")
+  if len(outcome.seeds) < outcome.plan.seeds:
+    found.append(f"There was time for {len(outcome.seeds)} of {outcome.plan.seeds} seeds.")
+  estimate, closing = compared(outcome), outcome.closing
+  if estimate.examples_freedom < _FEW:
+    found.append(
+      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} equal ones: "
+      "many are copies or of one topic, or a few long responses decide. Give more different ones."
+    )
+  if closing.name[0] not in (*WHOLE, RANDOM, MATCHED) and not outcome.trial.beats(closing.name, closing.twin):
+    ratio = _said(outcome.trial.ratio(closing.name, closing.twin, "example"))
+    found.append(f"Against random sets of its response lengths the ratio is {ratio}: its gain may be one of length.")
+  return found
+
+
+# ---- JSON ------------------------------------------------------------------------------
+
+
+def _interval(ratio: Interval) -> dict:
+  numbers = {"estimate": ratio.mean, "low": ratio.low, "high": ratio.high}
+  return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
+
+def _ratios(trial: tries.Trial, name: tries.Name, other: tries.Name) -> dict:
+  return {by: _interval(trial.ratio(name, other, by)) for by in BY}
+
+
+def against(trial: tries.Trial, name: tries.Name, closing: Closing) -> dict:
+  """The ratios of the answer."""
+  others = {"random": closing.random, "length_matched": closing.twin, "full": (FULL, 1.0)}
+  return {f"ratio_to_{word}": _ratios(trial, name, other) for word, other in others.items()}
+
+
+def candidates(outcome: Outcome) -> list[dict]:
+  """A row for each candidate: its seeds, its ratios with corrected intervals on the folds."""
+  found = []
+  for name in outcome.trial.names:
+    rule, budget = name
+    if rule == TWIN:
+      continue
+    random = (RANDOM, budget if (RANDOM, budget) in outcome.trial.names else max(outcome.plan.budgets))
+    examples, steps = outcome.sizes[name]
+    row = {"rule": rule, "budget": budget, "examples": examples, "steps": steps, "seeds": outcome.seeds_of[name]}
+    row |= {f"ratio_to_{word}": _ratios(outcome.trial, name, other) for word, other in _yardsticks(random).items()}
+    if (MATCHED, budget) in outcome.trial.names:
+      row["ratio_to_length_matched"] = _ratios(outcome.trial, name, (MATCHED, budget))
+    found.append(row)
+  return found
+
+
+def _yardsticks(random: tries.Name) -> dict[str, tries.Name]:
+  return {"random": random, "full": (FULL, 1.0)}
+
+
+def as_json(outcome: Outcome, asked: dict) -> dict:
+  """recommendation.json."""
+  closing, decision, trial = outcome.closing, outcome.decision, outcome.trial
+  correction = tries.CORRECTION.format(tries=trial.tries)
+  return {
+    "sentence": sentence(outcome),
+    "checked": checked(outcome),
+    "rule": decision.rule,
+    "budget": decision.budget,
+    "examples": len(closing.rows),
+    "minutes": outcome.settings.minutes,
+    "enough": decision.enough,
+    "validation": against(trial, closing.name, closing),
+    "test": against(outcome.test, closing.tested, closing),
+    "candidates": candidates(outcome),
+    "winners": [{"budget": budget, "rule": rule} for budget, rule in decision.winners.items()],
+    "compared_with": {"random_budget": closing.random[1], "margin_to_full": MARGIN},
+    "correction": {"method": correction, "tries": trial.tries, "level": trial.level, "of_the_test": tries.LEVEL},
+    "to_know_more": to_know_more(outcome),
+    "warnings": warnings(outcome),
+    "plan": outcome.plan.as_json() | {"order": ORDER},
+    "seeds": list(outcome.seeds),
+    "asked": asked,
+  }
+
+
+# ---- files -----------------------------------------------------------------------------
+
+
+def train_line(s: Settings, folder: str) -> str:
+  """The command that trains on the choice, with the recipe of the trial."""
+  own = ("model", "data_fields", "max_length", "system_prompt", "trainable", "trainable_layers", "trainable_modules")
+  own += ("lora_rank", "learning_rate", "epochs", "steps", "batch_size")
+  flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
+  # With evaluation data of its own the coreset is not split.
+  data = [f"--train_data=jsonl:{folder}/coreset.jsonl", f"--eval_data={s.eval_data or s.train_data}"]
+  return shlex.join(["./run.sh", "finetune", *data, f"--run_dir={folder}-trained", *flags])
+
+
+def train_with(outcome: Outcome) -> str:
+  """train_with.md: how to train on coreset.jsonl, here and elsewhere."""
+  folder = outcome.settings.run_dir.rstrip("/")
+  count = len(outcome.closing.rows)
+  return "\n".join(
+    [
+      "# Train on the choice",
+      "",
+      f"`coreset.jsonl` beside this file holds {count:,} examples, each as it was read. With this project:",
+      "",
+      f"    {train_line(outcome.settings, folder)}",
+      "",
+      "Any trainer that reads your file reads this one too: give it the path and the same chat template, maximum "
+      f"length ({outcome.settings.max_length} tokens) and epochs ({outcome.settings.epochs:g}).",
+      "In Python: `datasets.load_dataset('json', data_files='coreset.jsonl', split='train')`.",
+      "",
+    ]
+  )
+
+
+def write(run_dir: RunDir, trainings: Trainings, outcome: Outcome, asked: dict) -> dict:
+  """Everything; recommendation.json last, which marks the run as done."""
+  train = trainings.bench.splits["train"]
+  found = as_json(outcome, asked)
+  found["train"] = train_line(outcome.settings, outcome.settings.run_dir.rstrip("/"))
+  run_dir.write_text("coreset.jsonl", raw_lines(train.records, np.sort(outcome.closing.rows)))
+  run_dir.write_text("train_with.md", train_with(outcome))
+  run_dir.write_text("recommendation.html", recommendation_page.page(found, ABOUT))
+  run_dir.write_json(FILE, found)
+  return found

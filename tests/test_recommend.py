@@ -1,0 +1,375 @@
+"""The recommendation: folds, plan, correction, decision, what is written; and the command on a small real slice."""
+
+import dataclasses
+import gc
+import json
+import pathlib
+import re
+import types
+
+import numpy as np
+import pytest
+from tiny import CONFIG, Killed, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
+
+import in2core_jax as i2c
+from experiments.recommend import calibration
+from in2core_jax.errors import UserError
+from in2core_jax.evaluation import tries
+from in2core_jax.evaluation.statistics import FULL, RANDOM
+from in2core_jax.evaluation.tries import LONGEST, MATCHED
+from in2core_jax.pipeline.retraining import Retrainer
+from in2core_jax.recommendation import plan as plans
+from in2core_jax.recommendation import results, run
+from in2core_jax.recommendation.settings import RecommendSettings
+from in2core_jax.recommendation.trial import TWIN, Closing
+from in2core_jax.report import recommendation_page
+
+RULES = ("hybrid", "bm25", "rds", "matching", "proponents")
+
+
+# ---- folds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_stay_together_and_folds_are_of_one_size(seed):
+  groups = np.repeat(np.arange(30), [7, 5, *[1] * 20, *[2] * 8])
+  fold = tries.folds_of(groups, seed)
+  assert all(len(set(fold[groups == group])) == 1 for group in range(30))
+  assert abs(np.bincount(fold)[0] - np.bincount(fold)[1]) <= 1 and set(fold) == {0, 1}
+
+
+def test_another_seed_deals_other_folds_and_too_few_examples_are_refused():
+  assert np.any(tries.folds_of(np.arange(40), 0) != tries.folds_of(np.arange(40), 1))
+  assert np.all(tries.folds_of(np.arange(40), 3) == tries.folds_of(np.arange(40), 3))
+  with pytest.raises(UserError, match="5 evaluation examples are 1 different"):
+    tries.folds_of(np.zeros(5), 0)
+
+
+# ---- the correction, under a known truth -------------------------------------------------
+
+
+def drawn_trial(rng, better=0.0, size=80, rules=8, seeds=3, budgets=(0.1, 0.2)):
+  """A whole trial of rules that are as good as random sets, but for the first, which is `better` nats lower.
+
+  Each rule suits some examples and not others, each training is lucky, and luckier on some examples; rules are halved
+  by what they show, and the finalists trained on with the same examples.
+  """
+  base, tokens = rng.normal(2, 1, size), np.maximum(np.exp(rng.normal(3, 0.8, size)), 1.0)
+  suits = {rule: rng.normal(0, 0.12, size) - better * (rule == 0) for rule in range(rules)}
+  luck = lambda far: rng.normal(0, far) + rng.normal(0, 0.08, size)  # noqa: E731
+  of = lambda rule: base + suits.get(rule, 0.0) + luck(0.02 if rule == RANDOM else 0.01)  # noqa: E731
+  losses = {(RANDOM, 0.1): [of(RANDOM)], (FULL, 1.0): [of(FULL) - 0.2]} | {(rule, 0.1): [of(rule)] for rule in suits}
+  trial = lambda tried=1: tries.Trial({n: np.stack(o) for n, o in losses.items()}, tokens, tries=tried)  # noqa: E731
+  finalists = trial().ranked(list(suits), 0.1)[:2]
+  for budget in budgets:
+    for rule in (RANDOM, *finalists):
+      own = losses.setdefault((rule, budget), [])
+      own += [of(rule) for _ in range(seeds - len(own))]
+  return trial(rules + 2 * (len(budgets) - 1)), finalists, budgets
+
+
+@pytest.mark.parametrize("draws", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_rules_that_are_as_good_as_random_sets_are_rarely_called_better(draws):
+  rng, false = np.random.default_rng(0), 0
+  for _ in range(draws):
+    trial, finalists, budgets = drawn_trial(rng)
+    false += any(trial.decide(finalists, budgets, most=0.2).beats.values())
+  assert false <= 0.05 * draws
+
+
+def test_without_the_correction_the_best_of_several_would_be_called_better_too_often():
+  rng, draws, false = np.random.default_rng(0), 40, 0
+  for _ in range(draws):
+    trial, finalists, budgets = drawn_trial(rng)
+    trial.level = 0.95
+    false += any(trial.decide(finalists, budgets, most=0.2).beats.values())
+  assert false > 0.05 * draws
+
+
+def test_a_rule_that_is_better_is_found():
+  rng, draws = np.random.default_rng(1), 12
+  found = [drawn_trial(rng, better=0.15) for _ in range(draws)]
+  right = sum(trial.decide(left, budgets, most=0.2).rule == 0 for trial, left, budgets in found)
+  assert right >= 0.8 * draws
+
+
+def test_levels_are_those_of_bonferroni():
+  assert tries.corrected(1) == pytest.approx(0.95) and tries.corrected(10) == pytest.approx(0.995)
+
+
+# ---- the decision ------------------------------------------------------------------------
+
+
+def trial_of(means, size=400, seeds=3):
+  """A trial in which each candidate has this mean loss, with a little noise."""
+  rng = np.random.default_rng(0)
+  base = rng.normal(2, 0.3, size)
+  losses = {name: base + mean + rng.normal(0, 0.01, (seeds, size)) for name, mean in means.items()}
+  return tries.Trial(losses, np.full(size, 20), tries=4)
+
+
+@pytest.mark.parametrize(
+  ("means", "most", "rule", "budget"),
+  [
+    # what is as good as all of the data at the smallest budget, and better than random sets
+    ({"rule .1": 0.0, "random .1": 0.1, "rule .2": 0.0, "random .2": 0.05}, 1.0, "rule", 0.1),
+    # enough only at the larger budget
+    ({"rule .1": 0.05, "random .1": 0.1, "rule .2": 0.0, "random .2": 0.05}, 1.0, "rule", 0.2),
+    # no part is enough: all of the data, or the best of the largest budget
+    ({"rule .1": 0.05, "random .1": 0.1, "rule .2": 0.03, "random .2": 0.05}, 1.0, FULL, 1.0),
+    ({"rule .1": 0.05, "random .1": 0.1, "rule .2": 0.03, "random .2": 0.05}, 0.2, "rule", 0.2),
+    # no rule beats random sets
+    ({"rule .1": 0.1, "random .1": 0.1, "rule .2": 0.06, "random .2": 0.05}, 0.2, RANDOM, 0.2),
+    ({"rule .1": 0.0, "random .1": 0.0, "rule .2": 0.0, "random .2": 0.0}, 1.0, RANDOM, 0.1),
+  ],
+)
+def test_the_smallest_budget_that_is_enough_is_named_and_random_and_all_are_answers(means, most, rule, budget):
+  named = {(name.split()[0], float(name.split()[1])): mean for name, mean in means.items()}
+  found = trial_of(named | {(FULL, 1.0): 0.0}).decide(["rule"], (0.1, 0.2), most)
+  assert (found.rule, found.budget) == (rule, budget)
+
+
+def test_full_data_without_duplicates_is_the_answer_where_it_loses_nothing():
+  means = {("rule", 0.1): 0.2, (RANDOM, 0.1): 0.3, (FULL, 1.0): 0.0, (tries.DISTINCT, 0.8): 0.0}
+  found = trial_of(means).decide(["rule"], (0.1,))
+  assert (found.rule, found.budget) == (tries.DISTINCT, 0.8)
+
+
+def test_more_examples_see_smaller_differences():
+  trial = trial_of({("rule", 0.1): 0.0, (RANDOM, 0.1): 0.0, (FULL, 1.0): 0.0})
+  estimate = trial.estimate(("rule", 0.1), (RANDOM, 0.1), "example")
+  wide = dataclasses.replace(estimate, examples=4e-4, seeds=0.0)
+  seen, more, then = tries.to_know_more(wide, trial.level)
+  assert (
+    seen > then
+    and more > wide.count
+    and then == pytest.approx(tries.sees(wide, more / wide.count, trial.level), rel=1e-3)
+  )
+
+
+# ---- the plan ----------------------------------------------------------------------------
+
+PACE = plans.Pace(1.0, 2.0, 2.0, 100.0, dict.fromkeys(RULES, 1.0), 30.0)
+WANTED = plans.Plan(RULES, (0.05, 0.1, 0.25, 0.5), 5, 2)
+
+
+def steps_of(share):
+  return max(1, round(100 * share))
+
+
+def test_a_plan_fits_and_leaves_out_in_the_stated_order():
+  before, least = WANTED, plans.Plan(RULES[:1], (0.05,), 2, 1)
+  needed = plans.seconds_of(WANTED, PACE, steps_of)
+  assert plans.fitted(WANTED, PACE, steps_of, 2 * needed).dropped == ()
+  for seconds in np.linspace(needed, 1.2 * plans.seconds_of(least, PACE, steps_of), 12):
+    found = plans.fitted(WANTED, PACE, steps_of, seconds)
+    assert found.seconds <= seconds and found.tries < 30
+    sizes = lambda plan: (plan.seeds, plan.finalists, len(plan.budgets), len(plan.rules))  # noqa: E731
+    assert all(now <= then for now, then in zip(sizes(found), sizes(before), strict=True))
+    assert len(found.rules) == len(RULES) or found.budgets == (0.05,)  # rules go after budgets
+    assert found.seeds >= 3 or found.rules == RULES[:1]
+    assert {MATCHED, LONGEST} < set(found.tried) and plans.Plan.from_json(found.as_json()) == found
+    before = found
+  assert (
+    before.left_out.startswith("seeds 5, 4, 3; the second finalist") and "Left out to keep the time" in before.told()
+  )
+
+
+def test_too_few_minutes_are_refused_with_what_would_do():
+  with pytest.raises(UserError, match="--minutes=0.5 is too short.*Give --minutes=") as told:
+    plans.fitted(WANTED, PACE, steps_of, 30)
+  minutes = int(re.search(r"Give --minutes=(\d+)", str(told.value))[1])
+  assert plans.fitted(WANTED, PACE, steps_of, 60 * minutes).seeds == 2
+
+
+def test_rules_are_halved_until_the_finalists_are_left():
+  assert WANTED.rungs == [7, 4, 2] and WANTED.screening == 0.1 and WANTED.tries == 7 + 2 * 3
+  assert plans.Plan(RULES[:1], (0.1,), 2, 1).rungs == [3, 2]
+
+
+# ---- what is written ---------------------------------------------------------------------
+
+
+def outcome_of(rule="hybrid", budget=0.1, **settings):
+  means = {(RANDOM, 0.1): 0.1, ("hybrid", 0.1): 0.0, (MATCHED, 0.1): 0.1, (FULL, 1.0): 0.0, (TWIN, 0.1): 0.09}
+  trial = trial_of(means)
+  decision = tries.Decision(rule, budget, True, {0.1: "hybrid"}, {0.1: ["hybrid"]})
+  closing = Closing(np.arange(10), (rule, budget), (rule, budget), (RANDOM, 0.1), (TWIN, 0.1))
+  facts = {"sizes": dict.fromkeys(means, (10, 5)), "seeds_of": dict.fromkeys(means, [0, 1, 2]), "pool": 100}
+  plan = plans.Plan(("hybrid",), (0.1,), 3, 1, dropped=("seeds 5, 4",))
+  made = RecommendSettings(**settings)
+  return results.Outcome(made, plan, (0, 1, 2), trial, trial_of(means), decision, closing, **facts)
+
+
+def check_json(found):
+  """The interface of recommendation.json."""
+  ratios = {"ratio_to_random", "ratio_to_length_matched", "ratio_to_full"}
+  assert {"sentence", "rule", "budget", "minutes", "candidates", "test", "validation"} <= set(found)
+  for part in ("test", "validation"):
+    assert set(found[part]) == ratios
+    for ratio in found[part].values():
+      assert set(ratio) == {"token", "example"}
+      assert all({"estimate", "low", "high"} == set(one) for one in ratio.values())
+      assert all(one["low"] <= one["estimate"] <= one["high"] for one in ratio.values())
+  for row in found["candidates"]:
+    assert row["seeds"] and {"ratio_to_random", "ratio_to_full"} < set(row)
+  assert found["sentence"].endswith(".") and isinstance(found["minutes"], float)
+  json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(("rule", "budget", "said"), [("hybrid", 0.1, "those that hybrid chooses"), (FULL, 1.0, "all")])
+def test_the_json_has_its_keys_and_the_sentence_its_numbers(rule, budget, said):
+  found = results.as_json(outcome_of(rule, budget), {})
+  check_json(found)
+  assert said in found["sentence"] and re.search(r"0\.9\d\d times that of random sets of that size", found["sentence"])
+  assert found["correction"]["tries"] == 4 and "Bonferroni" in found["correction"]["method"]
+  assert {row["rule"] for row in found["candidates"]} == {RANDOM, "hybrid", MATCHED, FULL}
+  assert "evaluation examples see" in found["to_know_more"]["sentence"]
+
+
+def test_the_page_escapes_what_it_shows_and_runs_nothing():
+  hostile = outcome_of(eval_data="<script>alert(1)</script>", run_dir="runs/x")
+  found = results.as_json(hostile, {}) | {"train": results.train_line(hostile.settings, "runs/x")}
+  text = recommendation_page.page(found, {})
+  assert "<script" not in text and "&lt;script&gt;" in text and "default-src 'none'; style-src 'sha256-" in text
+  assert found["sentence"].replace("'", "&#39;") in text and text.count('<svg class="chart"') == 1
+  assert "'--eval_data=<script>alert(1)</script>'" in results.train_with(
+    hostile
+  ) and "coreset.jsonl" in results.train_with(hostile)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ({"rules": "hybrid,none"}, "--rules=hybrid,none: unknown 'none'"),
+    ({"rules": ""}, "rules= is empty"),
+    ({"minutes": 0.0}, "minutes=0.0"),
+  ],
+)
+def test_settings_that_cannot_be_are_told_in_one_line(flags, message):
+  with pytest.raises(UserError, match=message):
+    RecommendSettings(**flags)
+
+
+def test_a_calibration_counts_what_is_right_safe_and_worse():
+  found = results.as_json(outcome_of(), {})
+  row = calibration.row_of("pool", "task", found)
+  assert row["right, by token"] and row["safe, by example"] and not row["worse, by token"]
+  wrong = json.loads(json.dumps(found))
+  wrong["test"]["ratio_to_random"]["token"] = {"estimate": 1.1, "low": 1.05, "high": 1.15}
+  told = calibration.summary([row, calibration.row_of("pool", "other", wrong)])
+  assert told[0].startswith("By token: of 2 recommendations 1 have") and "1 are worse beyond" in told[0]
+  assert "2 are at most 1 % worse" in told[1]
+
+
+@pytest.mark.parametrize("flags", [{"equal": "steps,epochs"}, {"checkpoint": "x"}, {"policy": "bm25"}, {"seeds": ""}])
+def test_flags_that_contradict_it_are_refused_before_the_data_are_read(flags):
+  with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
+    run.run(RecommendSettings(train_data="file:not_there.jsonl", **flags))
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ({"budget": "400tok"}, "a share such as 0.1, or a number of examples"),
+    ({"budget": "0.1", "fractions": ""}, None),
+    ({"fractions": ""}, "names no budget below 1"),
+    ({"seeds": "0"}, "intervals need 2 different seeds"),
+  ],
+)
+def test_budgets_and_seeds_are_checked_before_the_work(flags, message):
+  bench = types.SimpleNamespace(splits={"train": types.SimpleNamespace(num_response_tokens=np.ones(100, int))})
+  s = RecommendSettings(**flags)
+  if message is None:
+    assert run.wanted(s, bench).budgets == (0.1,)
+  else:
+    with pytest.raises(UserError, match=message):
+      run.wanted(s, bench)
+
+
+def test_python_reads_of_parameters_and_settings_keep_what_they_set():
+  with pytest.raises(UserError, match="^rules=none: unknown 'none'"):
+    i2c.recommend(rules="none")
+  with pytest.raises(UserError, match="^no_such is no setting.*RecommendSettings"):
+    i2c.recommend(no_such=1)
+  with pytest.raises(UserError, match="^equal=steps,tokens: one word here, such as equal=epochs"):
+    i2c.recommend(i2c.Settings(layers="last:2"), equal="steps,tokens")
+
+
+# ---- the whole, on a small model ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+  return run_settings(
+    tmp_path_factory.mktemp("recommend"),
+    dataclasses.replace(CONFIG, num_layers=2),
+    kind=RecommendSettings,
+    train_limit=60,
+    eval_limit=24,
+    test_limit=16,
+    trainable_layers="last:1",
+    layers="last:1",
+    sketch_size=4,
+    steps=0,
+    epochs=1.0,
+    policy="auto",
+    fixed_seeds="",
+    rules="bm25,hybrid,proponents",
+    fractions="0.2,0.5",
+    minutes=60.0,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
+  bench, trained, train = open_session(settings), [], Retrainer.train
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(run, "close", lambda *_: (_ for _ in ()).throw(Killed()))
+    run.run(settings, bench)
+  gc.collect()  # the lock of the folder
+  with monkeypatch.context() as patch:
+    patch.setattr(Retrainer, "train", lambda self, *given: trained.append(given[2]) or train(self, *given))
+    folder = pathlib.Path(run.run(settings, bench))
+  assert trained and all(label.startswith(("test: ", TWIN)) for label in trained)  # the others were kept
+  found = json.loads((folder / "recommendation.json").read_text())
+  check_json(found)
+  tried = {(row["rule"], row["budget"]) for row in found["candidates"]}
+  assert {("bm25", 0.2), ("hybrid", 0.2), ("proponents", 0.2), (RANDOM, 0.5), (FULL, 1.0), (MATCHED, 0.2)} <= tried
+  assert found["rule"] in (FULL, tries.DISTINCT, RANDOM) or all(
+    one["high"] < 1 for one in found["validation"]["ratio_to_random"].values()
+  )
+  lines = (folder / "coreset.jsonl").read_text().splitlines()
+  assert len(lines) == found["examples"] and (folder / "train_with.md").exists()
+  assert (folder / "recommendation.html").read_text().count("<h1>") == 1
+  assert i2c.load(folder).sentence == found["sentence"] in repr(i2c.load(folder))
+  with pytest.raises(UserError, match="--minutes=0.001 is too short"):
+    run.dry_run(settings.replace(minutes=0.001), bench)
+  monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
+  assert run.run(settings, bench) == str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_real_slice_ends_in_a_sentence(tmp_path):
+  """SmolLM2 on ChatterBot: questions of trivia against the whole corpus."""
+  s = RecommendSettings(
+    eval_topics="trivia",
+    system_prompt="none",
+    max_length=48,
+    train_limit=64,
+    eval_limit=24,
+    test_limit=16,
+    layers="last:1",
+    trainable_layers="last:1",
+    epochs=1.0,
+    rules="bm25",
+    fractions="0.25",
+    seeds="0,1",
+    minutes=600.0,
+    run_dir=str(tmp_path / "run"),
+  )
+  found = json.loads((pathlib.Path(run.run(s)) / "recommendation.json").read_text())
+  check_json(found)
+  assert found["checked"].startswith("On the test set")
