@@ -16,16 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import test_families
+import test_gguf
 
 from in2core_jax.model import weights
 from in2core_jax.model.families import FAMILIES, TEXT_PARTS
+from in2core_jax.model.gguf_config import ARCHITECTURES
+from in2core_jax.model.gguf_cuts import CUTS
 
 DOC = pathlib.Path(__file__).resolve().parent.parent / "docs" / "models.md"
-HEAD = "| reference model | `model_type` | config | weights | export | loss | logits | gradient |\n" + "|---" * 8 + "|"
+HEAD = "| reference model | `model_type` | config | weights | GGUF | export | loss | logits | gradient |\n"
+HEAD += "|---" * 9 + "|"
+# Reference model -> architecture of the GGUF files that are read as the same model.
+GGUF = {name: architecture for name, architecture, _ in test_gguf.CASES} | {"gemma3": "gemma3"}
 TINY = json.loads((test_families.REFERENCE / "tiny.json").read_text(encoding="utf-8"))
 # What the reference models of tiny.json have beyond the sizes.
 _QUIET = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_QUIET |= {"num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_theta", "pad_token_id"}
+_QUIET |= {"num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_theta"}
+_QUIET |= {"pad_token_id", "eos_token_id"}
 
 
 def options(config: dict) -> str:
@@ -41,7 +48,10 @@ def rows() -> list[str]:
   made = [(name, entry["config"], "equal") for name, entry in test_families.MODELS.items()]
   made += [(name, entry["config"], "equal") for name, entry in TINY.items()]
   made.sort(key=lambda row: (list(FAMILIES).index(row[1]["model_type"]), row[0]))
-  return [f"| {name} | {config['model_type']} | {options(config)} | yes | {export} |" for name, config, export in made]
+  return [
+    f"| {name} | {config['model_type']} | {options(config)} | yes | {GGUF.get(name, 'no')} | {export} |"
+    for name, config, export in made
+  ]
 
 
 def errors(name: str) -> str:
@@ -61,6 +71,14 @@ def errors(name: str) -> str:
   return f" {loss:.0e} | {logit:.0e} | {slope:.0e} |"
 
 
+def gguf_kinds() -> str:
+  """What follows about GGUF files."""
+  names = [f"- `{name}`: {one.known}" for name, one in ARCHITECTURES.items()]
+  kinds = ", ".join(f"`{name}`" for name in CUTS)
+  text = ["GGUF files of these architectures are read:", "", *names, "", f"Their vocabularies: Gemma's, and {kinds}."]
+  return "\n".join(text)
+
+
 def known() -> str:
   """The sentence about multimodal folders follows from the table too."""
   parts = ", ".join(f"`{outer}` (as `{inner}`)" for outer, (_, inner) in TEXT_PARTS.items())
@@ -73,7 +91,7 @@ def main() -> None:
   jax.config.update("jax_disable_most_optimizations", True)  # quick to compile
   lines = [row + errors(row.split("|")[1].strip()) for row in rows()]
   text = DOC.read_text(encoding="utf-8")
-  body = "\n".join([HEAD, *lines, "", known(), ""])
+  body = "\n".join([HEAD, *lines, "", known(), "", gguf_kinds(), ""])
   text = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: m[1] + body + m[2], text, flags=re.DOTALL)
   DOC.write_text(text, encoding="utf-8")
 

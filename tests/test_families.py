@@ -69,10 +69,13 @@ def losses_and_logits(config, params, tokens):
   return -jnp.mean(picked), (-jnp.mean(picked, axis=1), logits)
 
 
+# What these have beyond the models of one router alone, others have too.
+SLOW = ("qwen3 moe", "olmoe", "olmoe softmax", "flex olmo", "granite moe")
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_family_matches_pytorch(name, tmp_path, x64):
   entry = MODELS[name]
   config, params = weights.load_hf_dir(write(tmp_path / "in", name))
@@ -87,7 +90,7 @@ def test_family_matches_pytorch(name, tmp_path, x64):
   np.testing.assert_allclose(ours, wanted["gradients"], rtol=2e-4, atol=2e-6 * np.abs(wanted["gradients"]).max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_export_is_what_was_read(name, tmp_path):
   """Tensors bit for bit under the same names, and a config.json that transformers reads as the source (`exported`)."""
   config, params = weights.load_hf_dir(write(tmp_path / "in", name))
@@ -120,6 +123,7 @@ def test_a_truncated_model_can_be_exported(kind):
   values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True}
   values |= {"sliding_window": 4, "max_window_layers": 3} if FAMILIES[kind].window != "none" else {}
   values.pop("use_sliding_window") if FAMILIES[kind].window not in ("late", "unrotated") else None
+  values |= {"rope_scaling": YARN} if FAMILIES[kind].rope_kinds == ("yarn",) else {}
   whole = hf_config.parse_config(values, "config")
   for count in range(1, 9):
     config = dataclasses.replace(whole, num_layers=count)
@@ -189,7 +193,23 @@ REFUSED = [
   ("qwen3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers .* is not supported"),
   ("ministral", {"use_bias": True}, "use_bias True is not supported"),
   ("arcee", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported; .* 'relu2' only"),
-  ("qwen3", {"model_type": "qwen3_moe"}, "mixture of experts, .* the closest that works is a dense model"),
+  (
+    "qwen3 moe",
+    {"model_type": "qwen2_moe"},
+    "mixture of experts .* lacks an option, .* closest that works is qwen3_moe",
+  ),
+  ("qwen3 moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
+  ("qwen3 moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+  ("qwen3 moe", {"num_experts_per_tok": 7}, "cannot go through 7 of 6 experts"),
+  ("qwen3 moe", {"num_local_experts": 3}, "num_experts and num_local_experts say different things"),
+  ("mixtral", {"num_local_experts": 0}, "mixtral without experts is not supported"),
+  ("gpt oss", {"rope_scaling": None}, "'default' is not supported; known: yarn"),
+  (
+    "gpt oss",
+    {"quantization_config": {"quant_method": "mxfp4"}},
+    "quantization_config .*mxfp4.* a quantised checkpoint",
+  ),
+  ("llama dynamic", {"swiglu_limit": 7.0}, "swiglu_limit 7.0 is not supported"),
   (
     "olmo2",
     {"model_type": "olmo_hybrid"},
@@ -208,6 +228,12 @@ def test_fused_matrices_of_other_sizes_are_refused(tmp_path):
   tensors = tensors_of("phi3")
   tensors["model.layers.1.self_attn.qkv_proj.weight"] = np.ones((60, 32), np.float32)
   with pytest.raises(UserError, match=r"layers\.1\.self_attn\.qkv_proj\.weight is \(60, 32\), .* asks for \(64, 32\)"):
+    weights.load_hf_dir(write(tmp_path, "phi3", tensors))
+
+
+def test_what_lies_in_a_missing_tensor_is_named_by_it(tmp_path):
+  tensors = {name: value for name, value in tensors_of("phi3").items() if "1.mlp.gate_up_proj" not in name}
+  with pytest.raises(UserError, match=r"tensors are missing: model\.layers\.1\.mlp\.gate_up_proj\.weight; the file is"):
     weights.load_hf_dir(write(tmp_path, "phi3", tensors))
 
 
@@ -325,11 +351,15 @@ def test_the_table_of_families_is_that_of_the_tests():
   text = families_table.DOC.read_text(encoding="utf-8")
   for row in families_table.rows():
     assert f"\n{row}" in text, "run python tests/families_table.py"
-  assert families_table.known() in text
+  assert families_table.known() in text and families_table.gguf_kinds() in text
 
 
-def test_no_option_widens_half_precision():
+@pytest.mark.parametrize("experts", [False, True])
+def test_no_option_widens_half_precision(experts):
   config = tiny.smaller_config(**OPTIONS, rope_scaling=tuple(sorted(YARN.items())))
+  if experts:
+    own = {"num_experts": 4, "experts_per_token": 2, "router_bias": True, "expert_bias": True, "swiglu_limit": 1.0}
+    config = dataclasses.replace(config, **own, attention_sinks=True, qkv_clip=1.0)
   params = jax.eval_shape(lambda: tiny.make_params(config, jnp.bfloat16))
   tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
   run = lambda p, t: decoder.run_layers(config, p["layers"], decoder.embed(config, p, t))  # noqa: E731

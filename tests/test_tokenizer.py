@@ -98,6 +98,17 @@ def test_scores_decide_what_is_merged_first(pieces):
   assert (pieces.bos_token, pieces.eos_token, pieces.pad_token_id, pieces.unk_token_id) == ("<bos>", "<eos>", 0, 3)
 
 
+WORDS = {"smollm": ["hello", "Ġ", "1", "2"], "llama-bpe": ["hello", "Ġ", "12"], "qwen2": ["hello", "Ġ", "1", "2"]}
+
+
+@pytest.mark.parametrize(("pre", "words"), (WORDS | {"tekken": WORDS["qwen2"], "gpt-4o": WORDS["llama-bpe"]}).items())
+def test_digits_stay_together_where_the_vocabulary_was_made_so(tmp_path, pre, words):
+  tokenizer = tokenizer_from_gguf(_write_gguf(tmp_path / "g.gguf", pre=pre))
+  assert tokenizer.convert_ids_to_tokens(tokenizer("hello 12")["input_ids"]) == words
+  composed = tokenizer("e\u0301")["input_ids"] == tokenizer("\u00e9")["input_ids"]
+  assert composed == (pre == "qwen2")
+
+
 @settings(max_examples=80, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁"), max_size=40))
 def test_round_trip_of_any_text_in_pieces(pieces, text):
@@ -147,7 +158,7 @@ def test_chat_template_comes_from_the_file(small):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"pre": "tekken"}, r"pre is 'tekken'; known: smollm, gpt-2"),
+    ({"pre": "viking"}, r"pre is 'viking'; known: smollm, gpt-2, llama-bpe"),
     ({"pre": None}, r"pre is None; known: smollm"),
     ({"model": "bert"}, r"model is 'bert'; only 'gpt2' .* and 'llama'"),
     ({"model": "llama"}, "wants a space in front of every text"),

@@ -18,6 +18,7 @@ from flax import traverse_util
 from in2core_jax.data import assets
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder, gguf_file, hf_config, weights
+from in2core_jax.model.tensors import GGUF_ROTARY
 
 CONFIG = decoder.ModelConfig(
   vocab_size=40,
@@ -333,8 +334,8 @@ def write_gguf(path, config, params, change=lambda tensors: None, architecture="
       row = row.T if leaf.endswith("/kernel") else row
       if leaf.endswith("_norm/scale"):
         row = row + np.float32(config.norm_offset)
-      if leaf in weights.GGUF_ROTARY and architecture == "llama":
-        heads = getattr(config, weights.GGUF_ROTARY[leaf])
+      if leaf in GGUF_ROTARY and architecture == "llama":
+        heads = getattr(config, GGUF_ROTARY[leaf])
         row = row.reshape(heads, 2, -1, row.shape[1]).swapaxes(1, 2).reshape(row.shape)
       tensors[weights.GGUF_NAMES[leaf].format(i=i)] = np.ascontiguousarray(row)
   change(tensors)
@@ -418,7 +419,8 @@ def test_gguf_dtype(tmp_path):
       lambda t: t.update({"blk.0.ffn_gate_exps.weight": np.ones((2, 32), np.float32)}),
       r"blk\.0\.ffn_gate_exps\.weight",
     ),
-    (lambda t: t.update({"rope_freqs.weight": np.ones(4, np.float32)}), "rotary frequencies"),
+    (lambda t: t.update({"rope_freqs.weight": np.float32([1, 5, 2, 9])}), "rope_freqs.weight are of no scaling"),
+    (lambda t: t.update({"rope_freqs.weight": np.ones(5, np.float32)}), "rope_freqs.weight must hold 4 factors"),
     (lambda t: t["blk.2.attn_v.weight"].__setitem__((0, 0), np.nan), r"blk\.2\.attn_v\.weight holds NaN"),
   ],
 )
@@ -432,8 +434,9 @@ def test_other_files_are_refused(tmp_path):
   params = make_params(CONFIG)
   with pytest.raises(UserError, match="architecture 'gemma' is not supported"):
     weights.load_gguf(write_gguf(tmp_path / "g.gguf", CONFIG, params, architecture="gemma"))
-  with pytest.raises(UserError, match="rotary frequencies"):
-    weights.load_gguf(write_gguf(tmp_path / "y.gguf", CONFIG, params, llama__rope__scaling__type="yarn"))
+  for scaling, message in (("dynamic", "scaling 'dynamic' is not read"), ("yarn", "rope.scaling.factor is missing")):
+    with pytest.raises(UserError, match=message):
+      weights.load_gguf(write_gguf(tmp_path / "y.gguf", CONFIG, params, llama__rope__scaling__type=scaling))
   with pytest.raises(UserError, match="no such GGUF file"):
     weights.load_gguf(tmp_path / "absent.gguf")
   whole = write_gguf(tmp_path / "m.gguf", CONFIG, params).read_bytes()

@@ -101,13 +101,15 @@ def make_params(config: decoder.ModelConfig, dtype=jnp.float32, seed: int = 0, l
   def draw(path, leaf):
     name = path[-1].key
     values = rng.standard_normal(leaf.shape)
-    if name == "kernel":
+    if name in ("kernel", "experts"):
       return values / np.sqrt(leaf.shape[-2])
-    return {"scale": 1 - config.norm_offset + 0.2 * values, "bias": 0.3 * values, "embedding": 0.7 * values}[name]
+    if name in ("bias", "expert_bias", "sinks"):
+      return 0.3 * values
+    return {"scale": 1 - config.norm_offset + 0.2 * values, "embedding": 0.7 * values}[name]
 
   params = jax.tree_util.tree_map_with_path(draw, shapes)
   modules = [*params["layers"]["attention"].values(), *params["layers"]["mlp"].values()]
-  for module in (module for module in modules if "kernel" in module):
+  for module in (module for module in modules if isinstance(module, dict) and "kernel" in module):
     layers, inner, outer = module["kernel"].shape
     if lora:
       module["lora_a"] = rng.standard_normal((layers, inner, lora)) / np.sqrt(inner)
@@ -214,7 +216,7 @@ def write_model(folder: pathlib.Path, config: decoder.ModelConfig = CONFIG) -> s
   """Writes a random model and its tokenizer into `folder`; returns the --model that names it."""
   rng = np.random.default_rng(0)
   # The embeddings are large enough for logits that training can change.
-  deviations = {"kernel": 0.02, "embedding": 0.1}
+  deviations = {"kernel": 0.02, "experts": 0.02, "embedding": 0.1}
 
   def draw(path, leaf):
     name = path[-1].key

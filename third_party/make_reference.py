@@ -32,6 +32,7 @@ into third_party/reference/:
 import argparse
 import json
 import pathlib
+import tempfile
 import zlib
 
 import gguf
@@ -186,6 +187,29 @@ FAMILY_CONFIGS = {
   "ernie 4.5": _SIZES
   | {"model_type": "ernie4_5", "head_dim": 16, "use_bias": True, "tie_word_embeddings": True, "pad_token_id": 0},
   "arcee": _SIZES | _BIASES | {"model_type": "arcee", "head_dim": 16, "hidden_act": "relu2", "rope_scaling": _YARN},
+  # Mixtures of experts: gates over all experts or over the chosen ones, experts of a width of their own.
+  "mixtral": _SIZES
+  | {"model_type": "mixtral", "head_dim": 16, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+  "qwen3 moe": _SIZES
+  | {"model_type": "qwen3_moe", "head_dim": 16, "attention_bias": True, "use_sliding_window": True}
+  | {"sliding_window": 9, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+  | {"norm_topk_prob": True},
+  "olmoe": _SIZES
+  | {"model_type": "olmoe", "attention_bias": True, "clip_qkv": 1.5, "num_experts": 4, "num_experts_per_tok": 3}
+  | {"norm_topk_prob": True, "intermediate_size": 12},
+  "olmoe softmax": _SIZES
+  | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12},
+  "flex olmo": _SIZES
+  | {"model_type": "flex_olmo", "attention_bias": True, "num_experts": 4, "num_experts_per_tok": 2}
+  | {"norm_topk_prob": True, "intermediate_size": 12, "pad_token_id": 0, "eos_token_id": 2},
+  "granite moe": _SIZES
+  | {"model_type": "granitemoe", "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+  | {"logits_scaling": 0.5, "attention_multiplier": 0.2, "num_local_experts": 4, "num_experts_per_tok": 2}
+  | {"intermediate_size": 12, "tie_word_embeddings": True},
+  "gpt oss": _SIZES
+  | {"model_type": "gpt_oss", "head_dim": 16, "attention_bias": True, "sliding_window": 7, "num_local_experts": 4}
+  | {"num_experts_per_tok": 2, "intermediate_size": 12, "swiglu_limit": 0.8, "swiglu_alpha": 1.3}
+  | {"rope_scaling": _YARN | {"truncate": False}},
 }
 LAST, PICKED = 4, 12
 TINY_SEED, TINY_BATCH, TINY_LENGTH = 7, 2, 48
@@ -488,49 +512,66 @@ def pick(gradient: np.ndarray) -> np.ndarray:
   return np.append(flat[:: -(-flat.size // PICKED)], np.linalg.norm(flat)).astype(np.float32)
 
 
+def read_folder(folder: pathlib.Path):
+  """The model of a folder in float64, every tensor of it read."""
+  model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+  )
+  assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, told)
+  return model.eval()
+
+
+def stored(folder: pathlib.Path, model, state: dict | None = None) -> dict[str, np.ndarray]:
+  """The model's tensors (or others of the same names) as files name and lay them out: experts one by one."""
+  model.save_pretrained(folder, state_dict=state)
+  return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
 def make_families() -> None:
   """Writes families.json and families.npz."""
   entries, arrays = {}, {}
   for name, values in FAMILY_CONFIGS.items():
-    config = transformers.AutoConfig.for_model(**json.loads(json.dumps(values)))
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
-    model.get_input_embeddings().padding_idx = None  # else the gradient of its row is left out
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    if values["tie_word_embeddings"]:
-      shapes.pop("lm_head.weight")
-    weights = tiny_weights(shapes, TINY_SEED)
-    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
-    assert not unexpected and missing in ([], ["lm_head.weight"]), (missing, unexpected)
-    tokens = torch.from_numpy(
-      np.random.default_rng(TINY_SEED).integers(0, values["vocab_size"], (TINY_BATCH, TINY_LENGTH))
-    )
-    with torch.enable_grad():
-      logits = model(tokens, use_cache=False).logits
-      nll = -torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
-      losses = nll.mean(-1)
-      losses.mean().backward()
-    arrays[f"{name}/logits"] = logits[:, -LAST:].detach().numpy().astype(np.float32)
-    named = dict(model.named_parameters())
-    arrays[f"{name}/gradients"] = np.concatenate([pick(named[key].grad.numpy()) for key in sorted(shapes)])
-    entries[name] = {"config": values, "seed": TINY_SEED, "shapes": shapes, "token_ids": tokens.tolist()}
-    entries[name] |= {"losses": losses.tolist()}
-    print(name, type(model).__name__, [round(loss, 3) for loss in losses.tolist()])
+    with tempfile.TemporaryDirectory() as folder:
+      entries[name], found = make_family(pathlib.Path(folder), values)
+    arrays |= {f"{name}/{key}": value for key, value in found.items()}
   write_entries("families.json", entries)
   np.savez_compressed(OUT / "families.npz", **arrays)
+
+
+def make_family(folder: pathlib.Path, values: dict) -> tuple[dict, dict]:
+  """(entry of families.json, arrays of families.npz) of one model."""
+  config = transformers.AutoConfig.for_model(**json.loads(json.dumps(values)))
+  model = transformers.AutoModelForCausalLM.from_config(config).double()
+  shapes = {key: list(value.shape) for key, value in stored(folder, model).items()}
+  safetensors.numpy.save_file(tiny_weights(shapes, TINY_SEED), folder / "model.safetensors", {"format": "pt"})
+  model = read_folder(folder)
+  model.get_input_embeddings().padding_idx = None  # else the gradient of its row is left out
+  tokens = torch.from_numpy(
+    np.random.default_rng(TINY_SEED).integers(0, values["vocab_size"], (TINY_BATCH, TINY_LENGTH))
+  )
+  with torch.enable_grad():
+    logits = model(tokens, use_cache=False).logits
+    nll = -torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    losses = nll.mean(-1)
+    losses.mean().backward()
+  slopes = {key: parameter.grad for key, parameter in model.named_parameters()}
+  gradients = stored(folder / "gradients", model, slopes)
+  assert gradients.keys() == shapes.keys()
+  arrays = {"logits": logits[:, -LAST:].detach().numpy().astype(np.float32)}
+  arrays["gradients"] = np.concatenate([pick(gradients[key]) for key in sorted(shapes)])
+  print(type(model).__name__, [round(loss, 3) for loss in losses.tolist()])
+  entry = {"config": values, "seed": TINY_SEED, "shapes": shapes, "token_ids": tokens.tolist()}
+  return entry | {"losses": losses.tolist()}, arrays
 
 
 def check_family_exports(root: pathlib.Path) -> None:
   """Adds to families.json what our exporter writes, where transformers computes the same from it as from the source."""
   entries = json.loads((OUT / "families.json").read_text(encoding="utf-8"))
-  with np.load(OUT / "families.npz") as stored:
-    arrays = {key: stored[key] for key in stored.files}
+  with np.load(OUT / "families.npz") as file:
+    arrays = {key: file[key] for key in file.files}
   for name, entry in entries.items():
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
-      root / name, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, told)
-    logits = model.eval()(torch.tensor(entry["token_ids"]), use_cache=False).logits[:, -LAST:].numpy()
+    model = read_folder(root / name)
+    logits = model(torch.tensor(entry["token_ids"]), use_cache=False).logits[:, -LAST:].numpy()
     error = float(np.abs(logits - arrays[f"{name}/logits"]).max())
     assert error < 2e-6 * np.abs(logits).max(), (name, error)
     entry["exported"] = json.loads((root / name / "config.json").read_text(encoding="utf-8"))
@@ -575,6 +616,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--gguf", type=pathlib.Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
   parser.add_argument("--gemma", type=pathlib.Path, help="gemma-3-270m-q4_k_m.gguf, its parts put together")
+  parser.add_argument("--families", action="store_true", help="make the values of families.json only")
   parser.add_argument("--exports", type=pathlib.Path, help="folder of exported folders, from tests/exported.py")
   arguments = parser.parse_args()
   OUT.mkdir(exist_ok=True)
@@ -582,6 +624,9 @@ def main() -> None:
   if arguments.exports:
     make_exports(arguments.exports)
     check_family_exports(arguments.exports / "families")
+    return
+  if arguments.families:
+    make_families()
     return
   make_tiny()
   make_families()

@@ -9,6 +9,7 @@ Letters: W rows of a batch, T tokens of a row, D width, V vocabulary, H query he
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -158,13 +159,19 @@ def split_shapes(params: Any, tree: Subtree) -> tuple[Any, Any]:
   return jax.eval_shape(lambda whole: split(whole, tree), params)
 
 
+def layer_matrices(params: Any) -> int:
+  """Numbers in the matrices of all layers: each is multiplied for every token, also those of experts (`Mixture`)."""
+  flat = traverse_util.flatten_dict(params["layers"], sep="/")
+  return sum(_count(leaf) for path, leaf in flat.items() if leaf.ndim >= 3 and not path.endswith("/expert_bias"))
+
+
 def matrix_sizes(params: Any, tree: Subtree) -> Sizes:
   """Sizes of a model (arrays or shapes; adapters count as matrices) and a subtree of it."""
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
-  a_layer = sum(_count(leaf) // tree.num_layers for leaf in flat.values() if leaf.ndim == 3)
+  a_layer = layer_matrices(params) // tree.num_layers
   sub = traverse_util.flatten_dict(split_shapes(params, tree)[0], sep="/")
   matrices = [leaf for path, leaf in sub.items() if re.fullmatch(ekfac.MATRICES, path)]
-  each = tuple(leaf.shape[1:] for leaf in matrices for _ in range(leaf.shape[0]))
+  each = tuple(leaf.shape[-2:] for leaf in matrices for _ in range(math.prod(leaf.shape[:-2])))
   size = sum(map(_count, sub.values()))
   above = tree.num_layers - tree.boundary
   return Sizes(

@@ -116,7 +116,7 @@ def layer_rate(config: decoder.ModelConfig, dtype: str, rows: int, length: int) 
     offsets = jnp.broadcast_to(jnp.arange(length), (rows, length))
     run = jax.jit(lambda p, h, o: decoder.run_layers(shape, p, h, o))
     seconds = _best_seconds(lambda: run(params, hidden, offsets))
-  a_layer = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 3)
+  a_layer = flop_counts.layer_matrices({"layers": params})
   sizes = flop_counts.Sizes(a_layer, 0, 0, 1, 0, config.num_heads * config.head_dim, 0, False, 0, ())
   return flop_counts.below_flops(sizes, flop_counts.Work(rows * length, rows * length**2)) / seconds
 

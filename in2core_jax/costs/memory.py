@@ -105,11 +105,12 @@ def layer_bytes(config: decoder.ModelConfig, rows: int, length: int, itemsize: i
   """Bytes that a layer holds while it runs forward, W rows of T tokens: the larger of attention and MLP.
 
   attention: 2 H T^2 in float32 (scores, weights) and 2 (D + H head_dim) T
-  MLP:       3 I T (gate, up, their product) and 3 D T
+  MLP:       3 I T (gate, up, their product) and 3 D T; of E experts 3 E I T, and E D T that their gates add up
   """
   attended = config.num_heads * config.head_dim
   attention = 8 * config.num_heads * length**2 + 2 * (config.hidden_size + attended) * length * itemsize
-  mlp = 3 * (config.intermediate_size + config.hidden_size) * length * itemsize
+  experts, width = config.num_experts, config.hidden_size
+  mlp = (3 * (max(1, experts) * config.intermediate_size + width) + experts * width) * length * itemsize
   return rows * max(attention, mlp)
 
 

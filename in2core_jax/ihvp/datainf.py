@@ -5,6 +5,7 @@ size.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.ihvp import tree_math
 from in2core_jax.ihvp.operators import Matvec, SolveResult, check_damping, safe_ratio
 from in2core_jax.ihvp.tree_math import Tree
+from in2core_jax.params import subtree
 from in2core_jax.runs import resumable
 
 GRANULARITIES = ("matrix", "layer")
@@ -80,12 +82,12 @@ class Blocks:
   """How the leaves fall into blocks; hashable, so that it can steer compilation.
 
   Attributes:
-    stacked: per leaf, whether it has a leading layer axis.
+    stacked: per leaf, how many leading axes count blocks: layers, and experts behind them where these are not joined.
     joined: whether all stacked leaves of one layer form one block.
     names: per leaf, its path.
   """
 
-  stacked: tuple[bool, ...]
+  stacked: tuple[int, ...]
   joined: bool
   names: tuple[str, ...]
 
@@ -106,19 +108,20 @@ def make_blocks(v: Tree, granularity: str = "matrix", stacked_under: str | None 
   """
   paths = jax.tree_util.tree_flatten_with_path(v)[0]
   names = tuple("/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths)
-  stacked = tuple(stacked_under is not None and stacked_under in name.split("/")[:-1] for name in names)
+  stacked = tuple(int(stacked_under is not None and stacked_under in name.split("/")[:-1]) for name in names)
   depths = sorted({leaf.shape[1] for (_, leaf), flag in zip(paths, stacked, strict=True) if flag})
   if granularity == "layer" and len(depths) > 1:
     raise UserError(
       f"granularity=layer, but leaves under {stacked_under!r} stack {depths} layers: use granularity=matrix"
     )
+  if granularity == "matrix":
+    stacked = tuple(flag + (flag and subtree.is_of_experts(name)) for flag, name in zip(stacked, names, strict=True))
   return Blocks(stacked, granularity == "layer", names)
 
 
-def _flat(leaf: jax.Array, stacked: bool) -> jax.Array:
-  """[N, k, d] of a leaf [N, k, ...], or [N, 1, d] of one that is not stacked."""
-  layers = leaf.shape[1] if stacked else 1
-  return leaf.reshape(leaf.shape[0], layers, -1)
+def _flat(leaf: jax.Array, stacked: int) -> jax.Array:
+  """[N, k, d] of a leaf [N, k, ...], [N, k E, d] of one stacked over experts too, [N, 1, d] of one that is not."""
+  return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1 : 1 + stacked]), -1)
 
 
 def _join(values: list, blocks: Blocks) -> list:

@@ -44,11 +44,11 @@ from in2core_jax.ihvp.operators import (
 )
 from in2core_jax.ihvp.tree_math import Tree
 from in2core_jax.parallel import processes
-from in2core_jax.params import moment_probes
+from in2core_jax.params import moment_probes, subtree
 from in2core_jax.runs import resumable
 
 # Matrices that the decoder multiplies through a probe. The vocabulary head has none: its factor would be [V, V].
-MATRICES = r"layers/.*/(kernel|lora_a|lora_b|core)"
+MATRICES = r"layers/.*/(kernel|experts|lora_a|lora_b|core)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,12 +371,14 @@ def _diagonal_step(microbatch, functions, sub, frozen, batch, labels, zeros, fix
 def _basis(path: str, moment: dict, examples: float, eigen_dtype: str) -> dict[str, jax.Array]:
   """Eigenvectors and eigenvalues of A and S of one leaf from its summed moments."""
   tokens = np.asarray(moment["tokens"], np.float64)
-  if np.any(tokens == 0):
+  # Examples may leave out some experts, whose gradients are 0 then: any basis does, with lambda = 0.
+  reached = np.any(tokens != 0, axis=-1) if subtree.is_of_experts(path) else tokens != 0
+  if not np.all(reached):
     raise UserError(
-      f"EK-FAC: no token of the loss reaches {path} (layer rows {np.flatnonzero(tokens == 0).tolist()}): either no "
+      f"EK-FAC: no token of the loss reaches {path} (layer rows {np.flatnonzero(~reached).tolist()}): either no "
       "example has a response, or this model's matrix reads no probe; leave it out of `matrices` then"
     )
-  mean_inputs = moment["inputs"] / jnp.asarray(tokens, moment["inputs"].dtype)[..., None, None]
+  mean_inputs = moment["inputs"] / jnp.asarray(np.maximum(tokens, 1), moment["inputs"].dtype)[..., None, None]
   left_values, left = _eigen(f"{path} (inputs)", mean_inputs, eigen_dtype)
   right_values, right = _eigen(f"{path} (output gradients)", moment["outputs"] / examples, eigen_dtype)
   return {"left": left, "right": right, "left_values": left_values, "right_values": right_values}

@@ -9,8 +9,9 @@ unbiased; a side that is no longer than p is kept whole. Its standard deviation 
 share no directions, and up to 2 |G| |S| / sqrt(p) where they do. What that makes of a ranking is measured, not assumed:
 scores of two seeds are compared (`measure_self_agreement`).
 
-Only kernels are covered. Norm scales, biases, LoRA factors, embeddings and the head are no matrices beside which a
-sketch stands: what they would add to a score is missing from it. `uncovered_share` says how much that is.
+Only kernels and the matrices of experts are covered. Norm scales, biases, LoRA factors, embeddings and the head are no
+matrices beside which a sketch stands: what they would add to a score is missing from it. `uncovered_share` says how
+much that is.
 
 A store is a run folder of its own, so that runs with other evaluation sets share it. Its identity names the weights,
 the data and the sketch; a folder of another identity is refused. Shards that are damaged or foreign are named and
@@ -101,10 +102,18 @@ class Sketch:
     return subtree.count(jax.eval_shape(lambda params: subtree.split(params, self.tree)[0], self.params))
 
   def sides(self, module: str) -> tuple[jax.Array, jax.Array]:
-    """left [k, in, p] and right [k, p, out] of the chosen layers beside a kernel, such as "mlp/up_proj"."""
+    """left [k, in, p] and right [k, p, out] of the chosen layers beside a kernel, such as "mlp/up_proj".
+
+    Beside the matrices of E experts they are [k, E, in, p] and [k, E, p, out].
+    """
     flat = traverse_util.flatten_dict(self.params["layers"], sep="/")
     rows = np.asarray(self.tree.layers)
     return flat[f"{module}/left"][rows], flat[f"{module}/right"][rows]
+
+  def matrix(self, module: str) -> str:
+    """The leaf that a module's sketch covers, such as "mlp/up_proj/kernel"."""
+    experts = f"{module}/experts"
+    return experts if experts in subtree.leaf_paths(self.params) else f"{module}/kernel"
 
   @property
   def modules(self) -> tuple[str, ...]:
@@ -165,15 +174,17 @@ def project_direction(direction: Tree, sketch: Sketch) -> jax.Array:
   projected = {}
   for module in sketch.modules:
     left, right = sketch.sides(module)
-    leaf = flat.get(f"{module}/kernel")
-    wanted = (left.shape[0], left.shape[1], right.shape[2])
+    leaf = flat.get(sketch.matrix(module))
+    wanted = (*left.shape[:-1], right.shape[-1])
     if leaf is None or leaf.shape[1:] != wanted:
       seen = "is missing" if leaf is None else f"has the shape {leaf.shape}"
       raise UserError(
-        f"{module}/kernel {seen} in the direction, and the sketch covers it with [Q, {', '.join(map(str, wanted))}]: "
+        f"{sketch.matrix(module)} {seen} in the direction, and the sketch covers it with "
+        f"[Q, {', '.join(map(str, wanted))}]: "
         "use the same layers for both, and modules that hold every covered kernel (--modules=matrices or all)"
       )
-    projected[f"{module}/core"] = jnp.einsum("kia,qkio,kbo->qkab", left, widen(leaf), right, precision=HIGHEST)
+    parts = "kia,qkio,kbo->qkab" if left.ndim == 3 else "keia,qkeio,kebo->qkab"  # experts share a core
+    projected[f"{module}/core"] = jnp.einsum(parts, left, widen(leaf), right, precision=HIGHEST)
   leaves = jax.tree.leaves(traverse_util.unflatten_dict(projected, sep="/"))  # the order of the cores in `sub`
   return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
@@ -185,7 +196,7 @@ def uncovered_share(direction: Tree, sketch: Sketch) -> np.ndarray:
     direction: any tree like `sub` with a leading axis: gradients of queries or examples, or a solver's solution.
     sketch: the projection.
   """
-  covered = {f"layers/{module}/kernel" for module in sketch.modules}
+  covered = {f"layers/{sketch.matrix(module)}" for module in sketch.modules}
   flat = traverse_util.flatten_dict(direction, sep="/")
   squares = {path: np.asarray(processes.to_host(_squares(leaf)), np.float64) for path, leaf in flat.items()}
   total = sum(squares.values())

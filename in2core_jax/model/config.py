@@ -42,6 +42,13 @@ class ModelConfig:
     score_cap, logit_cap: soft caps c tanh(x / c) of attention scores and of logits; None: none.
     local: which layers are local, by index, in place of `global_every`; entries beyond the layers are cut off.
     unrotated: which layers have no rotary positions, by index.
+    num_experts: E, MLPs of a layer (`intermediate_size` is the inner width of one); 0: one MLP, and no router.
+    experts_per_token: how many of them a token goes through, those that the router scores highest.
+    norm_gates: the gates of a token's experts add up to 1 (softmax over their scores; without: over all scores).
+    router_bias, expert_bias: of the router, and of all projections of the experts.
+    swiglu_limit: MLPs compute (clip(up, limit) + 1) min(gate, limit) sigmoid(swiglu_alpha gate); None: `activation`.
+    attention_sinks: a number for each query head takes part in its softmax over positions, and has no value.
+    qkv_clip: queries, keys and values are clipped to its magnitude; None: they are not.
   """
 
   vocab_size: int
@@ -81,6 +88,15 @@ class ModelConfig:
   logit_cap: float | None = None
   local: tuple[bool, ...] | None = None
   unrotated: tuple[bool, ...] | None = None
+  num_experts: int = 0
+  experts_per_token: int = 0
+  norm_gates: bool = False
+  router_bias: bool = False
+  expert_bias: bool = False
+  swiglu_limit: float | None = None
+  swiglu_alpha: float = 1.702
+  attention_sinks: bool = False
+  qkv_clip: float | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -89,6 +105,8 @@ class ModelConfig:
       raise UserError(f"model config: head_dim {self.head_dim} is odd, rotary embeddings need pairs")
     if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
       raise UserError(f"model config: rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
+    if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+      raise UserError(f"model config: a token cannot go through {self.experts_per_token} of {self.num_experts} experts")
     if (self.global_every or self.local) and not self.sliding_window:
       raise UserError("model config: local layers need a sliding_window")
     for name in ("local", "unrotated"):
@@ -124,6 +142,11 @@ class ModelConfig:
     if self.attention_multiplier is not None:
       return self.attention_multiplier
     return (self.query_scalar or self.head_dim) ** -0.5
+
+  @property
+  def active_experts(self) -> int:
+    """How many MLPs of a layer a token goes through."""
+    return self.experts_per_token if self.num_experts else 1
 
   def local_layers(self, first: int, count: int) -> np.ndarray | None:
     """bool [count], which of the layers from `first` on are local; None where all layers of the model are alike."""

@@ -104,12 +104,18 @@ def _runs(length: int) -> list[tuple[int, int]]:
   return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _attend(config, q, k, v, mask):
-  """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim]."""
+def _attend(config, q, k, v, mask, sinks=None):
+  """Values [B,t,K,G,head_dim] that queries [B,t,K,G,head_dim] take from keys and values [B,s,K,head_dim].
+
+  Sinks [K,G] are scores of one more position, whose value is 0.
+  """
   wide = accumulation_dtype(q.dtype)
   scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide) * config.score_scale
   scores = soft_cap(scores, config.score_cap)
-  weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
+  scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+  if sinks is not None:
+    scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))], axis=-1)
+  weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, v)
 
 
@@ -127,6 +133,7 @@ class Attention(nn.Module):
       y = Projection(heads * c.head_dim, c.attention_bias, name=f"{name}_proj")(x)
       if c.query_key_norms and c.wide_query_key_norms and name != "v":
         y = _norm(c, f"{name}_norm")(y)
+      y = y if c.qkv_clip is None else jnp.clip(y, -c.qkv_clip, c.qkv_clip)
       return y.reshape(batch, length, heads, c.head_dim)
 
     q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
@@ -134,8 +141,12 @@ class Attention(nn.Module):
       q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
     q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
     k = _rotate(k, rotary)
+    sinks = None
+    if c.attention_sinks:
+      sinks = self.param("sinks", nn.initializers.normal(0.02), (c.num_heads,)).astype(accumulation_dtype(x.dtype))
+      sinks = sinks.reshape(c.num_kv_heads, -1)
     runs = [
-      _attend(c, q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop])
+      _attend(c, q[:, start:stop], k[:, :stop], v[:, :stop], mask[..., start:stop, :stop], sinks)
       for start, stop in _runs(length)
     ]
     mixed = jnp.concatenate(runs, axis=1).reshape(batch, length, c.num_heads * c.head_dim)
@@ -149,6 +160,14 @@ ACTIVATIONS = {
 }
 
 
+def gated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """act(gate) * up, or with a limit (clip(up) + 1) min(gate, limit) sigmoid(alpha gate)."""
+  if config.swiglu_limit is None:
+    return ACTIVATIONS[config.activation](gate) * up
+  gate = jnp.minimum(gate, config.swiglu_limit)
+  return (jnp.clip(up, -config.swiglu_limit, config.swiglu_limit) + 1) * gate * nn.sigmoid(config.swiglu_alpha * gate)
+
+
 class Mlp(nn.Module):
   """Gated MLP: down(act(gate(x)) * up(x)), act one of `ACTIVATIONS`; without gate: down(act(up(x)))."""
 
@@ -156,11 +175,79 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    c, act = self.config, ACTIVATIONS[self.config.activation]
+    c = self.config
     gate = Projection(c.intermediate_size, c.mlp_bias, name="gate_proj")(x) if c.gated_mlp else None
     up = Projection(c.intermediate_size, c.mlp_bias, name="up_proj")(x)
-    inner = act(up) if gate is None else act(gate) * up
+    inner = ACTIVATIONS[c.activation](up) if gate is None else gated(c, gate, up)
     return Projection(c.hidden_size, c.mlp_bias, name="down_proj")(inner)
+
+
+class ExpertProjection(nn.Module):
+  """y_e = x W_e (+ b_e) of all E experts: x [B,T,in] or [B,E,T,in] -> [B,E,T,out].
+
+  left [E, in, p], core [p, p], right [E, p, out]  add ((x left_e) core) right_e with core = 0 (`adapters.add_sketch`);
+  a probe beside the matrices takes the moments of each expert, over the tokens that go through it.
+  """
+
+  features: int
+  experts: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (self.experts, x.shape[-1], self.features)
+    matrices = self.param("experts", nn.initializers.normal(0.02), shape)
+    y = self._times(x, matrices)
+    if self.has_variable("params", "experts_probe"):
+      each = x if x.ndim == 4 else jnp.broadcast_to(x[:, None], (*y.shape[:3], x.shape[-1]))
+      y = jax.vmap(moment_probes.observe, (1, 1, 0), 1)(each, y, self.get_variable("params", "experts_probe"))
+    if self.use_bias:
+      wide = accumulation_dtype(x.dtype)
+      bias = self.param("expert_bias", nn.initializers.zeros, (self.experts, self.features))
+      y = (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
+    if self.has_variable("params", "core"):
+      low, core = self._times(x, self.get_variable("params", "left")), self.get_variable("params", "core")
+      low = low.reshape(low.shape[0], -1, low.shape[-1])
+      moved = low @ core.astype(x.dtype)  # one core, or one for each example (`gradients.adapter_gradients`)
+      if self.has_variable("params", "core_probe"):
+        moved = moment_probes.observe(low, moved, self.get_variable("params", "core_probe"))
+      y += self._times(moved.reshape(*y.shape[:3], -1), self.get_variable("params", "right"))
+    return y
+
+  def _times(self, x, matrices):
+    return jnp.einsum("btd,edo->beto" if x.ndim == 3 else "betd,edo->beto", x, matrices.astype(x.dtype))
+
+
+def route(config: ModelConfig, scores: jax.Array) -> jax.Array:
+  """Gates [..., E] of a token's experts, 0 for the others, from the router's scores [..., E].
+
+  Which experts these are is a constant, the router's choice at the present weights: gates have a derivative in the
+  scores, the choice has none. Nothing is dropped, so what a token gets depends on no other token.
+  """
+  order = jax.lax.top_k(jax.lax.stop_gradient(scores), config.experts_per_token)[1]
+  chosen = jnp.sum(jax.nn.one_hot(order, config.num_experts, dtype=scores.dtype), axis=-2) > 0
+  if config.norm_gates:
+    scores = jnp.where(chosen, scores, jnp.finfo(scores.dtype).min)
+  return jnp.where(chosen, jax.nn.softmax(scores, axis=-1), 0)
+
+
+class Mixture(nn.Module):
+  """Mixture of experts: sum over a token's experts of gate_e down_e(act(gate_e(x)) * up_e(x)), as `route` chooses.
+
+  Every expert is computed for every token, and those that a token does not go through have the gate 0: as many FLOPs
+  as a dense model of all experts has, but no sorting, and every derivative of it is one of plain matrix products.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    project = lambda features, name: ExpertProjection(features, c.num_experts, c.expert_bias, name=name)  # noqa: E731
+    scores = Projection(c.num_experts, c.router_bias, name="router")(x)
+    gates = route(c, scores.astype(accumulation_dtype(x.dtype))).astype(x.dtype)
+    inner = gated(c, project(c.intermediate_size, "gate_proj")(x), project(c.intermediate_size, "up_proj")(x))
+    return jnp.einsum("beto,bte->bto", project(c.hidden_size, "down_proj")(inner), gates)
 
 
 class Block(nn.Module):
@@ -175,7 +262,8 @@ class Block(nn.Module):
   def __call__(self, h, rotary, mask):
     c = self.config
     attention = lambda x: Attention(c, name="attention")(x, rotary, mask)  # noqa: E731
-    for name, inner in (("attention", attention), ("mlp", lambda x: Mlp(c, name="mlp")(x))):
+    mlp = Mixture(c, name="mlp") if c.num_experts else Mlp(c, name="mlp")
+    for name, inner in (("attention", attention), ("mlp", mlp)):
       added = inner(_norm(c, f"{name}_norm")(h) if c.pre_norms else h)
       added = _norm(c, f"{name}_post_norm")(added) if c.post_norms else added
       h = h + (added if c.residual_multiplier == 1 else added * c.residual_multiplier)

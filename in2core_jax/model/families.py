@@ -24,6 +24,8 @@ class Family:
     rope_words: other words for kinds of rotary scaling.
     interleaved: rotary pairs are stored side by side, (2j, 2j + 1), in place of (j, j + half).
     fused: tensor name behind model.layers.N. -> leaves whose matrices lie in it, one after the other.
+    paired: fused tensors hold entries of their leaves in turn along the last axis, and matrices are [in, out] there.
+    names: leaf -> tensor name behind model.layers.N., where it is not that of most families; {e} is the expert.
   """
 
   architecture: str
@@ -39,6 +41,8 @@ class Family:
   rope_words: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
   fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  paired: bool = False
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def activation_key(self) -> str:
@@ -63,6 +67,19 @@ _GEMMA_SIZES = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 409
 _GEMMA_SIZES |= {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 _OLMO2 = {"pre_norms": False, "post_norms": True, "query_key_norms": True, "wide_query_key_norms": True}
 _CAPS = {"final_logit_softcapping": ("logit_cap",), "attn_logit_softcapping": ("score_cap",)}
+
+_GATE_UP = ("layers/mlp/gate_proj/experts", "layers/mlp/up_proj/experts")
+_DOWN = "layers/mlp/down_proj/experts"
+_PER_TOKEN = {"num_experts_per_tok": ("experts_per_token",)}
+_EXPERTS = _PER_TOKEN | {"num_experts": ("num_experts",)}
+_LOCAL_EXPERTS = _PER_TOKEN | {"num_local_experts": ("num_experts",)}
+_GRANITE = {
+  "embedding_multiplier": ("embedding_multiplier",),
+  "logits_scaling": ("logits_divisor",),
+  "residual_multiplier": ("residual_multiplier",),
+  "attention_multiplier": ("attention_multiplier",),
+}
+_ONE = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
 
 # The order is that of preference where several express a model (`hf_config.write_config`).
 FAMILIES: dict[str, Family] = {
@@ -124,16 +141,8 @@ FAMILIES: dict[str, Family] = {
   ),
   "granite": Family(
     "GraniteForCausalLM",
-    _EPS
-    | {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
-    options=_BIAS
-    | _MLP_BIAS
-    | {
-      "embedding_multiplier": ("embedding_multiplier",),
-      "logits_scaling": ("logits_divisor",),
-      "residual_multiplier": ("residual_multiplier",),
-      "attention_multiplier": ("attention_multiplier",),
-    },
+    _EPS | _ONE,
+    options=_BIAS | _MLP_BIAS | _GRANITE,
   ),
   "olmo2": Family("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}, _OLMO2, _BIAS),
   "olmo3": Family(
@@ -199,6 +208,74 @@ FAMILIES: dict[str, Family] = {
     {"activation": "relu2", "gated_mlp": False},
     _BIAS | _MLP_BIAS,
     {"relu2": "relu2"},
+  ),
+  "mixtral": Family(
+    "MixtralForCausalLM",
+    {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "sliding_window": None, "rope_theta": 1000000.0}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    {"norm_gates": True},
+    _LOCAL_EXPERTS,
+    window="all",
+    names={
+      "layers/mlp/router/kernel": "block_sparse_moe.gate.weight",
+      "layers/mlp/gate_proj/experts": "block_sparse_moe.experts.{e}.w1.weight",
+      "layers/mlp/up_proj/experts": "block_sparse_moe.experts.{e}.w3.weight",
+      "layers/mlp/down_proj/experts": "block_sparse_moe.experts.{e}.w2.weight",
+    },
+  ),
+  "qwen3_moe": Family(
+    "Qwen3MoeForCausalLM",
+    _EPS
+    | {"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False, "moe_intermediate_size": 768}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    {"query_key_norms": True},
+    _BIAS | _EXPERTS | {"norm_topk_prob": ("norm_gates",), "moe_intermediate_size": ("intermediate_size",)},
+    window="all",
+  ),
+  "olmoe": Family(
+    "OlmoeForCausalLM",
+    {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    {"query_key_norms": True, "wide_query_key_norms": True},
+    _BIAS | _EXPERTS | {"norm_topk_prob": ("norm_gates",), "clip_qkv": ("qkv_clip",)},
+  ),
+  "flex_olmo": Family(
+    "FlexOlmoForCausalLM",
+    _EPS | {"rope_theta": 500000.0, "num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": False},
+    _OLMO2,
+    _BIAS | _EXPERTS | {"norm_topk_prob": ("norm_gates",)},
+  ),
+  "granitemoe": Family(
+    "GraniteMoeForCausalLM",
+    _EPS | _ONE | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    {"norm_gates": True},
+    _BIAS | _GRANITE | _LOCAL_EXPERTS,
+    names={
+      "layers/mlp/router/kernel": "block_sparse_moe.router.layer.weight",
+      _DOWN: "block_sparse_moe.output_linear.weight",
+    },
+    fused={"block_sparse_moe.input_linear.weight": _GATE_UP},
+  ),
+  "gpt_oss": Family(
+    "GptOssForCausalLM",
+    {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rope_theta": 150000.0}
+    | {"num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+    | {"attention_bias": True},
+    {"norm_gates": True, "router_bias": True, "expert_bias": True, "attention_sinks": True},
+    _BIAS | _LOCAL_EXPERTS | {"swiglu_limit": ("swiglu_limit",), "swiglu_alpha": ("swiglu_alpha",)},
+    window="every",
+    every=2,
+    rope_kinds=("yarn",),  # where it is absent, transformers puts a yarn of its own there
+    fused={
+      "mlp.experts.gate_up_proj": _GATE_UP,
+      "mlp.experts.gate_up_proj_bias": tuple(leaf.replace("experts", "expert_bias") for leaf in _GATE_UP),
+      "mlp.experts.down_proj": (_DOWN,),
+    },
+    paired=True,
+    names={
+      "layers/mlp/router/kernel": "mlp.router.weight",
+      "layers/mlp/router/bias": "mlp.router.bias",
+      "layers/mlp/down_proj/expert_bias": "mlp.experts.down_proj_bias",
+    },
   ),
 }
 # Models with several parts -> the key of config.json that holds the language model, and its model_type.

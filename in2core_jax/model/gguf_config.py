@@ -1,7 +1,8 @@
 """The decoder's shape from the metadata of a GGUF file; refuses what would not map exactly."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,53 @@ import numpy as np
 from in2core_jax.errors import UserError
 from in2core_jax.model import hf_config
 from in2core_jax.model.config import ModelConfig
+from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.gguf_file import GgufFile
+from in2core_jax.model.gguf_rope import ROPE_KEYS, read_rope
 from in2core_jax.model.model_files import say
 from in2core_jax.model.schema import GGUF, check, plain, shown
 
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What files of one general.architecture mean.
+
+  Attributes:
+    known: models, for messages.
+    model_type: of the config.json whose traits the models have and which export writes; "": the first that fits.
+    traits: fields of `ModelConfig` that all models of it have.
+    paired: rotary pairs of queries and keys are stored side by side.
+    experts: traits of models with experts; None: it has none.
+    fused: tensor name behind blk.N. -> leaves whose matrices lie in it.
+    partial_rotary: heads may be rotated in part.
+  """
+
+  known: str
+  model_type: str = ""
+  traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  paired: bool = False
+  experts: Mapping[str, Any] | None = None
+  fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  partial_rotary: bool = False
+
+
+ARCHITECTURES = {
+  "llama": Architecture("Llama, Mistral, Mixtral, SmolLM2", paired=True, experts={"norm_gates": True}),
+  "qwen2": Architecture("Qwen 2 and 2.5", "qwen2"),
+  "qwen3": Architecture("Qwen 3", "qwen3"),
+  "qwen3moe": Architecture("Qwen 3 with experts", "qwen3_moe", experts={"norm_gates": True}),
+  "gemma3": Architecture("Gemma 3"),
+  "phi3": Architecture(
+    "Phi-3, Phi-4",
+    "phi3",
+    fused={
+      "attn_qkv.weight": tuple(f"layers/attention/{name}_proj/kernel" for name in "qkv"),
+      "ffn_up.weight": ("layers/mlp/gate_proj/kernel", "layers/mlp/up_proj/kernel"),
+    },
+    partial_rotary=True,
+  ),
+  "smollm3": Architecture("SmolLM3", "smollm3", paired=True),
+}
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Key of the architecture -> the only values under which this decoder computes the same as the model.
 _ONLY: dict[str, tuple] = {
@@ -20,6 +64,10 @@ _ONLY: dict[str, tuple] = {
   "final_logit_softcapping": (0.0,),
   "expert_count": (0,),
   "expert_used_count": (0,),
+  "expert_shared_count": (0,),
+  "expert_group_count": (0, 1),
+  "expert_gating_func": (0, 1),  # softmax
+  "expert_weights_scale": (1.0, 0.0),
   "logit_scale": (1.0,),
   "embedding_scale": (1.0,),
   "residual_scale": (1.0,),
@@ -28,7 +76,8 @@ _ONLY: dict[str, tuple] = {
   "attention.clamp_kqv": (0.0,),
   "use_parallel_residual": (False,),
   "rope.scale_linear": (1.0,),
-  "rope.scaling.attn_factor": (1.0,),
+  "interleave_moe_layer_step": (1,),
+  "leading_dense_block_count": (0,),
 }
 _LENGTHS = (
   "attention.value_length",
@@ -37,8 +86,6 @@ _LENGTHS = (
   "rope.dimension_count_swa",
 )
 _HARMLESS = {
-  "rope.scaling.original_context_length",
-  "rope.scaling.finetuned",
   "tensor_data_layout",
   "attention.layer_norm_epsilon",
 }
@@ -54,9 +101,11 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     raise UserError(
       f"{origin}: is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
     )
-  if architecture not in ("llama", "gemma3"):
+  kind = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+  if kind is None:
+    known = ", ".join(f"{name} ({one.known})" for name, one in ARCHITECTURES.items())
     raise UserError(
-      f"{origin}: architecture {shown(architecture)} is not supported; known: llama (Llama, Mistral, SmolLM2), gemma3"
+      f"{origin}: architecture {shown(architecture)} is not supported; known: {known}; or use the model's hf: folder"
     )
   check(values, GGUF, origin, f"{architecture}.")
   embedding = file.tensors.get(_EMBEDDING)
@@ -72,39 +121,49 @@ def gguf_config(file: GgufFile) -> ModelConfig:
 
   heads = get("attention.head_count")
   head_dim = get("attention.key_length", get("embedding_length") // heads)
-  scaling = values.get(f"{architecture}.rope.scaling.type", "none")
-  partial_rotary = get("rope.dimension_count", head_dim) != head_dim
-  if scaling not in ("none", "linear") or "rope_freqs.weight" in file.tensors or partial_rotary:
-    raise UserError(
-      f"{origin}: its rotary frequencies are scaled in a way that is not read from GGUF; use the model's hf: folder"
-    )
-  _refuse_others(values, architecture, head_dim, origin)
-  factor = (("factor", get("rope.scaling.factor")), ("rope_type", "linear")) if scaling == "linear" else None
-  if architecture == "llama":
-    family = {"sliding_window": values.get("llama.attention.sliding_window")}
+  experts = _experts(get, kind, origin) if values.get(f"{architecture}.expert_count") else {}
+  _refuse_others(values, architecture, {"expert_count", "expert_used_count"} if experts else set(), head_dim, origin)
+  theta, scaling, rotary_dim = read_rope(file, get, head_dim, kind.partial_rotary)
+  traits = dict(FAMILIES[kind.model_type].traits) if kind.model_type else {}
+  if architecture == "gemma3":
+    traits |= _gemma3_traits(get, origin)
+  elif architecture == "smollm3":  # every fourth layer, as in llama.cpp
+    traits |= {"unrotated": tuple((layer + 1) % 4 == 0 for layer in range(get("block_count")))}
   else:
-    family = _gemma3_traits(get, origin)
+    traits |= {"sliding_window": values.get(f"{architecture}.attention.sliding_window")}
+  for field, tensor in (("attention_bias", "attn_q"), ("output_bias", "attn_output"), ("mlp_bias", "ffn_up")):
+    traits |= {field: True} if f"blk.0.{tensor}.bias" in file.tensors else {}
   return ModelConfig(
     vocab_size=embedding.shape[0],
     hidden_size=get("embedding_length"),
-    intermediate_size=get("feed_forward_length"),
+    intermediate_size=get("expert_feed_forward_length", get("feed_forward_length")),
     num_layers=get("block_count"),
     num_heads=heads,
     num_kv_heads=get("attention.head_count_kv", heads),
     head_dim=head_dim,
-    rope_theta=get("rope.freq_base", 10000.0),
+    rope_theta=theta,
     rms_eps=get("attention.layer_norm_rms_epsilon"),
     tie_embeddings=_HEAD not in file.tensors,
-    rope_scaling=factor,
+    rope_scaling=scaling,
+    rotary_dim=None if rotary_dim == head_dim else rotary_dim,
     carried=_carried(values, architecture),
-    **family,
+    model_type=kind.model_type,
+    **(traits | experts),
   )
 
 
-def _refuse_others(values: dict[str, Any], architecture: str, head_dim: int, origin: str) -> None:
+def _experts(get: Callable, kind: Architecture, origin: str) -> dict[str, Any]:
+  """Fields of `ModelConfig` of a model with experts."""
+  if kind.experts is None:
+    raise UserError(f"{origin}: a mixture of experts of this architecture is not supported; use the model's hf: folder")
+  return {"num_experts": get("expert_count"), "experts_per_token": get("expert_used_count"), **kind.experts}
+
+
+def _refuse_others(values: dict[str, Any], architecture: str, read: set[str], head_dim: int, origin: str) -> None:
   """Refuses metadata that would change what is computed; tells of keys of the architecture that nobody here knows."""
   inside = {key.removeprefix(f"{architecture}."): key for key in values if key.startswith(f"{architecture}.")}
   only = _ONLY | dict.fromkeys(_LENGTHS, (head_dim,))
+  only = {key: allowed for key, allowed in only.items() if key not in read}
   only["attention.sliding_window_pattern"] = (6,) if architecture == "gemma3" else (0, 1)
   for key, allowed in only.items():
     if key in inside and values[inside[key]] not in allowed:
@@ -114,7 +173,7 @@ def _refuse_others(values: dict[str, Any], architecture: str, head_dim: int, ori
   scale = values.get(inside.get("attention.scale", ""))
   if scale is not None and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
     raise UserError(f"{origin}: attention.scale {scale} is not supported; this decoder computes 1 / sqrt({head_dim})")
-  strange = sorted(inside[key] for key in inside.keys() - only.keys() - GGUF.keys() - _HARMLESS)
+  strange = sorted(inside[key] for key in inside.keys() - only.keys() - GGUF.keys() - ROPE_KEYS - read - _HARMLESS)
   if strange:
     say(f"{origin}: metadata without effect here: {', '.join(map(plain, strange[:8]))}")
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from in2core_jax.errors import UserError
-from in2core_jax.model import model_files, schema
+from in2core_jax.model import hf_options, model_files, schema
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES, GEMMA3, TEXT_PARTS, Family
 from in2core_jax.model.hf_rope import by_kind_of_layer, read_rope
@@ -33,6 +33,9 @@ ONLY = {
   "num_local_experts": (0, None),
   "n_routed_experts": (0, None),
   "num_experts_per_tok": (0, None),
+  "mlp_only_layers": ([], None),
+  "decoder_sparse_step": (1, None),
+  "swiglu_limit": (None,),
   "qk_norm": (False, None),
   "use_qk_norm": (False, None),
   "clip_qkv": (None,),
@@ -57,11 +60,10 @@ ONLY = {
 HARMLESS = re.compile(
   r"(_.*|model_type|model_name|transformers.*|unsloth.*|.*(bos|eos|pad|sep|unk|cls|mask)_token_id|use_cache"
   r"|cache_implementation|attn_implementation|torchscript|output_.*|return_.*|id2label|label2id|problem_type|num_labels"
-  r"|task_specific_params|finetuning_task|tokenizer_class|prefix|is_llama_config|is_decoder|use_bfloat16"
+  r"|router_aux_loss_coef|router_jitter_noise|task_specific_params|finetuning_task|tokenizer_class|prefix|is_llama_config|is_decoder|use_bfloat16"
   r"|decoder_start_token_id|max_length|min_length|do_sample|temperature|top_k|top_p|repetition_penalty|num_beams"
   r"|residual_dropout|resid_pdrop|embd_pdrop|chunk_size_feed_forward|tie_encoder_decoder|max_window_layers|sliding_window|hidden_act|hidden_activation)"
 )
-KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # no computation uses them
 _REMEDIES = {
   "quantization_config": ": a quantised checkpoint; use the unquantised one, or save it dequantised",
   "quantization": ": a quantised checkpoint; use the unquantised one, or save it dequantised",
@@ -107,7 +109,8 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     raise UserError(
       f"{origin}: model_type {shown(kind)} is not supported; known: {', '.join(FAMILIES)}{_hint(values, kind)}"
     )
-  given, family = values, FAMILIES[kind]
+  family = FAMILIES[kind]
+  given = values = hf_options.one_spelling(values, family, origin)
   values = family.defaults | values
   need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
   absent = [key for key in need if values.get(key) is None]
@@ -116,10 +119,13 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
   schema.check(values, schema.CONFIG, origin)
   _refuse_others(values, kind, origin)
   heads, shared, head_dim = _heads(values, origin)
-  fields = dict(family.traits)
-  for key, names in family.options.items():
-    if values.get(key) is not None:
-      fields |= dict.fromkeys(names, values[key] if isinstance(values[key], bool) else float(values[key]))
+  fields = {
+    "intermediate_size": values["intermediate_size"],
+    **family.traits,
+    **hf_options.read_options(values, family),
+  }
+  if fields.get("num_experts") == 0:
+    raise UserError(f"{origin}: a model of the type {kind} without experts is not supported; save it as a dense one")
   if kind == "gemma3_text":
     values, more = _read_gemma3(values, origin)
   else:
@@ -128,7 +134,6 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
   return ModelConfig(
     vocab_size=values["vocab_size"],
     hidden_size=values["hidden_size"],
-    intermediate_size=values["intermediate_size"],
     num_layers=values["num_hidden_layers"],
     num_heads=heads,
     num_kv_heads=shared,
@@ -138,7 +143,7 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     rope_scaling=scaling,
     rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-    carried=carry({key: given[key] for key in KEPT if key in given}, None),
+    carried=carry({key: given[key] for key in hf_options.kept(family) if key in given}, None),
     model_type=kind,
     **(fields | more),
   )
@@ -169,7 +174,7 @@ def _text_part(values: dict[str, Any], origin: str) -> tuple[dict[str, Any], str
   if not isinstance(inner, dict):
     raise UserError(f"{origin}: {part} is {shown(inner)}; it must be an object")
   model_files.say(f"{origin}: of the multimodal model {values['model_type']} the text part alone is read")
-  kept = {key: values[key] for key in (*KEPT, "tie_word_embeddings", "quantization_config") if key in values}
+  kept = {key: values[key] for key in (*hf_options.KEPT, "tie_word_embeddings", "quantization_config") if key in values}
   return kept | {"model_type": kind} | inner, f"{origin}: {part}"
 
 
@@ -179,10 +184,10 @@ def _hint(values: dict[str, Any], kind: Any) -> str:
     return "; it is a LoRA adapter: merge it into its base model"
   if "text_config" in values or "vision_config" in values:
     return "; it is a multimodal model: save its text part as a model of its own"
-  if isinstance(kind, str) and re.search("moe|mixtral|deepseek|gpt_oss|llama4|jetmoe|dbrx", kind):
-    return (
-      "; it is a mixture of experts, which this decoder is not: the closest that works is a dense model of its maker"
-    )
+  if isinstance(kind, str) and re.search("moe|deepseek|llama4|dbrx|minimax|dots1|bailing|grok", kind):
+    near = [name for name, family in FAMILIES.items() if "num_experts_per_tok" in family.options]
+    closest = difflib.get_close_matches(kind, near, n=1, cutoff=0)[0]
+    return f"; of its mixture of experts this decoder lacks an option, and the closest that works is {closest}"
   near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5) if isinstance(kind, str) else []
   return f"; the closest that works is {near[0]}" if near else ""
 
@@ -194,7 +199,7 @@ def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
   if family.activation_key != "hidden_act":  # which is not read then
     only |= {"hidden_act": (*family.activation, "silu", None), family.activation_key: tuple(family.activation)}
   read = {*family.options, *(["partial_rotary_factor"] if family.partial_rotary else [])}
-  read |= {"use_sliding_window"} if family.window in ("late", "unrotated") else set()
+  read |= {"use_sliding_window"} if _may_use_window(family) else set()
   read |= {"no_rope_layers", "no_rope_layer_interval"} if family.window == "unrotated" else set()
   only = {key: allowed for key, allowed in only.items() if key not in read}
   for key, allowed in only.items():
@@ -217,6 +222,16 @@ def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
     model_files.say(f"{origin}: keys without effect here: {names}{more}")
 
 
+def _may_use_window(family: Family) -> bool:
+  """Whether a key says that the window is in use."""
+  return family.window in ("late", "unrotated") or "use_sliding_window" in family.defaults
+
+
+def _window(values: dict[str, Any], family: Family) -> int | None:
+  """The window that is in use."""
+  return None if _may_use_window(family) and not values.get("use_sliding_window") else values.get("sliding_window")
+
+
 def _check_kind(values: dict[str, Any], kind: str, origin: str) -> None:
   """Refuses a class without language-model head and kinds of layers that the family does not have."""
   family, named = FAMILIES[kind], values.get("architectures")
@@ -231,7 +246,7 @@ def _check_kind(values: dict[str, Any], kind: str, origin: str) -> None:
   if family.window in ("none", "all") and layers:
     if len(set(layers)) > 1:
       raise UserError(f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must attend alike")
-    window = values["sliding_window"] if family.window == "all" else None
+    window = _window(values, family) if family.window == "all" else None
     if ("sliding_attention" in layers) != (window is not None):
       raise UserError(f"{origin}: layer_types says {layers[0]} of every layer, but the window of {kind} is {window}")
 
@@ -254,17 +269,15 @@ def _layers(values: dict[str, Any], kind: str, origin: str) -> tuple[dict[str, A
     values, theta = by_kind_of_layer(values, family.defaults["rope_theta"], origin)
   if family.window == "none":
     return values, fields
+  window, unrotated = _window(values, family), [False] * count
   if family.window == "all":
-    return values, {"sliding_window": values["sliding_window"]}
-  window, unrotated = values.get("sliding_window"), [False] * count
+    return values, {"sliding_window": window}
   if family.window == "unrotated":
     every, listed = values["no_rope_layer_interval"], values.get("no_rope_layers")
     unrotated = [(layer + 1) % every == 0 for layer in range(count)] if listed is None else [not one for one in listed]
     if len(unrotated) < count:
       raise UserError(f"{origin}: no_rope_layers names {len(unrotated)} layers of {count}")
     fields["unrotated"] = tuple(unrotated)
-  if family.window in ("late", "unrotated") and not values.get("use_sliding_window"):
-    window = None
   kinds = values.get("layer_types")
   if kinds is not None:
     local = [name == "sliding_attention" for name in kinds]
@@ -362,20 +375,8 @@ def _write(config: ModelConfig, kind: str, dtype: str) -> dict[str, Any]:
   else:
     word = {ours: theirs for theirs, ours in reversed(family.activation.items())}.get(config.activation)
     values |= {family.activation_key: word or next(iter(family.activation))}
-    values |= _write_options(config, family) | _write_layers(config, family)
+    values |= hf_options.write_options(config, family) | _write_layers(config, family)
   return values | _write_rope(config, family)
-
-
-def _write_options(config: ModelConfig, family: Family) -> dict[str, Any]:
-  plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-  found = {key: getattr(config, names[0]) for key, names in family.options.items()}
-  found = {key: v for key, v in found.items() if v != plain[family.options[key][0]] or key in family.defaults}
-  if found.get("attention_multiplier", 1) is None:
-    found["attention_multiplier"] = config.score_scale
-  scalar = found.get("query_pre_attn_scalar", 1) or config.head_dim
-  if "query_pre_attn_scalar" in found and scalar == int(scalar):
-    found["query_pre_attn_scalar"] = int(scalar)  # transformers wants a whole number
-  return found
 
 
 def _write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -385,11 +386,11 @@ def _write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
     unrotated = config.unrotated or (False,) * config.num_layers
     found["no_rope_layers"] = [int(not one) for one in unrotated]
   local = config.local or (config.sliding_window is not None,) * config.num_layers
-  if family.window in ("late", "unrotated") and any(local):
+  if _may_use_window(family) and config.sliding_window is not None and any(local):
     found["use_sliding_window"] = True
   if family.window == "late" and any(local):
     found["max_window_layers"] = local.index(True)
-  if family.window == "every" or "use_sliding_window" in found:
+  if family.window == "every" or (family.window != "all" and "use_sliding_window" in found):
     found["layer_types"] = ["sliding_attention" if one else "full_attention" for one in local]
   return found
 

@@ -103,6 +103,14 @@ CONFIG: dict[str, Kind] = {
   "attn_logit_softcapping": or_null(_MULTIPLIER),
   "attention_out_bias": or_null(TRUTH),
   "use_bias": or_null(TRUTH),
+  "num_experts": or_null(whole(0, _HEADS)),
+  "num_local_experts": or_null(whole(0, _HEADS)),
+  "num_experts_per_tok": or_null(whole(0, _HEADS)),
+  "moe_intermediate_size": whole(1, _VOCABULARY),
+  "norm_topk_prob": or_null(TRUTH),
+  "clip_qkv": or_null(_MULTIPLIER),
+  "swiglu_limit": or_null(_MULTIPLIER),
+  "swiglu_alpha": or_null(_MULTIPLIER),
   "no_rope_layers": or_null(list_of(whole(0, 1), "a list of 0 and 1")),
   "no_rope_layer_interval": whole(1, _LAYERS),
   "layer_types": or_null(
@@ -162,6 +170,11 @@ GGUF: dict[str, Kind] = {
   "rope.freq_base_swa": _THETA,
   "rope.scaling.type": TEXT,
   "rope.scaling.factor": real(1e-6, 1e6),
+  "rope.scaling.original_context_length": _POSITIONS,
+  "rope.scaling.attn_factor": real(1e-6, 1e6),
+  "expert_count": whole(0, _HEADS),
+  "expert_used_count": whole(0, _HEADS),
+  "expert_feed_forward_length": whole(1, _VOCABULARY),
 }
 _TEXTS = list_of(TEXT, "a list of texts")
 _TOKEN = whole(0, _VOCABULARY)

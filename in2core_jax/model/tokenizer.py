@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import collections
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from in2core_jax.errors import UserError, told_by_tokenizers
+from in2core_jax.model.gguf_cuts import CUTS, Cut
 from in2core_jax.model.gguf_file import Place, read_gguf
 from in2core_jax.model.model_files import read_object
 
@@ -37,29 +37,6 @@ GEMMA_TEMPLATE = (
   "{% endfor %}"
   "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-
-
-def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-  """Digits one by one, then the split of GPT-2 into words with their leading space, then bytes."""
-  return pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Digits(individual_digits=True),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ]
-  )
-
-
-def _gpt2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-  """The split of GPT-2 into words with their leading space, then bytes."""
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-# `tokenizer.ggml.pre` -> how text is cut before merging. A wrong cut gives wrong tokens without any error, so a name
-# that is not here is refused.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-  "smollm": _smollm_pre_tokenizer,
-  "gpt-2": _gpt2_pre_tokenizer,
-}
 
 
 _GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
@@ -87,9 +64,9 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
       f"{path}: tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) can be read "
       "from GGUF; use the model's Hugging Face folder"
     )
-  if kind == "gpt2" and not (isinstance(cut, str) and cut in _PRE_TOKENIZERS):
+  if kind == "gpt2" and not (isinstance(cut, str) and cut in CUTS):
     raise UserError(
-      f"{path}: tokenizer.ggml.pre is {cut!r}; known: {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder"
+      f"{path}: tokenizer.ggml.pre is {cut!r}; known: {', '.join(CUTS)}; use the model's Hugging Face folder"
     )
   if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True):
     raise UserError(
@@ -98,7 +75,7 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
     )
   _check_vocabulary(path, metadata, "merges" if kind == "gpt2" else "scores")
   with told_by_tokenizers(f"{path}: the tokenizer cannot be made"):
-    backend = _byte_level_bpe(metadata, _PRE_TOKENIZERS[cut]()) if kind == "gpt2" else _scored_bpe(metadata)
+    backend = _byte_level_bpe(metadata, CUTS[cut]) if kind == "gpt2" else _scored_bpe(metadata)
     _add_whole_tokens(backend, metadata)
   vocabulary = metadata["tokenizer.ggml.tokens"]
   named = {
@@ -161,12 +138,15 @@ def _check_vocabulary(path: Any, metadata: dict[str, Any], ranks: str) -> None:
     raise UserError(f"{path}: the file has no tokenizer.ggml.unknown_token_id, which its kind needs; use another file")
 
 
-def _byte_level_bpe(metadata: dict[str, Any], pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+def _byte_level_bpe(metadata: dict[str, Any], cut: Cut) -> tokenizers.Tokenizer:
   vocabulary = metadata["tokenizer.ggml.tokens"]
   # Both sides of a merge are written in the byte alphabet, which has no space: the one space divides them.
   merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-  backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
-  backend.pre_tokenizer = pre_tokenizer
+  words = {token: i for i, token in enumerate(vocabulary)}
+  backend = tokenizers.Tokenizer(models.BPE(words, merges, ignore_merges=cut.whole_words))
+  backend.pre_tokenizer = cut.parts()
+  if cut.composed:
+    backend.normalizer = normalizers.NFC()
   backend.decoder = decoders.ByteLevel()
   return backend
 

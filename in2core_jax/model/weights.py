@@ -25,18 +25,21 @@ from in2core_jax.model import decoder, hf_config, hf_folder, model_files
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
-from in2core_jax.model.gguf_config import gguf_config
+from in2core_jax.model.gguf_config import ARCHITECTURES, gguf_config
 from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
+from in2core_jax.model.gguf_rope import FACTOR_TENSORS
 from in2core_jax.model.schema import plain
 from in2core_jax.model.tensors import (
   GGUF_NAMES,
-  GGUF_ROTARY,
   HF_NAMES,
   fuse,
   fused_pieces,
   hf_names,
+  is_matrix,
   pairs_apart,
   pairs_together,
+  piece_names,
+  places,
   rotated_heads,
   text_names,
 )
@@ -52,7 +55,7 @@ _STRANGE = {
   _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
   r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
   r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
-  r"experts|_exps": "a mixture of experts, which this decoder is not",
+  r"experts|_exps": "a mixture of experts, and the configuration says that it is none",
 }
 
 
@@ -161,10 +164,11 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
 
 
 def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
-  """Reads a GGUF file of the architecture llama or gemma3, dequantised.
+  """Reads a GGUF file of one of `gguf_config.ARCHITECTURES`, dequantised.
 
-  Of llama the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates
-  the halves (j, j + head_dim / 2), so the rows are put back: [H, head_dim / 2, 2, D] -> [H, 2, head_dim / 2, D].
+  Of some architectures the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1). This
+  decoder rotates the halves (j, j + head_dim / 2), so they are put back: [H, head_dim / 2, 2, D] becomes
+  [H, 2, head_dim / 2, D].
   Of gemma3 it stores the factors of norms, 1 + scale.
 
   Args:
@@ -179,18 +183,19 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
   """
   dtype = _dtype(dtype)
   file = read_gguf(place)
-  config = gguf_config(file)
+  config, kind = gguf_config(file), ARCHITECTURES[file.metadata["general.architecture"]]
+  stored = {name: tensor.shape for name, tensor in file.tensors.items() if name not in FACTOR_TENSORS}
+  pieces = fused_pieces(kind.fused, stored, _shapes(config), prefix="blk.{i}.")
 
   def read(name: str, leaf: str) -> np.ndarray:
-    array = file.read(name)
+    array = pieces[name].of(file.read(pieces[name].whole), leaf) if name in pieces else file.read(name)
     if leaf.endswith("_norm/scale"):
       return array - np.float32(config.norm_offset)
-    if leaf not in GGUF_ROTARY or file.metadata["general.architecture"] != "llama":
-      return array
-    return pairs_apart(array, getattr(config, GGUF_ROTARY[leaf]))
+    heads = rotated_heads(config, leaf) if kind.paired else 0
+    return pairs_apart(array, heads) if heads else array
 
-  stored = {name: tensor.shape for name, tensor in file.tensors.items()}
-  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
+  names = GGUF_NAMES | {leaf: f"blk.{{i}}.{end}" for leaf, end in piece_names(kind.fused).items()}
+  return config, _assemble(config, names, stored, read, dtype, str(file.path))
 
 
 def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
@@ -208,7 +213,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
       over, misshapen or with NaN; each is named.
   """
   dtype, folder = _dtype(dtype), pathlib.Path(path)
-  config, where = _hf_config(folder), _hf_files(folder)
+  config, where = _hf_config(folder), model_files.weight_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
 
   text, stored = text_names(where), {}
@@ -225,14 +230,15 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
         "bfloat16 (of a quantised checkpoint use the unquantised one)"
       )
   source = {text[name]: (handles[file], name) for name, file in where.items() if text.get(name) is not None}
-  pieces = fused_pieces(config, stored)
-  interleaved = config.model_type and FAMILIES[config.model_type].interleaved
+  family = FAMILIES[config.model_type]
+  pieces = fused_pieces(family.fused, stored, _shapes(config), family.paired)
 
   def read(name: str, leaf: str) -> np.ndarray:
-    whole, rows = pieces.get(name, (name, None))
-    handle, place = source[whole]
-    array = handle.get_tensor(place) if rows is None else handle.get_slice(place)[rows]
-    return pairs_apart(array, rotated_heads(config, leaf)) if interleaved and rotated_heads(config, leaf) else array
+    piece = pieces.get(name)
+    handle, place = source[piece.whole if piece else name]
+    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
+    heads = rotated_heads(config, leaf) if family.interleaved else 0
+    return pairs_apart(array, heads) if heads else array
 
   return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
 
@@ -243,7 +249,7 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
   config = hf_config.read_config(folder / "config.json")
   if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
     return config
-  where = _hf_files(folder)
+  where = model_files.weight_files(folder)
   text = {name: stored for stored, name in text_names(where).items()}
   pair = [text.get(HF_NAMES[leaf], "") for leaf in ("embed/embedding", "lm_head/kernel")]
   if not all(name in where for name in pair):
@@ -288,23 +294,22 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       folder with other weights.
   """
   folder = pathlib.Path(path)
-  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), hf_names(config)
+  leaves = traverse_util.flatten_dict(_fold_lora(params), sep="/")
+  values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
+  names = hf_names(config, values["model_type"])
   absent = sorted(set(leaves) - set(names))
   if absent:
     raise UserError(
       f"export to {folder}: no Hugging Face tensor stands for {', '.join(absent)}; remove or merge it first"
     )
-  values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
   family, tensors = FAMILIES[values["model_type"]], {}
   for leaf, stacked in leaves.items():
     array = np.asarray(stacked)
-    rows = enumerate(array) if leaf.startswith("layers/") else [(0, array)]
-    for i, row in rows:
-      row = row.T if leaf.endswith("/kernel") else row
-      row = (
-        pairs_together(row, rotated_heads(config, leaf)) if family.interleaved and rotated_heads(config, leaf) else row
-      )
-      tensors[names[leaf].format(i=i)] = row
+    for index, name in places(names[leaf], leaf, array.shape):
+      row = array[index].swapaxes(-1, -2) if is_matrix(leaf) else array[index]
+      heads = rotated_heads(config, leaf) if family.interleaved else 0
+      row = pairs_together(row, heads) if heads else row
+      tensors[name] = row
   fuse(tensors, family, config.num_layers)
   folder.mkdir(parents=True, exist_ok=True)
   hf_folder.write_weights(folder, tensors, resume=resume)
@@ -322,7 +327,7 @@ def hf_hash(path: str | pathlib.Path) -> str:
   """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
   folder = pathlib.Path(path)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  weight_files = sorted(set(_hf_files(folder).values()))
+  weight_files = sorted(set(model_files.weight_files(folder).values()))
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
     for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
       digest.update(f"{file.name} {content}\n".encode())
@@ -335,11 +340,6 @@ def _dtype(dtype) -> np.dtype:
   if found not in DTYPES.values():
     raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
   return found
-
-
-def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Tensor name -> safetensors file that holds it."""
-  return model_files.weight_files(folder)
 
 
 def _file_hash(place: Place) -> str:
@@ -355,7 +355,8 @@ def _file_hash(place: Place) -> str:
 def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
-  layer = 2 * heads * width + (3 if config.gated_mlp else 2) * width * config.intermediate_size
+  mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
+  layer = 2 * heads * width + mlps * width * config.intermediate_size
   count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
   need, there = count * dtype.itemsize, host_bytes()
   if need > there:
@@ -373,22 +374,19 @@ def _assemble(
   Names and shapes, `stored`, are compared before anything is allocated.
   """
   _check_memory(config, dtype, origin)
-  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
-  shapes = {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
+  shapes = _shapes(config)
   strange = sorted(leaf for leaf in shapes if leaf not in names)
   if strange:
     raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
-  layers = range(config.num_layers)
-  wanted = {
-    leaf: [names[leaf].format(i=i) for i in (layers if leaf.startswith("layers/") else (0,))] for leaf in shapes
-  }
-  expected = {name for group in wanted.values() for name in group}
-  _refuse(origin, expected - stored.keys(), "tensors are missing", _why_missing(expected, stored.keys()))
+  wanted = {leaf: places(names[leaf], leaf, shape) for leaf, shape in shapes.items()}
+  expected = {name for group in wanted.values() for _, name in group}
+  absent = {name.partition(":")[0] for name in expected - stored.keys()}  # pieces by the tensor that holds them
+  _refuse(origin, absent, "tensors are missing", _why_missing(expected, stored.keys()))
   _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
   for leaf, shape in shapes.items():
-    right = shape[1:] if leaf.startswith("layers/") else shape
-    for name in wanted[leaf]:
-      found = stored[name][::-1] if leaf.endswith("/kernel") else stored[name]
+    for index, name in wanted[leaf]:
+      right, found = shape[len(index) :], stored[name]
+      found = (*found[:-2], *found[-2:][::-1]) if is_matrix(leaf) else found
       if found != right:
         raise UserError(
           f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
@@ -397,16 +395,21 @@ def _assemble(
   params = {}
   for leaf, shape in shapes.items():
     stacked = np.empty(shape, dtype)
-    for i, name in enumerate(wanted[leaf]):
-      target = stacked[i] if leaf.startswith("layers/") else stacked
-      array = read(name, leaf)
-      target[...] = array.T if leaf.endswith("/kernel") else array
+    for index, name in wanted[leaf]:
+      target, array = stacked[index], read(name, leaf)
+      target[...] = array.swapaxes(-1, -2) if is_matrix(leaf) else array
       if not np.isfinite(target).all():
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )
     params[leaf] = stacked
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Leaf -> its shape in the parameter tree."""
+  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+  return {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
 def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
@@ -429,10 +432,8 @@ def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
 
 
 def _why_strange(stored: Iterable[str]) -> str:
-  for pattern, why in _STRANGE.items():
-    if any(re.search(pattern, name) for name in stored):
-      return why
-  return "the model is of another architecture"
+  found = (why for pattern, why in _STRANGE.items() if any(re.search(pattern, name) for name in stored))
+  return next(found, "the model is of another architecture")
 
 
 def _fold_lora(params) -> dict:

@@ -26,14 +26,17 @@ Params = Mapping[str, Any]
 
 # Words that --modules takes -> pattern over leaf paths inside one layer, or over top-level names (second table).
 MODULE_PATTERNS = {
-  "all": r"(attention|mlp)/\w+/(kernel|bias)|(attention/)?\w+_norm/scale",
-  "matrices": r"(attention|mlp)/\w+/kernel",
-  "attention": r"attention/\w+/(kernel|bias|scale)",
-  "mlp": r"mlp/\w+/(kernel|bias)",
+  "all": r"(attention|mlp)/\w+/(kernel|bias|experts|expert_bias)|(attention/)?\w+_norm/scale|attention/sinks",
+  "matrices": r"(attention|mlp)/\w+/(kernel|experts)",
+  "attention": r"attention/\w+/(kernel|bias|scale)|attention/sinks",
+  "mlp": r"mlp/\w+/(kernel|bias|experts|expert_bias)",
+  "experts": r"mlp/\w+/experts",
   "norms": r"(attention/)?\w+_norm/scale",
   "lora": r"(attention|mlp)/\w+/lora_[ab]",
   "sketch": r"(attention|mlp)/\w+/core",
 }
+# Leaves of mixtures of experts that are stacked over experts behind the layers: [L, E, in, out] and [L, E, out].
+EXPERT_LEAVES = ("experts", "expert_bias")
 EXTRA_MODULES = ("embed", "final_norm", "lm_head")
 
 
@@ -115,6 +118,11 @@ def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> tuple[in
   if absent:
     raise UserError(f"{what}: no layer {', '.join(map(str, absent))}; {exists}")
   return tuple(sorted({layer % num_layers for layer in picked}))
+
+
+def is_of_experts(path: str) -> bool:
+  """Whether a leaf is stacked over experts too."""
+  return path.rpartition("/")[2] in EXPERT_LEAVES
 
 
 def leaf_paths(params: Params) -> tuple[str, ...]:

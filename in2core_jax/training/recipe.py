@@ -74,6 +74,7 @@ def make_optimizer(recipe: Recipe, schedule: optax.Schedule | None = None) -> op
     schedule: another one than the recipe's.
   """
   schedule = schedule or make_schedule(recipe)
-  matrices = lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 3, tree)  # noqa: E731
+  is_matrix = lambda path, leaf: leaf.ndim >= 3 and getattr(path[-1], "key", "") != "expert_bias"  # noqa: E731
+  matrices = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)  # noqa: E731
   adamw = optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=matrices if recipe.weight_decay else None)
   return optax.chain(optax.clip_by_global_norm(recipe.max_grad_norm), adamw) if recipe.max_grad_norm else adamw
