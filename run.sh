@@ -54,23 +54,21 @@ is_experiment() {
   return 1
 }
 
+# The main commands with a line each, as `in2core-jax help` of an installed package shows them.
+main_commands() {
+  sed -n '/^MAIN = {/,/^}/s/^  "\([a-z]*\)": "\(.*\)",$/\1 \2/p' "$ROOT/experiments/console.py"
+}
+
 usage() {
-  local name others=""
+  local name others="" main
+  main="$(main_commands | while read -r name line; do printf '  %-10s %s\n' "$name" "$line"; done)"
   for name in $(experiments); do
-    case "$name" in
-      demo | recommend | finetune | select | evaluate | study) ;;
-      *) others="$others $name" ;;
-    esac
+    if ! grep -q "^  $name " <<<"$main"; then others="$others $name"; fi
   done
   cat <<EOF
 usage: ./run.sh COMMAND [flags]
 
-  demo       the whole chain on the embedded model and data: choose, retrain, judge
-  recommend  try the rules on your data: which examples to train on, how many, and is it as good
-  finetune   fine-tune on all examples
-  select     score the training examples and choose a coreset
-  evaluate   retrain on chosen sets and compare them
-  study      compare rules of selection on your data
+$main
 
   --help after a command lists its flags; --dry_run tells what it would take. Paths are relative to where you are.
 

@@ -7,14 +7,12 @@ and `tests/test_docs.py` calls it in the test suite.
 """
 
 import ast
-import contextlib
 import dataclasses
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 from absl import flags as absl_flags
 
@@ -181,34 +179,6 @@ def commands(text: str) -> Iterator[list[str]]:
       yield found
 
 
-@contextlib.contextmanager
-def parser():
-  """A function that parses flags as a command does, apart from the flags of this process."""
-  from experiments import flags
-
-  own = absl_flags.FlagValues()
-  makers = ("DEFINE_enum", "DEFINE_bool", "DEFINE_integer", "DEFINE_float", "DEFINE_string")
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(mock.patch.object(absl_flags, "FLAGS", own))
-    for name in makers:
-      make = getattr(absl_flags, name)
-      changed = lambda *a, make=make, **k: make(*a, **k | {"flag_values": own})  # noqa: E731
-      stack.enter_context(mock.patch.object(absl_flags, name, changed))
-    flags.define(flags.Settings)
-    absl_flags.DEFINE_string("flagfile", "", "absl's own", flag_values=own)
-
-    def parse(arguments: list[str]) -> None:
-      own.unparse_flags()
-      for name in own:
-        own[name].unparse()
-      rest = own(["command", *arguments])[1:]
-      if rest:
-        raise ValueError(f"{rest[0]!r} is no flag")
-      flags.read(flags.Settings, tells_costs=True)
-
-    yield parse
-
-
 def read_flagfile(word: str, root: Path) -> list[str]:
   """The flags that a word stands for: the lines of a flagfile of ours, nothing for one that the reader writes."""
   if not word.startswith("--flagfile="):
@@ -235,7 +205,7 @@ def wrong_commands(page: Page, parse, root: Path = ROOT) -> Iterator[str]:
       yield f"{page.path}: there is no command {name!r}"
       continue
     try:
-      parse([flag for word in arguments if word not in ("...", "--help") for flag in read_flagfile(word, root)])
+      parse(*(flag for word in arguments if word not in ("...", "--help") for flag in read_flagfile(word, root)))
     except (absl_flags.Error, ValueError, OSError) as error:
       yield f"{page.path}: ./run.sh {shown}: {error}"
 
@@ -275,12 +245,13 @@ def unknown_flags(page: Page) -> Iterator[str]:
 
 def faults(root: Path = ROOT) -> list[str]:
   """All faults, one line each."""
-  found = []
-  with parser() as parse:
-    for page in pages(root):
-      found += [*long_lines(page), *(long_sentences(page) if page.is_plain() else ())]
-      found += [*broken_links(page, root), *missing_files(page, root)]
-      found += [*wrong_commands(page, parse, root), *unknown_flags(page), *wrong_python(page)]
+  from experiments import flags
+
+  found, parse = [], flags.Parser(tells_costs=True)
+  for page in pages(root):
+    found += [*long_lines(page), *(long_sentences(page) if page.is_plain() else ())]
+    found += [*broken_links(page, root), *missing_files(page, root)]
+    found += [*wrong_commands(page, parse, root), *unknown_flags(page), *wrong_python(page)]
   return found
 
 

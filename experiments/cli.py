@@ -175,7 +175,7 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
     print(help_fn() if help_fn else help_text.help_text("--helpfull" in argv), flush=True)
     sys.exit(0)
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_with_flagfiles(argv))
   except flags.UnrecognizedFlagError as error:
     raise UserError(help_text.unknown_flag(error.flagname)) from error
   except flags.Error as error:
@@ -185,6 +185,27 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value; --help lists them")
   return rest
+
+
+_DEEPEST = 10  # flagfiles that name each other
+
+
+def _with_flagfiles(argv: list[str]) -> list[str]:
+  """The arguments with those of the flagfiles in place of their names.
+
+  absl takes the mark of the byte order that editors put in front of a text for a part of the first line, and passes
+  over the name of a flagfile with blanks in front.
+
+  Raises:
+    UserError: flagfiles that name each other without end.
+  """
+  for _ in range(_DEEPEST):
+    argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    marked = {argument: argument[1:].strip() for argument in argv[1:] if argument[:1] == "\ufeff"}
+    argv = [marked.get(argument, argument) for argument in argv if marked.get(argument, "-")[:1] not in ("#", "/", "")]
+    if not any(argument.lstrip("-").partition("=")[0] == "flagfile" for argument in argv[1:]):
+      return argv
+  raise UserError(f"flagfiles name each other more than {_DEEPEST} times; write one that names the others")
 
 
 # --- surroundings -----------------------------------------------------------------------------------------------------

@@ -7,13 +7,12 @@ import sys
 from typing import NoReturn
 
 _HERE = pathlib.Path(__file__).parent
-_MAIN = {
+MAIN = {  # run.sh reads these lines too
   "demo": "the whole chain on a small model and data: fine-tune, choose, retrain, judge",
   "recommend": "try the rules on your data: which examples to train on, how many, and is it as good",
   "finetune": "fine-tune on all examples",
   "select": "score the training examples and choose a coreset",
   "evaluate": "retrain on chosen sets and compare them",
-  "study": "compare rules of selection on your data",
 }
 
 
@@ -25,9 +24,9 @@ def commands() -> list[str]:
 
 def usage() -> str:
   """The main commands with a line each, then the others."""
-  others = " ".join(name for name in commands() if name not in _MAIN)
+  others = " ".join(name for name in commands() if name not in MAIN)
   head = "usage: in2core-jax COMMAND [flags]     (--help after a command lists its flags)"
-  return "\n".join([head, "", *(f"  {name:<10} {job}" for name, job in _MAIN.items()), "", f"others: {others}"])
+  return "\n".join([head, "", *(f"  {name:<10} {job}" for name, job in MAIN.items()), "", f"others: {others}"])
 
 
 def main() -> NoReturn:

@@ -7,7 +7,8 @@ one flagfile drives the whole chain. Old names are read, told, and become the ne
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from absl import flags
@@ -27,7 +28,7 @@ from experiments.transfer.settings import TransferSettings
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import ranges, settings
 from in2core_jax.pipeline.fields import in_flags
-from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
+from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, Settings
 from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 GROUPS = settings.GROUPS | {
   "recommend": "rules tried on your data",
   "check": "self-check before a long run",
+  "index": "index of a large pool",
+  "large_pools": "rules on a million rows",
   "solvers": "comparison of the solvers",
   "study": "rules of selection, retrained",
   "targets": "what rules find in a mixed pool",
@@ -45,11 +48,13 @@ GROUPS = settings.GROUPS | {
   "ablate_layers": "how many layers are enough",
   "coverage": "which test points the training set does not cover",
   "kill_test": "runs, killed and started again",
+  "export": "a model for other programs",
 }
 OTHERS = (
-  *(commands.CheckFlags, commands.KillTestFlags, SolversSettings, StudySettings, TargetsSettings, PaperSettings),
+  *(commands.CheckFlags, commands.IndexFlags, commands.LargePoolsFlags, commands.KillTestFlags, SolversSettings),
+  *(StudySettings, TargetsSettings, PaperSettings),
   *(FidelitySettings, TransferSettings, BenchmarkSettings, AblateLayersSettings, CoverageSettings),
-  *(RecommendFlags, CalibrationSettings),
+  *(commands.ExportFlags, RecommendFlags, CalibrationSettings),
 )
 _HOME = ("run_dir", "checkpoint", "select_runs", "choices_of")  # paths: what the shell leaves of ~ after a comma or =
 
@@ -71,25 +76,30 @@ def names() -> list[str]:
 # ---- definition ------------------------------------------------------------------------------------------------------
 
 
-def define(kind: type[Settings] = Settings) -> None:
-  """Makes absl flags of a settings class, under the titles that --help shows; then those of other commands."""
+def define(kind: type[Settings] = Settings, into: flags.FlagValues = flags.FLAGS) -> None:
+  """Makes absl flags of a settings class, under the titles that --help shows; then those of other commands.
+
+  Args:
+    kind: the settings class.
+    into: where they are kept; those of the process unless told.
+  """
   own = {field.name: field for field in dataclasses.fields(kind)}
   for title, fields in _sections(kind):
     for field in fields:
-      _define(field, title)
+      _define(field, title, into)
       del own[field.name]
   known = {field.name for field in dataclasses.fields(kind)}
   foreign = {field.name: field for field in every_field() if field.name not in known}
   for field in sorted((own | foreign).values(), key=lambda field: list(GROUPS).index(field.metadata["group"])):
     group = field.metadata["group"]
-    _define(field, f"{HIDDEN}{GROUPS[group] if group in settings.GROUPS else f'{group}, {GROUPS[group]}'}")
+    _define(field, f"{HIDDEN}{GROUPS[group] if group in settings.GROUPS else f'{group}, {GROUPS[group]}'}", into)
   title = f"{HIDDEN}old names"
   for name, default in OLD_BUDGETS.items():
     make = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_integer
-    make(name, None, "Now --budget.", module_name=title)
+    make(name, None, "Now --budget.", flag_values=into, module_name=title)
   for word, name in OLD_WRITES.items():
-    flags.DEFINE_bool(name, None, f"Now --write={word}.", module_name=title)
-  flags.DEFINE_bool("drop_copies", None, "Now --dedup.", module_name=title)
+    flags.DEFINE_bool(name, None, f"Now --write={word}.", flag_values=into, module_name=title)
+  flags.DEFINE_bool("drop_copies", None, "Now --dedup.", flag_values=into, module_name=title)
 
 
 def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Field]]]:
@@ -115,33 +125,65 @@ def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Fiel
     yield f"{SHOWN}advanced", advanced
 
 
-def _define(field: dataclasses.Field, title: str) -> None:
+class _Words(flags.EnumParser):
+  """The words that a flag may be; of those that it could be once it says what to use instead."""
+
+  def __init__(self, words: list[str], gone: Mapping[str, str]):
+    super().__init__(words)
+    self._gone = gone
+
+  def parse(self, argument: str) -> str:
+    """The word; ValueError for any other."""
+    if argument in self._gone:
+      raise ValueError(f"it is gone: use {self._gone[argument]}")
+    return super().parse(argument)
+
+
+def _define(field: dataclasses.Field, title: str, into: flags.FlagValues) -> None:
   meta = field.metadata
   text = f"{meta['help']}\n{meta['more']}".strip()
   if meta["choices"]:
-    flags.DEFINE_enum(field.name, field.default, list(meta["choices"]), text, module_name=title)
+    flags.DEFINE_enum(field.name, field.default, list(meta["choices"]), text, flag_values=into, module_name=title)
+    into[field.name].parser = _Words(list(meta["choices"]), meta["gone"])
     return
-  make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  make = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: _define_float, str: flags.DEFINE_string}
   default = str(field.default) if meta["kind"] is str else field.default
-  make[meta["kind"]](field.name, default, text, module_name=title)
+  make[meta["kind"]](field.name, default, text, flag_values=into, module_name=title)
+
+
+class _FloatParser(flags.FloatParser):
+  """Reads numbers, but none that becomes another one: 1e-400 is 0 for a computer."""
+
+  def convert(self, argument: Any) -> float:
+    """The number; ValueError, which absl tells with the flag's name, where there is none."""
+    value = super().convert(argument)
+    if value == 0 and re.search("[1-9]", str(argument).lower().partition("e")[0]):
+      raise ValueError("is too small for a number of this computer; give 0 or a larger one")
+    return value
+
+
+def _define_float(name: str, default: float, text: str, flag_values: flags.FlagValues, module_name: str) -> None:
+  flags.DEFINE_float(name, default, text, flag_values=flag_values, module_name=module_name)
+  flag_values[name].parser = _FloatParser()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(kind: type[S] = Settings, tells_costs: bool = False) -> S:
+def read(kind: type[S] = Settings, tells_costs: bool = False, given: flags.FlagValues = flags.FLAGS) -> S:
   """The parsed flags as settings, which check themselves.
 
   Args:
     kind: the settings class that the flags were made of.
     tells_costs: whether the command knows --dry_run.
+    given: the parsed flags; those of the process unless told.
 
   Raises:
     UserError: a value that is none, old and new names that disagree, or --dry_run of a command that would do its work
       nevertheless. It names flags.
   """
-  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(kind)}
-  values |= _budget() | _write() | _dedup()
+  values = {field.name: given[field.name].value for field in dataclasses.fields(kind)}
+  values |= _budget(given) | _write(given) | _dedup(given)
   for name in set(_HOME) & set(values):
     values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
   if values["dry_run"] and not tells_costs:
@@ -153,14 +195,39 @@ def read(kind: type[S] = Settings, tells_costs: bool = False) -> S:
     raise UserError(in_flags(str(error), list(values))) from error
 
 
+class Parser:
+  """Reads command lines apart from the flags of this process, as often as it is called."""
+
+  def __init__(self, kind: type[Settings] = Settings, tells_costs: bool = False):
+    """Makes the flags of a command with that settings class; arguments as in `read`."""
+    self._kind, self._tells_costs, self.flags = kind, tells_costs, flags.FlagValues()
+    define(kind, self.flags)
+    flags.DEFINE_string("flagfile", "", "absl's own", flag_values=self.flags, module_name="absl.flags")
+
+  def __call__(self, *line: str) -> Settings:
+    """The settings that a command line gives.
+
+    Raises:
+      UserError: as `read` does.
+      absl.flags.Error: a flag that there is not, or no value of its kind.
+    """
+    self.flags.unparse_flags()
+    for name in self.flags:
+      self.flags[name].unparse()
+    rest = self.flags(["command", *line])[1:]
+    if rest:
+      raise UserError(f"{rest[0]!r} is no flag")
+    return read(self._kind, self._tells_costs, self.flags)
+
+
 # ---- old names -------------------------------------------------------------------------------------------------------
 
 _OLD_RANGES = {"fraction": ranges.SHARE, "num_examples": ranges.LIMIT, "token_budget": ranges.Range(0, 2**53)}
 
 
-def _given(*names: str) -> dict[str, Any]:
+def _given(parsed: flags.FlagValues, *names: str) -> dict[str, Any]:
   """Those of the flags that were given, with their values."""
-  return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+  return {name: parsed[name].value for name in names if parsed[name].present}
 
 
 def _tell(old: str, new: str) -> None:
@@ -171,9 +238,9 @@ def _refuse_two(old: str, new: str) -> None:
   raise UserError(f"{old} and {new} disagree: give {new.partition('=')[0]} alone")
 
 
-def _budget() -> dict[str, str]:
+def _budget(parsed: flags.FlagValues) -> dict[str, str]:
   """--budget from the three flags that it was: a number of examples or tokens goes before a share."""
-  old, new = _given(*OLD_BUDGETS), _given("budget")
+  old, new = _given(parsed, *OLD_BUDGETS), _given(parsed, "budget")
   for name, value in old.items():
     if not _OLD_RANGES[name].holds(value):
       raise UserError(f"--{name}={value} must be a number that is {_OLD_RANGES[name]}; it is now --budget")
@@ -191,21 +258,21 @@ def _budget() -> dict[str, str]:
   return {"budget": budget}
 
 
-def _write() -> dict[str, str]:
+def _write(parsed: flags.FlagValues) -> dict[str, str]:
   """--write from the four flags that it was."""
-  old, new = _given(*OLD_WRITES.values()), _given("write")
+  old, new = _given(parsed, *OLD_WRITES.values()), _given(parsed, "write")
   words = settings.listed(new.get("write", ""))
   for word, name in OLD_WRITES.items():
     if name in old and new and old[name] != (word in words):
       _refuse_two(f"--{name}={str(old[name]).lower()}", f"--write={new['write']}")
     if name in old:
       _tell(name, f"--write={word}")
-  return {} if new else {"write": ",".join(word for word in WRITES if old.get(OLD_WRITES[word]))}
+  return {} if new else {"write": ",".join(word for word in OLD_WRITES if old.get(OLD_WRITES[word]))}
 
 
-def _dedup() -> dict[str, bool]:
+def _dedup(parsed: flags.FlagValues) -> dict[str, bool]:
   """--dedup from its old name."""
-  old, new = _given("drop_copies"), _given("dedup")
+  old, new = _given(parsed, "drop_copies"), _given(parsed, "dedup")
   if not old:
     return {}
   (value,) = old.values()

@@ -10,17 +10,18 @@ SHOWN, HIDDEN = "flags: ", "more flags: "  # how titles begin of flags that --he
 WIDTH, _COLUMN = 100, 30
 
 
-def help_text(full: bool = False) -> str:
+def help_text(full: bool = False, known: flags.FlagValues = flags.FLAGS) -> str:
   """The command's docstring, its flags by title, and how to read flags from a file.
 
   Titles are the module names of absl flags, a flag's first line of help is its sentence (`flags.define`).
 
   Args:
     full: also what else there is to say of a flag, the flags of other commands, and old names.
+    known: the flags; those of the process unless told.
   """
   doc = (sys.modules["__main__"].__doc__ or "").strip()
   blocks = [doc]
-  for title, members in flags.FLAGS.flags_by_module_dict().items():
+  for title, members in known.flags_by_module_dict().items():
     if not is_ours(title) or title.startswith(HIDDEN) and not full:
       continue
     lines = [line for flag in members for line in _lines(flag, full)]

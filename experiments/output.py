@@ -154,11 +154,22 @@ def guard() -> None:
   if not isinstance(sys.stderr, Stream):
     sys.stderr = Stream(sys.stderr, "stderr", escaped=False)  # tqdm moves the cursor there
   sys.excepthook = _show
+  sys.unraisablehook = _pass_over_late_answers
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
   """A traceback in which no text of the data steers the terminal."""
   sys.stderr.write(printable_lines("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _pass_over_late_answers(unraisable: sys.UnraisableHookArgs) -> None:
+  """Shows what could be raised nowhere, but for answers to a loop that has gone.
+
+  The library that writes checkpoints gives one for each array that is still being written when another write has
+  failed. That failure is raised, and told.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def loss(stream: TextIO | None) -> Exception | None:

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from experiments.study.settings import RuleSettings
 from in2core_jax.pipeline.fields import changed, setting
-from in2core_jax.pipeline.ranges import Range
+from in2core_jax.pipeline.index_settings import IndexSettings
+from in2core_jax.pipeline.ranges import COUNT, Each, Range
 from in2core_jax.pipeline.settings import Settings
 
 
@@ -27,6 +28,28 @@ class SelectFlags(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexFlags(IndexSettings):
+  """`index`."""
+
+  shown: ClassVar = ("index", "data", "model", "checkpoint", "layers", "sketch_size", "run")
+
+
+_large_pools = functools.partial(setting, "large_pools")
+
+
+@dataclasses.dataclass(frozen=True)
+class LargePoolsFlags(IndexSettings):
+  """`large_pools`."""
+
+  shown: ClassVar = ("large_pools", "index", "data", "model", "layers", "run")
+  run_dir: str = changed(Settings, "run_dir", "runs/large_pools")
+  pool_sizes: str = _large_pools("10000,100000,1000000", "Examples that are drawn.", each=Each(int, COUNT))
+  pool_queries: int = _large_pools(500, "Queries that are drawn.", within=COUNT)
+  agreement: bool = _large_pools(False, "Instead: compare scores with exact ones, on real examples.")
+  agreement_sizes: str = _large_pools("128,256,512", "Numbers of a row that are compared.", each=Each(int, COUNT))
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateFlags(Settings):
   """`evaluate`."""
 
@@ -39,6 +62,14 @@ class DemoFlags(Settings):
   """`demo`."""
 
   run_dir: str = changed(Settings, "run_dir", "runs/demo")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags(Settings):
+  """`export`: --model is that of the checkpoint where it is not given."""
+
+  shown: ClassVar = ("export", "checkpoint", "model", "dtype", "overwrite")
+  to: str = setting("export", "", "Folder that is written.", repeats=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +87,14 @@ class OracleFlags(Settings):
   shown: ClassVar = ("depth", "seed", "run_dir", "overwrite")
   run_dir: str = changed(Settings, "run_dir", "runs/oracle")
   depth: int = changed(Settings, "depth", 400)
+
+
+@dataclasses.dataclass(frozen=True)
+class InteropFlags(Settings):
+  """`interop`: its model and data are its own."""
+
+  shown: ClassVar = ("seed", "run_dir", "overwrite")
+  run_dir: str = changed(Settings, "run_dir", "runs/interop")
 
 
 _kill_test = functools.partial(setting, "kill_test")

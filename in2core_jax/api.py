@@ -139,7 +139,8 @@ class Evaluated(_Result):
   """Models retrained on the compared training sets.
 
   Attributes:
-    table: a row for each policy: perplexity on the test set by token and by example, with 95 % intervals.
+    table: a row for each policy: perplexity on the test set by token and by example, with 95 % intervals; DPO loss and
+      accuracy where the test set has preference pairs.
     verdict: what the intervals carry, in sentences.
   """
 
@@ -152,7 +153,8 @@ class Evaluated(_Result):
     return {"policies": self.table.num_rows, **self.summary["recipe"]}
 
   def _rows(self) -> list[dict]:
-    names = [name for name in ("policy", "seeds", "examples", "steps", "perplexity") if name in self.table.column_names]
+    names = ("policy", "seeds", "examples", "steps", "perplexity", "loss", "accuracy")  # the last two of pairs
+    names = [name for name in names if name in self.table.column_names]
     return self.table.select(names).to_pylist()
 
   def _notes(self) -> Sequence[str]:

@@ -88,10 +88,29 @@ def adapter_gradients(objective: Objective, sub: Tree, frozen: Tree, batch: Tree
   batch its flat response slots, both of which `vmap` of `grad` gives up.
   """
   objective.separate(batch)  # refuses rows that hold several examples: a copy of the leaf belongs to a row
+  return with_adapter_gradients(lambda s: (per_example_losses(objective, s, frozen, batch), ()), sub, batch)[1]
+
+
+def with_adapter_gradients(losses: Callable[[Tree], tuple[jax.Array, Tree]], sub: Tree, batch: Tree) -> tuple:
+  """What a pass gives, and the gradients of `adapter_gradients` out of the same pass.
+
+  Args:
+    losses: sub, its leaves a copy for each example -> (l_i [B], anything else).
+    sub: adapter leaves.
+    batch: with a row for each example.
+
+  Returns:
+    ((l_i, anything else), g_i).
+  """
   size = batch.valid.shape[0]
   copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, None], (leaf.shape[0], size, *leaf.shape[1:])), sub)
-  gradient = jax.grad(lambda s: jnp.sum(per_example_losses(objective, s, frozen, batch)))(copies)
-  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), widen(gradient))
+
+  def total(s):
+    found = losses(s)
+    return jnp.sum(found[0]), found
+
+  gradient, found = jax.grad(total, has_aux=True)(copies)
+  return found, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), widen(gradient))
 
 
 def jvp_scores(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree) -> jax.Array:

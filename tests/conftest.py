@@ -30,24 +30,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _LONGEST_FIRST = ("test_processes.py", "test_stages.py", "test_resume.py", "test_solvers.py", "test_influence.py")
 
 
-# Cases whose like run in the quick tier: the dear ones of them are for the slow tier.
-SLOW_CASES = (
-  "test_products_are_the_columns_of_dense_matrices[gemma 3]",
-  "test_products_are_the_columns_of_dense_matrices[hidden states as outputs]",
-  "test_per_example_gradients_are_a_loop_of_grad[gemma 3]",
-  "test_any_mesh_gives_the_scores_of_one_device[data:2,fsdp:2]",
-  "test_narrow_weights_have_factors_in_single_precision[float32-0.0001]",
-  "test_does_not_depend_on_the_cut_into_batches_nor_on_padding[ggn]",
-  "test_cg_gives_the_dense_inverse_with_any_preconditioner[ekfac]",
-)
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m is read
 def pytest_collection_modifyitems(items):
-  """Marks `SLOW_CASES`; long files first, the others as they are collected."""
-  for item in items:
-    if item.name in SLOW_CASES:
-      item.add_marker(pytest.mark.slow)
+  """Long files first, the others as they are collected."""
   places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
   items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.benchmark import benchmark, isolated, passes
+from experiments.benchmark import benchmark, isolated, passes, reading
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax import gradients
 from in2core_jax.costs import flop_counts, timing
@@ -264,3 +264,15 @@ def test_memory_is_measured_in_processes_of_their_own(settings, monkeypatch):
     monkeypatch.setenv(name, value)
   (row,) = isolated.measure_memory(settings, "last:1", [6])
   assert row["examples"] == 6 and row["growth, %"] == 0 and row["peak memory"] > 50e6
+
+
+@pytest.mark.slow
+def test_reading_is_measured_step_by_step(tmp_path):
+  """The pool has the same bytes each time; memory is told beside that of the imports."""
+  for name in ("a", "b"):
+    reading.write_pool(tmp_path / name, 30)
+  assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+  found = reading.measure(tmp_path / "a")
+  assert found["tokens"] > 30 * (reading.PROMPT + reading.RESPONSE)
+  assert found["seconds"] >= found["read"] + found["tokenise"] and found["peak_mb"] >= found["imports_mb"]
+  assert "| ours | 30 |" in reading.table(30, {"ours": found})

@@ -461,6 +461,13 @@ HOSTILE = [
   ("{{ 'a'.ljust(10**14) }}", "stopped"),
   ("{{ '%999999999999d' % 1 }}", "stopped"),
   ("{{ 'a' | center(10**12) }}", "stopped"),
+  ("{{ 'a' | slice(10**9) | list | length }}", "stopped: it asks for 1,000,000,000 parts"),
+  ("{{ ('a\n' * 999) | indent(10**8) }}", "stopped: it asks for"),
+  ("{{ '%*d' | format(10**9, 1) }}{{ '%*d' % (10**9, 1) }}", "stopped"),
+  ("{{ '{:>1000000000}'.format(1) }}", "stopped: it makes a text"),
+  ("{{ '{a:>1000000000}'.format_map({'a': 1}) }}", "stopped: it makes a text"),
+  ("{{ 'a'.zfill(10**9) }}", "stopped"),
+  ("{{ '\t'.expandtabs(tabsize=10**9) }}", "stopped"),
   ("{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "stopped"),
   ("{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "stopped"),
   ("{{ [1, 2] | random }}", "draws at random"),
@@ -613,6 +620,16 @@ def test_control_word_that_the_tokenizer_makes_of_plain_text_is_refused():
     UserError, match="contains the control token '</s>' as text, which this tokenizer cannot write in"
   ):
     tokenize([_record(_user("hi"), _answer("a </s>"))], tokenizer, 99)
+
+
+def test_control_words_that_are_none_beside_a_letter_are_refused_with_a_quoted_one():
+  # `hi</s>`: with `single_word` the tokenizer takes </s> for letters, under its other name for ones that nobody knows.
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=_byte_level(single_word=True), chat_template=QUOTING, bos_token="<s>", eos_token="</s>"
+  )
+  turns = _user("hi <q> hi"), _answer("hi")
+  with pytest.raises(UserError, match="contains the control token '<q>' as text, which this tokenizer cannot write"):
+    tokenize([_record(*turns)], tokenizer, 999)
 
 
 def test_control_words_in_tool_calls_stay_words():

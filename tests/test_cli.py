@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags as absl_flags
 
-from experiments import cli
+from experiments import cli, output
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
 
@@ -126,6 +126,17 @@ def test_a_job_whose_log_is_lost_goes_on_and_says_it_in_the_run_folder(tmp_path)
   assert told.startswith("--- stderr was lost ([Errno 32] Broken pipe); the job goes on")
   assert told.endswith("---\nbefore\nafter\nresult\n")
   assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log_lost.txt", "result"]
+
+
+@pytest.mark.parametrize(("text", "shown"), [("Event loop is closed", False), ("another", True)])
+def test_answers_that_come_too_late_after_a_failed_write_are_no_news(capsys, monkeypatch, text, shown):
+  class Raises:
+    def __del__(self):
+      raise RuntimeError(text)
+
+  monkeypatch.setattr(sys, "unraisablehook", output._pass_over_late_answers)
+  Raises()
+  assert (f"RuntimeError: {text}" in capsys.readouterr().err) is shown
 
 
 @pytest.mark.parametrize("ends", ["2>/dev/full", "2>&-", "2>&- >&-", "2>&- >&- <&-", "2>/dev/full >/dev/null"])

@@ -1,7 +1,6 @@
 """The policies against brute force, the budget, the ties and the warnings."""
 
 import dataclasses
-import itertools
 import re
 
 import numpy as np
@@ -27,7 +26,6 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "ids": [f"id{i:04d}" for i in rng.permutation(size)],
     "features": rng.normal(size=(size, width)),
     "target": rng.normal(size=(5, width)),
-    "query_topics": ["food", "sport", "food", "trivia", "sport"],
     "similarities": {name: rng.uniform(-1, 1, (5, size)) for name in SIMILARITIES},
     "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
     "towards": rng.normal(size=size),
@@ -256,43 +254,6 @@ def test_matching_with_copies_equals_the_naive_greedy():
   np.testing.assert_allclose(unique_mean, inputs.features[expected].mean(axis=0))
 
 
-def test_matching_topic_minimises_the_weighted_sum_of_squared_distances():
-  weights = np.array([0.5, 2.0, 1.0])
-  inputs = make_inputs(20, target_weights=weights)
-  topics = np.asarray(inputs.query_topics)
-  targets = np.stack([inputs.target[topics == t].mean(axis=0) for t in ("food", "sport", "trivia")])
-  chosen = []
-  for _ in range(15):
-    free = [i for i in range(20) if i not in chosen]
-    means = [inputs.features[[*chosen, i]].mean(axis=0) for i in free]
-    cost = [sum(w * np.sum((m - t) ** 2) for w, t in zip(weights, targets, strict=True)) for m in means]
-    chosen.append(free[int(np.argmin(cost))])
-  assert select_rows("matching_topic", inputs, Budget(num_examples=15)).tolist() == chosen
-
-
-def test_matching_topic_default_weights_level_the_topics():
-  targets = np.array([[100.0, 0.0], [0.0, 1.0]])
-  merged = matching.merged_target(targets)
-  levelled = (targets / np.linalg.norm(targets, axis=1, keepdims=True) ** 2).sum(axis=0) / (1 / 100**2 + 1)
-  np.testing.assert_allclose(merged, levelled)
-  with pytest.raises(UserError, match="2 positive"):
-    matching.merged_target(targets, np.array([1.0, 0.0]))
-
-
-def test_matching_round_robin_matches_each_topic_with_its_own_set():
-  inputs = make_inputs(24, seed=5)
-  rows = select_rows("matching_round_robin", inputs, Budget(num_examples=12))
-  topics = np.asarray(inputs.query_topics)
-  sets, taken = {t: [] for t in ("food", "sport", "trivia")}, []
-  for _, topic in zip(range(12), itertools.cycle(sets), strict=False):
-    target = inputs.target[topics == topic].mean(axis=0)
-    free = [i for i in range(24) if i not in taken]
-    distance = [np.linalg.norm(inputs.features[[*sets[topic], i]].mean(axis=0) - target) for i in free]
-    sets[topic].append(free[int(np.argmin(distance))])
-    taken.append(sets[topic][-1])
-  assert rows.tolist() == taken
-
-
 def test_a_shrunk_target_has_less_error_than_the_mean_of_the_queries():
   rng = np.random.default_rng(0)
   pool = rng.normal(size=(400, 30)) + 1
@@ -370,16 +331,6 @@ def test_matching_aims_at_the_tokens_of_the_queries_and_at_the_pool_when_they_te
     matching_target(dataclasses.replace(task, target_mean="mode"))
 
 
-def test_matching_quota_keeps_the_fraction_of_every_topic():
-  inputs = make_inputs(60)
-  topics = np.asarray(inputs.topics)
-  for count in (7, 30, 60):
-    rows = select_rows("matching_quota", inputs, Budget(num_examples=count))
-    assert len(set(rows.tolist())) == count
-    for topic in set(inputs.topics):
-      assert abs(np.sum(topics[rows] == topic) - count / 60 * np.sum(topics == topic)) <= 1.0
-
-
 def test_matching_beats_proponents_where_the_target_needs_two_kinds():
   rng = np.random.default_rng(0)
   features = np.concatenate([[4.0, 0.0] + rng.normal(size=(50, 2)) * 0.1, [0.0, 1.0] + rng.normal(size=(50, 2)) * 0.1])
@@ -407,7 +358,7 @@ def test_not_finite_scores_tell_how_many_and_which():
   assert len(select_rows("random", inputs, Budget(fraction=0.5))) == 20  # does not look at scores
   features = np.ones((40, 2))
   features[7, 1] = np.nan
-  bad = make_inputs(features=features, target=np.ones(2), query_topics=None, ids=inputs.ids)
+  bad = make_inputs(features=features, target=np.ones(2), ids=inputs.ids)
   with pytest.raises(UserError, match="features: 1 of 40 .* n07"):
     select_rows("matching", bad, Budget(fraction=0.5))
 
@@ -419,8 +370,6 @@ def test_refusals_say_what_is_missing():
     select_rows("matching", make_inputs(features=None, target=None), Budget(fraction=0.5))
   with pytest.raises(UserError, match="needs target"):
     select_rows("matching", make_inputs(target=None), Budget(fraction=0.5))
-  with pytest.raises(UserError, match="needs query_topics"):
-    select_rows("matching_topic", make_inputs(query_topics=None), Budget(fraction=0.5))
   with pytest.raises(UserError, match="needs scores"):
     select_rows("proponents", make_inputs(scores=None), Budget(fraction=0.5))
   with pytest.raises(UserError, match="call aggregate first"):
@@ -428,7 +377,7 @@ def test_refusals_say_what_is_missing():
   with pytest.raises(UserError, match="39 entries for 40"):
     make_inputs(loss=np.zeros(39))
   with pytest.raises(UserError, match="same width"):
-    make_inputs(target=np.zeros(5), query_topics=None)
+    make_inputs(target=np.zeros(5))
   with pytest.raises(UserError, match="none of the 40 examples has response tokens"):
     select_rows("random", make_inputs(num_response_tokens=np.zeros(40)), Budget(fraction=0.5))
 
@@ -449,7 +398,6 @@ def test_warnings_of_a_risky_selection():
     num_tokens=lengths + 5,
     features=features,
     target=features.mean(axis=0),
-    query_topics=None,
   )
   found = selection_warnings(select_rows("proponents", inputs, Budget(fraction=0.5)), inputs)
   assert len(found) == 4
@@ -457,13 +405,13 @@ def test_warnings_of_a_risky_selection():
   assert "would be 50. Use the policy topic_quota" in found[0] and "'t1'" in found[1]
   assert "2,000 response tokens, 50% of what 200 average examples would have (4,000)" in found[2]
   assert "further than all 20 random selections" in found[3] and "Use the policy matching" in found[3]
-  for policy in ("random", "matching", "matching_quota"):
+  for policy in ("random", "matching"):
     assert selection_warnings(select_rows(policy, inputs, Budget(fraction=0.5), seed=1), inputs) == []
 
 
 def test_warning_of_copies():
   """By content: ids are unique, also those of copies."""
-  plain = make_inputs(40, features=None, target=None, query_topics=None)
+  plain = make_inputs(40, features=None, target=None)
   inputs = dataclasses.replace(plain, content_keys=["same"] * 3 + [f"key {i}" for i in range(37)])
   found = selection_warnings(np.arange(40), inputs)
   assert found == [
@@ -503,8 +451,6 @@ REASONS = {
   "topic_quota": r"rank \d+ of \d+ in its topic by influence",
   "hybrid": r"in turn for query {q}, round {turn}",
   "matching": r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)",
-  "matching_round_robin": r"in turn for evaluation topic (food|sport|trivia): .*",
-  "matching_quota": r"in turn for its topic: .*",
   "matching_hybrid": r".*the set's mean gradient and hidden states .*",
 }
 
@@ -512,7 +458,7 @@ REASONS = {
 @pytest.mark.parametrize("policy", REASONS)
 def test_every_choice_has_its_reason_in_words(policy):
   queries = [f"q{i}" for i in range(5)]
-  choice = coreset.choose(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
+  choice = coreset.select_by(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
   np.testing.assert_array_equal(
     choice.rows, select_rows(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
   )
@@ -522,21 +468,19 @@ def test_every_choice_has_its_reason_in_words(policy):
     assert re.fullmatch(wanted, reason), reason
 
 
-@pytest.mark.parametrize("policy", ["matching", "matching_round_robin", "matching_hybrid"])
+@pytest.mark.parametrize("policy", ["matching", "matching_hybrid"])
 def test_a_choice_is_said_to_bring_the_set_closer_exactly_where_it_does(policy):
   inputs = make_inputs(target_mean="examples", similar_ids=None)
-  choice = coreset.choose(policy, inputs, Budget(fraction=0.9))
+  choice = coreset.select_by(policy, inputs, Budget(fraction=0.9))
   inner = inputs.features if policy != "matching_hybrid" else np.linalg.cholesky(inputs.kernel + 1e-9 * np.eye(40))
   if policy == "matching_hybrid":
-    targets = [np.linalg.lstsq(inner, inputs.towards, rcond=None)[0]]
-  elif policy == "matching":
-    targets = [matching_target(inputs)]
+    target = np.linalg.lstsq(inner, inputs.towards, rcond=None)[0]
   else:
-    targets = aggregation.topic_means(inputs.target, inputs.query_topics)
-  turns, said = len(targets), []
-  for step in range(turns, len(choice.rows)):
-    own = choice.rows[step % turns : step + 1 : turns]
-    now, before = (np.linalg.norm(inner[rows].mean(axis=0) - targets[step % turns]) for rows in (own, own[:-1]))
+    target = matching_target(inputs)
+  said = []
+  for step in range(1, len(choice.rows)):
+    own = choice.rows[: step + 1]
+    now, before = (np.linalg.norm(inner[rows].mean(axis=0) - target) for rows in (own, own[:-1]))
     said.append(now < before)
     assert ("closer" in choice.reasons[step]) == (now < before), step
   assert any(said) and not all(said)
@@ -544,7 +488,7 @@ def test_a_choice_is_said_to_bring_the_set_closer_exactly_where_it_does(policy):
 
 def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
   inputs = make_inputs(size=4, alike=np.array([0, 0, 1, 2]), similar_ids=["a\u202e\n", "", "c", "d", "e"])
-  reasons = coreset.choose("hybrid", inputs, Budget(fraction=1.0)).reasons
+  reasons = coreset.select_by("hybrid", inputs, Budget(fraction=1.0)).reasons
   assert [reason.endswith("; a duplicate, taken when every other example was in") for reason in reasons] == [
     False,
     False,
@@ -558,7 +502,7 @@ def test_a_reason_tells_that_an_example_repeats_another_and_escapes_names():
 def test_the_reason_names_the_query_whose_turn_it_was_also_where_turns_go_by_tokens():
   tokens = np.array([1, 30, 2, 9, 4])
   inputs = make_inputs(similar_tokens=tokens, aggregate="weighted_turns", similar_ids=list("abcde"))
-  choice = coreset.choose("hybrid", inputs, Budget(fraction=1.0))
+  choice = coreset.select_by("hybrid", inputs, Budget(fraction=1.0))
   shares = (tokens / tokens.sum() + 1 / 5) / 2
   names = [reason.removeprefix("in turn for query ").split(",")[0] for reason in choice.reasons]
   assert names == ["abcde"[query] for query in aggregation.turn_order(shares, 40)]

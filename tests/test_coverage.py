@@ -200,6 +200,7 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
   np.testing.assert_allclose(normalize.cosine(found).max(), 1, atol=1e-3 if np.isclose(found.norms.min(), 0) else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
   both = {}

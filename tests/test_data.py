@@ -511,6 +511,19 @@ def test_truncation_keeps_the_front(chatml):
     tokenize(records, chatml, 1)
 
 
+@pytest.mark.parametrize(
+  "answer", ["word " * 3000, "x" * 9999, " " * 9999 + "x", "a\n\n" * 4000, "no <|im_end|> here " * 900]
+)
+def test_of_a_huge_text_only_the_beginning_is_tokenised(chatml, monkeypatch, answer):
+  records = [_record("Hi", answer)]
+  whole = tokenize(records, chatml, 80)
+  monkeypatch.setattr("in2core_jax.data.tokenizing._LONG", 1000)
+  cut = tokenize(records, chatml, 80)
+  assert cut.truncated.all() == whole.truncated.all()
+  np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0])
+  np.testing.assert_array_equal(cut.response_mask[0], whole.response_mask[0])
+
+
 def test_batching_of_texts_changes_nothing(chatml, monkeypatch):
   records = [_record(f"question {i}", "hello " * (i % 7 + 1)) for i in range(20)]
   whole = tokenize(records, chatml, 60)

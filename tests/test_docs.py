@@ -20,6 +20,14 @@ def load(name: str):
 check, generate = load("check_docs"), load("generate")
 
 
+@pytest.fixture(scope="module")
+def parse():
+  """Reads command lines as a command does."""
+  from experiments import flags
+
+  return flags.Parser(tells_costs=True)
+
+
 def page(text: str, name: str = "docs/howto/page.md"):
   return check.Page(Path(name), text)
 
@@ -96,9 +104,8 @@ Inline `./run.sh demo` and ./run.sh test.
     ("./run.sh demo --flagfile=experiments/flags/none.flags", "none.flags"),
   ],
 )
-def test_commands_that_would_be_refused_are_found(command, fault):
-  with check.parser() as parse:
-    found = list(check.wrong_commands(page(f"    {command}\n"), parse))
+def test_commands_that_would_be_refused_are_found(parse, command, fault):
+  found = list(check.wrong_commands(page(f"    {command}\n"), parse))
   assert bool(found) == bool(fault) and fault in "".join(found)
 
 

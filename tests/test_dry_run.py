@@ -144,14 +144,14 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "phase"),
   [
-    ({"score_path": "vmap"}, "scores, per-example gradients"),
+    ({"score_path": "vmap"}, "losses and scores, per-example gradients"),
     ({"policy": "matching", "sketch_size": 4}, "projected gradients (train)"),
     ({"policy": "auto", "sketch_size": 4}, "projected gradients (eval)"),
-    ({"policy": "rds"}, "hidden states above the top layer (train)"),
+    ({"policy": "rds"}, "embeddings (train)"),
     ({"normalize": "whitened_cosine", "solver": "identity", "sketch_size": 4}, "projected gradients (eval)"),
     ({"solver": "ekfac"}, "EK-FAC of"),
     ({"solver": "datainf"}, "datainf"),
-    ({"write": "query", "query_block": 4}, "per query: gradients and scores, 3 blocks"),
+    ({"write": "query", "query_block": 4}, "scores of evaluation examples, 3 blocks"),
     ({"write": "self", "solver": "identity"}, "scores and norms"),
   ],
 )

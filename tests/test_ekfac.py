@@ -241,7 +241,7 @@ def test_closer_to_the_dense_inverse_than_kfac_and_identity():
 # --- what must not change it ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+@pytest.mark.parametrize("curvature", [pytest.param("ggn", marks=pytest.mark.slow), "fisher"])
 def test_does_not_depend_on_the_cut_into_batches_nor_on_padding(curvature):
   t = make_tiny()
   settings = ekfac.EkfacSettings(curvature=curvature, microbatch=3)
@@ -438,7 +438,9 @@ def test_a_file_of_another_fit_or_a_damaged_one_is_refused(tmp_path):
       ekfac_store.load(path, identity)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)])
+@pytest.mark.parametrize(
+  ("dtype", "rtol"), [pytest.param(jnp.float32, 1e-4, marks=pytest.mark.slow), (jnp.bfloat16, 0.1)]
+)
 def test_narrow_weights_have_factors_in_single_precision(dtype, rtol):
   _, wanted = fisher_fit()
   config = tiny.smaller_config()

@@ -15,9 +15,11 @@ from experiments.coverage.settings import CoverageSettings
 from experiments.fidelity.settings import FidelitySettings
 from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline import fields
+from in2core_jax.pipeline import checks, fields
 from in2core_jax.pipeline.fields import Checked
+from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import GROUPS, Settings
+from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training.recipe import steps_for
 
@@ -38,29 +40,9 @@ class Every(*flags.OTHERS):
 
 
 @pytest.fixture
-def parser(monkeypatch):
+def parser():
   """Makes the parser of a command line, as the command with that settings class has it."""
-  own = absl_flags.FlagValues()
-  monkeypatch.setattr(absl_flags, "FLAGS", own)
-  for name in ("DEFINE_enum", "DEFINE_bool", "DEFINE_integer", "DEFINE_float", "DEFINE_string"):
-    make = getattr(absl_flags, name)
-    monkeypatch.setattr(absl_flags, name, lambda *a, make=make, **k: make(*a, **k | {"flag_values": own}))
-
-  def make_parser(kind=Settings):
-    for name in list(own):
-      delattr(own, name)
-    flags.define(kind)
-
-    def parse(*line):
-      own.unparse_flags()
-      for name in flags.names():
-        own[name].unparse()
-      own(["command", *line])
-      return flags.read(kind)
-
-    return parse
-
-  return make_parser
+  return flags.Parser
 
 
 @pytest.fixture
@@ -88,7 +70,9 @@ def test_every_settings_class_is_among_the_commands():
 
   defined = {kind for kind in below(Settings) if kind.__module__.startswith("experiments.")}
   shared = (settings.FinetuneFlags, settings.SelectFlags, settings.EvaluateFlags, settings.DemoFlags)
-  assert defined - {*shared, settings.OracleFlags} == set(flags.OTHERS)  # these have no flags of their own
+  assert defined - {*shared, settings.OracleFlags, settings.InteropFlags} == set(
+    flags.OTHERS
+  )  # these have no flags of their own
 
 
 def test_what_is_accepted_is_in_the_range_and_the_rest_is_one_line(read):
@@ -131,11 +115,47 @@ def test_what_is_accepted_is_in_the_range_and_the_rest_is_one_line(read):
     ("--template_date=tomorrow", "^--template_date=tomorrow is no date"),
     ("--train_data= ", "^--train_data= is empty"),
     ("--hardware=v5e-8", "^--hardware=v5e-8 is for --dry_run=true"),
+    ("--damping=1e-39", "--damping=1e-39 is 0 in float32"),
+    ("--learning_rate=1e-400", "learning_rate=1e-400: is too small for a number of this computer"),
   ],
 )
 def test_the_message_has_name_value_and_range(read, flag, words):
-  with pytest.raises(UserError, match=words):
+  with pytest.raises((UserError, absl_flags.Error), match=words):
     read(flag)
+
+
+def test_entries_of_lists_in_order_do_not_move_up():
+  assert in_order("3, ,1;", "x", ";") == ["3, ,1"] and in_order("", "x") == [] and in_order("1,2,", "x") == ["1", "2"]
+  for text in ("1,,2", ",1"):
+    with pytest.raises(UserError, match=f"--x={text}: entry [12] of this list is empty"):
+      in_order(text, "x")
+
+
+FLAGFILES = {
+  "with a mark of the byte order": "\ufeff# first\n--seed=3\n",
+  "with a mark before a flag": "\ufeff--seed=3\n",
+  "with other line ends": "# first\r\n\r\n--seed=3\r\n--layers=all\r",
+  "with blanks before the name of another": "  --flagfile={other}\n",
+  "that names another": "--flagfile={other}\n",
+}
+
+
+@pytest.mark.parametrize("name", FLAGFILES)
+def test_a_flagfile_is_read_whatever_wrote_it(parser, tmp_path, name):
+  file, other = tmp_path / "a.flags", tmp_path / "b.flags"
+  other.write_text("--seed=3\n")
+  file.write_bytes(FLAGFILES[name].format(other=other).encode())
+  parser()
+  assert "--seed=3" in cli._with_flagfiles(["command", f"--flagfile={file}"])
+  assert cli._with_flagfiles(["command", "--system_prompt", "# x"])[1:] == ["--system_prompt", "# x"]
+
+
+def test_flagfiles_without_end_are_refused(parser, tmp_path):
+  file = tmp_path / "a.flags"
+  file.write_text(f" --flagfile={file}\n")
+  parser()
+  with pytest.raises(UserError, match="flagfiles name each other more than 10 times"):
+    cli._with_flagfiles(["command", f"--flagfile={file}"])
 
 
 @pytest.mark.parametrize(
@@ -334,13 +354,22 @@ def test_a_number_that_is_not_set_stays_so():
   assert not made.is_set("damping") and made.as_flags() == []
 
 
+def test_a_policy_that_is_gone_names_the_one_to_take(parser):
+  with pytest.raises(UserError, match="policy=matching_quota is gone: use matching"):
+    Settings(policy="matching_quota")
+  with pytest.raises(absl_flags.Error, match="policy=matching_topic: it is gone: use matching"):
+    parser(settings.SelectFlags)("--policy=matching_topic")
+  with pytest.raises(UserError, match="--policies=full,matching_quota: matching_quota is gone: use matching"):
+    checks.policies_of(Settings(policies="full,matching_quota"))
+  assert not set(coreset.GONE) & set(coreset.POLICIES) and set(coreset.GONE.values()) <= set(coreset.POLICIES)
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
 def shown(kind, parser, monkeypatch, full=False):
-  parser(kind)
   monkeypatch.setattr(sys.modules["__main__"], "__doc__", "Does it.")
-  return help_text.help_text(full)
+  return help_text.help_text(full, parser(kind).flags)
 
 
 def test_help_of_select_is_short_and_in_order(parser, monkeypatch):
@@ -375,7 +404,7 @@ def test_help_of_everything_has_other_commands_and_old_names(parser, monkeypatch
 def test_every_command_shows_its_own_flags_once(parser, monkeypatch, kind):
   named = re.findall(r"^  --(\w+)", shown(kind, parser, monkeypatch), re.M)
   own = {field.name for field in dataclasses.fields(kind)}
-  assert len(named) == len(set(named)) and set(named) <= own and "run_dir" in named
+  assert len(named) == len(set(named)) and set(named) <= own and ("to" if "to" in own else "run_dir") in named
   assert {name for name in own if FIELDS[name].metadata["group"] not in GROUPS} <= set(named)
 
 
@@ -388,8 +417,8 @@ def test_every_command_shows_its_own_flags_once(parser, monkeypatch, kind):
     ("--xyz", "unknown flag --xyz; --help lists the flags"),
   ],
 )
-def test_an_unknown_flag_is_one_line_with_those_that_are_like_it(parser, line, told):
-  parser(settings.SelectFlags)
+def test_an_unknown_flag_is_one_line_with_those_that_are_like_it(parser, monkeypatch, line, told):
+  monkeypatch.setattr(absl_flags, "FLAGS", parser(settings.SelectFlags).flags)
   with pytest.raises(UserError) as caught:
     cli._parse(["select", line], None)
   assert str(caught.value).startswith(told) and "\n" not in str(caught.value)

@@ -26,6 +26,12 @@ def dtype(request):
     yield request.param
 
 
+# Double precision is the stricter one: where either compiles for long, the other is for the slow tier.
+single_is_slow = pytest.mark.parametrize(
+  "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64], ids=["f32", "f64"], indirect=True
+)
+
+
 def jitted(fn, objective, **static):
   """A derivative of `gradients` as a compiled function of arrays only."""
   return jax.jit(functools.partial(fn, objective, **static))
@@ -44,10 +50,10 @@ def whole_loss_gradients(t):
 @pytest.mark.parametrize(
   ("layers", "modules", "changes", "extra"),
   [
-    ("0,3,4", "all,final_norm", {"attention_bias": True}, {}),
+    pytest.param("0,3,4", "all,final_norm", {"attention_bias": True}, {}, marks=pytest.mark.slow),
     ("3", "lora,embed", {}, {"lora": 2}),
     ("2,3", "mlp,embed,lm_head", {"tie_embeddings": False, "sliding_window": 4}, {}),
-    ("1,3", "all,embed", tiny.GEMMA3, {}),
+    pytest.param("1,3", "all,embed", tiny.GEMMA3, {}, marks=pytest.mark.slow),
   ],
   ids=["not contiguous", "lora and tied embedding", "untied head", "gemma 3"],
 )
@@ -123,6 +129,7 @@ def test_any_microbatch_size_gives_the_closed_form(size, dtype):
     close(np.column_stack([found["w"], found["b"]]), v @ wanted)
 
 
+@single_is_slow
 def test_scores_are_the_same_by_every_path(dtype):
   t = tiny.make_tiny("0,1", "mlp,norms,sketch,final_norm", dtype, tiny.make_config(num_layers=2), sketch=3)
   v = tiny.direction(t.sub, queries=2)
@@ -182,6 +189,7 @@ PRODUCTS = {
 }
 
 
+@single_is_slow
 def test_the_boundary_cache_changes_nothing(dtype):
   t = tiny.make_tiny("2", "all", dtype, tiny.make_config(num_layers=3))
   hidden = jax.jit(functools.partial(decoder.run_below, t.config, t.subtree))(t.frozen, t.batch.tokens)
@@ -238,9 +246,9 @@ def dense_by_products(product, t, unravel, size):
 @pytest.mark.parametrize(
   ("layers", "modules", "changes"),
   [
-    ("0,2", "attention/q_proj,mlp/down_proj,norms,final_norm", {}),
+    pytest.param("0,2", "attention/q_proj,mlp/down_proj,norms,final_norm", {}, marks=pytest.mark.slow),
     ("2", "mlp/up_proj,lm_head", {"tie_embeddings": False}),
-    ("1,2", "attention/k_proj,norms", tiny.GEMMA3),
+    pytest.param("1,2", "attention/k_proj,norms", tiny.GEMMA3, marks=pytest.mark.slow),
   ],
   ids=["hidden states as outputs", "logits as outputs", "gemma 3"],
 )
@@ -260,7 +268,11 @@ def test_products_are_the_columns_of_dense_matrices(layers, modules, changes, x6
   assert np.linalg.eigvalsh(wanted["hessian"])[0] < -1e-3  # what the solvers must notice does occur
 
 
-@pytest.mark.parametrize("outputs", [gradients.OUTPUTS_AT_ONCE, 1, 2000], ids=["queries at once", "single", "groups"])
+@pytest.mark.parametrize(
+  "outputs",
+  [pytest.param(gradients.OUTPUTS_AT_ONCE, marks=pytest.mark.slow), 1, 2000],
+  ids=["queries at once", "single", "groups"],
+)
 def test_the_head_in_chunks_gives_the_same_products(outputs, monkeypatch, x64):
   t, flat, unravel, _, _ = flat_problem("2", "mlp/up_proj")
   whole = {name: dense_by_products(product, t, unravel, len(flat)) for name, product in PRODUCTS.items()}

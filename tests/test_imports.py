@@ -112,6 +112,17 @@ def test_modules_inside_the_rooms_import_each_other_in_no_circle():
   TopologicalSorter(graph).prepare()
 
 
+def test_select_is_six_named_steps_of_at_most_ten_lines():
+  tree = ast.parse((ROOT / PACKAGE / "pipeline" / "select.py").read_text())
+  defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+  calls = [node.func for node in ast.walk(defined["run"]) if isinstance(node, ast.Call)]
+  steps = [name for name in defined if name in {call.id for call in calls if isinstance(call, ast.Name)}]
+  assert len(steps) == 6
+  for name in steps:
+    first = defined[name].body[1]  # after the docstring
+    assert defined[name].end_lineno - first.lineno < 10, name
+
+
 @pytest.mark.parametrize(
   ("source", "findings"),
   [

@@ -145,8 +145,14 @@ def measure(kind, linear, solver):
   return scores, change
 
 
-@pytest.mark.parametrize("kind", ["ridge", "logistic"])
-@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
+@pytest.mark.parametrize(
+  ("kind", "solver"),
+  [
+    *(("ridge", solver) for solver in ("exact", "cg", "lissa")),
+    *(("logistic", solver) for solver in ("exact", "cg")),
+    pytest.param("logistic", "lissa", marks=pytest.mark.slow),
+  ],
+)
 def test_influence_is_leaving_out_and_fitting_again(kind, solver, x64):
   scores, change = measure(kind, make_linear(kind), solver)
   slope = float(np.dot(change, scores / N) / np.dot(scores / N, scores / N))
@@ -515,7 +521,9 @@ def test_ekfac_is_fitted_to_its_own_stream_by_its_own_function(decoder, x64):
     solve(unlabelled, d.v, SolverSettings("ekfac"), d.data)
 
 
-@pytest.mark.parametrize("precondition", ["none", "ekfac", "diagonal"])
+@pytest.mark.parametrize(
+  "precondition", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ekfac", "diagonal"))]
+)
 def test_cg_gives_the_dense_inverse_with_any_preconditioner(decoder, precondition, x64):
   d, h, settings = decoder, decoder.h["ggn"], SolverSettings("cg", damping_ratio=0.01, depth=600, tol=1e-9)
   result = solve(d.problem, d.v, dataclasses.replace(settings, precondition=precondition), d.data)
@@ -561,18 +569,17 @@ def test_a_stored_fit_is_reused_and_never_trusted_blindly(decoder, tmp_path, cap
   assert len(list((tmp_path / "ekfac").iterdir())) == 3 and path.read_bytes() == stored
 
 
-def test_an_example_without_response_scores_exactly_0():
+@pytest.mark.parametrize("solver", ["identity", pytest.param("lissa", marks=pytest.mark.slow)])
+def test_an_example_without_response_scores_exactly_0(solver):
   t = tiny.make_tiny()
   problem = CompiledObjective(t.objective, t.sub, t.frozen, microbatch=4)
   stream = tiny_stream(t.batch)
   data = CurvatureData(stream, stream, lambda key: t.batch)
   v = problem.mean_gradient(stream)
-  for solver in ("identity", "lissa"):
-    settings = SolverSettings(solver, damping_ratio=0.1, depth=10)
-    solution = solve(problem, v, settings, data).solution
-    for path in ("jvp", "vmap"):
-      scores = problem.scores(stream, len(tiny.ROLES), solution, path)[0]
-      assert scores[tiny.NO_RESPONSE] == 0 and np.count_nonzero(scores) == len(tiny.ROLES) - 1
+  solution = solve(problem, v, SolverSettings(solver, damping_ratio=0.1, depth=10), data).solution
+  for path in ("jvp", "vmap"):
+    scores = problem.scores(stream, len(tiny.ROLES), solution, path)[0]
+    assert scores[tiny.NO_RESPONSE] == 0 and np.count_nonzero(scores) == len(tiny.ROLES) - 1
   assert problem.losses(stream, len(tiny.ROLES))[tiny.NO_RESPONSE] == 0
 
 
@@ -661,7 +668,7 @@ OTHER_SOLVERS = ("lissa", "low_rank", "datainf", "ekfac")
     ("cg", 0.95),
     ("lissa", 0.95),
     ("low_rank", 0.95),
-    ("datainf", 0.9),
+    pytest.param("datainf", 0.9, marks=pytest.mark.slow),
     pytest.param("ekfac", 0.9, marks=pytest.mark.slow),
   ],
 )

@@ -128,6 +128,7 @@ def logits_in_numpy(config, params, tokens):
   return h @ (params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_curvature_of_the_head_is_right_for_many_queries():
   """At the real size: [12, 400, 49152] at once was compiled wrongly by jaxlib 0.10.2 on CPU, from 0.8 GB on."""

@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 from safetensors.numpy import save_file
 
 from experiments import flags
-from experiments.paper import paper
+from experiments.paper import commands, paper, provenance, results
 from experiments.paper.settings import PaperSettings
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
@@ -180,9 +180,9 @@ def test_other_weights_under_the_same_name_start_anew(made, caplog, tmp_path):
   assert run() == (0, [])
   file = tmp_path / "mine.gguf"
   file.write_bytes(b"1")
-  first = paper.model_content(f"gguf:{file}")
+  first = commands.model_content(f"gguf:{file}")
   file.write_bytes(b"22")
-  assert first and paper.model_content(f"gguf:{file}") != first and paper.model_content("smollm2") == ""
+  assert first and commands.model_content(f"gguf:{file}") != first and commands.model_content("smollm2") == ""
 
 
 def test_how_fast_is_no_other_command(made):
@@ -303,7 +303,7 @@ def test_commands_get_what_was_given_and_work_alone(tmp_path):
   full = s.replace(preset="full")
   assert parsed(paper.command(step, full)[4:])["dtype"] == "bfloat16"
   # A default that was asked for undoes a flagfile, and is not said where there is nothing to undo.
-  assert paper.given(step, PaperSettings(), ("boundary_cache", "dtype", "seed")) == ["--boundary_cache=auto"]
+  assert commands.given(step, PaperSettings(), ("boundary_cache", "dtype", "seed")) == ["--boundary_cache=auto"]
   assert parsed(paper.command(step, full, ("dtype",))[4:])["dtype"] == "float32"
   assert set(paper.HOW_FAST) < set(session._WHERE_AND_HOW_FAST)
 
@@ -347,13 +347,13 @@ def test_the_published_command_is_the_one_that_ran_without_paths(made, tmp_path)
 
 def test_flagfiles_of_the_project_are_shown_with_their_folder():
   step = next(step for step in paper.STEPS if step.name == "transfer")
-  shown = paper.shown_command(step, PaperSettings(preset="full", batch_tokens=512))
+  shown = commands.shown_command(step, PaperSettings(preset="full", batch_tokens=512))
   assert "--flagfile=experiments/flags/transfer.flags" in shown and "--batch_tokens=512" in shown
   assert "--flagfile=experiments/flags/paper-full.flags" in shown and str(ROOT) not in shown
   assert "'--score_models=smollm2;truncated:smollm2:15;gemma3'" in shown  # to be pasted into a shell
 
 
-def test_what_cannot_go_well_is_refused_before_the_work(made, monkeypatch):
+def test_what_cannot_go_well_is_refused_before_the_work(made):
   for named, changes, said in (
     (["epochs", "mesh"], {}, "--epochs is not passed on"),
     ([], {"run_dir": "gs://bucket/runs"}, "local folders"),
@@ -366,14 +366,6 @@ def test_what_cannot_go_well_is_refused_before_the_work(made, monkeypatch):
   (made.alpaca.parent / "a+b.json").write_text(made.alpaca.read_text())
   with pytest.raises(UserError, match="joined by"):
     made.run(alpaca=str(made.alpaca.parent / "a+b.json"))
-  # Of one example the flagfile's limit of five leaves nothing to a second block.
-  changes = ("--train_data=jsonl:{alpaca}", "--limit_block=1")
-  fresh = paper.Step("fresh", "study", "table", str(made.flagfile), "other examples", changes)
-  monkeypatch.setattr(paper, "STEPS", (*paper.STEPS, fresh))
-  with pytest.raises(
-    UserError, match="fresh leaves out the first 5 examples of the train part, which has [01]: give a"
-  ):
-    made.run()
   assert made.started == [] and not pathlib.Path(made.settings.run_dir).exists()
 
 
@@ -397,15 +389,15 @@ def test_machine_and_devices_are_those_of_the_run(made, monkeypatch):
 
 def test_a_step_without_devices_in_its_files_asks_another_process(tmp_path, monkeypatch):
   (tmp_path / "table.json").write_text('{"devices": [1, 2]}')
-  paper._devices_here.cache_clear()
+  provenance._devices_here.cache_clear()
   summary = {"platform": "tpu", "device_kind": "TPU v5", "num_devices": 4}
   done = subprocess.CompletedProcess([], 0, f"a line\n{json.dumps(summary)}\n", "")
   monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
   assert paper.devices(tmp_path) == "4 x TPU v5"
-  paper._devices_here.cache_clear()
+  provenance._devices_here.cache_clear()
   monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no devices"))
   assert paper.devices(tmp_path) == ""
-  paper._devices_here.cache_clear()
+  provenance._devices_here.cache_clear()
 
 
 def test_a_stop_lets_the_experiment_save_and_keeps_the_seconds(made, monkeypatch, tmp_path):
@@ -480,7 +472,7 @@ def test_files_of_an_earlier_run_do_not_stay(made):
 
 
 def test_a_large_file_is_left_out_and_named(made, monkeypatch, caplog):
-  monkeypatch.setattr(paper, "_MOST_BYTES", 5)
+  monkeypatch.setattr(results, "_MOST_BYTES", 5)
   made.run(only="first")
   assert "a.svg is not published: 6 bytes, more than 5" in caplog.text
   assert not (pathlib.Path(made.settings.results_dir) / "quick" / "first" / "plots").exists()

@@ -167,6 +167,7 @@ def alone(bench, tmp_path_factory):
   return scored_on(bench, tmp_path_factory.mktemp("alone"))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("spec", ["data:2,fsdp:2", "fsdp:8"])
 def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, monkeypatch):

@@ -203,7 +203,7 @@ def test_plain_turns_keep_the_hash_that_they_had():
     ({"instruction": "Q", "output": "A", "history": "earlier"}, "'history' must be a list of earlier rounds"),
     ({"instruction": "Q", "output": "A", "history": [["q"]]}, "must be a question and its answer"),
     (chat(U, A, history=[["q", "a"]]), "earlier rounds beside a list of turns"),
-    (chat(U, A, rejected="B"), "pairs of a chosen and a rejected answer"),
+    (chat(U, A, rejected="B"), "without the other answer: a preference pair has"),
     (chat(U, A, label=False), "an answer that is not to be learnt"),
     (chat(U, A, weight=0), "takes the record out of the loss"),
     (chat(U, A, weight=2.5), "all examples weigh the same"),

@@ -250,10 +250,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-  "path",
-  [
-    pytest.param(path, marks=[pytest.mark.slow] if path in ("ekfac", "trajectory", "datainf") else []) for path in PATHS
-  ],
+  "path", ["lissa", *(pytest.param(path, marks=pytest.mark.slow) for path in PATHS if path != "lissa")]
 )
 def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, counter, alone, tmp_path, monkeypatch, request, path):
   monkeypatch.setattr(resumable, "_SAVING_SHARE", math.inf)

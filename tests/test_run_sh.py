@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import console
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,7 +19,8 @@ def project(tmp_path):
   """A project whose requirements are nothing, so that a set-up takes seconds."""
   for folder in ("experiments/flags", "third_party", "tests", "bin"):
     (tmp_path / folder).mkdir(parents=True)
-  shutil.copy(ROOT / "run.sh", tmp_path / "run.sh")
+  for name in ("run.sh", "experiments/console.py"):
+    shutil.copy(ROOT / name, tmp_path / name)
   (tmp_path / "requirements.txt").write_text("# nothing\n")
   (tmp_path / "third_party/requirements-assets.txt").write_text("# nothing\n")
   shown = "os.getcwd(), sys.argv[1:], os.environ.get('HF_HUB_OFFLINE'), sys.prefix"
@@ -54,7 +57,7 @@ def assert_one_line(result: subprocess.CompletedProcess, *seen: str) -> None:
 
 def test_help_and_unknown_command_need_no_environment(project):
   shown = run(project)
-  assert shown.returncode == 0 and "\n  select     score" in shown.stdout
+  assert shown.returncode == 0 and all(f"\n  {name:<10} {job}\n" in shown.stdout for name, job in console.MAIN.items())
   result = run(project, "slect")
   assert_one_line(result, "'slect'", "setup test lint docs help demo select")
   assert "cli" not in result.stderr and "workbench" not in result.stderr and result.stderr.count("\n") == 1

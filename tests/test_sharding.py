@@ -19,7 +19,7 @@ from in2core_jax.params import subtree
 quick_compile = tiny.quick_compile
 P = PartitionSpec
 CONFIG = decoder.ModelConfig(96, 32, 64, 3, 4, 2, 8)
-MESHES = ("data:8", "data:4,fsdp:2", "data:2,fsdp:4")
+MESHES = ("data:2,fsdp:4", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("data:8", "data:4,fsdp:2")))
 
 
 def make_params(modules, dtype=np.float32):

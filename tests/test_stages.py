@@ -153,6 +153,14 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   before = (folder / "scores.parquet").stat().st_mtime_ns
   select.run(chosen, bench)
   assert (folder / "scores.parquet").stat().st_mtime_ns == before
+  # nor is there for other forms, but to write them
+  select.run(chosen.replace(coreset_format="tokens", write="query,pool"), bench)
+  assert (folder / "scores.parquet").stat().st_mtime_ns == before
+  assert len(run_folder.read_parquet(folder / "pool_scored.parquet", only=["rank"])["rank"]) == 40
+  assert (folder / "coreset_tokens" / "state.json").exists()
+  assert not (folder / "coreset_chat.jsonl").exists()  # these records are conversations
+  assert 'data_files="coreset.jsonl"' in (folder / "train_with.md").read_text()
+  assert [row["weight"] for row in summary["sources"]] == [1.0]
   with pytest.raises(UserError, match="depth is 4 there and 5 now"):
     select.run(chosen.replace(depth=5), bench)
 
@@ -189,7 +197,7 @@ def test_an_evaluation_set_of_another_kind_is_told(settings, bench, trained, tmp
   assert "mostly noise (4 % kept)" in few_queries(told, unknown, 1200)[0]
   assert few_queries(told, apart, 1200) == few_queries(told, None, 1200) == []
   assert few_queries(told.replace(matching_shrink=False), unknown, 1200) == []
-  others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching_quota"}]
+  others = [{"checkpoint": ""}, {"solver": "identity"}, {"solver": "lissa"}, {"policy": "matching"}]
   for other in (*others, {"matching_shrink": False}):
     assert better_policy(told.replace(**other), apart) == []
   summary = json.loads((pathlib.Path(select.run(told, bench)) / "summary.json").read_text())
@@ -223,6 +231,7 @@ def test_variants_and_parts_of_the_scores(settings, bench, trained, tmp_path):
   assert np.abs(cosines).max() <= 1 and np.abs(cosines).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_store_estimates_the_scores_and_is_used_again(settings, bench, tmp_path, monkeypatch):
   common = settings.replace(solver="identity", sketch_size=32)
   exact = pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / "exact")), bench))
@@ -251,7 +260,7 @@ def test_sums_over_checkpoints(settings, bench, tmp_path):
   run = lambda name: run_folder.read_scores(  # noqa: E731
     pathlib.Path(select.run(common.replace(run_dir=str(tmp_path / name), trajectory=name), bench)) / "scores.parquet"
   )["influence"]
-  weights = finetune_lib.step_weights(checkpoint, steps)
+  weights = finetune_lib.kept_weights(checkpoint)
   assert weights[4] > weights[10] > 0
   by_hand = 0.0
   for step in steps:
@@ -375,10 +384,34 @@ def test_two_runs_give_the_same_bytes(settings, bench, tmp_path):
   assert files[0] == files[1]
   (tmp_path / "b" / "coreset.jsonl").write_bytes(b"another's\n")  # "finished" means that all files are whole
   (tmp_path / "b" / "report.md").unlink()
-  with pytest.raises(UserError, match="coreset.jsonl is not what it selected"):
+  with pytest.raises(UserError, match="coreset.jsonl: damaged or changed since it was written"):
     read_selection(str(tmp_path / "b"), bench)
   folder = pathlib.Path(select.run(settings.replace(run_dir=str(tmp_path / "b")), bench))
   assert [(folder / file).read_bytes() for file in ("scores.parquet", "coreset.jsonl", "report.md")] == files[0]
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_of_a_select_run_is_named_or_harmless_and_mended(settings, bench, tmp_path):
+  settings = settings.replace(run_dir=str(tmp_path / "run"), write="layer")
+  folder = pathlib.Path(select.run(settings, bench))
+  policy, wanted = read_selection(str(folder), bench)
+  whole = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+  for path, data in whole.items():
+    at = len(data) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    try:
+      found, columns = read_selection(str(folder), bench)
+      assert found == policy and all((columns[name] == wanted[name]).all() for name in wanted), path.name
+    except UserError as error:
+      assert path.name in str(error) and "\n" not in str(error)
+    if path.name == run_folder.MANIFEST:
+      with pytest.raises(UserError, match=r"manifest.json: (damaged|not JSON)"):
+        select.run(settings, bench)
+      path.write_bytes(data)
+      continue
+    select.run(settings, bench)
+    assert not run_folder.RunDir.load(folder).damaged(), path.name
+    assert (folder / "scores.parquet").read_bytes() == whole[folder / "scores.parquet"]
 
 
 @pytest.mark.real
@@ -395,7 +428,7 @@ def test_two_devices_give_the_scores_of_one(settings, bench):
   np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-5 * np.abs(scores[0]).max())
 
 
-@pytest.mark.parametrize("solver", ["identity", "datainf", "cg"])
+@pytest.mark.parametrize("solver", ["identity", pytest.param("datainf", marks=pytest.mark.slow), "cg"])
 def test_other_solvers_and_policies(settings, bench, tmp_path, solver):
   policy = {"identity": "matching", "datainf": "highest_loss", "cg": "random"}[solver]
   chosen = settings.replace(run_dir=str(tmp_path / "run"), solver=solver, policy=policy, budget=7)
@@ -505,6 +538,7 @@ def test_evaluate_compares_and_keeps_finished_trainings(settings, bench, trained
     evaluate.run(chosen.replace(policies="best"), bench)
 
 
+@pytest.mark.slow
 def test_boundary_cache_changes_nothing(settings, bench, tmp_path):
   scores = []
   for cache in ("memory", "disk", "off"):

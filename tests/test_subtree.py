@@ -176,6 +176,12 @@ def test_segments_hold_each_layer_in_its_place(layers, modules):
     tiny.assert_trees_equal(subtree.below_params(frozen, chosen), below)
 
 
+@pytest.mark.parametrize(("layers", "modules"), [("all", "all,embed,lm_head"), ("0", "norms,lora"), ("1,2", "mlp")])
+def test_the_size_is_that_of_what_split_gives(layers, modules):
+  tree = subtree.make_subtree(PARAMS, layers, modules)
+  assert subtree.size_of(PARAMS, tree) == subtree.count(subtree.split(PARAMS, tree)[0]) > 0
+
+
 def test_a_subtree_is_a_static_argument():
   first, second = (subtree.make_subtree(PARAMS, "last:2", "mlp,embed,embed") for _ in range(2))
   assert first == second

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import Killed, open_session, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
-from experiments.paper import paper
+from experiments.paper import commands, paper
 from experiments.paper.settings import PaperSettings
-from experiments.study import study
+from experiments.study import report, study, variants
 from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
@@ -179,12 +179,12 @@ def test_reports_of_select_runs_have_names_of_their_own():
 
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
-  line = (paper._FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
-  assert len(study.variants_of(StudySettings(variants=line))) > 10
+  line = (commands.FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
+  assert len(variants.variants_of(StudySettings(variants=line))) > 10
   for step in paper.STEPS:
     for change in step.changes:
       if change.startswith("--variants="):
-        assert study.variants_of(StudySettings(variants=change.removeprefix("--variants=")))
+        assert variants.variants_of(StudySettings(variants=change.removeprefix("--variants=")))
 
 
 def test_evaluation_topics(settings, bench):
@@ -202,8 +202,8 @@ def test_evaluation_topics(settings, bench):
 
 def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_path, monkeypatch):
   names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 10 queries"
-  every = study._variant("matching", trained=True, queries=10)
-  monkeypatch.setattr(study, "VARIANTS", study.VARIANTS | {"matching, 10 queries": every})
+  every = variants.make_variant("matching", trained=True, queries=10)
+  monkeypatch.setattr(variants, "VARIANTS", variants.VARIANTS | {"matching, 10 queries": every})
   chosen = settings.replace(run_dir=str(tmp_path / "study"), variants=names, eval_limit=10)
   folder = study.run(chosen, bench)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
@@ -231,10 +231,13 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
   assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
     study.run(chosen.replace(variants="best"), bench)
+  with pytest.raises(UserError, match="no rule 'proponents, cg, cut at 96': name 'proponents, cg', and change"):
+    variants.variants_of(chosen.replace(variants="matching; proponents, cg, cut at 96"))
   with pytest.raises(UserError, match="--variants=; names no rule"):
-    study.variants_of(chosen.replace(variants=";"))
+    variants.variants_of(chosen.replace(variants=";"))
 
 
+@pytest.mark.slow
 def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
   """The same examples and model, shorter; what no cut reaches is the rule itself, and is not trained again."""
   length = int(max(part.num_tokens.max() for part in bench.splits.values()))
@@ -244,9 +247,10 @@ def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkey
     assert dataset.ids == bench.splits[part].ids
     np.testing.assert_array_equal(dataset.num_tokens, np.minimum(bench.splits[part].num_tokens, short))
   assert cut.model.params is bench.model.params and bench.splits["train"].num_tokens.max() > short
-  rules = {"matching": study.VARIANTS["matching"]}
-  rules |= {f"matching, cut at {n}": study._variant("matching", trained=True, max_length=n) for n in (short, length)}
-  monkeypatch.setattr(study, "VARIANTS", rules)
+  rules = {"matching": variants.VARIANTS["matching"]}
+  of_length = lambda n: variants.make_variant("matching", trained=True, max_length=n)  # noqa: E731
+  rules |= {f"matching, cut at {n}": of_length(n) for n in (short, length)}
+  monkeypatch.setattr(variants, "VARIANTS", rules)
   folder = study.run(settings.replace(run_dir=str(tmp_path / "cut"), variants="; ".join(rules)), bench)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
   whole, half = rows[f"matching, cut at {length}"], rows[f"matching, cut at {short}"]
@@ -260,13 +264,13 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     num_tokens=np.full(len(responses), 9), num_response_tokens=np.array(responses)
   )
   whole, cut = part(*[3] * 8, 0), part(*[2] * 5, *[0] * 4)
-  rule = study.VARIANTS["matching, cut at 48"]
+  rule = variants.make_variant("matching", trained=True, max_length=48)
   assert study.budget_for(settings.replace(budget=0.5), rule, whole, cut) == Budget(num_examples=4)
   tokens = settings.replace(budget="30tok")
   assert study.budget_for(tokens, rule, whole, cut) == Budget(token_budget=30)
   with pytest.raises(UserError, match="choose 6 examples, but only 5 have a response within 48 tokens"):
-    study.budget_for(study.settings_of(settings.replace(budget=0.75, max_length=96), rule), rule, whole, cut)
-  assert study.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
+    study.budget_for(variants.settings_of(settings.replace(budget=0.75, max_length=96), rule), rule, whole, cut)
+  assert variants.settings_of(settings.replace(max_length=32), rule).max_length == 32  # no more than is trained on
 
 
 @pytest.mark.parametrize(
@@ -288,8 +292,8 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
   ],
 )
 def test_a_study_that_cannot_be_is_refused_before_the_work(settings, bench, tmp_path, monkeypatch, changes, words):
-  rules = study.VARIANTS | {"matching, cut at 2": study._variant("matching", trained=True, max_length=2)}
-  monkeypatch.setattr(study, "VARIANTS", rules)
+  rules = variants.VARIANTS | {"matching, cut at 2": variants.make_variant("matching", trained=True, max_length=2)}
+  monkeypatch.setattr(variants, "VARIANTS", rules)
   if not words:
     assert study.check_variants(bench, settings.replace(**changes)) is None
     return
@@ -319,12 +323,12 @@ def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
   monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
   run_dir = run_folder.RunDir.open(str(tmp_path / "copies"), {})
   judged = study.Study(bench, settings, "", run_dir)
-  chosen = [judged.rows(study.VARIANTS["random, copies last"], seed) for seed in range(3)]
+  chosen = [judged.rows(variants.VARIANTS["random, copies last"], seed) for seed in range(3)]
   for rows in chosen:  # half of 8 texts with 4 copies each: two of each text
     np.testing.assert_array_equal(np.bincount(rows // 4), np.full(8, 2))
   assert len({tuple(rows) for rows in chosen}) == 3
   few = study.Study(bench, settings.replace(budget=0.25), "", run_dir)
-  np.testing.assert_array_equal(few.rows(study.VARIANTS["random, copies last"], 0) // 4, np.arange(8))
+  np.testing.assert_array_equal(few.rows(variants.VARIANTS["random, copies last"], 0) // 4, np.arange(8))
 
 
 def test_comparison_by_hand():
@@ -335,12 +339,12 @@ def test_comparison_by_hand():
     row("random", 1, 12.0, 12.0),
     row("mine", 0, 9.0, 11.0),
   ]
-  full, random, mine = study.comparison(rows)
+  full, random, mine = report.comparison(rows)
   assert (full["random sets beaten"], full["beaten by example"], full["to full"]) == ("2 of 2", "2 of 2", "")
   assert (random["perplexity"], random["by example"], random["seeds"], random["random sets beaten"]) == (11, 11, 2, "")
   assert (mine["random sets beaten"], mine["beaten by example"]) == ("2 of 2", "1 of 2")
   assert mine["to full"] == "1.125" and mine["to random"].startswith("0.82")
-  assert study.ranges(rows).endswith(": random 10.000 to 12.000 (10.000 to 12.000).") and study.ranges(rows[:1]) == ""
+  assert report.ranges(rows).endswith(": random 10.000 to 12.000 (10.000 to 12.000).") and report.ranges(rows[:1]) == ""
 
 
 def test_shares_of_rules_that_change_another_by_hand():
@@ -353,16 +357,17 @@ def test_shares_of_rules_that_change_another_by_hand():
     "lone, cut": [1, 2],
   }
   chosen = [TrainingSubset(name, seed, np.array(rows) + seed) for seed in (0, 1) for name, rows in sets.items()]
-  shared = study.shared_with_their_rule(chosen)
+  shared = report.shared_with_their_rule(chosen)
   assert shared == {"matching, quota": 0.5, "cg, cut": 0.5, "cg, cut, more": 1.0}
-  table = study.comparison(
+  table = report.comparison(
     [statistics.RetrainRow(name, 0, 2, 9, 4, 1, 4, 9.0, 9.0) for name in ("full", "random", "cg", "cg, cut")],
-    study.SetFacts(shared, {"random": 0.25, "cg": 1.0}),
+    report.SetFacts(shared, {"random": 0.25, "cg": 1.0}),
   )
   assert [row["shared with its rule"] for row in table] == ["", "", "", "0.50"]
   assert [row["of the target"] for row in table] == ["", "0.25", "1.00", ""]
 
 
+@pytest.mark.slow
 def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
   def kill(*_):
     raise Killed
@@ -423,4 +428,4 @@ def test_paper_knows_its_steps():
   with pytest.raises(UserError, match="needs --alpaca"):
     paper.steps_of(settings.replace(only="study-alpaca"))
   for step in paper.STEPS:
-    assert (paper._FLAGS / step.flagfile).exists(), step.name
+    assert (commands.FLAGS / step.flagfile).exists(), step.name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
-from experiments.study.study import VARIANTS
+from experiments.study.variants import VARIANTS
 from experiments.targets import targets
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.errors import UserError

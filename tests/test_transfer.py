@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings, write_model  # noqa: F401, an autouse fixture
 
-from experiments.transfer import transfer
+from experiments.transfer import report, scorers, transfer
 from experiments.transfer.settings import TransferSettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
@@ -54,6 +54,7 @@ def folder(settings, bench):
   return pathlib.Path(transfer.run(settings, bench))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   result = json.loads((folder / "transfer.json").read_text())
@@ -63,24 +64,22 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   ]
   for name in ("Spearman", "top-half overlap", "overlap of the choices", "ratio to own"):
     assert same[name] == pytest.approx(1, abs=1e-9)
-  assert same["perplexity"] == own["perplexity"] and all(same[name] == own[name] for name in transfer._LOSSES)
+  assert same["perplexity"] == own["perplexity"] and all(same[name] == own[name] for name in report._LOSSES)
   assert half["Spearman"] < 0.99 and half["parameters"] < own["parameters"]
-  assert all(half[name] != own[name] for name in transfer._LOSSES)
+  assert all(half[name] != own[name] for name in report._LOSSES)
   policies = {row["policy"]: (row["seeds"], row["examples"]) for row in result["retrained"]}
   chosen = {f"chosen by {row['scores by']}": (1, 12) for row in (own, same, half)}
   yardsticks = {"full": (1, 24), "longest": (1, 12)}
-  yardsticks |= dict.fromkeys(("random", transfer.AS_LONG, transfer.COPIES_LAST), (2, 12))
+  yardsticks |= dict.fromkeys(("random", scorers.AS_LONG, scorers.COPIES_LAST), (2, 12))
   assert policies == yardsticks | chosen
   tokens = {row["policy"]: row["response_tokens"] for row in result["retrained"]}
   mine = tokens[f"chosen by {own['scores by']}"]
-  assert abs(tokens[transfer.AS_LONG] - mine) < abs(tokens["longest"] - mine)
+  assert abs(tokens[scorers.AS_LONG] - mine) < abs(tokens["longest"] - mine)
   assert tokens["longest"] == max(count for name, count in tokens.items() if name != "full")
   text = (folder / "transfer.md").read_text()
-  assert (
-    "perplexity not to be told apart from that of the model's own choice (" in text and "plots/transfer.svg" in text
-  )
+  assert "perplexity not distinguishable from that of the model's own choice (" in text and "plots/transfer.svg" in text
   assert text.count(" comparisons by token or by example, each at 95%") == 1 and "Measured on these 6 test" in text
-  assert len([line for line in text.splitlines() if f" times {transfer.AS_LONG}'s, 95% interval" in line]) == 3
+  assert len([line for line in text.splitlines() if f" times {scorers.AS_LONG}'s, 95% interval" in line]) == 3
   names = ["transfer.csv", "transfer.tex", "retrained.csv", "retrained.tex", "plots/transfer.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
 
@@ -89,12 +88,13 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
   monkeypatch.setattr(transfer, "distinct_points", lambda points: np.arange(len(points.ids)))
   task = transfer.Transfer(bench, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
   names = [candidate.policy for candidate in task.candidates({"hf:x": np.arange(12)})]
-  assert names == ["full", "random", "random", *[transfer.AS_LONG] * 2, transfer.LONGEST, "chosen by hf:x"]
+  assert names == ["full", "random", "random", *[scorers.AS_LONG] * 2, scorers.LONGEST, "chosen by hf:x"]
   row = lambda policy, seed: statistics.RetrainRow(policy, seed, 2, 9, 4, 1, 4, 2.0, 2.0)  # noqa: E731
-  (line,) = transfer.beside([row(name, seed) for seed, name in enumerate(names)])
-  assert transfer.AS_LONG in line and transfer.COPIES_LAST not in line
+  (line,) = report.beside([row(name, seed) for seed, name in enumerate(names)])
+  assert scorers.AS_LONG in line and scorers.COPIES_LAST not in line
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
@@ -116,6 +116,7 @@ def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder, monkeypatch):
   before = (folder / "transfer.md").read_bytes()
@@ -224,16 +225,16 @@ def test_sentences_follow_the_intervals():
   row = {"scores by": "a", "Spearman": 0.5, "ratio to own": 1.1, "ratio low": 1.01, "ratio high": 1.2}
   row |= {"ratio by example to own": 1.1, "ratio by example low": 0.9, "ratio by example high": 1.3}
   row |= {"overlap of the choices": 0.7, "fine-tuned": True, "learning rate": 1e-3}
-  row |= dict(zip(transfer._LOSSES, (4.0, 3.0), strict=True))
-  said = lambda **changes: transfer.sentences([row, row | changes], 0.5)  # noqa: E731
+  row |= dict(zip(report._LOSSES, (4.0, 3.0), strict=True))
+  said = lambda **changes: report.sentences([row, row | changes], 0.5)  # noqa: E731
   assert "by token perplexity above that" in said()[0] and len(said()) == 1
-  assert "by example perplexity not to be told apart from that" in said()[0]
+  assert "by example perplexity not distinguishable from that" in said()[0]
   assert "shares 70% with the model's own, 50% by chance; Spearman of the scores 0.50)" in said()[0]
-  assert "Spearman" not in transfer.sentences([row, row], 0.5, by_scores=False)[0]
+  assert "Spearman" not in report.sentences([row, row], 0.5, by_scores=False)[0]
   assert "perplexity below that" in said(**{"ratio low": 0.9, "ratio high": 0.99})[0]
-  assert "not to be told apart" in said(**{"ratio low": 0.9})[0]
+  assert "not distinguishable" in said(**{"ratio low": 0.9})[0]
   assert "one training each" in said(**{"ratio low": np.nan, "ratio high": np.nan})[0]
-  worse = {transfer._LOSSES[1]: 4.1}
+  worse = {report._LOSSES[1]: 4.1}
   assert "evaluation loss of a (4.000 before, 4.100 after): overfitted or diverged" in said(**worse)[1]
   assert len(said(**worse, **{"fine-tuned": False})) == 1
 

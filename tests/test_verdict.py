@@ -62,7 +62,7 @@ def test_verdict_calls_a_clear_difference():
 
 def test_verdict_does_not_claim_what_the_interval_does_not_allow():
   text = verdict.verdict(RANDOM + [row("matching", 0, 3.95)])  # below all three, within what a fourth could be
-  assert "cannot be told apart from random, by token" in text and "better" not in text
+  assert "cannot be distinguished from random, by token" in text and "better" not in text
   assert "Full data: not retrained." in text and "full data's" not in text
   assert "lower (better) than random, by token" in verdict.verdict(RANDOM + [row("matching", 0, 3.0)])
   # The same means, on test examples that suit the policy or do not: another test set could say otherwise.
@@ -70,7 +70,7 @@ def test_verdict_does_not_claim_what_the_interval_does_not_allow():
   suits = rng.normal(0, 1.5, SIZE)
   wild = row("matching", 0, 3.0, losses=math.log(3.0) + HARD + suits - suits.mean())
   assert wild.perplexity == pytest.approx(3.0)
-  assert "cannot be told apart from random" in verdict.verdict(RANDOM + [wild])
+  assert "cannot be distinguished from random" in verdict.verdict(RANDOM + [wild])
 
 
 def test_a_difference_by_token_alone_is_told_as_that():
@@ -83,7 +83,7 @@ def test_a_difference_by_token_alone_is_told_as_that():
     rows.append(ev.RetrainRow(policy, seed, 10, 200, 100, 50, 1000, *own, losses, tokens))
   text = verdict.verdict(rows)
   assert "by token lower (better) than random (" in text
-  assert ", but by example cannot be told apart from random (" in text
+  assert ", but by example cannot be distinguished from random (" in text
 
 
 def test_without_an_interval_the_reason_is_told():
@@ -158,7 +158,7 @@ def test_copies_and_near_copies_are_drawn_together():
   found = judging.test_examples(part_of([long, words(2), f"{long} more", "hi", "hi", words(3)]))
   a, b, again, hi, copy, c = found.groups
   assert a == again and hi == copy and len({a, b, hi, c}) == 4
-  assert found.about.startswith("2 of the 6 test examples are copies or near copies")
+  assert found.about.startswith("2 of the 6 test examples are duplicates or near-duplicates")
   shared = words(0)  # an instruction that all have makes no near copies
   assert (
     len(np.unique(near_duplicates.alike([f"{shared} {words(n, 8)}" for n in range(1, 40)], list(map(str, range(39))))))

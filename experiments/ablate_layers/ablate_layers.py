@@ -308,7 +308,8 @@ def run(settings: AblateLayersSettings, bench: Session | None = None) -> str:
   for choice in choices:
     tree = tree_of(choice, params)
     for name in solvers:
-      check_size(s.replace(solver=name), params, tree, f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}")
+      given = f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}"
+      check_size(s.replace(solver=name), subtree.size_of(params, tree), given)
   check_budget(s, bench.splits["train"])
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   if asked[0]:

@@ -390,7 +390,8 @@ def run(settings: CoverageSettings, bench: Session | None = None) -> str:
   folds = folds_of(bench, s)
   solver_inputs.solver_settings(s)  # as the rest, told before the first training
   params = bench.model.params
-  check_size(s, params, subtree.make_subtree(params, s.layers, s.modules), f"--solver={s.solver}")
+  tree = subtree.make_subtree(params, s.layers, s.modules)
+  check_size(s, subtree.size_of(params, tree), f"--solver={s.solver}")
   identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
   bench.splits.write_skipped(run_dir)

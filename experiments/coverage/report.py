@@ -56,7 +56,7 @@ def sentence(found: Findings, judged: str) -> str:
   own, embedding = (next(row for row in found.rows if row["signal"] == name) for name in (judged, YARDSTICK))
   looked = [best(found.rows, words) for words in (("base", "trained"), ("embedding",))]
   gap = coverage.area_difference(signals[judged], signals[YARDSTICK], pooled.uncovered, pooled.points)
-  said = "is not told apart from" if gap.low <= 0 <= gap.high else "is above" if gap.low > 0 else "is below"
+  said = "cannot be distinguished from" if gap.low <= 0 <= gap.high else "is above" if gap.low > 0 else "is below"
   aim = "reaches" if own["AUC"] >= 0.9 else "does not reach"
   return (
     f"The influence received ({judged}) finds test points of held-out topics with an AUC of {own['AUC']:.3f} "
@@ -174,11 +174,11 @@ def markdown(s: CoverageSettings, bench: Session, found: Findings, points: Seque
       f"{len(bench.splits['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
       f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
-      "points whose topic has a training example; of copies one is a test point. A signal is high where the training "
-      "set covers; AUC is that of a low signal for points of held-out topics. Intervals redraw test points; they say "
-      "nothing of other held-out topics, between which AUC differs more (by fold), nor of other trainings (one a "
-      "fold). Lower loss where the signal is "
-      "higher is a negative correlation. 'base' and 'trained' say at which model gradients are taken. The loss drop of "
+      "points whose topic has a training example; of duplicates one is a test point. A signal is high where the "
+      "training set covers; AUC is that of a low signal for points of held-out topics. Intervals redraw test "
+      "points; they say nothing of other held-out topics, between which AUC differs more (by fold), nor of other "
+      "trainings (one a fold). Lower loss where the signal is higher is a negative correlation. 'base' and 'trained' "
+      "say at which model gradients are taken. The loss drop of "
       "fine-tuning itself tells held-out topics with an AUC of "
       f"{drop_area(found.pooled)}.\n",
       "Mean, maximum and positive mass are over the training examples, of a test point's influence or cosine with "

@@ -321,7 +321,8 @@ def run(settings: FidelitySettings, bench: Session | None = None) -> str:
     check_left_out(s, len(trainable_rows(bench)))
   for variant in variants:
     tree = subtree.make_subtree(bench.model.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
-    check_size(settings_of(s, variant), bench.model.params, tree, f"{given}, {variant.name}", depth="krylov")
+    size = subtree.size_of(bench.model.params, tree)
+    check_size(settings_of(s, variant), size, f"{given}, {variant.name}", depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
   identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):

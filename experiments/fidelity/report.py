@@ -187,7 +187,7 @@ def _sentence(group: dict, default, factor: str) -> str:
   tied = [other for other in others if other not in below]
   text = f"{called(best)} has the highest LDS, {shown(group[best].both)}"
   text += f"; above {', '.join(map(called, below))} by more than the interval" if below else ""
-  text += f"; not to be told apart from {', '.join(map(called, tied))}" if tied else ""
+  text += f"; cannot be distinguished from {', '.join(map(called, tied))}" if tied else ""
   if best == default:
     return f"{text}."
   if default in tied:
@@ -223,7 +223,7 @@ def curve_sentences(rows: list[dict]) -> list[str]:
       text = [f"above random's at {', '.join(higher)}"] if higher else []
       text += [f"below random's at {', '.join(lower)}"] if lower else []
       untold = group and all(math.isnan(row[f"{part} change low"]) for row in group)
-      text = text or [f"not to be told apart from random's {'by one seed each' if untold else 'at any share'}"]
+      text = text or [f"cannot be distinguished from random's {'by one seed each' if untold else 'at any share'}"]
       lines.append(f"Without {what}: {part} loss {'; '.join(text)}.")
   return lines
 

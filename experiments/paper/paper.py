@@ -20,43 +20,41 @@ model that is trained and, but in transfer, scored: there the models that select
 import contextlib
 import dataclasses
 import datetime
-import functools
-import json
 import logging
 import os
 import pathlib
-import platform
-import re
-import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Sequence
 
 from absl import flags as command_line
 
 from experiments import flags, subprocesses
+from experiments.paper.commands import (
+  MODEL,
+  arguments,
+  changes_of,
+  command,
+  flagfiles,
+  model_content,
+  shown_command,
+)
+from experiments.paper.notes import folder_of, read_note, write_note
+from experiments.paper.provenance import commit, devices, machine
+from experiments.paper.results import publish, published_facts, target_of
 from experiments.paper.settings import HOW_FAST, PASSED, PaperSettings
 from experiments.paper.steps import STEPS, Step
-from in2core_jax.data import sources, tokenizing
-from in2core_jax.data.subsets import PARTS
+from in2core_jax.data import sources
 from in2core_jax.errors import UserError
-from in2core_jax.model import weights
-from in2core_jax.pipeline.settings import Settings, listed
+from in2core_jax.pipeline.settings import listed
 from in2core_jax.report import table_text
-from in2core_jax.runs import files, run_folder
+from in2core_jax.runs import run_folder
 
 log = logging.getLogger(__name__)
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_FLAGS = _ROOT / "experiments" / "flags"
-_MOST_BYTES = 1_000_000  # of a published file
 # Flags of which an experiment's run folder takes other values: what it has is kept, what is missing is done.
 _LONGER = {"study": ("--variants", "--seeds", "--fixed_seeds", "--equal")}
-_MODEL = "content of --model"
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-_FACTS = "run.json"  # beside a published table: what the index says of it
 _NOTE_SECONDS = 30.0  # between two notes of how long a running experiment has taken
 _PATIENCE = 60.0  # seconds that a stopped experiment has to save its work
 
@@ -106,61 +104,6 @@ def is_named(s: PaperSettings, step: Step) -> bool:
 # ---- commands ------------------------------------------------------------------------
 
 
-def flagfiles(step: Step, s: PaperSettings) -> list[pathlib.Path]:
-  """The flagfiles of the step's command."""
-  return [_FLAGS / step.flagfile, *([_FLAGS / "paper-full.flags"] if s.preset == "full" else [])]
-
-
-def given(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
-  """Flags of this command that the step gets: which have another value than the default, or undo its flagfile's.
-
-  Args:
-    step: the step.
-    s: the flags of this command.
-    named: flags that were given to this command, with whatever value.
-  """
-  files = "\n".join(path.read_text(encoding="utf-8") for path in flagfiles(step, s))
-  set_there = re.findall(r"^\s*--(\w+)", "\n".join([files, *step.changes, *step.full]), re.MULTILINE)
-  value = lambda name: getattr(s, name)  # noqa: E731
-  wanted = [name for name in PASSED if value(name) != getattr(Settings, name) or name in named and name in set_there]
-  return [f"--{name}={value(name)}" for name in wanted]
-
-
-def arguments(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
-  """The step's flags, later ones win: its flagfile's, its changes, the full preset's, what was given to this command.
-
-  {alpaca} and {runs} are not filled in. `--num_processes=1`: a job of several processes must not be waited for.
-  """
-  first, *full = [f"--flagfile={path}" for path in flagfiles(step, s)]
-  last = [*given(step, s, named), "--num_processes=1", f"--run_dir={{runs}}/{step.name}"]
-  return [first, *step.changes, *full, *(step.full if full else ()), *last]
-
-
-def command(step: Step, s: PaperSettings, named: Collection[str] = ()) -> list[str]:
-  """The step's command line."""
-  alpaca, runs = os.path.abspath(s.alpaca), pathlib.Path(s.run_dir).absolute()
-  filled = [_filled(argument, alpaca, runs) for argument in arguments(step, s, named)]
-  return [sys.executable, "-P", "-m", f"experiments.{step.module}", *filled]
-
-
-def shown_command(step: Step, s: PaperSettings, named: Collection[str] = ()) -> str:
-  """The same for readers elsewhere: no path of this machine."""
-  shown = []
-  for argument in arguments(step, s, named):
-    argument = argument.replace(f"--flagfile={_FLAGS}/", "--flagfile=experiments/flags/")
-    shown.append(_without_folders(_filled(argument, "ALPACA.json", "runs/paper")))
-  return f"python -m experiments.{step.module} {shlex.join(shown)}"
-
-
-def _filled(argument: str, alpaca: object, runs: object) -> str:
-  return argument.replace("{alpaca}", str(alpaca)).replace("{runs}", str(runs))
-
-
-def _without_folders(argument: str) -> str:
-  """Absolute paths in a flag's value cut down to their last names."""
-  return re.sub(r"(?<=[=:;,+])~?/(?:[^/:;,+]+/)*([^/:;,+]*)/?", r"\1", argument)
-
-
 def facts_of(step: Step, s: PaperSettings, named: Collection[str] = ()) -> dict[str, str]:
   """What the step's results depend on, by name: its flags, the content of its flagfiles, of --alpaca and --model.
 
@@ -173,96 +116,16 @@ def facts_of(step: Step, s: PaperSettings, named: Collection[str] = ()) -> dict[
   if step.needs_alpaca:
     facts |= {"--alpaca": os.path.abspath(s.alpaca), "content of --alpaca": run_folder.file_sha256(s.alpaca)}
   content = model_content(s.model)
-  facts |= {_MODEL: content} if content else {}
+  facts |= {MODEL: content} if content else {}
   wanted = {other.name: other for other in steps_of(s)}
   for name in step.reads:
     theirs = facts_of(wanted[name], s, named) if name in wanted else read_note(s, name).get("command", {})
-    apart = (*(f"--{flag}" for flag in HOW_FAST), _MODEL)  # the model is a fact of this step too
+    apart = (*(f"--{flag}" for flag in HOW_FAST), MODEL)  # the model is a fact of this step too
     facts[f"command of {name}"] = run_folder.hash_of({k: v for k, v in theirs.items() if k not in apart})
   return facts
 
 
-def model_content(spec: str) -> str:
-  """A hash of the files of a model, which may be others tomorrow under the same name; empty where there are none.
-
-  Of hf:DIR what names its weights in run folders (`weights.hf_hash`) and its tokenizer's files; of gguf:FILE all bytes.
-  Not times of files: a copy is the same model.
-  """
-  while spec.startswith("truncated:"):
-    spec = spec.removeprefix("truncated:").rpartition(":")[0]
-  spec = weights.full_spec(spec)  # of a bare path
-  kind, _, place = spec.partition(":")
-  path = pathlib.Path(place).expanduser()
-  if kind == "gguf" and path.is_file():
-    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
-  if kind == "hf" and (path / "config.json").is_file():
-    words = [file for pattern in _TOKENIZER for file in sorted(path.glob(pattern))]
-    there = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir()))
-    return run_folder.hash_of([_hf_hash(path, there), {file.name: run_folder.file_sha256(file) for file in words}])
-  return ""  # embedded or random; or the experiment says what is missing
-
-
-@functools.cache
-def _hf_hash(path: pathlib.Path, there: tuple) -> str:
-  """Of a folder, read once in a call while its files (names, sizes, times) are the same."""
-  return weights.hf_hash(path)
-
-
-@functools.cache
-def _sha256(path: pathlib.Path, size: int, changed: int) -> str:
-  """Of a large file, read once in a call although every step asks for it."""
-  return run_folder.file_sha256(path)
-
-
-def changes_of(
-  before: dict[str, str], now: dict[str, str], finished: bool, also_ignored: Collection[str] = ()
-) -> list[str]:
-  """What is different, in words; nothing when both are the same.
-
-  Of a finished step the place of --alpaca does not count, its content does; that of --model where both know it. One
-  that is to go on may do so at another speed, but only with the same paths, which its run folder was made for.
-  """
-  if not before:
-    return ["what was there was being removed"]
-  ignored = (*(f"--{name}" for name in HOW_FAST), *(("--alpaca",) if finished else ()), *also_ignored)
-  ignored += (_MODEL,) if _MODEL not in before or _MODEL not in now else ()  # an older note, or the model is gone
-  names = [name for name in (before | now) if before.get(name) != now.get(name) and name not in ignored]
-  told = lambda name, facts: repr(facts[name]) if name in facts else "not given"  # noqa: E731
-  return [
-    f"{name} was {told(name, before)} and is {told(name, now)} now"
-    if name.startswith("--") or name == "module"
-    else f"the {name} changed"
-    for name in names
-  ]
-
-
 # ---- one step ------------------------------------------------------------------------
-
-
-def folder_of(s: PaperSettings, name: str) -> pathlib.Path:
-  """The run folder of a step."""
-  return pathlib.Path(s.run_dir) / name
-
-
-def read_note(s: PaperSettings, name: str) -> dict:
-  """What is known of a step's run; nothing of one that was never started.
-
-  Entries: command (`facts_of`), shown (`shown_command`), seconds over all starts, finished, date, commit, machine,
-  devices.
-  """
-  path = folder_of(s, f"{name}.json")
-  if not path.exists():
-    return {}
-  try:
-    return files.unsealed(run_folder.read_json(path), str(path))[0]
-  except UserError as error:
-    log.warning("%s; %s counts as not finished and goes on", error, name)
-    return {}
-
-
-def write_note(s: PaperSettings, name: str, note: dict) -> None:
-  """Keeps what is known of a step's run, with a checksum."""
-  run_folder.write_json(folder_of(s, f"{name}.json"), files.sealed(note))
 
 
 def _is_finished(s: PaperSettings, step: Step) -> bool:
@@ -368,43 +231,6 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def commit() -> str:
-  """The commit that the code is of, or "unknown" outside a repository."""
-  found = subprocess.run(
-    ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-  )
-  return found.stdout.strip() or "unknown"
-
-
-def machine() -> str:
-  """Processor and cores, with no name of the machine."""
-  info = pathlib.Path("/proc/cpuinfo")
-  named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-  return f"{os.cpu_count()} cores of {named[1] if named else platform.machine()}"
-
-
-def devices(folder: pathlib.Path) -> str:
-  """The accelerators that a finished step has told of in its run folder, as "8 x TPU v5 lite"; empty: the processor.
-
-  Most experiments write them; those that do not have had the devices that a process started now has. This process must
-  not look by itself: it would take the devices from the next experiment.
-  """
-  told = [run_folder.read_json(path) for path in sorted(folder.glob("*.json"))]
-  found = [facts["devices"] for facts in told if isinstance(facts, dict) and isinstance(facts.get("devices"), dict)]
-  summary = found[0] if found else _devices_here()
-  accelerated = summary.get("platform", "cpu") != "cpu"
-  return f"{summary['num_devices']} x {summary['device_kind']}" if accelerated else ""
-
-
-@functools.cache
-def _devices_here() -> dict:
-  """`run_folder.device_summary` of a process of its own; empty when that one fails."""
-  code = "import json; from in2core_jax.runs import run_folder; print(json.dumps(run_folder.device_summary()))"
-  here = {"env": subprocesses.environment(), "capture_output": True, "text": True, "check": False}
-  done = subprocess.run([sys.executable, "-P", "-c", code], **here)
-  return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-
-
 # ---- all steps -----------------------------------------------------------------------
 
 
@@ -468,29 +294,7 @@ def check_settings(s: PaperSettings, steps: Sequence[Step], named: Collection[st
   if any(step.needs_alpaca for step in steps):
     if "+" in os.path.abspath(s.alpaca):
       raise UserError(f"--alpaca={s.alpaca}: sources are joined by +, so its path must have none: rename or move it")
-    parts = dict(
-      zip(PARTS, tokenizing.split_records(sources.load_records(f"jsonl:{os.path.abspath(s.alpaca)}")), strict=True)
-    )
-    for step in steps:
-      _check_block(step, s, {part: len(records) for part, records in parts.items()})
-
-
-def _check_block(step: Step, s: PaperSettings, sizes: dict[str, int]) -> None:
-  """Raises UserError when a step takes examples that come after all of --alpaca's; sizes: of its parts."""
-  given = []
-  for argument in arguments(step, s):
-    name, _, value = argument.partition("=")
-    given += pathlib.Path(value).read_text(encoding="utf-8").splitlines() if name == "--flagfile" else [argument]
-  numbers = {
-    name: int(value) for line in given for name, value in re.findall(r"^--(\w+_limit|limit_block)=(\d+)", line)
-  }
-  for part, size in sizes.items():
-    before = numbers.get("limit_block", 0) * numbers.get(f"{part}_limit", 0)
-    if before and size <= before:
-      raise UserError(
-        f"--alpaca={s.alpaca}: {step.name} leaves out the first {before:,} examples of the {part} part, which has "
-        f"{size:,}: give a larger file, or leave the step out by naming the others in --only"
-      )
+    sources.load_records(f"jsonl:{os.path.abspath(s.alpaca)}")  # refuses what cannot be read
 
 
 def open_folder(s: PaperSettings) -> run_folder.RunDir:
@@ -539,7 +343,7 @@ def _left(s: PaperSettings, waiting: Sequence[Task]) -> str:
   """Names of steps, with the time that they took when their published tables were made, if all of them tell."""
   if not waiting:
     return "nothing"
-  known = [_published(s, task.step).get("seconds") for task in waiting if task.step.table]
+  known = [published_facts(s, task.step).get("seconds") for task in waiting if task.step.table]
   took = f" (last time {_duration(sum(known))})" if None not in known else ""
   return ", ".join(task.step.name for task in waiting) + took
 
@@ -552,54 +356,6 @@ def _duration(seconds: float) -> str:
 # ---- results -------------------------------------------------------------------------
 
 
-def target_of(s: PaperSettings, step: Step) -> pathlib.Path:
-  """The folder that a step's results are published in."""
-  return pathlib.Path(s.results_dir) / s.preset / step.name
-
-
-def _published(s: PaperSettings, step: Step) -> dict:
-  path = target_of(s, step) / _FACTS
-  return run_folder.read_json(path) if path.exists() else {}
-
-
-def publish(step: Step, s: PaperSettings) -> None:
-  """Copies a finished step's tables and pictures; the Markdown gets command, machine, date and commit at its end."""
-  if not step.table:
-    return
-  folder, target, note = folder_of(s, step.name), target_of(s, step), read_note(s, step.name)
-  where = ", ".join(filter(None, [note["devices"], note["machine"]]))
-  facts = {name: note[name] for name in ("date", "commit", "seconds")} | {"machine": where, "command": note["shown"]}
-  text = (folder / f"{step.table}.md").read_text(encoding="utf-8")
-  text = re.sub(r"\]\((plots/[\w.-]+)\.png\)", r"](\1.svg)", text)
-  text += f"\n---\n\n`{note['shown']}`, {where}, {note['date']}, commit {note['commit']}, "
-  contents = {f"{step.table}.md": f"{text}{note['seconds']:,.0f} seconds.\n"}
-  tables = [path for kind in ("csv", "tex") for path in sorted(folder.glob(f"*.{kind}"))]
-  for path in [*tables, *sorted((folder / "plots").glob("*.svg"))]:
-    size = path.stat().st_size
-    if size <= _MOST_BYTES:
-      contents[path.relative_to(folder).as_posix()] = path.read_text(encoding="utf-8")
-    else:
-      log.warning("%s is not published: %s bytes, more than %s", path, f"{size:,}", f"{_MOST_BYTES:,}")
-  for name in set(_published(s, step).get("files", ())) - set(contents):  # of an earlier run with other tables
-    (target / name).unlink(missing_ok=True)
-  for name, content in contents.items():
-    run_folder.write_text(target / name, _without_places(content, s, note))
-  run_folder.write_json(target / _FACTS, facts | {"files": sorted(contents)})
-
-
-def _without_places(text: str, s: PaperSettings, note: dict) -> str:
-  """Replaces the paths of this machine that the experiments know of."""
-  places = {
-    str(pathlib.Path(s.run_dir).absolute()): "runs/paper",
-    note["command"].get("--alpaca", ""): "ALPACA.json",
-    f"{_ROOT}/": "",
-    s.model if "/" in s.model else "": _without_folders(s.model),
-  }
-  for place in sorted(filter(None, places), key=len, reverse=True):
-    text = text.replace(place, places[place])
-  return text
-
-
 def write_index(s: PaperSettings) -> None:
   """README.md of the results: what there is, of when, from where, and what it took."""
   rows, older, total, plain = [], [], 0.0, 0.0
@@ -609,7 +365,7 @@ def write_index(s: PaperSettings) -> None:
       total, plain = total + fixed, plain + fixed
     if not (target_of(s, step) / step.marker).exists():
       continue
-    facts, note = _published(s, step), read_note(s, step.name)
+    facts, note = published_facts(s, step), read_note(s, step.name)
     page = f"{step.name}/{step.table}.md"
     row = {"experiment": step.name, "shows": step.about, "table": table_text.Link(page, page)}
     row |= {name: facts.get(name, "") for name in ("date", "commit")}

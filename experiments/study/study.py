@@ -9,38 +9,34 @@ recipe; a selection's seeds change the order of its data, a random set's the set
 
 import dataclasses
 import logging
-import re
 
 import numpy as np
 
 from experiments import flags
-from experiments.study.settings import RuleSettings, StudySettings
+from experiments.study.report import FULL, RANDOM, SetFacts, shared_with_their_rule, shares_of_target, write_tables
+from experiments.study.settings import StudySettings
+from experiments.study.variants import VARIANTS, Variant, make_variant, settings_of, variants_of
 from in2core_jax.data import tokenizing
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
-from in2core_jax.evaluation import statistics, verdict
+from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
-from in2core_jax.pipeline.judging import judged, of_the_target, tell_size, test_examples
+from in2core_jax.pipeline.judging import judged, tell_size
 from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
-  EQUAL,
   Retrainer,
   TrainingSubset,
   equal_of,
   equal_steps,
-  many_passes,
-  perplexity_on_test,
 )
 from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import Session, choose, open_session
-from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of, words
-from in2core_jax.pipeline.solver_inputs import num_curvature_examples, solver_settings
-from in2core_jax.report import table_text
-from in2core_jax.report.plots import perplexity_plot, write_figure
+from in2core_jax.pipeline.settings import OTHER_POLICIES, Settings, refuse, seeds_of
+from in2core_jax.pipeline.solver_inputs import solver_settings
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
@@ -55,111 +51,11 @@ _REFUSED = (
   *("score_path=projected", "fractions"),
   *OTHER_POLICIES,
 )
-FULL, RANDOM = statistics.FULL, statistics.RANDOM
 # Flags of the choice, which scores do not depend on.
 _OF_THE_CHOICE = (
   *("policy", "fraction", "num_examples", "token_budget"),
   *("sketch_size", "matching_target", "matching_shrink"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """A rule of selection.
-
-  Attributes:
-    policy: word of `coreset.POLICIES`.
-    changes: flags that it changes.
-    trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
-    unit: gradients of length 1, so that no example counts more than another (matching).
-    drop: only the worst share is left out, whatever the budget; 0: the budget counts.
-    queries: only so many evaluation examples, drawn at random; 0: all.
-    copies_last: no example a second time while there is another text.
-  """
-
-  policy: str
-  changes: tuple[tuple[str, object], ...] = ()
-  trained: bool = False
-  unit: bool = False
-  drop: float = 0.0
-  queries: int = 0
-  copies_last: bool = False
-
-
-_OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
-
-
-def _variant(policy: str, **changes) -> Variant:
-  own = {name: changes.pop(name) for name in _OWN if name in changes}
-  return Variant(policy, tuple(changes.items()), **own)
-
-
-# Name -> what it is; the first of each family is the rule itself. The others change one thing of it, some a second with
-# it: a solver has its damping; "summed losses" and "cosine" of proponents have no curvature; "plain" and "unit
-# gradients" of matching aim at the mean over examples, "plain" without shrinking.
-VARIANTS = {
-  "proponents": _variant("proponents", trained=True),
-  "proponents, base model": _variant("proponents"),
-  "proponents, no curvature": _variant("proponents", trained=True, solver="identity"),
-  "proponents, cg": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
-  "proponents, cg at 0.1": _variant("proponents", trained=True, solver="cg", damping_ratio=0.1),
-  "proponents, cg, copies last": _variant(
-    "proponents", trained=True, solver="cg", damping_ratio=0.01, copies_last=True
-  ),
-  "proponents, cg, cut at 96": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=96),
-  "proponents, cg, cut at 48": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, max_length=48),
-  "random, copies last": _variant("random", copies_last=True),
-  "proponents, datainf": _variant("proponents", trained=True, solver="datainf"),
-  "proponents, summed losses": _variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
-  "proponents, cosine": _variant("proponents", trained=True, solver="identity", normalize="cosine"),
-  "proponents, quota": _variant("topic_quota", trained=True),
-  "proponents, worst 10 % left out": _variant("proponents", trained=True, drop=0.1),
-  "opponents": _variant("opponents", trained=True),
-  "matching": _variant("matching", trained=True),
-  "matching, base model": _variant("matching"),
-  "matching, plain": _variant("matching", trained=True, matching_target="examples", matching_shrink=False),
-  "matching, plain, base model": _variant("matching", matching_target="examples", matching_shrink=False),
-  "matching, mean over examples": _variant("matching", trained=True, matching_target="examples"),
-  "matching, mean over tokens": _variant("matching", trained=True, matching_target="tokens"),
-  "matching, not shrunk": _variant("matching", trained=True, matching_shrink=False),
-  "matching, summed losses": _variant("matching", trained=True, loss_reduction="sum"),
-  "matching, unit gradients": _variant("matching", trained=True, unit=True, matching_target="examples"),
-  "matching, quota": _variant("matching_quota", trained=True),
-  "matching, by topic": _variant("matching_topic", trained=True),
-  "matching, topics in turn": _variant("matching_round_robin", trained=True),
-  "matching, last layer": _variant("matching", trained=True, layers="last:1"),
-  "matching, all layers": _variant("matching", trained=True, layers="all"),
-  "matching, 16 queries": _variant("matching", trained=True, queries=16),
-  "matching, 120 queries": _variant("matching", trained=True, queries=120),
-  "proponents, cg, 120 queries": _variant("proponents", trained=True, solver="cg", damping_ratio=0.01, queries=120),
-  # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
-  "matching, cut at 96": _variant("matching", trained=True, max_length=96),
-  "matching, cut at 48": _variant("matching", trained=True, max_length=48),
-  "auto": _variant("auto", trained=True),
-  "auto, base model": _variant("auto"),
-  "hybrid": _variant("hybrid", trained=True),
-  "hybrid, base model": _variant("hybrid"),
-  "hybrid, weighted turns, base model": _variant("hybrid", aggregate="weighted_turns"),
-  "matching, hybrid": _variant("matching_hybrid", trained=True),
-  "matching, hybrid, base model": _variant("matching_hybrid"),
-  "hybrid, nearest": _variant("hybrid", aggregate="nearest"),
-  "whitened cosine": _variant("whitened_cosine", trained=True),
-  "whitened cosine, base model": _variant("whitened_cosine"),
-  "whitened cosine, in turns": _variant("whitened_cosine", trained=True, aggregate="round_robin"),
-  "whitened cosine, mean": _variant("whitened_cosine", aggregate="mean"),
-  "whitened cosine, last layer": _variant("whitened_cosine", layers="last:1"),
-  "whitened cosine, 4 middle layers": _variant("whitened_cosine", layers="middle:4"),
-  "whitened cosine, sketch of 16": _variant("whitened_cosine", sketch_size=16),
-  "whitened embedding": _variant("whitened_embedding"),
-  "embedding": _variant("embedding"),
-  "embedding, in turns": _variant("embedding", aggregate="round_robin"),
-  "rds": _variant("rds"),
-  "bm25": _variant("bm25"),
-  "bm25, in turns": _variant("bm25", aggregate="round_robin"),
-  "length-matched random": _variant("length_matched_random"),
-  "longest": _variant("longest"),
-  "highest loss": _variant("highest_loss", solver="identity"),
-}
 
 
 class Study:
@@ -219,12 +115,6 @@ class Study:
     return np.array(kept["influence"]), np.array(kept["loss"])
 
 
-def settings_of(s: Settings, variant: Variant) -> Settings:
-  """The flags with those of a variant in their place; no cut keeps more of an example than --max_length."""
-  own = s.replace(policy=variant.policy, **dict(variant.changes))
-  return own.replace(max_length=min(own.max_length, s.max_length))
-
-
 def bench_of(bench: Session, s: Settings) -> Session:
   """The bench with losses and lengths of a variant's `settings_of`."""
   return bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
@@ -244,7 +134,7 @@ def budget_for(
   Raises:
     UserError: fewer examples than that still have a response.
   """
-  budget = Budget(fraction=1 - variant.drop) if variant.drop else budget_of(s)
+  budget = budget_of(s)
   if budget.token_budget:
     return budget
   count = budget.limit(whole.num_tokens[whole.num_response_tokens > 0])
@@ -271,22 +161,10 @@ def check_variants(bench: Session, s: StudySettings) -> None:
         tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
       if variant.policy in coreset.SCORE_POLICIES:
         solver_settings(own)
-        check_size(own, bench.model.params, tree, f"--solver={own.solver}")
+        check_size(own, subtree.size_of(bench.model.params, tree), f"--solver={own.solver}")
       budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
-
-
-def variants_of(s: RuleSettings) -> dict[str, Variant]:
-  """The variants that the flags ask for.
-
-  Raises:
-    UserError: a name that is unknown.
-  """
-  wanted = words(s.variants, "variants", VARIANTS, ";") or list(VARIANTS)
-  if s.variants.strip() and not s.variants.strip(" ;"):
-    raise UserError(f"--variants={s.variants} names no rule: leave it empty for all, or name some, joined by ;")
-  return {name: VARIANTS[name] for name in wanted}
 
 
 def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
@@ -308,13 +186,13 @@ def candidates(study: Study, s: StudySettings, cells: ResultCache) -> list[Train
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
   usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
   found = [TrainingSubset(FULL, seed, usable) for seed in fixed]
-  found += [TrainingSubset(RANDOM, seed, study.rows(_variant("random"), seed)) for seed in seeds]
+  found += [TrainingSubset(RANDOM, seed, study.rows(make_variant("random"), seed)) for seed in seeds]
   for name, variant in variants_of(s).items():
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
       drawn = seed if seeded else 0
       choose_rows = lambda variant=variant, drawn=drawn: {"rows": study.rows(variant, drawn).tolist()}  # noqa: E731
-      kept = cells.get(choose_rows, "rows", name, dataclasses.astuple(variant), drawn)
+      kept = cells.get(choose_rows, "rows", name, variant.key, drawn)
       found.append(TrainingSubset(name, seed, np.array(kept["rows"], np.int64)))
   return found
 
@@ -362,209 +240,6 @@ def run(settings: StudySettings, bench: Session | None = None) -> str:
     groups.append(Group(word, None, rows))
   write_tables(run_dir, bench, s, groups, np.array(base), of_sets)
   return str(run_dir.path)
-
-
-# ---- tables --------------------------------------------------------------------------
-
-_RATIOS = {"to ": "token", "by example, to ": "example"}
-_PERPLEXITIES = {"perplexity": "random sets beaten", "example_perplexity": "beaten by example"}
-
-
-def shared_with_their_rule(chosen: list[TrainingSubset]) -> dict[str, float]:
-  """For each variant the share of its examples that the rule which it changes has chosen too.
-
-  "proponents, cg, cut at 96" changes "proponents, cg", or "proponents" where that was not asked for; rules without one
-  are left out. Of several seeds the first counts.
-  """
-  first: dict[str, np.ndarray] = {}
-  for candidate in chosen:
-    first.setdefault(candidate.policy, candidate.rows)
-  shared = {}
-  for name, rows in first.items():
-    words_ = name.split(", ")
-    rules = (", ".join(words_[:stop]) for stop in range(len(words_) - 1, 0, -1))
-    rule = next((rule for rule in rules if rule in first), None)
-    if rule is not None:
-      shared[name] = len(np.intersect1d(rows, first[rule])) / max(1, len(rows))
-  return shared
-
-
-def shares_of_target(bench: Session, chosen: list[TrainingSubset]) -> dict[str, float]:
-  """For each rule the share of its examples that come from where the evaluation examples do, a mean over its seeds.
-
-  Empty where that is not known (`judging.of_the_target`).
-  """
-  mask = of_the_target(bench.splits["train"], bench.splits["eval"])
-  if mask is None:
-    return {}
-  found: dict[str, list[float]] = {}
-  for candidate in chosen:
-    found.setdefault(candidate.policy, []).append(float(mask[candidate.rows].mean()))
-  return {name: float(np.mean(shares)) for name, shares in found.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class SetFacts:
-  """What is told of the sets that rules choose, by name of the rule.
-
-  Attributes:
-    shared: see `shared_with_their_rule`.
-    of_target: see `shares_of_target`.
-  """
-
-  shared: dict[str, float] = dataclasses.field(default_factory=dict)
-  of_target: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-def comparison(rows: list[statistics.RetrainRow], of_sets: SetFacts = SetFacts()) -> list[dict]:
-  """A row for each rule: perplexities, their ratios to random sets' and full data's, how many random sets it beats.
-
-  Args:
-    rows: trainings that have something in common, full data and random sets among them.
-    of_sets: of the rules' sets.
-  """
-  by_rule: dict[str, list[statistics.RetrainRow]] = {}
-  for row in rows:
-    by_rule.setdefault(row.policy, []).append(row)
-  random = {field: np.array([getattr(row, field) for row in by_rule[RANDOM]]) for field in _PERPLEXITIES}
-  compared = verdict.Comparison(rows)
-  found = []
-  for name, own in by_rule.items():
-    mean = lambda field, own=own: float(np.mean([getattr(row, field) for row in own]))  # noqa: E731
-    line = {
-      "rule": name,
-      "seeds": len(own),
-      "examples": round(mean("examples")),
-      "steps": round(mean("steps")),
-      "trained tokens": round(mean("trained_tokens")),
-      "perplexity": round(mean("perplexity"), 3),
-      "by example": round(mean("example_perplexity"), 3),
-    }
-    for column, by in _RATIOS.items():
-      for other in (RANDOM, FULL):
-        ratio = "" if name == other else verdict.shown(compared.difference(name, other, by).ratio())
-        line[f"{column}{other}"] = ratio
-    for field, column in _PERPLEXITIES.items():
-      beaten = int(np.sum(mean(field) < random[field]))
-      line[column] = "" if name == RANDOM else f"{beaten} of {len(random[field])}"
-    line["shared with its rule"] = f"{of_sets.shared[name]:.2f}" if name in of_sets.shared else ""
-    line["of the target"] = f"{of_sets.of_target[name]:.2f}" if name in of_sets.of_target else ""
-    found.append(line)
-  return found
-
-
-def ranges(rows: list[statistics.RetrainRow]) -> str:
-  """The lowest and the highest perplexity of every rule that was trained several times, by token and by example."""
-  by_rule: dict[str, list[statistics.RetrainRow]] = {}
-  for row in rows:
-    by_rule.setdefault(row.policy, []).append(row)
-  told = []
-  for name, own in by_rule.items():
-    if len(own) > 1:
-      token, example = (sorted(getattr(row, field) for row in own) for field in _PERPLEXITIES)
-      told.append(f"{name} {token[0]:.3f} to {token[-1]:.3f} ({example[0]:.3f} to {example[-1]:.3f})")
-  return f"Lowest and highest of several trainings, by example in brackets: {'; '.join(told)}." if told else ""
-
-
-_COLUMNS = (
-  '"to random" is the ratio of a rule\'s perplexity by token to random sets\', "to full" to full data\'s, both also by '
-  "example. In brackets: 95 % intervals that hold for new test examples and for new trainings; a rule with one "
-  "training has the spread of those with several. "
-  '"Beaten": below how many of the random sets it is. "Of the target": the share of its examples that have the '
-  "topic, or else the source, of evaluation examples. Each rule, and what it chose by:"
-)
-
-
-def rules_table(s: StudySettings, usable: int) -> list[dict]:
-  """For every variant its policy, where its gradients are taken, its solver and what else it changes.
-
-  Args:
-    s: the flags.
-    usable: training examples with a response.
-  """
-  found = []
-  for name, variant in variants_of(s).items():
-    own, policy = settings_of(s, variant), variant.policy
-    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss"
-    compared = policy in coreset.GRADIENT_POLICIES
-    damped = scored and own.solver != "identity"
-    shown = ("solver", "damping_ratio", "layers")
-    more = [f"--{flag}={str(getattr(own, flag)).lower()}" for flag, _ in variant.changes if flag not in shown]
-    more += ["gradients of length 1"] if variant.unit else []
-    more += [f"{variant.queries} evaluation examples"] if variant.queries else []
-    more += ["no text twice before every text is in"] if variant.copies_last else []
-    more += [f"the worst {variant.drop:.0%} left out, whatever the budget"] if variant.drop else []
-    line = {
-      "rule": name,
-      "policy": policy,
-      "gradients at": ("the fine-tuned model" if variant.trained else "the base model") if scored or compared else "",
-      "layers": own.layers if scored or compared else "",
-      "solver": own.solver if scored else "",
-      "damping ratio": f"{own.damping_ratio:g}" if damped else "",
-      "curvature of": _curvature_of(own, usable) if damped else "",
-      "more": "; ".join(more),
-    }
-    found.append(line)
-  return found
-
-
-def _curvature_of(s: StudySettings, usable: int) -> str:
-  """Which training examples a solver's curvature is that of, in words."""
-  if s.solver == "datainf" or s.solver == "ekfac" and not s.ekfac_examples:
-    return "all examples"
-  if s.solver == "ekfac":
-    return f"{min(s.ekfac_examples, usable)} examples"
-  if s.solver == "lissa":
-    return f"{s.depth} minibatches of {min(s.curvature_batch, usable)}"
-  return f"{num_curvature_examples(s, usable)} examples"
-
-
-def _sources(s: StudySettings) -> str:
-  """The training data without the folders of files, and which block of it."""
-  named = " + ".join(
-    re.sub(r"^((?:\w[\w.-]*=)?(?:jsonl|file):).*/", r"\1", source) for source in s.train_data.split("+")
-  )
-  return f"{named} (block {s.limit_block} of the limits' size)" if s.limit_block else named
-
-
-def remove_pictures(run_dir: run_folder.RunDir, equal: list[str]) -> None:
-  """Removes the pictures of a longer --equal: they would be published beside tables that do not show them."""
-  for word in EQUAL:
-    for kind in ("svg", "png") if word not in equal else ():
-      run_dir.remove(f"plots/study-{word}.{kind}")
-
-
-def write_tables(run_dir, bench: Session, s: StudySettings, groups: list[Group], base, of_sets: SetFacts) -> None:
-  """study.md, .csv, .tex, .json and the pictures."""
-  num_test, perplexity = np.count_nonzero(bench.splits["test"].num_response_tokens), perplexity_on_test(bench, base)
-  parts = [
-    "# Rules of selection, retrained",
-    f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
-    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
-    f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
-    "that hold for new test examples and for new trainings.",
-    test_examples(bench.splits["test"]).about,
-  ]
-  titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
-  notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
-  notes += [*verdict.many_comparisons(titled), *verdict.sensitivity(list(titled.values()))]
-  parts += [table_text.escape_markdown(note, 4000) for note in notes]
-  every = []
-  remove_pictures(run_dir, [group.equal for group in groups])
-  for group in groups:
-    table = comparison(group.rows, of_sets)
-    every += [{"equal": group.equal} | row for row in table]
-    write_figure(run_dir, f"study-{group.equal}", perplexity_plot(verdict.summarise(group.rows)))
-    parts += [f"## Equal {group.equal}", table_text.markdown_table(table).rstrip(), ranges(group.rows)]
-    parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
-  rules = rules_table(s, len(trainable_rows(bench)))
-  parts += ["## Rules", _COLUMNS, table_text.markdown_table(rules).rstrip()]
-  run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
-  run_dir.write_text("study.csv", table_text.csv_table(every))
-  run_dir.write_text("study.tex", table_text.latex_table(every))
-  facts = {"base_perplexity": perplexity, "table": every, "notes": notes}
-  run_dir.write_json("study.json", facts | {"devices": run_folder.device_summary()})
-  log.info("\n%s", "\n\n".join(parts))
 
 
 def main(_) -> None:

@@ -16,7 +16,9 @@ import pathlib
 import numpy as np
 
 from experiments import flags
-from experiments.study.study import VARIANTS, SetFacts, Variant, bench_of, comparison, settings_of, variants_of
+from experiments.study.report import SetFacts, comparison
+from experiments.study.study import bench_of
+from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import name_of
@@ -169,7 +171,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
   """
   rules = variants_of(s)
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.drop or variant.queries or variant.unit:
+    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit:
       known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
       raise UserError(f"--variants: {name!r} needs scores of each target; use some of {'; '.join(known)}")
   retrained = words(s.retrained, "retrained", rules, ";")
@@ -199,6 +201,7 @@ def run(settings: TargetsSettings, bench: Session | None = None) -> str:
   cells, chooser = ResultCache(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
+  found["contents"] = contents_of(found["choices"], bench)
   log.info("\n%s", table_text.markdown_table(found["recall"]))
   if retrained:
     judged = {name: orders[name] for name in retrained} | chosen_elsewhere
@@ -233,6 +236,15 @@ def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: f
   }
 
 
+def contents_of(choices: dict, bench: Session) -> dict:
+  """Rule -> target -> hash of what was chosen: equal ids do not make equal examples."""
+  key_of = {record.example_id: record.content_key for record in bench.splits["train"].records}
+  return {
+    name: {target: run_folder.hash_of([key_of.get(one) for one in ids]) for target, ids in of_targets.items()}
+    for name, of_targets in choices.items()
+  }
+
+
 def read_choices(
   s: TargetsSettings, bench: Session, targets: list[Target], most: float
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -252,6 +264,9 @@ def read_choices(
     for target in targets:
       ids = told.get("choices", {}).get(name, {}).get(target.name, ())
       unknown = [one for one in ids if one not in row_of]
+      theirs = told.get("contents", {}).get(name, {}).get(target.name)  # None: of an older version
+      if theirs not in (None, contents_of({name: {target.name: ids}}, bench)[name][target.name]):
+        raise UserError(f"--choices_of={s.choices_of}, {name!r}: its examples have changed; run it on the same data")
       if len(ids) < size or unknown:
         why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
         raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")

@@ -18,7 +18,9 @@ The off-by-one of next-token prediction, drawn once (P prompt token, a b c respo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +49,9 @@ class Batch(NamedTuple):
       every slot is computed, which gives the same numbers.
     offsets: int32 [W, T] where rows hold several examples (`packing`), else None. Then tokens, hidden and offsets have
       W rows while the other leaves still have B examples, and `position` counts from the first token of the group.
+      Preference pairs have offsets in any case, because a pair is two sequences; a row for each has no slots.
+    reference: f32 [B] of preference pairs, beta (log ref_w - log ref_l); None: no pairs. Then the slots are those of
+      the chosen answer w and of the rejected one l, and their weights are beta and -beta (`PairTerms`).
   """
 
   tokens: Any
@@ -57,6 +62,29 @@ class Batch(NamedTuple):
   valid: Any
   slots: Any = None
   offsets: Any = None
+  reference: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTerms:
+  """What the loss of preference pairs needs besides tokens.
+
+  Attributes:
+    beta: scale of the loss.
+    source: gives log ref_w - log ref_l of the data set's examples, f64 [N]; asked when the first batch is built.
+  """
+
+  beta: float
+  source: Callable[[], np.ndarray]
+
+  @functools.cached_property
+  def reference(self) -> np.ndarray:
+    """beta (log ref_w - log ref_l), float32 [N]."""
+    return (self.beta * np.asarray(self.source(), np.float64)).astype(np.float32)
+
+  def weights(self, where: np.ndarray, second: int) -> np.ndarray:
+    """Weights of the response tokens at `where`: beta before the rejected side begins, -beta after."""
+    return np.where(where < second, self.beta, -self.beta)
 
 
 class Shape(NamedTuple):
@@ -88,6 +116,17 @@ def round_up(value: int, multiple: int) -> int:
 def slot_weight(num_responses: int, reduction: str) -> float:
   """Weight of each response token of an example: 1 / their number ("mean") or 1 ("sum")."""
   return 1.0 / num_responses if reduction == "mean" and num_responses else 1.0
+
+
+def rejected_starts(dataset: Any) -> np.ndarray | None:
+  """Where the rejected side of each example begins, int64 [N]; None for data that is no preference pairs."""
+  return getattr(dataset, "second", None)
+
+
+def within_sequences(length: int, second: int = 0) -> np.ndarray:
+  """Position of each token of an example in its own sequence: 0, 1, 2, ..., from 0 again at `second`."""
+  places = np.arange(length)
+  return np.where(places < second, places, places - second) if second else places
 
 
 def plan_shapes(
@@ -173,6 +212,7 @@ class Batcher:
     pad_id: int = 0,
     multiple_of: int = 1,
     layout: Mapping[Shape, Layout] | None = None,
+    pairs: PairTerms | None = None,
   ):
     """Prepares the batcher.
 
@@ -184,6 +224,7 @@ class Batcher:
       pad_id: token id of padding; no result depends on it.
       multiple_of: batch sizes are rounded up to a multiple of this (the devices that share the batch axis).
       layout: sizes of another batcher (`layout_of`), so that both use the same compiled programs.
+      pairs: of a data set of preference pairs; without it no batch of them can be built.
 
     Raises:
       UserError: unknown reduction, shapes that are no chain, or an example that fits in no shape.
@@ -194,6 +235,7 @@ class Batcher:
       raise UserError(f"multiple_of={multiple_of} must be at least 1")
     self.dataset, self.reduction, self.hidden = dataset, reduction, hidden
     self.pad_id, self.multiple_of, self.layout = pad_id, multiple_of, dict(layout or {})
+    self.pairs, self._second = pairs, rejected_starts(dataset)
     self.shapes = tuple(Shape(*shape) for shape in shapes)
     for low, high in zip(self.shapes, self.shapes[1:], strict=False):
       if low.num_tokens >= high.num_tokens or low.num_responses > high.num_responses:
@@ -258,10 +300,28 @@ class Batcher:
       tokens[b, : len(ids)] = ids
       position[b, : len(where)] = where - 1  # token t is predicted from the hidden state at t - 1
       target[b, : len(where)] = ids[where]
-      weight[b, : len(where)] = slot_weight(len(where), self.reduction)
+      weight[b, : len(where)] = self._weights(row, where)
       valid[b] = 1.0
+    hidden = self._gather_hidden(rows, num_tokens, size)
+    if self._second is not None:
+      return self._pair_batch(rows, Batch(tokens, hidden, position, target, weight, valid))
     slots = self._slots(weight, num_slots or self._num_slots(rows, shape, size))
-    return Batch(tokens, self._gather_hidden(rows, num_tokens, size), position, target, weight, valid, slots)
+    return Batch(tokens, hidden, position, target, weight, valid, slots)
+
+  def _weights(self, row: int, where: np.ndarray) -> float | np.ndarray:
+    if self._second is None:
+      return slot_weight(len(where), self.reduction)
+    return self.pairs.weights(where, self._second[row])
+
+  def _pair_batch(self, rows: np.ndarray, batch: Batch) -> Batch:
+    """With what pairs have besides."""
+    offsets = np.zeros_like(batch.tokens)
+    reference = np.zeros_like(batch.valid)
+    for b, row in enumerate(rows):
+      length = self._lengths[row]
+      offsets[b, :length] = within_sequences(length, self._second[row])
+    reference[: len(rows)] = self.pairs.reference[rows]
+    return batch._replace(offsets=offsets, reference=reference)
 
   def _num_slots(self, rows: np.ndarray, shape: Shape, size: int) -> int:
     """Least M that holds the responses of each group, in eighths of all slots so that few programs are compiled."""

@@ -85,11 +85,13 @@ class Renderer:
     """Whether a text of the record contains the name of a control token."""
     return any(self._quoting.spells(text) for text in _texts([*record.messages, *record.tools]))
 
-  def encode_quoted(self, record: Record, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+  def encode_quoted(
+    self, record: Record, text: str, most: int | None = None
+  ) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokenises the rendering `text` of a record with control tokens only where the template wrote them.
 
     The record is rendered once more with its control words between two characters that occur nowhere, which tells the
-    template's words and the record's apart.
+    template's words and the record's apart. Only the first `most` characters are tokenised, where they are given.
 
     Returns:
       Token ids, and the characters [start, end) of `text` that each came from.
@@ -111,9 +113,9 @@ class Renderer:
     if re.sub(f"[{marks[0]}{marks[1]}]", "", marked) != text:
       raise TemplateRefusal(
         f"it contains the control token {self._found(record)!r} as text, and the chat template rewrites texts, so the "
-        "two cannot be told apart; remove it from the data"
+        "two cannot be distinguished; remove it from the data"
       )
-    encoded = self._quoting.encode(text, quoted)
+    encoded = self._quoting.encode(text[:most], quoted)
     if encoded is None:
       raise TemplateRefusal(
         f"it contains the control token {self._found(record)!r} as text, which this tokenizer cannot write in other "

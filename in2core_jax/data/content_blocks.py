@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from in2core_jax.data.record_keys import is_empty
+from in2core_jax.data.key_names import is_empty
 from in2core_jax.errors import UserError
 
 _CALL, _RESULT = "tool_use", "tool_result"

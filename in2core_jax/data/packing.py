@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from in2core_jax.data.batches import Batch, round_up, slot_weight
+from in2core_jax.data.batches import Batch, PairTerms, rejected_starts, round_up, slot_weight, within_sequences
 from in2core_jax.errors import UserError
 
 # Attention over a row costs its length for every token. Up to here that is little beside the layer's matrices; longer
@@ -104,7 +104,14 @@ def packed_plan(lengths: np.ndarray, batch_tokens: int, multiple_of: int = 1) ->
   return plan
 
 
-def lay_out(tokens: Sequence[np.ndarray], length: int, height: int, rows: list[list[int]], pad_id: int) -> PackedRows:
+def lay_out(
+  tokens: Sequence[np.ndarray],
+  length: int,
+  height: int,
+  rows: list[list[int]],
+  pad_id: int,
+  second: np.ndarray | None = None,
+) -> PackedRows:
   """Builds one batch of a `packed_plan`.
 
   Args:
@@ -113,6 +120,7 @@ def lay_out(tokens: Sequence[np.ndarray], length: int, height: int, rows: list[l
     height: W.
     rows: examples of each row, at most W rows.
     pad_id: token id of padding.
+    second: of preference pairs, where the rejected side of each begins (`batches.rejected_starts`).
   """
   packed = np.full((height, length), pad_id, np.int32)
   offsets = np.zeros((height, length), np.int32)
@@ -122,7 +130,7 @@ def lay_out(tokens: Sequence[np.ndarray], length: int, height: int, rows: list[l
     for example in row:
       stop = start + len(tokens[example])
       packed[number, start:stop] = tokens[example]
-      offsets[number, start:stop] = np.arange(stop - start)
+      offsets[number, start:stop] = within_sequences(stop - start, 0 if second is None else second[example])
       examples.append(example)
       places.append(number * length + start)
       start = stop
@@ -130,11 +138,14 @@ def lay_out(tokens: Sequence[np.ndarray], length: int, height: int, rows: list[l
 
 
 def packed_batches(
-  tokens: Sequence[np.ndarray], plan: list[tuple[int, int, list[list[int]]]], pad_id: int = 0
+  tokens: Sequence[np.ndarray],
+  plan: list[tuple[int, int, list[list[int]]]],
+  pad_id: int = 0,
+  second: np.ndarray | None = None,
 ) -> Iterator[PackedRows]:
-  """The batches of a plan, one by one."""
+  """The batches of a plan, one by one; arguments as in `lay_out`."""
   for length, height, rows in plan:
-    yield lay_out(tokens, length, height, rows, pad_id)
+    yield lay_out(tokens, length, height, rows, pad_id, second)
 
 
 # ---- batches with their responses ----------------------------------------------------
@@ -187,6 +198,7 @@ class Packer:
     hidden: Any = None,
     groups: int = 1,
     shapes: Sequence[PackedShape] = (),
+    pairs: PairTerms | None = None,
   ):
     """Prepares the packer.
 
@@ -197,9 +209,11 @@ class Packer:
       groups: G.
       shapes: sizes that batches take when they fit (`shapes_of`), so that several packers run the same compiled
         programs; a batch that fits in none gets its own.
+      pairs: of a data set of preference pairs; without it they can be planned, but no batch of them be built.
     """
     self.dataset, self.reduction, self.hidden, self.groups = dataset, reduction, hidden, groups
     self.shapes = tuple(sorted(shapes))
+    self.pairs, self._second = pairs, rejected_starts(dataset)
     self._lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
     self._responses = np.array([np.count_nonzero(mask) for mask in dataset.response_mask], np.int64)
 
@@ -330,7 +344,7 @@ class Packer:
     """
     blank = [[] for _ in range(shape.height)]
     rows = [row for cell in cells for row in [*cell, *blank[len(cell) :]]]
-    laid = lay_out(self.dataset.tokens, shape.num_tokens, len(rows), rows, 0)
+    laid = lay_out(self.dataset.tokens, shape.num_tokens, len(rows), rows, 0, self._second)
     groups, area = len(cells), shape.height * shape.num_tokens
     position = np.zeros((groups * shape.size, shape.num_responses), np.int32)
     target, weight = np.zeros_like(position), np.zeros(position.shape, np.float32)
@@ -346,15 +360,21 @@ class Packer:
         # Token t is predicted from the hidden state at t - 1.
         position[place, : len(answered)] = laid.places[item] - group * area + answered - 1
         target[place, : len(answered)] = ids[answered]
-        weight[place, : len(answered)] = slot_weight(len(answered), self.reduction)
-      filled = np.flatnonzero(weight[group * shape.size : (group + 1) * shape.size].reshape(-1) > 0)
+        if self._second is None:
+          weight[place, : len(answered)] = slot_weight(len(answered), self.reduction)
+        else:
+          weight[place, : len(answered)] = self.pairs.weights(answered, self._second[example])
+      filled = np.flatnonzero(weight[group * shape.size : (group + 1) * shape.size].reshape(-1))
       slots[group, : len(filled)] = filled
     hidden = None
     if self.hidden is not None:
       hidden = self.hidden.lay_out(laid.examples, laid.places, laid.tokens.size).reshape(*laid.tokens.shape, -1)
     valid = (where >= 0).astype(np.float32)
+    reference = None
+    if self._second is not None:
+      reference = np.where(where >= 0, self.pairs.reference[where], np.float32(0))
     where = where[: int(np.flatnonzero(where >= 0).max(initial=-1)) + 1]
-    return where, Batch(laid.tokens, hidden, position, target, weight, valid, slots, laid.offsets)
+    return where, Batch(laid.tokens, hidden, position, target, weight, valid, slots, laid.offsets, reference)
 
 
 def sequential_shapes(packers: Sequence[Packer], batch_tokens: int) -> tuple[PackedShape, ...]:

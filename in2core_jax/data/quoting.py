@@ -28,6 +28,7 @@ class Quoting:
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.special and str(token.content)]
     self._words = sorted({str(token.content) for token in added}, key=len, reverse=True)
     self._ids = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    self._id_of = {str(token.content): id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     self._control = re.compile("|".join(map(re.escape, self._words)) or "(?!)")
     self._backends: dict[int, tuple[Tokenizer, np.ndarray]] = {}
 
@@ -65,13 +66,15 @@ class Quoting:
 
     Returns:
       Token ids and the characters [start, end) of `text` that each came from; None where the tokenizer makes a control
-      token from plain text.
+      token from plain text, or plain text from a control token.
     """
     first = next(base for base in _PRIVATE[:: len(self._words)] if not _holds(text, base, len(self._words)))
     backend, ids = self._backend(first)
-    places, plain = set(), set()
+    places, plain, renamed = set(), set(), []
 
     def rename(found: re.Match) -> str:
+      if found.start() not in quoted:
+        renamed.append(found)
       (plain if found.start() in quoted else places).update(range(*found.span()))
       return found[0] if found.start() in quoted else _name(first, self._words.index(found[0]), found[0])
 
@@ -82,6 +85,10 @@ class Quoting:
       is_unknown = token == self._tokenizer.unk_token_id and plain.isdisjoint(here)
       if token in self._ids and places.isdisjoint(here) and not is_unknown:
         return None
+    # Where the tokenizer asks more of a control word than its letters (`single_word`), its other name is plain text.
+    made = {(token, at) for token, span in zip(tokens, encoded.offsets, strict=True) for at in range(*span)}
+    if not all((self._id_of[word[0]], word.start()) in made for word in renamed):
+      return None
     return tokens, encoded.offsets
 
   def _backend(self, first: int) -> tuple[Tokenizer, np.ndarray]:

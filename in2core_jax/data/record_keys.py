@@ -11,6 +11,8 @@ import json
 import re
 from typing import Any
 
+from in2core_jax.data.key_names import is_empty, meant, snake
+from in2core_jax.data.media import is_medium
 from in2core_jax.errors import UserError
 
 _SHORT = 500  # characters: an id, a source or a list of tags; a longer text may be a document
@@ -227,12 +229,6 @@ _OF_WORDS = re.compile(
 )
 _COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
 
-_MEDIUM = r"(image|img|picture|photo|pic|video|audio|pixel)s?"
-_MEDIA = re.compile(
-  rf"(\w+_)?{_MEDIUM}(_?(path|url|uri|file|name|data|byte|b64|base64|value|content)s?)?|media|multi_?media"
-)
-_MEDIA_COUNT = re.compile(r"(num|n)_\w+|\w+_(count|id|caption|description|width|height)")
-
 _ANSWER = r"(response|answer|message|conversation|output|completion|text|content|reply|sample|image)s?"
 _PREFERENCE = re.compile(rf"(chosen|rejected)(_{_ANSWER})?|{_ANSWER}_(chosen|rejected)|(non_?)?preferred_{_ANSWER}")
 
@@ -327,20 +323,6 @@ _SETTINGS = {
 _MASKED_ROLES = frozenset(["user", "users", "human", "instruction", "prompt", "input"])  # NeMo: whose turns are masked
 
 
-def snake(key: str) -> str:
-  """`conversationId`, `Conversation ID` and `conversation-id` as conversation_id."""
-  return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")
-
-
-def is_empty(value: Any) -> bool:
-  """Whether a value says nothing: null, a blank text, a list or an object of nothing else."""
-  if isinstance(value, str):
-    return not value.strip()
-  if isinstance(value, dict):
-    return all(is_empty(item) for item in value.values())
-  return value is None or (isinstance(value, list) and all(is_empty(item) for item in value))
-
-
 def has_no_meaning(key: str, value: Any) -> bool:
   """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
   name = snake(key)
@@ -378,22 +360,6 @@ def column_type(key: str) -> str:
   return "number" if name in flags or _about_loss(name) or _OF_NUMBERS.fullmatch(name) else "text"
 
 
-def is_medium(key: str) -> bool:
-  """Whether a key names pictures, sound or films."""
-  name = snake(key)
-  return _MEDIA.fullmatch(name) is not None and not _MEDIA_COUNT.fullmatch(name)
-
-
-def refuse_medium(key: str, value: Any, where: str = "the record") -> None:
-  """Refuses pictures, sound and films.
-
-  Raises:
-    UserError: `key` names some, and they are there.
-  """
-  if is_medium(key) and isinstance(value, str | list | dict):
-    raise UserError(f"{where} has {key!r}: images, audio and video cannot be read; remove such records, or the column")
-
-
 def check_record_key(key: str, value: Any) -> bool:
   """Whether a key that no shape reads is settled by what we do anyway.
 
@@ -408,10 +374,10 @@ def check_record_key(key: str, value: Any) -> bool:
     return True
   if _PREFERENCE.fullmatch(name):
     raise UserError(
-      f"{key!r} is there: pairs of a chosen and a rejected answer cannot be read; keep one answer, or name the columns "
-      "to learn from with --data_fields, for example messages=chosen"
+      f"{key!r} is there without the other answer: a preference pair has 'chosen' and 'rejected'; keep one answer, or "
+      "name the columns with --data_fields, for example messages=chosen or chosen=better,rejected=worse"
     )
-  if name == "history" and isinstance(value, list | dict):
+  if meant(key) == "history" and isinstance(value, list | dict):
     raise UserError(f"{key!r} holds earlier rounds beside a list of turns; put them into the list, or remove the key")
   if name in _SETTINGS:
     if flag is not _SETTINGS[name]:
@@ -423,7 +389,9 @@ def check_record_key(key: str, value: Any) -> bool:
     if value.lower() not in _MASKED_ROLES:
       raise UserError(f"{out}, but the loss always passes over the user's turns and counts the responses")
     return True
-  if name in _SAMPLE_WEIGHTS and (isinstance(value, list) or (isinstance(value, int | float) and flag is None)):
+  if name in _SETTLED:
+    return _settles(out, key, value)
+  if name in _SAMPLE_WEIGHTS and (isinstance(value, list) or (_is_number(value) and flag is None)):
     raise UserError(f"{out}, but all examples weigh the same here; remove the key, or such records")
   if _DETAILS.fullmatch(name) or (_about_loss(name) and isinstance(value, list)):
     raise UserError(f"{key!r} says which parts of the record are learnt, which cannot be followed; {_WRITE_TRAIN}")
@@ -470,6 +438,56 @@ def turn_flag(turn: dict[str, Any], keys: list[str], at: str) -> tuple[bool | No
   if len(set(found.values())) > 1:
     raise UserError(f"{at} is learnt by one of its keys and not by another: {', '.join(map(repr, found))}")
   return (next(iter(found.values())) if found else None), list(found)
+
+
+# Whether an answer is one to be gone on with: keys that ask for it when they are true.
+_SETTLED = frozenset(
+  ["continue_final_message", "prefix", "partial", "is_prefix", "is_partial", "add_generation_prompt"]
+)
+_CHANNELS = ("final", "")
+_TO_ALL = ("all", "user", "assistant", "")
+
+
+def settles_turn(key: str, value: Any, role: str, at: str) -> bool:
+  """Whether a key of a turn says what we do anyway.
+
+  Raises:
+    UserError: it makes the turn a beginning that others go on with, a thought or a call in another spelling, or a
+      thought of somebody else than the assistant.
+  """
+  name = snake(key)
+  if role == "assistant" and name in _SETTLED:
+    return _settles(f"{at} has {key}={shown(value)}", key, value)
+  if role == "assistant" and name == "channel" and isinstance(value, str):
+    if value.strip().lower() not in _CHANNELS:
+      raise UserError(f"{at} has {key}={shown(value)}: write what was thought as 'reasoning_content' of the answer")
+    return True
+  if role == "assistant" and name == "recipient" and isinstance(value, str):
+    if value.strip().lower() not in _TO_ALL:
+      raise UserError(f"{at} has {key}={shown(value)}: write a call of a tool as 'tool_calls'")
+    return True
+  if role != "assistant" and name in ("reasoning_content", "reasoning", "thinking") and isinstance(value, str):
+    raise UserError(f"{at} has {key!r} in a turn of {role}; only the assistant thinks")
+  return False
+
+
+def _settles(what: str, key: str, value: Any) -> bool:
+  """Whether a key says that the answer is whole, as all are here."""
+  if flag_of(value) and snake(key) != "add_generation_prompt":
+    raise UserError(
+      f"{what}: an answer that others go on with would be learnt with an end; finish it, or remove such records"
+    )
+  return flag_of(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a value is a number, in a text too: tables of texts write them so."""
+  if not isinstance(value, str):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  try:
+    return float(value) == float(value)
+  except ValueError:
+    return False
 
 
 def flag_of(value: Any) -> bool | None:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from in2core_jax.data import record_keys
-from in2core_jax.data.record_keys import is_empty
+from in2core_jax.data import media, preferences, record_keys
+from in2core_jax.data.key_names import by_known_names, is_empty
 from in2core_jax.data.turns import REASONING, Message, TurnReader, clean, listed, read_tools, type_name
 from in2core_jax.errors import UserError
 
@@ -24,6 +24,7 @@ _TOOLS = ("tools", "functions")
 ROLES = (
   *("prompt", "response", "completion", "instruction", "input", "output"),
   *("messages", "conversations", "system", "history", "tools", "reasoning", "id", "topic"),
+  *("chosen", "rejected"),
 )
 _TEXT_ROLES = frozenset(ROLES) - {"system", "tools", "id", "topic"}
 # Columns that often hold the whole record once more, as one text.
@@ -44,6 +45,7 @@ class Conversation:
     tools: definitions of the tools that it may call.
     unread: names of keys that nobody reads and that are not known to be without meaning.
     given_id, topic: as the record names them; None and "" where it does not.
+    rejected: of a preference pair, the conversation with the rejected answer; `messages` is that with the chosen one.
   """
 
   messages: Messages
@@ -51,6 +53,7 @@ class Conversation:
   unread: tuple[str, ...]
   given_id: str | None
   topic: str
+  rejected: Messages = ()
 
 
 def is_learnt(message: Message) -> bool:
@@ -71,25 +74,38 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   """
   named = not _TEXT_ROLES.isdisjoint(fields)
   kept = {key: item for key, item in value.items() if not named or key in ("id", *TOPIC_COLUMNS)}
-  view = kept | {role: value[column] for role, column in fields.items() if column in value}
-  columns, parse = _shape_of(view, value)
-  reader, used = TurnReader(), set(columns)
-  messages = parse(view, reader, used)
+  named_columns = {role: value[column] for role, column in fields.items() if column in value}
+  view, stood = (kept, {}) if named else _by_known_names(kept)
+  view = view | named_columns
+  reader, used, rejected = TurnReader(), set(), []
+  sides = preferences.sides_of(view)
+  if sides:
+    used.update(sides)
+    context = lambda seen, answer: _prompt(seen, answer, reader, used)  # noqa: E731
+    messages, rejected = preferences.read_pair(view, sides, reader, context)
+    _add_system(view, rejected, reader, used)
+  else:
+    columns, parse = _shape_of(view, value)
+    used.update(columns)
+    messages = parse(view, reader, used)
   unread = _add_system(view, messages, reader, used)
   tools = _tools(view, reader, used)
   topic = _topic(view, used)
   given_id = _given_id(view)
   read = {"id"} | used
-  read = {fields.get(role, role) for role in read if role in fields or role in kept}
+  read = {fields.get(role, stood.get(role, role)) for role in read if role in fields or role in stood or role in kept}
+  placeholders = media.placeholders([*messages, *rejected])
   for key, item in value.items():
     if key not in read and not is_empty(item):
-      record_keys.refuse_medium(key, item)
+      media.refuse_key(key, item, placeholders, none_known=named or not record_keys.has_no_meaning(key, item))
       # Whoever names the columns of the text has said that the others are none of it.
       settled = (not named and record_keys.check_record_key(key, item)) or _is_rendering(key, item, messages)
       if not settled and not record_keys.has_no_meaning(key, item):
         unread.append(key)
-  unread += reader.unread
-  return Conversation(_end_at_last_response(messages), tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic)
+  unread += [*reader.unread, *(f"{word}{media.IN_A_TEXT}" for word in placeholders)]
+  ended = _end_at_last_response(messages)
+  other = _end_at_last_response(rejected) if rejected else ()
+  return Conversation(ended, tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic, other)
 
 
 def _is_rendering(key: str, value: Any, messages: Sequence[Message]) -> bool:
@@ -252,6 +268,36 @@ def _has_roles(value: Any) -> bool:
   return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
+_PROMPTS = (
+  ("prompt",),
+  ("question",),
+  ("instruction", "input", "context"),
+  ("query",),
+  ("problem",),
+  ("input",),
+)
+_DIALOGUES = {"messages": 0, "conversations": 1, "conversation": 0}  # with what `TurnReader.turns` calls their spelling
+
+
+def _prompt(view: Mapping[str, Any], answer: str, reader: TurnReader, used: set[str]) -> list[Message]:
+  """The prompt of a preference pair, if it has columns of its own; `answer` is the chosen one."""
+  prompt: list[Message] = []
+  first = next((names for names in _PROMPTS if not is_empty(view.get(names[0]))), None)
+  if first:
+    read: set[str] = {first[0]}
+    prompt = _pair(first[0], "", *first[1:])(view, reader, read)[:-1]
+    used.update(read.difference(REASONING))  # of which answer it would be, nobody says
+  for key in (key for key in _DIALOGUES if not is_empty(view.get(key))):
+    turns = _turns(view, key, reader, _DIALOGUES[key])
+    # Some write the chosen side once more as a conversation.
+    again = bool(turns) and turns[-1]["role"] == "assistant" and turns[-1]["content"].strip() == answer.strip()
+    turns = turns[:-1] if again else turns
+    if again or (turns and turns[-1]["role"] != "assistant" and not prompt):
+      used.add(key)
+      prompt = prompt or turns
+  return prompt
+
+
 def _conversation(key: str, spelling: int = 0) -> _Parse:
   return lambda view, reader, used: _turns(view, key, reader, spelling)
 
@@ -310,6 +356,16 @@ _MORE_SHAPES = (
 )
 
 
+def _by_known_names(kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+  """The record with the names that we read; those of shapes only where it has no shape without them."""
+  extras = {"history", *_SYSTEM, *_TOOLS, *REASONING[:3], *(["input"] if "instruction" in kept else [])}
+  view, stood = by_known_names(kept, extras)
+  if any(view.keys() >= {*shape.columns} and shape.fits(view) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES)):
+    return view, stood
+  columns = {column for shape in (*_FIRST_SHAPES, *_MORE_SHAPES) for column in shape.columns}
+  return by_known_names(kept, {*extras, *columns, "input"})
+
+
 def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[str, ...], _Parse]:
   """The first shape whose columns are all filled, or else there: a table of several shapes has empty columns."""
   filled = {column for column in view if not is_empty(view[column])}
@@ -325,7 +381,7 @@ def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[
     for shape in shapes:
       if fit(shape.columns) and shape.fits(view):
         return shape.columns, shape.parse
-  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2]))
+  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2])) + "; chosen + rejected"
   raise UserError(
     f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
     "with ### Human: and ### Assistant:; name the columns with data_fields, for example prompt=question,response=answer"

@@ -37,6 +37,7 @@ class Record:
     tools: definitions of the tools that the conversation may use, for the template.
     unread: names of keys that nobody renders and that are not known to be without meaning.
     origin: the source of the pool that it is of, which may be many files; "": `source` itself.
+    rejected: of a preference pair, the conversation with the rejected answer; `messages` is that with the chosen one.
   """
 
   example_id: str
@@ -48,11 +49,12 @@ class Record:
   tools: tuple[dict[str, Any], ...] = ()
   unread: tuple[str, ...] = ()
   origin: str = ""
+  rejected: Messages = ()
 
   @property
   def content_key(self) -> str:
     """SHA-256 of all that is rendered: equal for duplicates, whatever their ids and topics."""
-    return content_key(self.messages, self.tools)
+    return content_key(self.messages, self.tools, self.rejected)
 
   @property
   def prompt_key(self) -> str:
@@ -183,19 +185,42 @@ def shorten(text: str, limit: int = 120) -> str:
   return printable(text if len(text) <= limit else text[:limit] + "...")
 
 
-def content_key(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+def content_key(messages: Sequence[Message], tools: Sequence[Any] = (), rejected: Sequence[Message] = ()) -> str:
   """SHA-256 (hex) of the canonical JSON of all that is rendered.
 
   Of plain turns it is the hash of their roles and contents. What a turn has besides (reasoning, tool calls, names, its
-  place in the loss) is a third entry, and tools stand at the end, so that a record with them is another one.
+  place in the loss) is a third entry, and tools stand at the end, so that a record with them is another one. So does
+  the rejected side of a preference pair. Ids of tool calls are drawn by chance, and few templates render them: which
+  call a result answers counts, not its name.
   """
-  canonical: list[Any] = []
-  for message in messages:
-    more = {key: item for key, item in message.items() if key not in ("role", "content")}
-    canonical.append([message["role"], message["content"], *([more] if more else [])])
+  canonical: list[Any] = [_canonical(message) for message in _without_ids(messages)]
   canonical += [{"tools": list(tools)}] if tools else []
+  canonical += [{"rejected": [_canonical(message) for message in _without_ids(rejected)]}] if rejected else []
   text = json.dumps(canonical, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
   return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _without_ids(messages: Sequence[Message]) -> Iterable[Message]:
+  """The messages without ids of tool calls; results that do not come in the order of the calls have their number."""
+  calls: dict[str, int] = {}
+  made = answered = 0
+  for message in messages:
+    if "tool_calls" in message:
+      bare = [{key: item for key, item in call.items() if key != "id"} for call in message["tool_calls"]]
+      calls |= {call["id"]: made + j for j, call in enumerate(message["tool_calls"]) if "id" in call}
+      answered, made = made, made + len(bare)
+      message = {**message, "tool_calls": bare}
+    elif message["role"] == "tool":
+      number = calls.get(message.get("tool_call_id"), answered)
+      message = {key: item for key, item in message.items() if key != "tool_call_id"}
+      message |= {"answers": number} if number != answered else {}
+      answered += 1
+    yield message
+
+
+def _canonical(message: Message) -> list[Any]:
+  more = {key: item for key, item in message.items() if key not in ("role", "content")}
+  return [message["role"], message["content"], *([more] if more else [])]
 
 
 def spoken(message: Message) -> str:
@@ -225,6 +250,12 @@ def drawn_share(records: Sequence[Record], share: float) -> list[Record]:
   return [record for record in records if record.content_key in kept]
 
 
+def rejected_turns(record: Record) -> Messages:
+  """What a preference pair says on its rejected side after the prompt that both sides share; nothing for others."""
+  shared = next((i for i, (a, b) in enumerate(zip(record.messages, record.rejected, strict=False)) if a != b), None)
+  return record.rejected[len(record.messages) :] if shared is None else record.rejected[shared:]
+
+
 def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
   """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
   return "".join(records[row].raw + "\n" for row in rows)
@@ -249,11 +280,14 @@ def to_records(items: Iterable[Item], bad: BadRecords) -> list[Record]:
       read.append((dataclasses.replace(item, value=None), read_record(item.value, item.fields)))
     except UserError as error:
       bad.refuse(item.place, item.raw, str(error))
-  keys = [content_key(found.messages, found.tools) for _, found in read]
+  keys = [content_key(found.messages, found.tools, found.rejected) for _, found in read]
   read, given, keys = _told_apart(read, keys, bad)
   ids = _unique_ids(given, keys, [item.name for item, _ in read])
   return [
-    Record(one, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread, item.origin)
+    Record(
+      *(one, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread, item.origin),
+      found.rejected,
+    )
     for one, (item, found) in zip(ids, read, strict=True)
   ]
 

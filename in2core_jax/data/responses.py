@@ -53,6 +53,7 @@ class Responses(Layout):
       raise TemplateRefusal(f"the chat template refuses the turns [{roles}]: {refusal}") from refusal
     self._check_parts(messages, structure, rendered.notes)
     if self.program.has_generation:
+      _check_texts(messages, rendered)
       self._by_generation(messages, tools, learnt, barred, rendered)
     elif structure is None or not (structure.texts_only and self._by_pieces(messages, structure, learnt, rendered)):
       self._by_regions(messages, tools, structure, learnt, rendered)
@@ -60,6 +61,8 @@ class Responses(Layout):
 
   def _check_parts(self, messages: list[Message], structure: Structure | None, notes: collections.Counter) -> None:
     """Refuses a conversation of which the template does not render a part that makes it another one; notes the rest."""
+    if structure is not None and structure.disorder:
+      raise TemplateRefusal(f"the chat template {structure.disorder}; correct it, or use data with fewer turns")
     lost = structure.lost if structure is not None else frozenset()
     for k, part in sorted(lost):
       if part == "r":
@@ -107,6 +110,7 @@ class Responses(Layout):
         start += len(turn.ahead) if turn.ahead and text.startswith(turn.ahead, start) else 0
         rendered.spans.append((start, last + turn.terminator))
         rendered.notes["white space trimmed"] += k in trimmed
+        rendered.notes[_AHEAD] += bool(turn.words)
     return True
 
   def _by_regions(
@@ -118,18 +122,23 @@ class Responses(Layout):
     rendered: Rendered,
   ) -> None:
     """Finds the responses by the regions of the template's loop in the true rendering."""
+    _check_texts(messages, rendered)
     text, cuts = rendered.text, self._true_cuts(messages, tools, rendered.text)
+    of_turn = collections.defaultdict(list)
+    for i, (_, owner) in enumerate(cuts):
+      of_turn[owner].append(i)
     for k in learnt:
       turn = structure.turns.get(k) if structure is not None else None
       if structure is not None and turn is None:
         continue  # nothing of the answer is rendered
-      span = _in_region(text, cuts, turn, k + 1 == len(messages)) if turn is not None else None
+      span = _in_region(text, cuts, of_turn, turn, k + 1 == len(messages)) if turn is not None else None
       if span is None:
         span = self._by_prefixes(messages, tools, text, turn, k)
       (start, end), terminator = span
       start = self._behind_prompt(messages[:k], tools, text, start, end)
       rendered.spans.append((start, end))
       rendered.notes[_change(messages[k], text[start : end - terminator])] += 1
+      rendered.notes[_AHEAD] += turn is not None and bool(turn.words)
 
   def _behind_prompt(self, before: list[Message], tools: Sequence[dict], text: str, start: int, end: int) -> int:
     """Where a response begins whose generation prompt, which may depend on the texts, reaches beyond `start`."""
@@ -189,6 +198,29 @@ class Responses(Layout):
 
 
 _NOUN = {"assistant": "answer", "system": "system message"}
+_AHEAD = "learnt with words in front that are not those of the generation prompt"
+
+
+def _check_texts(messages: Sequence[Message], rendered: Rendered) -> None:
+  """Notes texts of users, tools and systems that are not rendered as they stand.
+
+  Raises:
+    TemplateRefusal: one of them stands in front of what was said before it.
+  """
+  text, at = rendered.text, 0
+  for k, message in enumerate(messages):
+    role, content = message["role"], message["content"].strip()
+    place = text.find(content, 0 if role == "system" else at)
+    if place >= 0:
+      at = at if role == "system" else place + len(content)
+    elif role == "assistant":
+      continue  # `_change` tells of it
+    elif role != "system" and content in text:
+      raise TemplateRefusal(
+        f"the chat template renders turn {k} ({role}) before an earlier one; correct it, or use data with fewer turns"
+      )
+    elif _bare(content) not in _bare(text):
+      rendered.notes[f"text of a {role} turn changed or left out"] += 1
 
 
 def _learnt(messages: Sequence[Message]) -> list[int]:
@@ -201,12 +233,14 @@ def _learnt(messages: Sequence[Message]) -> list[int]:
   ]
 
 
-def _in_region(text: str, cuts: list[tuple[int, int]], turn: Turn, is_last: bool) -> tuple[Span, int] | None:
+def _in_region(
+  text: str, cuts: list[tuple[int, int]], of_turn: dict[int, list[int]], turn: Turn, is_last: bool
+) -> tuple[Span, int] | None:
   """A response in its region of a true rendering: its span, and how much of it is terminator; None: not to be found."""
   if turn.region is None:
     return None
   label, back = turn.region
-  found = [i for i, (_, owner) in enumerate(cuts) if owner == label]
+  found = of_turn[label]
   if len(found) < back:
     return None
   start, following = cuts[found[-back]][0], found[-back] + 1

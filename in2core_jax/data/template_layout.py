@@ -21,6 +21,8 @@ the header and the terminator are looked for at their ends.
 
 from __future__ import annotations
 
+import bisect
+import collections
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -43,6 +45,7 @@ class Turn:
     ahead: what the generation prompt would write beyond the header.
     tail: the template's words behind the last mark.
     terminator: how many characters of them are response.
+    words: that stand in front of an answer where the generation prompt has others, and that are no marks of reasoning.
   """
 
   region: tuple[int, int] | None
@@ -51,6 +54,7 @@ class Turn:
   ahead: str
   tail: str
   terminator: int
+  words: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Structure:
     lost: (turn, key) of what is not rendered.
     texts_only: nothing but content and reasoning was there to be rendered.
     as_text: the arguments of tool calls are given as JSON text.
+    disorder: how the template moves or repeats turns, in words; "" where each stands once, in the order of the record.
   """
 
   pieces: list[str]
@@ -70,6 +75,7 @@ class Structure:
   lost: frozenset[tuple[int, str]]
   texts_only: bool
   as_text: bool
+  disorder: str = ""
 
 
 class Layout:
@@ -179,32 +185,27 @@ class Layout:
     wanted |= {(k, "r") for k, m in enumerate(marked) if "reasoning_content" in m}
     words |= tool_words
     lost = {place for place, word in words.items() if word not in text} | (wanted - found)
-    turns = {}
+    turns, places = {}, _Places(text, cuts)
     for k, message in enumerate(messages):
       if message["role"] == "assistant":
-        turns[k] = self._turn(marked, tool_marks, text, cuts, k)
+        turns[k] = self._turn(marked, tool_marks, text, places, k)
     return Structure(
       template_marks.MARK.split(text),
       {k: turn for k, turn in turns.items() if turn},
       frozenset(lost),
       not words,
       as_text,
+      _disorder(marked, [(int(mark[1]), mark[2]) for mark in template_marks.MARK.finditer(text)]),
     )
 
-  def _turn(
-    self, marked: list[Message], tools: Sequence[dict], text: str, cuts: list[tuple[int, int]], k: int
-  ) -> Turn | None:
+  def _turn(self, marked: list[Message], tools: Sequence[dict], text: str, places: _Places, k: int) -> Turn | None:
     """The template's words around turn k in a rendering of marks."""
-    own = [mark.span() for mark in template_marks.MARK.finditer(text) if int(mark[1]) == k]
-    own += [mark.span() for mark in re.finditer(template_marks.WORD.format(f"{k}f[0-9]+"), text)]
+    own, cuts = places.of_turn.get(k), places.cuts
     if not own:
       return None
     first, last = min(own)[0], max(own)[1]
-    others = [mark.span() for mark in template_marks.MARK.finditer(text) if int(mark[1]) != k]
-    low = max((end for _, end in others if end <= first), default=0)
-    high = min((start for start, _ in others if start >= last), default=len(text))
-    region = max((i for i, (place, _) in enumerate(cuts) if low <= place <= first), default=-1)
-    region_end = min((i for i, (place, _) in enumerate(cuts) if last <= place <= high), default=-1)
+    low, high = places.around(k, first, last)
+    region, region_end = places.last_cut(low, first), places.first_cut(last, high)
     start = cuts[region][0] if region >= 0 else self._prefix(marked[:k], tools, text, low, first) or low
     end = cuts[region_end][0] if region_end >= 0 else high
     is_last = k + 1 == len(marked)
@@ -213,7 +214,7 @@ class Layout:
     after = len(cuts) if region_end < 0 and is_last else region_end
     named = None
     if region >= 0 and after == region + 1:
-      named = cuts[region][1], sum(turn == cuts[region][1] for _, turn in cuts[region:])
+      named = cuts[region][1], places.from_end(region)
     before = text[start:first]
     if marked[k].get("tool_calls") and not any(mark[0] == "\ue000" for mark in (text[slice(*o)] for o in own)):
       before = self._plain_header() if before.startswith(self._plain_header()) else before
@@ -222,7 +223,9 @@ class Layout:
     terminator = len(tail.rstrip())
     if is_last:
       terminator = self._last_terminator(tail, text[last:end].rstrip(), before)
-    return Turn(named, first - start - length, before[:length], ahead, tail, terminator)
+    words = before[length:].strip()
+    words = words if ahead.strip() and "think" not in words else ""
+    return Turn(named, first - start - length, before[:length], ahead, tail, terminator, words)
 
   def _prefix(self, messages: list[Message], tools: Sequence[dict], text: str, low: int, high: int) -> int:
     """Where the rendering of the first messages ends in that of all; 0 where it does not, or not in [low, high]."""
@@ -292,7 +295,7 @@ class Layout:
       )
       try:
         text, cuts = self._render_cuts(marked, (), _TURN_MARKS)
-        turn = self._turn(marked, (), text, cuts, 1)
+        turn = self._turn(marked, (), text, _Places(text, cuts), 1)
       except TemplateRefusal:
         return ""
       self._known["middle"] = turn.tail[: turn.terminator] if turn else ""
@@ -305,6 +308,64 @@ class Layout:
       plain = self.structure((user, answer | {"reasoning_content": "r"}), ())
       self._known["reasoning"] = plain is not None and (1, "r") not in plain.lost
     return self._known["reasoning"]
+
+
+class _Places:
+  """Where marks and cuts stand in a rendering of marks, by turn: conversations may have ten thousands of turns.
+
+  Attributes:
+    of_turn: {turn: [start, end) of its marks, and of its words in tool calls}.
+    cuts: (place, turn) wherever the template takes up another turn.
+  """
+
+  def __init__(self, text: str, cuts: list[tuple[int, int]]):
+    self._marks = [(*mark.span(), int(mark[1])) for mark in template_marks.MARK.finditer(text)]
+    self._length, self.cuts, self._cuts = len(text), cuts, [place for place, _ in cuts]
+    self.of_turn: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+    for start, end, k in self._marks:
+      self.of_turn[k].append((start, end))
+    for word in re.finditer(template_marks.WORD.format("([0-9]+)f[0-9]+"), text):
+      self.of_turn[int(word[1])].append(word.span())
+    self._of_cut: dict[int, list[int]] = collections.defaultdict(list)
+    for i, (_, k) in enumerate(cuts):
+      self._of_cut[k].append(i)
+
+  def around(self, k: int, first: int, last: int) -> tuple[int, int]:
+    """The end of the mark of another turn before `first`, and the start of one behind `last`."""
+    before = bisect.bisect_right(self._marks, first, key=lambda mark: mark[1]) - 1
+    while before >= 0 and self._marks[before][2] == k:
+      before -= 1
+    behind = bisect.bisect_left(self._marks, last, key=lambda mark: mark[0])
+    while behind < len(self._marks) and self._marks[behind][2] == k:
+      behind += 1
+    low = self._marks[before][1] if before >= 0 else 0
+    return low, self._marks[behind][0] if behind < len(self._marks) else self._length
+
+  def last_cut(self, low: int, high: int) -> int:
+    """The number of the last cut in [low, high]; -1: there is none."""
+    i = bisect.bisect_right(self._cuts, high) - 1
+    return i if i >= 0 and self._cuts[i] >= low else -1
+
+  def first_cut(self, low: int, high: int) -> int:
+    """The number of the first cut in [low, high]; -1: there is none."""
+    i = bisect.bisect_left(self._cuts, low)
+    return i if i < len(self._cuts) and self._cuts[i] <= high else -1
+
+  def from_end(self, cut: int) -> int:
+    """How many cuts take up the same turn from this one on."""
+    same = self._of_cut[self.cuts[cut][1]]
+    return len(same) - bisect.bisect_left(same, cut)
+
+
+def _disorder(messages: Sequence[Message], found: list[tuple[int, str]]) -> str:
+  """How a rendering of marks moves or repeats turns; a system message may stand anywhere."""
+  twice = min((k for (k, _), count in collections.Counter(found).items() if count > 1), default=None)
+  if twice is not None:
+    return f"renders turn {twice} ({messages[twice]['role']}) more than once"
+  turns = [k for k, part in found if part == "c" and messages[k]["role"] != "system"]
+  if turns != sorted(turns):
+    return f"renders the turns in another order than the conversation has ({', '.join(map(str, turns))})"
+  return ""
 
 
 def _common(a: str, b: str) -> int:

@@ -11,6 +11,7 @@ holds another message than before. This needs no look at the texts, so no text c
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 import resource
 import sys
@@ -23,13 +24,15 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
-from in2core_jax.errors import one_line
+from in2core_jax.errors import UserError, one_line
 
 DEFAULT_DATE = "2024-07-26"  # what Llama 3.2's template prints where it is given no clock
 # Variables by which templates take a date from their caller, and how it is written there.
 DATE_VARIABLES = {"date_string": "%d %b %Y", "current_date": "%d %b %Y"}
 _SECONDS = 10.0  # of computing in one rendering; the longest conversations take milliseconds
+_MOST_STOPPED = 3  # renderings that take so long, before the template itself is refused
 _MEMORY = 2**30  # bytes that one rendering may add to the process
+_MOST_PARTS = 10**5  # that a filter may cut a text or a list into
 _LONGEST = 2**24  # characters, or items, that one operation may make
 
 Message = dict[str, Any]
@@ -61,7 +64,7 @@ class Program:
     self._today = datetime.datetime.fromisoformat(date)
     self.date_used = False
     self.has_generation = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
-    self._deadline, self._memory = 0.0, 0
+    self._deadline, self._memory, self._stopped = 0.0, 0, 0
     self._environment = _environment(self._strftime)
 
     def compiled() -> None:
@@ -143,6 +146,12 @@ class Program:
   def _tick(self) -> str:
     """Stops the template after its time, or when the process has grown: called in every turn of a loop or macro."""
     if time.thread_time() > self._deadline:
+      self._stopped += 1
+      if self._stopped >= _MOST_STOPPED:  # or each of 50,000 records would take as long
+        raise UserError(
+          f"the tokenizer's chat template was stopped after {_SECONDS:.0f} seconds, {self._stopped} times: its loops "
+          "do not end in any useful time; correct it, or take another model"
+        )
       raise TemplateRefusal(f"it was stopped after {_SECONDS:.0f} seconds: its loops do not end in any useful time")
     if _peak_memory() > self._memory:
       raise TemplateRefusal("it was stopped: its text grows without bound")
@@ -152,7 +161,7 @@ class Program:
     self._deadline, self._memory = time.thread_time() + _SECONDS, _peak_memory() + _MEMORY
     try:
       return work()
-    except TemplateRefusal:
+    except (TemplateRefusal, UserError):
       raise
     except (MemoryError, RecursionError, OverflowError) as error:
       raise TemplateRefusal(f"it was stopped: it needs too much memory or depth ({type(error).__name__})") from None
@@ -204,7 +213,34 @@ def _environment(strftime: Callable[[str], str]) -> Any:
   environment.globals.pop("lipsum", None)
   environment.filters["random"] = _refuse_chance
   environment.filters["center"] = lambda value, width=80: str(value).center(_sized(width))
+  environment.filters["format"] = lambda value, *args, **named: _modulo(str(value), named or args)
+  for name in ("slice", "batch", "indent", "wordwrap", "truncate"):
+    environment.filters[name] = _with_few(environment.filters[name])
+  sandboxed = environment.call
+
+  def call(context: Any, called: Any, *args: Any, **named: Any) -> Any:
+    """As the sandbox calls, but for methods that would make a huge text by themselves."""
+    text = getattr(getattr(called, "__wrapped__", called), "__self__", None)  # the sandbox wraps str.format
+    if isinstance(text, str):
+      _sized(max((value for value in (*args, *named.values()) if isinstance(value, int)), default=0))
+      _sized(_largest(text) if called.__name__.startswith("format") else 0)
+    return sandboxed(context, called, *args, **named)
+
+  environment.call = call
   return environment
+
+
+def _with_few(function: Callable) -> Callable:
+  """A filter whose numbers are widths and counts of parts."""
+
+  @functools.wraps(function)
+  def checked(*args: Any, **named: Any) -> Any:
+    for value in (*args, *named.values()):
+      if isinstance(value, int) and value > _MOST_PARTS:
+        raise TemplateRefusal(f"it was stopped: it asks for {value:,} parts, or columns, of a text")
+    return function(*args, **named)
+
+  return checked
 
 
 def _refuse_chance(*_: Any) -> None:
@@ -236,8 +272,15 @@ def _power(left: Any, right: Any) -> Any:
 
 def _modulo(left: Any, right: Any) -> Any:
   if isinstance(left, str):
-    _sized(max(map(int, re.findall("[0-9]{1,18}", left)), default=0))
+    _sized(_largest(left))
+    values = right if isinstance(right, tuple) else (right,)
+    _sized(max((value for value in values if isinstance(value, int)), default=0) if "*" in left else 0)
   return left % right
+
+
+def _largest(form: str) -> int:
+  """The largest number in a text that says how values are written: no width is larger."""
+  return max(map(int, re.findall("[0-9]{1,18}", form)), default=0)
 
 
 def _add(left: Any, right: Any) -> Any:

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from in2core_jax.data import media, ragged
 from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.hub import commits_of
-from in2core_jax.data.records import BadRecords, Record
+from in2core_jax.data.records import BadRecords, Record, shorten
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
@@ -40,7 +42,11 @@ __all__ = [
   "tokenize",
 ]
 
+_MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
+_LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+
+_Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, the characters that each came from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +62,17 @@ class TokenizedDataset:
     truncated: bool [N], whether tokens were cut off at the maximal length.
     template: what the chat template did to the whole part, as far as there is anything to tell: `date` that it prints,
       `changes` of what stands in the records {words: turns}, `alike` (different records that became one text).
+    second: int64 [N] where the examples are preference pairs, else None: tokens and mask of an example are those of the
+      chosen side, and from here on those of the rejected one.
   """
 
   name: str
   records: tuple[Record, ...]
-  tokens: tuple[np.ndarray, ...]
-  response_mask: tuple[np.ndarray, ...]
+  tokens: Sequence[np.ndarray]
+  response_mask: Sequence[np.ndarray]
   truncated: np.ndarray
   template: dict[str, Any] = dataclasses.field(default_factory=dict)
+  second: np.ndarray | None = None
 
   def __post_init__(self):
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
@@ -89,12 +98,18 @@ class TokenizedDataset:
   @property
   def num_tokens(self) -> np.ndarray:
     """int32 [N], tokens of each example."""
-    return np.array([len(tokens) for tokens in self.tokens], np.int32)
+    return ragged.lengths_of(self.tokens)
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest sequence; a preference pair has two."""
+    sizes, first = self.num_tokens, self.second
+    return int(np.max(sizes if first is None else np.maximum(first, sizes - first), initial=0))
 
   @property
   def num_response_tokens(self) -> np.ndarray:
     """int32 [N], response tokens of each example."""
-    return np.array([np.count_nonzero(mask) for mask in self.response_mask], np.int32)
+    return ragged.counts_of(self.response_mask)
 
   def take(self, rows: Sequence[int]) -> TokenizedDataset:
     """Returns the examples `rows` (int [n]), in the order given."""
@@ -102,10 +117,11 @@ class TokenizedDataset:
     return TokenizedDataset(
       self.name,
       tuple(self.records[i] for i in rows),
-      tuple(self.tokens[i] for i in rows),
-      tuple(self.response_mask[i] for i in rows),
+      ragged.taken(self.tokens, rows),
+      ragged.taken(self.response_mask, rows),
       self.truncated[rows],
       self.template,
+      None if self.second is None else self.second[rows],
     )
 
 
@@ -147,13 +163,14 @@ def tokenize(
   vocab_size: int | None = None,
   date: str | None = None,
   bad: BadRecords | None = None,
+  on_chunk: Callable[[int], None] = lambda count: None,
 ) -> TokenizedDataset:
   """Renders records with the tokenizer's chat template and marks the response tokens.
 
   Args:
     records: N records.
     tokenizer: a transformers fast tokenizer with a chat template.
-    max_length: tokens beyond this are cut off.
+    max_length: tokens beyond this are cut off; of a preference pair, those of each side.
     system_prompt: "default" (what the template adds by itself), "none" (no system message), or the text of one. An
       example's own system message is kept in any case.
     name: of the part.
@@ -161,6 +178,7 @@ def tokenize(
     date: what a template that prints the date is told that today is, YYYY-MM-DD; None: always the same day.
     bad: takes the records that cannot be rendered (`refuse(place, raw, reason)`), which are left out then; None: the
       first one is an error.
+    on_chunk: called with the number of records that are done, again and again.
 
   Returns:
     The N examples in the same order. An example whose response is missing or cut off has a mask of False only.
@@ -171,28 +189,33 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
+  if any(record.rejected for record in records):
+    more = {"vocab_size": vocab_size, "date": date, "bad": bad, "on_chunk": on_chunk}
+    return _pairs(records, name, lambda some: tokenize(some, tokenizer, max_length, system_prompt, name, **more))
   render = Renderer(tokenizer, system_prompt, date)
-  kept, tokens, masks, truncated = [], [], [], []
+  kept, truncated = [], []
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for start in range(0, len(records), _CHUNK):
     done = list(_rendered(render, records[start : start + _CHUNK], bad))
     texts = [rendered.text for _, rendered in done]
-    encoded = _encoded(tokenizer, texts, [record for record, _ in done]) if texts else {}
-    encodings = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
+    encodings = _encoded(tokenizer, texts, [record for record, _ in done], max_length)
     for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
           with told_by_tokenizers(_no_tokens(record)):
-            ids, offsets = render.encode_quoted(record, rendered.text)
+            quote = functools.partial(render.encode_quoted, record, rendered.text)
+            ids, offsets = _of_beginning(rendered.text, max_length, lambda text, quote=quote: quote(len(text)))
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
       if vocab_size is not None and ids and max(ids) >= vocab_size:
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
       kept.append(record)
-      tokens.append(np.array(ids[:max_length], np.int32))
+      tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-  parts = tuple(kept), tuple(tokens), tuple(masks), np.array(truncated, bool)
+    on_chunk(len(records[start : start + _CHUNK]))
+  parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
   dataset = TokenizedDataset(name, *parts, render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
@@ -203,16 +226,98 @@ def tokenize(
   return dataset
 
 
+def _pairs(
+  records: Sequence[Record], name: str, side: Callable[[Sequence[Record]], TokenizedDataset]
+) -> TokenizedDataset:
+  """Preference pairs: both sides one after the other.
+
+  A pair of which the cut leaves a side without response, or two sides that are equal, has no response token.
+
+  Args:
+    records: of one part.
+    name: of the part.
+    side: tokenises records of one conversation each.
+
+  Raises:
+    UserError: not all of them are pairs, or what `tokenize` refuses.
+  """
+  plain = next((record for record in records if not record.rejected), None)
+  if plain is not None:
+    raise UserError(
+      f"the {name} set has conversations ({plain.place}) and preference pairs "
+      f"({next(record for record in records if record.rejected).place}): they have different losses; keep one kind"
+    )
+  given = {record.example_id: record for record in records}
+  chosen = side([dataclasses.replace(record, rejected=()) for record in records])
+  left = [given[one] for one in chosen.ids]
+  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
+  places = {record.example_id: row for row, record in enumerate(chosen.records)}
+  chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
+  tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
+  for ours, theirs, won, lost in zip(
+    chosen.tokens, rejected.tokens, chosen.response_mask, rejected.response_mask, strict=True
+  ):
+    differ = won.any() and lost.any() and not np.array_equal(ours, theirs)
+    tokens.append(np.concatenate([ours, theirs]))
+    masks.append(np.concatenate([won, lost]) & differ)
+  return TokenizedDataset(
+    name,
+    tuple(given[one] for one in chosen.ids),
+    tokens.done(),
+    masks.done(),
+    chosen.truncated | rejected.truncated,
+    _both_told(chosen.template, rejected.template),
+    np.array([len(ours) for ours in chosen.tokens], np.int64),
+  )
+
+
+def _both_told(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+  """What the chat template did to either side."""
+  changes = collections.Counter(chosen.get("changes", {})) + collections.Counter(rejected.get("changes", {}))
+  return rejected | chosen | ({"changes": dict(changes)} if changes else {})
+
+
 def _no_tokens(record: Record) -> str:
   return f"example {record.example_id!r} ({record.place}): the tokenizer makes no tokens of it"
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record]) -> Any:
-  """Token ids and offsets of the texts; where the tokenizer fails, its record is named."""
-  encode = lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)  # noqa: E731
+def _beginning(max_length: int) -> int:
+  """How many characters of a text are tokenised, when that gives enough tokens."""
+  return max(_LONG, 64 * max_length)
+
+
+def _of_beginning(text: str, max_length: int, encode: Callable[[str], _Encoding]) -> _Encoding:
+  """Token ids and offsets of a text, at least `max_length` + 1 where it has so many.
+
+  A token takes a hundred bytes and more on its way, so of a text of megabytes only the beginning is tokenised. What is
+  cut off far behind the last token that counts changes none of those.
+  """
+  most = _beginning(max_length)
+  ids, offsets = encode(text[:most])
+  if len(text) <= most or (len(offsets) > max_length and offsets[max_length][1] < most - most // 4):
+    return ids, offsets
+  return encode(text)
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int) -> list[_Encoding]:
+  """`_of_beginning` of the texts; where the tokenizer fails, its record is named."""
+
+  def encode(some: Sequence[str]) -> list[_Encoding]:
+    if not some:
+      return []
+    found = tokenizer(list(some), add_special_tokens=False, return_offsets_mapping=True)
+    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+  short = [text for text in texts if len(text) <= _beginning(max_length)]
   try:
     with told_by_tokenizers("the tokenizer makes no tokens"):
-      return encode(list(texts))
+      found = iter(encode(short))
+      return [
+        next(found)
+        if len(text) <= _beginning(max_length)
+        else _of_beginning(text, max_length, lambda t: encode([t])[0])
+        for text in texts
+      ]
   except UserError:
     for record, text in zip(records, texts, strict=True):
       with told_by_tokenizers(_no_tokens(record)):
@@ -338,11 +443,20 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     skipped = summary["skipped_records"]
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
     lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
-  for key, found in summary.get("unread_keys", {}).items():
+  unread = summary.get("unread_keys", {})
+  for key, found in list(unread.items())[:_MOST_KEYS]:
+    if key.endswith(media.IN_A_TEXT):
+      lines.append(
+        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
+        f"{found['first']}, and is learnt as plain text: images, audio and video cannot be read"
+      )
+      continue
     lines.append(
-      f"the key {key!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it says "
-      "is no part of the conversation"
+      f"the key {key[:120]!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it "
+      "says is no part of the conversation"
     )
+  if len(unread) > _MOST_KEYS:
+    lines.append(f"and {len(unread) - _MOST_KEYS:,} more keys are not read: data_summary.json names all of them")
   lines += [
     f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
   ]
@@ -370,7 +484,7 @@ def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = Tr
     for row in rows
   ]
   for name, part in summary["parts"].items():
-    named = [(printable(topic) or "(none)", count) for topic, count in part["topics"].items()]
+    named = [(shorten(topic, 60) or "(none)", count) for topic, count in part["topics"].items()]
     if len(named) > 1 or (named and named[0][0] != "(none)"):
       more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
       lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)

@@ -10,10 +10,11 @@ import json
 import re
 from typing import Any
 
-from in2core_jax.data import record_keys
+from in2core_jax.data import media, record_keys
 from in2core_jax.data.content_blocks import expand
 from in2core_jax.data.json_text import Decoder, Refused
-from in2core_jax.data.record_keys import is_empty, shown
+from in2core_jax.data.key_names import by_known_names, is_empty
+from in2core_jax.data.record_keys import shown
 from in2core_jax.errors import UserError
 
 Message = dict[str, Any]
@@ -37,6 +38,10 @@ _SPELLINGS = (("role", "content"), ("from", "value"))
 _OTHERS = (("role", "value"), ("role", "text"), ("role", "message"), ("from", "content"), ("from", "text"))
 _OTHERS += (("speaker", "text"), ("speaker", "content"), ("author", "content"), ("author", "text"))
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+# What `turn` reads, whatever the case of its letters.
+_KNOWN = frozenset(["role", "content", "from", "value", "name", "tool_call_id", "tool_calls", "function_call"])
+_KNOWN |= {"tools", "functions", *REASONING[:3]}
+_NAN = re.compile(r"\bNaN\b")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_PARTS = ("image", "audio", "video", "file", "document", "media")
 
@@ -86,7 +91,7 @@ class TurnReader:
       value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
       raise UserError(f"{key!r} must be a list of turns but is {type_name(value)}")
-    places = [(turn, f"turn {i} of {key!r}") for i, turn in enumerate(value)]
+    places = [(_by_known_names(turn), f"turn {i} of {key!r}") for i, turn in enumerate(value)]
     return [self.turn(each, at, f"{key}[]", spelling) for turn, at in places for each in expand(turn, at)]
 
   def turn(self, turn: Any, at: str, path: str, spelling: int = 0) -> Message:
@@ -101,6 +106,7 @@ class TurnReader:
     Raises:
       UserError: no such object, an unknown role, pictures, something of a wrong type.
     """
+    turn = _by_known_names(turn)
     pair = self._spelling(turn, at, spelling)
     role = _role(turn[pair[0]], pair[0], at)
     message: Message = {"role": role, "content": ""}
@@ -112,7 +118,7 @@ class TurnReader:
     rest = [key for key in turn if key not in pair and not is_empty(turn[key])]
     rest = self._of_assistant(message, turn, rest, thought, at, path)
     rest = self._names(message, turn, rest, at)
-    if role == "system":
+    if role in ("system", "user"):
       found = [key for key in rest if key in ("tools", "functions")]
       self.tools += [turn[key] for key in found]
       rest = [key for key in rest if key not in found]
@@ -159,8 +165,8 @@ class TurnReader:
       raise UserError(f"{at} must be a text or an object with 'type' but is {type_name(part)}")
     key = "text" if kind in _TEXT_PARTS else kind
     if kind not in (*_TEXT_PARTS, "thinking", "reasoning"):
-      media = any(word in kind.lower() for word in _MEDIA_PARTS)
-      what = "images, audio, video and files cannot be read" if media else "only text and thinking can be read"
+      is_medium = any(word in kind.lower() for word in _MEDIA_PARTS)
+      what = "images, audio, video and files cannot be read" if is_medium else "only text and thinking can be read"
       raise UserError(f"{at} is of type {kind!r}: {what}; remove such records, or the part")
     used = key if key in part else "text"
     value = part.get(used)
@@ -170,7 +176,7 @@ class TurnReader:
       raise UserError(f"{at} must have a string {key!r}, which is {type_name(value)}")
     for name, item in part.items():
       if name not in ("type", used, "signature", "closed") and not is_empty(item):
-        record_keys.refuse_medium(name, item, at)
+        media.refuse_key(name, item, where=at, none_known=False)
         self._tell(path, name, item)
     return (value, "") if key == "text" else ("", value)
 
@@ -216,6 +222,7 @@ class TurnReader:
 
   def _rest(self, message: Message, turn: dict, rest: list[str], at: str, path: str) -> None:
     """Refuses or tells what is left."""
+    rest = [key for key in rest if not record_keys.settles_turn(key, turn[key], message["role"], at)]
     if message["role"] != "assistant":  # never learnt, and a flag that says so is no news
       learnt, flags = record_keys.turn_flag(turn, rest, at)
       rest = [key for key in rest if key not in flags]
@@ -223,7 +230,7 @@ class TurnReader:
     for key in rest:
       if key in ("tool_calls", "function_call", "refusal"):
         raise UserError(f"{at}: {key!r} in a turn of {message['role']} cannot be rendered; remove such records")
-      record_keys.refuse_medium(key, turn[key], at)
+      media.refuse_key(key, turn[key], where=at, none_known=not record_keys.has_no_meaning(key, turn[key]))
       self._tell(path, key, turn[key])
 
   def _tell(self, path: str, key: str, value: Any) -> None:
@@ -261,6 +268,10 @@ class TurnReader:
     if not is_empty(call.get("id")):
       made = {"id": clean(str(call["id"]))} | made
     return made
+
+
+def _by_known_names(turn: Any) -> Any:
+  return by_known_names(turn, _KNOWN)[0] if isinstance(turn, dict) and not turn.keys() <= _KNOWN else turn
 
 
 def _what_it_has(turn: Any) -> str:
@@ -315,9 +326,11 @@ def _arguments(value: Any) -> Any:
     return {} if value is None else value
   try:
     found = Decoder().whole(value) if value.strip() else {}
-  except Refused:
+    # NaN would become null, and 1e999 an infinity: such a text is rendered as it stands.
+    json.dumps(found, allow_nan=False)
+  except ValueError:  # Refused is one
     return value
-  return found if isinstance(found, dict) else value
+  return found if isinstance(found, dict) and not _NAN.search(value) else value
 
 
 def read_tools(value: Any, key: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import itertools
 import pathlib
 import shutil
 
-from in2core_jax.costs import flop_counts, hardware
+from in2core_jax.costs import hardware
 from in2core_jax.costs.hardware import Hardware
 from in2core_jax.estimate import pricing, stage_phases
 from in2core_jax.estimate.pricing import Described, Phase
@@ -174,7 +174,7 @@ def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
   ):
     if stage in stages:
       params, tree = described(bench.model.config, s)
-      size = subtree.count(flop_counts.split_shapes(params, tree)[0])
+      size = subtree.size_of(params, tree)
       layers = f"layers {tree.layers[0]} to {tree.layers[-1]}" if tree.layers else "no layer"
       lines.append(f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {len(tree.layers)} layers ({layers})")
   counts = ", ".join(

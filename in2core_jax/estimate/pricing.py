@@ -16,7 +16,7 @@ from in2core_jax.data import packing
 from in2core_jax.model import embeddings, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import auto_batch
+from in2core_jax.pipeline import auto_batch, phases, shapes
 from in2core_jax.pipeline.loaded_model import open_model
 from in2core_jax.pipeline.session import Session, make_session, read_described
 from in2core_jax.pipeline.settings import Settings
@@ -175,10 +175,13 @@ class Pricer:
     numbers = self.sizes.above + (0 if self.cached else self.sizes.below)
     return Phase(self.stage, name, flops, device, disk=disk, gathered=self.gathered(numbers, batches))
 
-  def boundary(self, part: str) -> list[Phase]:
-    """Filling the boundary cache; nothing when there is none."""
-    if not self.cached:
-      return []
+  @property
+  def boundary(self) -> int | None:
+    """The lowest chosen layer, below which hidden states are kept; None where they are not."""
+    return self.tree.boundary if self.cached else None
+
+  def fill(self, part: str) -> Phase:
+    """Filling the boundary cache."""
     bench, s, dataset = self.bench, self.bench.settings, self.bench.splits[part]
     plan = packing.packed_plan(dataset.num_tokens, bench.batching.batch_tokens, self.groups)
     work = flop_counts.boundary_work(plan)
@@ -186,10 +189,21 @@ class Pricer:
     program = memory.Program("losses", -(-most[1] // self.groups), most[2], 0)
     size = hidden_cache.cache_bytes(dataset.num_tokens, bench.model.config.hidden_size, jnp.dtype(s.dtype))
     host, disk = (0.0, size) if bench.hidden.where.on_disk(size) else (size, 0.0)
-    name = f"hidden states below layer {self.tree.boundary} ({part})"
+    name = phases.hidden(self.tree.boundary, part)
     device = self.device(memory.program_bytes(bench.model.config, self.sizes, program, s.dtype))
     moved = self.gathered(self.sizes.below, work.batches)
-    return [Phase(self.stage, name, flop_counts.below_flops(self.sizes, work), device, host, disk, moved)]
+    return Phase(self.stage, name, flop_counts.below_flops(self.sizes, work), device, host, disk, moved)
+
+  def reference(self, *parts: str) -> list[Phase]:
+    """Log probabilities of preference pairs at the reference model, which runs as a whole."""
+    bench, found = self.bench, []
+    params = shapes.param_shapes(bench.model.config, bench.settings.dtype)
+    for part in (part for part in parts if bench.splits[part].second is not None):
+      whole = Pricer(bench, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
+      whole.cached = False
+      work = whole.packed(part)
+      found.append(whole.packed_pass(phases.reference(part), "losses", work))
+    return found
 
   def hidden_states(self, part: str) -> Phase:
     """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""
@@ -203,7 +217,7 @@ class Pricer:
     rows, length = max(((height, length) for length, height, _ in plan), key=lambda shape: shape[0] * shape[1])
     program = memory.Program("losses", -(-rows // self.groups), length, 0)
     device = whole.device(memory.program_bytes(bench.model.config, whole.sizes, program, bench.settings.dtype))
-    return self.phase(f"hidden states above the top layer ({part})", flops, device, work.batches)
+    return self.phase(phases.embedded(part), flops, device, work.batches)
 
   def packed_pass(self, name: str, kind: str, work: flop_counts.Work, passes: int = 1, vectors: float = 0.0) -> Phase:
     """Passes of one kind over packed rows."""

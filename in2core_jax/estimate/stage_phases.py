@@ -1,9 +1,10 @@
-"""The phases of every stage, as the run would go through them, with what each computes and holds."""
+"""What the phases of every stage compute and hold; which they are, and in which order, says `pipeline.phases`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -11,19 +12,18 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
+from in2core_jax.data.subsets import PARTS
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline import auto_batch, shapes, solver_inputs
-from in2core_jax.pipeline.scoring import WHITENED, score_aggregate, topic_rows, trajectory_weights
+from in2core_jax.pipeline import auto_batch, phases, shapes, solver_inputs
+from in2core_jax.pipeline.scoring import topic_rows
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
-from in2core_jax.pipeline.shapes import num_checkpoints, num_steps, trained_shapes
+from in2core_jax.pipeline.shapes import num_steps, num_summed, trained_shapes
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
-
-_FIT = "EK-FAC"  # begins the name of its phase
 
 
 def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
@@ -35,7 +35,15 @@ def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
   kept = s.keep_checkpoints or -(-steps // s.checkpoint_every)
   # float32 weights and Adam's two moments; the newest is written before the oldest goes.
   disk = 3 * FLOAT * price.sizes.subtree * (kept + 1)
-  return [*price.boundary("train"), dataclasses.replace(training(price, s, rows, steps), disk=disk)]
+  prices = hidden_prices(price) | {
+    phases.TRAINING: lambda: [dataclasses.replace(training(price, s, rows, steps), disk=disk)]
+  }
+  return [*price.reference("train"), *priced(phases.of_finetune(price.boundary), prices)]
+
+
+def priced(names: Iterable[str], prices: Mapping[str, Callable[[], list[Phase]]]) -> list[Phase]:
+  """The phases of a table of `pipeline.phases`, in its order."""
+  return [phase for name in names for phase in prices[name]()]
 
 
 def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
@@ -45,7 +53,7 @@ def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   flops = steps * flop_counts.pass_flops(price.sizes, "gradient", step, price.cached)
   # Weights in float32, two moments, the gradient and the update.
   device = price.device(price.program("gradient", (shape,)), 5)
-  return price.phase(f"training, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
+  return price.phase(f"{phases.TRAINING}, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
 
 
 def select_phases(bench: Session, s: Settings) -> list[Phase]:
@@ -53,39 +61,51 @@ def select_phases(bench: Session, s: Settings) -> list[Phase]:
   price = Pricer(bench, "select", *shapes.scored_shapes(bench.model.config, s))
   groups = topic_rows(bench, s)
   inverse = auto_batch.inverse_of(s, len(groups))
-  held = memory.num_vectors(inverse)
+  held, way = memory.num_vectors(inverse), phases.way_of(s, len(groups))
   evals = functools.reduce(flop_counts.Work.plus, (price.packed("eval", rows) for rows in groups.values()))
   times = 1
-  if s.trajectory != "none":  # a demo has no checkpoint yet
-    times = len(trajectory_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
-    if score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
+  if s.trajectory != "none":
+    times = num_summed(bench, s)
+    if phases.score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
       times *= -(-len(bench.splits["eval"]) // s.query_block)
-  found = [*price.boundary("train"), *price.boundary("eval")]
-  found.append(price.packed_pass("query gradients", "gradient", evals, times, 2 + len(groups)))
-  found += solver_phases(price, s, inverse)
-  found += score_phases(price, s, inverse, times)
-  found += choice_phases(price, s, {s.policy})
-  if s.writes("layer"):
+  of_store = way == "projected" and s.policy not in coreset.GRADIENT_POLICIES
+
+  def by_layer() -> list[Phase]:
     work = price.by_row("train")
     more = flop_counts.contraction_flops(price.sizes, work.examples, 1)
-    found.append(price.mapped_pass("scores by layer", work, more, held))
-  if s.writes("token"):
-    found.append(price.packed_pass("scores by token", "jvp", price.packed("train"), 1, held))
-  by_query = score_aggregate(s) in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED
-  for _ in range(int(s.writes("query")) + int(by_query)):
-    found += per_query_phases(price, s, inverse)
-  return [*found, results_phase(bench, s, len(groups))]
+    return [price.mapped_pass(phases.LAYERS, work, more, held)]
+
+  prices = hidden_prices(price) | choice_prices(price, s, loaded=not of_store)
+  prices |= solver_prices(price, s, inverse) | score_prices(price, s, inverse, times)
+  prices |= {
+    phases.QUERIES: lambda: [price.packed_pass(phases.QUERIES, "gradient", evals, times, 2 + len(groups))],
+    phases.LAYERS: by_layer,
+    phases.TOKENS: lambda: [price.packed_pass(phases.TOKENS, "jvp", price.packed("train"), 1, held)],
+    phases.BLOCKS: lambda: block_phases(price, s, inverse),
+    phases.RESULTS: lambda: [results_phase(bench, s, len(groups))],
+  }
+  return [*price.reference("train", "eval"), *priced(phases.of_select(s, price.boundary, len(groups)), prices)]
 
 
-def solver_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> list[Phase]:
+def hidden_prices(price: Pricer) -> dict[str, Callable[[], list[Phase]]]:
+  """Filling the boundary cache, part by part."""
+  if not price.cached:
+    return {}
+  return {phases.hidden(price.boundary, part): (lambda part=part: [price.fill(part)]) for part in PARTS}
+
+
+def solver_prices(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> dict[str, Callable[[], list[Phase]]]:
   """The inverse Hessian product: products with curvature batches, EK-FAC's fit, DataInf's passes."""
-  if inverse.solver == "identity":
-    return []
+  return {s.solver: lambda: [products(price, s, inverse)], phases.FACTORS: lambda: [factors(price, s, inverse)]}
+
+
+def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
+  """The solver's own passes."""
   sizes, held = price.sizes, memory.num_vectors(inverse, s.acceleration != "none")
   if inverse.solver == "datainf":
     rows = price.by_row("train")
     phase = price.mapped_pass("datainf", rows, 0.0, held)
-    return [dataclasses.replace(phase, flops=flop_counts.datainf_flops(sizes, inverse, rows, price.cached))]
+    return dataclasses.replace(phase, flops=flop_counts.datainf_flops(sizes, inverse, rows, price.cached))
   curvature = solver_inputs.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
   fixed = curvature.num_fixed
@@ -93,53 +113,70 @@ def solver_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> l
   flops = flop_counts.products_flops(sizes, inverse, batch, fixed, price.cached)
   queries = 64 if inverse.solver == "exact" else inverse.queries
   device = price.device(price.program(inverse.curvature, (curvature.shape,), queries), held)
-  with_ekfac = s.solver == "ekfac" or s.precondition == "ekfac"
-  if with_ekfac:
+  if "ekfac" in (s.solver, s.precondition):
     flops += flop_counts.ekfac_apply_flops(sizes, inverse.queries) * (s.depth if s.precondition == "ekfac" else 1)
   # Until the run is finished: the queries' gradients, the solution, and LiSSA's state (its iterate and three sums).
   disk = FLOAT * sizes.subtree * inverse.queries * (2 + (4 if inverse.solver == "lissa" else 0))
   most = "at most " if inverse.solver == "cg" else ""  # it stops at --solver_tol
   name = f"{inverse.solver}, {most}{count} products of {curvature.batch} examples"
-  found = [price.phase(name, flops, device, 3.0 * count, disk=disk)]
-  if not with_ekfac:
-    return found
-  rows = price.by_row("train", curvature.factors, every_slot=False)
+  return price.phase(name, flops, device, 3.0 * count, disk=disk)
+
+
+def factors(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
+  """What the solver or its preconditioner is fitted to first: EK-FAC, or a diagonal out of one pass."""
+  curvature = solver_inputs.curvature_rows(price.bench, s)
+  name = f"{phases.FACTORS} of {len(curvature.factors)} examples"
   every = price.by_row("train", curvature.factors)
-  flops = flop_counts.ekfac_fit_flops(sizes, rows, every, s.curvature != "fisher", price.cached)
-  size = memory.ekfac_bytes(sizes)
+  if s.precondition == "diagonal":
+    return price.mapped_pass(name, every, 0.0, 1 + inverse.queries)
+  rows = price.by_row("train", curvature.factors, every_slot=False)
+  flops = flop_counts.ekfac_fit_flops(price.sizes, rows, every, s.curvature != "fisher", price.cached)
+  size = memory.ekfac_bytes(price.sizes)
   device = price.device(price.mapped() + 2 * size, inverse.queries)
-  fit = price.phase(f"{_FIT} of {len(curvature.factors)} examples", flops, device, 6 * rows.batches, disk=size)
-  return [fit, *found]
+  return price.phase(name, flops, device, 6 * rows.batches, disk=size)
 
 
-def score_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse, times: int) -> list[Phase]:
-  """Losses and scores of the training set, by the path that `select.score` takes."""
+def score_prices(
+  price: Pricer, s: Settings, inverse: flop_counts.Inverse, times: int
+) -> dict[str, Callable[[], list[Phase]]]:
+  """Losses and scores of the training set, by the way that `scoring.score` takes."""
   sizes, queries = price.sizes, inverse.queries
   train, held = price.packed("train"), 2 * queries
-  losses = price.packed_pass("losses", "losses", train)
-  if s.score_path == "projected":
-    return [losses, *projection_phases(price, s, ("train",), loaded=False)]
-  if s.normalize == WHITENED:
-    return [losses, *projection_phases(price, s, ("train", "eval"))]
-  if s.normalize != "none" or s.writes("self"):
+  losses = lambda name: price.packed_pass(name, "losses", train)  # noqa: E731
+
+  def norms() -> list[Phase]:
     rows = price.by_row("train")
     a_row = flop_counts.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
     more = rows.examples * a_row + flop_counts.contraction_flops(sizes, rows.examples, queries + 2)
-    return [price.mapped_pass("scores and norms, per-example gradients", rows, more, held)]
-  less = s.trajectory == "less"
-  if not less and kernels.score_path(s.score_path, queries) == "jvp":
-    name = f"losses and scores, jvp{f' of {queries} queries' if queries > 1 else ''}"
-    return [price.packed_pass(name, "jvp", train, times * queries, held), *([losses] if s.trajectory != "none" else [])]
-  rows = price.by_row("train").times(times)
-  more = flop_counts.contraction_flops(sizes, rows.examples, queries)
-  return [losses, price.mapped_pass("scores, per-example gradients", rows, more, held)]
+    return [price.mapped_pass(f"{phases.NORMS}, per-example gradients", rows, more, held)]
+
+  def plain(name: str) -> list[Phase]:
+    if s.trajectory != "less" and kernels.score_path(s.score_path, queries) == "jvp":
+      return [price.packed_pass(f"{name}, jvp{_of(queries)}", "jvp", train, times * queries, held)]
+    rows = price.by_row("train").times(times)
+    more = flop_counts.contraction_flops(sizes, rows.examples, queries)
+    return [price.mapped_pass(f"{name}, per-example gradients", rows, more, held)]
+
+  def scores() -> list[Phase]:
+    found = plain(phases.SCORES)
+    return found if found[0].name.startswith(f"{phases.SCORES}, jvp") else [losses(f"{phases.SCORES}, losses"), *found]
+
+  return {
+    phases.AT_STEPS: lambda: plain(f"{phases.AT_STEPS} {times} checkpoints"),
+    phases.LOSSES: lambda: [losses(phases.LOSSES)],
+    phases.NORMS: norms,
+    phases.SCORES: scores,
+  }
 
 
-def per_query_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> list[Phase]:
+def _of(queries: int) -> str:
+  return f" of {queries} queries" if queries > 1 else ""
+
+
+def block_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> list[Phase]:
   """Scores of every evaluation example, a block of them at a time."""
   block = min(s.query_block, len(price.bench.splits["eval"]))
   blocks = -(-len(price.bench.splits["eval"]) // block)
-  each = inverse._replace(queries=block)
   evals, rows = price.by_row("eval"), price.by_row("train")
   vmap = kernels.score_path(s.score_path, block) == "vmap"
   scores = flop_counts.pass_flops(price.sizes, "gradient" if vmap else "jvp", rows, price.cached) * (
@@ -147,48 +184,42 @@ def per_query_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -
   )
   scores += flop_counts.contraction_flops(price.sizes, rows.examples, block)
   more = blocks * scores
-  found = [price.mapped_pass(f"per query: gradients and scores, {blocks} blocks", evals, more, 3 * block, True)]
-  for phase in solver_phases(price, s, each):
-    if phase.name.startswith(_FIT):  # made for the aggregated query, and read back
-      continue
-    flops, gathered = phase.flops * blocks, phase.gathered * blocks
-    found.append(dataclasses.replace(phase, name=f"per query: {phase.name}", flops=flops, gathered=gathered))
-  return found
+  found = [price.mapped_pass(f"{phases.BLOCKS}, {blocks} blocks", evals, more, 3 * block, True)]
+  if inverse.solver == "identity":
+    return found
+  # Factors are made for the aggregated query, and read back.
+  solved = products(price, s, inverse._replace(queries=block))
+  flops, gathered = solved.flops * blocks, solved.gathered * blocks
+  return [*found, dataclasses.replace(solved, name=f"{phases.BLOCKS}: {solved.name}", flops=flops, gathered=gathered)]
 
 
-def choice_phases(price: Pricer, s: Settings, policies: set[str]) -> list[Phase]:
-  """What policies choose from beside scores (`policy_inputs.ChoiceInputs`)."""
-  found = []
-  if policies & set(coreset.GRADIENT_POLICIES):
-    found += projection_phases(price, s, ("train", "eval"))
-  if policies & set(coreset.HIDDEN_POLICIES):
-    found += [price.hidden_states(part) for part in ("train", "eval")]
-  return found
-
-
-def projection_phases(price: Pricer, s: Settings, parts: tuple[str, ...], loaded: bool = True) -> list[Phase]:
-  """Projected gradients, of the training set kept on disk; at the parameters that are scored.
+def choice_prices(price: Pricer, s: Settings, loaded: bool = True) -> dict[str, Callable[[], list[Phase]]]:
+  """What policies choose from beside scores (`policy_inputs.ChoiceInputs`), and what is kept of it on disk.
 
   Args:
-    loaded: whether all of them come into memory, as a policy needs them.
+    price: at the parameters that are scored.
+    s: how gradients are projected.
+    loaded: whether all projected gradients come into memory, as a policy needs them.
   """
+  found = {phases.projected(part): (lambda part=part: [projection(price, s, part, loaded)]) for part in PARTS}
+  return found | {phases.embedded(part): (lambda part=part: [price.hidden_states(part)]) for part in PARTS}
+
+
+def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
+  """Projected gradients of a part, of the training set kept on disk; at the parameters that are scored."""
   bench = price.bench
   base = shapes.param_shapes(bench.model.config, bench.settings.dtype)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
   other = Pricer(bench, price.stage, params, subtree.make_subtree(params, s.layers, "sketch"))
-  found = []
-  for part in parts:
-    work = other.by_row(part, every_slot=False)
-    flops = flop_counts.pass_flops(other.sizes, "gradient", work, other.cached)
-    rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
-    program = memory.Program("gradient", rows[0] // other.groups, rows[1], rows[2])
-    size = memory.program_bytes(bench.model.config, other.sizes, program, bench.settings.dtype)
-    size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
-    disk = FLOAT * other.sizes.subtree * len(bench.splits[part]) if part == "train" else 0.0
-    name = f"projected gradients ({part})"
-    phase = other.phase(name, flops, other.device(size), 2 * work.batches, disk=disk)
-    found.append(dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0)))
-  return found
+  work = other.by_row(part, every_slot=False)
+  flops = flop_counts.pass_flops(other.sizes, "gradient", work, other.cached)
+  rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
+  program = memory.Program("gradient", rows[0] // other.groups, rows[1], rows[2])
+  size = memory.program_bytes(bench.model.config, other.sizes, program, bench.settings.dtype)
+  size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
+  disk = FLOAT * other.sizes.subtree * len(bench.splits[part]) if part == "train" else 0.0
+  phase = other.phase(phases.projected(part), flops, other.device(size), 2 * work.batches, disk=disk)
+  return dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0))
 
 
 def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
@@ -199,7 +230,7 @@ def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   numbers += int(train.num_response_tokens.sum()) * 8 if s.writes("token") else 0
   numbers += len(train) * bench.model.config.num_layers * 2 if s.writes("layer") else 0
   texts = sum(len(record.raw) for record in train.records)
-  return Phase("select", "scores and coreset", disk=FLOAT * numbers + texts)
+  return Phase("select", phases.RESULTS, disk=FLOAT * numbers + texts)
 
 
 def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
@@ -214,12 +245,15 @@ def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
   one = training(price, s, rows, num_steps(s, len(rows)))
   count, whole = num_trainings(s, share_kept(s, bench.splits["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
-  test = price.packed_pass("test losses", "losses", price.packed("test"), count + known + 1)
-  found = [*price.boundary("train"), *price.boundary("test")]
+  name = f"{count} {phases.TRAININGS}: {one.name.removeprefix(f'{phases.TRAINING}, ')}"
+  every = dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered)
   named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
-  found += choice_phases(price, s, named)
-  name = f"{count} trainings: {one.name.removeprefix('training, ')}"
-  return [*found, dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered), test]
+  prices = hidden_prices(price) | choice_prices(price, s)
+  prices |= {
+    phases.TRAININGS: lambda: [every],
+    phases.TEST: lambda: [price.packed_pass(phases.TEST, "losses", price.packed("test"), count + known + 1)],
+  }
+  return [*price.reference("train", "test"), *priced(phases.of_evaluate(named, price.boundary), prices)]
 
 
 def demo_phases(bench: Session, s: Settings) -> list[Phase]:
@@ -233,7 +267,7 @@ def demo_phases(bench: Session, s: Settings) -> list[Phase]:
     *evaluate_phases(bench, s.replace(select_runs=s.policy), known),
   ]
   for phase in stages:
-    shared = phase.name.startswith("hidden states")
+    shared = phase.name.startswith(("hidden states", "reference model"))
     found.setdefault((phase.name, "" if shared else phase.stage), phase)
   return list(found.values())
 

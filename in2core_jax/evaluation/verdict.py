@@ -173,7 +173,7 @@ def word(estimate: Estimate, level: float = 0.95) -> str:
   ratio = estimate.interval(level)
   if ratio.high < 0:
     return "lower (better) than"
-  return "higher (worse) than" if ratio.low > 0 else "cannot be told apart from"
+  return "higher (worse) than" if ratio.low > 0 else "cannot be distinguished from"
 
 
 def _token_caveat(name: str, group: Sequence[RetrainRow], random: Sequence[RetrainRow]) -> list[str]:

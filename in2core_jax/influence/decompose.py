@@ -201,7 +201,7 @@ def token_scores(
 
   def kernel(batch):
     products = _token_products(token_losses, problem.sub, problem.frozen, batch, direction)
-    return {"products": products, "filled": batch.weight > 0}
+    return {"products": products, "filled": batch.weight != 0}
 
   nothing = np.zeros(0, np.float32)
   pieces = [nothing] * size

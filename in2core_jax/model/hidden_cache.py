@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from in2core_jax.data import packing
+from in2core_jax.data.batches import rejected_starts
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder as model_lib
 from in2core_jax.parallel import processes
@@ -67,7 +68,8 @@ def cache_bytes(num_tokens: np.ndarray, width: int, dtype: np.dtype) -> int:
 
 def data_hash(dataset: Any) -> str:
   """Hash of the token ids of a data set in order: what a boundary cache depends on besides the model."""
-  digest = hashlib.sha256()
+  second = rejected_starts(dataset)
+  digest = hashlib.sha256(b"" if second is None else np.asarray(second, np.int64).tobytes())
   for tokens in dataset.tokens:
     digest.update(np.int64(len(tokens)).tobytes())
     digest.update(np.asarray(tokens, np.int32).tobytes())
@@ -104,7 +106,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
 
   Args:
     job: the model and how to run it.
-    dataset: has `tokens`, int32 [T_i] for each example.
+    dataset: has `tokens`, int32 [T_i] for each example, and where they are preference pairs `second`.
     file: where to keep the values (written aside, then renamed, so that a killed run leaves no half file under this
       name); in memory when None. An existing file that is as it was written is reused: its checksum lies beside it.
 
@@ -131,7 +133,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   values = np.memmap(part, dtype, "r+", shape=shape) if part is not None else np.empty(shape, dtype)
   plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
-  for packed in job.track(packing.packed_batches(dataset.tokens, plan), len(plan)):
+  for packed in job.track(packing.packed_batches(dataset.tokens, plan, second=rejected_starts(dataset)), len(plan)):
     tokens, offsets = job.place((packed.tokens, packed.offsets))
     hidden = processes.settle(_below(job.config, job.subtree, job.frozen, tokens, offsets))
     if waiting is not None:

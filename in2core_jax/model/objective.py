@@ -12,6 +12,7 @@ from in2core_jax.model.decoder import (
   _logits,
   _scaled,
   accumulation_dtype,
+  final_norm,
   head_input,
   head_matrix,
   run_above,
@@ -144,6 +145,10 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
   The head is linear and frozen, so the Gauss-Newton matrix with respect to these outputs equals the one with respect to
   the logits: J_z^T (W^T H_out W) J_z. A divisor of the logits is part of z, a soft cap part of H_out (`head_ggn`).
 
+  Batches of preference pairs (`batch.reference`) have the DPO loss (section 1.1). Their outputs are the scaled margins
+  u [B], in which that loss is convex: the Gauss-Newton matrix is sum_i s(u_i) s(-u_i) grad u_i grad u_i^T with the
+  logistic function s, whatever the head.
+
   Returns:
     An `Objective` over batches with the fields of `batches.Batch`; `hidden` [B,T,D] replaces the layers below the
     boundary when it is not None.
@@ -151,28 +156,25 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
   head_is_chosen = _head_is_chosen(config, subtree)
 
   def outputs(sub, frozen, batch):
-    if "embed" in subtree.extras:
-      if batch.hidden is not None:
-        raise UserError(
-          "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
-        )
-      matrix = sub["embed"]["embedding"]
-      # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
-      wide = matrix.astype(accumulation_dtype(matrix.dtype))
-      h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
-    elif batch.hidden is not None:
-      h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
-    else:
-      h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
-    h = run_above(config, subtree, sub, frozen, h, batch.offsets)
+    z = token_outputs(sub, frozen, batch)
+    if batch.reference is None:
+      return z
+    return _margins(_slot_losses(config, head_is_chosen, z, frozen, batch), batch)
+
+  def token_outputs(sub, frozen, batch):
+    h = _last_hidden(config, subtree, sub, frozen, batch)
     picked = _pick(h, batch)
     z = head_input(config, sub if "final_norm" in subtree.extras else frozen, picked)
     return _logits(z, head_matrix(frozen | sub), config.logit_cap) if head_is_chosen else z
 
   def losses(z, frozen, batch):
+    if batch.reference is not None:
+      return _pair_losses(z, batch)
     return jnp.sum(_slot_losses(config, head_is_chosen, z, frozen, batch), axis=-1)
 
   def output_hvp(z, dz, frozen, batch):
+    if batch.reference is not None:
+      return _has_sides(batch) * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z) * dz
     flat = functools.partial(jnp.reshape, shape=(-1, z.shape[-1]))
     matrix = head_matrix(frozen)
     ggn = lambda zc, dzc: head_ggn(zc, dzc, matrix, config.logit_cap)  # noqa: E731
@@ -180,6 +182,8 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
     return (product * _by_slot(batch.weight, batch)[..., None].astype(product.dtype)).astype(z.dtype)
 
   def separate(batch):
+    if batch.slots is None and batch.reference is not None:
+      return batch  # a pair is one row, of two sequences
     if batch.offsets is not None:
       raise ValueError("rows that hold several examples cannot be mapped over examples: use batches.Batcher")
     return batch._replace(slots=None)
@@ -187,9 +191,69 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
   return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
 
 
+def _margins(slot_losses, batch):
+  """u [B] of preference pairs: beta ((log pi_w - log ref_w) - (log pi_l - log ref_l)), 0 where there is no response."""
+  # The weights are beta on the chosen side and -beta on the rejected one, and a loss is -log pi.
+  return (-jnp.sum(slot_losses, axis=-1) - batch.reference.astype(slot_losses.dtype)) * _has_sides(batch)
+
+
+def _pair_losses(margins, batch):
+  """-log sigmoid(u) [B], exactly 0 on padding rows and on pairs without response."""
+  return _has_sides(batch) * jax.nn.softplus(-margins)
+
+
+def _has_sides(batch):
+  """1 for pairs that have a response, else 0, [B]."""
+  return jnp.any(batch.weight != 0, axis=-1).astype(batch.weight.dtype)
+
+
+def _last_hidden(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen, batch):
+  """Hidden states [B,T,D] above the top layer, before the final norm."""
+  if "embed" in subtree.extras:
+    if batch.hidden is not None:
+      raise UserError(
+        "the embedding is in the subtree, so hidden states above it are no constants: use no boundary cache"
+      )
+    matrix = sub["embed"]["embedding"]
+    # A token's gradient is a sum over its positions: scattered in the wide dtype, a copy only for half precision.
+    wide = matrix.astype(accumulation_dtype(matrix.dtype))
+    h = _scaled(config, jnp.take(wide, batch.tokens, axis=0).astype(matrix.dtype))
+  elif batch.hidden is not None:
+    h = batch.hidden.astype(frozen["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
+  else:
+    h = jax.lax.stop_gradient(run_below(config, subtree, frozen, batch.tokens, batch.offsets))
+  return run_above(config, subtree, sub, frozen, h, batch.offsets)
+
+
+@functools.cache
+def losses_and_hidden_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
+  """Makes losses_and_hidden(sub, frozen, batch, lengths) -> ([B], f32 [B,2,D]): one pass for losses and embeddings.
+
+  The losses are those of `make_objective`; the embeddings are `embeddings.pooled`'s "mean" and "last", for subtrees
+  without top-level modules. No gradient goes through them.
+
+  Args of the function made:
+    batch: a row for each example.
+    lengths: int32 [B], tokens of each; 1 on padding rows.
+  """
+  head_is_chosen = _head_is_chosen(config, subtree)
+
+  def losses_and_hidden(sub, frozen, batch, lengths):
+    h = _last_hidden(config, subtree, sub, frozen, batch)
+    z = head_input(config, frozen, _pick(h, batch))
+    losses = jnp.sum(_slot_losses(config, head_is_chosen, z, frozen, batch), axis=-1)
+    normed = jax.lax.stop_gradient(final_norm(config, frozen, h)).astype(jnp.float32)
+    inside = jnp.arange(normed.shape[1]) < lengths[:, None]
+    mean = jnp.sum(jnp.where(inside[..., None], normed, 0), axis=1) / lengths[:, None]
+    last = jnp.take_along_axis(normed, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return losses, jnp.stack([mean, last], axis=1)
+
+  return losses_and_hidden
+
+
 def _pick(h, batch):
   """Hidden states [B,R,D] that predict the response slots, or [G,M,D] of the filled slots only."""
-  if batch.slots is None and batch.offsets is None:
+  if batch.slots is None:
     return jnp.take_along_axis(h, batch.position[..., None], axis=1)
   groups, position = batch.slots.shape[0], batch.position
   if batch.offsets is None:  # a row for each example; packed batches count from the group's first token themselves
@@ -274,11 +338,15 @@ def token_losses_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
 
     token_losses[b, r] = weight[b, r] * nll(target[b, r] | hidden state at position[b, r]),
 
-  whose sums over r are the losses of `make_objective`; exactly 0 on padding slots.
+  whose sums over r are the losses of `make_objective`; exactly 0 on padding slots. Of preference pairs it is that times
+  sigmoid(-u) of the pair, taken as a constant: no shares of the loss, but their derivatives are shares of its own.
   """
   head_is_chosen, outputs = _head_is_chosen(config, subtree), make_objective(config, subtree).outputs
 
   def token_losses(sub, frozen, batch):
-    return _slot_losses(config, head_is_chosen, outputs(sub, frozen, batch), frozen, batch)
+    found = _slot_losses(config, head_is_chosen, outputs(sub, frozen, batch._replace(reference=None)), frozen, batch)
+    if batch.reference is None:
+      return found
+    return jax.lax.stop_gradient(jax.nn.sigmoid(-_margins(found, batch)))[:, None] * found
 
   return token_losses

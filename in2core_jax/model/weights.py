@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, model_files
+from in2core_jax.model import decoder, hf_config, hf_folder, model_files
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
@@ -125,11 +124,18 @@ def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
   return dataclasses.replace(config, num_layers=layers)
 
 
+def source_of(spec: str) -> tuple[str, Any]:
+  """(hf, gguf or random; its folder, file or parts) of what `--model` says; of a truncated one those of the whole."""
+  while spec.startswith("truncated:"):
+    spec, _ = _parse_truncated(spec)
+  return _parse_spec(spec)
+
+
 def _parse_spec(spec: str) -> tuple[str, Any]:
   """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  kind, _, rest = full_spec(spec).partition(":")
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
-  kind, _, rest = full_spec(spec).partition(":")
   if kind == "hub":
     return "hf", hub.hub_model(rest)
   path = model_files.expand(rest)
@@ -263,8 +269,8 @@ def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tu
   return config, decoder.init_params(config, jax.random.key(seed), _dtype(dtype))
 
 
-def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer=None) -> None:
-  """Writes config.json, model.safetensors and what the model came with, for transformers to load.
+def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer=None, resume: bool = False) -> None:
+  """Writes config.json, model.safetensors (above 5 GB: shards) and what the model came with, for transformers to load.
 
   Kept of the source (`config.carried`): max_position_embeddings, token ids, generation_config.json.
 
@@ -275,6 +281,7 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
     config: the model's shape.
     params: the parameter tree, NumPy or JAX arrays, float32 or bfloat16.
     tokenizer: a transformers tokenizer, saved beside the weights when given.
+    resume: keep whole weight files that are there: they are of the same weights.
 
   Raises:
     UserError: a configuration that no known Hugging Face model type expresses, leaves that have no place there, or a
@@ -297,27 +304,18 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       row = (
         pairs_together(row, rotated_heads(config, leaf)) if family.interleaved and rotated_heads(config, leaf) else row
       )
-      tensors[names[leaf].format(i=i)] = np.ascontiguousarray(row)
+      tensors[names[leaf].format(i=i)] = row
   fuse(tensors, family, config.num_layers)
-  foreign = sorted({*folder.glob("*.safetensors*"), *folder.glob("adapter_*")} - {folder / "model.safetensors"})
-  if foreign:
-    raise UserError(f"export to {folder}: {foreign[0].name} of another model is there; give an empty folder")
   folder.mkdir(parents=True, exist_ok=True)
+  hf_folder.write_weights(folder, tensors, resume=resume)
   if tokenizer is not None:
     tokenizer.save_pretrained(folder)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values = ids | values  # what the model itself came with is more exact: it may end a text with several tokens
   generation = json.loads(config.carried)["generation_config"] if config.carried else None
   if generation is not None:
-    partial = folder / "generation_config.json.partial"
-    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "generation_config.json")
-  partial = folder / "model.safetensors.partial"
-  safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(folder / "model.safetensors")
-  partial = folder / "config.json.partial"
-  partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-  partial.replace(folder / "config.json")
+    hf_folder.write_json(folder / "generation_config.json", generation)
+  hf_folder.write_json(folder / "config.json", values)
 
 
 def hf_hash(path: str | pathlib.Path) -> str:

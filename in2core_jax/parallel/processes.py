@@ -200,6 +200,11 @@ def from_writer(value: Any) -> Any:
   return json.loads(text.tobytes())
 
 
+def deals(number: int) -> bool:
+  """Whether a numbered piece that every process has is this one's to write."""
+  return number % jax.process_count() == jax.process_index()
+
+
 def all_true(value: bool) -> bool:
   """Whether `value` is true in every process; collective."""
   if _alone():

@@ -217,6 +217,13 @@ def count(tree: Params) -> int:
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
+def size_of(params: Params, subtree: Subtree) -> int:
+  """P: how many numbers of `params` (arrays or shapes) a subtree holds, without cutting them."""
+  flat = traverse_util.flatten_dict(params["layers"], sep="/")
+  a_layer = sum(int(np.prod(flat[path].shape[1:])) for path in subtree.paths)
+  return a_layer * len(subtree.layers) + sum(count(params[name]) for name in subtree.extras)
+
+
 def layer_sums(products: Params, subtree: Subtree) -> dict[str, jax.Array]:
   """Adds up `gradients.leaf_scores` per layer: {"layer 3": ..., "embed": ...}; together they are the score.
 

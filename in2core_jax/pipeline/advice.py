@@ -107,7 +107,7 @@ def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
 
 def too_few_to_aim(s: Settings, inputs: PolicyInputs) -> list[str]:
   """Where --policy=auto draws at random and more evaluation examples might show otherwise, in one sentence."""
-  if s.policy != "auto" or coreset.aims(inputs) or (size := len(inputs.similarities["hybrid"])) >= ENOUGH_QUERIES:
+  if s.policy != "auto" or coreset.aims(inputs) or (size := inputs.asked) >= ENOUGH_QUERIES:
     return []
   return [
     f"{size:,} distinct evaluation examples are too few to show whether they differ in kind from the training set. Use "

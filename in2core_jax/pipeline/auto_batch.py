@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from in2core_jax import gradients
 from in2core_jax.costs import device_memory, flop_counts, memory
 from in2core_jax.data import packing
-from in2core_jax.data.batches import Batch
+from in2core_jax.data.batches import Batch, rejected_starts
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.errors import UserError
 from in2core_jax.model.config import ModelConfig
@@ -48,6 +48,7 @@ class Work:
     num_tokens: int [N], of all examples.
     num_responses: response tokens of all examples together.
     max_length: --max_length, for messages.
+    pairs: whether there are preference pairs, whose batches have one number more for each example.
   """
 
   config: ModelConfig
@@ -60,6 +61,7 @@ class Work:
   num_tokens: np.ndarray
   num_responses: int
   max_length: int
+  pairs: bool = False
 
   @classmethod
   def of(cls, s: Settings, config: ModelConfig, parts: Mapping[str, TokenizedDataset], mesh: Any, cached: Any) -> Work:
@@ -75,7 +77,10 @@ class Work:
     params, tree = scored_shapes(config, s)
     num_tokens = np.concatenate([part.num_tokens for part in parts.values()])
     responses = sum(int(part.num_response_tokens.sum()) for part in parts.values())
-    return cls(config, params, tree, inverse_of(s), s.dtype, mesh, cached(tree), num_tokens, responses, s.max_length)
+    pairs = any(rejected_starts(part) is not None for part in parts.values())
+    return cls(
+      config, params, tree, inverse_of(s), s.dtype, mesh, cached(tree), num_tokens, responses, s.max_length, pairs
+    )
 
   @property
   def resident_bytes(self) -> int:
@@ -89,7 +94,7 @@ class Work:
 # ---- what is needed ------------------------------------------------------------------
 
 
-def batch_shapes(shape: packing.PackedShape, mesh: Any, width: int | None, dtype: Any) -> Batch:
+def batch_shapes(shape: packing.PackedShape, mesh: Any, width: int | None, dtype: Any, pairs: bool = False) -> Batch:
   """A packed batch as shapes on the mesh, with hidden states of a width unless that is None."""
   groups = sharding.batch_multiple(mesh)
   spec = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
@@ -105,6 +110,7 @@ def batch_shapes(shape: packing.PackedShape, mesh: Any, width: int | None, dtype
     make(np.float32, size),
     make(np.int32, groups, shape.num_slots),
     tokens,
+    make(np.float32, size) if pairs else None,
   )
 
 
@@ -123,7 +129,7 @@ def compiled_bytes(work: Work, shape: packing.PackedShape) -> int | None:
   """
   mesh = work.mesh
   width = work.config.hidden_size if work.cached else None
-  batch = batch_shapes(shape, mesh, width, jnp.dtype(work.dtype))
+  batch = batch_shapes(shape, mesh, width, jnp.dtype(work.dtype), work.pairs)
   sub, frozen = (placed_shapes(part, mesh) for part in flop_counts.split_shapes(work.params, work.tree))
   objective, most = make_objective(work.config, work.tree), 0
   for kind, function in PROGRAMS.items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from in2core_jax.costs import flop_counts
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
@@ -10,8 +9,8 @@ from in2core_jax.ihvp import solvers
 from in2core_jax.influence import projected
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import shapes
+from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import check_pairs
-from in2core_jax.pipeline.scoring import WHITENED, score_aggregate
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import SelectSettings, Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
@@ -27,16 +26,25 @@ def budget_of(s: SelectSettings) -> Budget:
 
 def policies_of(s: Settings) -> list[str]:
   """The words of --policies, told where one is unknown."""
-  return words(s.policies, "policies", (statistics.FULL, *coreset.POLICIES))
+  return words(s.policies, "policies", (statistics.FULL, *coreset.POLICIES), gone=coreset.GONE)
 
 
-def check_budget(s: Settings, train: tokenizing.TokenizedDataset) -> None:
-  """Refuses a budget that the training examples with a response cannot meet."""
-  budget_of(s).limit(train.num_tokens[train.num_response_tokens > 0])
+def check_budget(s: SelectSettings, train: tokenizing.TokenizedDataset) -> Budget:
+  """The budget that the flags ask for; refuses one that the training examples with a response cannot meet."""
+  budget = Budget.read(s.budget)
+  budget.limit(train.num_tokens[train.num_response_tokens > 0])
+  return budget
 
 
 def check_policies(bench: Session, policies: set[str]) -> None:
-  """Refuses policies that the training set is too large for."""
+  """Refuses policies that the training set is too large for, or that cannot do with preference pairs."""
+  views = sorted(policies & set(coreset.HIDDEN_POLICIES))
+  pairs = [part for part in ("train", "eval") if bench.splits[part].second is not None]
+  if views and pairs:
+    raise UserError(
+      f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
+      "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
+    )
   if "matching_hybrid" in policies:
     check_pairs(bench)
 
@@ -58,20 +66,18 @@ def check_solvers(given: str, settings: Iterable[Settings]) -> None:
     raise UserError(f"{given}: {error}") from error
 
 
-def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: str = "depth") -> None:
+def check_size(s: Settings, size: int, given: str, depth: str = "depth") -> None:
   """Refuses a solver that is not for a subtree of that size.
 
   Args:
     s: the solver and its depth.
-    params: arrays or shapes.
-    tree: the subtree of them.
+    size: parameters of the subtree.
     given: what the user gave of it, for the message.
     depth: the flag that --depth is taken from.
 
   Raises:
     UserError: too many parameters for exact, too few for low_rank.
   """
-  size = subtree.count(flop_counts.split_shapes(params, tree)[0])
   if s.solver == "low_rank" and s.depth > size:
     raise UserError(f"{given}: --{depth}={s.depth} vectors of a subtree of {size} parameters: lower --{depth}")
   if s.solver == "exact" and size > solvers.EXACT_LIMIT:
@@ -82,7 +88,7 @@ def check_size(s: Settings, params, tree: subtree.Subtree, given: str, depth: st
 
 
 def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, layers: str = "--layers") -> None:
-  """Refuses what `select` cannot score.
+  """Refuses what `select` cannot score: first flags that contradict each other, then what the model does not have.
 
   Args:
     s: the flags of the scores.
@@ -94,6 +100,15 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
     UserError: flags that contradict each other, or ask for what the model does not have.
   """
   solver_settings(s)
+  _check_ways(s, s.checkpoint or trained)
+  _check_solver(s)
+  _check_aggregate(s)
+  who = "the fine-tuning trains" if trained else f"{s.checkpoint} trained"
+  _check_part(s, shapes.ScoredPart.of(s, params, trained, layers), who)
+
+
+def _check_ways(s: Settings, checkpoint) -> None:
+  """The way to the scores (projected, along a trajectory) and what does not go with it."""
   if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
     raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
   other_ways = [name for name in ("write", "normalize") if s.is_set(name)]
@@ -104,17 +119,12 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
     raise UserError(
       f"--trajectory={s.trajectory} has no inverse and no store: give --solver=identity --score_path=auto"
     )
-  if s.trajectory != "none" and trained is None and not s.checkpoint:
+  if s.trajectory != "none" and not checkpoint:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
-  tree = subtree.make_subtree(params, s.layers, s.modules, (layers, "--modules"))
-  if s.trajectory == "less":
-    _check_trained(s, tree, trained)
-  if s.score_path == "projected":
-    missing = set(subtree.make_subtree(params, s.layers, "matrices").paths) - set(tree.paths)
-    if missing:
-      lacks = min(missing)
-      raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {lacks}")
-  check_size(s, params, tree, f"--solver={s.solver}")
+
+
+def _check_solver(s: Settings) -> None:
+  """What needs a solver of its own."""
   if s.writes("self") or s.normalize in ("relatif", "theta_relatif"):
     wanted = "--write=self" if s.writes("self") else f"--normalize={s.normalize}"
     if s.solver not in ("ekfac", "identity"):
@@ -122,43 +132,82 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
         f"{wanted} with --solver={s.solver}: an inverse product for every training example is affordable with "
         "--solver=ekfac or --solver=identity only"
       )
-  if score_aggregate(s) == "weighted_turns":
+  if s.normalize == WHITENED and (s.solver != "identity" or s.writes("self")):
+    given = "--write=self" if s.solver == "identity" else f"--solver={s.solver}"
+    raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
+
+
+def _check_aggregate(s: Settings) -> None:
+  """How scores of single evaluation examples become one."""
+  how = score_aggregate(s)
+  if how == "weighted_turns":
     raise UserError(
       f"--aggregate=weighted_turns is for policies by similarity, not for --policy={s.policy}: take --policy=hybrid, "
       "or --aggregate=round_robin"
     )
-  if score_aggregate(s) in aggregation.BY_QUERY and s.normalize != WHITENED:
+  if how in aggregation.BY_QUERY and s.normalize != WHITENED:
     other = f"--normalize={s.normalize}" if s.normalize != "none" else f"--score_path={s.score_path}"
     if s.normalize != "none" or s.score_path == "projected":
       raise UserError(
         f"--aggregate={s.aggregate} takes plain scores of single evaluation examples, not {other}: leave that out, or "
         f"give --policy=hybrid or --normalize={WHITENED}"
       )
-  if s.normalize == WHITENED and (s.solver != "identity" or s.writes("self")):
-    given = "--write=self" if s.solver == "identity" else f"--solver={s.solver}"
-    raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
-  if (s.writes("layer") or s.writes("token")) and score_aggregate(s) != "mean":
+  if (s.writes("layer") or s.writes("token")) and how != "mean":
     raise UserError(
       f"--write=layer and --write=token take apart the score of one query, not of --aggregate={s.aggregate}"
     )
 
 
-def _check_trained(s: Settings, tree: subtree.Subtree, trained: subtree.Subtree | None) -> None:
-  """LESS takes Adam's moments, which are of the numbers that were trained: refuses other ones."""
-  saved = train_loop.subtree_meta(trained) if trained else train_loop.checkpoint_meta(s.checkpoint)["subtree"]
-  if train_loop.subtree_meta(tree) != saved:
-    who = "the fine-tuning trains" if trained else f"{s.checkpoint} trained"
+def _check_part(s: Settings, part: shapes.ScoredPart, who: str) -> None:
+  """What the chosen layers and modules must be; LESS takes Adam's moments, which are of the numbers that were trained.
+
+  Args:
+    s: the flags.
+    part: what is scored.
+    who: begins what is told of the training.
+  """
+  if part.trained is not None and train_loop.subtree_meta(part.tree) != part.trained:
     raise UserError(
-      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {who} layers {saved['layers']}, "
-      f"{', '.join(saved['paths'])}; choose the same, Adam's moments are theirs"
+      f"--trajectory=less with --layers={s.layers} --modules={s.modules}: {who} layers {part.trained['layers']}, "
+      f"{', '.join(part.trained['paths'])}; choose the same, Adam's moments are theirs"
+    )
+  missing = set(part.kernels) - set(part.tree.paths)
+  if s.score_path == "projected" and missing:
+    raise UserError(f"--score_path=projected covers all kernels of a layer, --modules={s.modules} lacks {min(missing)}")
+  check_size(s, part.size, f"--solver={s.solver}")
+
+
+def check_pair_solver(bench: Session, s: Settings) -> None:
+  """Refuses what takes a loss to be a sum over tokens, where the training set has preference pairs.
+
+  Raises:
+    UserError: EK-FAC, as a solver or a preconditioner.
+  """
+  named = next((name for name in ("solver", "precondition") if getattr(s, name) in ("ekfac", "diagonal")), None)
+  if named and bench.splits["train"].second is not None:
+    raise UserError(
+      f"{s.as_flag(named)} fits factors to losses of single tokens, and the training set has preference pairs, whose "
+      "loss joins the tokens of both sides: take --solver=cg, lissa or low_rank without --precondition"
     )
 
 
-def check_select(bench: Session, s: Settings) -> None:
-  """What `select` refuses, by shapes and data alone."""
+def check_kinds(bench: Session, s: Settings) -> None:
+  """What `select` refuses because of the kind or number of examples, before any weight is read."""
+  check_pair_solver(bench, s)
   check_policies(bench, {s.policy})
-  check_scores(s, shapes.scored_params(bench.model.config, s))
-  check_budget(s, bench.splits["train"])
+
+
+def check_select(bench: Session, s: Settings, params) -> Budget:
+  """What `select` refuses, by shapes and data alone; returns its budget.
+
+  Args:
+    bench: the examples.
+    s: the flags.
+    params: that are scored, arrays or shapes.
+  """
+  check_kinds(bench, s)
+  check_scores(s, params)
+  return check_budget(s, bench.splits["train"])
 
 
 def check_demo(bench: Session, s: Settings) -> None:
@@ -180,4 +229,8 @@ def check_evaluate(bench: Session, s: Settings) -> None:
   check_budget(s, bench.splits["train"])
 
 
-BEFORE = {"select": check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run
+def _check_select(bench: Session, s: Settings) -> None:
+  check_select(bench, s, shapes.scored_params(bench.model.config, s))
+
+
+BEFORE = {"select": _check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

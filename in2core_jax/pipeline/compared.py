@@ -9,7 +9,7 @@ from etils import epath
 from in2core_jax.data.records import raw_lines
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
-from in2core_jax.pipeline.checks import budget_of
+from in2core_jax.pipeline.checks import budget_of, policies_of
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import TrainingSubset, equal_of
@@ -40,8 +40,7 @@ def read_selection(folder: str, bench: Session) -> tuple[str, dict[str, np.ndarr
   # Equal ids do not make equal examples: what was selected must be what stands there now.
   train, rows = bench.splits["train"], np.flatnonzero(columns["selected"])
   kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
-  coreset_file = path / "coreset.jsonl"
-  if not coreset_file.exists() or coreset_file.read_bytes() != kept:
+  if chosen.read_bytes("coreset.jsonl") != kept:
     raise UserError(
       f"--select_runs: {folder}/coreset.jsonl is not what it selected from --train_data: the data changed"
     )
@@ -76,12 +75,10 @@ def plan_of(bench: Session, s: Settings) -> Plan:
   seeds, fixed = seeds_of(s)
   folders, fractions = listed(s.select_runs), fractions_of(s)
   runs = [read_selection(folder, bench) for folder in folders]
-  wanted = listed(s.policies)
+  wanted = policies_of(s)
   if not wanted and not runs:
     raise UserError("--policies and --select_runs are empty: name what is to be compared, as in --policies=full,random")
   for policy in wanted:
-    if policy != "full" and policy not in coreset.POLICIES:
-      raise UserError(f"--policies={s.policies}: unknown {policy!r}; use full, {', '.join(coreset.POLICIES)}")
     if not runs and policy in coreset.SCORE_POLICIES:
       raise UserError(f"--policies={s.policies}: {policy} needs the scores of a select run: give --select_runs")
   if fractions and len(runs) > 1:

@@ -13,7 +13,8 @@ import numpy as np
 
 from in2core_jax.data.records import Record, raw_lines
 from in2core_jax.evaluation import statistics
-from in2core_jax.pipeline.checks import check_budget
+from in2core_jax.pipeline import evaluate_pairs
+from in2core_jax.pipeline.checks import check_budget, check_policies
 from in2core_jax.pipeline.compared import Plan, fractions_of, kept_candidates, plan_of
 from in2core_jax.pipeline.evaluate_results import Group, write_tables
 from in2core_jax.pipeline.judging import judged, tell_size
@@ -62,7 +63,10 @@ class Trainings:
     if not self.run_dir.holds(file) or self.run_dir.read_json(file).get("rows_sha256", rows) != rows:
       row = self.judge.retrain(candidate, label, steps)
       self.run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
-      log.info("%s, %d steps: test perplexity %.3f", candidate, steps, row.perplexity)
+      words = "%s, %d steps: test perplexity %.3f"
+      if self.bench.splits["test"].second is not None:
+        words = "%s, %d steps: exp of the mean DPO loss on the test set %.3f"
+      log.info(words, candidate, steps, row.perplexity)
     return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(self.run_dir.read_json(file)))
 
   def compared(self, plan: Plan) -> list[Group]:
@@ -84,14 +88,17 @@ def run(settings: Settings, bench: Session | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   seeds_of(settings), fractions_of(settings), equal_of(settings)  # flags alone: told before the data are read
-  bench = bench or open_session(settings)
+  bench = bench or open_session(settings, pairs=True)
   plan = plan_of(bench, settings)
+  check_policies(bench, {policy for policy, _ in plan.policies})
   run_dir = open_folder(bench, settings, plan)
   chosen = kept_candidates(run_dir, bench, settings, plan)
   write_coresets(run_dir, bench.splits["train"].records, chosen)
   trainings = Trainings(run_dir, bench, settings, chosen)
   base, groups = trainings.base_losses(), trainings.compared(plan)
-  return write_tables(run_dir, bench, settings, groups, base)
+  of_pairs = bench.splits["test"].second is not None
+  write = evaluate_pairs.write_tables if of_pairs else write_tables
+  return write(run_dir, bench, settings, groups, base)
 
 
 # ---- the steps -----------------------------------------------------------------------

@@ -25,6 +25,7 @@ def setting(
   advanced: bool = False,
   repeats: bool = True,
   added: bool = False,
+  gone: Mapping[str, str] | None = None,
   more: str = "",
 ):
   """A field of a settings class, with all that is known of it; a flag is made of it.
@@ -41,11 +42,13 @@ def setting(
     advanced: whether most users never set it.
     repeats: whether it is part of a flagfile that repeats the run.
     added: whether older run folders did not know it: it is no part of the identity while it has its default.
+    gone: words of older versions -> what to use instead.
     more: what else there is to say, for those who ask.
   """
   kind = str if read else type(default)
   about = {"group": group, "help": text, "choices": choices, "kind": kind, "within": within, "each": each}
   more_about = {"counts": counts, "read": read, "advanced": advanced, "repeats": repeats, "added": added, "more": more}
+  more_about["gone"] = gone or {}
   return dataclasses.field(default=default, metadata=about | more_about)
 
 
@@ -73,7 +76,10 @@ class Checked:
       read = field.metadata["read"]
       if read:
         object.__setattr__(self, field.name, read(field.name, getattr(self, field.name)))
-      ranges.check(field.name, getattr(self, field.name), field.metadata)
+      value = getattr(self, field.name)
+      if value in field.metadata["gone"]:
+        raise UserError(f"{field.name}={value} is gone: use {field.metadata['gone'][value]}")
+      ranges.check(field.name, value, field.metadata)
     self.check()
 
   def check(self) -> None:

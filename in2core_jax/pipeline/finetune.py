@@ -13,6 +13,7 @@ import numpy as np
 from in2core_jax.data import packing
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import run_folder, stopping
@@ -80,7 +81,7 @@ class Task:
 def run(settings: Settings, bench: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(settings)
+  bench = bench or open_session(settings, pairs=True)
   identity = identity_of(bench, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
   task = prepare(settings, bench)
@@ -123,7 +124,7 @@ def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> trai
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(bench.model.config, task.tree)
   trainer = train_loop.Trainer(objective, recipe, bench.batching.place, bench.model.place)
-  with Progress(recipe.steps, "finetune", "steps") as progress, stopping.finish_on_sigterm() as stop_requested:
+  with Progress(recipe.steps, phases.TRAINING, "steps") as progress, stopping.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
       step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
     )

@@ -14,6 +14,7 @@ from in2core_jax import __version__ as version
 from in2core_jax.model import embeddings, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.loaded_model import LoadedModel
 from in2core_jax.pipeline.splits import Splits
@@ -120,7 +121,7 @@ class HiddenCache:
       file = self.where.file(f"{part}-{name}")
     # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
     above = subtree.Subtree(tuple(range(boundary, tree.num_layers)), tree.num_layers, ())
-    job = self._job(above, params, f"hidden states below layer {boundary} ({part})")
+    job = self._job(above, params, phases.hidden(boundary, part))
     return hidden_cache.compute_boundary(job, dataset, file)
 
   def _job(self, tree: subtree.Subtree, params: Any, what: str) -> hidden_cache.BoundaryJob:
@@ -148,10 +149,16 @@ class HiddenCache:
       kept = {key[1]: hidden for key, hidden in self.kept.items() if key[0] == part and key[2] == "base"}
       below = (kept[max(kept)], max(kept)) if kept else None
       tree = embeddings.above_all(self.model.config.num_layers)
-      job = self._job(tree, self.model.params, f"embeddings ({part})")
+      job = self._job(tree, self.model.params, phases.embedded(part))
       self.embedded[part] = embeddings.pooled(job, self.splits[part], below)
     found = self.embedded[part][pooling]
     return found[self.rows[part]] if part in self.rows else found
+
+  def pooled_rows(self, part: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Pooled last hidden states of some examples of a part at the base model, all layers run and nothing kept."""
+    job = self._job(embeddings.above_all(self.model.config.num_layers), self.model.params, "")
+    quiet = dataclasses.replace(job, track=lambda source, _: source)
+    return embeddings.pooled(quiet, self.splits[part].take(rows))
 
 
 def _below_hash(params: Any, tree: subtree.Subtree, base: Any) -> str:

@@ -19,12 +19,18 @@ log = logging.getLogger(__name__)
 ENOUGH_TOPICS = 20  # of about equal size, as an interval over new topics needs them
 
 
+def loss_tokens(test: tokenizing.TokenizedDataset) -> np.ndarray:
+  """By how many tokens the loss of a test example is a mean, int [N]; 1 for a preference pair, 0 without response."""
+  tokens = test.num_response_tokens
+  return tokens if test.second is None else np.minimum(tokens, 1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TestExamples:
   """The test examples that have a response.
 
   Attributes:
-    tokens: int [N], response tokens.
+    tokens: int [N], response tokens (`loss_tokens`).
     groups: int [N], equal for those that are drawn as a whole: copies, near copies, and where there are enough topics
       those of one topic.
     about: what the groups are, in a sentence.
@@ -42,7 +48,7 @@ def test_examples(test: tokenizing.TokenizedDataset) -> TestExamples:
   rows = np.flatnonzero(test.num_response_tokens)
   records, topics = [test.records[row] for row in rows], tuple(test.topics[row] for row in rows)
   keys = tuple(record.content_key for record in records)
-  return _grouped(tuple(map(_text, records)), keys, topics, tuple(test.num_response_tokens[rows].tolist()))
+  return _grouped(tuple(map(_text, records)), keys, topics, tuple(loss_tokens(test)[rows].tolist()))
 
 
 @functools.lru_cache(maxsize=4)  # near copies are looked for once
@@ -56,7 +62,7 @@ def _grouped(
   enough = known > 1 and min(_effective(joined, tokens), _effective(joined, np.ones(size))) >= ENOUGH_TOPICS
   groups = joined if enough else copies
   less = size - len(np.unique(copies))
-  said = f"{less:,} of the {size:,} test examples are copies or near copies of others and count with them"
+  said = f"{less:,} of the {size:,} test examples are duplicates or near-duplicates of others and count with them"
   parts = [said] if less else []
   if enough:
     parts.append(f"test examples of one topic are drawn together ({known:,} topics), so intervals hold for new topics")
@@ -97,11 +103,13 @@ def judged(test: tokenizing.TokenizedDataset, row: RetrainRow) -> RetrainRow:
 
 def too_small(test: tokenizing.TokenizedDataset) -> list[str]:
   """That a test set is too small to see 1 %, with the size that would do, before anything is trained."""
+  if test.second is not None:  # it is known of perplexities only
+    return []
   points = test_examples(test)
   found = paired.before(points.tokens, points.groups)
   if found.seen <= paired.SEEN:
     return []
-  groups = "" if found.groups == found.count else f" in {found.groups:,} groups of copies or topics"
+  groups = "" if found.groups == found.count else f" in {found.groups:,} groups of duplicates or topics"
   return [
     f"The {found.count:,} test examples{groups} are too few to see a difference of 1 %. With them, a perplexity must "
     f"differ by about {verdict.percent(found.seen)} to be seen in four of five cases. To see 1 %, use about "

@@ -127,7 +127,6 @@ class ChoiceInputs:
     s, evals = self.settings, self.bench.splits["eval"]
     return {
       "features": self._features,
-      "query_topics": [evals.topics[row] for row in queries],
       "target": self._eval_features[queries],
       "query_tokens": evals.num_response_tokens[queries],
       # Gradients of summed losses weigh tokens by themselves.
@@ -189,9 +188,12 @@ class ChoiceInputs:
       told = self._views("train")
       return hybrid.Texts.fit(told[self._counts]).cosines(self._views("eval")[queries], told)
     pooling = "position" if name == "rds" else "mean"
-    return cosines.cosine_to(self._hidden("eval", pooling)[queries], self._hidden("train", pooling))
+    told = self._hidden("train", pooling)
+    return cosines.cosine_to(self._hidden("eval", pooling)[queries], told)
 
 
 def shown(record: tokenizing.Record) -> str:
-  """A conversation in one string, for reports and comparisons of words."""
-  return " ".join(f"[{message['role']}] {records.spoken(message)}" for message in record.messages)
+  """A conversation in one string, for reports and comparisons of words; of a preference pair both sides."""
+  told = [f"[{message['role']}] {records.spoken(message)}" for message in record.messages]
+  told += [f"[rejected {message['role']}] {records.spoken(message)}" for message in records.rejected_turns(record)]
+  return " ".join(told)

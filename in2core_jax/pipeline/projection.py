@@ -6,6 +6,7 @@ import numpy as np
 
 from in2core_jax.influence import projected
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder, stopping
@@ -27,8 +28,8 @@ class Projection:
   def features(self, part: str, rows: np.ndarray | None = None) -> np.ndarray:
     """Projected gradients of a part's examples, float32 [N, W]."""
     batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
-    what = f"projected gradients ({part})"
-    return self.chosen.problem.adapter_features(self.bench.stream(batcher, what), len(batcher))
+    stream = self.bench.stream(batcher, phases.projected(part))
+    return self.chosen.problem.adapter_features(stream, len(batcher))
 
   def store(self) -> projected.ProjectedStore:
     """The training set's, computed where they are not on disk yet."""
@@ -40,6 +41,8 @@ class Projection:
       "loss_reduction": s.loss_reduction,
       "dtype": s.dtype,
     }
+    if bench.splits["train"].second is not None:
+      identity["beta"] = bench.settings.beta
     name = run_folder.hash_of([identity, self.sketch.identity()])[:16]
     folder = run_folder.beside(s.run_dir, "projected") / name
     store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.splits["train"]))

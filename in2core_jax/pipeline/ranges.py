@@ -10,6 +10,7 @@ from typing import Any
 from in2core_jax.errors import UserError, printable
 
 _INT32 = 2**31 - 1
+_SMALLEST = 1.2e-38  # of the numbers that float32 does not write as 0, or nearly so
 _MOST_DIGITS = 9  # of a number in words such as last:8: what reads them knows their limits, but not such numbers
 
 
@@ -105,6 +106,8 @@ def check(name: str, value: Any, meta: Mapping[str, Any]) -> None:
     _check_text(name, value, meta)
   elif within and not within.holds(value):
     raise UserError(f"{name}={value} must be a number that is {within}")
+  elif kind is float and 0 < abs(value) < _SMALLEST:
+    raise UserError(f"{name}={value} is 0 in float32, in which all is computed; give 0 or at least {_SMALLEST}")
 
 
 def _check_text(name: str, value: str, meta: Mapping[str, Any]) -> None:

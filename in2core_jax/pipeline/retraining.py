@@ -13,7 +13,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.finetune import identity_of, recipe_of, start_params, trainable_rows
-from in2core_jax.pipeline.judging import judged
+from in2core_jax.pipeline.judging import judged, loss_tokens
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, words
 from in2core_jax.runs import files, run_folder
@@ -103,7 +103,7 @@ def many_passes(equal: str, rows: Sequence[statistics.RetrainRow], batch_size: i
 
 def perplexity_on_test(bench: Session, losses: np.ndarray) -> float:
   """Token-weighted perplexity of mean nats per response token of each test example, [N]."""
-  tokens = bench.splits["test"].num_response_tokens
+  tokens = loss_tokens(bench.splits["test"])
   counted = tokens > 0
   return statistics.perplexity(losses[counted] * tokens[counted], tokens[counted])
 
@@ -135,13 +135,16 @@ class Retrainer:
     return self.bench.packer(part, self.chosen, self.bench.model.params)
 
   def losses(self, sub, part: str = "test", rows: np.ndarray | None = None) -> np.ndarray:
-    """Mean nats per response token of the examples of a part, or of some `rows` of it, at a trained subtree, f64."""
+    """Mean nats per response token of the examples of a part, or of some `rows` of it, at a trained subtree, f64.
+
+    Of preference pairs it is the DPO loss.
+    """
     packer, dataset = self._packer(part), self.bench.splits[part]
     if rows is not None:
       packer = self.bench.packer(part, self.chosen, self.bench.model.params, rows)
       dataset = dataset.take(rows)
     found = self.problem.at(sub, self.frozen).losses(self.bench.stream(packer), len(packer)).astype(np.float64)
-    by_sum = self.bench.settings.loss_reduction == "sum"
+    by_sum = self.bench.settings.loss_reduction == "sum" and dataset.second is None
     return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found
 
   def train(self, rows: np.ndarray, seed: int, label: str, steps: int = 0) -> train_loop.TrainResult:
@@ -204,12 +207,12 @@ def retrain_row(
     candidate: what it was trained on, rows of `train`.
     train: the training set.
     test: N test examples.
-    losses: f64 [N], mean nats of each.
+    losses: f64 [N], mean nats of each; of preference pairs the DPO loss, and perplexity is exp of its mean.
     trained_response_tokens: seen in training, repeats counted.
     steps: of the optimiser.
   """
   counted = test.num_response_tokens > 0
-  tokens = test.num_response_tokens[counted]
+  tokens = loss_tokens(test)[counted]
   nll = losses[counted] * tokens
   row = statistics.RetrainRow(
     candidate.policy,

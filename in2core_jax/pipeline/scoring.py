@@ -7,16 +7,14 @@ import dataclasses
 import logging
 import time
 
-import jax
 import numpy as np
 
 from in2core_jax.data.subsets import by_id
-from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers, tree_math
-from in2core_jax.influence import decompose, kernels, normalize, projected, trajectory
+from in2core_jax.influence import kernels, normalize, projected, trajectory
 from in2core_jax.influence.solve import fit_ekfac
-from in2core_jax.model.objective import token_losses_fn
 from in2core_jax.parallel import processes, sharding
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose
@@ -24,8 +22,7 @@ from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.unfinished import NOTHING_KEPT, Work
-from in2core_jax.selection import aggregation, coreset
-from in2core_jax.selection.inputs import SIMILARITIES
+from in2core_jax.selection import aggregation
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -68,18 +65,9 @@ class Scored:
   queries: np.ndarray | None = None
 
 
-def score_aggregate(s: Settings) -> str:
-  """How scores on single queries become the influence of an example, a word of `aggregation.AGGREGATES`.
-
-  A policy by similarity aggregates that, not the scores, which are reported beside it.
-  """
-  by_similarity = s.policy in (*SIMILARITIES, *coreset.HYBRID_POLICIES)
-  return "mean" if s.aggregate == "auto" or by_similarity else s.aggregate
-
-
 def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
-  clock, how = Clock(), score_aggregate(s)
+  clock = Clock()
   with_response = by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
   train = bench.packer("train", chosen.tree, chosen.params)
   bench.packer("eval", chosen.tree, chosen.params)
@@ -95,29 +83,30 @@ def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scor
     result = solvers.identity(v)
   announce(result)
   pieces = pieces_along(work, "scores", result.solution)
-  if s.trajectory != "none":
-    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
-  elif s.score_path == "projected":
+  way = phases.way_of(s, len(names))
+  if way == "trajectory":
+    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+  elif way == "projected":
     raw, facts = projected_scores(bench, s, chosen, result.solution)
     result = dataclasses.replace(result, info=result.info | facts)
-    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
-  elif s.normalize == WHITENED:
+    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+  elif way == "whitened":
     raw, names = ChoiceInputs(bench, s, chosen.params).whitened_cosines()
-    loss = chosen.problem.losses(bench.stream(train, "losses", pieces), len(train))
-  elif s.normalize != "none" or s.writes("self"):
+    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+  elif way == "norms":
     found = measure(bench, s, chosen, result, pieces)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
     itself = found.self_influence if s.writes("self") else None
   else:
-    if kernels.score_path(s.score_path, len(names)) == "vmap":  # which needs a row for each example
+    if way == "vmap":  # which needs a row for each example
       train = bench.batcher("train", chosen.tree, chosen.params)
-    stream = bench.stream(train, "losses and scores", pieces)
+    stream = bench.stream(train, phases.SCORES, pieces)
     loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
-  if how in aggregation.BY_QUERY and s.trajectory == "none" and s.normalize != WHITENED:
+  if phases.aggregates_blocks(s):
     raw = query_scores(bench, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  total = aggregation.aggregate(raw, names, how, bench.splits["train"].ids)
+  total = aggregation.aggregate(raw, names, phases.score_aggregate(s), bench.splits["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
@@ -126,7 +115,6 @@ def pieces_along(work: Work, name: str, directions) -> resumable.ShardSpec | Non
   return work.pieces(name, directions=resumable.tree_sha256(directions))
 
 
-WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)
 _NORMALIZE = {
   "none": lambda found: found.scores,
   "cosine": normalize.cosine,
@@ -144,7 +132,7 @@ def measure(
   if s.solver == "ekfac":  # the fit that `solve` has kept
     fitted = fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
     inverse = normalize.inverse_map("ekfac", fitted, result.info["damping"])
-  stream = bench.stream(train, "scores and norms", pieces)
+  stream = bench.stream(train, phases.NORMS, pieces)
   return normalize.measure(chosen.problem, stream, len(train), result.solution, inverse)
 
 
@@ -183,28 +171,9 @@ def _scores_of_block(
   v = sharding.place_vectors(gradients, bench.batching.mesh, True)
   result = solve(bench, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
   train = bench.batcher("train", chosen.tree, chosen.params)
-  what = f"scores of evaluation examples {rows[0]}..{rows[-1]} of {len(bench.splits['eval'])}"
+  what = f"{phases.BLOCKS} {rows[0]}..{rows[-1]} of {len(bench.splits['eval'])}"
   stream = bench.stream(train, what, pieces_along(work, name, result.solution))
   return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
-
-
-def layer_table(bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
-  """Columns of layer_scores.parquet, which add up to the scores."""
-  train = bench.batcher("train", chosen.tree, chosen.params)
-  stream = bench.stream(train, "scores by layer", pieces_along(work, "layers", result.solution))
-  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
-  found = decompose.layer_scores(chosen.problem, chosen.tree, stream, len(train), direction, s.microbatch)
-  return decompose.layer_columns(bench.splits["train"].ids, found)
-
-
-def token_table(bench: Session, chosen: BoundSubtree, result: solvers.SolveResult, work: Work) -> dict:
-  """Columns of token_scores.parquet, which add up to the scores."""
-  train = bench.packer("train", chosen.tree, chosen.params)
-  stream = bench.stream(train, "scores by token", pieces_along(work, "tokens", result.solution))
-  direction = jax.tree.map(lambda leaf: leaf[0], result.solution)
-  losses = token_losses_fn(bench.model.config, chosen.tree)
-  found = decompose.token_scores(chosen.problem, losses, stream, len(train), direction)
-  return decompose.token_columns(bench.splits["train"], found, lambda token: bench.model.tokenizer.decode([token]))
 
 
 # ---- queries -------------------------------------------------------------------------
@@ -213,7 +182,7 @@ def token_table(bench: Session, chosen: BoundSubtree, result: solvers.SolveResul
 def topic_rows(bench: Session, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
   topics = np.array(bench.splits["eval"].topics)
-  if score_aggregate(s) not in aggregation.BY_TOPIC:
+  if phases.score_aggregate(s) not in aggregation.BY_TOPIC:
     return {"all": np.arange(len(topics))}
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
 
@@ -239,7 +208,7 @@ def queries(
   gradients, groups = [], topic_rows(bench, s) if groups is None else groups
   for number, (topic, rows) in enumerate(groups.items()):
     pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
-    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), "evaluation gradient", pieces)
+    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), phases.QUERIES, pieces)
     gradients.append(chosen.problem.mean_gradient(stream))
   return tree_math.concatenate(gradients), list(groups)
 
@@ -268,7 +237,7 @@ def projected_scores(bench: Session, s: Settings, chosen: BoundSubtree, solution
 
 def _trajectory_scores(bench: Session, s: Settings, work: Work, with_response: np.ndarray):
   """`trajectory_scores`, of every single query with a response where these are aggregated."""
-  if score_aggregate(s) not in aggregation.BY_QUERY:
+  if phases.score_aggregate(s) not in aggregation.BY_QUERY:
     return trajectory_scores(bench, s, work, topic_rows(bench, s))
   found, v = [], None
   for start in range(0, len(with_response), s.query_block):
@@ -297,13 +266,13 @@ def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str,
   make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
   like = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
   total, v, names = 0.0, None, []
-  for step, weight in trajectory_weights(s.checkpoint).items():
+  for step, weight in train_loop.kept_weights(s.checkpoint).items():
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
     chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
     train = make("train", chosen.tree, chosen.params)
     v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
     pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
-    stream = bench.stream(train, f"scores at step {step}", pieces)
+    stream = bench.stream(train, f"{phases.AT_STEPS} step {step}", pieces)
     state = bench.model.place(train_loop.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:
@@ -311,19 +280,3 @@ def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str,
     else:
       total = total + trajectory.tracin(at, stream, len(train), of_step, s.score_path)
   return total, v, names
-
-
-def trajectory_weights(folder: str) -> dict[int, float]:
-  """Mean learning rate of each checkpoint of a training that has kept all of them.
-
-  Raises:
-    UserError: some of them are gone.
-  """
-  meta, kept = train_loop.checkpoint_meta(folder), train_loop.kept_steps(folder)
-  wanted = sorted({*range(meta["checkpoint_every"], meta["steps"] + 1, meta["checkpoint_every"]), meta["steps"]})
-  if not set(wanted) <= set(kept):  # one more is there where SIGTERM stopped the training
-    raise UserError(
-      f"--trajectory: {folder} has checkpoints of steps {kept} out of {wanted}: fine-tune again with "
-      "--keep_checkpoints=0 --overwrite"
-    )
-  return train_loop.step_weights(folder, wanted)

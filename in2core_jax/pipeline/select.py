@@ -8,26 +8,21 @@ import logging
 
 from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import select_index
 from in2core_jax.pipeline.advice import of_selection, without_effect
-from in2core_jax.pipeline.checks import budget_of, check_select
+from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.scoring import (
-  Clock,
-  Scored,
-  layer_table,
-  query_scores,
-  score,
-  token_table,
-  trajectory_weights,
-)
-from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
+from in2core_jax.pipeline.score_breakdown import taken_apart
+from in2core_jax.pipeline.scoring import Clock, Scored, score
+from in2core_jax.pipeline.select_outputs import add_forms
+from in2core_jax.pipeline.select_results import about_choice, rule_of, tell_selected, told, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.report import facts
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import coreset, matching
-from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of, taking_no_part
+from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -67,6 +62,8 @@ class Choice:
 
 def run(settings: Settings, bench: Session | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
+  if settings.index:
+    return select_index.run(settings, bench)
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   task = prepare(settings, bench)
   work = open_folder(task)
@@ -74,43 +71,30 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     scored, clock = score_examples(task, work), Clock()
     choice = choose_examples(task, scored, clock)
     scored = break_down(task, scored, work, clock)
-    write(task, scored, choice, warn(task, choice), work.run_dir)
-    tell(task, choice, work.run_dir)
+    write(task, scored, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
+    add_forms(work.run_dir, task.bench.splits["train"], task.settings)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
 
-# ---- the steps -----------------------------------------------------------------------
+# ---- the six steps -------------------------------------------------------------------
 
 
 def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
-  budget = budget_of(s)
-  bench = bench or open_session(s)
-  chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
-  check_select(bench, s)
-  return Task(s, bench, budget, chosen)
-
-
-def identity_of(task: Task) -> dict:
-  """What the results depend on."""
-  s = task.settings
-  identity = task.bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
-  identity["flags"].pop("checkpoint")
-  identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
-  if s.trajectory != "none":
-    weights = trajectory_weights(s.checkpoint)
-    identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
-    identity["trajectory_weights"] = train_loop.steps_hash(s.checkpoint, weights)
-  return identity
+  bench = bench or open_session(s, pairs=True)
+  check_kinds(bench, s)
+  params = bench.checkpoint_params(s.checkpoint)
+  chosen = choose(bench, params, s.layers, s.modules)
+  return Task(s, bench, check_select(bench, s, params), chosen)
 
 
 def open_folder(task: Task) -> Work:
   """The run folder, with what an earlier run of the same identity has left unfinished."""
   s = task.settings
-  run_dir = run_folder.RunDir.open(s.run_dir, identity_of(task), overwrite=s.overwrite)
+  run_dir = run_folder.RunDir.open(s.run_dir, _identity(task), overwrite=s.overwrite)
   task.bench.splits.write_skipped(run_dir)
   return Work(run_dir, s.shard_batches)
 
@@ -132,7 +116,7 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
   s, train = task.settings, task.bench.splits["train"]
   more = ChoiceInputs(task.bench, s, task.chosen.params).of({s.policy})
   inputs = inputs_of(train, scored.influence, scored.loss, **more)
-  chosen = coreset.choose(s.policy, inputs, task.budget, s.seed)
+  chosen = coreset.select_by(s.policy, inputs, task.budget, s.seed)
   choice = Choice(chosen, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
   for line in about_choice(s, inputs.apart, choice.aim):
     log.info("%s", line)
@@ -142,56 +126,31 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
 
 def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   """Writes scores by layer, by token and by evaluation example, where they are asked for."""
-  if task.settings.writes("layer") or task.settings.writes("token"):
-    scored = by_layer_and_token(task, scored, work)
-    clock.lap("per layer and token")
-  if task.settings.writes("query"):
-    scored = by_query(task, scored, work)
-    clock.lap("per query")
-  return dataclasses.replace(scored, seconds=scored.seconds | clock.seconds)
+  return taken_apart(task.bench, task.settings, task.chosen, scored, work, clock)
 
 
-def by_layer_and_token(task: Task, scored: Scored, work: Work) -> Scored:
-  """Writes layer_scores.parquet and token_scores.parquet; the layers' sums are kept for the report."""
-  s, bench, chosen, layers = task.settings, task.bench, task.chosen, None
-  if s.writes("layer"):
-    table = layer_table(bench, s, chosen, scored.result, work)
-    work.run_dir.write_parquet("layer_scores.parquet", table)
-    layers = facts.layers_of(table)
-  if s.writes("token"):
-    work.run_dir.write_parquet("token_scores.parquet", token_table(bench, chosen, scored.result, work))
-  return dataclasses.replace(scored, layers=layers)
-
-
-def by_query(task: Task, scored: Scored, work: Work) -> Scored:
-  """Writes query_scores.parquet; the scores are kept for the report."""
-  queries = query_scores(task.bench, task.settings, task.chosen, work)
-  write_query_scores(work.run_dir, task.bench.splits, queries)
-  return dataclasses.replace(scored, queries=queries)
-
-
-def warn(task: Task, choice: Choice) -> list[str]:
-  """What looks risky about the settings, the data and the choice; `write` tells it with what the reports find."""
-  evals, rule = task.bench.splits["eval"], rule_of(task.settings, choice.inputs)
-  return of_selection(task.settings, choice.inputs, choice.chosen.rows, choice.aim, evals, rule)
-
-
-def write(task: Task, scored: Scored, choice: Choice, warnings: list[str], run_dir: run_folder.RunDir) -> None:
-  """The results, by the process that writes."""
+def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir) -> None:
+  """The results, with what looks risky about settings, data and choice, by the process that writes."""
+  s, bench, inputs, chosen = task.settings, task.bench, choice.inputs, choice.chosen
+  rule = rule_of(s, inputs)
+  warnings = of_selection(s, inputs, chosen.rows, choice.aim, bench.splits["eval"], rule)
+  recipe = recipe_elsewhere(s, bench)  # from a checkpoint, which all processes open together
   if run_dir.writer:
-    about = told(task.settings, choice.inputs, choice.aim)
-    write_results(run_dir, task.bench, task.settings, scored, choice.chosen, warnings, about)
+    write_train_with(run_dir, bench, s, chosen.rows, recipe)
+    write_results(run_dir, bench, s, scored, chosen, warnings, told(s, inputs, choice.aim))
+  tell_selected(s, bench.splits["train"], inputs, chosen.rows, run_dir)
 
 
-def tell(task: Task, choice: Choice, run_dir: run_folder.RunDir) -> None:
-  """Logs how much was selected, and where it is."""
-  tokens = choice.inputs.num_response_tokens
-  log.info(
-    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
-    len(choice.chosen.rows),
-    len(choice.inputs.ids),
-    taking_no_part(choice.inputs, task.bench.splits["train"].truncated),
-    task.settings.policy,
-    100 * tokens[choice.chosen.rows].sum() / tokens.sum(),
-    run_dir.path / "coreset.jsonl",
-  )
+# ---- what results depend on ----------------------------------------------------------
+
+
+def _identity(task: Task) -> dict:
+  s = task.settings
+  identity = task.bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
+  identity["flags"].pop("checkpoint")
+  identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
+  if s.trajectory != "none":
+    weights = train_loop.kept_weights(s.checkpoint)
+    identity["trajectory"] = {str(step): weight for step, weight in weights.items()}
+    identity["trajectory_weights"] = train_loop.steps_hash(s.checkpoint, weights)
+  return identity

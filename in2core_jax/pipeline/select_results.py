@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.data import records, tokenizing
+from in2core_jax.pipeline import select_outputs
 from in2core_jax.pipeline.advice import tell, without_effect
+from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import shown
-from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
+from in2core_jax.pipeline.scoring import Scored
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
@@ -19,7 +21,7 @@ from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset, matching, two_samples
-from in2core_jax.selection.inputs import PolicyInputs
+from in2core_jax.selection.inputs import PolicyInputs, taking_no_part
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ def write_results(
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
+  summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
+  select_outputs.write_forms(run_dir, train, columns, s)
   known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {
     "Selection": {"policy": s.policy} | known,
@@ -107,6 +111,22 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
   }
+
+
+def tell_selected(
+  s: Settings, train: tokenizing.TokenizedDataset, inputs: PolicyInputs, rows: np.ndarray, run_dir: run_folder.RunDir
+) -> None:
+  """Logs how much was selected, and where it is."""
+  tokens = inputs.num_response_tokens
+  log.info(
+    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
+    len(rows),
+    len(inputs.ids),
+    taking_no_part(inputs, train.truncated),
+    s.policy,
+    100 * tokens[rows].sum() / tokens.sum(),
+    run_dir.path / "coreset.jsonl",
+  )
 
 
 def rule_of(s: Settings, inputs: PolicyInputs) -> str:
@@ -207,9 +227,10 @@ def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.
   known = np.all(np.isfinite(result.residual))
   return {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
-    "unit": _unit(s),
+    "unit": _unit(s, bench.splits["eval"].second is not None),
     "divided_by_number_of_examples": False,
     "loss_reduction": s.loss_reduction,
+    **({"beta": s.beta} if any(part.second is not None for part in bench.splits.values()) else {}),
     "policy": s.policy,
     "examples": len(train),
     "selected": int(selected.sum()),
@@ -230,8 +251,8 @@ def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.
   }
 
 
-def _unit(s: Settings) -> str:
-  """What a score is a number of."""
+def _unit(s: Settings, pairs: bool = False) -> str:
+  """What a score is a number of; `pairs`: whether the evaluation examples are preference pairs."""
   how = score_aggregate(s)
   if how == "topic_max":
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
@@ -248,6 +269,7 @@ def _unit(s: Settings) -> str:
   if s.normalize != "none":
     return f"that of the influence, divided by the example's own length under the inverse (--normalize={s.normalize})"
   loss = f"loss: {s.loss_reduction} over response tokens, in nats"
+  loss = f"loss: DPO with beta {s.beta:g}, in nats" if pairs else loss
   if s.solver == "identity":
     return f"loss^2 per squared parameter, an inner product of gradients ({loss})"
   return f"loss, the first-order change of the evaluation loss per unit of weight on the example, times -1 ({loss})"

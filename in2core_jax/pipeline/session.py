@@ -19,15 +19,16 @@ from in2core_jax.pipeline import auto_batch
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.hidden_states import HiddenCache, Place
 from in2core_jax.pipeline.loaded_model import LoadedModel, open_model
+from in2core_jax.pipeline.reference_model import ReferenceModel
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import Splits, read_records, tokenized_splits
+from in2core_jax.pipeline.splits import Splits, read_records, refuse_pairs, tokenized_splits
 from in2core_jax.runs import resumable
 from in2core_jax.runs.progress import Progress, track
 
 # Flags that change no number of a result.
 _WHERE_AND_HOW_FAST = (
   *("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"),
-  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches", "skip_bad_records"),
+  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches", "skip_bad_records", "coreset_format"),
 )
 
 
@@ -41,6 +42,7 @@ class Session:
     model: the base model.
     batching: how examples are cut into batches.
     hidden: hidden states that are kept.
+    reference: log ratios of preference pairs.
     compiled: subtree -> its kernels.
   """
 
@@ -49,6 +51,7 @@ class Session:
   model: LoadedModel
   batching: Batching
   hidden: HiddenCache
+  reference: ReferenceModel
   compiled: dict[subtree.Subtree, kernels.CompiledObjective] = dataclasses.field(default_factory=dict)
 
   # ---- the same with a change ----------------------------------------------------------
@@ -71,7 +74,8 @@ class Session:
 
   def with_splits(self, splits: Splits) -> "Session":
     """The same model with other examples, which get batches and hidden states of their own."""
-    return dataclasses.replace(make_session(self.settings, splits, self.model), compiled=self.compiled)
+    other = make_session(self.settings, splits, self.model)
+    return dataclasses.replace(other, compiled=self.compiled, reference=self.reference)
 
   def with_queries(self, count: int) -> "Session":
     """The same with `count` of the evaluation examples, drawn as `--eval_limit` draws them; itself for 0 or all."""
@@ -135,6 +139,7 @@ class Session:
       hidden,
       multiple_of=self.batching.groups,
       layout=layout,
+      pairs=self._pairs(part, rows),
     )
 
   def packer(
@@ -151,7 +156,12 @@ class Session:
     """
     shapes = self.batching.packed_shapes if shapes is None else shapes
     dataset, hidden = self._examples(part, chosen, params, rows)
-    return packing.Packer(dataset, self.settings.loss_reduction, hidden, self.batching.groups, shapes)
+    pairs = self._pairs(part, rows)
+    return packing.Packer(dataset, self.settings.loss_reduction, hidden, self.batching.groups, shapes, pairs)
+
+  def _pairs(self, part: str, rows) -> batches.PairTerms | None:
+    """What the loss of preference pairs needs; arguments as in `batcher`."""
+    return self.reference.terms(part, self.splits[part], self.batching, self.settings.beta, rows)
 
   def _examples(self, part: str, chosen: subtree.Subtree | None, params, rows):
     """(data set, hidden states or None) of a part or some rows of it; arguments as in `batcher`."""
@@ -188,31 +198,37 @@ class Session:
     return self.compiled[chosen]
 
 
-def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None) -> Session:
+def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None, pairs: bool = False) -> Session:
   """Reads the data; the model's weights are read when they are first needed, so that wrong data is told before.
 
   Args:
     s: the settings of the groups run, data and model.
     mesh: the devices; those of --mesh when None.
     model: one that there is already, with its devices; that of --model when None.
+    pairs: whether the caller can do with preference pairs.
 
   Raises:
     UserError: whatever is wrong with the data, the devices, or the model as far as it is described.
   """
-  described, splits = read_described(s, model)
+  described, splits = read_described(s, model, pairs)
   if model is None:
     model = open_model(s, described, sharding.make_mesh(s.mesh) if mesh is None else mesh)
   return make_session(s, splits, model)
 
 
-def read_described(s: Settings, model: LoadedModel | None = None) -> tuple[tuple[ModelConfig, Any], Splits]:
+def read_described(
+  s: Settings, model: LoadedModel | None = None, pairs: bool = True
+) -> tuple[tuple[ModelConfig, Any], Splits]:
   """((config, tokenizer), examples): all that can be told without weights; wrong records are told first.
 
   Args:
     s: the settings of the groups data and model.
     model: one that there is already; that of --model when None.
+    pairs: whether the caller can do with preference pairs.
   """
   records, bad = read_records(s)
+  if not pairs:
+    refuse_pairs(records)
   described = (model.config, model.tokenizer) if model else weights.describe_model(s.model)
   return described, tokenized_splits(s, *described, records, bad)
 
@@ -235,7 +251,8 @@ def make_session(
   work = lambda: auto_batch.Work.of(s, model.config, splits, model.mesh, where.serves)  # noqa: E731
   size = (lambda own: auto(work(), own.packed_shapes_for)) if s.batch_tokens == "auto" else s.batch_tokens
   batching = Batching(splits, model.mesh, s.max_shapes, size)
-  return Session(s, splits, model, batching, HiddenCache(splits, model, batching, where))
+  hidden, reference = HiddenCache(splits, model, batching, where), ReferenceModel(model, s.run_dir)
+  return Session(s, splits, model, batching, hidden, reference)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from in2core_jax.pipeline.fields import refuse as refuse
 from in2core_jax.pipeline.lists import integers as integers
 from in2core_jax.pipeline.lists import listed as listed
 from in2core_jax.pipeline.lists import shares as shares
+from in2core_jax.pipeline.lists import some_of
 from in2core_jax.pipeline.lists import words as words
 from in2core_jax.pipeline.ranges import COUNT, LIMIT, POSITIVE, SEED, SEEDS, SHARE, STEPS, Each, Range
 from in2core_jax.selection import aggregation, coreset
@@ -171,6 +172,7 @@ class DataSettings(Checked):
     more="The next ones leave out duplicates of the first.",
   )
   template_date: str = _data("2024-07-26", "Date that a chat template prints.", advanced=True, added=True)
+  beta: float = _data(0.1, "Scale of the DPO loss, for preference pairs.", within=POSITIVE, advanced=True, added=True)
   max_shapes: int = _data(4, "Most batch shapes to compile.", within=Range(1, 1000), advanced=True)
   loss_reduction: str = _data(
     "mean", "How the losses of response tokens become one.", choices=("mean", "sum"), advanced=True
@@ -244,23 +246,15 @@ class FinetuneSettings(Checked):
 # ---- select ----------------------------------------------------------------------------------------------------------
 
 _select = functools.partial(setting, "select")
-WRITES = ("query", "layer", "token", "self")
-OLD_WRITES = dict(zip(WRITES, ("per_query", "per_layer", "per_token", "self_influence"), strict=True))
+WRITES = ("query", "layer", "token", "self", "pool")
+OLD_WRITES = dict(zip(WRITES, ("per_query", "per_layer", "per_token", "self_influence"), strict=False))
+CORESET_FORMATS = ("jsonl", "parquet", "hf", "tokens")
 OLD_BUDGETS = {"fraction": 0.5, "num_examples": 0, "token_budget": 0}  # with their defaults
 
 
 def _budget(name: str, value: Any) -> str:
   """One spelling of a budget."""
   return str(Budget.read(value))
-
-
-def _write(name: str, value: Any) -> str:
-  """Each word once, in one order."""
-  given = listed(value) if isinstance(value, str) else list(value)
-  unknown = [word for word in given if word not in WRITES]
-  if unknown:
-    raise UserError(f"{name}={','.join(given)}: unknown {unknown[0]!r}; use some of {', '.join(WRITES)}")
-  return ",".join(word for word in WRITES if word in given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +264,7 @@ class SelectSettings(Checked):
   checkpoint: str = _select("", "`checkpoint` folder of a finetune run; empty: the base model.")
   layers: str = _select("last:8", f"Layers to score: {LAYERS}.", counts=True)
   modules: str = _select("all", "Modules to score: all, attention, mlp, matrices or lora.")
+  index: str = _select("", "Run folder of `index`: select from it, without a pass over the examples.", added=True)
   solver: str = _select("cg", "How the inverse Hessian is applied.", choices=SOLVERS, more="lissa is In2Core's own.")
   damping_ratio: float = _select(
     0.01,
@@ -281,6 +276,7 @@ class SelectSettings(Checked):
     "auto",
     "How the coreset is chosen; auto: hybrid or random.",
     choices=coreset.POLICIES,
+    gone=coreset.GONE,
     more="auto measures whether evaluation and training examples are of one kind. If they differ, it takes hybrid: "
     "similar gradients and hidden states. If not, it draws at random, without duplicates. proponents is the paper's "
     "rule.",
@@ -293,10 +289,19 @@ class SelectSettings(Checked):
   )
   write: str = _select(
     "",
-    "Scores to write too: query, layer, token, self.",
-    read=_write,
+    "What to write too: query, layer, token, self, pool.",
+    read=functools.partial(some_of, WRITES),
     more="By commas. query: each evaluation example with each training example. layer, token: shares of each layer, of "
-    "each response token. self: an example's influence on itself (solver ekfac or identity). Before --normalize.",
+    "each response token. self: an example's influence on itself (solver ekfac or identity). Before --normalize. pool: "
+    "all training records with their scores, as a table.",
+  )
+  coreset_format: str = _select(
+    "jsonl",
+    "The coreset as a file besides: parquet, hf, tokens.",
+    read=functools.partial(some_of, CORESET_FORMATS, always=("jsonl",)),
+    added=True,
+    more="By commas. coreset.jsonl is always written. hf: a folder for datasets.load_from_disk. tokens: such a folder "
+    "of token ids and labels, as they were scored. A finished run adds what is not there.",
   )
   depth: int = _select(50, "Most steps of LiSSA or CG; vectors of low_rank.", within=STEPS)
   solver_tol: float = _select(0.01, "Relative residual at which LiSSA and CG stop.", within=POSITIVE)
@@ -374,12 +379,12 @@ class SelectSettings(Checked):
     True,
     "Shrink the target of matching by its sampling error.",
     advanced=True,
-    more="James-Stein, towards the training set's mean gradient; policies matching and matching_quota.",
+    more="James-Stein, towards the training set's mean gradient; policy matching.",
   )
 
   def writes(self, what: str) -> bool:
-    """Whether a word of `WRITES` is asked for."""
-    return what in self.write.split(",")
+    """Whether a word of `WRITES`, or a coreset in a form of `CORESET_FORMATS`, is asked for."""
+    return what in self.write.split(",") or what in self.coreset_format.split(",")
 
   def by_old_names(self, values: dict[str, Any]) -> dict[str, Any]:
     """Run folders of version 0.3.0 have three settings for the budget, and one for each word of `write`."""
@@ -421,6 +426,14 @@ class EvaluateSettings(Checked):
 @dataclasses.dataclass(frozen=True)
 class Settings(EvaluateSettings, SelectSettings, FinetuneSettings, ModelSettings, DataSettings, RunSettings):
   """The settings of all stages; each function reads those of its own."""
+
+  def check(self) -> None:
+    """Refuses to price what is read from an index."""
+    super().check()
+    if self.index and self.dry_run:
+      raise UserError(
+        f"index={self.index} with dry_run=true: nothing is priced there; it takes seconds, leave dry_run out"
+      )
 
 
 def seeds_of(s: EvaluateSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:

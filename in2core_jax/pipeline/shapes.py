@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -33,6 +34,33 @@ def scored_params(config: decoder.ModelConfig, s: Settings) -> Any:
   return param_shapes(config, s.dtype, rank)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoredPart:
+  """What is known of the scored parameters before any work.
+
+  Attributes:
+    tree: the chosen subtree.
+    size: its parameters.
+    kernels: paths of all kernels of a layer, which a projected store covers.
+    trained: for LESS, what the training changes, as `train_loop.subtree_meta` writes it; else None.
+  """
+
+  tree: subtree.Subtree
+  size: int
+  kernels: tuple[str, ...]
+  trained: dict | None
+
+  @classmethod
+  def of(cls, s: Settings, params, trained: subtree.Subtree | None = None, layers: str = "--layers") -> ScoredPart:
+    """Of `params`, arrays or shapes; arguments and errors of `checks.check_scores`."""
+    saved = None
+    if s.trajectory == "less":
+      saved = train_loop.subtree_meta(trained) if trained else train_loop.checkpoint_meta(s.checkpoint)["subtree"]
+    tree = subtree.make_subtree(params, s.layers, s.modules, (layers, "--modules"))
+    kernels = subtree.make_subtree(params, s.layers, "matrices", (layers, "--modules")).paths
+    return cls(tree, subtree.size_of(params, tree), kernels, saved)
+
+
 def scored_shapes(config: decoder.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
   """(shapes of the scored parameters, chosen subtree); without a checkpoint the LoRA factors of a demo to come."""
   to_come = s.trainable == "lora" and not s.checkpoint and "lora" in s.modules.split(",")
@@ -58,3 +86,8 @@ def num_steps(s: Settings, examples: int) -> int:
 def num_checkpoints(bench, s: Settings) -> int:
   """Checkpoints that a training on all examples makes, before --keep_checkpoints removes some."""
   return -(-num_steps(s, np.count_nonzero(bench.splits["train"].num_response_tokens)) // s.checkpoint_every)
+
+
+def num_summed(bench, s: Settings) -> int:
+  """Checkpoints that --trajectory adds up over: those that --checkpoint has, or those that a demo is to make."""
+  return len(train_loop.kept_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)

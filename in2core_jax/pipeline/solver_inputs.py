@@ -16,6 +16,7 @@ from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw
 from in2core_jax.influence.solve import solve as solve_on
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import resumable, run_folder, stopping
@@ -108,7 +109,7 @@ def curvature_data(
   answered = np.flatnonzero(bench.splits["train"].num_response_tokens)  # the others would add 0 to every mean
   everything = bench.batcher("train", chosen.tree, chosen.params, answered)
   every = bench.stream(everything, f"{s.solver} over the training set", pieces)
-  if s.solver != "ekfac" and s.precondition == "none":
+  if not phases.needs_factors(s):
     return CurvatureData(every, steady, draw)
   return CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, rows.factors, pieces))
 
@@ -118,7 +119,7 @@ def ekfac_source(
 ):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
   batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
-  stream = bench.stream(batcher, f"EK-FAC of {len(rows)} examples", pieces)
+  stream = bench.stream(batcher, f"{phases.FACTORS} of {len(rows)} examples", pieces)
   made_of = {
     "config": bench.model.config.stated(),
     "subtree": train_loop.subtree_meta(chosen.tree),

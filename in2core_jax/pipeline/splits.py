@@ -1,6 +1,7 @@
 """From sources to the three parts: train, eval, test."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,10 +16,14 @@ from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, r
 from in2core_jax.errors import UserError
 from in2core_jax.model import hidden_cache, rotary
 from in2core_jax.model.config import ModelConfig
+from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import Settings, integers, listed
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.progress import Progress
 
 log = logging.getLogger(__name__)
+
+_MANY = 20_000  # records that take so long to tokenise that progress is shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +95,10 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
   Raises:
     UserError: whatever is wrong with flags or sources.
   """
-  topics, limits = listed(s.eval_topics), integers(s.source_limits, "source_limits")
+  topics, limits = (
+    listed(s.eval_topics),
+    integers(",".join(in_order(s.source_limits, "source_limits")), "source_limits"),
+  )
   records, bad = split_sources(s)
   for part in PARTS:
     if part != "train" and s.eval_topics:
@@ -101,6 +109,21 @@ def read_records(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadRe
       records[part] = limit_sources(records[part], limits)
     records[part] = limited(records[part], part, getattr(s, f"{part}_limit"), s.limit_block)
   return records, bad
+
+
+def refuse_pairs(records: Mapping[str, list[tokenizing.Record]]) -> None:
+  """Refuses preference pairs, for commands that know perplexity alone.
+
+  Raises:
+    UserError: names the first pair.
+  """
+  for part in PARTS:
+    pair = next((record for record in records[part] if record.rejected), None)
+    if pair is not None:
+      raise UserError(
+        f"the {part} set has preference pairs ({pair.place}), which this command has no measure for: run finetune, "
+        "select and evaluate, or name one answer with --data_fields, for example messages=chosen"
+      )
 
 
 def tokenized_splits(
@@ -135,17 +158,14 @@ def tokenized(
   bad: BadRecords | None = None,
 ) -> tokenizing.TokenizedDataset:
   """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
-  dataset = tokenizing.tokenize(
-    records,
-    tokenizer,
-    s.max_length,
-    s.system_prompt,
-    name=part,
-    vocab_size=config.vocab_size,
-    date=s.template_date,
-    bad=bad,
-  )
-  rotary.check_length(config, int(np.max(dataset.num_tokens, initial=0)), f"the {part} set")
+  more = {"name": part, "vocab_size": config.vocab_size, "date": s.template_date, "bad": bad}
+  sides = 1 + any(record.rejected for record in records)
+  with contextlib.ExitStack() as shown:
+    if len(records) >= _MANY:
+      progress = shown.enter_context(Progress(sides * len(records), f"tokenise ({part})", "texts"))
+      more["on_chunk"] = progress.update
+    dataset = tokenizing.tokenize(records, tokenizer, s.max_length, s.system_prompt, **more)
+  rotary.check_length(config, dataset.longest, f"the {part} set")
   return dataset
 
 

@@ -25,7 +25,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from in2core_jax.data.records import Record, spoken
+from in2core_jax.data.records import Record, rejected_turns, spoken
 from in2core_jax.errors import printable
 from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
@@ -175,9 +175,11 @@ def _texts(records: Sequence[Record], limits: Iterable[int]) -> dict[str, list]:
   """
   roles, texts = [], []
   for record, limit in zip(records, limits, strict=True):
-    contents = [spoken(message) for message in record.messages]
+    lost = rejected_turns(record)
+    contents = [spoken(message) for message in (*record.messages, *lost)]
     first = next((i for i, message in enumerate(record.messages) if message["role"] == "user"), len(contents))
     letters = [_ROLES[message["role"]] if message.get("train", True) else "a" for message in record.messages]
+    letters += ["x" if message["role"] == "assistant" else _ROLES[message["role"]] for message in lost]
     roles.append("".join("a" if letter == "r" and i < first else letter for i, letter in enumerate(letters)))
     share = limit if sum(map(len, contents)) <= limit else max(limit // len(contents), 1)
     texts.append([text if len(text) <= share else [text[:share], len(text) - share] for text in contents])

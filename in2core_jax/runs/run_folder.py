@@ -1,4 +1,4 @@
-"""The run folder: who wrote it from what, and the flagfile, versions and devices that are its record.
+"""The run folder: who wrote it from what.
 
 A run folder is a folder with a `manifest.json`. The manifest holds the run's *identity*, all that its results depend on
 (flags, hashes of data and weights), the names of what was written, and a checksum of each file. A folder is continued
@@ -9,25 +9,22 @@ and never used.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
-from in2core_jax.runs import files, locks
-from in2core_jax.parallel import processes
 from in2core_jax.errors import UserError
+from in2core_jax.parallel import processes
+from in2core_jax.runs import files, locks
 
-# The file layer's words, so that callers need one import.
+# The words of files and of the record, so that callers need one import.
 from in2core_jax.runs.files import canonical_json as canonical_json
 from in2core_jax.runs.files import file_sha256 as file_sha256
 from in2core_jax.runs.files import hash_of as hash_of
@@ -39,64 +36,19 @@ from in2core_jax.runs.files import write_bytes as write_bytes
 from in2core_jax.runs.files import write_json as write_json
 from in2core_jax.runs.files import write_parquet as write_parquet
 from in2core_jax.runs.files import write_text as write_text
+from in2core_jax.runs.folder_files import CHECKPOINT as CHECKPOINT
+from in2core_jax.runs.folder_files import files_below, is_link, make_folder
+from in2core_jax.runs.identities import difference
+from in2core_jax.runs.record import device_summary as device_summary
+from in2core_jax.runs.record import flags_bytes
+from in2core_jax.runs.record import package_versions as package_versions
+from in2core_jax.runs.record import write_flags as write_flags
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOST_LOG = "log_lost.txt"  # what a job had to say when nobody could read it any more; in no manifest
-CHECKPOINT = "checkpoint"  # the folder of a training's checkpoints: they carry their own checksums
 _FORMAT = "in2core_jax run folder 1"
-_PACKAGES = (
-  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "safetensors", "gguf"),
-  *("pyarrow", "tensorflow-datasets"),
-)
-
-
-# --- the record of a run ----------------------------------------------------------------------------------------------
-
-
-def write_flags(path: epath.PathLike, flags: Iterable[str], header: Iterable[str] = ()) -> None:
-  """Writes a flagfile: `# ` before each header line, then one `--name=value` a line; `--flagfile=PATH` repeats the run.
-
-  Raises:
-    UserError: a flag's value holds a line break, or blanks at its end, which a flagfile cannot hold.
-  """
-  write_bytes(path, flags_bytes(flags, header))
-
-
-def flags_bytes(flags: Iterable[str], header: Iterable[str] = ()) -> bytes:
-  """The bytes that `write_flags` writes; raises as it does."""
-  flags = list(flags)
-  for flag in flags:
-    if flag != flag.strip() or len(flag.splitlines()) != 1:
-      raise UserError(
-        f"{flag.split('=')[0]}: the value holds a line break or ends in blanks, which a flagfile cannot hold"
-      )
-  lines = [f"# {line}".rstrip() for entry in header for line in entry.splitlines() or [""]]
-  return files.text_bytes("\n".join([*lines, *flags]) + "\n")
-
-
-def package_versions() -> dict[str, str]:
-  """Versions of Python, of this project and of the packages that numbers depend on."""
-  from in2core_jax import __version__
-
-  versions = {"python": platform.python_version(), "in2core_jax": __version__}
-  return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def device_summary() -> dict[str, Any]:
-  """What the run computes on: platform, kind and number of devices, processes, cores. Starts JAX's backend."""
-  import jax
-
-  devices = jax.devices()
-  return {
-    "platform": devices[0].platform,
-    "device_kind": devices[0].device_kind,
-    "num_devices": len(devices),
-    "num_processes": jax.process_count(),
-    "num_cores": os.cpu_count(),
-    "machine": f"{platform.system()} {platform.machine()}",
-  }
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -182,7 +134,7 @@ class RunDir:
     path = _folder_path(path)
     if cls._read(path) is None:
       _refuse_foreign(path)
-    _make_folder(path)
+    make_folder(path)
     lock = locks.take(path)
     try:
       opened = cls._open(path, identity, overwrite, writer=True)
@@ -204,14 +156,14 @@ class RunDir:
       old._remove_entries()
       old = None
     elif old.identity != identity:
-      raise UserError(_difference(path, old.identity, identity))
+      raise UserError(difference(path, old.identity, identity))
     run_dir = cls(path, identity, writer=writer, resumed=old is not None)
     if old is not None:
       run_dir.entries, run_dir.checksums = old.entries, old.checksums
     if writer:
-      _make_folder(path)
+      make_folder(path)
       for folder in (path, *(path / name for name in run_dir.entries)):
-        if folder.is_dir() and not _is_link(folder):
+        if folder.is_dir() and not is_link(folder):
           files.remove_leftovers(folder)
       if old is None:
         run_dir._write_manifest()
@@ -272,7 +224,7 @@ class RunDir:
 
   def _adopt(self) -> None:
     """Takes the files of a folder from before there were checksums as they are, and notes theirs from now on."""
-    names = list(_files_below(self.path, self.entries))
+    names = list(files_below(self.path, self.entries))
     self.checksums = {name: file_sha256(self.path / name) for name in names}
     self._write_manifest()
     log.warning("%s: of an older version, without checksums: its %d files are taken as they are", self.path, len(names))
@@ -283,7 +235,7 @@ class RunDir:
       if "/" in name or name in ("", ".", ".."):
         raise UserError(f"{self.path / MANIFEST}: the entry {name!r} is not a name; choose another --run_dir")
       entry = self.path / name
-      if entry.is_dir() and not _is_link(entry):
+      if entry.is_dir() and not is_link(entry):
         entry.rmtree()
       else:
         entry.unlink(missing_ok=True)
@@ -391,6 +343,11 @@ class RunDir:
     if self.writer:
       self.write_bytes(name, files.parquet_bytes(columns))
 
+  def write_streamed(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+    """`write_streamed` into the run folder."""
+    if self.writer:
+      files.write_streamed(self.path / name, write, lambda sha256: self.file(name, sha256))
+
   def write_flags(self, name: str, flags: Iterable[str], header: Iterable[str] = ()) -> None:
     """`write_flags` into the run folder."""
     self.write_bytes(name, flags_bytes(flags, header))
@@ -439,7 +396,7 @@ def hold(folder: epath.PathLike) -> locks.Lock:
   lock, refusal = locks.Lock(None), None
   if processes.is_writer():
     try:
-      _make_folder(_folder_path(folder))
+      make_folder(_folder_path(folder))
       lock = locks.take(_folder_path(folder))
     except UserError as error:
       refusal = str(error)
@@ -475,32 +432,6 @@ def _tell_unchecked(path: epath.Path) -> None:
   log.warning("%s: of an older version, without checksums: its files are taken as they are", path)
 
 
-def _files_below(folder: epath.Path, names: Iterable[str], prefix: str = "") -> Iterator[str]:
-  """Files under some names of a folder, as paths below it, but for links and what carries a checksum of its own."""
-  for name in names:
-    path = folder / name
-    if _is_link(path) or name == CHECKPOINT or name.endswith((files.SHARD, files.TEMPORARY)) or not path.exists():
-      continue
-    if path.is_dir():
-      yield from _files_below(path, sorted(item.name for item in path.iterdir()), f"{prefix}{name}/")
-    else:
-      yield prefix + name
-
-
-def _is_link(path: epath.Path) -> bool:
-  return not files.is_remote(path) and os.path.islink(path)
-
-
-def _make_folder(path: epath.Path) -> None:
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-    if error.errno in known:
-      raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --run_dir") from error
-    raise
-
-
 def _refuse_foreign(path: epath.Path) -> None:
   """A folder with files and no manifest is somebody else's."""
   names = (
@@ -514,41 +445,3 @@ def _refuse_foreign(path: epath.Path) -> None:
       f"{path}: holds {len(names)} files ({shown}) and no {MANIFEST}, so it is not a run folder; "
       "choose an empty or new --run_dir"
     )
-
-
-def _difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
-  """The message for a folder of another identity: which keys differ, there and now."""
-  old, new = _flatten(old), _flatten(new)
-  keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-  shown = [
-    f"{key} is {_short(old.get(key, _ABSENT))} there and {_short(new.get(key, _ABSENT))} now" for key in keys[:most]
-  ]
-  more = f"; and {len(keys) - most} more" if len(keys) > most else ""
-  return (
-    f"{path}: holds a run of other settings: {'; '.join(shown)}{more}. "
-    "Give another --run_dir, or --overwrite to remove that run's results"
-  )
-
-
-class _Absent:
-  def __repr__(self) -> str:
-    return "not set"
-
-
-_ABSENT = _Absent()
-
-
-def _short(value: Any, most: int = 60) -> str:
-  text = repr(value)
-  return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested objects as dotted keys."""
-  flat = {}
-  for key, item in value.items():
-    if isinstance(item, Mapping) and item:
-      flat |= _flatten(item, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = item
-  return flat

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -72,13 +73,32 @@ class ShardStore:
 
   def read(self, index: int) -> dict[str, np.ndarray] | None:
     """Reads a shard; None when there is none, or none to be trusted (a warning names the file and why)."""
-    path = self.file(index)
     try:
-      data = path.read_bytes()
+      return self._checked(index, self.file(index).read_bytes(), copy=True)
     except FileNotFoundError:
       return None
+
+  def map(self, index: int) -> dict[str, np.ndarray] | None:
+    """As `read`, but the arrays stay in the file, which is mapped into memory, and can only be read.
+
+    The checksum is looked at now and not again. A remote file is read.
+    """
+    path = self.file(index)
+    if files.is_remote(path):
+      return self.read(index)
     try:
-      header, arrays = unpack(_MAGIC, data)
+      with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except FileNotFoundError:
+      return None
+    return self._checked(index, data, copy=False)
+
+  def _checked(self, index: int, data: "bytes | mmap.mmap", copy: bool) -> dict[str, np.ndarray] | None:
+    """The arrays of a shard's bytes; None, and a warning, where they are not to be trusted."""
+    path = self.file(index)
+    try:
+      header, arrays = unpack(_MAGIC, data, copy)
     except DamagedError as error:
       log.warning("%s: %s; it is recomputed", path, error)
       return None
@@ -117,31 +137,37 @@ def pack(magic: bytes, header: Mapping[str, Any], arrays: Mapping[str, np.ndarra
   return magic + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
-def unpack(magic: bytes, data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def unpack(
+  magic: bytes, data: "bytes | mmap.mmap", copy: bool = True
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Inverse of `pack`: (header, arrays), when every byte is as it was written.
+
+  Args:
+    magic: how the file begins.
+    data: its bytes.
+    copy: arrays of their own; else they lie in `data`, read-only and not aligned.
 
   Raises:
     DamagedError: another file, or a damaged one.
   """
-  if not data.startswith(magic):
+  if data[: len(magic)] != magic:
     raise DamagedError("damaged (it does not begin as it should)" if data else "empty")
   start = len(magic) + 64 + 1  # the checksum in hex, the line's end
-  body = memoryview(data)[start:]
-  if data[len(magic) : start] != hashlib.sha256(body).hexdigest().encode() + b"\n":
+  if data[len(magic) : start] != hashlib.sha256(memoryview(data)[start:]).hexdigest().encode() + b"\n":
     raise DamagedError("damaged (its checksum does not fit)")
-  end = data.index(b"\n", start)
+  end = data.find(b"\n", start)
   header = json.loads(data[start:end])
-  return header, _arrays(header, data, end + 1)
+  return header, _arrays(header, data, end + 1, copy)
 
 
-def _arrays(header: Mapping[str, Any], data: bytes, start: int) -> dict[str, np.ndarray]:
+def _arrays(header: Mapping[str, Any], data: "bytes | mmap.mmap", start: int, copy: bool) -> dict[str, np.ndarray]:
   arrays = {}
   for name in sorted(header["arrays"]):
     dtype_name, shape = header["arrays"][name]
     dtype = _dtype(dtype_name)
     count = int(np.prod(shape, dtype=np.int64))
-    # A copy: the file's bytes are read-only and not aligned.
-    arrays[name] = np.frombuffer(data, dtype, count, start).reshape(shape).copy()
+    found = np.frombuffer(data, dtype, count, start).reshape(shape)
+    arrays[name] = found.copy() if copy else found
     start += count * dtype.itemsize
   return arrays
 

@@ -21,14 +21,12 @@ import numpy as np
 
 from in2core_jax.errors import UserError
 from in2core_jax.selection import matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, topic_means, turn_order, turn_shares
+from in2core_jax.selection.aggregation import aggregate, finite, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
   PolicyInputs,
   matching_target,
-  means,
-  query_weights,
 )
 from in2core_jax.selection.two_samples import Apart
 
@@ -83,7 +81,7 @@ def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
   codes = np.unique(np.asarray(topics, dtype=np.str_), return_inverse=True)[1]
   order = np.asarray(order)
   ordered = codes[order]
-  place = (2 * _times_before(ordered) + 1) / np.bincount(codes)[ordered]
+  place = (2 * times_before(ordered) + 1) / np.bincount(codes)[ordered]
   return order[np.argsort(place, kind="stable")]
 
 
@@ -94,10 +92,10 @@ def copies_last(order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
     order: int [N], rows, best first.
     first_of: int [rows], the same number for copies.
   """
-  return order[np.argsort(_times_before(first_of[order]), kind="stable")]
+  return order[np.argsort(times_before(first_of[order]), kind="stable")]
 
 
-def _times_before(names: np.ndarray) -> np.ndarray:
+def times_before(names: np.ndarray) -> np.ndarray:
   """How often each entry has come before, int [N]."""
   _, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
   found = np.empty(len(names), np.int64)
@@ -110,7 +108,7 @@ def _times_before(names: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-  """What `choose` gives.
+  """What `select_by` gives.
 
   Attributes:
     rows: int64 [S], row numbers of the inputs in order of choice, each once.
@@ -161,32 +159,18 @@ class _Task:
     return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
 
 
-def _matching(task: _Task, by_topic: bool = False, merge: bool = True, quota: bool = False) -> _Order:
-  """Pool positions chosen by `greedy_matching` towards the mean, the weighted topics or each topic in turn."""
+def _matching(task: _Task) -> _Order:
+  """Pool positions chosen by `greedy_matching` towards the mean."""
   inputs = task.inputs
   features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
-  target = finite(inputs.target, "target", f"policy {task.policy}", None)
-  if by_topic:
-    if inputs.query_topics is None or len(inputs.query_topics) != len(target):
-      seen = "none" if inputs.query_topics is None else len(inputs.query_topics)
-      raise UserError(f"policy {task.policy} needs query_topics, one for each row of target: {seen} for {len(target)}")
-    target = np.mean(
-      [topic_means(target, inputs.query_topics, query_weights(inputs, by_token)) for by_token in means(inputs)],
-      axis=0,
-    )
-  if merge:
-    target = matching.merged_target(target, inputs.target_weights) if by_topic else matching_target(inputs)
-  count, topics = task.budget.limit(task.tokens), inputs.topics if quota else None
-  rows = matching.greedy_matching(features, target, count, topics, task.pool)
+  finite(inputs.target, "target", f"policy {task.policy}", None)
+  target = matching_target(inputs)
+  rows = matching.greedy_matching(features, target, task.budget.limit(task.tokens), task.pool)
   position = np.empty(len(features), np.int64)
   position[task.pool] = np.arange(len(task.pool))
-  turns = ["in turn for its topic: " if quota else ""]
-  if by_topic and not merge:
-    turns = reasons.topic_turns(sorted(set(map(str, inputs.query_topics))))
 
   def why(chosen: np.ndarray) -> list[str]:  # walks the choices again, only where reasons are wanted
-    path = matching.path(features, target, rows[: len(chosen)])
-    return reasons.closer(path, "the set's mean gradient", turns)(chosen)
+    return reasons.closer(matching.path(features, target, rows[: len(chosen)]), "the set's mean gradient")(chosen)
 
   return _Order(position[rows], why)
 
@@ -222,7 +206,7 @@ def _copies_last(task: _Task, order: _Order) -> _Order:
     return order
   first_of = np.asarray(task.inputs.alike)[task.pool]
   times = np.empty(len(first_of), np.int64)
-  times[order.positions] = _times_before(first_of[order.positions])
+  times[order.positions] = times_before(first_of[order.positions])
   return _Order(copies_last(order.positions, first_of), reasons.repeated(order.reasons, times))
 
 
@@ -293,14 +277,13 @@ _POLICIES: dict[str, Callable[[_Task], _Order]] = {
   "topic_quota": _topic_quota,
   "matching": _matching,
   "matching_hybrid": _matching_hybrid,
-  "matching_topic": lambda task: _matching(task, by_topic=True),
-  "matching_round_robin": lambda task: _matching(task, by_topic=True, merge=False),
-  "matching_quota": lambda task: _matching(task, quota=True),
 }
+# Rules that were not better than the one they changed, and are gone -> that one.
+GONE = dict.fromkeys(("matching_topic", "matching_round_robin", "matching_quota"), "matching")
 POLICIES = tuple(_POLICIES)
-SHRUNK_POLICIES = ("matching", "matching_quota")  # whose one target may be drawn towards the pool's mean
+SHRUNK_POLICIES = ("matching",)  # whose one target may be drawn towards the pool's mean
 HYBRID_POLICIES = ("auto", "hybrid", "matching_hybrid")  # which compare gradients and hidden states
-FEATURE_POLICIES = ("matching", "matching_topic", "matching_round_robin", "matching_quota")
+FEATURE_POLICIES = ("matching",)
 GRADIENT_POLICIES = (*FEATURE_POLICIES, *HYBRID_POLICIES, "whitened_cosine")  # which need projected gradients
 HIDDEN_POLICIES = (*HYBRID_POLICIES, "whitened_embedding", "embedding", "rds")  # which need last hidden states
 SEEDED_POLICIES = ("random", "length_matched_random")
@@ -309,11 +292,11 @@ SCORE_POLICIES = ("proponents", "opponents", "length_matched_random", "topic_quo
 
 
 def select_rows(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> np.ndarray:
-  """The rows of `choose`, int64 [S]."""
-  return choose(policy, inputs, budget, seed).rows
+  """The rows of `select_by`, int64 [S]."""
+  return select_by(policy, inputs, budget, seed).rows
 
 
-def choose(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> Choice:
+def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> Choice:
   """Chooses the coreset.
 
   Args:
@@ -325,9 +308,6 @@ def choose(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) -> 
       `PolicyInputs.aggregate` says over which queries. topic_quota: proponents, every training
       topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
       matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean.
-      matching_topic: to the evaluation topics, weighted (`matching.merged_target`). matching_round_robin: evaluation
-      topics in turn, each matched by a set of its own. matching_quota: matching, every training topic keeping the same
-      fraction.
     inputs: what to choose from.
     budget: how much.
     seed: of the random policies; the others do not look at it.

@@ -37,10 +37,22 @@ def smoothed(similarity: np.ndarray, among: np.ndarray, count: int = NEIGHBOURS)
   Returns:
     f64 [Q, N].
   """
+  return np.asarray(similarity, np.float64)[_speaking(among, count)].mean(axis=1)
+
+
+def smoothed_by(among: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
+  """The same as weights f64 [Q, Q]: `smoothed` is their product with the similarities."""
+  nearest = _speaking(among, count)
+  weights = np.zeros(among.shape)
+  np.put_along_axis(weights, nearest, 1 / nearest.shape[1], axis=1)
+  return weights
+
+
+def _speaking(among: np.ndarray, count: int) -> np.ndarray:
+  """The queries that speak together with each one, itself first, int [Q, count]."""
   order = among.copy()
-  np.fill_diagonal(order, np.inf)  # itself comes first
-  nearest = np.argsort(-order, axis=1, kind="stable")[:, :count]
-  return np.asarray(similarity, np.float64)[nearest].mean(axis=1)
+  np.fill_diagonal(order, np.inf)
+  return np.argsort(-order, axis=1, kind="stable")[:, :count]
 
 
 @dataclasses.dataclass(frozen=True)

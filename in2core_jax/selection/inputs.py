@@ -120,14 +120,12 @@ class PolicyInputs:
     topics: N names. ids: N example ids.
     features: f32 or f64 [N, d], (projected, preconditioned) gradient of each example.
     target: [d] or [Q, d], the same features of the queries.
-    query_topics: Q names, for the policies that work by evaluation topic.
     query_tokens: int [Q], response tokens of the queries; needed for a target by tokens.
     target_mean: the target is the mean over the queries' response tokens, as token-weighted perplexity counts (features
       are gradients of mean losses), over the queries, or half of each: a word of `TARGETS`.
-    shrink: whether `matching` and `matching_quota` draw the target towards the pool's mean (`matching.shrunk_target`).
+    shrink: whether `matching` draws the target towards the pool's mean (`matching.shrunk_target`).
     token_weights: f64 [N], the pool's weights in a mean over tokens; `num_response_tokens` when None. They differ where
       another tokenizer's model took the gradients.
-    target_weights: [G], weight of each evaluation topic in sorted order of the names, for `matching_topic`.
     similarities: name of a policy of `SIMILARITIES` -> [Q, N], how similar each example is to each query. hybrid and
       its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
       that weigh tokens by position. bm25: of each query with the example's text.
@@ -155,8 +153,6 @@ class PolicyInputs:
   ids: Sequence[str]
   features: np.ndarray | None = None
   target: np.ndarray | None = None
-  query_topics: Sequence[str] | None = None
-  target_weights: np.ndarray | None = None
   similarities: Mapping[str, np.ndarray] = field(default_factory=dict)
   kernel: np.ndarray | None = None
   towards: np.ndarray | None = None
@@ -208,6 +204,11 @@ class PolicyInputs:
     """`matching_target` and what is known of it, the mean over its means; it reads all features, so once."""
     target, kept, beyond_chance = zip(*(_target(self, by_token) for by_token in means(self)), strict=True)
     return matching.Shrunk(np.mean(target, axis=0), float(np.mean(kept)), float(np.mean(beyond_chance)))
+
+  @property
+  def asked(self) -> int:
+    """How many queries a policy by similarity compares examples with."""
+    return len(next(iter(self.similarities.values())) if self.similar_ids is None else self.similar_ids)
 
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""

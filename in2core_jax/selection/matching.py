@@ -1,15 +1,13 @@
 """Greedy gradient matching: a set of examples whose mean (projected) gradient is that of the queries. NumPy only.
 
-Letters: N examples of the pool, G targets, d features.
+Letters: N examples of the pool, d features.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-
-from in2core_jax.errors import UserError
 
 _GRAM_BYTES = 2**28  # up to 5,792 examples the whole Gram matrix fits, and beats an eighth of its columns one by one
 _BLOCK_BYTES = 2**26  # of rows that are float64 at the same time
@@ -18,9 +16,8 @@ _MOST_PRODUCTS = 2000  # of all features with one vector, where there is no Gram
 
 def greedy_matching(
   features: np.ndarray,
-  targets: np.ndarray,
+  target: np.ndarray,
   count: int,
-  topics: Sequence[str] | None = None,
   rows: np.ndarray | None = None,
   block: int | None = None,
 ) -> np.ndarray:
@@ -30,43 +27,35 @@ def greedy_matching(
   argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t; f_j.s grows by one column of F F^T a step and is summed in float64, as
   are |f_j|^2 and f_j.t. The columns are float64 only where all of F F^T is made first: up to 5,792 examples of which an
   eighth or more is taken. Else they are products in the dtype of the features.
-  With G targets the steps go round: each target grows a set of its own out of the common pool.
 
   Args:
     features: f32 or f64 [N, d].
-    targets: [d] or [G, d].
+    target: [d].
     count: number of rows to take.
-    topics: N names; then each step is held to the topic (or tied topics) most behind its share, as in `topic_quota`.
     rows: the pool, row numbers in order of preference among ties; all rows when None.
-    block: rows that a target takes between two updates of f_j.s; 1 is the rule above. When None: 1 up to 5,792
+    block: rows that are taken between two updates of f_j.s; 1 is the rule above. When None: 1 up to 5,792
       examples, else so many that the features are read 2,000 times in all, not once a row.
 
   Returns:
     int [count], row numbers of `features` in order of choice.
   """
   rows = np.arange(len(features)) if rows is None else np.asarray(rows)
-  targets = np.atleast_2d(np.asarray(targets, np.float64))
   twin = _first_copies(features, rows)  # exact copies share their numbers, so that their tie is exact
-  norm, towards = _norms_and_products(features, targets)
-  norm, towards = norm[twin], towards[twin].T
+  norm, towards = _norms_and_products(features, np.asarray(target, np.float64))
+  norm, towards = norm[twin], towards[twin]
   small = len(features) ** 2 * 8 <= _GRAM_BYTES
   products_fn = _products_fn(features, hold=small and count * 8 >= len(features))
   block = block or (1 if small else -(-count // _MOST_PRODUCTS))
-  overlap, waiting = np.zeros_like(towards), [[] for _ in targets]
-  free = np.ones(len(rows), bool)
-  shares = None if topics is None else _Shares(np.asarray(topics, dtype=np.str_)[rows])
+  overlap, waiting, free = np.zeros(len(rows)), [], np.ones(len(rows), bool)
   chosen = np.empty(count, np.int64)
   for step in range(count):
-    turn, size = step % len(targets), step // len(targets) + 1
-    distance = 2 * overlap[turn] + norm - 2 * size * towards[turn]
-    best = int(np.argmin(np.where(free if shares is None else free & shares.allowed(), distance, np.inf)))
+    distance = 2 * overlap + norm - 2 * (step + 1) * towards
+    best = int(np.argmin(np.where(free, distance, np.inf)))
     chosen[step], free[best] = rows[best], False
-    waiting[turn].append(twin[best])
-    if len(waiting[turn]) == block:
-      overlap[turn] += products_fn(waiting[turn])[twin]
-      waiting[turn] = []
-    if shares is not None:
-      shares.take(best)
+    waiting.append(twin[best])
+    if len(waiting) == block:
+      overlap += products_fn(waiting)[twin]
+      waiting = []
   return chosen
 
 
@@ -94,23 +83,22 @@ def herding(kernel: np.ndarray, towards: np.ndarray, count: int) -> np.ndarray:
   return chosen
 
 
-def path(features: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def path(features: np.ndarray, target: np.ndarray, rows: np.ndarray) -> np.ndarray:
   """How close a set's mean feature is to its target after each row: |mean - t|^2 - |t|^2.
 
   Args:
     features: f32 or f64 [N, d].
-    targets: [d] or [G, d]; several take turns, as in `greedy_matching`.
+    target: [d].
     rows: int [S], in order of choice.
 
   Returns:
     f64 [S].
   """
-  targets = np.atleast_2d(np.asarray(targets, np.float64))
-  sums, found = np.zeros_like(targets), np.empty(len(rows))
+  target = np.asarray(target, np.float64)
+  total, found = np.zeros_like(target), np.empty(len(rows))
   for step, row in enumerate(rows):
-    turn, size = step % len(targets), step // len(targets) + 1
-    sums[turn] += features[row]
-    found[step] = sums[turn] @ sums[turn] / size**2 - 2 * (sums[turn] @ targets[turn]) / size
+    total += features[row]
+    found[step] = total @ total / (step + 1) ** 2 - 2 * (total @ target) / (step + 1)
   return found
 
 
@@ -123,27 +111,6 @@ def herding_path(kernel: np.ndarray, towards: np.ndarray, order: np.ndarray) -> 
   return among / sizes**2 - 2 * np.cumsum(towards[order]) / sizes
 
 
-class _Shares:
-  """Which topic is most behind its share."""
-
-  def __init__(self, topics: np.ndarray):
-    self._codes = np.unique(topics, return_inverse=True)[1]
-    self._sizes = np.bincount(self._codes)
-    self._place = 1 / self._sizes
-    self._taken = np.zeros_like(self._sizes)
-
-  def allowed(self) -> np.ndarray:
-    """Rows of the topics that come next, bool [N]."""
-    return (self._place == self._place.min())[self._codes]
-
-  def take(self, row: int) -> None:
-    """Counts a row that was chosen."""
-    code = self._codes[row]
-    self._taken[code] += 1
-    full = self._taken[code] == self._sizes[code]
-    self._place[code] = np.inf if full else (2 * self._taken[code] + 1) / self._sizes[code]
-
-
 def _first_copies(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
   """For each of `rows`, the first of them with the same features, bit for bit."""
   first: dict[bytes, int] = {}
@@ -151,13 +118,14 @@ def _first_copies(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
   return np.array([first.setdefault(digest, row) for digest, row in zip(digests, rows, strict=True)], np.int64)
 
 
-def _norms_and_products(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """|f_j|^2 as f64 [N] and f_j.t as f64 [N, G], in blocks of rows so that no f64 copy of the features exists."""
-  norm, products = np.empty(len(features)), np.empty((len(features), len(targets)))
+def _norms_and_products(features: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """|f_j|^2 and f_j.t, f64 [N] each, in blocks of rows so that no f64 copy of the features exists."""
+  norm, products = np.empty(len(features)), np.empty(len(features))
   for start in range(0, len(features), 1024):
     block = features[start : start + 1024].astype(np.float64)
     norm[start : start + 1024] = np.einsum("nd,nd->n", block, block)
-    products[start : start + 1024] = block @ targets.T
+    # As a matrix of one column: BLAS sums a matrix and a vector in another order.
+    products[start : start + 1024] = (block @ target[:, None])[:, 0]
   return norm, products
 
 
@@ -210,8 +178,12 @@ def shrunk_target(
     feature_weights: [P], not negative.
 
   """
-  q, q_noise, _ = _mean_and_noise(queries, query_weights)
-  p, p_noise, draws = _mean_and_noise(features, feature_weights)
+  return drawn_to(_mean_and_noise(queries, query_weights)[:2], _mean_and_noise(features, feature_weights))
+
+
+def drawn_to(queries: tuple[np.ndarray, float], pool: tuple[np.ndarray, float, float]) -> Shrunk:
+  """`shrunk_target` of means and their expected squared errors; the pool's with its number of equal draws."""
+  (q, q_noise), (p, p_noise, draws) = queries, pool
   if not np.isfinite(q_noise):  # one query, as often as it may be there: taken to vary as one example of the pool
     q_noise = p_noise * draws
   apart = float(np.sum((q - p) ** 2))
@@ -237,25 +209,3 @@ def _mean_and_noise(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, 
     spread += float(weights[block] ** 2 @ np.einsum("nd,nd->n", apart, apart))
   square = float(weights @ weights)
   return mean, spread / (1.0 - square) if square < 1.0 - 1e-12 else np.inf, 1.0 / square
-
-
-def merged_target(targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-  """The one target that stands for several: sum_g w_g |m - t_g|^2 = (sum_g w_g) |m - t|^2 + constant, t their mean.
-
-  Args:
-    targets: [G, d].
-    weights: [G], positive; 1 / |t_g|^2 when None, so that a topic with large gradients does not drown the others.
-
-  Returns:
-    f64 [d], the weighted mean.
-
-  Raises:
-    UserError: not one weight for each topic, or one is not positive.
-  """
-  if weights is None:
-    squares = np.sum(targets**2, axis=1)
-    weights = 1.0 / np.where(squares > 0, squares, 1.0)
-  weights = np.asarray(weights, np.float64)
-  if weights.shape != (len(targets),) or not (weights > 0).all():
-    raise UserError(f"target_weights {weights.tolist()}: need {len(targets)} positive numbers, one for each topic")
-  return weights @ targets / weights.sum()

@@ -3,6 +3,7 @@
 Every function gives a `Reasons`: positions of the pool, in order of choice, -> a phrase for each.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -63,19 +64,17 @@ def in_turn(priority: np.ndarray, turns: np.ndarray, names: Sequence[str], of: s
   return lambda chosen: [f"in turn for {of} {shown[turns[turn[p]]]}, round {rounds[turn[p]]:,}" for p in chosen]
 
 
-def closer(path: np.ndarray, what: str, turns: Sequence[str] = ("",)) -> Reasons:
+def closer(path: np.ndarray, what: str) -> Reasons:
   """Such as "brings the set's mean gradient closer", or that it does the least harm where every example left does some.
 
   Args:
-    path: f64 [S], squared distance to the target after each choice, up to a constant of each target.
+    path: f64 [S], squared distance to the target after each choice, up to a constant.
     what: whose distance it is, such as "the set's mean gradient".
-    turns: what each of those that take turns is called at the start of the phrase; their distances take turns too.
   """
-  before = np.concatenate([np.full(len(turns), np.inf), path[: max(len(path) - len(turns), 0)]])[: len(path)]
   nearer = f"brings {what} closer", f"of those left, moves {what} away least"
-  words = [nearer[0] if now < then else nearer[1] for now, then in zip(path, before, strict=True)]
-  words[: len(turns)] = [f"first choice: brings {what} closest"] * min(len(turns), len(words))
-  return lambda chosen: [turns[step % len(turns)] + word for step, word in enumerate(words[: len(chosen)])]
+  words = [nearer[0] if now < before else nearer[1] for before, now in itertools.pairwise(path)]
+  words = [f"first choice: brings {what} closest", *words]
+  return lambda chosen: words[: len(chosen)]
 
 
 def repeated(reasons: Reasons, times: np.ndarray) -> Reasons:
@@ -89,11 +88,6 @@ def repeated(reasons: Reasons, times: np.ndarray) -> Reasons:
   return lambda chosen: [
     word + told * bool(times[position]) for word, position in zip(reasons(chosen), chosen, strict=True)
   ]
-
-
-def topic_turns(topics: Sequence[str]) -> list[str]:
-  """How `closer` begins where evaluation topics take turns."""
-  return [f"in turn for evaluation topic {_shown(topic)}: " for topic in topics]
 
 
 def _shown(name: str) -> str:

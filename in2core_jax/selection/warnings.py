@@ -50,7 +50,7 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     if share >= 1 and kept < 0.2 * share:
       found.append(
         f"Topic '{topic}' is almost dropped: {kept} of its {size} examples with a response are selected where an even "
-        f"share would be {share:.0f}. Use the policy topic_quota, matching or matching_quota."
+        f"share would be {share:.0f}. Use the policy topic_quota or matching."
       )
   return found
 

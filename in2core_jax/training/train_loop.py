@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -320,9 +320,25 @@ def is_finished(folder: epath.PathLike, steps: int, like) -> bool:
   return True
 
 
-def step_weights(folder: epath.PathLike, steps: list[int]) -> dict[int, float]:
+def kept_weights(folder: epath.PathLike) -> dict[int, float]:
+  """Mean learning rate of each checkpoint of a training that has kept all of them.
+
+  Raises:
+    UserError: some of them are gone.
+  """
+  meta, kept = checkpoint_meta(folder), kept_steps(folder)
+  wanted = sorted({*range(meta["checkpoint_every"], meta["steps"] + 1, meta["checkpoint_every"]), meta["steps"]})
+  if not set(wanted) <= set(kept):  # one more is there where SIGTERM stopped the training
+    raise UserError(
+      f"--trajectory: {folder} has checkpoints of steps {kept} out of {wanted}: fine-tune again with "
+      "--keep_checkpoints=0 --overwrite"
+    )
+  return step_weights(meta["recipe"], wanted)
+
+
+def step_weights(recipe: Mapping[str, Any], steps: list[int]) -> dict[int, float]:
   """Mean learning rate of the steps that led from the checkpoint before to each of `steps`: TracIn's eta_t."""
-  schedule, before, weights = make_schedule(Recipe(**checkpoint_meta(folder)["recipe"])), 0, {}
+  schedule, before, weights = make_schedule(Recipe(**recipe)), 0, {}
   for step in steps:
     weights[step] = float(np.mean([schedule(done) for done in range(before, step)]))
     before = step

@@ -48,7 +48,7 @@
     return text.slice(0, last >= 0xd800 && last < 0xdc00 ? length - 1 : length);
   }
 
-  const ROLES = { s: "system", u: "user", a: "assistant", r: "response", t: "tool" };
+  const ROLES = { s: "system", u: "user", a: "assistant", r: "response", t: "tool", x: "rejected" };
 
   function turn(letter, content) {
     const [text, missing] = typeof content === "string" ? [content, 0] : content;

@@ -1,0 +1,111 @@
+"""The rules of selection that are compared, by name: each changes one thing of another, or a few together."""
+
+import dataclasses
+
+from experiments.study.settings import RuleSettings
+from in2core_jax.errors import UserError
+from in2core_jax.pipeline.settings import Settings, listed, words
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A rule of selection.
+
+  Attributes:
+    policy: word of `coreset.POLICIES`.
+    changes: flags that it changes.
+    trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
+    unit: gradients of length 1, so that no example counts more than another (matching).
+    queries: only so many evaluation examples, drawn at random; 0: all.
+    copies_last: no example a second time while there is another text.
+  """
+
+  policy: str
+  changes: tuple[tuple[str, object], ...] = ()
+  trained: bool = False
+  unit: bool = False
+  queries: int = 0
+  copies_last: bool = False
+
+  @property
+  def key(self) -> tuple:
+    """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
+    return self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last
+
+
+_OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
+
+
+def make_variant(policy: str, **changes) -> Variant:
+  """A rule: fields of `Variant`, and flags that it changes."""
+  own = {name: changes.pop(name) for name in _OWN if name in changes}
+  return Variant(policy, tuple(changes.items()), **own)
+
+
+# Name -> what it is; the first of each family is the rule itself. The others change one thing of it, some a second with
+# it: a solver has its damping; "summed losses" of proponents has no curvature; "plain" and "unit gradients" of matching
+# aim at the mean over examples, "plain" without shrinking.
+VARIANTS = {
+  "proponents": make_variant("proponents", trained=True),
+  "proponents, base model": make_variant("proponents"),
+  "proponents, no curvature": make_variant("proponents", trained=True, solver="identity"),
+  "proponents, cg": make_variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
+  "random, copies last": make_variant("random", copies_last=True),
+  "proponents, datainf": make_variant("proponents", trained=True, solver="datainf"),
+  "proponents, summed losses": make_variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
+  "proponents, quota": make_variant("topic_quota", trained=True),
+  "opponents": make_variant("opponents", trained=True),
+  "matching": make_variant("matching", trained=True),
+  "matching, base model": make_variant("matching"),
+  "matching, plain": make_variant("matching", trained=True, matching_target="examples", matching_shrink=False),
+  "matching, summed losses": make_variant("matching", trained=True, loss_reduction="sum"),
+  "matching, unit gradients": make_variant("matching", trained=True, unit=True, matching_target="examples"),
+  "matching, 16 queries": make_variant("matching", trained=True, queries=16),
+  # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
+  "matching, cut at 48": make_variant("matching", trained=True, max_length=48),
+  "auto": make_variant("auto", trained=True),
+  "auto, base model": make_variant("auto"),
+  "hybrid": make_variant("hybrid", trained=True),
+  "hybrid, base model": make_variant("hybrid"),
+  "matching, hybrid, base model": make_variant("matching_hybrid"),
+  "hybrid, nearest": make_variant("hybrid", aggregate="nearest"),
+  "whitened cosine, base model": make_variant("whitened_cosine"),
+  "whitened cosine, mean": make_variant("whitened_cosine", aggregate="mean"),
+  "whitened embedding": make_variant("whitened_embedding"),
+  "embedding": make_variant("embedding"),
+  "embedding, in turns": make_variant("embedding", aggregate="round_robin"),
+  "rds": make_variant("rds"),
+  "bm25": make_variant("bm25"),
+  "bm25, in turns": make_variant("bm25", aggregate="round_robin"),
+  "length-matched random": make_variant("length_matched_random"),
+  "longest": make_variant("longest"),
+  "highest loss": make_variant("highest_loss", solver="identity"),
+}
+
+
+def settings_of(s: Settings, variant: Variant) -> Settings:
+  """The flags with those of a variant in their place; no cut keeps more of an example than --max_length."""
+  own = s.replace(policy=variant.policy, **dict(variant.changes))
+  return own.replace(max_length=min(own.max_length, s.max_length))
+
+
+def rules_of(name: str) -> list[str]:
+  """The rules that one of that name changes, the nearest first: of "proponents, cg, copies last" two."""
+  parts = name.split(", ")
+  return [", ".join(parts[:stop]) for stop in range(len(parts) - 1, 0, -1)]
+
+
+def variants_of(s: RuleSettings) -> dict[str, Variant]:
+  """The variants that the flags ask for.
+
+  Raises:
+    UserError: a name that is unknown.
+  """
+  for name in listed(s.variants, ";"):
+    rule = next((rule for rule in rules_of(name) if rule in VARIANTS), None)
+    if name not in VARIANTS and rule is not None:
+      raise UserError(f"--variants: there is no rule {name!r}: name {rule!r}, and change its flags on the command line")
+  wanted = words(s.variants, "variants", VARIANTS, ";") or list(VARIANTS)
+  if s.variants.strip() and not s.variants.strip(" ;"):
+    raise UserError(f"--variants={s.variants} names no rule: leave it empty for all, or name some, joined by ;")
+  return {name: VARIANTS[name] for name in wanted}

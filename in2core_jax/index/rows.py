@@ -1,0 +1,140 @@
+"""What rules read of an index: a few numbers for each example, in blocks, so that memory does not grow with the pool.
+
+  gradients  a_i = V^T S g_i, r numbers of the sketched gradient in the basis (`basis`); bfloat16 on disk
+  square     |S g_i|^2, so that what lies outside of the basis is known in size
+  hidden     V views of the last hidden states less the pool's, h numbers each in a basis of their own
+  hidden_square  their whole squared lengths
+  loss       of the example
+
+Numbers are bfloat16 where they lie and float32 where they are multiplied. Letters: N examples of the pool, n of a
+block, r and h numbers of a row, V views, Q queries.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+BLOCK = 8192  # rows that are float32 at the same time: 16 MB at r = 512
+NARROW = np.dtype(ml_dtypes.bfloat16)
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def wide(numbers: np.ndarray) -> np.ndarray:
+  """bfloat16 -> float32 by a shift of the bits, several times as fast as a cast; float32 stays."""
+  if numbers.dtype != NARROW:
+    return numbers
+  return np.left_shift(numbers.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+  """Some rows of an index.
+
+  Attributes:
+    rows: int64 [n], which examples of the pool.
+    gradients: f32 [n, r]. square: f32 [n].
+    hidden: f32 [n, V, h]. hidden_square: f32 [n, V].
+  """
+
+  rows: np.ndarray
+  gradients: np.ndarray
+  square: np.ndarray
+  hidden: np.ndarray
+  hidden_square: np.ndarray
+
+  @classmethod
+  def of(cls, rows: np.ndarray, arrays: Arrays, where: slice | np.ndarray) -> "Block":
+    """The rows `where` of some arrays as they are stored."""
+    names = ("gradients", "square", "hidden", "hidden_square")
+    return cls(rows, *(wide(arrays[name][where]) for name in names))
+
+  def take(self, where: np.ndarray) -> "Block":
+    """Some of them, by mask or position."""
+    return Block(*(getattr(self, field.name)[where] for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """The pool's rows, wherever they lie.
+
+  Attributes:
+    segments: pieces of the index in order, each with the arrays that the module describes.
+    position: int64 [N], where each example of the pool is found, counted over all segments; copies share one.
+  """
+
+  segments: Sequence[Arrays]
+  position: np.ndarray
+
+  @classmethod
+  def in_memory(cls, **arrays: np.ndarray) -> "Rows":
+    """Rows of arrays, one for each example; without hidden states where none are given."""
+    size = len(arrays["gradients"])
+    empty = {"hidden": np.zeros((size, 0, 0), np.float32), "hidden_square": np.zeros((size, 0), np.float32)}
+    return cls([empty | arrays], np.arange(size))
+
+  def __len__(self) -> int:
+    return len(self.position)
+
+  @property
+  def width(self) -> int:
+    """r."""
+    return self.segments[0]["gradients"].shape[1]
+
+  @property
+  def views(self) -> int:
+    """V; 0 where no hidden states are kept."""
+    return self.segments[0]["hidden"].shape[1]
+
+  def blocks(self) -> Iterator[Block]:
+    """All rows once, in the order in which they lie, at most `BLOCK` at a time."""
+    for rows, segment, where in self._pieces():
+      yield Block.of(rows, segment, where)
+
+  def gradients(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, f32 [n, r]) of all of them: for rules that read nothing else, many times."""
+    for rows, segment, where in self._pieces():
+      yield rows, wide(segment["gradients"][where])
+
+  def values(self, name: str) -> np.ndarray:
+    """One number of each example, such as its loss or its square: f32 [N]."""
+    return np.concatenate([segment[name] for segment in self.segments]).astype(np.float32)[self.position]
+
+  @functools.cached_property
+  def _lying(self) -> tuple[np.ndarray, np.ndarray]:
+    """(examples in the order in which their rows lie, where these are)."""
+    order = np.argsort(self.position, kind="stable")
+    return order, self.position[order]
+
+  def _pieces(self) -> Iterator[tuple[np.ndarray, Arrays, slice | np.ndarray]]:
+    (order, lying), start = self._lying, 0
+    for segment in self.segments:
+      size = len(segment["square"])
+      low, high = np.searchsorted(lying, [start, start + size])
+      for first in range(low, high, BLOCK):
+        rows = order[first : min(first + BLOCK, high)]
+        where = self.position[rows] - start
+        straight = where[-1] - where[0] + 1 == len(where) and np.all(np.diff(where) == 1)
+        yield rows, segment, slice(where[0], where[-1] + 1) if straight else where
+      start += size
+
+  def take(self, rows: np.ndarray) -> Block:
+    """Some rows, in the order given."""
+    rows = np.asarray(rows, np.int64)
+    ends = np.cumsum([len(segment["square"]) for segment in self.segments])
+    which = np.searchsorted(ends, self.position[rows], side="right")
+    kept = []
+    for number in np.unique(which):
+      mine = np.flatnonzero(which == number)
+      start = ends[number] - len(self.segments[number]["square"])
+      kept.append((mine, Block.of(rows[mine], self.segments[number], self.position[rows[mine]] - start)))
+    back = np.argsort(np.concatenate([mine for mine, _ in kept])) if kept else np.zeros(0, np.int64)
+    if not kept:
+      return Block.of(rows, self.segments[0], np.zeros(0, np.int64))
+    joined = (
+      np.concatenate([getattr(block, field.name) for _, block in kept])[back] for field in dataclasses.fields(Block)
+    )
+    return Block(*joined)

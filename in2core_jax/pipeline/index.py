@@ -1,0 +1,294 @@
+"""An index of a large pool: a few numbers for each example, from which `select --index` chooses in seconds.
+
+python -m experiments.index --train_data=pool.jsonl --eval_data=mine.jsonl --run_dir=runs/pool
+
+One pass over the pool. The same command goes on where it was stopped, and adds what is new in --train_data.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from in2core_jax.data import batches, records
+from in2core_jax.data.subsets import by_id
+from in2core_jax.index import basis as bases
+from in2core_jax.index import store
+from in2core_jax.influence.index_pass import IndexPass, OnDevice
+from in2core_jax.model.objective import losses_and_hidden_fn
+from in2core_jax.parallel import processes
+from in2core_jax.pipeline.index_settings import IndexSettings
+from in2core_jax.pipeline.projection import Projection
+from in2core_jax.pipeline.scoring import Clock
+from in2core_jax.pipeline.session import Session, open_session
+from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import resumable, run_folder, stopping
+from in2core_jax.runs.progress import Progress
+from in2core_jax.runs.unfinished import Work
+from in2core_jax.selection import hybrid
+from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.training import train_loop
+
+log = logging.getLogger(__name__)
+
+# What `select --index` takes from the index.
+MADE_WITH = ("model", "checkpoint", "layers", "sketch_size", "seed", "loss_reduction", "dtype")
+_RAW_ROWS = 128  # examples whose whole sketched gradients make a piece
+_MOST_SHARDS = 1000
+
+
+class Pool:
+  """Examples of one session, as the index sees them."""
+
+  def __init__(self, bench: Session, s: Settings):
+    """Draws the sketch and reads the weights."""
+    self.bench, self.settings = bench, s
+    params = bench.checkpoint_params(s.checkpoint)
+    self.projection = Projection(bench, s, params, s.seed)
+    self._own_hidden = params is bench.model.params  # views are those of the base model, as in `policy_inputs`
+    problem = self.projection.chosen.problem
+    kernel = losses_and_hidden_fn(bench.model.config, self.projection.chosen.tree)
+    self._pass = IndexPass(kernel, problem.sub, problem.frozen)
+
+  def keys(self, part: str) -> np.ndarray:
+    """The names of a part's examples."""
+    dataset = self.bench.splits[part]
+    return store.keys_of(dataset.tokens, dataset.response_mask)
+
+  def raw(self, part: str, rows: np.ndarray, pieces: resumable.ShardSpec | None, what: str) -> bases.Raw:
+    """Whole sketched gradients of some rows, kept in pieces where a killed run goes on from."""
+    found = []
+    with Progress(len(rows), what, "examples") as progress:
+      for number, start in enumerate(range(0, len(rows), _RAW_ROWS)):
+        own = rows[start : start + _RAW_ROWS]
+        compute = lambda own=own: dataclasses.asdict(self._raw(part, own))  # noqa: E731
+        kept = compute() if pieces is None else resumable.kept(pieces.store("raw"), number, compute)
+        found.append(bases.Raw(**kept))
+        progress.update(len(own))
+    if not found:
+      width = self.projection.sketch.width
+      views = np.zeros((0, len(hybrid.VIEWS), self.bench.model.config.hidden_size), np.float32)
+      return bases.Raw(np.zeros((0, width), np.float32), views, np.zeros(0, np.float32))
+    return bases.Raw(
+      *(np.concatenate([getattr(piece, field.name) for piece in found]) for field in dataclasses.fields(bases.Raw))
+    )
+
+  def _raw(self, part: str, rows: np.ndarray) -> bases.Raw:
+    batcher, lengths = self.bench.batcher(part, rows=rows), self.bench.splits[part].num_tokens[rows]
+    raw = self._pass.raw(self._items(batcher, batcher.sequential_plan(self.bench.batching.batch_tokens)), lengths)
+    return raw if self._own_hidden else dataclasses.replace(raw, hidden=self._base_hidden(part, rows))
+
+  def _items(self, batcher: batches.Batcher, plan: Sequence):
+    return ((own, self.bench.batching.place(batch)) for own, batch in batcher.planned(plan))
+
+  def _base_hidden(self, part: str, rows: np.ndarray) -> np.ndarray:
+    found = self.bench.hidden.pooled_rows(part, rows)
+    return np.stack([found[view] for view in hybrid.VIEWS], axis=1)
+
+  def rows(self, planned: "Planned", plan: Sequence, basis: OnDevice) -> dict[str, np.ndarray]:
+    """Rows of the index for some batches of new training examples, in the order of the batches."""
+    order = np.concatenate([own for own, _, _ in plan])
+    back = dict(zip(order.tolist(), range(len(order)), strict=True))
+    items = self._items(planned.batcher, plan)
+    local = ((np.array([back[row] for row in own.tolist()]), batch) for own, batch in items)
+    found = self._pass.rows(local, planned.lengths[order], basis)
+    if not self._own_hidden and basis.arrays["hidden"].size:
+      found |= self._pass.hidden_rows(self._base_hidden("train", planned.rows[order]), basis)
+    return found
+
+  def rows_of(self, raw: bases.Raw, basis: OnDevice) -> dict:
+    """Rows of the index from whole sketched gradients."""
+    return self._pass.rows_of(raw, basis)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Planned:
+  """New training examples, cut into batches and shards.
+
+  Attributes:
+    rows: int64 [n], of the training set, copies once.
+    lengths: int [n], their tokens.
+    batcher: of them.
+    shards: for each shard its batches, whose rows count from 0 among the n.
+    name: of examples and batches.
+  """
+
+  rows: np.ndarray
+  lengths: np.ndarray
+  batcher: batches.Batcher
+  shards: list[Sequence]
+  name: str
+
+
+# ---- the stage -----------------------------------------------------------------------
+
+
+def run(s: IndexSettings, bench: Session | None = None) -> str:
+  """Makes the index, or adds to it what is new; returns the run folder."""
+  run_folder.RunDir.refuse_held(s.run_dir)
+  bench = bench or open_session(s)
+  pool = Pool(bench, s)
+  run_dir = run_folder.RunDir.open(s.run_dir, identity_of(pool, s), overwrite=s.overwrite)
+  index, keys = store.IndexStore(run_dir), pool.keys("train")
+  parts = list(run_dir.read_json(store.PARTS)) if run_dir.holds(store.PARTS) else []
+  known = index.keys(index.shards(parts))
+  if run_dir.holds(store.MARK) and np.isin(keys, known).all():
+    log.info("%s has all %s examples already", run_dir.path, f"{len(keys):,}")
+    return str(run_dir.path)
+  bench.splits.write_skipped(run_dir)
+  run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.index --flagfile=THIS"])
+  run_dir.remove(store.MARK)
+  work, clock = Work(run_dir, s.shard_batches), Clock()
+  basis, sample = _basis(pool, s, index, work, parts)
+  clock.lap("basis")
+  _fill(pool, s, index, keys, parts, basis, sample)
+  clock.lap("pass over the pool")
+  _finish(pool, s, index, parts, clock)
+  work.remove()
+  return str(run_dir.path)
+
+
+def identity_of(pool: Pool, s: IndexSettings) -> dict:
+  """What a row depends on; not the pool, to which examples are added."""
+  bench = pool.bench
+  known = s.index_basis == "queries"
+  return {
+    "stage": "index",
+    "index": 1,
+    "model_hash": bench.model.hash,
+    "checkpoint": train_loop.checkpoint_hash(s.checkpoint),
+    "gradients": {"loss_reduction": s.loss_reduction, "dtype": s.dtype},
+    "sketch": pool.projection.sketch.identity(),
+    "basis": {"kind": s.index_basis, "size": s.index_size, "hidden": s.index_hidden, "seed": s.seed},
+    "data": bench.splits.identity("eval") if known else {},
+  }
+
+
+def _basis(
+  pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, parts: list
+) -> tuple[bases.Basis, tuple[np.ndarray, bases.Raw] | None]:
+  """The basis, and the sample of the training set with what was computed of it, while its rows are not written."""
+  basis = index.read_basis()
+  if basis is not None and parts and (len(parts) > 1 or _is_whole(index, parts[0])):
+    return basis, None
+  train = pool.bench.splits["train"]
+  counted = np.flatnonzero((train.num_response_tokens > 0) & records.firsts(train.records))
+  rows = counted[spread_rows([train.ids[row] for row in counted], s.index_size)]
+  named = run_folder.hash_of([pool.bench.splits.identity("train"), rows.tolist()])
+  sample = pool.raw("train", rows, work.pieces("sample", rows=named), "a sample of the pool")
+  if basis is None:
+    _make_basis(pool, s, index, work, sample)
+    basis = index.read_basis()
+  return basis, (rows, sample)
+
+
+def _make_basis(pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, sample: bases.Raw) -> None:
+  """Makes and writes the basis, and with it the queries."""
+  asked = asked_rows(pool.bench) if s.index_basis == "queries" else np.zeros(0, np.int64)
+  queries = pool.raw("eval", asked, work.pieces("queries"), "evaluation gradients")
+  views = slice(None) if s.index_hidden else slice(0)
+  cut = [dataclasses.replace(raw, hidden=raw.hidden[:, views]) for raw in (queries, sample)]
+  basis, facts = bases.make(s.index_basis, *cut, s.index_size, s.index_hidden, s.seed)
+  if processes.is_writer():
+    if len(asked):
+      index.write_queries(pool.rows_of(queries, OnDevice(basis)), pool.keys("eval")[asked])
+    index.write_basis(basis)
+  index.run_dir.write_json("basis.json", facts | {"sha256": resumable.tree_sha256(basis.arrays())})
+  log.info("basis: %s", ", ".join(f"{name} {value}" for name, value in facts.items()))
+  processes.barrier("basis written")
+
+
+def asked_rows(bench: Session) -> np.ndarray:
+  """The evaluation examples with a response, in the order of their ids."""
+  return by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
+
+
+def _fill(
+  pool: Pool, s: IndexSettings, index: store.IndexStore, keys: np.ndarray, parts: list, basis: bases.Basis, sample
+) -> None:
+  """Computes and writes the shards that are not there: the sample's, those of an unfinished part, new ones."""
+  placed = OnDevice(basis)
+  if sample is not None:
+    _fill_sample(pool, index, keys, parts, placed, sample)
+  if len(parts) > 1 and not _is_whole(index, parts[-1]):
+    planned = _planned(pool, s, keys, index.keys(index.shards(parts[:-1])))
+    if planned.name == parts[-1]["plan"]:
+      _fill_part(pool, index, keys, parts[-1], planned, placed)
+    else:  # other examples by now: what is there stays, the rest is planned anew
+      there = [number for number in index.shards(parts[-1:]) if index.has_rows(number)]
+      parts[-1]["shards"] = there[-1] + 1 - parts[-1]["first"] if there else 0
+  planned = _planned(pool, s, keys, index.keys(index.shards(parts)))
+  if not planned.shards:
+    return
+  parts.append({"first": parts[-1]["first"] + parts[-1]["shards"], "shards": len(planned.shards), "plan": planned.name})
+  index.run_dir.write_json(store.PARTS, parts)
+  _fill_part(pool, index, keys, parts[-1], planned, placed)
+
+
+def _is_whole(index: store.IndexStore, part: dict) -> bool:
+  return all(processes.all_true(index.has_rows(number)) for number in index.shards([part]))
+
+
+def _fill_sample(pool: Pool, index: store.IndexStore, keys: np.ndarray, parts: list, basis: OnDevice, sample) -> None:
+  """The first part: rows of the examples that the basis was made of, which are computed already."""
+  rows, raw = sample
+  count = -(-len(rows) // _RAW_ROWS)
+  parts[:] = [{"first": 0, "shards": count, "plan": "sample"}]
+  index.run_dir.write_json(store.PARTS, parts)
+  for number in range(count):
+    own = slice(number * _RAW_ROWS, (number + 1) * _RAW_ROWS)
+    if not processes.all_true(index.has_rows(number)):
+      _write(index, number, pool.rows_of(raw.take(np.arange(len(rows))[own]), basis), keys[rows[own]])
+  processes.barrier("sample written")
+
+
+def _planned(pool: Pool, s: IndexSettings, keys: np.ndarray, known: np.ndarray) -> Planned:
+  """The training examples that are not known."""
+  rows = store.firsts(keys)
+  rows = rows[~np.isin(keys[rows], known)]
+  batcher = pool.bench.batcher("train", rows=rows)
+  plan = batcher.sequential_plan(pool.bench.batching.batch_tokens)
+  size = max(s.shard_batches, -(-len(plan) // _MOST_SHARDS))
+  cut = [plan[start : start + size] for start in range(0, len(plan), size)]
+  order = np.concatenate([own for own, _, _ in plan]) if plan else np.zeros(0, np.int64)
+  shapes = run_folder.hash_of([size, [[len(own), list(shape), batch] for own, shape, batch in plan]])
+  return Planned(rows, batcher.dataset.num_tokens, batcher, cut, store.name_of(keys[rows[order]], shapes))
+
+
+def _fill_part(
+  pool: Pool, index: store.IndexStore, keys: np.ndarray, part: dict, planned: Planned, basis: OnDevice
+) -> None:
+  total = sum(map(len, planned.shards))
+  with Progress(total, "index", "batches") as progress, stopping.finish_on_sigterm() as stop_requested:
+    for number, plan in enumerate(planned.shards, part["first"]):
+      if processes.all_true(index.has_rows(number)):
+        progress.skip(len(plan))
+        continue
+      order = np.concatenate([own for own, _, _ in plan])
+      _write(index, number, pool.rows(planned, plan, basis), keys[planned.rows[order]])
+      progress.update(len(plan))
+      if stop_requested():
+        break
+  processes.barrier("part written")
+
+
+def _write(index: store.IndexStore, number: int, found: dict, keys: np.ndarray) -> None:
+  store.check_finite(found, number)
+  if processes.deals(number):
+    index.write_rows(number, found, keys)
+
+
+def _finish(pool: Pool, s: IndexSettings, index: store.IndexStore, parts: list, clock: Clock) -> None:
+  """Notes what the index is, as its last file."""
+  evals, known = pool.bench.splits["eval"], index.keys(index.shards(parts))
+  index.run_dir.write_json(store.PARTS, parts)
+  facts = {
+    "examples": len(known),
+    "flags": {name: getattr(s, name) for name in MADE_WITH},
+    "evaluation_examples": len(evals),
+    "basis": index.run_dir.read_json("basis.json"),
+    "seconds": clock.seconds,
+  }
+  index.run_dir.write_json(store.MARK, facts)
+  log.info("index of %s examples: %s", f"{len(known):,}", index.run_dir.path)

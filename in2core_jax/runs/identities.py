@@ -1,0 +1,47 @@
+"""What tells one run folder's identity from another's, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+
+
+def difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
+  """The message for a folder of another identity: which keys differ, there and now."""
+  old, new = _flatten(old), _flatten(new)
+  keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+  shown = [
+    f"{key} is {_short(old.get(key, _ABSENT))} there and {_short(new.get(key, _ABSENT))} now" for key in keys[:most]
+  ]
+  more = f"; and {len(keys) - most} more" if len(keys) > most else ""
+  return (
+    f"{path}: holds a run of other settings: {'; '.join(shown)}{more}. "
+    "Give another --run_dir, or --overwrite to remove that run's results"
+  )
+
+
+class _Absent:
+  def __repr__(self) -> str:
+    return "not set"
+
+
+_ABSENT = _Absent()
+
+
+def _short(value: Any, most: int = 60) -> str:
+  text = repr(value)
+  return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested objects as dotted keys."""
+  flat = {}
+  for key, item in value.items():
+    if isinstance(item, Mapping) and item:
+      flat |= _flatten(item, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = item
+  return flat

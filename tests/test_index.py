@@ -1,0 +1,205 @@
+"""The index of a large pool: its rows, kills and additions on the way, and what `select --index` makes of it."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compile  # noqa: F401, an autouse fixture
+
+from experiments import large_pools
+from experiments.settings import LargePoolsFlags
+from in2core_jax.errors import UserError
+from in2core_jax.index import basis as bases
+from in2core_jax.index import store
+from in2core_jax.influence.index_pass import IndexPass, OnDevice
+from in2core_jax.influence.kernels import CompiledObjective
+from in2core_jax.influence.projected import SketchSettings, make_sketch
+from in2core_jax.model import decoder
+from in2core_jax.model.objective import losses_and_hidden_fn, make_objective
+from in2core_jax.params import subtree
+from in2core_jax.pipeline import index, select
+from in2core_jax.pipeline.index_settings import IndexSettings
+from in2core_jax.pipeline.projection import Projection
+from in2core_jax.runs.run_folder import read_parquet
+from in2core_jax.runs.shards import ShardStore
+
+slow = pytest.mark.slow
+
+
+def test_a_pass_gives_products_lengths_losses_and_pooled_hidden_states():
+  config = tiny.smaller_config(num_layers=2)
+  sketch = make_sketch(tiny.make_params(config), "1", SketchSettings(4, allow_small=True))
+  sub, frozen = subtree.split(sketch.params, sketch.tree)
+  dataset, batch = tiny.make_dataset(config.vocab_size), tiny.make_batch(config)
+  items, lengths = lambda: iter([(np.arange(6), batch)]), np.array([len(ids) for ids in dataset.tokens])
+  wanted = CompiledObjective(make_objective(config, sketch.tree), sub, frozen).adapter_features(items, 6)
+  run = IndexPass(losses_and_hidden_fn(config, sketch.tree), sub, frozen)
+  raw = run.raw(items(), lengths)
+  np.testing.assert_allclose(raw.gradients, wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(raw.loss, tiny.plain_losses(config, sketch.params, batch)[:6], rtol=1e-5)
+  h = decoder.run_layers(config, sketch.params["layers"], decoder.embed(config, sketch.params, batch.tokens))
+  hidden = np.asarray(decoder.final_norm(config, sketch.params, h))
+  for row, size in enumerate(lengths):
+    np.testing.assert_allclose(raw.hidden[row], [hidden[row, :size].mean(axis=0), hidden[row, size - 1]], rtol=1e-4)
+  basis = bases.make("queries", raw.take(np.arange(2)), raw, 3, 4, 0)[0]
+  rows = run.rows(items(), lengths, OnDevice(basis))
+  for name, values in run.rows_of(raw, OnDevice(basis)).items():
+    np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(rows["gradients"], wanted @ basis.gradients, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(rows["square"], np.sum(wanted**2, axis=1), rtol=1e-4)
+  assert not rows["gradients"][tiny.NO_RESPONSE].any()
+
+
+def test_a_generic_projection_keeps_products_on_average():
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((2, 1, 300)).astype(np.float32)
+  y += x
+  found = []
+  for seed in range(30):
+    basis = bases.Basis("generic", bases.generic_projection(300, 64, seed), 64, np.zeros((0, 0, 0)), np.zeros((0, 0)))
+    run = IndexPass(None, None, None)
+    rows = run.rows_of(bases.Raw(np.concatenate([x, y]), np.zeros((2, 0, 0), np.float32), np.zeros(2)), OnDevice(basis))
+    found.append(float(rows["gradients"][0] @ rows["gradients"][1]))
+  assert abs(np.mean(found) - float(x[0] @ y[0])) < 4 * np.std(found) / np.sqrt(len(found))
+
+
+# ---- the stage -----------------------------------------------------------------------
+
+
+def settings(folder: pathlib.Path, **changes) -> IndexSettings:
+  """Of an index whose basis misses nothing."""
+  small = {"index_size": 512, "run_dir": str(folder / "index"), "policy": "auto", "shard_batches": 1}
+  return tiny.run_settings(folder, kind=IndexSettings, **(small | changes))
+
+
+def pieces_of(folder: str) -> dict[str, bytes]:
+  """Content of the files that hold results, by name."""
+  root = pathlib.Path(folder)
+  return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.shard")}
+
+
+def rows_of(s: IndexSettings, bench):
+  train = bench.splits["train"]
+  return store.IndexStore.load(s.run_dir).read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A finished index, its settings and its session."""
+  s = settings(tmp_path_factory.mktemp("index"), index_size=8, batch_tokens=192)
+  bench = tiny.open_session(s)
+  index.run(s, bench)
+  return s, bench
+
+
+@slow
+def test_rows_have_the_products_and_lengths_of_whole_sketched_gradients(tmp_path):
+  s = settings(tmp_path)
+  bench = tiny.open_session(s)
+  index.run(s, bench)
+  rows = rows_of(s, bench)
+  block = rows.take(np.arange(len(rows)))
+  whole = Projection(bench, s, bench.model.params, s.seed).features("train")
+  exact = whole @ whole.T
+  np.testing.assert_allclose(block.square, np.diag(exact), rtol=1e-5)
+  np.testing.assert_allclose(block.gradients @ block.gradients.T, exact, atol=1e-2 * np.abs(exact).max())
+  hidden = np.stack([bench.hidden.pooled("train", pooling=view) for view in ("mean", "last")], axis=1)
+  basis = store.IndexStore.load(s.run_dir).read_basis()
+  np.testing.assert_allclose(block.hidden_square, np.sum((hidden - basis.center) ** 2, axis=2), rtol=1e-4)
+
+
+@slow
+def test_killed_anywhere_it_ends_in_the_same_bytes(made, tmp_path, monkeypatch):
+  s, bench = made
+  other, writes = s.replace(run_dir=str(tmp_path / "index")), []
+
+  write = ShardStore.write
+
+  def write_or_die(self, *args):
+    writes.append(args)
+    if len(writes) % 5 == 0:
+      raise tiny.Killed
+    return write(self, *args)
+
+  monkeypatch.setattr(ShardStore, "write", write_or_die)
+  kills = 0
+  while True:
+    try:
+      index.run(other, bench)
+      break
+    except tiny.Killed:
+      kills += 1
+  assert kills > 1
+  assert pieces_of(other.run_dir) == pieces_of(s.run_dir)
+
+
+@slow
+def test_examples_are_added_and_none_is_computed_again(made, tmp_path, monkeypatch):
+  s, bench = made
+  smaller = bench.with_splits(bench.splits.with_parts(train=bench.splits["train"].take(range(22))))
+  own = s.replace(run_dir=str(tmp_path / "index"))
+  index.run(own, smaller)
+  before, passed = pieces_of(own.run_dir), []
+  items = index.Pool._items
+  note = lambda self, batcher, plan: passed.extend(plan) or items(self, batcher, plan)  # noqa: E731
+  monkeypatch.setattr(index.Pool, "_items", note)
+  index.run(own, bench)
+  distinct = [len({record.content_key for record in own.splits["train"].records}) for own in (bench, smaller)]
+  assert sum(len(rows) for rows, _, _ in passed) == distinct[0] - distinct[1] > 0
+  assert before.items() <= pieces_of(own.run_dir).items()
+  wanted, found = rows_of(s, bench), rows_of(own, bench)
+  np.testing.assert_allclose(found.values("square"), wanted.values("square"), rtol=1e-4)
+  passed.clear()
+  index.run(own, bench)
+  assert not passed
+  with pytest.raises(UserError, match="not in the index"):
+    held = store.IndexStore.load(own.run_dir)
+    held.read_rows(store.keys_of([np.arange(3)], [np.zeros(3, bool)]), ["new"])
+
+
+@slow
+@pytest.mark.parametrize("policy", ["hybrid", "matching", "proponents"])
+def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path, policy):
+  s = settings(tmp_path, policy=policy, budget="0.3", solver="identity")
+  bench = tiny.open_session(s)
+  index.run(s, bench)
+  plain = s.replace(run_dir=str(tmp_path / "plain"))
+  from_index = s.replace(run_dir=str(tmp_path / "chosen"), index=s.run_dir, write="query")
+  for own in (plain, from_index):
+    select.run(own, bench)
+  wanted, found = (read_parquet(pathlib.Path(own.run_dir) / "scores.parquet") for own in (plain, from_index))
+  same = np.count_nonzero(wanted["selected"] & found["selected"]) / np.count_nonzero(wanted["selected"])
+  assert same >= 0.8
+  np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-4)
+  lists = read_parquet(pathlib.Path(from_index.run_dir) / "query_top.parquet")
+  assert set(lists) == {"query", "rank", "example", "influence"} and lists["rank"].min() == 1
+
+
+@slow
+def test_other_queries_are_computed_once_and_other_flags_are_refused(made, tmp_path):
+  s, bench = made
+  other = bench.with_splits(bench.splits.with_parts(eval=bench.splits["test"]))
+  own = s.replace(index=s.run_dir, run_dir=str(tmp_path / "a"), policy="whitened_cosine", budget="5")
+  select.run(own, other)
+  assert len(list((tmp_path / "index_queries").iterdir())) == 1
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(index, "Pool", None)  # nothing is computed for another budget
+    select.run(own.replace(run_dir=str(tmp_path / "b"), budget="7"), other)
+  for changes, told in (
+    ({"policy": "bm25"}, "not served by an index"),
+    ({"layers": "last:1"}, "was made with --layers=last:2"),
+    ({"write": "layer"}, "does not hold"),
+    ({"index": str(tmp_path)}, "not a run folder"),
+  ):
+    with pytest.raises(UserError, match=told):
+      select.run(own.replace(run_dir=str(tmp_path / "c"), **changes), bench)
+
+
+@slow
+def test_agreement_with_exact_products_is_whole_where_nothing_is_left_out(tmp_path):
+  given = {"sketch_size": 64, "agreement_sizes": "4,512", "solver": "identity"}
+  s = tiny.run_settings(tmp_path, kind=LargePoolsFlags, **given)
+  whole, few, all_ = large_pools.measure_agreement(s)
+  assert whole["mean query"] > 0.999 and all_["single queries, median"] > 0.99
+  assert few["bytes an example"] < all_["bytes an example"]
