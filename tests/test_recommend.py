@@ -7,6 +7,7 @@ import pathlib
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 from tiny import CONFIG, Killed, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
@@ -17,6 +18,8 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
+from in2core_jax.parallel import sharding
+from in2core_jax.pipeline import session
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run
@@ -370,6 +373,8 @@ def test_a_real_slice_ends_in_a_sentence(tmp_path):
     minutes=600.0,
     run_dir=str(tmp_path / "run"),
   )
-  found = json.loads((pathlib.Path(run.run(s)) / "recommendation.json").read_text())
+  alone = sharding.make_mesh("", jax.devices()[:1])  # eight simulated devices would hold the model eight times
+  folder = run.run(s, session.open_session(s, alone))
+  found = json.loads((pathlib.Path(folder) / "recommendation.json").read_text())
   check_json(found)
   assert found["checked"].startswith("On the test set")
