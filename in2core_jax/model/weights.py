@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, hf_folder, model_files
+from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
@@ -41,6 +41,7 @@ from in2core_jax.model.tensors import (
   text_names,
 )
 from in2core_jax.parallel.host import host_bytes
+from in2core_jax.runs import adapter_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
@@ -60,8 +61,8 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or
-      truncated:MODEL:LAYERS, the first layers of another one.
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR (of a PEFT adapter too, which is merged into its
+      base), gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or truncated:MODEL:LAYERS, the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
 
@@ -78,6 +79,11 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
   if kind == "gguf":
     config, params = load_gguf(path, _dtype(dtype))
     return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
+  if kind == "adapter":
+    config, params, tokenizer, digest = load_model(adapter_folder.base_of(path), dtype, seed)
+    params = peft_folder.read_adapter(path, config).merged(params)
+    digest = hashlib.sha256(f"adapter {adapter_folder.sha256(path)} on {digest}".encode()).hexdigest()
+    return config, params, _adapter_tokenizer(path, tokenizer), digest
   if kind == "hf":
     config, params = load_hf_dir(path, _dtype(dtype))
     return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
@@ -95,6 +101,9 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
   kind, path = _parse_spec(spec)
   if kind == "gguf":
     return gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
+  if kind == "adapter":
+    config, tokenizer = describe_model(adapter_folder.base_of(path))
+    return config, _adapter_tokenizer(path, tokenizer)
   if kind == "hf":
     return _hf_config(path), tokenizer_lib.tokenizer_from_dir(path)
   config = hf_config.read_config(path)
@@ -125,14 +134,20 @@ def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
 
 
 def source_of(spec: str) -> tuple[str, Any]:
-  """(hf, gguf or random; its folder, file or parts) of what `--model` says; of a truncated one those of the whole."""
+  """(hf, gguf or random; its folder, file or parts) of what `--model` says: of the whole, of an adapter's base."""
   while spec.startswith("truncated:"):
     spec, _ = _parse_truncated(spec)
-  return _parse_spec(spec)
+  kind, place = _parse_spec(spec)
+  return source_of(adapter_folder.base_of(place)) if kind == "adapter" else (kind, place)
+
+
+def _adapter_tokenizer(folder: pathlib.Path, tokenizer: Any) -> Any:
+  """The tokenizer that was saved with an adapter, with its chat template; that of its base model where none was."""
+  return tokenizer_lib.tokenizer_from_dir(folder) if (folder / "tokenizer.json").is_file() else tokenizer
 
 
 def _parse_spec(spec: str) -> tuple[str, Any]:
-  """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  """(hf, adapter, gguf or random; its folder or file, or the parts of its file)."""
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
   kind, _, rest = full_spec(spec).partition(":")
@@ -141,7 +156,7 @@ def _parse_spec(spec: str) -> tuple[str, Any]:
   path = model_files.expand(rest)
   if kind == "random" and path.is_dir():
     raise UserError(f"--model={spec}: random: takes a file: give random:{path / 'config.json'}, or hf:{path}")
-  return kind, path
+  return ("adapter" if kind == "hf" and adapter_folder.is_adapter(path) else kind), path
 
 
 def full_spec(spec: str) -> str:
@@ -288,7 +303,7 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       folder with other weights.
   """
   folder = pathlib.Path(path)
-  leaves, names = traverse_util.flatten_dict(_fold_lora(params), sep="/"), hf_names(config)
+  leaves, names = traverse_util.flatten_dict(peft_writer.fold_lora(params), sep="/"), hf_names(config)
   absent = sorted(set(leaves) - set(names))
   if absent:
     raise UserError(
@@ -433,14 +448,3 @@ def _why_strange(stored: Iterable[str]) -> str:
     if any(re.search(pattern, name) for name in stored):
       return why
   return "the model is of another architecture"
-
-
-def _fold_lora(params) -> dict:
-  """The same tree without LoRA leaves: kernel + lora_a lora_b."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  for leaf in [leaf for leaf in flat if leaf.endswith("/lora_a")]:
-    base = leaf.removesuffix("lora_a")
-    a, b = (np.asarray(flat.pop(base + name), np.float32) for name in ("lora_a", "lora_b"))
-    kernel = np.asarray(flat[base + "kernel"])
-    flat[base + "kernel"] = (kernel.astype(np.float32) + a @ b).astype(kernel.dtype)
-  return traverse_util.unflatten_dict(flat, sep="/")

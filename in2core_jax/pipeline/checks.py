@@ -15,6 +15,7 @@ from in2core_jax.pipeline.scoring import WHITENED, score_aggregate
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import SelectSettings, Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
+from in2core_jax.runs import adapter_folder
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training import train_loop
@@ -106,6 +107,11 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
     )
   if s.trajectory != "none" and trained is None and not s.checkpoint:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  if s.trajectory != "none" and adapter_folder.is_adapter(s.checkpoint):
+    raise UserError(
+      f"--trajectory={s.trajectory}: {s.checkpoint} is an adapter, the end of a training alone: give the checkpoint of "
+      "a finetune run, or --trajectory=none"
+    )
   tree = subtree.make_subtree(params, s.layers, s.modules, (layers, "--modules"))
   if s.trajectory == "less":
     _check_trained(s, tree, trained)
