@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer
+from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer, quantised
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
@@ -225,6 +225,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
   dtype, folder = _dtype(dtype), pathlib.Path(path)
   config, where = _hf_config(folder), _hf_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
+  where, handles = quantised.opened(folder, where, handles, dtype.name)
 
   text, stored = text_names(where), {}
   if config.tie_embeddings:  # equal to the embedding: some exports write the tied matrix twice
