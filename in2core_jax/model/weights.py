@@ -21,12 +21,13 @@ from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer, quantised
+from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer, quantised, stacks
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.gguf_config import gguf_config
-from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
+from in2core_jax.model.gguf_file import Place, read_gguf
+from in2core_jax.model.gguf_file import file_hash as _file_hash
 from in2core_jax.model.schema import plain
 from in2core_jax.model.tensors import (
   GGUF_NAMES,
@@ -57,7 +58,7 @@ _STRANGE = {
 }
 
 
-def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelConfig, Any, Any, str]:
+def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = None) -> tuple[ModelConfig, Any, Any, str]:
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
@@ -65,6 +66,8 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
       base), gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or truncated:MODEL:LAYERS, the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
+    mesh: devices onto which the weights of a large file go tensor by tensor, with no copy of all on the host
+      (`stacks`); without, or where they are small, in parts or merged, they are NumPy or JAX arrays to be placed.
 
   Returns:
     (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
@@ -77,7 +80,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
     return _load_truncated(spec, dtype, seed)
   kind, path = _parse_spec(spec)
   if kind == "gguf":
-    config, params = load_gguf(path, _dtype(dtype))
+    config, params = load_gguf(path, _dtype(dtype), mesh)
     return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
   if kind == "adapter":
     config, params, tokenizer, digest = load_model(adapter_folder.base_of(path), dtype, seed)
@@ -85,7 +88,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
     digest = hashlib.sha256(f"adapter {adapter_folder.sha256(path)} on {digest}".encode()).hexdigest()
     return config, params, _adapter_tokenizer(path, tokenizer), digest
   if kind == "hf":
-    config, params = load_hf_dir(path, _dtype(dtype))
+    config, params = load_hf_dir(path, _dtype(dtype), mesh)
     return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
   config, params = load_random(path, seed, _dtype(dtype))
   digest = hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
@@ -175,7 +178,7 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
   return tokenizer
 
 
-def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
+def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
   """Reads a GGUF file of the architecture llama or gemma3, dequantised.
 
   Of llama the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1); this decoder rotates
@@ -205,10 +208,10 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
     return pairs_apart(array, getattr(config, GGUF_ROTARY[leaf]))
 
   stored = {name: tensor.shape for name, tensor in file.tensors.items()}
-  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path))
+  return config, _assemble(config, GGUF_NAMES, stored, read, dtype, str(file.path), mesh)
 
 
-def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
+def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
   """Reads config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
   Args:
@@ -223,7 +226,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
       over, misshapen or with NaN; each is named.
   """
   dtype, folder = _dtype(dtype), pathlib.Path(path)
-  config, where = _hf_config(folder), _hf_files(folder)
+  config, where = _hf_config(folder), model_files.weight_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
   where, handles = quantised.opened(folder, where, handles, dtype.name)
 
@@ -250,7 +253,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
     array = handle.get_tensor(place) if rows is None else handle.get_slice(place)[rows]
     return pairs_apart(array, rotated_heads(config, leaf)) if interleaved and rotated_heads(config, leaf) else array
 
-  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
+  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
 
 
 def _hf_config(folder: pathlib.Path) -> ModelConfig:
@@ -259,7 +262,7 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
   config = hf_config.read_config(folder / "config.json")
   if not config.tie_embeddings or not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
     return config
-  where = _hf_files(folder)
+  where = model_files.weight_files(folder)
   text = {name: stored for stored, name in text_names(where).items()}
   pair = [text.get(HF_NAMES[leaf], "") for leaf in ("embed/embedding", "lm_head/kernel")]
   if not all(name in where for name in pair):
@@ -338,9 +341,9 @@ def hf_hash(path: str | pathlib.Path) -> str:
   """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
   folder = pathlib.Path(path)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  weight_files = sorted(set(_hf_files(folder).values()))
+  files = sorted(set(model_files.weight_files(folder).values()))
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-    for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
+    for file, content in zip(files, pool.map(_file_hash, files), strict=True):
       digest.update(f"{file.name} {content}\n".encode())
   return digest.hexdigest()
 
@@ -351,21 +354,6 @@ def _dtype(dtype) -> np.dtype:
   if found not in DTYPES.values():
     raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
   return found
-
-
-def _hf_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Tensor name -> safetensors file that holds it."""
-  return model_files.weight_files(folder)
-
-
-def _file_hash(place: Place) -> str:
-  """SHA-256 of a file's content, however many parts it comes in."""
-  digest = hashlib.sha256()
-  for part in parts_of(place):
-    with part.open("rb") as stream:
-      while piece := stream.read(1 << 20):
-        digest.update(piece)
-  return digest.hexdigest()
 
 
 def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
@@ -382,7 +370,13 @@ def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
 
 
 def _assemble(
-  config: ModelConfig, names: dict[str, str], stored: dict[str, tuple[int, ...]], read: Callable, dtype, origin: str
+  config: ModelConfig,
+  names: dict[str, str],
+  stored: dict[str, tuple[int, ...]],
+  read: Callable,
+  dtype,
+  origin: str,
+  mesh: Any = None,
 ) -> dict:
   """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
 
@@ -410,18 +404,17 @@ def _assemble(
           f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
           "file and configuration do not belong together"
         )
-  params = {}
+  params, placed = {}, stacks.shardings_of(shapes, dtype, mesh)
   for leaf, shape in shapes.items():
-    stacked = np.empty(shape, dtype)
+    stack = stacks.stack_of(shape, dtype, placed.get(leaf))
     for i, name in enumerate(wanted[leaf]):
-      target = stacked[i] if leaf.startswith("layers/") else stacked
       array = read(name, leaf)
-      target[...] = array.T if leaf.endswith("/kernel") else array
-      if not np.isfinite(target).all():
+      array = array.T if leaf.endswith("/kernel") else array
+      if not stack.put((i,) if leaf.startswith("layers/") else (), array):
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )
-    params[leaf] = stacked
+    params[leaf] = stack.array
   return traverse_util.unflatten_dict(params, sep="/")
 
 

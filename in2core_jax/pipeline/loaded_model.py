@@ -109,7 +109,7 @@ def open_model(s: Settings, described: tuple[ModelConfig, Any], mesh: Any) -> Lo
 
   def load() -> tuple[Any, str]:
     log.info("loading model %s", s.model)
-    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed)
+    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed, mesh)
     return params, digest
 
   return LoadedModel(s.model, s.dtype, *described, mesh, load)
