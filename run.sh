@@ -58,7 +58,7 @@ usage() {
   local name others=""
   for name in $(experiments); do
     case "$name" in
-      demo | finetune | select | evaluate | study) ;;
+      demo | finetune | select | evaluate | export | study) ;;
       *) others="$others $name" ;;
     esac
   done
@@ -69,6 +69,7 @@ usage: ./run.sh COMMAND [flags]
   finetune   fine-tune on all examples
   select     score the training examples and choose a coreset
   evaluate   retrain on chosen sets and compare them
+  export     write a model, fine-tuned or not, for transformers and vLLM
   study      compare rules of selection on your data
 
   --help after a command lists its flags; --dry_run tells what it would take. Paths are relative to where you are.

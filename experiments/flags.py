@@ -26,7 +26,7 @@ from experiments.transfer.settings import TransferSettings
 from in2core_jax.errors import UserError
 from in2core_jax.pipeline import ranges, settings
 from in2core_jax.pipeline.fields import in_flags
-from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, WRITES, Settings
+from in2core_jax.pipeline.settings import OLD_BUDGETS, OLD_WRITES, Settings
 from in2core_jax.selection.inputs import Budget
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _write() -> dict[str, str]:
       _refuse_two(f"--{name}={str(old[name]).lower()}", f"--write={new['write']}")
     if name in old:
       _tell(name, f"--write={word}")
-  return {} if new else {"write": ",".join(word for word in WRITES if old.get(OLD_WRITES[word]))}
+  return {} if new else {"write": ",".join(word for word in OLD_WRITES if old.get(OLD_WRITES[word]))}
 
 
 def _dedup() -> dict[str, bool]:

@@ -67,6 +67,14 @@ class OracleFlags(Settings):
   depth: int = changed(Settings, "depth", 400)
 
 
+@dataclasses.dataclass(frozen=True)
+class InteropFlags(Settings):
+  """`interop`: its model and data are its own."""
+
+  shown: ClassVar = ("seed", "run_dir", "overwrite")
+  run_dir: str = changed(Settings, "run_dir", "runs/interop")
+
+
 _kill_test = functools.partial(setting, "kill_test")
 
 

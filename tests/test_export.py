@@ -198,3 +198,17 @@ def test_an_unfinished_export_of_other_weights_is_started_anew(source, tmp_path)
   (folder / "model.safetensors").write_bytes(b"another's")
   export.run(Settings(model=f"hf:{source}"), str(tmp_path / "out"))
   assert weights.load_hf_dir(tmp_path / "out")[0] == weights.load_hf_dir(source)[0]
+
+
+@pytest.mark.slow
+def test_a_source_without_a_folder_gets_files_of_our_making(tmp_path, caplog):
+  values = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 8, "intermediate_size": 8}
+  values |= {"num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 2}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  out = export.run(Settings(model=f"random:{tmp_path / 'config.json'}"), str(tmp_path / "out"))
+  config = json.loads((pathlib.Path(out) / "tokenizer_config.json").read_text())
+  assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows too
+  ours, theirs = weights.describe_model(f"hf:{out}")[1], transformers.AutoTokenizer.from_pretrained(out)
+  turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+  assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(turns, tokenize=False)
+  assert ours("two words").input_ids == theirs("two words").input_ids

@@ -88,7 +88,9 @@ def test_every_settings_class_is_among_the_commands():
 
   defined = {kind for kind in below(Settings) if kind.__module__.startswith("experiments.")}
   shared = (settings.FinetuneFlags, settings.SelectFlags, settings.EvaluateFlags, settings.DemoFlags)
-  assert defined - {*shared, settings.OracleFlags} == set(flags.OTHERS)  # these have no flags of their own
+  assert defined - {*shared, settings.OracleFlags, settings.InteropFlags} == set(
+    flags.OTHERS
+  )  # these have no flags of their own
 
 
 def test_what_is_accepted_is_in_the_range_and_the_rest_is_one_line(read):
@@ -375,7 +377,7 @@ def test_help_of_everything_has_other_commands_and_old_names(parser, monkeypatch
 def test_every_command_shows_its_own_flags_once(parser, monkeypatch, kind):
   named = re.findall(r"^  --(\w+)", shown(kind, parser, monkeypatch), re.M)
   own = {field.name for field in dataclasses.fields(kind)}
-  assert len(named) == len(set(named)) and set(named) <= own and "run_dir" in named
+  assert len(named) == len(set(named)) and set(named) <= own and ("to" if "to" in own else "run_dir") in named
   assert {name for name in own if FIELDS[name].metadata["group"] not in GROUPS} <= set(named)
 
 

@@ -153,6 +153,14 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   before = (folder / "scores.parquet").stat().st_mtime_ns
   select.run(chosen, bench)
   assert (folder / "scores.parquet").stat().st_mtime_ns == before
+  # nor is there for other forms, but to write them
+  select.run(chosen.replace(coreset_format="tokens", write="query,pool"), bench)
+  assert (folder / "scores.parquet").stat().st_mtime_ns == before
+  assert len(run_folder.read_parquet(folder / "pool_scored.parquet", only=["rank"])["rank"]) == 40
+  assert (folder / "coreset_tokens" / "state.json").exists()
+  assert not (folder / "coreset_chat.jsonl").exists()  # these records are conversations
+  assert 'data_files="coreset.jsonl"' in (folder / "train_with.md").read_text()
+  assert [row["weight"] for row in summary["sources"]] == [1.0]
   with pytest.raises(UserError, match="depth is 4 there and 5 now"):
     select.run(chosen.replace(depth=5), bench)
 

@@ -6,6 +6,7 @@ it here keeps one tensor beside the parameters in memory; the library's writer w
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -19,6 +20,8 @@ from in2core_jax.model import hf_config, model_files
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES, TEXT_PARTS
 from in2core_jax.runs import files
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts
 PARTIAL = ".partial"
@@ -101,6 +104,7 @@ def write_weights(
       files.reserve(reserved[-1], heads[name][1])
     for name in missing:
       _fill(folder / name, heads[name][0], (tensors[key] for key in shards[name]))
+      log.info("%s: %.2f GB", name, heads[name][1] / 1e9)
   finally:
     for path in reserved:
       path.unlink(missing_ok=True)

@@ -94,14 +94,19 @@ def write(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:
   own = kind != "hf"  # no files of a tokenizer are there: ours is written
   weights.save_hf_dir(folder, model.config, params, model.tokenizer if own else None, resume=True)
   if own:
+    config = folder / "tokenizer_config.json"
+    # Of its two names the one that transformers 4 knows too.
+    hf_folder.write_json(config, files.read_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     what = "dequantised from a GGUF file" if kind == "gguf" else "random"
     return [f"the weights are {what}; config.json and the tokenizer's files are made from what is known of them"]
   values = hf_folder.copied_config(place, model.config, np.dtype(params["embed"]["embedding"].dtype).name)
   if values is not None:
     hf_folder.write_json(folder / "config.json", values)
   copied = hf_folder.copy_beside(place, folder)
-  how = "copied" if values is not None else "written anew, as the source's would mean another model"
-  return [f"config.json is {how}; copied from {place}: {', '.join(copied)}"]
+  if values is not None:
+    return [f"copied from {place}: {', '.join(['config.json', *copied])}"]
+  anew = "config.json is written anew, as the source's would mean another model"
+  return [f"{anew}; copied from {place}: {', '.join(copied) or 'nothing'}"]
 
 
 def write_adapter(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:

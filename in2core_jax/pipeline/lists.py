@@ -1,6 +1,7 @@
 """Lists in a text: words, shares, whole numbers."""
 
 from collections.abc import Collection
+from typing import Any
 
 from in2core_jax.errors import UserError
 
@@ -50,3 +51,22 @@ def integers(text: str, name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in listed(text))
   except ValueError:
     raise UserError(f"--{name}={text} is not a list of whole numbers such as 0,1,2") from None
+
+
+def some_of(allowed: tuple[str, ...], name: str, value: Any, always: tuple[str, ...] = ()) -> str:
+  """Words of a list, each once and in one order, joined by commas.
+
+  Args:
+    allowed: the words.
+    name: of the setting, for the message.
+    value: a text or a list of words.
+    always: words that are there whether or not they were given.
+
+  Raises:
+    UserError: another word.
+  """
+  given = listed(value) if isinstance(value, str) else list(value)
+  unknown = [word for word in given if word not in allowed]
+  if unknown:
+    raise UserError(f"{name}={','.join(given)}: unknown {unknown[0]!r}; use some of {', '.join(allowed)}")
+  return ",".join(word for word in allowed if word in (*given, *always))

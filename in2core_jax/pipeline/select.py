@@ -20,9 +20,11 @@ from in2core_jax.pipeline.scoring import (
   token_table,
   trajectory_weights,
 )
+from in2core_jax.pipeline.select_outputs import FORMS, write_forms
 from in2core_jax.pipeline.select_results import about_choice, rule_of, told, write_query_scores, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.report import facts
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
@@ -78,6 +80,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     tell(task, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
+    add_forms(task, work.run_dir)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
@@ -170,6 +173,12 @@ def by_query(task: Task, scored: Scored, work: Work) -> Scored:
   return dataclasses.replace(scored, queries=queries)
 
 
+def add_forms(task: Task, run_dir: run_folder.RunDir) -> None:
+  """What a finished run is asked for besides and does not have (--coreset_format, --write=pool)."""
+  if run_dir.writer and any(task.settings.writes(word) for word in FORMS):
+    write_forms(run_dir, task.bench.splits["train"], run_dir.read_parquet("scores.parquet"), task.settings)
+
+
 def warn(task: Task, choice: Choice) -> list[str]:
   """What looks risky about the settings, the data and the choice; `write` tells it with what the reports find."""
   evals, rule = task.bench.splits["eval"], rule_of(task.settings, choice.inputs)
@@ -178,7 +187,9 @@ def warn(task: Task, choice: Choice) -> list[str]:
 
 def write(task: Task, scored: Scored, choice: Choice, warnings: list[str], run_dir: run_folder.RunDir) -> None:
   """The results, by the process that writes."""
+  recipe = recipe_elsewhere(task.settings, task.bench)  # from a checkpoint, which all processes open together
   if run_dir.writer:
+    write_train_with(run_dir, task.bench, task.settings, choice.chosen.rows, recipe)
     about = told(task.settings, choice.inputs, choice.aim)
     write_results(run_dir, task.bench, task.settings, scored, choice.chosen, warnings, about)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.data import records, tokenizing
+from in2core_jax.pipeline import select_outputs
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import WHITENED, Scored, score_aggregate
@@ -67,6 +68,8 @@ def write_results(
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
+  summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
+  select_outputs.write_forms(run_dir, train, columns, s)
   known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {
     "Selection": {"policy": s.policy} | known,

@@ -27,7 +27,7 @@ from in2core_jax.runs.progress import Progress, track
 # Flags that change no number of a result.
 _WHERE_AND_HOW_FAST = (
   *("boundary_cache", "boundary_cache_gb", "batch_tokens", "microbatch", "mesh"),
-  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches", "skip_bad_records"),
+  *("checkpoint_every", "keep_checkpoints", "query_block", "shard_batches", "skip_bad_records", "coreset_format"),
 )
 
 

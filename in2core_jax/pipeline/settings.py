@@ -14,6 +14,7 @@ from in2core_jax.pipeline.fields import refuse as refuse
 from in2core_jax.pipeline.lists import integers as integers
 from in2core_jax.pipeline.lists import listed as listed
 from in2core_jax.pipeline.lists import shares as shares
+from in2core_jax.pipeline.lists import some_of
 from in2core_jax.pipeline.lists import words as words
 from in2core_jax.pipeline.ranges import COUNT, LIMIT, POSITIVE, SEED, SEEDS, SHARE, STEPS, Each, Range
 from in2core_jax.selection import aggregation, coreset
@@ -244,23 +245,15 @@ class FinetuneSettings(Checked):
 # ---- select ----------------------------------------------------------------------------------------------------------
 
 _select = functools.partial(setting, "select")
-WRITES = ("query", "layer", "token", "self")
-OLD_WRITES = dict(zip(WRITES, ("per_query", "per_layer", "per_token", "self_influence"), strict=True))
+WRITES = ("query", "layer", "token", "self", "pool")
+OLD_WRITES = dict(zip(WRITES, ("per_query", "per_layer", "per_token", "self_influence"), strict=False))
+CORESET_FORMATS = ("jsonl", "parquet", "hf", "tokens")
 OLD_BUDGETS = {"fraction": 0.5, "num_examples": 0, "token_budget": 0}  # with their defaults
 
 
 def _budget(name: str, value: Any) -> str:
   """One spelling of a budget."""
   return str(Budget.read(value))
-
-
-def _write(name: str, value: Any) -> str:
-  """Each word once, in one order."""
-  given = listed(value) if isinstance(value, str) else list(value)
-  unknown = [word for word in given if word not in WRITES]
-  if unknown:
-    raise UserError(f"{name}={','.join(given)}: unknown {unknown[0]!r}; use some of {', '.join(WRITES)}")
-  return ",".join(word for word in WRITES if word in given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,10 +286,19 @@ class SelectSettings(Checked):
   )
   write: str = _select(
     "",
-    "Scores to write too: query, layer, token, self.",
-    read=_write,
+    "What to write too: query, layer, token, self, pool.",
+    read=functools.partial(some_of, WRITES),
     more="By commas. query: each evaluation example with each training example. layer, token: shares of each layer, of "
-    "each response token. self: an example's influence on itself (solver ekfac or identity). Before --normalize.",
+    "each response token. self: an example's influence on itself (solver ekfac or identity). Before --normalize. pool: "
+    "all training records with their scores, as a table.",
+  )
+  coreset_format: str = _select(
+    "jsonl",
+    "The coreset as a file besides: parquet, hf, tokens.",
+    read=functools.partial(some_of, CORESET_FORMATS, always=("jsonl",)),
+    added=True,
+    more="By commas. coreset.jsonl is always written. hf: a folder for datasets.load_from_disk. tokens: such a folder "
+    "of token ids and labels, as they were scored. A finished run adds what is not there.",
   )
   depth: int = _select(50, "Most steps of LiSSA or CG; vectors of low_rank.", within=STEPS)
   solver_tol: float = _select(0.01, "Relative residual at which LiSSA and CG stop.", within=POSITIVE)
@@ -378,8 +380,8 @@ class SelectSettings(Checked):
   )
 
   def writes(self, what: str) -> bool:
-    """Whether a word of `WRITES` is asked for."""
-    return what in self.write.split(",")
+    """Whether a word of `WRITES`, or a coreset in a form of `CORESET_FORMATS`, is asked for."""
+    return what in self.write.split(",") or what in self.coreset_format.split(",")
 
   def by_old_names(self, values: dict[str, Any]) -> dict[str, Any]:
     """Run folders of version 0.3.0 have three settings for the budget, and one for each word of `write`."""

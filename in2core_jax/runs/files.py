@@ -14,10 +14,11 @@ import os
 import platform
 import re
 import secrets
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -138,11 +139,46 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-  folder = os.open(path.parent, os.O_RDONLY)
+  _sync_folder(path.parent)
+
+
+def _sync_folder(path: epath.Path) -> None:
+  """Flushes a folder to disk, or a rename in it could be lost."""
+  folder = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(folder)  # or the rename itself could be lost
+    os.fsync(folder)
   finally:
     os.close(folder)
+
+
+def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None], note: Callable[[str], Any]) -> None:
+  """Writes a file piece by piece, whole or not at all, like `write_bytes` of what need not be in memory.
+
+  Args:
+    path: the file.
+    write: puts its content into a stream.
+    note: gets the sha256 before the file has its name.
+  """
+  path = epath.Path(path)
+  locks.check(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # An object store takes whole files: of one that goes there the pieces are gathered here.
+  temporary = Path(tempfile.mkdtemp()) / path.name if is_remote(path) else temporary_beside(Path(path))
+  try:
+    with temporary.open("xb") as file:
+      write(file)
+      file.flush()
+      os.fsync(file.fileno())
+    note(file_sha256(temporary))
+    if is_remote(path):
+      path.write_bytes(temporary.read_bytes())
+    else:
+      os.replace(temporary, path)
+      _sync_folder(path.parent)
+  finally:
+    temporary.unlink(missing_ok=True)
+    if is_remote(path):
+      temporary.parent.rmdir()
 
 
 def temporary_beside(path: Path) -> Path:

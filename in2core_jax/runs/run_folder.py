@@ -17,8 +17,8 @@ import logging
 import os
 import platform
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -390,6 +390,11 @@ class RunDir:
     """`write_parquet` into the run folder."""
     if self.writer:
       self.write_bytes(name, files.parquet_bytes(columns))
+
+  def write_streamed(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+    """`write_streamed` into the run folder."""
+    if self.writer:
+      files.write_streamed(self.path / name, write, lambda sha256: self.file(name, sha256))
 
   def write_flags(self, name: str, flags: Iterable[str], header: Iterable[str] = ()) -> None:
     """`write_flags` into the run folder."""

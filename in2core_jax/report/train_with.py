@@ -1,0 +1,106 @@
+"""train_with.md: ready lines for other trainers, which match a select run."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from in2core_jax.report.html_page import TEMPLATES
+from in2core_jax.report.table_text import escape_markdown
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What the lines say.
+
+  Attributes:
+    model: a folder or a name on the Hub that trainers load.
+    about_model: what to do before, or "".
+    chat: file of the conversations.
+    examples: selected.
+    truncated: how many of them are longer than `max_length`.
+    max_length: tokens.
+    system_prompt: default, none or a text.
+    template_date: that the chat template prints, or None.
+    loss_reduction: mean or sum.
+    epochs, full_steps: passes, and steps that all of the data takes.
+    recipe: batch_size, learning_rate, warmup_ratio, weight_decay, max_grad_norm, seed.
+    lora_rank: 0 where the weights themselves are trained.
+    sources: how many there are.
+    notes: what the trainers cannot repeat, in sentences.
+  """
+
+  model: str
+  about_model: str
+  chat: str
+  examples: int
+  truncated: int
+  max_length: int
+  system_prompt: str
+  template_date: str | None
+  loss_reduction: str
+  epochs: float
+  full_steps: int
+  recipe: dict[str, Any]
+  lora_rank: int = 0
+  sources: int = 1
+  notes: tuple[str, ...] = ()
+
+  @property
+  def steps(self) -> int:
+    """Of so many epochs of the selected examples."""
+    return max(1, math.ceil(self.examples * self.epochs / self.recipe["batch_size"]))
+
+
+_SYSTEM = {"default": "what the chat template adds by itself", "none": "none, not even the chat template's own"}
+_LOSS = {
+  "mean": "here a mean over examples of each one's mean; these trainers take the mean over all tokens",
+  "sum": "a sum over tokens",
+}
+
+
+def page(training: Training) -> str:
+  """The text of train_with.md."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=False,  # noqa: S701, it is no HTML
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+  )
+  t, rank = training, training.lora_rank
+  config = f'LoraConfig(r={rank}, lora_alpha={rank}, target_modules="all-linear")'
+  # YAML reads 1e-05 as a text.
+  told = {
+    name: np.format_float_positional(value, trim="-") if isinstance(value, float) else value
+    for name, value in (t.recipe | {"epochs": float(t.epochs)}).items()
+  }
+  return environment.get_template("train_with.md.j2").render(
+    told
+    | {
+      "n": f"{t.examples:,}",
+      "model": t.model.replace("`", ""),
+      "model_json": json.dumps(t.model, ensure_ascii=False),
+      "about_model": t.about_model,
+      "template_date": t.template_date,
+      "system": _SYSTEM.get(t.system_prompt)
+      or f"in each conversation that has none: {escape_markdown(t.system_prompt)}",
+      "about_loss": _LOSS[t.loss_reduction],
+      "max_length": t.max_length,
+      "truncated": f"{t.truncated:,}",
+      "steps": f"{t.steps:,}",
+      "full_steps": f"{t.full_steps:,}",
+      "epochs_whole": max(1, math.ceil(t.epochs)),
+      "warmup_steps": round(t.recipe["warmup_ratio"] * t.steps),
+      "lora_rank": rank,
+      "chat": t.chat,
+      "chat_json": json.dumps(t.chat),
+      "notes": t.notes,
+      "several": t.sources > 1,
+      "trl_lora": f", peft_config={config}" if rank else "",
+    }
+  )
