@@ -11,7 +11,7 @@ from in2core_jax.pipeline import export
 def main(_) -> None:
   """Entry point."""
   settings = flags.read(ExportFlags)
-  export.run(settings, settings.to)
+  export.run(settings, settings.to, settings.adapter)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class ExportFlags(Settings):
 
   shown: ClassVar = ("export", "checkpoint", "model", "dtype", "overwrite")
   to: str = setting("export", "", "Folder that is written.", repeats=False)
+  adapter: bool = setting("export", False, "Write the LoRA factors alone, for PEFT.", repeats=False)
 
 
 @dataclasses.dataclass(frozen=True)

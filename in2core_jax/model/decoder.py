@@ -54,7 +54,7 @@ def _norm(config: ModelConfig, name: str | None = None) -> Norm:
 class Projection(nn.Module):
   """y = x W (+ b), plus what the parameters hold beside the kernel.
 
-  lora_a [in, r], lora_b [r, out]           adds (x A) B (the factor alpha / r is folded into B when it is exported)
+  lora_a [in, r], lora_b [r, out]           adds (x A) B, times the constant lora_scale [1] where there is one
   left [in, p], core [p, p], right [p, out]  adds ((x left) core) right with core = 0: the gradient in `core` is
                                              left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
   NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
@@ -78,6 +78,8 @@ class Projection(nn.Module):
         low = x
         for name in factors:
           low = self._times(low, name, self.get_variable("params", name))
+          if name == "lora_a" and self.has_variable("params", "lora_scale"):
+            low = low * self.get_variable("params", "lora_scale").astype(low.dtype)
         y += low
     return y
 

@@ -6,6 +6,7 @@ dequantisation itself is `gguf.dequantize`. Layout: the GGUF specification, vers
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import struct
@@ -80,6 +81,16 @@ class GgufFile:
 def parts_of(place: Place) -> tuple[pathlib.Path, ...]:
   """The parts of a file; a file in one piece is its only part."""
   return place if isinstance(place, tuple) else (pathlib.Path(place),)
+
+
+def file_hash(place: Place) -> str:
+  """SHA-256 of a file's content, however many parts it comes in."""
+  digest = hashlib.sha256()
+  for part in parts_of(place):
+    with part.open("rb") as stream:
+      while piece := stream.read(1 << 20):
+        digest.update(piece)
+  return digest.hexdigest()
 
 
 def read_gguf(place: Place) -> GgufFile:

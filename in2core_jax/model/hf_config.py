@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from in2core_jax.errors import UserError
-from in2core_jax.model import hf_options, model_files, schema
+from in2core_jax.model import hf_options, model_files, quantised, schema
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES, GEMMA3, TEXT_PARTS, Family
 from in2core_jax.model.hf_rope import by_kind_of_layer, read_rope
@@ -80,7 +80,7 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     UserError: no such file, broken JSON, or a model that this decoder does not express exactly.
   """
   values = model_files.read_object(path, "a Hugging Face folder has a config.json beside its weights")
-  config = parse_config(values, str(path))
+  config = parse_config(quantised.without(values, str(path)), str(path))
   beside = path.parent / "generation_config.json"
   if path.name == "config.json" and beside.is_file():
     generation = model_files.read_object(beside, "fetch it")

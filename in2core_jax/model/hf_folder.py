@@ -32,7 +32,15 @@ _BESIDE = (
   *("added_tokens.json", "vocab.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
   *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
 )
-_WRITTEN = (*_BESIDE, "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_WRITTEN = (
+  *_BESIDE,
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "config.json",
+  "model.safetensors",
+  "model-*-of-*.safetensors",
+  "model.safetensors.index.json",
+)
 # Of other code, of another place, or of what is undone in the copy.
 _LEFT_OUT = ("auto_map", "_name_or_path", "_commit_hash", "quantization_config")
 

@@ -130,7 +130,7 @@ def check_folder(folder: pathlib.Path) -> None:
       there = "beside a model" if (folder / "config.json").exists() else "without its base model"
       raise UserError(f"{folder}: {name} is there: a LoRA adapter {there}, which is not applied; {_MERGE}")
   for name in _QUANTISED:
-    if (folder / name).exists():
+    if (folder / name).exists() and not read_object(folder / "config.json", "fetch it").get("quantization_config"):
       raise UserError(f"{folder}: {name} is there: a quantised checkpoint, which is not read; use the unquantised one")
 
 

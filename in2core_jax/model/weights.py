@@ -21,12 +21,13 @@ from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, hf_folder, model_files
+from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer, quantised, stacks
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.gguf_config import ARCHITECTURES, gguf_config
-from in2core_jax.model.gguf_file import Place, parts_of, read_gguf
+from in2core_jax.model.gguf_file import Place, read_gguf
+from in2core_jax.model.gguf_file import file_hash as _file_hash
 from in2core_jax.model.gguf_rope import FACTOR_TENSORS
 from in2core_jax.model.schema import plain
 from in2core_jax.model.tensors import (
@@ -44,6 +45,7 @@ from in2core_jax.model.tensors import (
   text_names,
 )
 from in2core_jax.parallel.host import host_bytes
+from in2core_jax.runs import adapter_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
@@ -59,14 +61,16 @@ _STRANGE = {
 }
 
 
-def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelConfig, Any, Any, str]:
+def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = None) -> tuple[ModelConfig, Any, Any, str]:
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
-    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or
-      truncated:MODEL:LAYERS, the first layers of another one.
+    spec: smollm2 or gemma3 (embedded, nothing is downloaded), hf:DIR (of a PEFT adapter too, which is merged into its
+      base), gguf:FILE, hub:ORG/NAME, random:CONFIG.json, or truncated:MODEL:LAYERS, the first layers of another one.
     dtype: float32 or bfloat16, of the weights in memory.
     seed: of the weights of `random:`; unused otherwise.
+    mesh: devices onto which the weights of a large file go tensor by tensor, with no copy of all on the host
+      (`stacks`); without, or where they are small, in parts or merged, they are NumPy or JAX arrays to be placed.
 
   Returns:
     (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
@@ -79,10 +83,15 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0) -> tuple[ModelC
     return _load_truncated(spec, dtype, seed)
   kind, path = _parse_spec(spec)
   if kind == "gguf":
-    config, params = load_gguf(path, _dtype(dtype))
+    config, params = load_gguf(path, _dtype(dtype), mesh)
     return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
+  if kind == "adapter":
+    config, params, tokenizer, digest = load_model(adapter_folder.base_of(path), dtype, seed)
+    params = peft_folder.read_adapter(path, config).merged(params)
+    digest = hashlib.sha256(f"adapter {adapter_folder.sha256(path)} on {digest}".encode()).hexdigest()
+    return config, params, _adapter_tokenizer(path, tokenizer), digest
   if kind == "hf":
-    config, params = load_hf_dir(path, _dtype(dtype))
+    config, params = load_hf_dir(path, _dtype(dtype), mesh)
     return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
   config, params = load_random(path, seed, _dtype(dtype))
   digest = hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
@@ -98,6 +107,9 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
   kind, path = _parse_spec(spec)
   if kind == "gguf":
     return gguf_config(read_gguf(path)), tokenizer_lib.tokenizer_from_gguf(path)
+  if kind == "adapter":
+    config, tokenizer = describe_model(adapter_folder.base_of(path))
+    return config, _adapter_tokenizer(path, tokenizer)
   if kind == "hf":
     return _hf_config(path), tokenizer_lib.tokenizer_from_dir(path)
   config = hf_config.read_config(path)
@@ -128,14 +140,20 @@ def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
 
 
 def source_of(spec: str) -> tuple[str, Any]:
-  """(hf, gguf or random; its folder, file or parts) of what `--model` says; of a truncated one those of the whole."""
+  """(hf, gguf or random; its folder, file or parts) of what `--model` says: of the whole, of an adapter's base."""
   while spec.startswith("truncated:"):
     spec, _ = _parse_truncated(spec)
-  return _parse_spec(spec)
+  kind, place = _parse_spec(spec)
+  return source_of(adapter_folder.base_of(place)) if kind == "adapter" else (kind, place)
+
+
+def _adapter_tokenizer(folder: pathlib.Path, tokenizer: Any) -> Any:
+  """The tokenizer that was saved with an adapter, with its chat template; that of its base model where none was."""
+  return tokenizer_lib.tokenizer_from_dir(folder) if (folder / "tokenizer.json").is_file() else tokenizer
 
 
 def _parse_spec(spec: str) -> tuple[str, Any]:
-  """(hf, gguf or random; its folder or file, or the parts of its file)."""
+  """(hf, adapter, gguf or random; its folder or file, or the parts of its file)."""
   kind, _, rest = full_spec(spec).partition(":")
   if spec in EMBEDDED_MODELS:
     return "gguf", assets.asset_parts(EMBEDDED_MODELS[spec])
@@ -144,7 +162,7 @@ def _parse_spec(spec: str) -> tuple[str, Any]:
   path = model_files.expand(rest)
   if kind == "random" and path.is_dir():
     raise UserError(f"--model={spec}: random: takes a file: give random:{path / 'config.json'}, or hf:{path}")
-  return kind, path
+  return ("adapter" if kind == "hf" and adapter_folder.is_adapter(path) else kind), path
 
 
 def full_spec(spec: str) -> str:
@@ -163,7 +181,7 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
   return tokenizer
 
 
-def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
+def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
   """Reads a GGUF file of one of `gguf_config.ARCHITECTURES`, dequantised.
 
   Of some architectures the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1). This
@@ -195,10 +213,10 @@ def load_gguf(place: Place, dtype=np.float32) -> tuple[ModelConfig, dict]:
     return pairs_apart(array, heads) if heads else array
 
   names = GGUF_NAMES | {leaf: f"blk.{{i}}.{end}" for leaf, end in piece_names(kind.fused).items()}
-  return config, _assemble(config, names, stored, read, dtype, str(file.path))
+  return config, _assemble(config, names, stored, read, dtype, str(file.path), mesh)
 
 
-def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig, dict]:
+def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
   """Reads config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
   Args:
@@ -215,6 +233,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
   dtype, folder = _dtype(dtype), pathlib.Path(path)
   config, where = _hf_config(folder), model_files.weight_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
+  where, handles = quantised.opened(folder, where, handles, dtype.name)
 
   text, stored = text_names(where), {}
   if config.tie_embeddings:  # equal to the embedding: some exports write the tied matrix twice
@@ -240,7 +259,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32) -> tuple[ModelConfig
     heads = rotated_heads(config, leaf) if family.interleaved else 0
     return pairs_apart(array, heads) if heads else array
 
-  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder))
+  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
 
 
 def _hf_config(folder: pathlib.Path) -> ModelConfig:
@@ -294,7 +313,7 @@ def save_hf_dir(path: str | pathlib.Path, config: ModelConfig, params, tokenizer
       folder with other weights.
   """
   folder = pathlib.Path(path)
-  leaves = traverse_util.flatten_dict(_fold_lora(params), sep="/")
+  leaves = traverse_util.flatten_dict(peft_writer.fold_lora(params), sep="/")
   values = hf_config.write_config(config, np.asarray(leaves["embed/embedding"]).dtype.name)
   names = hf_names(config, values["model_type"])
   absent = sorted(set(leaves) - set(names))
@@ -327,9 +346,9 @@ def hf_hash(path: str | pathlib.Path) -> str:
   """Content hash of a Hugging Face folder: config.json and every byte of its weight files, at about 1 GB a second."""
   folder = pathlib.Path(path)
   digest = hashlib.sha256((folder / "config.json").read_bytes())
-  weight_files = sorted(set(model_files.weight_files(folder).values()))
+  files = sorted(set(model_files.weight_files(folder).values()))
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
-    for file, content in zip(weight_files, pool.map(_file_hash, weight_files), strict=True):
+    for file, content in zip(files, pool.map(_file_hash, files), strict=True):
       digest.update(f"{file.name} {content}\n".encode())
   return digest.hexdigest()
 
@@ -340,16 +359,6 @@ def _dtype(dtype) -> np.dtype:
   if found not in DTYPES.values():
     raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
   return found
-
-
-def _file_hash(place: Place) -> str:
-  """SHA-256 of a file's content, however many parts it comes in."""
-  digest = hashlib.sha256()
-  for part in parts_of(place):
-    with part.open("rb") as stream:
-      while piece := stream.read(1 << 20):
-        digest.update(piece)
-  return digest.hexdigest()
 
 
 def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
@@ -367,7 +376,13 @@ def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
 
 
 def _assemble(
-  config: ModelConfig, names: dict[str, str], stored: dict[str, tuple[int, ...]], read: Callable, dtype, origin: str
+  config: ModelConfig,
+  names: dict[str, str],
+  stored: dict[str, tuple[int, ...]],
+  read: Callable,
+  dtype,
+  origin: str,
+  mesh: Any = None,
 ) -> dict:
   """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
 
@@ -392,17 +407,16 @@ def _assemble(
           f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
           "file and configuration do not belong together"
         )
-  params = {}
+  params, placed = {}, stacks.shardings_of(shapes, dtype, mesh)
   for leaf, shape in shapes.items():
-    stacked = np.empty(shape, dtype)
+    stack = stacks.stack_of(shape, dtype, placed.get(leaf))
     for index, name in wanted[leaf]:
-      target, array = stacked[index], read(name, leaf)
-      target[...] = array.swapaxes(-1, -2) if is_matrix(leaf) else array
-      if not np.isfinite(target).all():
+      array = read(name, leaf)
+      if not stack.put(index, array.swapaxes(-1, -2) if is_matrix(leaf) else array):
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )
-    params[leaf] = stacked
+    params[leaf] = stack.array
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -434,14 +448,3 @@ def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
 def _why_strange(stored: Iterable[str]) -> str:
   found = (why for pattern, why in _STRANGE.items() if any(re.search(pattern, name) for name in stored))
   return next(found, "the model is of another architecture")
-
-
-def _fold_lora(params) -> dict:
-  """The same tree without LoRA leaves: kernel + lora_a lora_b."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  for leaf in [leaf for leaf in flat if leaf.endswith("/lora_a")]:
-    base = leaf.removesuffix("lora_a")
-    a, b = (np.asarray(flat.pop(base + name), np.float32) for name in ("lora_a", "lora_b"))
-    kernel = np.asarray(flat[base + "kernel"])
-    flat[base + "kernel"] = (kernel.astype(np.float32) + a @ b).astype(kernel.dtype)
-  return traverse_util.unflatten_dict(flat, sep="/")

@@ -52,6 +52,7 @@ PARTITION_RULES: Rules = (
   (rf"layers/.*{_OUT_OF}/(lora_a|left)$", _P(None, ("tensor", "fsdp"), None)),
   (rf"layers/.*{_OUT_OF}/(lora_b|right)$", _P(None, None, "fsdp")),
   (r"layers/.*/core$", _P(None, "fsdp", None)),
+  (r"layers/.*/lora_scale$", _P()),
   (rf"layers/.*{_INTO}/bias$", _P(None, "tensor")),
   (rf"layers/.*{_OUT_OF}/bias$", _P()),
   (r"(layers/(attention/)?\w+|final)_norm/scale$", _P()),

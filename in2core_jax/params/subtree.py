@@ -158,7 +158,7 @@ def make_subtree(
       extras.append(word)
       continue
     pattern = MODULE_PATTERNS.get(word, re.escape(word) + r"(/\w+)*")
-    found = [path for path in paths if re.fullmatch(pattern, path)]
+    found = [path for path in paths if re.fullmatch(pattern, path) and not path.endswith("/lora_scale")]  # a constant
     if not found:
       known = [name for name, pat in MODULE_PATTERNS.items() if any(re.fullmatch(pat, path) for path in paths)]
       known += [name for name in EXTRA_MODULES if name in params]

@@ -14,6 +14,7 @@ from in2core_jax.pipeline.policy_inputs import check_pairs
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import SelectSettings, Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
+from in2core_jax.runs import adapter_folder
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training import train_loop
@@ -121,6 +122,11 @@ def _check_ways(s: Settings, checkpoint) -> None:
     )
   if s.trajectory != "none" and not checkpoint:
     raise UserError(f"--trajectory={s.trajectory} adds up over a training: give its --checkpoint")
+  if s.trajectory != "none" and adapter_folder.is_adapter(s.checkpoint):
+    raise UserError(
+      f"--trajectory={s.trajectory}: {s.checkpoint} is an adapter, the end of a training alone: give the checkpoint of "
+      "a finetune run, or --trajectory=none"
+    )
 
 
 def _check_solver(s: Settings) -> None:

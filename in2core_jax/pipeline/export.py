@@ -12,11 +12,11 @@ import numpy as np
 
 from in2core_jax import __version__ as version
 from in2core_jax.errors import UserError
-from in2core_jax.model import hf_folder, weights
+from in2core_jax.model import hf_folder, peft_writer, weights
 from in2core_jax.parallel import sharding
 from in2core_jax.pipeline.loaded_model import LoadedModel, open_model
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.runs import files
+from in2core_jax.runs import adapter_folder, files
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -24,32 +24,36 @@ log = logging.getLogger(__name__)
 NOTE = "in2core-export.json"  # in a folder that is not finished: what it is of
 
 
-def run(s: Settings, to: str) -> str:
+def run(s: Settings, to: str, adapter: bool = False) -> str:
   """Writes the folder `to`; returns it. A stopped export goes on where it was.
 
   Args:
     s: --model (that of the checkpoint where it is not set), --checkpoint (empty: the base model), --dtype, --seed,
       --overwrite.
     to: a local folder; its parent is made when missing.
+    adapter: write the LoRA factors of the checkpoint alone, as a PEFT folder, and no model.
 
   Raises:
-    UserError: a folder with other files, a checkpoint of another model, a model that no known type expresses.
+    UserError: a folder with other files, no factors for `adapter`, a checkpoint of another model, a model that no
+      known type expresses.
   """
   meta = train_loop.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
   if meta and not s.is_set("model"):
-    s = s.replace(model=meta["model"])
+    its_own = adapter_folder.is_adapter(s.checkpoint)
+    s = s.replace(model=adapter_folder.base_of(s.checkpoint) if its_own else meta["model"])
+  if adapter and not meta.get("lora_rank"):
+    raise UserError(f"--adapter: --checkpoint={s.checkpoint} has no LoRA factors; fine-tune with --trainable=lora")
   target = check_target(to, s.overwrite)
   described = weights.describe_model(s.model)
   model = open_model(s, described, sharding.make_mesh(s.mesh))
-  # A PEFT folder of the LoRA factors alone would part here: `params` has them beside the kernels they are added to.
   params = model.at_checkpoint(s.checkpoint) if s.checkpoint else model.params
   note = {"version": version, "model": model.hash, "checkpoint": meta.get("weights_sha256", ""), "dtype": s.dtype}
   note |= {} if not meta else {"steps": meta["step"]}
-  unfinished = _unfinished(target, note)
-  told = write(unfinished, model, params)
+  unfinished = _unfinished(target, note | ({"adapter": True} if adapter else {}))
+  told = write_adapter(unfinished, model, params) if adapter else write(unfinished, model, params)
   (unfinished / NOTE).unlink()
   _put_into_place(unfinished, target)
-  _tell(target, s, meta, told)
+  _tell(target, s, meta, told, adapter)
   return str(target)
 
 
@@ -105,6 +109,28 @@ def write(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:
   return [f"{anew}; copied from {place}: {', '.join(copied) or 'nothing'}"]
 
 
+def write_adapter(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:
+  """Writes the LoRA factors as a PEFT folder with the tokenizer of their model; returns what is to be told.
+
+  Args:
+    folder: of an unfinished export of these very factors.
+    model: the base model.
+    params: its parameters, with factors beside kernels.
+  """
+  word, _, rest = weights.full_spec(model.name).partition(":")
+  kind, place = weights.source_of(model.name)
+  known = word in ("hf", "hub") and not adapter_folder.is_adapter(rest)
+  base, _, revision = rest.partition("@") if word == "hub" else (str(place) if known else model.name, "", "")
+  peft_writer.write_adapter(folder, model.config, params, base, revision or None)
+  if kind == "hf":
+    hf_folder.copy_beside(place, folder)
+  else:
+    model.tokenizer.save_pretrained(folder)
+  if known:
+    return [f"LoRA factors alone, for the base model {base}"]
+  return [f"LoRA factors alone, for {base}, which PEFT does not know: export that model, and load the factors onto it"]
+
+
 def _unfinished(target: pathlib.Path, note: dict[str, Any]) -> pathlib.Path:
   """The folder beside the target that is written first: that of a stopped export of the same weights, or a new one."""
   folder = target.with_name(target.name + hf_folder.PARTIAL)
@@ -132,13 +158,16 @@ def _put_into_place(folder: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(old)
 
 
-def _tell(target: pathlib.Path, s: Settings, meta: dict[str, Any], told: list[str]) -> None:
+def _tell(target: pathlib.Path, s: Settings, meta: dict[str, Any], told: list[str], adapter: bool) -> None:
   size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
   trained = "the base model"
   if meta:
     trained = f"step {meta['step']} of {s.checkpoint}"
-    trained += f", LoRA factors of rank {meta['lora_rank']} merged" if meta["lora_rank"] else ""
+    trained += f", LoRA factors of rank {meta['lora_rank']} merged" if meta["lora_rank"] and not adapter else ""
   log.info("%s: %s (%s, %.2f GB), %s", target, s.model, s.dtype, size / 1e9, trained)
   for line in told:
     log.info("%s", line)
+  if adapter:
+    log.info("load it with PeftModel.from_pretrained(base_model, %r)", str(target))
+    return
   log.info("load it with AutoModelForCausalLM.from_pretrained(%r), or: vllm serve %s", str(target), target)

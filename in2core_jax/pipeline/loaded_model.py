@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from in2core_jax.errors import UserError
-from in2core_jax.model import weights
+from in2core_jax.model import peft_folder, weights
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.parallel import sharding
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.runs import adapter_folder
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,10 @@ class LoadedModel:
     return dataclasses.replace(self, mesh=mesh, load=lambda: self._weights)
 
   def at_checkpoint(self, folder: str, step: int | None = None, template_date: str | None = None) -> Any:
-    """The base model's parameters with a checkpoint's subtree put in.
+    """The base model's parameters with a checkpoint's subtree put in, or with a PEFT adapter's factors beside them.
 
     Args:
-      folder: of checkpoints.
+      folder: of checkpoints, or of an adapter.
       step: which of them; the newest when None.
       template_date: that the chat template prints in the examples at hand.
 
@@ -74,6 +75,9 @@ class LoadedModel:
       UserError: no checkpoint there, one of another model or date, or one that is not finished.
     """
     meta = train_loop.checkpoint_meta(folder)
+    if adapter_folder.is_adapter(folder):
+      check_template_date(folder, meta, template_date)
+      return self.place(peft_folder.read_adapter(folder, self.config).beside(self.params))
     if meta["model_hash"] != self.hash:
       raise UserError(
         f"--checkpoint={folder} was trained from model {meta['model']} (hash {meta['model_hash'][:12]}), but --model="
@@ -105,7 +109,7 @@ def open_model(s: Settings, described: tuple[ModelConfig, Any], mesh: Any) -> Lo
 
   def load() -> tuple[Any, str]:
     log.info("loading model %s", s.model)
-    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed)
+    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed, mesh)
     return params, digest
 
   return LoadedModel(s.model, s.dtype, *described, mesh, load)

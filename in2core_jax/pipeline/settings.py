@@ -261,7 +261,7 @@ def _budget(name: str, value: Any) -> str:
 class SelectSettings(Checked):
   """Influence, its inverse, and the selection that follows."""
 
-  checkpoint: str = _select("", "`checkpoint` folder of a finetune run; empty: the base model.")
+  checkpoint: str = _select("", "`checkpoint` folder of a finetune run, or a PEFT adapter; empty: the base model.")
   layers: str = _select("last:8", f"Layers to score: {LAYERS}.", counts=True)
   modules: str = _select("all", "Modules to score: all, attention, mlp, matrices or lora.")
   index: str = _select("", "Run folder of `index`: select from it, without a pass over the examples.", added=True)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax.model import decoder
+from in2core_jax.model import decoder, peft_folder
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline.settings import TRAINED, Settings
+from in2core_jax.runs import adapter_folder
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import steps_for
 
@@ -30,6 +31,8 @@ def param_shapes(config: decoder.ModelConfig, dtype: str, lora_rank: int = 0) ->
 
 def scored_params(config: decoder.ModelConfig, s: Settings) -> Any:
   """Shapes of the scored parameters; the checkpoint says whether there are LoRA factors."""
+  if adapter_folder.is_adapter(s.checkpoint):
+    return peft_folder.read_adapter(s.checkpoint, config).shapes(param_shapes(config, s.dtype))
   rank = train_loop.checkpoint_meta(s.checkpoint)["lora_rank"] if s.checkpoint else 0
   return param_shapes(config, s.dtype, rank)
 

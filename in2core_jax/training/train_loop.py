@@ -26,7 +26,7 @@ from in2core_jax.data.packing import Packer
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
 from in2core_jax.params.subtree import Subtree
-from in2core_jax.runs import files
+from in2core_jax.runs import adapter_folder, files
 from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.training import checkpoints
 from in2core_jax.training.recipe import Recipe, make_optimizer, make_schedule
@@ -277,11 +277,13 @@ def checkpoint_hash(folder: epath.PathLike) -> str:
 
 
 def checkpoint_meta(folder: epath.PathLike) -> dict:
-  """The `meta` of the newest checkpoint in a folder, with its step and what names its weights.
+  """The `meta` of the newest checkpoint in a folder, with its step and what names its weights; of a PEFT adapter too.
 
   Raises:
     UserError: no checkpoint there, or a damaged one.
   """
+  if adapter_folder.is_adapter(folder):
+    return adapter_folder.checkpoint_meta(folder)
   step, note = checkpoints.newest(folder)
   return note.meta | {"step": step} | _named_weights(note)
 
