@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.errors import UserError
-from in2core_jax.model import hf_config, model_files
+from in2core_jax.model import hf_config, hf_options, model_files
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES, TEXT_PARTS
 from in2core_jax.runs import files
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts
 PARTIAL = ".partial"
-_CODES = {"float32": "F32", "bfloat16": "BF16"}
+_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
 # What belongs to a model beside config.json and weights: copied byte for byte.
 _BESIDE = (
   *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -193,7 +193,7 @@ def copied_config(source: pathlib.Path, config: ModelConfig, dtype: str) -> dict
   values = model_files.read_object(source / "config.json", "fetch it")
   part, kind = TEXT_PARTS.get(values.get("model_type"), ("", ""))
   if isinstance(values.get(part), dict):
-    kept = {key: values[key] for key in (*hf_config.KEPT, "tie_word_embeddings") if key in values}
+    kept = {key: values[key] for key in (*hf_options.KEPT, "tie_word_embeddings") if key in values}
     values = kept | {"model_type": kind} | values[part]
   values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
   values["architectures"] = [FAMILIES[values["model_type"]].architecture]
