@@ -203,7 +203,7 @@ def questions_of(task: Task) -> rules.Questions:
   """The evaluation examples with a response as rows of the basis: those of the index, or computed and kept."""
   evals = task.bench.splits["eval"]
   asked = index.asked_rows(task.bench)
-  keys = store.keys_of(*((rows[row] for row in asked) for rows in (evals.tokens, evals.response_mask)))
+  keys = store.keys_of([evals.tokens[row] for row in asked], [evals.response_mask[row] for row in asked])
   arrays = _known(task.held.read_queries(), keys)
   if arrays is None:
     arrays = _computed(task, asked)
@@ -290,7 +290,7 @@ def _scored(
   else:
     s = s.replace(solver="identity")
     along, names = _means(questions, phases.score_aggregate(s) in aggregation.BY_TOPIC)
-    result = solvers.SolveResult(None, np.full(len(along), np.nan), 0, [], {})
+    result = solvers.identity({"along": along.astype(np.float32)})
   clock.lap("solver")
   total = np.empty((len(along), len(task.rows)))
   for rows, numbers in task.rows.gradients():
