@@ -153,6 +153,11 @@ def test_examples_are_added_and_none_is_computed_again(made, tmp_path, monkeypat
   passed.clear()
   index.run(own, bench)
   assert not passed
+  (pathlib.Path(own.run_dir) / "rows" / "000000.shard").write_bytes(b"damaged")
+  with pytest.raises(UserError, match="missing or damaged"):
+    rows_of(own, bench)
+  index.run(own, bench)  # a shard of an older part
+  np.testing.assert_allclose(rows_of(own, bench).values("square"), wanted.values("square"), rtol=1e-4)
   with pytest.raises(UserError, match="not in the index"):
     held = store.IndexStore.load(own.run_dir)
     held.read_rows(store.keys_of([np.arange(3)], [np.zeros(3, bool)]), ["new"])

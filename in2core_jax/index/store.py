@@ -99,8 +99,10 @@ class IndexStore:
     return _of_bytes(np.concatenate(found)) if found else np.zeros(0, _KEY)
 
   def shards(self, parts: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The numbers of the shards of some parts."""
-    return [number for part in parts for number in range(part["first"], part["first"] + part["shards"])]
+    """The numbers of the shards of some parts, those left out that were damaged and whose examples lie elsewhere."""
+    every = (number for part in parts for number in range(part["first"], part["first"] + part["shards"]))
+    lost = {number for part in parts for number in part.get("lost", [])}
+    return [number for number in every if number not in lost]
 
   def read_rows(self, keys: np.ndarray, ids: Sequence[str]) -> Rows:
     """The rows of some examples, memory-mapped; each shard is checked once.

@@ -218,6 +218,10 @@ def _fill(
     else:  # other examples by now: what is there stays, the rest is planned anew
       there = [number for number in index.shards(parts[-1:]) if index.has_rows(number)]
       parts[-1]["shards"] = there[-1] + 1 - parts[-1]["first"] if there else 0
+  for part in parts:  # what is damaged in an older part is computed again in a new one
+    lost = [number for number in index.shards([part]) if not processes.all_true(index.has_rows(number))]
+    if lost:
+      part["lost"] = [*part.get("lost", []), *lost]
   planned = _planned(pool, s, keys, index.keys(index.shards(parts)))
   if not planned.shards:
     return
