@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 
 import jax
 import ml_dtypes
@@ -136,10 +137,18 @@ def quantise(folder, tensors, how, skip=("embed", "norm", "lm_head")):
   return found
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  """A folder that is not quantised."""
+  folder = tmp_path_factory.mktemp("models") / "plain"
+  weights.save_hf_dir(folder, CONFIG, make_params(CONFIG))
+  return folder
+
+
 @pytest.mark.parametrize("case", BY_HAND)
-def test_a_quantised_folder_is_the_folder_of_its_matrices(case, tmp_path, caplog):
-  weights.save_hf_dir(tmp_path, CONFIG, make_params(CONFIG))
-  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+def test_a_quantised_folder_is_the_folder_of_its_matrices(case, plain, tmp_path, caplog):
+  shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+  tensors = safetensors.numpy.load_file(plain / "model.safetensors")
   matrices = quantise(tmp_path, tensors, BY_HAND[case])
   with caplog.at_level(logging.WARNING):
     config, params = weights.load_hf_dir(tmp_path)
@@ -174,8 +183,8 @@ def test_fused_matrices_are_dequantised_and_split(tmp_path):
     ([4], "it must be an object"),
   ],
 )
-def test_other_methods_are_refused_by_name(values, message, tmp_path):
-  weights.save_hf_dir(tmp_path, CONFIG, make_params(CONFIG))
+def test_other_methods_are_refused_by_name(values, message, plain, tmp_path):
+  shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
   edit_config(tmp_path, quantization_config=values)
   with pytest.raises(UserError, match=message) as caught:
     weights.load_hf_dir(tmp_path)

@@ -75,7 +75,8 @@ def recipe_elsewhere(s: Settings, bench: Session) -> tuple[dict[str, Any], int]:
   """(recipe of the checkpoint that is scored, or of the flags; rank of its LoRA factors or 0); collective."""
   if s.checkpoint:
     meta = train_loop.checkpoint_meta(s.checkpoint)
-    return meta["recipe"], meta["lora_rank"]
+    if "recipe" in meta:  # an adapter of PEFT does not tell how it was trained
+      return meta["recipe"], meta["lora_rank"]
   # No `Recipe`: what it refuses is no reason to fail when the scores are there.
   found = {name: getattr(s, name) for name in _OF_FLAGS}
   found["steps"] = s.steps or max(1, math.ceil(_usable(bench) * s.epochs / s.batch_size))
