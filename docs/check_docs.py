@@ -118,6 +118,13 @@ def long_lines(page: Page) -> Iterator[str]:
       yield f"{page.path}:{number}: a line of {len(line)} characters"
 
 
+def placeholders(page: Page) -> Iterator[str]:
+  """Places that wait for text, written as @@NAME@@."""
+  for number, line in enumerate(page.text.splitlines(), 1):
+    for name in re.findall(r"@@[A-Z_]+@@", line):
+      yield f"{page.path}:{number}: {name} waits for its text"
+
+
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +257,7 @@ def faults(root: Path = ROOT) -> list[str]:
   found, parse = [], flags.Parser(tells_costs=True)
   for page in pages(root):
     found += [*long_lines(page), *(long_sentences(page) if page.is_plain() else ())]
-    found += [*broken_links(page, root), *missing_files(page, root)]
+    found += [*placeholders(page), *broken_links(page, root), *missing_files(page, root)]
     found += [*wrong_commands(page, parse, root), *unknown_flags(page), *wrong_python(page)]
   return found
 

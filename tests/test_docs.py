@@ -68,6 +68,11 @@ def test_long_sentences_are_found_in_text_lists_and_tables_alone(text, count):
   assert len(list(check.long_sentences(page(text)))) == count
 
 
+def test_places_that_wait_for_text_are_found():
+  assert len(list(check.placeholders(page("Text.\n\n@@TABLES@@\n\n| cell | @@WHY@@ |\n")))) == 2
+  assert not list(check.placeholders(page("a@@b, `@@`, @@lower@@")))
+
+
 def test_long_lines_and_links_that_lead_nowhere_are_found():
   assert len(list(check.long_lines(page("a" * 400 + "\n" + "b" * 401)))) == 1
   own = "# Some `code`, and more\n\n## Twice\n\n## Twice\n"
