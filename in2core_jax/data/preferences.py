@@ -81,8 +81,8 @@ def read_pair(
   if not whole[0]:
     if not prompt:
       raise UserError(
-        f"{sides[0]!r} and {sides[1]!r} are answers without a prompt: add a column 'prompt', or name it with "
-        "data_fields, for example prompt=question"
+        f"{sides[0]!r} and {sides[1]!r} are answers without a prompt: add a column 'prompt', or name it, for "
+        "example with data_fields=prompt=question"
       )
     found = [[*prompt, *turns] for turns in found]
   for key, turns in zip(sides, found, strict=True):

@@ -375,7 +375,7 @@ def check_record_key(key: str, value: Any) -> bool:
   if _PREFERENCE.fullmatch(name):
     raise UserError(
       f"{key!r} is there without the other answer: a preference pair has 'chosen' and 'rejected'; keep one answer, or "
-      "name the columns with --data_fields, for example messages=chosen or chosen=better,rejected=worse"
+      "name the columns, with data_fields=messages=chosen or data_fields=chosen=better,rejected=worse"
     )
   if meant(key) == "history" and isinstance(value, list | dict):
     raise UserError(f"{key!r} holds earlier rounds beside a list of turns; put them into the list, or remove the key")

@@ -384,7 +384,7 @@ def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[
   known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2])) + "; chosen + rejected"
   raise UserError(
     f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
-    "with ### Human: and ### Assistant:; name the columns with data_fields, for example prompt=question,response=answer"
+    "with ### Human: and ### Assistant:; name the columns, for example with data_fields=prompt=question,response=answer"
   )
 
 
