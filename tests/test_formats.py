@@ -328,8 +328,8 @@ def test_splits_are_not_mixed_without_a_word(tmp_path):
 @pytest.mark.parametrize(
   ("files", "message"),
   [
-    ({}, "a folder with no files and none of data"),
-    ({"a.png": b"", "b.txt": b""}, r"2 other files \(.png, .txt\) and none of data"),
+    ({}, "is an empty folder; data files end in .jsonl"),
+    ({"a.png": b"", "b.txt": b""}, r"2 other files \(.png, .txt\) and no data file"),
     ({"adapter_config.json": b"{}"}, "a folder with an adapter"),
     ({"config.json": b"{}", "model.safetensors": b""}, "with a model, which goes into --model=hf:FOLDER"),
     ({"manifest.json": b"{}", "coreset.jsonl": b""}, "of a select run; its selection is coreset.jsonl"),

@@ -86,8 +86,9 @@ def _of_folder(path: pathlib.Path) -> list[DataFile]:
   found, others = found_in(path)
   if not found:
     kinds = sorted({other.suffix for other in others} - {""})[:4]
-    inside = f"{len(others):,} other files" + (f" ({', '.join(kinds)})" if kinds else "") if others else "no files"
-    raise UserError(f"{path} is a folder with {inside} and none of data; such files end in {', '.join(_SUFFIXES)}")
+    inside = f"{len(others):,} other files" + (f" ({', '.join(kinds)})" if kinds else "")
+    seen = f"a folder with {inside} and no data file" if others else "an empty folder"
+    raise UserError(f"{path} is {seen}; data files end in {', '.join(_SUFFIXES)}")
   _check_splits(str(path), found, path)
   if others:
     named = ", ".join(other.name for other in others[:3]) + (", ..." if len(others) > 3 else "")
