@@ -1,6 +1,7 @@
 """The policies against brute force, the budget, the ties and the warnings."""
 
 import dataclasses
+import pathlib
 import re
 
 import numpy as np
@@ -453,6 +454,19 @@ REASONS = {
   "matching": r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)",
   "matching_hybrid": r".*the set's mean gradient and hidden states .*",
 }
+
+
+def test_the_example_of_the_page_on_new_rules_is_a_rule(monkeypatch):
+  page = (pathlib.Path(__file__).parents[1] / "docs/howto/add-a-rule.md").read_text()
+  [block] = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+  names = dict(vars(coreset))
+  exec(block, names)
+  monkeypatch.setattr(coreset, "_POLICIES", names["_POLICIES"])
+  inputs = make_inputs()
+  choice = coreset.select_by("shortest", inputs, Budget(num_examples=5))
+  lengths = inputs.num_response_tokens
+  assert sorted(lengths[choice.rows]) == sorted(lengths)[:5]
+  assert choice.reasons[0] == "rank 1 of 40 by fewest response tokens"
 
 
 @pytest.mark.parametrize("policy", REASONS)
