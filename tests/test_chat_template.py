@@ -314,7 +314,8 @@ def test_refused_records_are_left_out_and_handed_on():
   records = [_record(_user("Q"), _answer("A.")), _record(_user("Q"), _answer("A.", tool_calls=[CALL]))]
   dataset = tokenize(records, tokenizer, 500, bad=bad)
   assert dataset.records == (records[0],)
-  assert bad == [("memory:1", "{}", "the chat template does not render the tool calls of turn 1")]
+  lost = "the chat template does not render the tool calls of turn 1"
+  assert bad == [("memory:1", "{}", f"{lost}; take a model whose template does (--model)")]
 
 
 # --- {% generation %}

@@ -71,7 +71,7 @@ class Responses(Layout):
         notes["reasoning left out"] += 1
       elif part.startswith(("call", "tool")):
         what = "tool definitions" if part.startswith("tool") else f"the tool calls of turn {k}"
-        raise TemplateRefusal(f"the chat template does not render {what}")
+        raise TemplateRefusal(f"the chat template does not render {what}; take a model whose template does (--model)")
       elif part == "name":
         notes["name of a turn left out"] += 1
       elif part == "c" and messages[k]["content"].strip():
