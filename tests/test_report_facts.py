@@ -300,7 +300,7 @@ def test_an_open_answer_says_what_leaves_it_open():
   both = answer.answer(judged_run(retrained("mine", BETTER, example_to_random=WORSE)))
   assert both.why.endswith("than with random sets, but by example it is the other way round.")
   none = answer.answer(judged_run(retrained("mine", SAME, example_to_random=SAME)))
-  assert none.why.endswith("than with random sets. The interval includes no difference.")
+  assert none.why.endswith("than with random sets. The interval includes 0: it may be chance.")
 
 
 def test_the_answer_tells_what_else_belongs_to_it():

@@ -158,7 +158,7 @@ def _one(row: Mapping, table: Sequence[Mapping]) -> Answer:
   lead = f"{on}, the test perplexity by token is {_shown(token)} than with random sets"
   more = [f"By example it is {_shown(example)}.", *_against_full(row), *_fewer_tokens(row, table)]
   if signs == {0}:
-    return Answer(word, f"{lead}. The interval includes no difference.", tuple(more))
+    return Answer(word, f"{lead}. The interval includes 0: it may be chance.", tuple(more))
   if signs == {-1, 1}:
     return Answer(word, f"{lead}, but by example it is the other way round.", tuple(more))
   if _sign(token) == 0:  # the one by example has decided: it comes first

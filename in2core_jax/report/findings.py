@@ -88,7 +88,7 @@ def _cut(run: SelectRun) -> list[Finding]:
   cut, kept, empty = int(truncated.sum()), int((truncated & run.selected).sum()), int((run.response_tokens == 0).sum())
   text = f"{cut:,} training examples ({cut / size:.1%}) are truncated; {kept:,} of them are selected."
   if cut > 0.05 * size:
-    text += " What was cut off counts nothing; a higher --max_length keeps it."
+    text += " What was cut off does not count; a higher --max_length keeps it."
   return [
     Finding(text, cut > 0.05 * size),
     Finding(f"{empty:,} training examples have no response token: influence 0, never selected.", empty > 0),
