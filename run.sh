@@ -70,7 +70,8 @@ usage: ./run.sh COMMAND [flags]
 
 $main
 
-  --help after a command lists its flags; --dry_run tells what it would take. Paths are relative to where you are.
+  --help after a command lists its flags; the first five take --dry_run, which tells what they would take.
+  Paths are relative to where you are.
 
 other experiments (each is python -m experiments.NAME inside .venv):
  $others
