@@ -36,12 +36,17 @@ def is_ours(title: str) -> bool:
 
 
 def unknown_flag(name: str) -> str:
-  """One line on a flag that there is not, with those that look like it."""
-  ours = flags.FLAGS.flags_by_module_dict()
-  known = [flag.name for title, members in ours.items() if is_ours(title) for flag in members]
-  near = difflib.get_close_matches(name, known, n=3, cutoff=0.65)
+  """One line on a flag that there is not, with the nearest of any command and of this one."""
+  ours = {title: members for title, members in flags.FLAGS.flags_by_module_dict().items() if is_ours(title)}
+  every = {flag.name for members in ours.values() for flag in members}
+  own = {flag.name for title, members in ours.items() if not title.startswith(HIDDEN) for flag in members}
+  near = list(dict.fromkeys(found for known, most in ((every, 1), (own, 2)) for found in _like(name, known, most)))
   meant = f"; did you mean {' or '.join(f'--{other}' for other in near)}?" if near else ""
   return f"unknown flag --{name}{meant or ';'} --help lists the flags"
+
+
+def _like(name: str, known: set[str], most: int) -> list[str]:
+  return difflib.get_close_matches(name, sorted(known), most, 0.65)
 
 
 def _lines(flag: flags.Flag, full: bool) -> list[str]:
