@@ -219,7 +219,7 @@ def _from_distance(run: SelectRun) -> Answer:
   if apart is None or other_kind is None:
     if drawn:
       return Answer(RANDOM, "that is what this set is. No rule has selected it.", (check,))
-    why = f"no model was retrained, and nothing in this run measures what the rule {run.rule} is worth here."
+    why = f"nothing in this run measures what the rule {run.rule} is worth here."
     return Answer(UNCLEAR, why, (check,))
   seen = (
     f"squared distance {table_text.format_value(apart['distance'], 2)}, p = {table_text.format_value(apart['p'], 2)}"
