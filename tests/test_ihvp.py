@@ -6,6 +6,7 @@ import re
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import lissa_scan
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -147,7 +148,7 @@ def test_lissa_equals_the_dense_solve_at_two_scales(x64, condition, ratio):
   for scale in (0.6 * (3 + damping), 2 * (3 + damping)):
     depth = int(20 * scale / (damping + 3 / condition))
     settings = solvers.LissaSettings(damping, scale)
-    solution, curve = solvers.lissa_scan(matrix_curvature(h), v, jnp.zeros(depth), settings)
+    solution, curve = lissa_scan.lissa_scan(matrix_curvature(h), v, jnp.zeros(depth), settings)
     assert error(solution, wanted) < 1e-6
     assert curve.shape == (depth, 3) and float(curve[-1].max()) < 1e-6
     found.append(tree_math.ravel(solution))
@@ -175,7 +176,7 @@ def test_python_loop_equals_scan(x64):
   for acceleration, average in (("none", 0), ("none", 0.4), ("momentum", 0), ("chebyshev", 0), ("chebyshev", 0.9)):
     settings = solvers.LissaSettings(0.2, scale=3.5, depth=25, tol=0, acceleration=acceleration, average=average)
     loop = solvers.lissa(whole(h), v, KEY, settings)
-    scan, _ = solvers.lissa_scan(matrix_curvature(h), v, jnp.zeros(25), settings)
+    scan, _ = lissa_scan.lissa_scan(matrix_curvature(h), v, jnp.zeros(25), settings)
     np.testing.assert_allclose(tree_math.ravel(loop.solution), tree_math.ravel(scan), rtol=1e-12)
     assert loop.steps == 25
 
@@ -185,7 +186,7 @@ def test_acceleration_is_better_than_lissa_by_about_the_root_of_the_condition(x6
   final = {}
   for acceleration in ("none", "momentum", "chebyshev"):
     settings = solvers.LissaSettings(1e-3, scale=1.1, acceleration=acceleration)
-    solution, _ = solvers.lissa_scan(matrix_curvature(h), v, jnp.zeros(400), settings)
+    solution, _ = lissa_scan.lissa_scan(matrix_curvature(h), v, jnp.zeros(400), settings)
     final[acceleration] = error(solution, dense_solve(h, v, 1e-3))
   assert final["none"] > 0.1
   assert final["momentum"] < 1e-6 and final["chebyshev"] < 1e-6

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lissa_scan
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,7 +68,7 @@ def solve(name, x, v, damping):
   if name in ("none", "momentum", "chebyshev"):
     batches = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (DEPTH, *leaf.shape)), padded(x))
     options = solvers.LissaSettings(damping, scale, acceleration=name)
-    solution = solvers.lissa_scan(CURVATURE, cut(v), batches, options)[0]
+    solution = lissa_scan.lissa_scan(CURVATURE, cut(v), batches, options)[0]
   elif name == "cg":
     solution = solvers.cg(matvec, cut(v), solvers.CgSettings(damping, tol=1e-13)).solution
   elif name == "exact":
@@ -128,7 +129,7 @@ def test_residual_of_lissa_never_grows_on_a_fixed_set(seed, damping):
   x, h, v = problem(seed)
   scale = 1.01 * (float(np.linalg.eigvalsh(h)[-1]) + damping)
   batches = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (DEPTH, *leaf.shape)), padded(x))
-  _, curve = solvers.lissa_scan(CURVATURE, cut(v), batches, solvers.LissaSettings(damping, scale))
+  _, curve = lissa_scan.lissa_scan(CURVATURE, cut(v), batches, solvers.LissaSettings(damping, scale))
   assert np.all(np.diff(np.asarray(curve), axis=0) <= 1e-12) and np.all(np.asarray(curve[0]) <= 1)
 
 
@@ -159,7 +160,7 @@ def test_fixed_point_of_lissa_does_not_depend_on_scale(seed, damping, factors):
   wanted = np.linalg.solve(h + damping * np.eye(SIZE), v.T).T
   for factor in factors:
     options = solvers.LissaSettings(damping, factor * largest)
-    found = tree_math.ravel(solvers.lissa_scan(CURVATURE, cut(v), batches, options)[0])
+    found = tree_math.ravel(lissa_scan.lissa_scan(CURVATURE, cut(v), batches, options)[0])
     assert np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
 
 

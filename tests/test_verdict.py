@@ -146,6 +146,7 @@ def part_of(texts, topics=None, tokens=20):
     records=records,
     topics=topics or [""] * len(texts),
     num_response_tokens=np.full(len(texts), tokens),
+    second=None,
   )
 
 

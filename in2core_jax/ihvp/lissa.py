@@ -18,12 +18,10 @@ from in2core_jax.ihvp import tree_math
 from in2core_jax.ihvp.lissa_schedule import effective_damping, step_factors
 from in2core_jax.ihvp.lissa_state import LissaSettings, LissaState, StochasticCurvature
 from in2core_jax.ihvp.operators import (
-  Curvature,
   DivergenceError,
   Matvec,
   NegativeCurvatureError,
   SolveResult,
-  batch_mean,
   fixed_matvec,
   mean_product,
   power_iteration,
@@ -53,47 +51,6 @@ def _advance(hu, v, iterate, factors):
 
 # Apart from the product, so that a minibatch of several shapes runs the programs compiled for each shape already.
 _step = partial(jax.jit, donate_argnums=(2,))(_advance)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _scan(product, num_examples, context, batches, v, first, factors):
-  steps, damping, scale = factors
-  v_norm = tree_math.norm(v)
-
-  def body(iterate, inputs):
-    batch, step = inputs
-    hu = batch_mean(Curvature(product, num_examples, context), batch, iterate[0])
-    iterate, _, residual = _advance(hu, v, iterate, (*step, damping, scale))
-    return iterate, jnp.where(residual == 0, 0, residual / v_norm)
-
-  (u, _, mean), curve = jax.lax.scan(body, first, (batches, steps))
-  return tree_math.scaled(1 / scale, u if mean is None else mean), curve
-
-
-def lissa_scan(curvature: Curvature, v: Tree, batches: Tree, settings: LissaSettings) -> tuple[Tree, jax.Array]:
-  """One run of LiSSA as a single compiled `lax.scan` over stacked batches, for accelerators; no checks on the way.
-
-  Args:
-    curvature: products of H on one batch.
-    v: right-hand side, leaves [Q, ...].
-    batches: pytree, leaves [depth, ...]: one batch per step.
-    settings: damping, scale (required here), acceleration, average; depth comes from the batches.
-
-  Returns:
-    (solution, leaves [Q, ...]; residual of each step on its own minibatch, [depth, Q]). The caller looks at the curve:
-    above 1 the answer is worse than zero.
-
-  Raises:
-    UserError: no scale.
-  """
-  if settings.scale is None:
-    raise UserError("lissa_scan needs an explicit scale: estimate it once with power_iteration")
-  v = tree_math.promote(v)
-  depth = jax.tree.leaves(batches)[0].shape[0]
-  steps = jnp.asarray(np.array(step_factors(settings, settings.scale, depth)))
-  first = (v, _rest(v, settings), v if settings.average else None)
-  factors = (steps, float(settings.damping), float(settings.scale))
-  return _scan(curvature.product, curvature.num_examples, curvature.context, batches, v, first, factors)
 
 
 def _advice(settings: LissaSettings) -> str:

@@ -64,22 +64,6 @@ class Curvature:
   context: Tree = ()
 
 
-def batch_mean(curvature: Curvature, batch: Tree, v: Tree) -> Tree:
-  """H_B v, the mean over one batch: (1/n) sum_i H_i v. Pure; meant to be traced.
-
-  Args:
-    curvature: products of H.
-    batch: pytree.
-    v: pytree, leaves [Q, ...].
-
-  Returns:
-    Pytree like v, f32 or better; 0 for a batch of padding only.
-  """
-  total = tree_math.promote(curvature.product(curvature.context, batch, v))
-  count = jnp.maximum(jnp.asarray(curvature.num_examples(batch)), 1)
-  return jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), total)
-
-
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """A minibatch in several batch shapes, each with a factor: H_B v = sum_p f_p (sum_(i in p) H_i v) / sum_p f_p n_p.

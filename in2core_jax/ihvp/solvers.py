@@ -29,7 +29,7 @@ from in2core_jax.ihvp.datainf import (
   datainf_start,
   make_blocks,
 )
-from in2core_jax.ihvp.lissa import choose_scale, lissa, lissa_scan
+from in2core_jax.ihvp.lissa import choose_scale, lissa
 from in2core_jax.ihvp.lissa_schedule import effective_damping
 from in2core_jax.ihvp.lissa_state import (
   LissaSettings,
@@ -84,7 +84,6 @@ __all__ = [
   "fixed_matvec",
   "identity",
   "lissa",
-  "lissa_scan",
   "low_rank",
   "make_blocks",
   "power_iteration",

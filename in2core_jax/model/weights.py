@@ -7,11 +7,12 @@ that the decoder computes something else than the file's author did.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -420,7 +421,8 @@ def _assemble(
   return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache  # traces a layer
+def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
   """Leaf -> its shape in the parameter tree."""
   shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
   return {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}

@@ -18,8 +18,6 @@ from in2core_jax.selection.warnings import selection_warnings
 
 log = logging.getLogger(__name__)
 
-# Retrained halves of four pools with 0.35 and more: proponents a little ahead of matching at equal tokens; 0: behind.
-_ANOTHER_KIND = 0.3
 
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
 
@@ -51,7 +49,7 @@ def of_selection(
     rule: that chose; with the policy auto the one that it took.
   """
   size = int(np.count_nonzero(evals.num_response_tokens))
-  found = [*risky_settings(s), *better_policy(s, aim), *too_few_to_aim(s, inputs), *few_queries(s, aim, size)]
+  found = [*risky_settings(s), *too_few_to_aim(s, inputs), *few_queries(s, aim, size)]
   # Duplicates are counted among the findings; for hybrid, topics and lengths of the queries are what was asked for.
   found += selection_warnings(rows, inputs, s.seed, copies=False, topics=rule != "hybrid")
   return found + without_effect(s)
@@ -70,7 +68,7 @@ def without_effect(s: Settings) -> list[str]:
 
 
 def risky_settings(s: Settings) -> list[str]:
-  """What made the plain rule lose to random halves where it was measured (docs/selection.md), one sentence each."""
+  """What makes the plain rule's scores say little of a retraining (their LDS, docs/paper.md), one sentence each."""
   found = []
   if s.policy in ("proponents", "topic_quota"):
     if not s.checkpoint:
@@ -84,25 +82,6 @@ def risky_settings(s: Settings) -> list[str]:
         "or --policy=matching."
       )
   return found
-
-
-def better_policy(s: Settings, aim: matching.Shrunk | None) -> list[str]:
-  """Where the scores that are there anyway did better than matching (docs/selection.md), in one sentence.
-
-  Args:
-    s: flags of the run.
-    aim: of the matching (`PolicyInputs.aim`); None where nothing was matched.
-  """
-  # With LiSSA at 0.1 the highest scores did worse than matching: by CG they did not.
-  trusted = s.checkpoint and s.solver == "cg" and s.matching_shrink and s.policy == "matching"
-  if aim is None or aim.beyond_chance < _ANOTHER_KIND or not trusted:
-    return []
-  return [
-    "The evaluation set is of another kind than the training set: "
-    f"{100 * aim.beyond_chance:.0f} % of the gap of their mean gradients exceeds sampling noise. For such sets the "
-    "half with the highest influence by CG did as well as matching's, and a little better at equal response tokens. "
-    "To compare both, run evaluate with --policies=full,random,proponents."
-  ]
 
 
 def too_few_to_aim(s: Settings, inputs: PolicyInputs) -> list[str]:
