@@ -180,6 +180,10 @@ def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path
   np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-4)
   lists = read_parquet(pathlib.Path(from_index.run_dir) / "query_top.parquet")
   assert set(lists) == {"query", "rank", "example", "influence"} and lists["rank"].min() == 1
+  names = lambda own: {path.name for path in pathlib.Path(own.run_dir).iterdir()}  # noqa: E731
+  assert names(from_index) - names(plain) == {"query_top.parquet"} and names(plain) <= names(from_index)
+  select.run(from_index.replace(coreset_format="parquet"), bench)  # a finished run adds a form
+  assert "coreset.parquet" in names(from_index)
 
 
 @slow
