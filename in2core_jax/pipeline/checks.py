@@ -201,6 +201,11 @@ def check_kinds(bench: Session, s: Settings) -> None:
   """What `select` refuses because of the kind or number of examples, before any weight is read."""
   check_pair_solver(bench, s)
   check_policies(bench, {s.policy})
+  if s.writes("tokens") and bench.splits["train"].second is not None:
+    raise UserError(
+      "--coreset_format=tokens: the training set has preference pairs, and a row of ids is one conversation: take "
+      "coreset.jsonl, --coreset_format=parquet or hf"
+    )
 
 
 def check_select(bench: Session, s: Settings, params) -> Budget:
