@@ -241,6 +241,8 @@ def check_evaluate(bench: Session, s: Settings) -> None:
 
 
 def _check_select(bench: Session, s: Settings) -> None:
+  if s.index:
+    raise UserError("--dry_run prices passes over the pool, and --index only reads its rows: leave one of them out")
   check_select(bench, s, shapes.scored_params(bench.model.config, s))
 
 
