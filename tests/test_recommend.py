@@ -253,6 +253,8 @@ def test_the_json_has_its_keys_and_the_sentence_its_numbers(rule, budget, said):
 def test_the_page_escapes_what_it_shows_and_runs_nothing():
   hostile = outcome_of(eval_data="<script>alert(1)</script>", run_dir="runs/x")
   found = results.as_json(hostile, {}) | {"train": results.train_line(hostile.settings, "runs/x")}
+  told = results.train_line(outcome_of(eval_data="a.jsonl", test_data="b.jsonl").settings, "runs/x")
+  assert "--eval_data=a.jsonl --test_data=b.jsonl --run_dir=runs/x-trained" in told
   text = recommendation_page.page(found, {})
   assert "<script" not in text and "&lt;script&gt;" in text and "default-src 'none'; style-src 'sha256-" in text
   assert found["sentence"].replace("'", "&#39;") in text and text.count('<svg class="chart"') == 1
