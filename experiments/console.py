@@ -13,9 +13,6 @@ MAIN = {  # run.sh reads these lines too
   "finetune": "fine-tune on all examples",
   "select": "score the training examples and choose a coreset",
   "evaluate": "retrain on chosen sets and compare them",
-  "index": "keep a few numbers of every example of a large pool, for select --index",
-  "export": "write a model, with a checkpoint merged into it, as a Hugging Face folder",
-  "check": "compare the same numbers, computed in different ways, on a few of your examples",
 }
 
 

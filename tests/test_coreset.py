@@ -404,6 +404,9 @@ def test_warnings_of_a_risky_selection():
   assert len(found) == 4
   assert found[0].startswith("Topic 't0' is almost dropped: 0 of its 100 examples with a response are selected where ")
   assert "would be 50. Use the policy topic_quota" in found[0] and "'t1'" in found[1]
+  unnamed = dataclasses.replace(inputs, topics=["" if name == "t0" else name for name in inputs.topics])
+  told = selection_warnings(select_rows("proponents", unnamed, Budget(fraction=0.5)), unnamed)
+  assert told[0].startswith("Topic '(none)' is almost dropped")
   assert "2,000 response tokens, 50% of what 200 average examples would have (4,000)" in found[2]
   assert "further than all 20 random selections" in found[3] and "Use the policy matching" in found[3]
   for policy in ("random", "matching"):

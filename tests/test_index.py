@@ -18,9 +18,10 @@ from in2core_jax.influence.projected import SketchSettings, make_sketch
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import losses_and_hidden_fn, make_objective
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import index, select
+from in2core_jax.pipeline import checks, index, select
 from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.projection import Projection
+from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs.run_folder import read_parquet
 from in2core_jax.runs.shards import ShardStore
 
@@ -180,6 +181,15 @@ def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path
   np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-4)
   lists = read_parquet(pathlib.Path(from_index.run_dir) / "query_top.parquet")
   assert set(lists) == {"query", "rank", "example", "influence"} and lists["rank"].min() == 1
+  names = lambda own: {path.name for path in pathlib.Path(own.run_dir).iterdir()}  # noqa: E731
+  assert names(from_index) - names(plain) == {"query_top.parquet"} and names(plain) <= names(from_index)
+  select.run(from_index.replace(coreset_format="parquet"), bench)  # a finished run adds a form
+  assert "coreset.parquet" in names(from_index)
+
+
+def test_the_cost_of_a_selection_from_an_index_is_not_told_as_that_of_a_pass():
+  with pytest.raises(UserError, match="^--dry_run prices passes"):
+    checks.BEFORE["select"](None, Settings(index="made"))
 
 
 @slow

@@ -22,6 +22,8 @@ from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, token_losses_fn
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import evaluate, evaluate_pairs, finetune, select, session
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
+from in2core_jax.runs.run_folder import RunDir
 
 BETA = 0.5  # a number that float32 holds
 # (chosen, rejected) by role of each token; the last pair has no response on one side, so none at all.
@@ -262,11 +264,24 @@ def test_what_does_not_serve_pairs_is_refused_by_name(settings, bench):
     ({"solver": "ekfac"}, "--solver=ekfac fits factors"),
     ({"precondition": "diagonal"}, "--precondition=diagonal fits factors"),
     ({"policy": "auto"}, "policy auto compares hidden states"),
+    ({"coreset_format": "tokens"}, "--coreset_format=tokens: the training set has preference pairs"),
   ]:
     with pytest.raises(UserError, match=words):
       select.prepare(settings.replace(**changes), bench)
   with pytest.raises(UserError, match=r"preference pairs \(.*pairs.jsonl:\d+\), which this command"):
     tiny.open_session(settings)
+
+
+def test_trainers_are_told_both_answers_and_the_dpo_loss(settings, bench, tmp_path):
+  run_dir = RunDir.open(str(tmp_path / "run"), {})
+  write_train_with(run_dir, bench, settings, np.array([2, 0]), recipe_elsewhere(settings, bench))
+  page = (run_dir.path / "train_with.md").read_text()
+  assert "DPOConfig(" in page and "beta=0.5" in page and "SFT" not in page and "coreset_tokens" not in page
+  lines = [json.loads(line) for line in (run_dir.path / "coreset_chat.jsonl").read_text().splitlines()]
+  for line, record in zip(lines, [bench.splits["train"].records[row] for row in (0, 2)], strict=True):
+    assert set(line) == {"prompt", "chosen", "rejected"} and len(line["chosen"]) == len(line["rejected"]) == 1
+    assert [*line["prompt"], *line["chosen"]] == list(record.messages)
+    assert [*line["prompt"], *line["rejected"]] == list(record.rejected)
 
 
 def test_a_cut_side_and_a_mixed_part_are_told(settings, bench, tmp_path):

@@ -22,9 +22,9 @@ from in2core_jax.parallel import sharding
 from in2core_jax.pipeline import session
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
-from in2core_jax.recommendation import results, run
+from in2core_jax.recommendation import results, run, trial
 from in2core_jax.recommendation.settings import RecommendSettings
-from in2core_jax.recommendation.trial import TWIN, Closing
+from in2core_jax.recommendation.trial import TWIN, Closing, Judged
 from in2core_jax.report import recommendation_page
 
 RULES = ("hybrid", "bm25", "rds", "matching", "proponents")
@@ -41,11 +41,31 @@ def test_copies_stay_together_and_folds_are_of_one_size(seed):
   assert abs(np.bincount(fold)[0] - np.bincount(fold)[1]) <= 1 and set(fold) == {0, 1}
 
 
-def test_another_seed_deals_other_folds_and_too_few_examples_are_refused():
+@dataclasses.dataclass
+class FewExamples:
+  records: list
+  num_response_tokens: np.ndarray
+
+  def __len__(self):
+    return len(self.records)
+
+
+def test_another_seed_deals_other_folds_and_too_few_examples_are_refused(monkeypatch):
   assert np.any(tries.folds_of(np.arange(40), 0) != tries.folds_of(np.arange(40), 1))
   assert np.all(tries.folds_of(np.arange(40), 3) == tries.folds_of(np.arange(40), 3))
   with pytest.raises(UserError, match="5 evaluation examples are 1 different"):
     tries.folds_of(np.zeros(5), 0)
+  said = [{"role": "assistant", "content": "yes"}]
+  record = types.SimpleNamespace(messages=said, content_key="a")
+  few = FewExamples([record] * 3, np.array([1, 0, 1]))
+  monkeypatch.setattr(
+    trial, "test_examples", lambda _: types.SimpleNamespace(tokens=np.ones(2), groups=np.zeros(2, int))
+  )
+  bench = types.SimpleNamespace(splits={"eval": few}, settings=types.SimpleNamespace(max_length=9))
+  with pytest.raises(
+    UserError, match="has 1 different examples with a response; 1 more have none within --max_length=9"
+  ):
+    Judged.of(bench)
 
 
 # ---- the correction, under a known truth -------------------------------------------------
@@ -233,6 +253,8 @@ def test_the_json_has_its_keys_and_the_sentence_its_numbers(rule, budget, said):
 def test_the_page_escapes_what_it_shows_and_runs_nothing():
   hostile = outcome_of(eval_data="<script>alert(1)</script>", run_dir="runs/x")
   found = results.as_json(hostile, {}) | {"train": results.train_line(hostile.settings, "runs/x")}
+  told = results.train_line(outcome_of(eval_data="a.jsonl", test_data="b.jsonl").settings, "runs/x")
+  assert "--eval_data=a.jsonl --test_data=b.jsonl --run_dir=runs/x-trained" in told
   text = recommendation_page.page(found, {})
   assert "<script" not in text and "&lt;script&gt;" in text and "default-src 'none'; style-src 'sha256-" in text
   assert found["sentence"].replace("'", "&#39;") in text and text.count('<svg class="chart"') == 1

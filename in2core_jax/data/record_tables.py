@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from in2core_jax.data.records import Record, content_key
+from in2core_jax.data.records import Record, content_key, rejected_turns
 from in2core_jax.data.turns import Message, clean
 
 BLOCK = 4096  # rows that are Python objects at once
@@ -136,6 +136,8 @@ class Table:
 def chat_line(record: Record, system: str = "") -> str:
   """A record as other trainers read it: a JSON line with `messages`, and `tools` where there are some.
 
+  A preference pair has `prompt`, `chosen` and `rejected` in place of `messages`.
+
   Args:
     record: of which what is rendered goes out.
     system: system prompt of a conversation that has none of its own; "": none is added.
@@ -144,6 +146,9 @@ def chat_line(record: Record, system: str = "") -> str:
   if system and messages[0]["role"] != "system":
     messages.insert(0, {"role": "system", "content": system})
   value: dict[str, Any] = {"messages": messages}
+  if answer := rejected_turns(record):
+    at = len(messages) - len(record.messages) + len(record.rejected) - len(answer)
+    value = {"prompt": messages[:at], "chosen": messages[at:], "rejected": list(answer)}
   return json.dumps(value | ({"tools": list(record.tools)} if record.tools else {}), ensure_ascii=False)
 
 

@@ -201,6 +201,11 @@ def check_kinds(bench: Session, s: Settings) -> None:
   """What `select` refuses because of the kind or number of examples, before any weight is read."""
   check_pair_solver(bench, s)
   check_policies(bench, {s.policy})
+  if s.writes("tokens") and bench.splits["train"].second is not None:
+    raise UserError(
+      "--coreset_format=tokens: the training set has preference pairs, and a row of ids is one conversation: take "
+      "coreset.jsonl, --coreset_format=parquet or hf"
+    )
 
 
 def check_select(bench: Session, s: Settings, params) -> Budget:
@@ -236,6 +241,8 @@ def check_evaluate(bench: Session, s: Settings) -> None:
 
 
 def _check_select(bench: Session, s: Settings) -> None:
+  if s.index:
+    raise UserError("--dry_run prices passes over the pool, and --index only reads its rows: leave one of them out")
   check_select(bench, s, shapes.scored_params(bench.model.config, s))
 
 

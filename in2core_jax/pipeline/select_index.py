@@ -19,13 +19,15 @@ from in2core_jax.index.rows import Block, Rows
 from in2core_jax.influence import projected
 from in2core_jax.influence.index_pass import OnDevice
 from in2core_jax.parallel import processes
-from in2core_jax.pipeline import index, phases, scoring, select_results
+from in2core_jax.pipeline import index, phases, scoring, select_results, shapes
 from in2core_jax.pipeline.advice import of_selection, without_effect
 from in2core_jax.pipeline.checks import budget_of, check_select
 from in2core_jax.pipeline.policy_inputs import NEAR, shown
+from in2core_jax.pipeline.select_outputs import add_forms
 from in2core_jax.pipeline.session import Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, solve
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.report import near_duplicates
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.shards import ShardStore
@@ -71,13 +73,14 @@ def run(given: Settings, bench: Session | None = None) -> str:
   bench = bench or open_session(s)
   if bench.model.hash != held.run_dir.identity["model_hash"]:
     raise UserError(f"--index={s.index} was made with other weights than those of --model={s.model}: make it anew")
-  check_select(bench, s)
+  check_select(bench, s, shapes.scored_params(bench.model.config, s))
   train = bench.splits["train"]
   rows = held.read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
   task = Task(s, bench, held, facts, rows)
   work = Work(run_folder.RunDir.open(s.run_dir, _identity(task), overwrite=s.overwrite), s.shard_batches)
   if work.run_dir.is_whole("summary.json"):
     log.info("%s is finished already", work.run_dir.path)
+    add_forms(work.run_dir, train, s)
   else:
     _write(task, work, given)
   work.remove()
@@ -151,7 +154,9 @@ def _write(task: Task, work: Work, given: Settings) -> None:
   warnings = of_selection(told_by, inputs, outcome.choice.rows, outcome.aim, bench.splits["eval"], rule)
   about = _about(task, outcome, rule)
   scored = dataclasses.replace(scored, seconds=clock.seconds)
+  recipe = recipe_elsewhere(s, bench)  # from a checkpoint, which all processes open together
   if run_dir.writer:
+    write_train_with(run_dir, bench, s, outcome.choice.rows, recipe)
     select_results.write_results(run_dir, bench, told_by, scored, outcome.choice, warnings, about)
   log.info(
     "selected %d of %d examples%s by %s out of the index: %s",

@@ -53,14 +53,15 @@ def write_train_with(
     lora_rank=rank,
     sources=len(set(map(name_of, train.records))),
     notes=tuple(_notes(few, s)),
+    beta=None if train.second is None else s.beta,
   )
   run_dir.write_text("train_with.md", train_with.page(training))
 
 
 def write_chat(run_dir: RunDir, few: TokenizedDataset, system_prompt: str) -> str:
-  """The file that trainers read as conversations: coreset.jsonl, or one of its own where that has another shape."""
+  """The file that trainers read as turns: coreset.jsonl, or one of its own where that has another shape."""
   system = system_prompt if system_prompt not in ("default", "none") else ""
-  if all(is_chat_line(record, system) for record in few.records):
+  if few.second is None and all(is_chat_line(record, system) for record in few.records):
     return "coreset.jsonl"
 
   def write(stream: BinaryIO) -> None:

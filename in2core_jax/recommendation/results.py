@@ -240,6 +240,7 @@ def train_line(s: Settings, folder: str) -> str:
   flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
   # With evaluation data of its own the coreset is not split.
   data = [f"--train_data=jsonl:{folder}/coreset.jsonl", f"--eval_data={s.eval_data or s.train_data}"]
+  data += [s.as_flag("test_data")] if s.test_data else []
   return shlex.join(["./run.sh", "finetune", *data, f"--run_dir={folder}-trained", *flags])
 
 

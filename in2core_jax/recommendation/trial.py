@@ -68,8 +68,10 @@ class Judged:
     copies = near_duplicates.alike(texts, [record.content_key for record in records])
     found, different = cls(rows, points.tokens, copies, points.groups), len(np.unique(copies))
     if part == "eval" and different < LEAST_QUERIES:
+      without = len(dataset) - len(rows)
+      lost = f"; {without} more have none within --max_length={bench.settings.max_length}" if without else ""
       raise UserError(
-        f"the evaluation set has {different} different examples with a response, and rules that see one half of them "
+        f"the evaluation set has {different} different examples with a response{lost}. Rules that see one half of them "
         f"are judged on the other: give {LEAST_QUERIES} or more (--eval_data, --eval_limit, --split)"
       )
     return found

@@ -31,6 +31,7 @@ class Training:
     lora_rank: 0 where the weights themselves are trained.
     sources: how many there are.
     notes: what the trainers cannot repeat, in sentences.
+    beta: of the DPO loss of preference pairs; None: conversations.
   """
 
   model: str
@@ -48,6 +49,7 @@ class Training:
   lora_rank: int = 0
   sources: int = 1
   notes: tuple[str, ...] = ()
+  beta: float | None = None
 
   @property
   def steps(self) -> int:
@@ -79,7 +81,8 @@ def page(training: Training) -> str:
     name: np.format_float_positional(value, trim="-") if isinstance(value, float) else value
     for name, value in (t.recipe | {"epochs": float(t.epochs)}).items()
   }
-  return environment.get_template("train_with.md.j2").render(
+  name = "train_with.md.j2" if t.beta is None else "train_with_pairs.md.j2"
+  return environment.get_template(name).render(
     told
     | {
       "n": f"{t.examples:,}",
@@ -97,6 +100,7 @@ def page(training: Training) -> str:
       "epochs_whole": max(1, math.ceil(t.epochs)),
       "warmup_steps": round(t.recipe["warmup_ratio"] * t.steps),
       "lora_rank": rank,
+      "beta": t.beta,
       "chat": t.chat,
       "chat_json": json.dumps(t.chat),
       "notes": t.notes,

@@ -47,10 +47,11 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     if size <= 0.02 * pool.size:
       continue
     kept, share = int(np.sum(topics[rows] == topic)), size * rows.size / pool.size
+    named = topic or "(none)"
     if share >= 1 and kept < 0.2 * share:
       found.append(
-        f"Topic '{topic}' is almost dropped: {kept} of its {size} examples with a response are selected where an even "
-        f"share would be {share:.0f}. Use the policy topic_quota or matching."
+        f"Topic '{named}' is almost dropped: {kept} of its {size} examples with a response are selected "
+        f"where an even share would be {share:.0f}. Use the policy topic_quota or matching."
       )
   return found
 
