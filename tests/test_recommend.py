@@ -144,6 +144,8 @@ def trial_of(means, size=400, seeds=3):
     # no rule beats random sets
     ({"rule .1": 0.1, "random .1": 0.1, "rule .2": 0.06, "random .2": 0.05}, 0.2, RANDOM, 0.2),
     ({"rule .1": 0.0, "random .1": 0.0, "rule .2": 0.0, "random .2": 0.0}, 1.0, RANDOM, 0.1),
+    # a rule that beats them, surely and by next to nothing
+    ({"rule .1": 0.0, "random .1": 0.004, "rule .2": 0.0, "random .2": 0.004}, 1.0, RANDOM, 0.1),
   ],
 )
 def test_the_smallest_budget_that_is_enough_is_named_and_random_and_all_are_answers(means, most, rule, budget):

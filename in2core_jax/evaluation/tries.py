@@ -27,6 +27,7 @@ from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
 
 LEVEL = 0.95
 MARGIN = 0.01  # a budget is enough where its perplexity is at most 1 % above that of full data
+LEAST_GAIN = 0.005  # a rule is named where it gains that much: less is nobody's reason to prefer it, however sure
 _MOST_TIMES = 100.0  # as many evaluation examples as that: more is no advice
 MATCHED, LONGEST, DISTINCT = "length_matched_random", "longest", "full_deduplicated"
 WHOLE = (FULL, DISTINCT)  # rules without a budget
@@ -136,8 +137,9 @@ class Trial:
     return {by: self.ratio(name, other, by) for by in BY}
 
   def beats(self, name: Name, other: Name) -> bool:
-    """Whether the corrected intervals lie below 1, by token and by example."""
-    return name != other and all(ratio.high < 1 for ratio in self.ratios(name, other).values())
+    """Whether the corrected intervals lie below 1 and `LEAST_GAIN` is gained, by token and by example."""
+    ratios = self.ratios(name, other).values()
+    return name != other and all(ratio.high < 1 and ratio.mean <= 1 - LEAST_GAIN for ratio in ratios)
 
   def reaches(self, name: Name, other: Name) -> bool:
     """Whether the corrected intervals end at most `MARGIN` above 1, by token and by example."""
