@@ -38,6 +38,7 @@ KINDS = {
   "study": StudySettings,
 }
 STAGES = {"finetune": finetune.run, "index": index.run, "select": select.run, "evaluate": evaluate.run}
+_ADAPTER = "tests/test_adapters.py scores an adapter, on its factors and merged"
 # Beginnings of commands that are not run here -> why.
 NOT_RUN = {
   "setup": "tests/test_run_sh.py runs it with requirements of its own",
@@ -51,6 +52,8 @@ NOT_RUN = {
   "export": "tests/test_export.py runs it for every family",
   "interop": "it makes an environment of its own; tests/test_interop.py has its parts",
   "large_pools": "tests/test_index_rules.py runs its rules on a drawn pool",
+  "select --model=hf:path/to/llama --train_data=jsonl:mine.jsonl --checkpoint=path/to/adapter": _ADAPTER,
+  "select --model=hf:path/to/adapter": _ADAPTER,
   "select --flagfile=runs/mine/select/flags.txt": "it goes on from a run of another page",
   "select --flagfile=mine.flags --mesh=data:2,fsdp:8": "needs two machines with a shared folder",
   "select --flagfile=mine.flags --coordinator": "needs two processes; tests/test_processes.py starts them",
