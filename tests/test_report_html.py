@@ -209,7 +209,7 @@ def first_screen(run):
 
 def test_the_first_screen_answers_with_three_numbers():
   said = " ".join(first_screen(make_run(make_records(40))).split())
-  assert "Cannot tell: no model was retrained" in said
+  assert "Cannot tell: nothing in this run measures what the rule proponents is worth here." in said
   assert "examples kept 20 50.0% of 40 examples" in said and "duplicates 0 kept; 0 in the training set" in said
   row = retrain_row("mine") | {"to_random": 0.9, "to_random_low": 0.8, "to_random_high": 0.95}
   row |= {f"example_{name}": row[name] for name in ("to_random", "to_random_low", "to_random_high")}
