@@ -229,10 +229,15 @@ def spoken(message: Message) -> str:
   return "\n".join(filter(None, [message.get("reasoning_content", ""), message["content"], *calls]))
 
 
+def first_of(records: Sequence[Record]) -> np.ndarray:
+  """The place of the first record with the content of each, int64 [N]: the same number for copies."""
+  places: dict[str, int] = {}
+  return np.array([places.setdefault(record.content_key, at) for at, record in enumerate(records)], np.int64)
+
+
 def firsts(records: Sequence[Record]) -> np.ndarray:
   """Which records are the first of their content, bool [N]."""
-  seen: set[str] = set()
-  return np.array([not (record.content_key in seen or seen.add(record.content_key)) for record in records], bool)
+  return first_of(records) == np.arange(len(records))
 
 
 def drawn_share(records: Sequence[Record], share: float) -> list[Record]:

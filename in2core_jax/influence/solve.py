@@ -21,6 +21,11 @@ SOLVERS = ("lissa", "cg", "datainf", "identity", "ekfac", "low_rank", "exact")
 PRECONDITIONERS = ("none", "ekfac", "diagonal")
 
 
+def shares_space(solver: str, precondition: str, curvature: str) -> bool:
+  """Whether a solve finds the largest eigenvalue in its own steps (`ihvp.krylov`); words of `SolverSettings`."""
+  return solver == "cg" and precondition == "none" and curvature != "hessian"
+
+
 @dataclasses.dataclass(frozen=True)
 class SolverSettings:
   """Which inverse, and how.
@@ -71,8 +76,8 @@ class SolverSettings:
 
   @property
   def shares_space(self) -> bool:
-    """Whether the solve finds the largest eigenvalue in its own steps (`ihvp.krylov`)."""
-    return self.solver == "cg" and self.precondition == "none" and self.curvature != "hessian"
+    """Whether the solve finds the largest eigenvalue in its own steps."""
+    return shares_space(self.solver, self.precondition, self.curvature)
 
 
 def solve(

@@ -18,7 +18,6 @@ from in2core_jax.selection.warnings import selection_warnings
 
 log = logging.getLogger(__name__)
 
-
 _HARDLY_MATCHED = 0.1  # share of the way to the evaluation set's mean gradient below which it decides next to nothing
 
 

@@ -20,6 +20,7 @@ from in2core_jax.data import packing
 from in2core_jax.data.batches import Batch, rejected_starts
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.errors import UserError
+from in2core_jax.influence.solve import shares_space
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.objective import make_objective
 from in2core_jax.parallel import processes, sharding
@@ -149,7 +150,7 @@ def compiled_bytes(work: Work, shape: packing.PackedShape) -> int | None:
 def inverse_of(s: Settings, queries: int = 1) -> flop_counts.Inverse:
   """The solver that the flags ask for, as far as its cost depends on it."""
   solver = "identity" if s.trajectory != "none" else s.solver
-  apart = not (solver == "cg" and s.precondition == "none" and s.curvature != "hessian")
+  apart = not shares_space(solver, s.precondition, s.curvature)
   return flop_counts.Inverse(solver, s.curvature, s.depth, s.repeat, queries, math.isnan(s.damping), apart)
 
 

@@ -6,16 +6,15 @@ python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --bud
 import dataclasses
 import logging
 
-from in2core_jax.data import tokenizing
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import select_index
-from in2core_jax.pipeline.advice import of_selection, without_effect
+from in2core_jax.pipeline.advice import of_selection
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
 from in2core_jax.pipeline.select_outputs import add_forms
-from in2core_jax.pipeline.select_results import about_choice, rule_of, tell_selected, told, write_results
+from in2core_jax.pipeline.select_results import about_choice, note_inputs, rule_of, tell_selected, told, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
@@ -101,12 +100,8 @@ def open_folder(task: Task) -> Work:
 
 def score_examples(task: Task, work: Work) -> Scored:
   """Notes what goes in, then computes influence and loss of every training example."""
-  s, summary, chosen = task.settings, task.bench.splits.summary, task.chosen
-  log.info("\n%s", tokenizing.format_summary(summary, told=False))
-  work.run_dir.write_json("data_summary.json", summary)
-  work.run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.select --flagfile=THIS"])
-  for line in without_effect(s):
-    log.warning("%s", line)
+  s, chosen = task.settings, task.chosen
+  note_inputs(work.run_dir, task.bench.splits, s, s)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   return score(task.bench, s, chosen, work)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from in2core_jax.data import records, tokenizing
+from in2core_jax.data import records
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
 from in2core_jax.index import best, rules, store
@@ -20,7 +20,7 @@ from in2core_jax.influence import projected
 from in2core_jax.influence.index_pass import OnDevice
 from in2core_jax.parallel import processes
 from in2core_jax.pipeline import index, phases, scoring, select_results, shapes
-from in2core_jax.pipeline.advice import of_selection, without_effect
+from in2core_jax.pipeline.advice import of_selection
 from in2core_jax.pipeline.checks import budget_of, check_select
 from in2core_jax.pipeline.policy_inputs import NEAR, shown
 from in2core_jax.pipeline.select_outputs import add_forms
@@ -42,7 +42,8 @@ BY_INFLUENCE = tuple(name for name in coreset.SCORE_POLICIES if name != "highest
 NEAR_COPIES_UP_TO = 50_000  # examples; of more, copies alone are held to be alike
 TOP = 100  # examples of each query in query_top.parquet
 _OUTSIDE = 0.1  # share of the queries' squared lengths beyond the basis from which on it is told
-_FROM_INDEX = ("layers", "sketch_size", "loss_reduction", "dtype", "checkpoint", "model")
+# The seed is of the sketch there, of the choice here.
+_FROM_INDEX = tuple(name for name in index.MADE_WITH if name != "seed")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,12 +132,8 @@ def _identity(task: Task) -> dict:
 def _write(task: Task, work: Work, given: Settings) -> None:
   """Scores, chooses, writes."""
   s, bench, clock, run_dir = task.settings, task.bench, scoring.Clock(), work.run_dir
-  log.info("\n%s", tokenizing.format_summary(bench.splits.summary, told=False))
   bench.splits.write_skipped(run_dir)
-  run_dir.write_json("data_summary.json", bench.splits.summary)
-  run_dir.write_flags("flags.txt", given.as_flags(), ["python -m experiments.select --flagfile=THIS"])
-  for line in without_effect(s):
-    log.warning("%s", line)
+  select_results.note_inputs(run_dir, bench.splits, s, given)
   questions = questions_of(task)
   clock.lap("queries")
   scored, told_by = _scored(task, questions, work, clock)
@@ -212,8 +209,7 @@ def questions_of(task: Task) -> rules.Questions:
   arrays = _known(task.held.read_queries(), keys)
   if arrays is None:
     arrays = _computed(task, asked)
-  content: dict[str, int] = {}
-  copies = np.array([content.setdefault(evals.records[row].content_key, at) for at, row in enumerate(asked)])
+  copies = records.first_of([evals.records[row] for row in asked])
   block = Block(np.arange(len(asked)), *(arrays[name] for name in store.QUERY_NAMES))
   inside = np.sum(np.asarray(block.gradients, np.float64) ** 2, axis=1)
   outside = 1 - float(np.sum(inside) / max(np.sum(block.square, dtype=np.float64), np.finfo(np.float64).tiny))

@@ -113,6 +113,22 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
   }
 
 
+def note_inputs(run_dir: run_folder.RunDir, splits: Splits, s: Settings, given: Settings) -> None:
+  """Notes what goes in before anything is scored: the examples, the flags, and flags that change nothing.
+
+  Args:
+    run_dir: of the run.
+    splits: its examples.
+    s: the flags in force.
+    given: as they were given, for flags.txt.
+  """
+  log.info("\n%s", tokenizing.format_summary(splits.summary, told=False))
+  run_dir.write_json("data_summary.json", splits.summary)
+  run_dir.write_flags("flags.txt", given.as_flags(), ["python -m experiments.select --flagfile=THIS"])
+  for line in without_effect(s):
+    log.warning("%s", line)
+
+
 def tell_selected(
   s: Settings, train: tokenizing.TokenizedDataset, inputs: PolicyInputs, rows: np.ndarray, run_dir: run_folder.RunDir
 ) -> None:

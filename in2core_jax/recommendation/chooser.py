@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.data.records import firsts
+from in2core_jax.data.records import first_of, firsts
 from in2core_jax.evaluation.tries import DISTINCT, LONGEST, MATCHED
 from in2core_jax.pipeline import scoring
 from in2core_jax.pipeline.finetune import trainable_rows
@@ -103,9 +103,8 @@ class Chooser:
     inputs = inputs_of(train)
     if not copies_last:
       return coreset.select_rows("random", inputs, Budget(num_examples=self.size(budget)), seed)
-    keys = {}
-    first_of = np.array([keys.setdefault(record.content_key, row) for row, record in enumerate(train.records)])
-    return coreset.select_copies_last("random", inputs, Budget(num_examples=self.size(budget)), first_of, seed)
+    copies = first_of(train.records)
+    return coreset.select_copies_last("random", inputs, Budget(num_examples=self.size(budget)), copies, seed)
 
   def longest(self, budget: float) -> np.ndarray:
     """The longest responses."""
