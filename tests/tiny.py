@@ -308,7 +308,9 @@ def run_processes(program: str, arguments: list[list[str]]) -> list[tuple[int, s
   Each process has four devices. Returns (exit code, output) of each.
   """
   variables = child_environment(devices=4)
-  variables["PYTHONPATH"] += f"{os.pathsep}{pathlib.Path(__file__).parent}"
+  tests = pathlib.Path(__file__).parent
+  folders = sorted({file.parent for file in tests.rglob("*.py")})
+  variables["PYTHONPATH"] += "".join(f"{os.pathsep}{folder}" for folder in folders)
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": variables}
   started = [subprocess.Popen([sys.executable, "-c", program, *own], **pipes) for own in arguments]
   try:

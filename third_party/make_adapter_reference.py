@@ -1,4 +1,4 @@
-"""Makes the reference values of tests/test_adapters.py with PEFT, independently of in2core_jax.
+"""Makes the reference values of tests/model/test_adapters.py with PEFT, independently of in2core_jax.
 
 The base models are those of make_reference.py (reference/families.json), the numbers of the factors are drawn from a
 seed in the order of their names. Run it in an environment of its own, never in the project's:
@@ -7,7 +7,7 @@ seed in the order of their names. Run it in an environment of its own, never in 
     /tmp/reference/bin/pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
     /tmp/reference/bin/python third_party/make_adapter_reference.py
 
-With --written=DIR it loads the folders that `python tests/test_adapters.py DIR` wrote (a model and an adapter each)
+With --written=DIR it loads the folders (a model and an adapter each) that `tests/model/test_adapters.py DIR` wrote
 and says how far PEFT's logits are from ours. Written into third_party/reference/:
 
     adapters.json  for each adapter: its base, PEFT's adapter_config.json, names and shapes of its tensors, their seed

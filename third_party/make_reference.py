@@ -1,4 +1,4 @@
-"""Makes the reference values of tests/test_parity.py with PyTorch, independently of in2core_jax.
+"""Makes the reference values of tests/model/test_parity.py with PyTorch, independently of in2core_jax.
 
 Nothing of the package is imported: the GGUF file is dequantised by `gguf`, the tokenizer is built here from the file's
 vocabulary, and the numbers are those of transformers' own models in float32 (of the tiny ones in float64). Run it in
@@ -24,7 +24,7 @@ into third_party/reference/:
                    mean loss of each text, over all its tokens
     families.npz   their logits at the last positions [B, 4, V]; some entries of the gradients of the mean loss
                    "exported": the config.json of our exporter, which transformers reads as the same model
-    exports.json   folders that our exporter wrote (python tests/exported.py OUT, in the project's environment; then
+    exports.json   folders that our exporter wrote (tests/model/exported.py OUT, in the project's environment; then
                    --exports=OUT here), as transformers read them: config.json, checksum of the tensors, token ids
     exports.npz    their logits [B, T, V]
 """
@@ -617,7 +617,7 @@ def main() -> None:
   parser.add_argument("--gguf", type=pathlib.Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
   parser.add_argument("--gemma", type=pathlib.Path, help="gemma-3-270m-q4_k_m.gguf, its parts put together")
   parser.add_argument("--families", action="store_true", help="make the values of families.json only")
-  parser.add_argument("--exports", type=pathlib.Path, help="folder of exported folders, from tests/exported.py")
+  parser.add_argument("--exports", type=pathlib.Path, help="folder of exported folders, from tests/model/exported.py")
   arguments = parser.parse_args()
   OUT.mkdir(exist_ok=True)
   torch.set_grad_enabled(False)

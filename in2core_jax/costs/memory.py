@@ -2,7 +2,7 @@
 
 Arrays that live between programs are counted leaf by leaf under the partition rules. What a program needs while it runs
 is estimated (`program_bytes`): what reverse mode keeps of a layer is read off the traced layer itself, the rest is a
-short sum. Compiled programs of a tiny model come out within a third of it (`tests/test_costs.py`).
+short sum. Compiled programs of a tiny model come out within a third of it (`tests/costs/test_costs.py`).
 
 Letters: W rows of a batch, T tokens of a row, D width, V vocabulary, H query heads, I inner width of the MLP, P size of
 the subtree, Q queries, M filled response slots, k chosen layers.

@@ -18,7 +18,7 @@ training is lucky on some examples). They are measured apart:
 Squared half widths add up (as in the "method of variance estimates recovery"): with a few trainings Satterthwaite's
 single t is too short where a small V_S came out by chance. V_I counts once, where its degrees of freedom are many.
 Simulations with a known truth, 26 to 400 test examples and 2 to 5 trainings, cover the truth in 93 to 99 of 100 cases
-(tests/test_paired.py); an interval over seeds alone covers it in 44 to 98, one over examples alone in 9 to 98.
+(test_paired.py); an interval over seeds alone covers it in 44 to 98, one over examples alone in 9 to 98.
 
 A group of test examples is drawn as a whole: copies, near copies, perhaps a topic. The degrees of freedom of V_E are
 those of unequal shares f_c, (sum f_c^2)^2 / sum f_c^4 - 1: where a few long responses hold most of the tokens, they

@@ -9,7 +9,7 @@ each other. Comparisons with full data have the same level. A rule has to pass b
 At such levels Student's t of two or three trainings is endless. All candidates are trained by one recipe, so each
 takes the larger of its own spread over trainings and that of all candidates, with the degrees of freedom of all.
 Simulations with a known truth, in which random sets spread twice as far as rules, call a rule better that is not in
-less than 5 of 100 trials (tests/test_recommend.py).
+less than 5 of 100 trials (tests/recommendation/test_recommend.py).
 
 Letters: N evaluation examples, S trainings of a candidate, m tries. NumPy and SciPy only.
 """

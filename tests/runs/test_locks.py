@@ -17,7 +17,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.runs import files, locks
 from in2core_jax.runs.run_folder import RunDir
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from in2core_jax.runs import locks

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import _tree_cache, constants
+from test_weights import CONFIG, make_params
+from tiny import make_tokenizer
 
 from in2core_jax.data import hub
 from in2core_jax.data.sources import load_records, name_of
 from in2core_jax.data.tokenizing import data_summary, tokenize, told_lines
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
-from tests.test_weights import CONFIG, make_params
-from tests.tiny import make_tokenizer
 
 OLD, NEW = "a" * 40, "b" * 40
 

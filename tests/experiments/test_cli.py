@@ -14,7 +14,7 @@ from experiments import cli, output
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import logging, os, signal, sys, time
 from absl import flags

@@ -23,7 +23,7 @@ from in2core_jax.estimate import dry_run
 from in2core_jax.pipeline import evaluate, finetune, index, select
 
 quick_compile = tiny.quick_compile
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _spec = importlib.util.spec_from_file_location("docs_check_docs", ROOT / "docs" / "check_docs.py")
 sys.modules[_spec.name] = check_docs = importlib.util.module_from_spec(_spec)
@@ -38,25 +38,25 @@ KINDS = {
   "study": StudySettings,
 }
 STAGES = {"finetune": finetune.run, "index": index.run, "select": select.run, "evaluate": evaluate.run}
-_ADAPTER = "tests/test_adapters.py scores an adapter, on its factors and merged"
+_ADAPTER = "tests/model/test_adapters.py scores an adapter, on its factors and merged"
 # Beginnings of commands that are not run here -> why.
 NOT_RUN = {
   "setup": "tests/test_run_sh.py runs it with requirements of its own",
   "test": "it is what runs this test",
   "docs": "the build of the documentation is a part of the continuous integration",
-  "oracle": "tests/test_oracle.py runs it",
-  "solvers": "tests/test_solvers.py runs it on a slice",
-  "kill_test": "tests/test_resume.py runs it on a slice",
-  "check": "tests/test_check.py runs it, on one device and on two",
-  "recommend": "tests/test_recommend.py runs it on a slice",
-  "export": "tests/test_export.py runs it for every family",
-  "interop": "it makes an environment of its own; tests/test_interop.py has its parts",
-  "large_pools": "tests/test_index_rules.py runs its rules on a drawn pool",
+  "oracle": "tests/experiments/test_oracle.py runs it",
+  "solvers": "tests/experiments/test_solvers.py runs it on a slice",
+  "kill_test": "tests/pipeline/test_resume.py runs it on a slice",
+  "check": "tests/experiments/test_check.py runs it, on one device and on two",
+  "recommend": "tests/recommendation/test_recommend.py runs it on a slice",
+  "export": "tests/pipeline/test_export.py runs it for every family",
+  "interop": "it makes an environment of its own; tests/experiments/test_interop.py has its parts",
+  "large_pools": "tests/index/test_index_rules.py runs its rules on a drawn pool",
   "select --model=hf:path/to/llama --train_data=jsonl:mine.jsonl --checkpoint=path/to/adapter": _ADAPTER,
   "select --model=hf:path/to/adapter": _ADAPTER,
   "select --flagfile=runs/mine/select/flags.txt": "it goes on from a run of another page",
   "select --flagfile=mine.flags --mesh=data:2,fsdp:8": "needs two machines with a shared folder",
-  "select --flagfile=mine.flags --coordinator": "needs two processes; tests/test_processes.py starts them",
+  "select --flagfile=mine.flags --coordinator": "needs two processes; tests/parallel/test_processes.py starts them",
   "select --flagfile=mine.flags --mesh=data:4,fsdp:4": "needs TPUs and a bucket",
 }
 SLICE = (

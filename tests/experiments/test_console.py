@@ -9,7 +9,7 @@ import pytest
 
 from experiments import console
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments):

@@ -260,7 +260,7 @@ def test_shards_hold_consecutive_rows_and_are_computed_once(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
 import test_projected as t
 store, rename, count = t.plain_store({path!r}, **t.SMALL), os.replace, 0
 
@@ -277,8 +277,10 @@ t.fill(store)
 
 
 def test_killed_in_a_write_and_resumed_gives_the_same_bytes(tmp_path):
-  tests = Path(__file__).parent
-  script = KILLED.format(root=str(tests.parent), tests=str(tests), path=str(tmp_path / "killed"))
+  tests = Path(__file__).parents[1]
+  script = KILLED.format(
+    root=str(tests.parent), tests=str(tests), here=str(Path(__file__).parent), path=str(tmp_path / "killed")
+  )
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert done.returncode == -signal.SIGKILL, done.stderr
   left = sorted(file.name for file in (tmp_path / "killed/projected").iterdir())

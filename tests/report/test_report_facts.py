@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_run import make_record, make_records, make_run, make_summary
 
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.report import answer, charts, facts, findings, near_duplicates
 from in2core_jax.report.plots import figure_bytes, score_edges
 from in2core_jax.runs.run_folder import RunDir
-from tests.made_run import make_record, make_records, make_run, make_summary
 
 # ------------------------------------------------------------------------------------------------- near copies
 

@@ -189,7 +189,7 @@ def test_killed_writer_leaves_whole_files(tmp_path):
     "while True:\n  i += 1\n  files.write_text(sys.argv[1], str(i % 10) * 200000)\n  print(i, flush=True)"
   )
   for _ in range(3):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     arguments = [sys.executable, "-c", program, str(tmp_path / "f")]
     process = subprocess.Popen(arguments, cwd=root, stdout=subprocess.PIPE)
     process.stdout.readline()

@@ -5,12 +5,12 @@ import json
 import os
 
 import pytest
+from tiny import make_tokenizer
 
 from in2core_jax.data.records import BadRecords, Item, content_key, to_records
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.tokenizing import data_summary, format_summary, tokenize, told_lines
 from in2core_jax.errors import UserError
-from tests.tiny import make_tokenizer
 
 
 def read(value, fields=None):

@@ -18,7 +18,7 @@ from in2core_jax.model import decoder, weights
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import subtree
 
-REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
+REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "reference"
 PROMPTS = json.loads((REFERENCE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
 GEMMA3_PROMPTS = json.loads((REFERENCE / "gemma3_prompts.json").read_text(encoding="utf-8"))["prompts"]
 TINY = json.loads((REFERENCE / "tiny.json").read_text(encoding="utf-8"))

@@ -4,17 +4,17 @@ import collections
 import json
 import re
 
+import browser
 import numpy as np
 import pytest
+from browser import needs_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_run import make_record, make_records, make_run, make_summary
 
 from in2core_jax.data.records import Record
 from in2core_jax.errors import printable
 from in2core_jax.report import findings, html_page
-from tests import browser
-from tests.browser import needs_browser
-from tests.made_run import make_record, make_records, make_run, make_summary
 
 ATTACK = "document.title='hacked';document.documentElement.setAttribute('data-hacked','1')"
 HOSTILE = (

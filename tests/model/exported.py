@@ -1,9 +1,9 @@
 """Small models of every family as our reader read them and our exporter writes them.
 
-    python tests/exported.py OUT
+    PYTHONPATH=.:tests python tests/model/exported.py OUT
 
 writes their folders for third_party/make_reference.py --exports=OUT, which reads them with transformers; the tests make
-the same folders again and compare (tests/test_parity.py).
+the same folders again and compare (tests/model/test_parity.py).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from test_weights import GEMMA3_IN_GGUF, VARIANTS, write_gguf
 
 from in2core_jax.model import weights
 
-REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
+REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "reference"
 TINY = json.loads((REFERENCE / "tiny.json").read_text(encoding="utf-8"))
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 5], "temperature": 0.5, "do_sample": True}
 GGUF = ("gguf-llama", "gguf-gemma3")

@@ -23,7 +23,7 @@ from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget
 from in2core_jax.training.recipe import steps_for
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {field.name: field for field in flags.every_field()}
 NUMERIC = [name for name, field in FIELDS.items() if field.metadata["kind"] in (int, float)] + ["batch_tokens"]
 LISTS = [name for name, field in FIELDS.items() if field.metadata["each"]]

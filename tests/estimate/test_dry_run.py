@@ -23,7 +23,7 @@ from in2core_jax.runs import run_folder
 quick_compile = tiny.quick_compile
 # As large a vocabulary as in real models, of which memory is a matter.
 CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=49152)
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def settings_of(folder, **changes):

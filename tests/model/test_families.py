@@ -23,7 +23,7 @@ from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.objective import head_ggn, token_nll
 from in2core_jax.params import subtree
 
-REFERENCE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "reference"
+REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "third_party" / "reference"
 MODELS = json.loads((REFERENCE / "families.json").read_text(encoding="utf-8"))
 PICKED = 12  # as in make_reference.py
 
@@ -350,7 +350,7 @@ def test_the_table_of_families_is_that_of_the_tests():
 
   text = families_table.DOC.read_text(encoding="utf-8")
   for row in families_table.rows():
-    assert f"\n{row}" in text, "run python tests/families_table.py"
+    assert f"\n{row}" in text, "run tests/model/families_table.py"
   assert families_table.known() in text and families_table.gguf_kinds() in text
 
 

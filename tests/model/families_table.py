@@ -1,9 +1,9 @@
 """Writes the table of docs/models.md: every family, and how far our numbers are from PyTorch's.
 
-    python tests/families_table.py
+    PYTHONPATH=.:tests:tests/model python tests/model/families_table.py
 
-The columns about reading and writing are those that tests/test_families.py and tests/test_parity.py hold; the errors
-are measured here. A test compares all columns but the errors with the committed table.
+The columns about reading and writing are those that test_families.py and test_parity.py hold; the errors are measured
+here. A test compares all columns but the errors with the committed table.
 """
 
 import json
@@ -23,7 +23,7 @@ from in2core_jax.model.families import FAMILIES, TEXT_PARTS
 from in2core_jax.model.gguf_config import ARCHITECTURES
 from in2core_jax.model.gguf_cuts import CUTS
 
-DOC = pathlib.Path(__file__).resolve().parent.parent / "docs" / "models.md"
+DOC = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models.md"
 HEAD = "| reference model | `model_type` | config | weights | GGUF | export | loss | logits | gradient |\n"
 HEAD += "|---" * 9 + "|"
 # Reference model -> architecture of the GGUF files that are read as the same model.

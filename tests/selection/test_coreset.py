@@ -460,7 +460,7 @@ REASONS = {
 
 
 def test_the_example_of_the_page_on_new_rules_is_a_rule(monkeypatch):
-  page = (pathlib.Path(__file__).parents[1] / "docs/howto/add-a-rule.md").read_text()
+  page = (pathlib.Path(__file__).parents[2] / "docs/howto/add-a-rule.md").read_text()
   [block] = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
   names = dict(vars(coreset))
   exec(block, names)

@@ -23,7 +23,7 @@ from in2core_jax.evaluation import coverage
 from in2core_jax.pipeline import session
 from in2core_jax.runs import stopping
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Stands for an experiment: counts its starts, keeps a file from start to start, writes a table and its devices.
 CHILD = """
 import json, pathlib, sys
