@@ -21,7 +21,7 @@ from experiments.study.study import bench_of
 from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.data import records, tokenizing
-from in2core_jax.data.sources import name_of
+from in2core_jax.data.sources import name_of, names_of
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline import finetune
@@ -441,7 +441,7 @@ def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Targ
 
 
 def _sources(bench: Session) -> str:
-  names = [pathlib.PurePath(name_of(record)).name for record in bench.splits["train"].records]
+  names = [pathlib.PurePath(name).name for name in names_of(bench.splits["train"].records)]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

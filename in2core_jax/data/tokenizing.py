@@ -13,24 +13,24 @@ spells a control token, that is tokenised as plain characters (`quoting`).
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from in2core_jax.data import media, ragged
+from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.hub import commits_of
-from in2core_jax.data.records import BadRecords, Record, shorten
+from in2core_jax.data.records import BadRecords, Record, content_keys, first_pair, first_plain, ids_of, topics_of
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
+from in2core_jax.data.summaries import data_summary, format_summary, told_lines
 from in2core_jax.data.template_program import TemplateRefusal
-from in2core_jax.errors import UserError, printable, told_by_tokenizers
+from in2core_jax.errors import UserError, told_by_tokenizers
 
 __all__ = [
   "Record",
@@ -39,10 +39,10 @@ __all__ = [
   "format_summary",
   "load_records",
   "split_records",
+  "told_lines",
   "tokenize",
 ]
 
-_MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 _LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
 
@@ -55,7 +55,7 @@ class TokenizedDataset:
 
   Attributes:
     name: of the part: "train", "eval", "test".
-    records: the N records.
+    records: the N records; those of a data source lie on the disk.
     tokens: int32 [T_i] of each example.
     response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
       Never True at t = 0.
@@ -67,7 +67,7 @@ class TokenizedDataset:
   """
 
   name: str
-  records: tuple[Record, ...]
+  records: Sequence[Record]
   tokens: Sequence[np.ndarray]
   response_mask: Sequence[np.ndarray]
   truncated: np.ndarray
@@ -78,22 +78,29 @@ class TokenizedDataset:
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
     if len(sizes) != 1:
       raise ValueError(f"{self.name}: records, tokens, response_mask and truncated differ in length: {sorted(sizes)}")
-    for record, tokens, mask in zip(self.records, self.tokens, self.response_mask, strict=True):
-      if tokens.shape != mask.shape or (len(mask) and mask[0]):
-        raise ValueError(f"{self.name}: example {record.example_id!r} has a response mask that does not fit its tokens")
+    wrong = self.num_tokens != ragged.lengths_of(self.response_mask)
+    wrong |= ragged.firsts_of(self.response_mask)
+    if wrong.any():
+      one = self.ids[int(np.argmax(wrong))]
+      raise ValueError(f"{self.name}: example {one!r} has a response mask that does not fit its tokens")
 
   def __len__(self) -> int:
     return len(self.records)
 
   @property
-  def ids(self) -> tuple[str, ...]:
+  def ids(self) -> Sequence[str]:
     """The example ids, in order."""
-    return tuple(record.example_id for record in self.records)
+    return ids_of(self.records)
 
   @property
   def topics(self) -> tuple[str, ...]:
     """The topic of each example, "" where it has none."""
-    return tuple(record.topic for record in self.records)
+    return topics_of(self.records)
+
+  @property
+  def content_keys(self) -> list[str]:
+    """`Record.content_key` of each example."""
+    return content_keys(self.records)
 
   @property
   def num_tokens(self) -> np.ndarray:
@@ -116,7 +123,7 @@ class TokenizedDataset:
     rows = np.asarray(rows, np.int64).reshape(-1)
     return TokenizedDataset(
       self.name,
-      tuple(self.records[i] for i in rows),
+      ragged.taken(self.records, rows),
       ragged.taken(self.tokens, rows),
       ragged.taken(self.response_mask, rows),
       self.truncated[rows],
@@ -127,7 +134,7 @@ class TokenizedDataset:
 
 def split_records(
   records: Sequence[Record], fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-) -> tuple[list[Record], list[Record], list[Record]]:
+) -> tuple[Sequence[Record], Sequence[Record], Sequence[Record]]:
   """Splits the records into train, eval and test by a hash of their content.
 
   A record's part depends on its messages alone: not on its neighbours, its order or its id, so a grown file keeps its
@@ -145,12 +152,11 @@ def split_records(
   """
   if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
     raise UserError(f"fractions={tuple(fractions)} must be three shares of at least 0 that add up to 1")
-  parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
-  for record in records:
-    digest = hashlib.sha256(f"split/{record.content_key}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(record)
-  return parts
+  number = np.zeros(len(records), np.int8)
+  for row, key in enumerate(content_keys(records)):
+    place = int.from_bytes(hashlib.sha256(f"split/{key}".encode()).digest()[:8], "big") / 2**64
+    number[row] = 0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2
+  return tuple(ragged.taken(records, np.flatnonzero(number == part)) for part in range(3))
 
 
 def tokenize(
@@ -189,17 +195,17 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
-  if any(record.rejected for record in records):
+  if not isinstance(records, _Side) and first_pair(records) is not None:
     more = {"vocab_size": vocab_size, "date": date, "bad": bad, "on_chunk": on_chunk}
     return _pairs(records, name, lambda some: tokenize(some, tokenizer, max_length, system_prompt, name, **more))
   render = Renderer(tokenizer, system_prompt, date)
-  kept, truncated = [], []
+  kept, truncated = array.array("q"), array.array("b")
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for start in range(0, len(records), _CHUNK):
-    done = list(_rendered(render, records[start : start + _CHUNK], bad))
-    texts = [rendered.text for _, rendered in done]
-    encodings = _encoded(tokenizer, texts, [record for record, _ in done], max_length)
-    for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
+    done = list(_rendered(render, records[start : start + _CHUNK], bad, start))
+    texts = [rendered.text for _, _, rendered in done]
+    encodings = _encoded(tokenizer, texts, [record for _, record, _ in done], max_length)
+    for (row, record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
           with told_by_tokenizers(_no_tokens(record)):
@@ -210,13 +216,15 @@ def tokenize(
           continue
       if vocab_size is not None and ids and max(ids) >= vocab_size:
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
-      kept.append(record)
+      kept.append(row)
       tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-    on_chunk(len(records[start : start + _CHUNK]))
-  parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
-  dataset = TokenizedDataset(name, *parts, render.told())
+    on_chunk(min(_CHUNK, len(records) - start))
+  whole = len(kept) == len(records) and not isinstance(records, list)
+  there = records if whole else ragged.taken(records, np.array(kept, np.int64))
+  found = tokens.done()
+  dataset = TokenizedDataset(name, there, found, masks.done(beside=found), np.array(truncated, bool), render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
@@ -241,17 +249,16 @@ def _pairs(
   Raises:
     UserError: not all of them are pairs, or what `tokenize` refuses.
   """
-  plain = next((record for record in records if not record.rejected), None)
+  plain = first_plain(records)
   if plain is not None:
     raise UserError(
-      f"the {name} set has conversations ({plain.place}) and preference pairs "
-      f"({next(record for record in records if record.rejected).place}): they have different losses; keep one kind"
+      f"the {name} set has conversations ({plain.place}) and preference pairs ({first_pair(records).place}): they have "
+      "different losses; keep one kind"
     )
-  given = {record.example_id: record for record in records}
-  chosen = side([dataclasses.replace(record, rejected=()) for record in records])
-  left = [given[one] for one in chosen.ids]
-  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
-  places = {record.example_id: row for row, record in enumerate(chosen.records)}
+  chosen = side(_Side(records, lambda record: dataclasses.replace(record, rejected=())))
+  other = lambda record: dataclasses.replace(record, messages=record.rejected, rejected=())  # noqa: E731
+  rejected = side(_Side(chosen.records.pairs, other))
+  places = {one: row for row, one in enumerate(chosen.ids)}
   chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for ours, theirs, won, lost in zip(
@@ -260,15 +267,37 @@ def _pairs(
     differ = won.any() and lost.any() and not np.array_equal(ours, theirs)
     tokens.append(np.concatenate([ours, theirs]))
     masks.append(np.concatenate([won, lost]) & differ)
+  found = tokens.done()
   return TokenizedDataset(
     name,
-    tuple(given[one] for one in chosen.ids),
-    tokens.done(),
-    masks.done(),
+    chosen.records.pairs,
+    found,
+    masks.done(beside=found),
     chosen.truncated | rejected.truncated,
     _both_told(chosen.template, rejected.template),
-    np.array([len(ours) for ours in chosen.tokens], np.int64),
+    chosen.num_tokens.astype(np.int64),
   )
+
+
+class _Side(Sequence):
+  """One side of preference pairs, as records of conversations; made when they are asked for.
+
+  Attributes:
+    pairs: the whole pairs.
+  """
+
+  def __init__(self, pairs: Sequence[Record], side: Callable[[Record], Record]):
+    self.pairs, self._side = pairs, side
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def __getitem__(self, index):
+    return [*map(self._side, self.pairs[index])] if isinstance(index, slice) else self._side(self.pairs[index])
+
+  def take(self, rows: np.ndarray) -> _Side:
+    """Some of them."""
+    return _Side(ragged.taken(self.pairs, rows), self._side)
 
 
 def _both_told(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
@@ -334,11 +363,13 @@ def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, token
   )
 
 
-def _rendered(render: Renderer, records: Sequence[Record], bad: BadRecords | None) -> Iterator[tuple[Record, Rendered]]:
-  """The records with their renderings, but for those that are refused."""
-  for record in records:
+def _rendered(
+  render: Renderer, records: Sequence[Record], bad: BadRecords | None, start: int
+) -> Iterator[tuple[int, Record, Rendered]]:
+  """(row, record, its rendering), rows from `start` on, but for those that are refused."""
+  for row, record in enumerate(records, start):
     try:
-      yield record, render(record)
+      yield row, record, render(record)
     except TemplateRefusal as refusal:
       _refuse(record, refusal, bad)
 
@@ -380,114 +411,3 @@ def _response_mask(
         mask[i] |= start < end and not text[low:start].strip() and bool(text[start : min(high, end)].strip())
   mask[:1] = False  # nothing comes before the first token that could predict it
   return mask
-
-
-def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
-  """Counts what a person should see before training.
-
-  Args:
-    parts: data sets by name, in the order train, eval, test.
-
-  Returns:
-    `parts[name]`: examples, tokens, response_tokens, truncated, empty_responses (no response token is left),
-    duplicates (examples whose messages occurred before in the same part), topics {topic: examples}.
-    `overlap["train/eval"]` and so on: same_messages, same_prompt: how many examples of the second part have messages,
-    or a prompt, that also occur in the first.
-    `template`, only where there is something to tell: `date` that the template prints, `changes[name]`: what stands in
-    the records and is rendered otherwise or not at all, {words: turns}, `alike[name]`: records that differ, of which
-    the template makes one text.
-    `hub`, only where there are some: the commits that data sets of the Hub are of.
-    `unread_keys`, only where there are some: {key that nobody reads: {"count": records, "first": place}}.
-  """
-  summary: dict[str, Any] = {"parts": {}, "overlap": {}}
-  keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
-  prompts = {name: [record.prompt_key for record in part.records] for name, part in parts.items()}
-  for name, part in parts.items():
-    responses = part.num_response_tokens
-    summary["parts"][name] = {
-      "examples": len(part),
-      "tokens": int(part.num_tokens.sum(dtype=np.int64)),
-      "response_tokens": int(responses.sum(dtype=np.int64)),
-      "truncated": int(part.truncated.sum()),
-      "empty_responses": int((responses == 0).sum()),
-      "duplicates": len(part) - len(set(keys[name])),
-      "topics": dict(collections.Counter(part.topics).most_common()),
-    }
-  for first, second in itertools.combinations(parts, 2):
-    known, known_prompts = set(keys[first]), set(prompts[first])
-    summary["overlap"][f"{first}/{second}"] = {
-      "same_messages": sum(key in known for key in keys[second]),
-      "same_prompt": sum(key in known_prompts for key in prompts[second]),
-    }
-  unread: dict[str, dict[str, Any]] = {}
-  for record in (record for part in parts.values() for record in part.records):
-    for key in record.unread:
-      unread.setdefault(key, {"count": 0, "first": record.place})["count"] += 1
-  summary |= {"unread_keys": unread} if unread else {}
-  commits = commits_of(record.source for part in parts.values() for record in part.records)
-  summary |= {"hub": commits} if commits else {}
-  dates = [part.template["date"] for part in parts.values() if "date" in part.template]
-  template: dict[str, Any] = {"date": dates[0]} if dates else {}
-  for key in ("changes", "alike"):
-    found = {name: part.template[key] for name, part in parts.items() if key in part.template}
-    template |= {key: found} if found else {}
-  return summary | ({"template": template} if template else {})
-
-
-def told_lines(summary: dict[str, Any]) -> list[str]:
-  """What a `data_summary` has to tell of data that is not used, or not as it stands; one sentence each."""
-  template, lines = summary.get("template", {}), []
-  if "halved" in summary:
-    lines.append(summary["halved"])
-  if "skipped_records" in summary:
-    skipped = summary["skipped_records"]
-    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
-    lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
-  unread = summary.get("unread_keys", {})
-  for key, found in list(unread.items())[:_MOST_KEYS]:
-    if key.endswith(media.IN_A_TEXT):
-      lines.append(
-        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
-        f"{found['first']}, and is learnt as plain text: images, audio and video cannot be read"
-      )
-      continue
-    lines.append(
-      f"the key {key[:120]!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it "
-      "says is no part of the conversation"
-    )
-  if len(unread) > _MOST_KEYS:
-    lines.append(f"and {len(unread) - _MOST_KEYS:,} more keys are not read: data_summary.json names all of them")
-  lines += [
-    f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
-  ]
-  if "date" in template:
-    lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
-  for name, changes in template.get("changes", {}).items():
-    counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
-    lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")
-  for name, count in template.get("alike", {}).items():
-    lines.append(f"{name}: {count:,} examples that differ become equal to another one by this")
-  return lines
-
-
-def format_summary(summary: dict[str, Any], max_topics: int = 6, told: bool = True) -> str:
-  """Formats a `data_summary` as a small text table; `told`: with the sentences of `told_lines`."""
-  columns = ("examples", "tokens", "response_tokens", "truncated", "empty_responses", "duplicates")
-  rows = [("part", *(column.replace("_", " ") for column in columns))]
-  rows += [(name, *(f"{part[column]:,}" for column in columns)) for name, part in summary["parts"].items()]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = [
-    "  ".join(
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    for row in rows
-  ]
-  for name, part in summary["parts"].items():
-    named = [(shorten(topic, 60) or "(none)", count) for topic, count in part["topics"].items()]
-    if len(named) > 1 or (named and named[0][0] != "(none)"):
-      more = f", and {len(named) - max_topics} more" if len(named) > max_topics else ""
-      lines.append(f"{name} topics: " + ", ".join(f"{t} {n:,}" for t, n in named[:max_topics]) + more)
-  for pair, counts in summary["overlap"].items():
-    lines.append(f"overlap {pair}: {counts['same_messages']:,} same messages, {counts['same_prompt']:,} same prompt")
-  return "\n".join([*lines, *map(printable, told_lines(summary) if told else ())])

@@ -12,6 +12,7 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
+from in2core_jax.data.records import Raws
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
@@ -229,7 +230,7 @@ def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   numbers += len(train) * (len(evals) + 2) if s.writes("query") else 0
   numbers += int(train.num_response_tokens.sum()) * 8 if s.writes("token") else 0
   numbers += len(train) * bench.model.config.num_layers * 2 if s.writes("layer") else 0
-  texts = sum(len(record.raw) for record in train.records)
+  texts = sum(map(len, Raws(train.records)))
   return Phase("select", phases.RESULTS, disk=FLOAT * numbers + texts)
 
 
