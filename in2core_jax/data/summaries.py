@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,17 +13,14 @@ from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import content_digests, prompt_digests, shorten, sources_of, with_unread
 from in2core_jax.errors import printable
 
-if TYPE_CHECKING:
-  from in2core_jax.data.tokenizing import TokenizedDataset
-
 _MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 
 
-def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
+def data_summary(parts: dict[str, Any]) -> dict[str, Any]:
   """Counts what a person should see before training.
 
   Args:
-    parts: data sets by name, in the order train, eval, test.
+    parts: data sets (`tokenizing.TokenizedDataset`) by name, in the order train, eval, test.
 
   Returns:
     `parts[name]`: examples, tokens, response_tokens, truncated, empty_responses (no response token is left),

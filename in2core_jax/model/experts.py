@@ -51,8 +51,9 @@ def blocks(batch: int, length: int, per_token: int, experts: int) -> Blocks | No
   pairs = tokens * per_token
   rows = min(_MOST, max(_LEAST, 2 ** int(math.log2(max(1, pairs / (4 * experts))))))
   count = -(-pairs // rows) + experts
-  together = min(count, max(1, experts // groups))
-  count = -(-count // together) * together
+  chunks = -(-count // max(1, experts // groups))  # each with the matrices of about one layer, over all groups
+  together = -(-count // chunks)
+  count = chunks * together
   return Blocks(groups, rows, count, together) if count * rows <= _WORTH * tokens * experts else None
 
 

@@ -197,17 +197,21 @@ def test_devices_that_share_experts_compute_the_same(count):
   tiny.assert_trees_close(run(*placed, sharding.place_batch(t.batch._replace(slots=None), mesh)), alone, 2e-5)
 
 
-def test_flops_and_sizes_count_every_expert():
+def test_sizes_count_every_expert_and_flops_those_of_a_token():
   config = tiny.make_config(**OPTIONS)
   params = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
   sizes = flop_counts.matrix_sizes(params, subtree.make_subtree(params, "last:1", "experts"))
   assert sizes.chosen == sizes.subtree == 4 * 3 * 12 * 14 and len(sizes.matrices) == 12
   assert sizes.below == sizes.above == 2 * 24 * 12 + 2 * 12 * 12 + 12 * 4 + 4 * 3 * 12 * 14
+  own = flop_counts.matrix_sizes(params, subtree.make_subtree(params, "last:1", "experts"), 0.25)
+  assert own.chosen == sizes.chosen and own.computed.chosen == sizes.chosen / 4
+  assert own.computed.above == sizes.above - 0.75 * sizes.chosen == own.computed.below
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jvp", "ggn"])
-def test_flops_are_xlas_within_six_per_cent(kind):
+def test_flops_are_xlas_within_six_per_cent(kind, monkeypatch):
+  monkeypatch.setattr(experts, "blocks", lambda *_: None)
   config = tiny.make_config(hidden_size=96, intermediate_size=128, num_heads=4, head_dim=24, **OPTIONS)
   t = tiny.make_tiny("1", "all", jnp.float32, config)
   batch = tiny.make_batch(config, num_tokens=32, num_responses=12)
@@ -241,7 +245,7 @@ def test_a_tokens_experts_alone_give_what_all_of_them_give(x64, monkeypatch):
   changes = {"hidden_size": 6, "intermediate_size": 5, "num_layers": 1, "num_experts": 9, "experts_per_token": 2}
   config = tiny.smaller_config(**(OPTIONS | changes), norm_gates=True)
   mlp = jax.tree.map(lambda leaf: leaf[0], tiny.make_params(config, jnp.float64)["layers"]["mlp"])
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 40, 6)))
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 80, 6)))
   direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), mlp)
 
   def derivatives():
@@ -255,8 +259,9 @@ def test_a_tokens_experts_alone_give_what_all_of_them_give(x64, monkeypatch):
 
     return jax.jit(every)(mlp, x)
 
-  cut = experts.blocks(6, 40, 2, 9)
-  assert cut.groups == 2 and cut.count > cut.together and experts.blocks(1, 40, 2, 9) and experts.share(6, 40, 2, 9) < 0.7
+  cut = experts.blocks(6, 80, 2, 9)
+  assert cut.groups == 2 and cut.count > cut.together and experts.share(6, 80, 2, 9) < 0.7
+  assert experts.blocks(1, 80, 2, 9), "also when it is mapped over examples"
   found = derivatives()
   monkeypatch.setattr(experts, "blocks", lambda *_: None)
   for got, want in zip(found, derivatives(), strict=True):
