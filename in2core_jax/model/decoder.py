@@ -259,10 +259,22 @@ class Mixture(nn.Module):
     there = self.variables.get("params", {})
     if cut is None or not all(there.get(name, {"core": None}).keys() <= {"experts", "expert_bias"} for name in sizes):
       inner = gated(c, project("gate_proj", x), project("up_proj", x))
-      return jnp.einsum("beto,bte->bto", project("down_proj", inner), gates)
-    weights = {name: project(name) for name in sizes}
-    outputs = experts.apply(cut, functools.partial(_expert_mlp, c), weights, x, chosen)
-    return jnp.einsum("btkd,btk->btd", outputs, jnp.take_along_axis(gates, chosen, axis=-1))
+      mixed = jnp.einsum("beto,bte->bto", project("down_proj", inner), gates)
+    else:
+      weights = {name: project(name) for name in sizes}
+      outputs = experts.apply(cut, functools.partial(_expert_mlp, c), weights, x, chosen)
+      mixed = jnp.einsum("btkd,btk->btd", outputs, jnp.take_along_axis(gates, chosen, axis=-1))
+    return mixed + self._shared(x) if c.shared_size else mixed
+
+  def _shared(self, x):
+    """What the MLP adds that every token goes through."""
+    c = self.config
+    project = lambda features, name: Projection(features, name=f"shared_{name}")  # noqa: E731
+    inner = gated(c, project(c.shared_size, "gate_proj")(x), project(c.shared_size, "up_proj")(x))
+    y = project(c.hidden_size, "down_proj")(inner)
+    if not c.shared_gate:
+      return y
+    return y * nn.sigmoid(project(1, "router")(x).astype(accumulation_dtype(x.dtype))).astype(x.dtype)
 
 
 def _expert_mlp(config: ModelConfig, weights, x):

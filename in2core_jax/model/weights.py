@@ -366,7 +366,7 @@ def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
   mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
-  layer = 2 * heads * width + mlps * width * config.intermediate_size
+  layer = 2 * heads * width + mlps * width * config.intermediate_size + 3 * width * config.shared_size
   count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
   need, there = count * dtype.itemsize, host_bytes()
   if need > there:
