@@ -253,11 +253,13 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
   family = FAMILIES[config.model_type]
   pieces = fused_pieces(family.fused, stored, _shapes(config), family.paired)
 
-  def read(name: str, leaf: str) -> np.ndarray:
+  def read(name: str, leaf: str) -> np.ndarray | stacks.StoredRows:
     piece = pieces.get(name)
     handle, place = source[piece.whole if piece else name]
-    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     heads = rotated_heads(config, leaf) if family.interleaved else 0
+    if piece is None and not heads:
+      return stacks.StoredRows(handle.get_slice(place))
+    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     return pairs_apart(array, heads) if heads else array
 
   return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
@@ -385,7 +387,7 @@ def _assemble(
   origin: str,
   mesh: Any = None,
 ) -> dict:
-  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
+  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays or their rows.
 
   Names and shapes, `stored`, are compared before anything is allocated.
   """
@@ -412,8 +414,7 @@ def _assemble(
   for leaf, shape in shapes.items():
     stack = stacks.stack_of(shape, dtype, placed.get(leaf))
     for index, name in wanted[leaf]:
-      array = read(name, leaf)
-      if not stack.put(index, array.swapaxes(-1, -2) if is_matrix(leaf) else array):
+      if not stack.put(index, read(name, leaf), is_matrix(leaf)):
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )
