@@ -65,10 +65,14 @@ def adapter(name: str) -> str:
 
 def checked_adapters() -> str:
   """Which adapters were held against PEFT."""
-  named = "; ".join(f"{entry['base']} ({name})" for name, entry in _ADAPTERS.items())
-  return (
-    f"Adapters that are held against PEFT's numbers by `test_adapters.py`: {named}.\n"
-    "Adapters of the other models (`read`) are read by the same code, by the names of their modules."
+  named = [f"- {entry['base']}: {name}" for name, entry in _ADAPTERS.items()]
+  return "\n".join(
+    [
+      "Adapters of these models are held against PEFT's numbers (`test_adapters.py`). Those of the others go through the",
+      "same code, by the names of their modules.",
+      "",
+      *named,
+    ]
   )
 
 
