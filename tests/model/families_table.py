@@ -68,8 +68,8 @@ def checked_adapters() -> str:
   named = [f"- {entry['base']}: {name}" for name, entry in _ADAPTERS.items()]
   return "\n".join(
     [
-      "Adapters of these models are held against PEFT's numbers (`test_adapters.py`). Those of the others go through the",
-      "same code, by the names of their modules.",
+      "Adapters of these models are held against PEFT's numbers (`test_adapters.py`).",
+      "Those of the others go through the same code, by the names of their modules.",
       "",
       *named,
     ]
