@@ -1,6 +1,7 @@
 """Compares the solvers on one model: residual against work, agreement of scores, and who finds mislabelled examples.
 
 python -m experiments.solvers --flagfile=experiments/flags/solvers.flags
+python -m experiments.solvers --dense=400 --run_dir=runs/solvers-dense     against dense inverses, on a small model
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import flags
+from experiments.solvers import dense
 from experiments.solvers.settings import SolversSettings
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.record_shapes import is_learnt
@@ -434,4 +436,5 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read(SolversSettings))
+  settings = flags.read(SolversSettings)
+  (dense.start if settings.dense else run)(settings)
