@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -74,7 +74,11 @@ class Splits(collections.abc.Mapping):
 
   def identity(self, *names: str) -> dict[str, str]:
     """Hashes of the parts that results depend on."""
-    return {name: _dataset_hash(self[name]) for name in names}
+    return {name: self._hash_of(name) for name in names}
+
+  @functools.cached_property
+  def _hash_of(self) -> Callable[[str], str]:
+    return functools.cache(lambda name: _dataset_hash(self[name]))  # stages ask for it one after another
 
 
 def _dataset_hash(dataset: tokenizing.TokenizedDataset) -> str:
@@ -134,6 +138,7 @@ def tokenized_splits(
   Raises:
     UserError: a record that cannot be rendered, or a part without an example or a response.
   """
+  bad.looked_at = sum(map(len, records.values()))
   made = {part: tokenized(s, config, tokenizer, part, records[part], bad) for part in PARTS}
   bad.raise_if_any()
   for part, dataset in made.items():
