@@ -273,9 +273,7 @@ def test_bad_records_are_counted_or_left_out(tmp_path):
   limited.read, limited.looked_at = 300, 100
   for line in (1, 2):
     limited.refuse(f"d.jsonl:{line}", "", "the template refuses it")
-  with pytest.raises(
-    UserError, match="2 of the 100 records that limits, topics or --dedup leave of 300 cannot"
-  ):
+  with pytest.raises(UserError, match="2 of the 100 records that limits, topics or --dedup leave of 300 cannot"):
     limited.raise_if_any()
   bad = BadRecords(skip=True)
   assert [record.line for record in load_records(spec, bad=bad)] == [1, 4]
