@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from in2core_jax.data import sources, tokenizing
+from in2core_jax.data import sources, summaries, tokenizing
 from in2core_jax.data.records import BadRecords
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
@@ -56,7 +56,7 @@ class Splits(collections.abc.Mapping):
   @functools.cached_property
   def summary(self) -> dict:
     """Counts of every part, duplicates, overlap, and what of the data is not used; hashes every record."""
-    summary = tokenizing.data_summary(self.datasets)
+    summary = summaries.data_summary(self.datasets)
     if self.halved:
       halves = " and ".join(f"{len(self[part]):,} of them are the {part} set" for part in ("eval", "test"))
       summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
@@ -149,7 +149,7 @@ def tokenized_splits(
         f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
       )
   splits = Splits(made, bad, bool(s.eval_data and not s.test_data))
-  for line in tokenizing.told_lines(splits.summary):
+  for line in summaries.told_lines(splits.summary):
     log.warning("%s", line)
   return splits
 

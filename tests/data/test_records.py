@@ -9,7 +9,8 @@ from tiny import make_tokenizer
 
 from in2core_jax.data.records import BadRecords, Item, content_key, to_records
 from in2core_jax.data.sources import load_records
-from in2core_jax.data.tokenizing import data_summary, format_summary, tokenize, told_lines
+from in2core_jax.data.summaries import data_summary, format_summary, told_lines
+from in2core_jax.data.tokenizing import tokenize
 from in2core_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from experiments import demo, flags
-from in2core_jax.data import tokenizing
+from in2core_jax.data import summaries
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run
 from in2core_jax.evaluation import statistics
@@ -656,7 +656,7 @@ def test_examples_without_response_score_zero_and_are_listed(settings, bench, tm
   assert empty.sum() == 6 and np.all(scores["influence"][empty] == 0) and not scores["selected"][empty].any()
   listed = json.loads((folder / "summary.json").read_text())["without_response"]
   assert sorted(listed) == sorted(scores["example_id"][empty])
-  assert tokenizing.data_summary(fresh.splits)
+  assert summaries.data_summary(fresh.splits)
 
 
 def test_full_data_is_not_trained_twice(settings, bench, trained, tmp_path, monkeypatch):
