@@ -15,7 +15,8 @@ from transformers.utils import chat_template_utils
 
 from in2core_jax.data import assets, template_program
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.tokenizing import Record, data_summary, format_summary, tokenize
+from in2core_jax.data.summaries import data_summary, format_summary
+from in2core_jax.data.tokenizing import Record, tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.model.weights import EMBEDDED_MODEL
