@@ -77,14 +77,15 @@ def same_weights(opened, place: pathlib.Path, step: int) -> None:
 
 
 PAPER = """
-import sys
+import pathlib, sys
 from experiments import cli, flags
-from experiments.paper import paper
+from experiments.paper import job, paper
 from experiments.paper.settings import PaperSettings
-own = sys.argv.pop(1)
+from experiments.paper.steps import Step
+job.FLAGS = pathlib.Path(sys.argv.pop(1))
 paper.STEPS = (
-  paper.Step("scores", "select", "report", own, "scores"),
-  paper.Step("judged", "evaluate", "evaluation", own, "trainings", ("--select_runs={runs}/scores",)),
+  Step("scores", "select", "report", "own.flags", "scores"),
+  Step("judged", "evaluate", "evaluation", "own.flags", "trainings", ("--select_runs={runs}/scores",)),
 )
 flags.define(PaperSettings)
 cli.run(paper.main)
@@ -107,14 +108,13 @@ def results_of(folder: pathlib.Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_a_paper_whose_processes_are_killed_ends_in_the_same_results(settings, tmp_path):
   """SIGKILL for the command and the experiment that it runs, as when a machine stops."""
-  own = tmp_path / "own.flags"
-  own.write_text("\n".join(settings.replace(run_dir="").as_flags()))
+  (tmp_path / "own.flags").write_text("\n".join(settings.replace(run_dir="").as_flags()))
 
   made = tmp_path / "made"  # one place for both, as paths of runs are in what evaluate writes
 
   def start(moment=None):
     s = PaperSettings(run_dir=str(made / "runs"), results_dir=str(made / "results"))
-    command = [sys.executable, "-c", PAPER, str(own), *s.as_flags(), f"--model={settings.model}"]
+    command = [sys.executable, "-c", PAPER, str(tmp_path), *s.as_flags(), f"--model={settings.model}"]
     variables = tiny.child_environment(devices=1)
     with (tmp_path / "log").open("a") as log:
       process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
