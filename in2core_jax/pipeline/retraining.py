@@ -1,5 +1,6 @@
 """Retrains on sets of examples with one recipe and measures the result: what every table of perplexities rests on."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -130,6 +131,12 @@ class Retrainer:
     self._packer = functools.cache(self._packer)
     objective = make_objective(bench.model.config, self.chosen)
     self._trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
+
+  def over(self, bench: Session) -> "Retrainer":
+    """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
+    other = copy.copy(self)
+    other.bench, other._packer = bench, functools.cache(functools.partial(Retrainer._packer, other))
+    return other
 
   def _packer(self, part: str) -> packing.Packer:
     return self.bench.packer(part, self.chosen, self.bench.model.params)
