@@ -34,6 +34,9 @@ FULL = statistics.FULL
 RANDOM = statistics.RANDOM
 
 
+MATCHED = "length-matched random"  # held against, too, where it takes part
+
+
 _RATIOS = {"to ": "token", "by example, to ": "example"}
 
 
@@ -109,7 +112,7 @@ def comparison(rows: list[statistics.RetrainRow], of_sets: SetFacts = SetFacts()
       "by example": round(mean("example_perplexity"), 3),
     }
     for column, by in _RATIOS.items():
-      for other in (RANDOM, FULL):
+      for other in (RANDOM, FULL, *({MATCHED} & set(by_rule))):
         ratio = "" if name == other else verdict.shown(compared.difference(name, other, by).ratio())
         line[f"{column}{other}"] = ratio
     for field, column in _PERPLEXITIES.items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from in2core_jax.data import packing
+from in2core_jax.data.records import firsts
 from in2core_jax.pipeline.hidden_states import Place
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import Session
@@ -43,7 +44,9 @@ def _in_memory(bench: Session) -> Session:
   return dataclasses.replace(bench, hidden=dataclasses.replace(bench.hidden, where=kept))
 
 
-def measured(judge: Retrainer, s: RecommendSettings, rules: Sequence[str], largest: float, began: float) -> Pace:
+def measured(
+  judge: Retrainer, s: RecommendSettings, rules: Sequence[str], largest: float, began: float, trained: bool = False
+) -> Pace:
   """Times steps, a look at evaluation examples and hidden states on a few examples; the rest follows from these.
 
   Args:
@@ -52,6 +55,7 @@ def measured(judge: Retrainer, s: RecommendSettings, rules: Sequence[str], large
     rules: to be tried.
     largest: budget, a share of the pool.
     began: when the command began, of `time.monotonic`.
+    trained: whether the training on all data is there.
   """
   bench, seed = judge.bench, s.seed
   few = judge.over(few_of(bench, s))
@@ -73,7 +77,9 @@ def measured(judge: Retrainer, s: RecommendSettings, rules: Sequence[str], large
   spent = time.monotonic() - began + hidden["eval"] + hidden["test"] + compiling
   looks = [a_look * _looks(bench, part) for part in ("eval", "test")]
   shared = step * _batches(bench, s) * _of_batches(rules)
-  return Pace(step, *looks, shared, _own(judge, s, rules, largest, step), spent, hidden["train"])
+  usable = bench.splits["train"].num_response_tokens > 0
+  wholes = (not trained) + (not firsts(bench.splits["train"].records)[usable].all())
+  return Pace(step, *looks, shared, _own(judge, s, rules, largest, step), spent, hidden["train"], wholes)
 
 
 def _looks(bench: Session, part: str) -> int:

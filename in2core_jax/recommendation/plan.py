@@ -37,6 +37,7 @@ class Pace:
     chosen: rule -> what it needs beyond that, for the folds of one seed.
     spent: until now, and what is always needed once.
     hidden: of the pool's hidden states, made once.
+    wholes: trainings on all data that are to be done: with every example, and with each text once.
   """
 
   step: float
@@ -46,6 +47,7 @@ class Pace:
   chosen: Mapping[str, float]
   spent: float
   hidden: float = 0.0
+  wholes: int = 2
 
   def of_part(self, share: float) -> "Pace":
     """The same where a share of the pool takes part."""
@@ -180,7 +182,7 @@ def seconds_of(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> floa
   pace, steps_of = on_part(plan, pace, steps_of)
   whole = steps_of(1.0) * pace.step + pace.judged + pace.tested
   rungs, rest = rung_seconds(plan, pace, steps_of), rest_seconds(plan, pace, steps_of)
-  return pace.spent + pace.hidden + 2 * whole + rungs + rest
+  return pace.spent + pace.hidden + pace.wholes * whole + rungs + rest
 
 
 def on_part(plan: Plan, pace: Pace, steps_of: Callable[..., int]) -> tuple[Pace, Callable[[float], int]]:

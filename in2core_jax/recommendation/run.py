@@ -9,6 +9,7 @@ part. The answer is one sentence: a rule with a budget, random examples, or all 
 
 import dataclasses
 import logging
+import pathlib
 import time
 from collections.abc import Callable
 
@@ -88,10 +89,11 @@ def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
   return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1), examples=size)
 
 
-def planned(bench: Session, s: RecommendSettings, began: float) -> dict:
+def planned(bench: Session, s: RecommendSettings, began: float, full: str = "") -> dict:
   """Measures how fast this machine is on a few examples, and what fits: {plan, pace}, as JSON values."""
   everything = wanted(s, bench)
-  pace = measured(judge_of(bench, s), s, everything.rules, everything.budgets[-1], began)
+  trained = bool(full) and (pathlib.Path(full) / "finetune.json").exists()
+  pace = measured(judge_of(bench, s), s, everything.rules, everything.budgets[-1], began, trained)
   found = plans.fitted(everything, pace, steps_of(bench, s), 60 * s.minutes)
   log.info(
     "%.3g s a step, %.3g s to judge a model, %.3g s for the hidden states of all examples. What goes first: %s",
@@ -148,7 +150,7 @@ def run(settings: RecommendSettings, bench: Session | None = None, full: str = "
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
   tell_size(bench.splits["test"])
-  kept = ResultCache(run_dir).get(lambda: planned(bench, s, began), "plan", asked)
+  kept = ResultCache(run_dir).get(lambda: planned(bench, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
   clock = Clock(*plans.on_part(plan, pace, steps_of(bench, s)), asked, began + 60 * s.minutes, budgets_of(s, bench)[1])
@@ -201,7 +203,7 @@ def in_time(plan: plans.Plan, clock: Clock, start: float) -> plans.Plan:
     start: when it was begun.
   """
   now, steps, pace = time.monotonic(), clock.steps_of, clock.pace
-  expected = plans.rung_seconds(plan, pace, steps) + 2 * steps(1.0) * pace.step + pace.hidden
+  expected = plans.rung_seconds(plan, pace, steps) + pace.wholes * steps(1.0) * pace.step + pace.hidden
   slower = max(1.0, (now - start) / max(expected, 1e-9))
   scaled = {name: slower * getattr(pace, name) for name in ("step", "judged", "tested")}
   found = plans.shortened(plan, dataclasses.replace(pace, **scaled), steps, clock.deadline - now)
