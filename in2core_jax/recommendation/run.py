@@ -20,7 +20,7 @@ from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import tell_size
 from in2core_jax.pipeline.lists import shares
-from in2core_jax.pipeline.retraining import equal_of, equal_steps
+from in2core_jax.pipeline.retraining import Retrainer, equal_of, equal_steps
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse, seeds_of
 from in2core_jax.recommendation import plan as plans
@@ -89,11 +89,12 @@ def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
   return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1), examples=size)
 
 
-def planned(bench: Session, s: RecommendSettings, began: float, full: str = "") -> dict:
+def planned(judge: Retrainer, s: RecommendSettings, began: float, full: str = "") -> dict:
   """Measures how fast this machine is on a few examples, and what fits: {plan, pace}, as JSON values."""
+  bench = judge.bench
   everything = wanted(s, bench)
   trained = bool(full) and (pathlib.Path(full) / "finetune.json").exists()
-  pace = measured(judge_of(bench, s), s, everything.rules, everything.budgets[-1], began, trained)
+  pace = measured(judge, s, everything.rules, everything.budgets[-1], began, trained)
   found = plans.fitted(everything, pace, steps_of(bench, s), 60 * s.minutes)
   log.info(
     "%.3g s a step, %.3g s to judge a model, %.3g s for the hidden states of all examples. What goes first: %s",
@@ -124,13 +125,16 @@ def part_of(bench: Session, plan: plans.Plan) -> Session:
   return bench.of_rows(train=np.sort(drawn))
 
 
-def run(settings: RecommendSettings, bench: Session | None = None, full: str = "") -> str:
+def run(
+  settings: RecommendSettings, bench: Session | None = None, full: str = "", judge: Retrainer | None = None
+) -> str:
   """Plans, tries, decides, checks once, writes; returns the run folder. Finished trainings are kept.
 
   Args:
     settings: the flags.
     bench: data and model; read when None.
     full: run folder of a training on all data, which may be there already; beside the run folder when empty.
+    judge: of these examples (`judge_of`); made when None.
   """
   began, s = time.monotonic(), settings
   check(s)
@@ -150,11 +154,12 @@ def run(settings: RecommendSettings, bench: Session | None = None, full: str = "
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
   tell_size(bench.splits["test"])
-  kept = ResultCache(run_dir).get(lambda: planned(bench, s, began, full), "plan", asked)
+  judge = judge or judge_of(bench, s)
+  kept = ResultCache(run_dir).get(lambda: planned(judge, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
   clock = Clock(*plans.on_part(plan, pace, steps_of(bench, s)), asked, began + 60 * s.minutes, budgets_of(s, bench)[1])
-  trainings = Trainings(part_of(bench, plan), s, run_dir, judged, plan, full)
+  trainings = Trainings(judge.over(part_of(bench, plan)), s, run_dir, judged, plan, full)
   found = results.write(run_dir, trainings, tried(trainings, plan, clock), asked)
   tell(found, run_dir, (time.monotonic() - began) / 60)
   return str(run_dir.path)
@@ -258,6 +263,6 @@ def dry_run(settings: RecommendSettings, bench: Session | None = None) -> plans.
   check(settings)
   bench = bench or open_session(settings)
   Judged.of(bench)
-  plan = plans.Plan.from_json(planned(bench, settings, began)["plan"])
+  plan = plans.Plan.from_json(planned(judge_of(bench, settings), settings, began)["plan"])
   log.info("%s", plan.told())
   return plan

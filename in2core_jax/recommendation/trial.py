@@ -87,20 +87,27 @@ class Trainings:
   """Trains, measures, keeps."""
 
   def __init__(
-    self, bench: Session, s: RecommendSettings, run_dir: run_folder.RunDir, judged: Judged, plan: Plan, full: str = ""
+    self,
+    retrainer: Retrainer,
+    s: RecommendSettings,
+    run_dir: run_folder.RunDir,
+    judged: Judged,
+    plan: Plan,
+    full: str = "",
   ):
     """Trains nothing yet.
 
     Args:
-      bench: data and model, with the plan's part of the pool alone.
+      retrainer: over the plan's part of the pool (`judge_of`).
       s: the recipe.
       run_dir: keeps trainings and orders.
       judged: the evaluation examples.
       plan: what is tried; rules choose no more than its largest budget.
       full: run folder of the training on all data; beside `run_dir` when empty.
     """
-    self.bench, self.settings, self.run_dir, self.judged, self.largest = bench, s, run_dir, judged, plan.budgets[-1]
-    self.test_rows = np.flatnonzero(bench.splits["test"].num_response_tokens)
+    self.retrainer, self.bench, self.settings, self.run_dir = retrainer, retrainer.bench, s, run_dir
+    self.judged, self.largest = judged, plan.budgets[-1]
+    self.test_rows = np.flatnonzero(self.bench.splits["test"].num_response_tokens)
     part = () if plan.part == 1 else (f"{plan.pool} examples",)  # names what is kept of a part of the pool
     self.cells = ResultCache(run_dir, *part)
     self._full = full or "-".join([f"{s.run_dir.rstrip('/')}-full", *(str(plan.pool) for _ in part)])
@@ -114,11 +121,6 @@ class Trainings:
     """The sets."""
     size = len(finetune.trainable_rows(self.bench))
     return Chooser(self.bench, self.settings, self.run_dir, max(1, round(self.largest * size)), self.cells)
-
-  @functools.cached_property
-  def retrainer(self) -> Retrainer:
-    """`judge_of` these examples."""
-    return judge_of(self.bench, self.settings)
 
   def steps(self, rows: np.ndarray) -> int:
     """Optimiser steps of a training on these rows."""
