@@ -21,7 +21,7 @@ from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline import finetune, sequential
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
@@ -80,6 +80,8 @@ class Study:
     whole = self.bench.splits["train"]
     budget = budget_for(s, variant, whole, bench.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
+    if variant.rounds > 1:
+      return sequential.choose(bench, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds)
     inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
@@ -176,7 +178,7 @@ def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
   if len(bench.splits["train"]) > MOST_PAIRS:
-    large = [name for name, variant in VARIANTS.items() if variant.policy == "matching_hybrid"]
+    large = [name for name, variant in VARIANTS.items() if variant.policy in coreset.PAIR_POLICIES]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))

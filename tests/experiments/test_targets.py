@@ -169,7 +169,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
     ({"targets": "opera"}, "the train set has nothing of 'opera'; it has chatterbot, food"),
     ({"targets": "food, sports, movies, humor"}, "all training examples are of"),
     ({"targets": "sports", "target_queries": 2}, "has 2 queries; a target needs 5"),
-    ({"variants": "proponents, cg"}, "'proponents, cg' needs scores of each target; use some of"),
+    ({"variants": "proponents, cg"}, "'proponents, cg' needs scores or trainings of each target; use some of"),
     ({"retrained_targets": "humor"}, "'humor' is not among --targets=sports; movies, humor"),
     ({"retrained": "longest"}, "--retrained=longest: unknown 'longest'"),
     ({"fractions": "0.5,1"}, "a budget below 1"),
