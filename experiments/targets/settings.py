@@ -28,7 +28,7 @@ class TargetsSettings(RuleSettings, Settings):
   with_siblings: bool = _targets(
     False, "Other JSON files beside those of --train_data are sources, too.", more="In the order of their names."
   )
-  left_out: str = _targets(
+  absent: str = _targets(
     "", "Sources or topics that are taken out of the pool.", more="As a target they have nothing in it."
   )
   recommend_minutes: float = _targets(

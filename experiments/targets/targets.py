@@ -57,7 +57,7 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings
   Raises:
     UserError: a label that a part does not have, too few queries, or a target that is all of the pool.
   """
-  found, absent = [], set(listed(s.left_out))
+  found, absent = [], set(listed(s.absent))
   answered = {part: dataset.num_response_tokens > 0 for part, dataset in parts.items()}
   for part in ("eval", "test"):  # a text that is there many times is one query and one test example
     answered[part] = answered[part] & records.firsts(parts[part].records)
@@ -103,17 +103,17 @@ def reported(targets: list[Target], s: TargetsSettings) -> list[Target]:
 
 
 def pool_of(train: tokenizing.TokenizedDataset, s: TargetsSettings) -> tokenizing.TokenizedDataset:
-  """The training examples without those of --left_out.
+  """The training examples without those of --absent.
 
   Raises:
     UserError: it names what the pool does not have, or leaves nothing.
   """
-  absent, labels = set(listed(s.left_out)), [labels_of(record) for record in train.records]
+  absent, labels = set(listed(s.absent)), [labels_of(record) for record in train.records]
   kept = np.flatnonzero([not own & absent for own in labels])
   unknown = sorted(absent - set().union(*labels))
   if unknown or not kept.size:
     why = f"the training set has nothing of {unknown[0]!r}" if unknown else "nothing of the training set is left"
-    raise UserError(f"--left_out={s.left_out}: {why}")
+    raise UserError(f"--absent={s.absent}: {why}")
   return train.take(kept) if absent else train
 
 
