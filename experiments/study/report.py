@@ -156,7 +156,7 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
   found = []
   for name, variant in variants_of(s).items():
     own, policy = settings_of(s, variant), variant.policy
-    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss"
+    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss" and not variant.unrolled
     compared = policy in coreset.GRADIENT_POLICIES
     damped = scored and own.solver != "identity"
     shown = ("solver", "damping_ratio", "layers")
@@ -164,6 +164,8 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     more += ["gradients of length 1"] if variant.unit else []
     more += [f"{variant.queries} evaluation examples"] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
+    more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []
+    more += ["through the training on all data"] if variant.unrolled else []
     line = {
       "rule": name,
       "policy": policy,

@@ -26,6 +26,7 @@ from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
+from in2core_jax.pipeline.metagradient import metagradient
 from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
   Retrainer,
@@ -93,7 +94,9 @@ class Study:
     policy = variant.policy
     params = bench.checkpoint_params(s.checkpoint)
     influence = loss = None
-    if policy in coreset.SCORE_POLICIES:
+    if variant.unrolled:
+      influence = metagradient(bench, s)
+    elif policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
     more = ChoiceInputs(bench, s, params).of({policy})
     if variant.unit:
@@ -161,7 +164,9 @@ def check_variants(bench: Session, s: StudySettings) -> None:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
-      if variant.policy in coreset.SCORE_POLICIES:
+      if variant.unrolled and own.trainable == "lora":
+        raise UserError("fresh LoRA factors have a gradient of 0, at which Adam has no slope: give --trainable=full")
+      if variant.policy in coreset.SCORE_POLICIES and not variant.unrolled:
         solver_settings(own)
         check_size(own, subtree.size_of(bench.model.params, tree), f"--solver={own.solver}")
       budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])

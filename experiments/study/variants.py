@@ -19,6 +19,7 @@ class Variant:
     queries: only so many evaluation examples, drawn at random; 0: all.
     copies_last: no example a second time while there is another text.
     rounds: of choosing a part and training on what is chosen so far, whose model chooses on.
+    unrolled: scores are metagradients, through the training on all data.
   """
 
   policy: str
@@ -28,11 +29,12 @@ class Variant:
   queries: int = 0
   copies_last: bool = False
   rounds: int = 1
+  unrolled: bool = False
 
   @property
   def key(self) -> tuple:
     """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
-    more = (self.rounds,) if self.rounds > 1 else ()
+    more = (self.rounds,) if self.rounds > 1 else ("unrolled",) if self.unrolled else ()
     return (self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last, *more)
 
 
@@ -85,6 +87,7 @@ VARIANTS = {
   "matching, base model, 4 rounds": make_variant("matching", rounds=4),
   "hybrid, 4 rounds": make_variant("hybrid", rounds=4),
   "layer ranks": make_variant("layer_ranks"),
+  "proponents, metagradient": make_variant("proponents", unrolled=True),
   "loss drop": make_variant("loss_drop"),
   "density": make_variant("density"),
   "length-matched random": make_variant("length_matched_random"),

@@ -130,7 +130,7 @@ class Retrainer:
     # Of this judge, and gone with it: a cache of the class would keep every judge's model.
     self._packer = functools.cache(self._packer)
     objective = make_objective(bench.model.config, self.chosen)
-    self._trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
+    self.trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
 
   def over(self, bench: Session) -> "Retrainer":
     """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
@@ -167,7 +167,7 @@ class Retrainer:
     packer = self.bench.packer("train", self.chosen, self.bench.model.params, rows, self.shapes)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
-      return self._trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
+      return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
   def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
     """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""

@@ -8,6 +8,7 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 
 from in2core_jax.pipeline import sequential
 from in2core_jax.pipeline.loss_drop import loss_drop
+from in2core_jax.pipeline.metagradient import metagradient
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.retraining import Retrainer
@@ -71,3 +72,14 @@ def test_rounds_choose_on_by_what_the_choice_so_far_has_taught(bench, settings):
   found = sequential.choose(bench, settings, "matching", 12, 2)
   assert len(set(found)) == 12 and set(half) <= set(found) and set(found) != set(at_once)
   assert sequential.choose(bench, settings, "matching", 12, 2).tolist() == found.tolist()
+
+
+def test_without_those_of_highest_metagradient_the_evaluation_loss_ends_higher(bench, settings):
+  found = metagradient(bench, settings)
+  assert np.all(found[bench.splits["train"].num_response_tokens == 0] == 0) and np.isfinite(found).all()
+  order, judge = np.argsort(-found), Retrainer(bench, settings, [np.arange(len(found))])
+  after = {
+    name: judge.losses(judge.train(np.sort(kept), settings.seed, name).sub, "eval").mean()
+    for name, kept in (("without the best", order[8:]), ("without the worst", order[:-8]))
+  }
+  assert after["without the best"] > after["without the worst"]
