@@ -14,13 +14,15 @@ import pytest
 from tiny import CONFIG, Killed, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 import in2core_jax as i2c
+from experiments import demo
+from experiments import settings as demo_flags
 from experiments.recommend import calibration
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
 from in2core_jax.parallel import sharding
-from in2core_jax.pipeline import session
+from in2core_jax.pipeline import finetune, session
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run, trial
@@ -411,6 +413,19 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
   monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
   assert run.run(settings.replace(coreset_format="tokens"), bench) == str(folder)
   assert (folder / "coreset_tokens" / "state.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_ends_in_a_recommendation_by_the_training_that_it_has(settings, tmp_path, monkeypatch):
+  own = demo_flags.DemoFlags.of(settings, run_dir=str(tmp_path))
+  bench = open_session(own)
+  finetune.run(own.replace(run_dir=f"{tmp_path}/finetune"), bench)
+  monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("all of the data was trained on again"))
+  sentence = demo.recommended(own, bench, str(tmp_path))
+  assert sentence.endswith(".") and sentence == i2c.load(tmp_path / "recommend").sentence
+  few = bench.of_rows(eval=np.arange(6))
+  assert demo.recommended(own, few, str(tmp_path)).startswith("There is no recommendation: the evaluation set has ")
 
 
 @pytest.mark.slow
