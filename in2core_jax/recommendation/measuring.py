@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from in2core_jax.data import packing
+from in2core_jax.data import packed_rows
 from in2core_jax.data.records import firsts
 from in2core_jax.pipeline.hidden_states import Place
 from in2core_jax.pipeline.retraining import Retrainer
@@ -89,7 +89,7 @@ def _looks(bench: Session, part: str) -> int:
 
 def _positions(bench: Session, part: str) -> int:
   """Token positions of the packed rows in which the hidden states of a part are made."""
-  plan = packing.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, bench.batching.groups)
+  plan = packed_rows.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, bench.batching.groups)
   return sum(length * height for length, height, _ in plan)
 
 
