@@ -45,7 +45,7 @@ def jobs_of(s: PaperSettings, named: Collection[str] = ()) -> list[Job]:
     UserError: --only names a step that there is not, or one that needs --alpaca, which is no file.
   """
   known = {step.name: Job(step, s, tuple(named)) for step in STEPS}
-  wanted = listed(s.only) or [name for name, job in known.items() if s.alpaca or not job.step.needs_alpaca]
+  wanted = listed(s.only) or [name for name, job in known.items() if job.step.by_default(s.alpaca)]
   for name in wanted:
     if name not in known:
       raise UserError(f"--only={s.only}: there is no {name!r}; use {', '.join(known)}")

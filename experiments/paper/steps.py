@@ -18,6 +18,7 @@ class Step:
     changes: flags that come after the flagfile's; {alpaca} stands for the path of --alpaca, {runs} for --run_dir;
       {runs}/NAME in one of them says that the step reads what another one made.
     full: flags that come after paper-full.flags, which comes after `changes`.
+    by_name: whether it is run only where --only names it: it takes many hours on two cores.
   """
 
   name: str
@@ -27,6 +28,7 @@ class Step:
   about: str
   changes: tuple[str, ...] = ()
   full: tuple[str, ...] = ()
+  by_name: bool = False
 
   @property
   def marker(self) -> str:
@@ -38,6 +40,10 @@ class Step:
     """Whether it reads the file of --alpaca."""
     return any("{alpaca}" in change for change in self.changes)
 
+  def by_default(self, alpaca: str) -> bool:
+    """Whether it is run where --only names nothing."""
+    return not self.by_name and (bool(alpaca) or not self.needs_alpaca)
+
   @property
   def reads(self) -> tuple[str, ...]:
     """Names of the steps whose results it reads."""
@@ -45,6 +51,7 @@ class Step:
 
 
 _TUNED = "--checkpoint={runs}/tuned/checkpoint"
+_FOUR_SOURCES = ("--train_data=chatterbot+jsonl:{alpaca}", "--with_siblings")
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
   Step("scores", "select", "report", "sweep.flags", "scores of the training examples, who is kept", (_TUNED,)),
@@ -82,6 +89,20 @@ STEPS = (
       "--variants=auto; proponents, cg; matching; hybrid; longest; length-matched random",
     ),
     ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
+  ),
+  Step(
+    *("targeted", "targets", "targets", "targeted.flags"),
+    "small parts of a pool of four sources, chosen for one of them, and what recommend answers",
+    _FOUR_SOURCES,
+    ("--source_limits=0,0,0,0", "--recommend_minutes=60"),
+    by_name=True,
+  ),
+  Step(
+    *("targeted-lora", "targets", "targets", "targeted.flags"),
+    "the same with LoRA factors in all layers trained",
+    (*_FOUR_SOURCES, "--trainable=lora", "--trainable_layers=all"),
+    ("--source_limits=0,0,0,0", "--recommend_minutes=60"),
+    by_name=True,
   ),
   Step(
     *("study-mixed", "study", "study", "study.flags"),

@@ -201,7 +201,15 @@ def choice_prices(price: Pricer, s: Settings, loaded: bool = True) -> dict[str, 
     s: how gradients are projected.
     loaded: whether all projected gradients come into memory, as a policy needs them.
   """
-  found = {phases.projected(part): (lambda part=part: [projection(price, s, part, loaded)]) for part in PARTS}
+
+  def drop() -> list[Phase]:
+    return [
+      price.packed_pass(phases.DROP, "gradient", price.packed("eval"), s.epochs),
+      price.packed_pass(f"{phases.DROP}, losses", "losses", price.packed("train"), 2),
+    ]
+
+  found = {phases.DROP: drop}
+  found |= {phases.projected(part): (lambda part=part: [projection(price, s, part, loaded)]) for part in PARTS}
   return found | {phases.embedded(part): (lambda part=part: [price.hidden_states(part)]) for part in PARTS}
 
 

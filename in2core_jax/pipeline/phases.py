@@ -20,6 +20,7 @@ AT_STEPS = "scores at"  # the checkpoints of a training
 LAYERS, TOKENS, BLOCKS = "scores by layer", "scores by token", "scores of evaluation examples"
 RESULTS = "scores and coreset"  # files only: shows no progress
 TRAINING, TRAININGS, TEST = "training", "trainings", "test losses"
+DROP = "training on evaluation examples"
 
 WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)
 
@@ -94,6 +95,8 @@ def of_choice(policies: Collection[str]) -> list[str]:
     found += [projected("train"), projected("eval")]
   if set(policies) & set(coreset.HIDDEN_POLICIES):
     found += [embedded("train"), embedded("eval")]
+  if "loss_drop" in policies:
+    found.append(DROP)
   return found
 
 

@@ -95,6 +95,11 @@ class Session:
     splits = self.splits.with_parts(train=self.splits["train"].take(rows))
     return dataclasses.replace(self, splits=splits, hidden=self.hidden.with_rows("train", rows))
 
+  def of_rows(self, **rows: np.ndarray) -> "Session":
+    """The same with some rows of some parts: the same programs serve, and only these have their hidden states made."""
+    splits = self.splits.with_parts(**{part: self.splits[part].take(own) for part, own in rows.items()})
+    return dataclasses.replace(self, splits=splits, hidden=self.hidden.of_rows(splits, rows))
+
   # ---- what results depend on ----------------------------------------------------------
 
   def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:

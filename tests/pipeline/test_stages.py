@@ -93,7 +93,7 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
     moved = [np.abs(a - b).max() for a, b in zip(leaves(sub), leaves(judge.sub), strict=True)]
     for a, b in zip(leaves(ours.sub), leaves(sub), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-2 * max(moved))
-  assert judge._trainer._step._cache_size() == 1
+  assert judge.trainer._step._cache_size() == 1
 
 
 def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
@@ -102,7 +102,7 @@ def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
   run_dir = run_folder.RunDir.open(tmp_path, {})
   log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
-  result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
+  result = judge.trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
   assert len(result.losses) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
