@@ -1,14 +1,6 @@
-from experiments import cli, flags
+from experiments import stages
 from experiments.settings import IndexFlags
-from in2core_jax.pipeline import index
-from in2core_jax.pipeline.index import __doc__  # noqa: F401 -- the text of --help
-
-
-def main(_) -> None:
-  """Makes the index, or adds to it."""
-  index.run(flags.read(IndexFlags))
-
+from in2core_jax.pipeline.index import __doc__, run  # noqa: F401 -- __doc__ is the text of --help
 
 if __name__ == "__main__":
-  flags.define(IndexFlags)
-  cli.run(main)
+  stages.start("index", IndexFlags, run)

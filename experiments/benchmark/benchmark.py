@@ -70,6 +70,8 @@ ON_CPU = (
   Requirement("the same for the last 4 layers", "score last:4", 1.5, 1.35),
   Requirement("score pass, all layers, to forward only", "score all", 3.2, 3.0),
   Requirement("score pass, attention matrices of all layers, to forward only", "score all, attention", 2.7, 2.3),
+  Requirement("index pass, last 8 layers, 512 numbers, to forward only", "index last:8", 1.9, 1.6),
+  Requirement("index pass, all layers, 512 numbers, to forward only", "index all", 3.4, 3.0),
   Requirement("LiSSA step, last 4 layers: without boundary cache to with it", "LiSSA last:4 speed-up", 2.0, 3.0, True),
   Requirement("forward only: share of the matrix product's rate", "share of forward only", 0.55, 0.8, True),
   Requirement("peak memory of the score pass: growth with the examples, %", "memory growth", 3.0, 0.0),

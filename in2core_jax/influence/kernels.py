@@ -103,6 +103,10 @@ class CompiledObjective:
     """g_i of every example, host arrays [N, ...]; N * P numbers."""
     return self._gather(stream, size, self._gradients)
 
+  def batch_gradients(self, batch) -> Tree:
+    """g_i of a batch's examples, leaves [B, ...] on the devices."""
+    return self._gradients(self.sub, self.frozen, batch)
+
   def adapter_features(self, stream: Stream, size: int) -> np.ndarray:
     """g_i of every example as rows of a matrix, float32 [N, P], for a subtree of adapter leaves (a sketch's cores)."""
     leaves = jax.tree.leaves(self._gather(stream, size, self._adapters))

@@ -59,6 +59,8 @@ class Projection(nn.Module):
                                              left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
   NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
                                              gradient come out as the probe's gradient (`moment_probes.observe`)
+  sketch_probe                               the gradient in `core` of each example, of several in a row
+                                             (`moment_probes.sketched`), without `left`, `core` and `right`
   """
 
   features: int
@@ -73,6 +75,8 @@ class Projection(nn.Module):
       wide = accumulation_dtype(x.dtype)
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = (y.astype(wide) + bias.astype(wide)).astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     for factors in (("lora_a", "lora_b"), ("left", "core", "right")):
       if self.has_variable("params", factors[0]):
         low = x
@@ -207,6 +211,8 @@ class ExpertProjection(nn.Module):
       wide = accumulation_dtype(x.dtype)
       bias = self.param("expert_bias", nn.initializers.zeros, (self.experts, self.features))
       y = (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     if self.has_variable("params", "core"):
       low, core = self._times(x, self.get_variable("params", "left")), self.get_variable("params", "core")
       low = low.reshape(low.shape[0], -1, low.shape[-1])

@@ -94,5 +94,68 @@ def _squares(a, g, probe) -> dict[str, jax.Array | None]:
   return {"left": None, "right": None, "squares": squares}
 
 
+# ---- projected gradients of single examples ------------------------------------------
+
+
+def sketch_probe(left: jax.Array, right: jax.Array, members: jax.Array, most: int) -> dict[str, jax.Array]:
+  """A probe of the two-sided projection of each example's gradient, where rows hold several examples.
+
+  Args:
+    left: [k, in, p], or [k, E, in, p] beside the matrices of E experts. right: [k, q, out], or [k, E, q, out].
+    members: int32 [W, T], which example of its row a token belongs to; `most` on padding.
+    most: S, examples of a row at most.
+
+  Returns:
+    The probe of k layers; "cores" is what a gradient is taken in, zeros [k, W, S, p, q].
+  """
+  layers, size = left.shape[0], members.shape[0]
+  cores = jnp.zeros((layers, size, most, left.shape[-1], right.shape[-2]), _wide(left.dtype))
+  return {"left": left, "right": right, "members": jnp.broadcast_to(members, (layers, *members.shape)), "cores": cores}
+
+
+@jax.custom_vjp
+def sketched(x: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
+  """Returns y = x W unchanged; in reverse mode the probe's `cores` receive left^T G_i right^T of each example i.
+
+  G_i = sum_t a_t g_t^T over the tokens of example i is never formed: both sides are projected first. Of experts it is
+  the sum over them, as their one core has it (`adapters.add_sketch`).
+
+  Args:
+    x: [W, T, in], or [W, E, T, in] beside the matrices of experts.
+    y: [W, T, out], or [W, E, T, out].
+    probe: of `sketch_probe`, without leading layer axes.
+  """
+  del x, probe
+  return y
+
+
+def _sketch_forward(x, y, probe):
+  return y, (_low(x, probe["left"]), probe)
+
+
+def _low(x, matrix):
+  matrix = matrix.astype(x.dtype)
+  if matrix.ndim == 2:
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+  return jnp.einsum("wtd,edp->wetp" if x.ndim == 3 else "wetd,edp->wetp", x, matrix)
+
+
+def _sketch_backward(kept, cotangent):
+  low, probe = kept
+  high = _low(cotangent, jnp.swapaxes(probe["right"], -1, -2))
+  members, (size, most) = probe["members"], probe["cores"].shape[:2]
+  if low.ndim == 4:
+    members = jnp.broadcast_to(members[:, None], low.shape[:3]).reshape(size, -1)
+  wide = probe["cores"].dtype
+  low, high = (side.astype(wide).reshape(size, -1, side.shape[-1]) for side in (low, high))
+  apart = jax.nn.one_hot(members, most, dtype=wide)[..., None] * low[:, :, None]
+  cores = jnp.einsum("wtk,wtq->wkq", apart.reshape(*apart.shape[:2], -1), high, precision="highest")
+  seen = {"left": None, "right": None, "members": None, "cores": cores.reshape(probe["cores"].shape)}
+  return None, cotangent, seen
+
+
+sketched.defvjp(_sketch_forward, _sketch_backward)
+
+
 def _wide(dtype) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
