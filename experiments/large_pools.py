@@ -47,7 +47,7 @@ MEASURED = ("seconds", "CPU seconds", "peak memory, GB")
 CLUSTERS, SOURCES, OF_QUERIES = 64, 8, 3
 SHARE = 0.05
 SHARD = 20_000  # rows
-HELD = 2 * 10**9  # bytes of whole gradients in memory at once, where scores are compared with exact ones
+HELD = 4 * 10**9  # bytes of whole gradients in memory at once, where scores are compared with exact ones
 
 
 # ---- drawn rows ----------------------------------------------------------------------
