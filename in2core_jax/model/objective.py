@@ -188,7 +188,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
       raise ValueError("rows that hold several examples cannot be mapped over examples: use batches.Batcher")
     return batch._replace(slots=None)
 
-  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
+  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate, reads_probes=True)
 
 
 def _margins(slot_losses, batch):
