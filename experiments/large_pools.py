@@ -25,7 +25,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.index import basis as bases
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.metric import IndexMetric
-from in2core_jax.index.rows import BLOCK, NARROW, Block, Rows, wide
+from in2core_jax.index.rows import BLOCK, NARROW, Block, Rows
 from in2core_jax.parallel import processes
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import index, phases
@@ -189,6 +189,15 @@ class Scores:
     return cls(asked @ pool.T, WhitenedMetric.fit(pool).cosines(asked, pool))
 
   @classmethod
+  def of_products(cls, every: np.ndarray, queries: int) -> "Scores":
+    """Of the products of all pairs, queries first: cosines depend on no length, so rows of length 1 with these do."""
+    size = np.sqrt(np.maximum(np.diag(every), np.finfo(np.float64).tiny))
+    values, vectors = np.linalg.eigh(every / np.outer(size, size))
+    unit = vectors * np.sqrt(np.maximum(values, 0))
+    whitened = WhitenedMetric.fit(unit[queries:]).cosines(unit[:queries], unit[queries:])
+    return cls(every[:queries, queries:], whitened)
+
+  @classmethod
   def of_index(cls, basis: bases.Basis, asked: np.ndarray, pool: np.ndarray) -> "Scores":
     """Of sketched gradients in a basis, the pool's as narrow as an index keeps them."""
     own, narrow = (rows @ basis.gradients for rows in (asked, pool))
@@ -210,9 +219,7 @@ def measure_agreement(s: LargePoolsFlags) -> list[dict]:
   sample = pool.raw("train", train, None, "sketched gradients")
   asked = pool.raw("eval", evals, None, phases.ASKED)
   every = exact_products(bench, s, train, evals)
-  values, vectors = np.linalg.eigh(every)  # rows with these products, for the metric
-  rows = vectors * np.sqrt(np.maximum(values, 0))
-  exact = Scores.of_gradients(rows[: len(evals)], rows[len(evals) :])
+  exact = Scores.of_products(every, len(evals))
   sketched = Scores.of_gradients(asked.gradients, sample.gradients)
   found = [_agreement("whole sketch", sketched, exact, 4 * sample.gradients.shape[1])]
   for size in integers(s.agreement_sizes, "agreement_sizes"):
@@ -226,12 +233,12 @@ def measure_agreement(s: LargePoolsFlags) -> list[dict]:
 def exact_products(bench: Session, s: LargePoolsFlags, train: np.ndarray, evals: np.ndarray) -> np.ndarray:
   """g_i . g_j of whole gradients of the kernels, all pairs of queries, which come first, and examples: f64 [Q+N, Q+N].
 
-  Gradients of some rows are held in bfloat16, those of all later ones come by: nothing is projected, no pair is left
-  out, and no more than `HELD` bytes of gradients are in memory.
+  Gradients of some rows are held, those of all later ones come by: nothing is projected, no pair is left out, and no
+  more than `HELD` bytes of gradients are in memory, beside those of a batch.
   """
   chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, "matrices")
   width, size = subtree.count(chosen.problem.sub), len(evals) + len(train)
-  together = max(1, HELD // (NARROW.itemsize * width))
+  together = max(1, HELD // (4 * width))
   total = np.zeros((size, size))
 
   def leaves(rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
@@ -246,14 +253,14 @@ def exact_products(bench: Session, s: LargePoolsFlags, train: np.ndarray, evals:
   blocks = [np.arange(start, min(start + together, size)) for start in range(0, size, together)]
   with Progress(sum(size - block[0] for block in blocks), "exact products", "gradients") as progress:
     for block in blocks:
-      held = [np.empty((len(block), leaf.size), NARROW) for leaf in jax.tree.leaves(chosen.problem.sub)]
+      held = [np.empty((len(block), leaf.size), np.float32) for leaf in jax.tree.leaves(chosen.problem.sub)]
       for rows, found in leaves(block):
         for kept, leaf in zip(held, found, strict=True):
           kept[rows - block[0]] = leaf
         progress.update(len(rows))
-      total[np.ix_(block, block)] = sum(own @ own.T for own in map(wide, held))
+      total[np.ix_(block, block)] = sum(own @ own.T for own in held)
       for rows, found in leaves(np.arange(block[-1] + 1, size)):
-        products = sum(wide(kept) @ leaf.T for kept, leaf in zip(held, found, strict=True))
+        products = sum(kept @ leaf.T for kept, leaf in zip(held, found, strict=True))
         total[np.ix_(block, rows)], total[np.ix_(rows, block)] = products, products.T
         progress.update(len(rows))
   return total

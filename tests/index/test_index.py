@@ -227,14 +227,14 @@ def test_agreement_with_exact_products_is_whole_where_nothing_is_left_out(tmp_pa
   given = {"sketch_size": 64, "agreement_sizes": "4,512", "solver": "identity"}
   s = tiny.run_settings(tmp_path, kind=LargePoolsFlags, **given)
   whole, few, all_ = large_pools.measure_agreement(s)
-  assert whole["mean query"] > 0.999 and whole["whitened cosines, median"] > 0.999
-  assert all_["single queries, median"] > 0.99 and all_["whitened cosines, median"] > 0.98
+  assert whole["mean query"] > 0.999 and whole["whitened cosines, median"] > 0.99  # rounding orders ties anew
+  assert all_["single queries, median"] > 0.99 and all_["whitened cosines, median"] > 0.99
   assert few["bytes an example"] < all_["bytes an example"]
 
 
 @slow
 def test_exact_products_are_those_of_jvp(tmp_path, monkeypatch):
-  monkeypatch.setattr(large_pools, "HELD", 2 * 2 * 10**5)  # few gradients at a time
+  monkeypatch.setattr(large_pools, "HELD", 4 * 10**5)  # few gradients at a time
   s = tiny.run_settings(tmp_path, kind=LargePoolsFlags, train_limit=20, eval_limit=4)
   bench = tiny.open_session(s)
   train, evals = (np.flatnonzero(bench.splits[part].num_response_tokens) for part in ("train", "eval"))
@@ -243,5 +243,5 @@ def test_exact_products_are_those_of_jvp(tmp_path, monkeypatch):
   v = chosen.problem.gradients(bench.stream(bench.batcher("eval", chosen.tree, chosen.params, evals)), len(evals))
   stream = bench.stream(bench.packer("train", chosen.tree, chosen.params, train))
   wanted = chosen.problem.scores(stream, len(train), v, "jvp")
-  np.testing.assert_allclose(found[: len(evals), len(evals) :], wanted, atol=2e-3 * np.abs(wanted).max())
+  np.testing.assert_allclose(found[: len(evals), len(evals) :], wanted, atol=1e-5 * np.abs(wanted).max())
   np.testing.assert_allclose(found, found.T, atol=0)
