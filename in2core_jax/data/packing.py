@@ -185,33 +185,6 @@ def join(shapes: Iterable[PackedShape]) -> tuple[PackedShape, ...]:
   return tuple(found[length] for length in sorted(found))
 
 
-class Spots(NamedTuple):
-  """Where the examples of a packed batch lie.
-
-  Attributes:
-    members: int32 [W, T], which example of its row a token belongs to; S on padding.
-    place: int32 [G, E / G], row of the group times S plus which example of the row; 0 where there is none.
-    last: int32 [G, E / G], the last token, counted from the first of the group; 0 where there is none.
-    lengths: int32 [E], tokens; 1 where there is no example.
-  """
-
-  members: np.ndarray
-  place: np.ndarray
-  last: np.ndarray
-  lengths: np.ndarray
-
-
-def examples_of(cells: Cells) -> list[int]:
-  """The examples of a batch in the order of `Packer.batch`."""
-  return [example for cell in cells for row in cell for example in row]
-
-
-def most_in_a_row(plan: Iterable[tuple["PackedShape", Cells]]) -> int:
-  """S: no row of a plan holds more examples; a power of two, so that few programs are compiled."""
-  most = max((len(row) for _, cells in plan for cell in cells for row in cell), default=1)
-  return 1 << (most - 1).bit_length()
-
-
 class Packer:
   """Cuts a tokenised data set into batches of packed rows; `sequential` and `shuffled` are those of `Batcher`.
 
@@ -358,24 +331,6 @@ class Packer:
     length = max((s.num_tokens for s in self.shapes), default=round_up(self._lengths[examples].max(), 16))
     ((shape, cells),) = self._shaped([(length, self._cells(np.asarray(examples), length))])
     return self.batch(cells, shape)
-
-  def spots(self, cells: Cells, shape: PackedShape, most: int) -> Spots:
-    """Where the examples of a batch lie; arguments as in `batch`, and S of `most_in_a_row`."""
-    members = np.full((len(cells), shape.height, shape.num_tokens), most, np.int32)
-    place, last = np.zeros((2, len(cells), shape.size), np.int32)
-    lengths = np.ones((len(cells), shape.size), np.int32)
-    for group, cell in enumerate(cells):
-      number = 0
-      for height, row in enumerate(cell):
-        start = 0
-        for which, example in enumerate(row):
-          stop = start + int(self._lengths[example])
-          members[group, height, start:stop] = which
-          place[group, number] = height * most + which
-          last[group, number] = height * shape.num_tokens + stop - 1
-          lengths[group, number] = stop - start
-          start, number = stop, number + 1
-    return Spots(members.reshape(-1, shape.num_tokens), place, last, lengths.reshape(-1))
 
   def batch(self, cells: Cells, shape: PackedShape) -> tuple[np.ndarray, Batch]:
     """Builds a batch.

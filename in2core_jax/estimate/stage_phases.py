@@ -104,9 +104,10 @@ def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
   """The solver's own passes."""
   sizes, held = price.sizes, memory.num_vectors(inverse, s.acceleration != "none")
   if inverse.solver == "datainf":
-    rows = price.by_row("train")
-    phase = price.mapped_pass("datainf", rows, 0.0, held)
-    return dataclasses.replace(phase, flops=flop_counts.datainf_flops(sizes, inverse, rows, price.cached))
+    rows = price.by_row("train", every_slot=False)
+    flops = flop_counts.datainf_flops(sizes, inverse, rows, price.cached)
+    passes = 2 if inverse.relative else 1
+    return price.phase("datainf", flops, price.device(row_bytes(price), held), 2.0 * passes * rows.batches)
   curvature = solver_inputs.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
   fixed = curvature.num_fixed
@@ -224,13 +225,18 @@ def sketched(bench: Session, stage: str, s: Settings) -> Pricer:
   return Pricer(bench, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
 
 
-def sketch_bytes(price: Pricer) -> float:
-  """Bytes of the program that gives sketched gradients: a copy of the cores for each example, and a gradient."""
+def row_bytes(price: Pricer) -> float:
+  """Bytes of the program of a backward pass over a batch with a row for each example."""
   bench = price.bench
   rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
   program = memory.Program("gradient", rows[0] // price.groups, rows[1], rows[2])
-  size = memory.program_bytes(bench.model.config, price.sizes, program, bench.settings.dtype)
-  return size + 2 * FLOAT * rows[0] // price.groups * price.sizes.subtree
+  return memory.program_bytes(bench.model.config, price.sizes, program, bench.settings.dtype)
+
+
+def sketch_bytes(price: Pricer) -> float:
+  """Bytes of the program that gives sketched gradients: beside it a copy of the cores for each example, a gradient."""
+  examples = max((layout.size, shape.num_tokens) for shape, layout in price.bench.batching.layout.items())[0]
+  return row_bytes(price) + 2 * FLOAT * examples // price.groups * price.sizes.subtree
 
 
 def index_phases(bench: Session, s: IndexSettings) -> list[Phase]:

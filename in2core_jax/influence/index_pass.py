@@ -24,7 +24,7 @@ from in2core_jax.params import moment_probes
 
 # (sub, frozen, batch, spots, S) -> (losses [E], hidden f32 [E, V, D]).
 LossesAndHidden = Callable[[Tree, Tree, Tree, Any, int], tuple[jax.Array, jax.Array]]
-# Rows int [e] of the examples, -1 where there is none; the batch; where its examples lie (`packing.Spots`).
+# Rows int [e] of the examples, -1 where there is none; the batch; where its examples lie (`spots.Spots`).
 Items = Iterator[tuple[np.ndarray, Any, Any]]
 
 

@@ -234,7 +234,7 @@ def losses_and_hidden_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
 
   Args of the function made:
     batch: of packed rows.
-    spots: where its examples lie, a `packing.Spots`. most: S, how many a row holds at most.
+    spots: where its examples lie, a `spots.Spots`. most: S, how many a row holds at most.
   """
   head_is_chosen = _head_is_chosen(config, subtree)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.data import packing, records
+from in2core_jax.data import packing, records, spots
 from in2core_jax.data.subsets import by_id
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.index import basis as bases
@@ -78,7 +78,7 @@ class Pool:
   def _raw(self, part: str, rows: np.ndarray) -> bases.Raw:
     packer = self.bench.packer(part, rows=rows)
     plan = packer.sequential_plan(self.bench.batching.batch_tokens)
-    most = packing.most_in_a_row(plan)
+    most = spots.most_in_a_row(plan)
     raw = self._pass.raw(self._items(packer, plan, most), len(rows), most)
     return raw if self._own_hidden else dataclasses.replace(raw, hidden=self._base_hidden(part, rows))
 
@@ -86,8 +86,8 @@ class Pool:
     place = self.bench.batching.place
     for shape, cells in plan:
       own, batch = packer.batch(cells, shape)
-      spots = (place((value,))[0] for value in packer.spots(cells, shape, most))
-      yield own, place(batch), packing.Spots(*spots)
+      where = spots.spots_of(cells, shape, packer.dataset.tokens, most)
+      yield own, place(batch), spots.Spots(*(place((value,))[0] for value in where))
 
   def _base_hidden(self, part: str, rows: np.ndarray) -> np.ndarray:
     found = self.bench.hidden.pooled_rows(part, rows)
@@ -130,7 +130,7 @@ class Planned:
 
 def order_of(plan: Sequence) -> np.ndarray:
   """The examples of some batches in order, int64 [n]."""
-  return np.array([example for _, cells in plan for example in packing.examples_of(cells)], np.int64)
+  return np.array([example for _, cells in plan for example in spots.examples_of(cells)], np.int64)
 
 
 def raw_pieces(rows: np.ndarray) -> list[np.ndarray]:
@@ -290,7 +290,7 @@ def planned(pool: Pool, s: IndexSettings, keys: np.ndarray, known: np.ndarray) -
   cut = [plan[start : start + size] for start in range(0, len(plan), size)]
   shapes = [[list(shape), [list(map(len, cell)) for cell in cells]] for shape, cells in plan]
   name = store.name_of(keys[rows[order_of(plan)]], run_folder.hash_of([size, shapes]))
-  return Planned(rows, packer, cut, packing.most_in_a_row(plan), name)
+  return Planned(rows, packer, cut, spots.most_in_a_row(plan), name)
 
 
 def _fill_part(

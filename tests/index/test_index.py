@@ -9,7 +9,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from experiments import large_pools
 from experiments.settings import LargePoolsFlags
-from in2core_jax.data import packing
+from in2core_jax.data import packing, spots
 from in2core_jax.errors import UserError
 from in2core_jax.index import basis as bases
 from in2core_jax.index import store
@@ -42,9 +42,11 @@ def test_a_pass_gives_products_lengths_losses_and_pooled_hidden_states(x64, laye
   wanted = problem.adapter_features(lambda: iter([(np.arange(6), batch)]), 6)
   packer = packing.Packer(dataset, groups=2)
   plan = packer.sequential_plan(40)
-  most = packing.most_in_a_row(plan)
+  most = spots.most_in_a_row(plan)
   assert len(plan) > 1 and most > 1
-  items = lambda: ((*packer.batch(cells, shape), packer.spots(cells, shape, most)) for shape, cells in plan)  # noqa: E731
+  items = lambda: (
+    (*packer.batch(cells, shape), spots.spots_of(cells, shape, dataset.tokens, most)) for shape, cells in plan
+  )  # noqa: E731
   run = IndexPass(losses_and_hidden_fn(config, sketch.tree), sketch, params)
   raw = run.raw(items(), 6, most)
   np.testing.assert_allclose(raw.gradients, wanted, rtol=1e-5, atol=1e-7)
