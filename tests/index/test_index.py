@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.influence.projected import SketchSettings, make_sketch
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import losses_and_hidden_fn, make_objective
+from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, index, select, session
 from in2core_jax.pipeline.index_settings import IndexSettings
@@ -119,6 +121,21 @@ def test_rows_have_the_products_and_lengths_of_whole_sketched_gradients(tmp_path
   hidden = np.stack([bench.hidden.pooled("train", pooling=view) for view in ("mean", "last")], axis=1)
   basis = store.IndexStore.load(s.run_dir).read_basis()
   np.testing.assert_allclose(block.hidden_square, np.sum((hidden - basis.center) ** 2, axis=2), rtol=1e-4)
+
+
+@slow
+def test_two_devices_give_the_rows_of_one(tmp_path):
+  found = []
+  for count in (1, 2):
+    s = settings(tmp_path / str(count), train_limit=20, eval_limit=4)
+    bench = session.open_session(s, sharding.make_mesh("", jax.devices()[:count]))
+    index.run(s, bench)
+    found.append(rows_of(s, bench).take(np.arange(len(bench.splits["train"]))))
+  one, two = found
+  np.testing.assert_allclose(two.square, one.square, rtol=1e-5)
+  np.testing.assert_allclose(two.hidden_square, one.hidden_square, rtol=1e-5)
+  products = [block.gradients @ block.gradients.T for block in found]
+  np.testing.assert_allclose(*products, atol=1e-2 * np.abs(products[0]).max())
 
 
 @slow
