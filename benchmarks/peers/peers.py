@@ -138,7 +138,13 @@ def peers_python(given: str) -> pathlib.Path:
   """The Python of the peers' environment."""
   cache = pathlib.Path(__file__).parents[2] / ".cache" / "peers"
   cache.mkdir(parents=True, exist_ok=True)
-  return pathlib.Path(given) if given else environment.python(HERE / "requirements.txt", cache)
+  if given:
+    return pathlib.Path(given)
+  python = environment.python(HERE / "requirements.txt", cache)
+  # Bergson asks for them and nothing here does; built for a GPU, they do not go with PyTorch for CPUs.
+  remove = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"]
+  subprocess.run(remove, check=True, env=environment.clean_environment())
+  return python
 
 
 def run_all(bench: Session, other: Other, rounds: int) -> list[dict]:

@@ -3,7 +3,6 @@
 python torch_side.py JOB.json; on standard input a word of `PASSES` a line, on standard output a line of JSON for each.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -151,19 +150,19 @@ def peak() -> float:
 
 
 def main() -> None:
-  """Answers line by line."""
+  """Answers line by line; what libraries print goes to standard error."""
+  out = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  with contextlib.redirect_stdout(sys.stderr):
-    peers = Peers(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+  peers = Peers(json.loads(pathlib.Path(sys.argv[1]).read_text()))
   names = ("torch", "transformers", "bergson", "kronfluence")
-  print(json.dumps({name: importlib.metadata.version(name) for name in names}), flush=True)
+  print(json.dumps({name: importlib.metadata.version(name) for name in names}), file=out, flush=True)
   for line in sys.stdin:
     RESET.write_text("5")
     began, busy = time.perf_counter(), time.process_time()
-    with contextlib.redirect_stdout(sys.stderr):
-      values = getattr(peers, line.strip())()
+    values = getattr(peers, line.strip())()
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak(), "values": values}), flush=True)
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak(), "values": values}), file=out, flush=True)
 
 
 if __name__ == "__main__":
