@@ -1,6 +1,12 @@
+"""An index of a large pool: a few numbers for each example, from which `select --index` chooses in seconds.
+
+python -m experiments.index --train_data=pool.jsonl --eval_data=mine.jsonl --run_dir=runs/pool
+
+One pass over the pool. The same command goes on where it was stopped, and adds what is new in --train_data.
+"""
+
 from experiments import stages
 from experiments.settings import IndexFlags
-from in2core_jax.pipeline.index import __doc__, run  # noqa: F401 -- __doc__ is the text of --help
 
 if __name__ == "__main__":
-  stages.start("index", IndexFlags, run)
+  stages.start("index", IndexFlags)

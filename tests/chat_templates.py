@@ -49,6 +49,15 @@ QWEN25 = (
   + "{{- '<|im_end|>\n' }}"
   + _RESULTS_QWEN
 )
+# With marks around what is learnt: calls and answers.
+QWEN25_MARKED = (
+  QWEN25.replace("(message.role == 'assistant' and not message.tool_calls)", "false")
+  .replace("{{- '<|im_start|>assistant' }}", "{{- '<|im_start|>assistant' }}{% generation %}")
+  .replace(
+    "{{- '<|im_end|>\n' }}{%- elif message.role == 'tool' %}",
+    "{{- '<|im_end|>\n' }}{% endgeneration %}{%- elif message.role == 'tool' %}",
+  )
+)
 # Reasoning is kept behind the last question alone; the last answer gets a think block even when it has no reasoning.
 QWEN3 = (
   (

@@ -44,67 +44,38 @@ class Step:
     return tuple(dict.fromkeys(re.findall(r"\{runs\}/([\w-]+)", " ".join(self.changes))))
 
 
-_RULES = "proponents; proponents, cg; opponents; matching; longest; random, copies last"
+_TUNED = "--checkpoint={runs}/tuned/checkpoint"
 STEPS = (
   Step("tuned", "finetune", "", "sweep.flags", "the model that was fine-tuned on all examples of the sweep"),
+  Step("scores", "select", "report", "sweep.flags", "scores of the training examples, who is kept", (_TUNED,)),
   Step(
-    "scores",
-    "select",
-    "report",
-    "sweep.flags",
-    "scores of the training examples, who is kept",
-    ("--checkpoint={runs}/tuned/checkpoint",),
-  ),
-  Step(
-    "sweep",
-    "evaluate",
-    "evaluation",
-    "sweep.flags",
+    *("sweep", "evaluate", "evaluation", "sweep.flags"),
     "how much data is enough, by policy, at equal steps and at equal epochs",
-    ("--checkpoint={runs}/tuned/checkpoint", "--select_runs={runs}/scores"),
+    (_TUNED, "--select_runs={runs}/scores"),
   ),
   Step(
-    "study-chatterbot",
-    "study",
-    "study",
-    "study.flags",
-    "rules of selection on a redundant corpus",
-    (f"--variants={_RULES}",),
+    *("study-chatterbot", "study", "study", "study.flags", "rules of selection on a redundant corpus"),
+    ("--variants=proponents; proponents, cg; opponents; matching; longest; random, copies last",),
   ),
   Step("layers-tuned", "finetune", "", "ablate_layers.flags", "the model whose gradients the next step takes"),
   Step(
-    "layers",
-    "ablate_layers",
-    "ablate_layers",
-    "ablate_layers.flags",
-    "how many layers are enough",
+    *("layers", "ablate_layers", "ablate_layers", "ablate_layers.flags", "how many layers are enough"),
     # At the base model all layers' own highest scores lose to random sets, so that agreeing with them says little.
     ("--checkpoint={runs}/layers-tuned/checkpoint",),
   ),
   Step(
-    "fidelity",
-    "fidelity",
-    "fidelity",
-    "fidelity.flags",
-    "do scores foretell what retraining gives (LDS)",
+    *("fidelity", "fidelity", "fidelity", "fidelity.flags", "do scores foretell what retraining gives (LDS)"),
     # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
     full=("--train_limit=128", "--lds_every=true", "--lds_at=full,base", "--cg_steps=100"),
   ),
   Step("coverage", "coverage", "coverage", "coverage.flags", "which test points the training set does not cover"),
   Step(
-    "transfer",
-    "transfer",
-    "transfer",
-    "transfer.flags",
-    "one model selects, another one is trained",
+    *("transfer", "transfer", "transfer", "transfer.flags", "one model selects, another one is trained"),
     # At SmolLM2's rate Gemma learns the training examples by heart: its evaluation loss ends where it began.
     ("--score_models=smollm2;truncated:smollm2:15;gemma3", "--model_rates=3e-4;3e-4;3e-5"),
   ),
   Step(
-    "study-alpaca",
-    "study",
-    "study",
-    "study.flags",
+    *("study-alpaca", "study", "study", "study.flags"),
     "rules of selection on Alpaca, for an evaluation set of its own kind",
     (
       *("--train_data=jsonl:{alpaca}", "--test_limit=600"),
@@ -113,10 +84,7 @@ STEPS = (
     ("--train_limit=10000", "--eval_limit=1000", "--test_limit=2000"),
   ),
   Step(
-    "study-mixed",
-    "study",
-    "study",
-    "study.flags",
+    *("study-mixed", "study", "study", "study.flags"),
     "rules of selection on a mixed pool with an evaluation set of one topic",
     (
       *("--train_data=chatterbot:trivia,ai,coding,psychology,emotion,literature+jsonl:{alpaca}",),

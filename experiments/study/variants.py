@@ -69,6 +69,7 @@ VARIANTS = {
   "hybrid, base model": make_variant("hybrid"),
   "matching, hybrid, base model": make_variant("matching_hybrid"),
   "hybrid, nearest": make_variant("hybrid", aggregate="nearest"),
+  "hybrid, weighted turns, base model": make_variant("hybrid", aggregate="weighted_turns"),
   "whitened cosine, base model": make_variant("whitened_cosine"),
   "whitened cosine, mean": make_variant("whitened_cosine", aggregate="mean"),
   "whitened embedding": make_variant("whitened_embedding"),

@@ -82,7 +82,7 @@ def row_work(
 
 
 def boundary_work(plan: Sequence[tuple[int, int, Sequence]]) -> Work:
-  """The work of a plan of `packing.packed_plan`: no response slot, the layers below the boundary have no head."""
+  """The work of a plan of `packed_rows.packed_plan`: no response slot, the layers below the boundary have no head."""
   total = Work()
   for length, height, rows in plan:
     total = total.plus(Work(height * length, height * length**2, 0, sum(map(len, rows)), 1))

@@ -38,7 +38,7 @@ from in2core_jax.runs.files import write_parquet as write_parquet
 from in2core_jax.runs.files import write_text as write_text
 from in2core_jax.runs.folder_files import CHECKPOINT as CHECKPOINT
 from in2core_jax.runs.folder_files import files_below, is_link, make_folder
-from in2core_jax.runs.identities import difference
+from in2core_jax.runs.identities import common, difference
 from in2core_jax.runs.record import device_summary as device_summary
 from in2core_jax.runs.record import flags_bytes
 from in2core_jax.runs.record import package_versions as package_versions
@@ -93,21 +93,14 @@ class RunDir:
       UserError: the folder belongs to a run of another identity, or to no run at all, or another job writes there, or
         a process does not see it. Raised in all processes, so that none waits for one that has stopped.
     """
-    opened, refusal = None, None
-    if processes.is_writer():
-      try:
-        opened = cls._open_locked(path, identity, overwrite, shared)
-      except UserError as error:
-        refusal = str(error)
-    refusal = processes.from_writer(refusal)
-    if refusal is not None:
-      raise UserError(refusal)
+    opened: list[RunDir] = []
+    processes.checked_by_writer(lambda: opened.append(cls._open_locked(path, identity, overwrite, shared)))
     if not processes.all_true(processes.is_writer() or cls._read(_folder_path(path)) is not None):
       raise UserError(
         f"{path}: not all processes see the folder that process 0 has made there: give --run_dir a place that all "
         "machines share, gs:// or a shared file system"
       )
-    return opened or cls._open(path, identity, False, writer=False)
+    return opened[0] if opened else cls._open(path, identity, False, writer=False)
 
   @staticmethod
   def refuse_held(path: epath.PathLike) -> None:
@@ -116,15 +109,28 @@ class RunDir:
     Raises:
       UserError: names the other job.
     """
-    refusal = None
-    if processes.is_writer():
-      try:
-        locks.refuse_held(_folder_path(path))
-      except UserError as error:
-        refusal = str(error)
-    refusal = processes.from_writer(refusal)
-    if refusal is not None:
-      raise UserError(refusal)
+    processes.checked_by_writer(lambda: locks.refuse_held(_folder_path(path)))
+
+  @classmethod
+  def refuse_other(cls, path: epath.PathLike, known: Mapping[str, Any]) -> None:
+    """Refuses a folder of another identity by what is known of ours: before the work that the rest takes. Collective.
+
+    Args:
+      path: the folder.
+      known: a part of the identity; what the folder's has no entry for is left to `open`.
+
+    Raises:
+      UserError: which entries differ.
+    """
+
+    def check() -> None:
+      old = cls._read(_folder_path(path))
+      if old is not None:
+        there, now = common(old.identity, json.loads(canonical_json(known)))
+        if there != now:
+          raise UserError(difference(path, there, now))
+
+    processes.checked_by_writer(check)
 
   @classmethod
   def _open_locked(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, shared: bool) -> RunDir:
@@ -393,17 +399,14 @@ def hold(folder: epath.PathLike) -> locks.Lock:
   Raises:
     UserError: another job has it, or it cannot be made; in all processes.
   """
-  lock, refusal = locks.Lock(None), None
-  if processes.is_writer():
-    try:
-      make_folder(_folder_path(folder))
-      lock = locks.take(_folder_path(folder))
-    except UserError as error:
-      refusal = str(error)
-  refusal = processes.from_writer(refusal)
-  if refusal is not None:
-    raise UserError(refusal)
-  return lock
+  taken = []
+
+  def take() -> None:
+    make_folder(_folder_path(folder))
+    taken.append(locks.take(_folder_path(folder)))
+
+  processes.checked_by_writer(take)
+  return taken[0] if taken else locks.Lock(None)
 
 
 def beside(run_dir: epath.PathLike, name: str) -> epath.Path:

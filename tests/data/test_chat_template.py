@@ -1,5 +1,6 @@
 """Chat templates: responses, what is not rendered, dates, limits; control words inside texts."""
 
+import dataclasses
 import datetime
 import json
 
@@ -14,7 +15,8 @@ from transformers.utils import chat_template_utils
 
 from in2core_jax.data import assets, template_program
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.tokenizing import Record, data_summary, format_summary, tokenize
+from in2core_jax.data.summaries import data_summary, format_summary
+from in2core_jax.data.tokenizing import Record, tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.model.weights import EMBEDDED_MODEL
@@ -354,6 +356,20 @@ def test_generation_marks_give_the_mask_of_transformers(fixed_clock, template):
       np.testing.assert_array_equal(ours.response_mask[0], np.array(theirs["assistant_masks"], bool))
       cut = tokenize([_record(*messages)], tokenizer, len(ours.tokens[0]) - 3)
       np.testing.assert_array_equal(cut.response_mask[0], ours.response_mask[0][:-3])
+
+
+def test_generation_marks_round_tool_calls_give_the_mask_of_transformers(fixed_clock):
+  tokenizer, call = _bytes(templates.QWEN25_MARKED), {"name": "get", "arguments": {"city": "Ö"}}
+  calls = _answer("Let me see.", tool_calls=[CALL | {"function": call}]), RESULT, _answer("B.")
+  tool = {"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}
+  for tools in (None, [tool]):
+    for messages in ([_user("Q"), *calls], [SYSTEM, _user("Q"), _answer("A"), _user("R"), *calls]):
+      theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+      record = dataclasses.replace(_record(*messages), tools=tools or ())
+      ours = tokenize([record], tokenizer, 10_000)
+      np.testing.assert_array_equal(ours.tokens[0], theirs["input_ids"])
+      np.testing.assert_array_equal(ours.response_mask[0], np.array(theirs["assistant_masks"], bool))
+      assert 30 < ours.response_mask[0].sum() < len(ours.tokens[0])
 
 
 # --- the rendering is that of transformers

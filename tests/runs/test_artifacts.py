@@ -70,6 +70,18 @@ def test_other_identity_is_refused_and_named(tmp_path):
   assert (tmp_path / "report.md").exists()
 
 
+def test_a_folder_is_refused_by_what_is_known_of_the_identity(tmp_path):
+  run_folder.RunDir.open(tmp_path / "run", {"flags": {"seed": 0, "mesh": ""}, "data": {"train": "a"}, "model_hash": "m"})
+  refuse = run_folder.RunDir.refuse_other
+  for known in ({"flags": {"seed": 0}}, {"flags": {"seed": 0, "newer": 1}, "data": {"train": "a"}}, {}):
+    refuse(tmp_path / "run", known)
+  refuse(tmp_path / "elsewhere", {"flags": {"seed": 1}})
+  with pytest.raises(UserError, match="flags.seed is 0 there and 1 now. Give"):
+    refuse(tmp_path / "run", {"flags": {"seed": 1}, "data": {"train": "a"}})
+  with pytest.raises(UserError, match="data.train is 'a' there and 'b' now"):
+    refuse(tmp_path / "run", {"flags": {"seed": 0}, "data": {"train": "b"}})
+
+
 def test_overwrite_removes_ours_and_nothing_else(tmp_path):
   run = RunDir.open(tmp_path, IDENTITY)
   run.write_json("summary.json", {})
