@@ -319,13 +319,13 @@ def products_flops(sizes: Sizes, inverse: Inverse, batch: Work, fixed: int, cach
 
 
 def datainf_flops(sizes: Sizes, inverse: Inverse, rows: Work, cached: bool) -> float:
-  """FLOPs of DataInf: per-example gradients of all examples, dots, norms and weighted sums, 2 P (2 Q + 1) each.
+  """FLOPs of DataInf: a backward pass that forms no gradient, and 2 P a token for lengths, 4 P Q for dots and sums.
 
-  A relative damping takes a pass of gradients and norms before.
+  A relative damping takes a pass for lengths before. Lengths cost less in rows shorter than a matrix's sides.
   """
-  gradients = pass_flops(sizes, "gradient", rows, cached)
-  main = gradients + contraction_flops(sizes, rows.examples, 2 * inverse.queries + 1)
-  return main + (gradients + contraction_flops(sizes, rows.examples, 1) if inverse.relative else 0.0)
+  backward, once = pass_flops(sizes, "probes", rows, cached), 2.0 * rows.tokens * sizes.chosen
+  main = backward + once * (2 * inverse.queries + 1)
+  return main + (backward + once if inverse.relative else 0.0)
 
 
 def _count(leaf: Any) -> int:
