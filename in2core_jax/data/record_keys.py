@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from in2core_jax.data.json_text import Decoder, Refused
 from in2core_jax.data.key_names import is_empty, meant, snake
 from in2core_jax.data.media import is_medium
 from in2core_jax.errors import UserError
@@ -43,6 +44,7 @@ _NO_MEANING = frozenset(
     "hash",
     "hashed_ip",
     "fingerprint",
+    "system_fingerprint",
     "unnamed_0",
     "source",
     "sources",
@@ -53,6 +55,7 @@ _NO_MEANING = frozenset(
     "origin",
     "provenance",
     "subset",
+    "split",
     "config",
     "corpus",
     "url",
@@ -156,6 +159,7 @@ _NO_MEANING = frozenset(
     "reviews",
     "review_count",
     "popularity",
+    "views",
     "logprob",
     "logprobs",
     "entropy",
@@ -189,6 +193,7 @@ _NO_MEANING = frozenset(
     "len",
     "tokens",
     "token_count",
+    "token_counter",
     "n_tokens",
     "turn",
     "turns",
@@ -224,7 +229,8 @@ _PARTS = frozenset(
 )
 _OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
 _OF_WORDS = re.compile(
-  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
+  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|type|index|idx)"
+  r"|\w+_licen[sc]e"
   r"|(index_level|unnamed)_\d+|score_\w+"
 )
 _COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
@@ -311,6 +317,9 @@ _ABOUT_LOSS = frozenset(["loss", "train", "training", "trained", "mask", "masked
 _SAMPLE_WEIGHTS = frozenset(
   ["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale", "row_weight"]
 )
+# Under a name of reasoning: whether somebody is to think, and how much. Nemotron has "on" and "off".
+_SWITCH = frozenset(["on", "off", "yes", "no", "true", "false", "none", "auto", "low", "medium", "high", "minimal"])
+_SWITCH |= {"enabled", "disabled", "0", "1"}
 # Keys of a whole record that other trainers have as settings, and the value that says what we do anyway.
 _SETTINGS = {
   **dict.fromkeys(["train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "train_on_user"], False),
@@ -326,10 +335,11 @@ _MASKED_ROLES = frozenset(["user", "users", "human", "instruction", "prompt", "i
 def has_no_meaning(key: str, value: Any) -> bool:
   """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
   name = snake(key)
-  if _holds_parts(value):
+  parsed = _from_json(value)
+  if _holds_parts(parsed):
     return False
   if name in _ANY_SIZE:
-    return True
+    return not isinstance(parsed, str) or not name.startswith("meta")  # ChatGLM: the name of the tool that is called
   if name in _COUNTED_LISTS or _OF_NUMBERS.fullmatch(name):
     return isinstance(value, int | float) and not isinstance(value, bool)
   if name not in _NO_MEANING and not _OF_WORDS.fullmatch(name):
@@ -346,9 +356,19 @@ def _holds_parts(value: Any) -> bool:
     return False
   names = _PARTS | LEARNT | NOT_LEARNT
   for key, item in value.items():
-    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or is_medium(key))):
+    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or meant(key) in names or is_medium(key))):
       return True
   return False
+
+
+def _from_json(value: Any) -> Any:
+  """The object or list that a text holds, as tables of texts have their metadata; anything else as it is."""
+  if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+    return value
+  try:
+    return Decoder().whole(value)
+  except Refused:
+    return value
 
 
 def column_type(key: str) -> str:
@@ -402,6 +422,11 @@ def check_record_key(key: str, value: Any) -> bool:
   if _about_loss(name) and isinstance(value, bool):
     raise UserError(f"{out}, and it is not clear whether that takes the record out of the loss; remove the key")
   return False
+
+
+def is_switch(value: Any) -> bool:
+  """Whether a value says that there is reasoning, or how much, and is none itself."""
+  return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCH)
 
 
 _WRITE_TRAIN = "write 'train': true or false into the turns instead"
