@@ -104,17 +104,6 @@ PLAIN = [
   (templates.PAIRS, "</s>", " ", " "),
   (templates.GENERATION, "<|im_end|>", "", ""),
   (templates.SMOLLM3, "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_start|>assistant\n"),
-  (templates.COMMAND_R, "<|END_OF_TURN_TOKEN|>", "", ""),
-  (templates.OLMO2, "</s>", "", ""),
-  (templates.VICUNA, "</s>", " ", " "),
-  (templates.GLM45, "", "\n<think></think>\n", "\n<think></think>\n"),
-  (templates.QWEN3_THINKING, "<|im_end|>", "\n</think>\n\n", ""),
-  (templates.DEEPSEEK_V31, "</s>", "", ""),
-  (templates.GRANITE3, "<|end_of_text|>", "", ""),
-  (templates.ERNIE45, "<|end_of_sentence|>", "", ""),
-  (templates.NEMOTRON, "\n<SPECIAL_12>", "</think>", "</think>"),
-  (templates.APERTUS, "<|assistant_end|>", "", ""),
-  (templates.OPENCHAT, "<|end_of_turn|>", " ", " "),
 ]
 
 
@@ -138,6 +127,30 @@ def test_responses_are_the_answers_with_their_terminator(template, end, last, ea
   if template not in (templates.GEMMA2, templates.MISTRAL03, templates.PAIRS):  # refuse or move a system message
     assert _learnt(template, SYSTEM, _user("Q"), _answer("A.")) == ([f"{last}A.{end}"], {})
     assert _learnt(template, _user("Q"), _answer("A."), system_prompt="Hm.") == ([f"{last}A.{end}"], {})
+
+
+NEWER = [
+  (templates.COMMAND_R, "<|END_OF_TURN_TOKEN|>", "", ""),
+  (templates.OLMO2, "</s>", "", ""),
+  (templates.VICUNA, "</s>", " ", " "),
+  (templates.GLM45, "", "\n<think></think>\n", "\n<think></think>\n"),
+  (templates.QWEN3_THINKING, "<|im_end|>", "\n</think>\n\n", ""),
+  (templates.DEEPSEEK_V31, "</s>", "", ""),
+  (templates.GRANITE3, "<|end_of_text|>", "", ""),
+  (templates.ERNIE45, "<|end_of_sentence|>", "", ""),
+  (templates.NEMOTRON, "\n<SPECIAL_12>", "</think>", "</think>"),
+  (templates.APERTUS, "<|assistant_end|>", "", ""),
+  (templates.OPENCHAT, "<|end_of_turn|>", " ", " "),
+]
+
+
+@pytest.mark.parametrize(("template", "end", "last", "earlier"), NEWER)
+def test_responses_of_newer_families(template, end, last, earlier):
+  several = _user("say assistant: A."), _answer("A."), _user("R"), _answer("say <|im_start|>assistant\nA.!")
+  asked = [f"{earlier}A.{end}", f"{last}say <|im_start|>assistant\nA.!{end}"]
+  for system in ((), (SYSTEM,)):
+    assert _learnt(template, *system, *several) == (asked, {})
+  assert _learnt(template, several[0], _answer("A.", train=False), *several[2:]) == (asked[1:], {})
 
 
 SPACED = [
