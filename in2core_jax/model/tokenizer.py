@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import pathlib
 from typing import Any
 
@@ -223,7 +224,11 @@ def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedToken
     raise UserError(f"{file} has no 'model', so it is no tokenizer; save the tokenizer again")
   _check_content(file, content)
   with told_by_tokenizers(f"{file}: the tokenizer cannot be loaded"):
-    backend = tokenizers.Tokenizer.from_file(str(file))
+    whole = _with_whole_offsets(content.get("post_processor"))
+    if whole == content.get("post_processor"):
+      backend = tokenizers.Tokenizer.from_file(str(file))
+    else:
+      backend = tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": whole}))
   _check_added(file, content, backend)
   # Cutting and padding are state that a tokenizer may have been saved in; they are no part of its ids.
   backend.no_truncation()
@@ -241,6 +246,13 @@ def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedToken
       clean_up_tokenization_spaces=False,
       **roles,
     )
+
+
+def _with_whole_offsets(part: Any) -> Any:
+  """A post-processor that leaves offsets as they are; trimmed, a token of spaces would come from no character."""
+  if isinstance(part, dict):
+    return {key: False if key == "trim_offsets" else _with_whole_offsets(value) for key, value in part.items()}
+  return [_with_whole_offsets(value) for value in part] if isinstance(part, list) else part
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:

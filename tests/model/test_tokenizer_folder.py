@@ -276,3 +276,26 @@ def test_a_broken_file_beside_it_is_named(tmp_path, name, content):
   (folder / name).write_text(content)
   with pytest.raises(UserError, match=name):
     tokenizer_from_dir(folder)
+
+
+TRIMMING = [
+  processors.ByteLevel(trim_offsets=True),
+  processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True),
+  processors.Sequence([processors.ByteLevel(trim_offsets=True)]),
+]
+
+
+@pytest.mark.parametrize("processor", TRIMMING)
+def test_spaces_within_an_answer_are_learnt_where_the_file_trims_offsets(tmp_path, processor):
+  tokenizer, text = _byte_level(), "if x:\n    hello  12   "
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  template = "{% for m in messages %}{{ m.role }}|{{ m.content }};{% endfor %}"
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+  record = Record("r", ({"role": "user", "content": "hello"}, {"role": "assistant", "content": text}), "", "{}", "m", 1)
+  plain = tokenize([record], tokenizer_from_dir(tmp_path), 99)
+  tokenizer.post_processor = processor
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  trimmed = tokenize([record], tokenizer_from_dir(tmp_path), 99)
+  assert trimmed.tokens[0].tolist() == plain.tokens[0].tolist()
+  assert trimmed.response_mask[0].tolist() == plain.response_mask[0].tolist()
+  assert tokenizer.decode(plain.tokens[0][plain.response_mask[0]].tolist()) == f"{text};"
