@@ -93,7 +93,8 @@ class Layout:
     Raises:
       TemplateRefusal: it is no valid Jinja, or does not end.
     """
-    self.program = Program(source, dict(tokenizer.special_tokens_map), date)
+    variables = {**tokenizer.special_tokens_map, **getattr(tokenizer, "template_tokens", {})}
+    self.program = Program(source, variables, date)
     self._eos = getattr(tokenizer, "eos_token", None) or ""
     self._bos = getattr(tokenizer, "bos_token", None) or ""
     self._structures: dict[Any, Structure | None] = {}
