@@ -356,7 +356,7 @@ def _holds_parts(value: Any) -> bool:
     return False
   names = _PARTS | LEARNT | NOT_LEARNT
   for key, item in value.items():
-    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or meant(key) in names or is_medium(key))):
+    if _holds_parts(item) or (not is_empty(item) and (meant(key) in names or is_medium(key))):
       return True
   return False
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from in2core_jax.data.file_kinds import check_data_file
 from in2core_jax.data.key_names import meant
 from in2core_jax.data.records import BadRecords, Item, to_records
+from in2core_jax.data.sources import load_records
+from in2core_jax.errors import UserError
 
 RECORD_KEYS = (
   *("messages", "conversations", "instruction", "input", "output", "prompt", "response", "completion", "history"),
@@ -187,3 +189,11 @@ def test_every_long_text_of_a_record_is_rendered_or_its_key_is_told(more, turns)
   for key, item in [*more.items(), *(pair for turn in turns for pair in turn.items())]:
     for mark in re.findall(r"zq\d+zq", json.dumps(item)) if key != "messages" else ():
       assert mark in rendered or meant(key) in told, key
+
+
+def test_a_line_of_zeros_is_one_bad_record(tmp_path):
+  path = tmp_path / "d.jsonl"
+  path.write_bytes(b'{"prompt": "Q", "response": "A"}\n' + bytes(64) + b'\n{"prompt": "R", "response": "A"}\n')
+  with pytest.raises(UserError, match=r"d.jsonl:2: broken JSON .*1 of 3 records; --skip_bad_records"):
+    load_records(f"jsonl:{path}")
+  assert [record.line for record in load_records(f"jsonl:{path}", bad=BadRecords(skip=True))] == [1, 3]
