@@ -1,10 +1,13 @@
-"""All stages in one process, on the embedded model and data: fine-tune, score, select, retrain, judge.
+"""All stages in one process, on the embedded model and data: fine-tune, score, select, retrain, judge, recommend.
 
 ./run.sh demo
 """
 
+import dataclasses
 import logging
 import time
+
+import numpy as np
 
 from experiments import cli, flags
 from experiments.settings import DemoFlags
@@ -14,12 +17,19 @@ from in2core_jax.pipeline import checks, evaluate, finetune, select
 from in2core_jax.pipeline.compared import fractions_of
 from in2core_jax.pipeline.judging import tell_size
 from in2core_jax.pipeline.retraining import equal_of
-from in2core_jax.pipeline.session import open_session
+from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import Settings, refuse, seeds_of
+from in2core_jax.recommendation import results
+from in2core_jax.recommendation import run as recommend
+from in2core_jax.recommendation.settings import RecommendSettings
+from in2core_jax.recommendation.trial import Judged
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
 
 log = logging.getLogger(__name__)
+
+_FEW = 60  # evaluation, and test examples of the recommendation
+_TRIED = {"rules": "bm25", "fractions": "0.05", "seeds": "0,1", "minutes": 1e6}  # so little that no clock is needed
 
 
 def settled(s: Settings) -> Settings:
@@ -42,6 +52,28 @@ def settled(s: Settings) -> Settings:
   return s.replace(policies=",".join(name for name in policies if name != s.policy))
 
 
+def recommended(s: Settings, bench: Session, root: str) -> str:
+  """The recommendation in little: one rule, one small budget, a few examples to judge by, trainings of a few steps.
+
+  Returns:
+    The sentence in which the demo ends.
+  """
+  few = {part: np.arange(min(_FEW, len(bench.splits[part]))) for part in ("eval", "test")}
+  own = {
+    field.name: getattr(s, field.name)
+    for field in dataclasses.fields(Settings)
+    if field.metadata["group"] in ("run", "data", "model", "finetune")
+  }
+  settings = RecommendSettings(**own | _TRIED | {"run_dir": f"{root}/recommend"})
+  session = bench.of_rows(**few)
+  try:
+    Judged.of(session)
+  except UserError as error:  # too small to be dealt into halves: the stages above are done all the same
+    return f"There is no recommendation: {error}."
+  folder = recommend.run(settings, session, full=f"{root}/finetune")
+  return run_folder.RunDir.load(folder).load_json(results.FILE)["sentence"]
+
+
 def main(_) -> None:
   """Runs the chain; each stage writes a folder under --run_dir and is skipped when it is finished there."""
   began = time.perf_counter()
@@ -61,8 +93,10 @@ def main(_) -> None:
   # The scores of that run serve the paper's rule, one of --policies, too.
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
   result = evaluate.run(judged, bench)
+  sentence = recommended(settings, bench, root)
   seconds = time.perf_counter() - began
-  log.info("done in %.0f s; open %s/evaluation.md and %s/report-select.html", seconds, result, result)
+  told = "done in %.0f s; open %s/evaluation.md and %s/report-select.html\n%s"
+  log.info(told, seconds, result, result, sentence)
   lock.release()
 
 

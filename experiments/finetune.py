@@ -1,6 +1,10 @@
+"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset).
+
+python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
+"""
+
 from experiments import stages
 from experiments.settings import FinetuneFlags
-from in2core_jax.pipeline.finetune import __doc__, run  # noqa: F401 -- __doc__ is the text of --help
 
 if __name__ == "__main__":
-  stages.start("finetune", FinetuneFlags, run)
+  stages.start("finetune", FinetuneFlags)

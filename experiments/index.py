@@ -1,14 +1,12 @@
-from experiments import cli, flags
+"""An index of a large pool: a few numbers for each example, from which `select --index` chooses in seconds.
+
+python -m experiments.index --train_data=pool.jsonl --eval_data=mine.jsonl --run_dir=runs/pool
+
+One pass over the pool. The same command goes on where it was stopped, and adds what is new in --train_data.
+"""
+
+from experiments import stages
 from experiments.settings import IndexFlags
-from in2core_jax.pipeline import index
-from in2core_jax.pipeline.index import __doc__  # noqa: F401 -- the text of --help
-
-
-def main(_) -> None:
-  """Makes the index, or adds to it."""
-  index.run(flags.read(IndexFlags))
-
 
 if __name__ == "__main__":
-  flags.define(IndexFlags)
-  cli.run(main)
+  stages.start("index", IndexFlags)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from in2core_jax.data import tokenizing
+from in2core_jax.data import summaries, tokenizing
 from in2core_jax.data.records import Record
 from in2core_jax.report.facts import SelectRun
 
@@ -62,7 +62,7 @@ def make_run(records: list[Record], /, num_queries: int = 0, **changes) -> Selec
     "columns": columns,
     "records": records,
     "truncated": truncated,
-    "data": tokenizing.data_summary(parts),
+    "data": summaries.data_summary(parts),
     "summary": make_summary(),
     "layers": {"layer 3": 0.25 * influence, "layer 4": 0.75 * influence} if num_queries else None,
     "query_records": queries,

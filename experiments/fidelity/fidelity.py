@@ -18,7 +18,7 @@ from experiments.solvers.solvers import ratios
 from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling
-from in2core_jax.influence.solve import SOLVERS
+from in2core_jax.influence.solver_names import SOLVERS
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.checks import check_size, check_solvers
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows

@@ -1,15 +1,26 @@
+"""Which part of the data to train on, how much of it, and whether that is as good: rules tried on the user's own data.
+
+python -m experiments.recommend --train_data=jsonl:mine.jsonl --eval_data=jsonl:target.jsonl --minutes=20
+
+The evaluation set is cut in two halves. Rules see one half, and models that are trained on their choices are judged on
+the other, and the other way round. Random sets, length-matched ones, the longest examples and full data always take
+part. The answer is one sentence: a rule with a budget, random examples, or all of the data.
+"""
+
+import importlib
+
 from experiments import cli, flags
 from experiments.recommend.settings import RecommendFlags
-from in2core_jax.recommendation.run import __doc__, dry_run, run  # noqa: F401 -- __doc__ is the text of --help
 
 
 def main(_) -> None:
   """The trial, or with --dry_run the plan alone."""
   settings = flags.read(RecommendFlags, tells_costs=True)
+  run = importlib.import_module("in2core_jax.recommendation.run")  # --help and wrong flags do not wait for it
   if settings.dry_run:
-    dry_run(settings)
+    run.dry_run(settings)
   else:
-    run(settings)
+    run.run(settings)
 
 
 if __name__ == "__main__":

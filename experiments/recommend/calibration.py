@@ -5,7 +5,8 @@ python -m experiments.recommend.calibration --flagfile=experiments/flags/calibra
 
 A task is a source or a topic of a pool: its evaluation and test examples are asked for, the pool stays as it is. A
 prediction is right if the ratio to random sets on the test set lies in its interval; an answer is safe if that ratio is
-at most 1.01. Every pair has a run folder of its own, and finished ones are read.
+at most 1.01. Every pair has a run folder of its own, and finished ones are read. What all tasks of a pool share, hidden
+states and the training on all data, is made once. `--dry_run` counts the pairs and measures how long they take.
 """
 
 import dataclasses
@@ -13,22 +14,25 @@ import json
 import logging
 import pathlib
 import re
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from experiments import cli, flags
 from experiments.recommend.settings import CalibrationSettings
-from experiments.targets.targets import labels_of
+from experiments.targets.target import labels_of
 from in2core_jax.data.records import firsts
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation.paired import BY
 from in2core_jax.evaluation.tries import MARGIN
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import listed
+from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run
+from in2core_jax.recommendation.rules import RULES
 from in2core_jax.recommendation.settings import RecommendSettings
-from in2core_jax.recommendation.trial import LEAST_QUERIES
+from in2core_jax.recommendation.trial import LEAST_QUERIES, Judged, judge_of
 from in2core_jax.report import table_text
 from in2core_jax.report.recommendation_page import shown
 from in2core_jax.runs import files
@@ -36,15 +40,14 @@ from in2core_jax.selection.whitening import spread_rows
 
 log = logging.getLogger(__name__)
 
-_MOST = 200  # evaluation, and test examples of a task
 
-
-def tasks_of(bench: Session, wanted: str) -> dict[str, dict[str, np.ndarray]]:
-  """Label -> part -> rows: at most `_MOST` different examples of evaluation and test set.
+def tasks_of(bench: Session, wanted: str, most: int) -> dict[str, dict[str, np.ndarray]]:
+  """Label -> part -> rows: different examples of evaluation and test set.
 
   Args:
     bench: a pool.
     wanted: --tasks; those that the pool has.
+    most: examples of a part.
   """
   rows: dict[str, dict[str, list[int]]] = {}
   for part in ("eval", "test"):
@@ -58,34 +61,105 @@ def tasks_of(bench: Session, wanted: str) -> dict[str, dict[str, np.ndarray]]:
     own = rows.get(label, {})
     if min((len(own.get(part, ())) for part in ("eval", "test")), default=0) >= 2 * LEAST_QUERIES:
       ids = {part: [bench.splits[part].ids[row] for row in own[part]] for part in own}
-      found[label] = {part: np.sort(np.array(own[part])[spread_rows(ids[part], _MOST)]) for part in own}
+      found[label] = {part: np.sort(np.array(own[part])[spread_rows(ids[part], most)]) for part in own}
   return found
 
 
-def of_task(bench: Session, rows: dict[str, np.ndarray]) -> Session:
-  """The pool with the evaluation and test examples of a task; hidden states stay those of all."""
-  parts = {part: bench.splits[part].take(own) for part, own in rows.items()}
-  hidden = bench.hidden
-  for part, own in rows.items():
-    hidden = hidden.with_rows(part, own)
-  return dataclasses.replace(bench, splits=bench.splits.with_parts(**parts), hidden=hidden)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+  """A pool and its tasks.
+
+  Attributes:
+    name: as --train_data.
+    folder: of its run folders.
+    bench: its examples; of evaluation and test set those of the tasks alone.
+    tasks: label -> part -> rows of `bench`.
+    settings: of its recommendations.
+  """
+
+  name: str
+  folder: str
+  bench: Session
+  tasks: dict[str, dict[str, np.ndarray]]
+  settings: RecommendSettings
+
+  def task(self, label: str) -> tuple[RecommendSettings, Session]:
+    """(flags, examples) of a task; what is there of hidden states serves."""
+    rows = self.tasks[label]
+    name = re.sub(r"\W+", "-", label)
+    return self.settings.replace(run_dir=f"{self.folder}/{name}"), self.bench.of_rows(**rows)
+
+  def is_done(self) -> bool:
+    """Whether every task has its answer."""
+    return all((pathlib.Path(self.task(label)[0].run_dir) / results.FILE).exists() for label in self.tasks)
 
 
-def pairs(s: CalibrationSettings) -> Iterator[tuple[str, str, dict]]:
-  """(pool, task, recommendation.json) of every pair."""
-  own = {field.name: getattr(s, field.name) for field in dataclasses.fields(RecommendSettings)}
-  count = 0
-  for number, pool in enumerate(listed(s.pools, ";") or [s.train_data]):
-    settings = RecommendSettings(**own | {"train_data": pool})
-    bench = open_session(settings.replace(run_dir=f"{s.run_dir}/pool-{number}/session"))
-    for task, rows in tasks_of(bench, s.tasks).items():
-      name = re.sub(r"\W+", "-", task)
-      one = settings.replace(run_dir=f"{s.run_dir}/pool-{number}/{name}")
-      folder = run.run(one, of_task(bench, rows))
-      count += 1
-      yield pool, task, json.loads((pathlib.Path(folder) / results.FILE).read_text())
-  if not count:
+def pools_of(s: CalibrationSettings) -> list[Pool]:
+  """Reads the pools; the weights are read once for all.
+
+  Raises:
+    UserError: no pool has one of the tasks.
+  """
+  own = {field.name: getattr(s, field.name) for field in dataclasses.fields(RecommendSettings)} | {"dry_run": False}
+  found: list[Pool] = []
+  for number, name in enumerate(listed(s.pools, ";") or [s.train_data]):
+    folder = f"{s.run_dir}/pool-{number}"
+    settings = RecommendSettings(**own | {"train_data": name})
+    bench = open_session(settings.replace(run_dir=f"{folder}/session"), model=found[0].bench.model if found else None)
+    tasks = tasks_of(bench, s.tasks, s.task_examples)
+    if not tasks:
+      log.warning("%s has %d examples of none of --tasks=%s", name, 2 * LEAST_QUERIES, s.tasks)
+      continue
+    used = {part: np.unique(np.concatenate([rows[part] for rows in tasks.values()])) for part in ("eval", "test")}
+    tasks = {
+      label: {part: np.searchsorted(used[part], own) for part, own in rows.items()} for label, rows in tasks.items()
+    }
+    found.append(Pool(name, folder, bench.of_rows(**used), tasks, settings))
+  if not found:
     raise UserError(f"--tasks={s.tasks}: no pool has {2 * LEAST_QUERIES} evaluation and test examples of one of them")
+  return found
+
+
+def told(pools: list[Pool], s: CalibrationSettings) -> str:
+  """What is to be done, before any of it."""
+  count = sum(len(pool.tasks) for pool in pools)
+  lines = [f"{pool.name}: {len(pool.bench.splits['train']):,} examples; {', '.join(pool.tasks)}" for pool in pools]
+  lines.append(
+    f"{count} recommendations of at most {s.minutes:g} minutes each: {count * s.minutes:.0f} minutes, and for each of "
+    f"{len(pools)} pools its hidden states and a training on all of it"
+  )
+  return "\n".join(lines)
+
+
+def dry_run(pools: list[Pool], s: CalibrationSettings) -> None:
+  """Measures on a few examples of the first task of each pool what a recommendation can try, and the time of all."""
+  once = 0.0
+  for pool in pools:
+    settings, bench = pool.task(next(iter(pool.tasks)))
+    Judged.of(bench)
+    everything, judge = run.wanted(settings, bench), judge_of(bench, settings)
+    pace = run.measured(judge, settings, everything.rules, everything.budgets[-1], time.monotonic(), False)
+    hidden = pace.hidden / len(bench.splits["train"]) * sum(len(pool.bench.splits[part]) for part in bench.splits)
+    once += hidden + run.steps_of(bench, settings)(1.0) * pace.step
+    later = dataclasses.replace(pace, spent=30.0, hidden=0.0, wholes=pace.wholes - 1)
+    plan = plans.fitted(everything, later, run.steps_of(bench, settings), 60 * s.minutes)
+    log.info("%s: %s", pool.name, plan.told())
+  count = sum(len(pool.tasks) for pool in pools)
+  log.info("about %.0f minutes in all, %.0f of them for what tasks share", count * s.minutes + once / 60, once / 60)
+
+
+def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
+  """(pool, task, recommendation.json) of every pair."""
+  for pool in pools:
+    judge = judge_of(pool.bench, pool.settings)
+    for part in () if pool.is_done() else pool.bench.splits:  # once for all tasks
+      pool.bench.packer(part, judge.chosen, pool.bench.model.params)
+      if part != "test" and any(RULES[rule].hidden for rule in listed(pool.settings.rules)):
+        pool.bench.hidden.pooled(part)
+    for label in pool.tasks:
+      settings, bench = pool.task(label)
+      folder = run.run(settings, bench, f"{pool.folder}/full", judge.over(bench))
+      yield pool.name, label, json.loads((pathlib.Path(folder) / results.FILE).read_text())
 
 
 def row_of(pool: str, task: str, found: dict) -> dict:
@@ -114,8 +188,13 @@ def summary(rows: list[dict]) -> list[str]:
 
 def main(_) -> None:
   """Writes calibration.md and calibration.json after every pair."""
-  s, rows = flags.read(CalibrationSettings), []
-  for pool, task, found in pairs(s):
+  s, rows = flags.read(CalibrationSettings, tells_costs=True), []
+  pools = pools_of(s)
+  log.info("%s", told(pools, s))
+  if s.dry_run:
+    dry_run(pools, s)
+    return
+  for pool, task, found in pairs(pools):
     rows.append(row_of(pool, task, found))
     text = ["# How often the recommendation is right", *summary(rows), table_text.markdown_table(rows).rstrip()]
     files.write_text(f"{s.run_dir}/calibration.md", "\n\n".join(text) + "\n")

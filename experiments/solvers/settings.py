@@ -23,6 +23,13 @@ class SolversSettings(IterationSettings, Settings):
   """`solvers`: comparison of the solvers."""
 
   run_dir: str = changed(Settings, "run_dir", "runs/solvers")
+  dense: int = _solvers(
+    0,
+    "Instead: LiSSA steps of a comparison with dense inverses.",
+    within=Range(0, STEPS.high),
+    added=True,
+    more="All solvers, in float64, on a small model and data of their own; docs/oracle.md has 400. 0: not.",
+  )
   compare_ratios: str = _solvers("0.1,0.01,0.001", "Damping ratios of the residuals.", each=Each(float, POSITIVE))
   agreement_ratios: str = _solvers(
     "0.1,0.01", "Those of them at which scores are compared.", each=Each(float, POSITIVE)

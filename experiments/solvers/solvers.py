@@ -1,6 +1,7 @@
 """Compares the solvers on one model: residual against work, agreement of scores, and who finds mislabelled examples.
 
 python -m experiments.solvers --flagfile=experiments/flags/solvers.flags
+python -m experiments.solvers --dense=400 --run_dir=runs/solvers-dense     against dense inverses, on a small model
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import flags
+from experiments.solvers import dense
 from experiments.solvers.settings import SolversSettings
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.record_shapes import is_learnt
@@ -385,8 +387,7 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
   fixed, drawn = shared.examples(shared.data.fixed), solver_inputs.curvature_rows(shared.bench, s).batch
   per_step = {name: fixed if name.startswith("cg") else drawn for name in ITERATIVE}
   iterative = {ratio: {name: cells[name] for name in ITERATIVE} for ratio, cells in curves.items() if ratio}
-  figure = residual_figure(iterative, per_step)
-  write_figure(run_dir, "residuals", figure)
+  write_figure(run_dir, "residuals", residual_figure(iterative, per_step))
   rows = residual_rows(curves, per_step)
   points = [
     {"damping_ratio": ratio, "solver": name, "step": step, "products": step * per_step[name], "residual": value}
@@ -395,26 +396,9 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
     for step, value in cell["curve"]
   ]
   run_dir.write_text("residuals.csv", table_text.csv_table(points))
-  text = [f"# Solvers\n\n## Residuals\n\n![Residuals](plots/residuals.svg)\n\n{table_text.markdown_table(rows)}\n"]
-  text += [
-    f"- {name} at {ratio or 'its own'}: {cell['diverged']}\n"
-    for ratio, cells in curves.items()
-    for name, cell in cells.items()
-    if cell["diverged"]
-  ]
   tables = {ratio: agreement_tables(each, ratio) for ratio, each in scores.items()}
-  text += ["## Agreement of the scores (Spearman)\n", *(table for table, _ in tables.values())]
-  show = lambda interval: str(statistics.Interval(**{k: np.nan if v is None else v for k, v in interval.items()}))  # noqa: E731
-  if narrow:
-    lines = [{"estimator": name, "Spearman with float32": show(value)} for name, value in narrow["spearman"].items()]
-    text.append(f"## bfloat16 weights\n\n{table_text.markdown_table(lines)}\n")
-  if found:
-    lines = [{"signal": name, "ROC AUC": show(value)} for name, value in found["auc"].items()]
-    what = (
-      f"{found['wrong']} of {found['examples']} examples have another's answer; {found['steps']} steps of training."
-    )
-    text.append(f"## Mislabelled examples\n\n{what}\n\n{table_text.markdown_table(lines)}\n")
-  run_dir.write_text("solvers.md", "\n".join(text))
+  text = page(rows, curves, [table for table, _ in tables.values()], narrow, found)
+  run_dir.write_text("solvers.md", text)
   run_dir.write_json(
     "solvers.json",
     {
@@ -429,9 +413,33 @@ def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict 
       "devices": run_folder.device_summary(),
     },
   )
-  log.info("\n%s", "\n".join(text))
+  log.info("\n%s", text)
+
+
+def page(rows: list[dict], curves: dict, agreements: list[str], narrow: dict | None, found: dict | None) -> str:
+  """The text of solvers.md."""
+  text = [f"# Solvers\n\n## Residuals\n\n![Residuals](plots/residuals.svg)\n\n{table_text.markdown_table(rows)}\n"]
+  text += [
+    f"- {name} at {ratio or 'its own'}: {cell['diverged']}\n"
+    for ratio, cells in curves.items()
+    for name, cell in cells.items()
+    if cell["diverged"]
+  ]
+  text += ["## Agreement of the scores (Spearman)\n", *agreements]
+  show = lambda interval: str(statistics.Interval(**{k: np.nan if v is None else v for k, v in interval.items()}))  # noqa: E731
+  if narrow:
+    lines = [{"estimator": name, "Spearman with float32": show(value)} for name, value in narrow["spearman"].items()]
+    text.append(f"## bfloat16 weights\n\n{table_text.markdown_table(lines)}\n")
+  if found:
+    lines = [{"signal": name, "ROC AUC": show(value)} for name, value in found["auc"].items()]
+    what = (
+      f"{found['wrong']} of {found['examples']} examples have another's answer; {found['steps']} steps of training."
+    )
+    text.append(f"## Mislabelled examples\n\n{what}\n\n{table_text.markdown_table(lines)}\n")
+  return "\n".join(text)
 
 
 def main(_) -> None:
   """Entry point."""
-  run(flags.read(SolversSettings))
+  settings = flags.read(SolversSettings)
+  (dense.start if settings.dense else run)(settings)

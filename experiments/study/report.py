@@ -34,6 +34,9 @@ FULL = statistics.FULL
 RANDOM = statistics.RANDOM
 
 
+MATCHED = "length-matched random"  # held against, too, where it takes part
+
+
 _RATIOS = {"to ": "token", "by example, to ": "example"}
 
 
@@ -109,7 +112,7 @@ def comparison(rows: list[statistics.RetrainRow], of_sets: SetFacts = SetFacts()
       "by example": round(mean("example_perplexity"), 3),
     }
     for column, by in _RATIOS.items():
-      for other in (RANDOM, FULL):
+      for other in (RANDOM, FULL, *({MATCHED} & set(by_rule))):
         ratio = "" if name == other else verdict.shown(compared.difference(name, other, by).ratio())
         line[f"{column}{other}"] = ratio
     for field, column in _PERPLEXITIES.items():
@@ -153,7 +156,7 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
   found = []
   for name, variant in variants_of(s).items():
     own, policy = settings_of(s, variant), variant.policy
-    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss"
+    scored = policy in coreset.SCORE_POLICIES and policy != "highest_loss" and not variant.unrolled
     compared = policy in coreset.GRADIENT_POLICIES
     damped = scored and own.solver != "identity"
     shown = ("solver", "damping_ratio", "layers")
@@ -161,6 +164,8 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     more += ["gradients of length 1"] if variant.unit else []
     more += [f"{variant.queries} evaluation examples"] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
+    more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []
+    more += ["through the training on all data"] if variant.unrolled else []
     line = {
       "rule": name,
       "policy": policy,

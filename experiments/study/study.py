@@ -21,11 +21,12 @@ from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline import finetune, sequential
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
+from in2core_jax.pipeline.metagradient import metagradient
 from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
   Retrainer,
@@ -80,6 +81,8 @@ class Study:
     whole = self.bench.splits["train"]
     budget = budget_for(s, variant, whole, bench.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
+    if variant.rounds > 1:
+      return sequential.choose(bench, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds)
     inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
@@ -91,7 +94,9 @@ class Study:
     policy = variant.policy
     params = bench.checkpoint_params(s.checkpoint)
     influence = loss = None
-    if policy in coreset.SCORE_POLICIES:
+    if variant.unrolled:
+      influence = metagradient(bench, s)
+    elif policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
     more = ChoiceInputs(bench, s, params).of({policy})
     if variant.unit:
@@ -159,7 +164,9 @@ def check_variants(bench: Session, s: StudySettings) -> None:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
-      if variant.policy in coreset.SCORE_POLICIES:
+      if variant.unrolled and own.trainable == "lora":
+        raise UserError("fresh LoRA factors have a gradient of 0, at which Adam has no slope: give --trainable=full")
+      if variant.policy in coreset.SCORE_POLICIES and not variant.unrolled:
         solver_settings(own)
         check_size(own, subtree.size_of(bench.model.params, tree), f"--solver={own.solver}")
       budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])
@@ -176,7 +183,7 @@ def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
   if len(bench.splits["train"]) > MOST_PAIRS:
-    large = [name for name, variant in VARIANTS.items() if variant.policy == "matching_hybrid"]
+    large = [name for name, variant in VARIANTS.items() if variant.policy in coreset.PAIR_POLICIES]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))

@@ -18,6 +18,8 @@ class Variant:
     unit: gradients of length 1, so that no example counts more than another (matching).
     queries: only so many evaluation examples, drawn at random; 0: all.
     copies_last: no example a second time while there is another text.
+    rounds: of choosing a part and training on what is chosen so far, whose model chooses on.
+    unrolled: scores are metagradients, through the training on all data.
   """
 
   policy: str
@@ -26,11 +28,14 @@ class Variant:
   unit: bool = False
   queries: int = 0
   copies_last: bool = False
+  rounds: int = 1
+  unrolled: bool = False
 
   @property
   def key(self) -> tuple:
     """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
-    return self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last
+    more = (self.rounds,) if self.rounds > 1 else ("unrolled",) if self.unrolled else ()
+    return (self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last, *more)
 
 
 _OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
@@ -69,6 +74,7 @@ VARIANTS = {
   "hybrid, base model": make_variant("hybrid"),
   "matching, hybrid, base model": make_variant("matching_hybrid"),
   "hybrid, nearest": make_variant("hybrid", aggregate="nearest"),
+  "hybrid, weighted turns, base model": make_variant("hybrid", aggregate="weighted_turns"),
   "whitened cosine, base model": make_variant("whitened_cosine"),
   "whitened cosine, mean": make_variant("whitened_cosine", aggregate="mean"),
   "whitened embedding": make_variant("whitened_embedding"),
@@ -77,6 +83,14 @@ VARIANTS = {
   "rds": make_variant("rds"),
   "bm25": make_variant("bm25"),
   "bm25, in turns": make_variant("bm25", aggregate="round_robin"),
+  "matching per token, base model": make_variant("matching_per_token"),
+  "matching in strata, base model": make_variant("matching_strata"),
+  "matching, base model, 4 rounds": make_variant("matching", rounds=4),
+  "hybrid, 4 rounds": make_variant("hybrid", rounds=4),
+  "layer ranks": make_variant("layer_ranks"),
+  "proponents, metagradient": make_variant("proponents", unrolled=True),
+  "loss drop": make_variant("loss_drop"),
+  "density": make_variant("density"),
   "length-matched random": make_variant("length_matched_random"),
   "longest": make_variant("longest"),
   "highest loss": make_variant("highest_loss", solver="identity"),

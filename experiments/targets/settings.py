@@ -5,7 +5,7 @@ import functools
 
 from experiments.study.settings import RuleSettings
 from in2core_jax.pipeline.fields import changed, setting
-from in2core_jax.pipeline.ranges import COUNT
+from in2core_jax.pipeline.ranges import COUNT, Range
 from in2core_jax.pipeline.settings import Settings
 
 _targets = functools.partial(setting, "targets")
@@ -25,6 +25,15 @@ class TargetsSettings(RuleSettings, Settings):
   target_tests: int = _targets(120, "Most test examples of a target.", within=COUNT)
   retrained: str = _targets("", "Which of --variants to train on; empty: none.")
   retrained_targets: str = _targets("", "Which of --targets --retrained is for; empty: all.")
+  with_siblings: bool = _targets(
+    False, "Other JSON files beside those of --train_data are sources, too.", more="In the order of their names."
+  )
+  absent: str = _targets(
+    "", "Sources or topics that are taken out of the pool.", more="As a target they have nothing in it."
+  )
+  recommend_minutes: float = _targets(
+    0.0, "Minutes of recommend for each target; 0: no row of its choices.", within=Range(0, 1e6)
+  )
   choices_of: str = _targets(
     "", "Finished targets run of another model on the same pool.", more="What it chose is trained on and judged, too."
   )

@@ -16,20 +16,21 @@ import pathlib
 import numpy as np
 
 from experiments import flags
-from experiments.study.report import SetFacts, comparison
 from experiments.study.study import bench_of
 from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
+from experiments.targets.retraining import MATCHED, Trial, recommended, retrain
 from experiments.targets.settings import TargetsSettings
+from experiments.targets.target import Target, labels_of, size_of
 from in2core_jax.data import records, tokenizing
-from in2core_jax.data.sources import name_of, names_of
+from in2core_jax.data.sources import names_of
 from in2core_jax.errors import UserError
-from in2core_jax.evaluation import statistics, verdict
+from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
-from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_of, equal_steps, retrain_row
+from in2core_jax.pipeline.retraining import equal_of
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse, seeds_of, shares, words
 from in2core_jax.report import table_text
@@ -50,35 +51,14 @@ FULL, RANDOM = statistics.FULL, statistics.RANDOM
 _LEAST = 5  # queries of a target
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Target:
-  """What examples are wanted for.
-
-  Attributes:
-    name: sources or topics, joined by +.
-    queries: int, rows of the evaluation set.
-    tests: int, rows of the test set.
-    mine: bool [N], which training examples are of it.
-  """
-
-  name: str
-  queries: np.ndarray
-  tests: np.ndarray
-  mine: np.ndarray
-
-
-def labels_of(record: tokenizing.Record) -> set[str]:
-  """The names by which a target may ask for a record: its topic, and its source without folder and ending."""
-  return {record.topic, pathlib.PurePath(name_of(record)).name.partition(".")[0]} - {""}
-
-
 def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings) -> list[Target]:
   """Reads --targets; of each label at most --target_queries and --target_tests examples, drawn by a hash of their ids.
 
   Raises:
     UserError: a label that a part does not have, too few queries, or a target that is all of the pool.
   """
-  found, answered = [], {part: dataset.num_response_tokens > 0 for part, dataset in parts.items()}
+  found, absent = [], set(listed(s.absent))
+  answered = {part: dataset.num_response_tokens > 0 for part, dataset in parts.items()}
   for part in ("eval", "test"):  # a text that is there many times is one query and one test example
     answered[part] = answered[part] & records.firsts(parts[part].records)
   for text in listed(s.targets, ";"):
@@ -88,7 +68,7 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings
       labels = [labels_of(record) for record in dataset.records]
       of = {name: np.flatnonzero([name in own for own in labels] & answered[part]) for name in names}
       for name, own in of.items():
-        if not own.size:
+        if not own.size and not (part == "train" and name in absent):
           known = sorted(set().union(*labels))
           raise UserError(
             f"--targets={s.targets}: the {part} set has nothing of {name!r}; it has {', '.join(known[:20])}"
@@ -122,10 +102,25 @@ def reported(targets: list[Target], s: TargetsSettings) -> list[Target]:
   return [target for target in targets if not wanted or target.name in wanted]
 
 
+def pool_of(train: tokenizing.TokenizedDataset, s: TargetsSettings) -> tokenizing.TokenizedDataset:
+  """The training examples without those of --absent.
+
+  Raises:
+    UserError: it names what the pool does not have, or leaves nothing.
+  """
+  absent, labels = set(listed(s.absent)), [labels_of(record) for record in train.records]
+  kept = np.flatnonzero([not own & absent for own in labels])
+  unknown = sorted(absent - set().union(*labels))
+  if unknown or not kept.size:
+    why = f"the training set has nothing of {unknown[0]!r}" if unknown else "nothing of the training set is left"
+    raise UserError(f"--absent={s.absent}: {why}")
+  return train.take(kept) if absent else train
+
+
 def with_targets(bench: Session, s: TargetsSettings) -> tuple[Session, list[Target]]:
-  """(the same with what the targets need of evaluation and test set, the targets, whose rows are of these)."""
-  every = targets_of(bench.splits, s)
-  parts = dict(bench.splits)
+  """(the same with the pool, and what the targets need of evaluation and test set; the targets, of rows of these)."""
+  parts = {**bench.splits, "train": pool_of(bench.splits["train"], s)}
+  every = targets_of(parts, s)
   for part, name in (("eval", "queries"), ("test", "tests")):
     used = np.unique(np.concatenate([getattr(target, name) for target in every]))
     parts[part] = parts[part].take(used)
@@ -170,20 +165,35 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
     UserError: rules that need scores, or a budget of everything.
   """
   rules = variants_of(s)
+  if MATCHED in listed(s.retrained, ";"):
+    rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit:
+    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit or variant.rounds > 1:
       known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
-      raise UserError(f"--variants: {name!r} needs scores of each target; use some of {'; '.join(known)}")
-  retrained = words(s.retrained, "retrained", rules, ";")
+      raise UserError(f"--variants: {name!r} needs scores or trainings of each target; use some of {'; '.join(known)}")
+  retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")
+  if not set(retrained) - {MATCHED} and (retrained or s.recommend_minutes):
+    raise UserError(f"--retrained={s.retrained}: name a rule besides, whose response lengths {MATCHED} takes")
   budgets = shares(s.fractions, "fractions") or (0.1,)
   if budgets[-1] >= 1:
     raise UserError(f"--fractions={s.fractions}: a budget below 1, such as 0.025,0.05,0.1")
   return rules, retrained, budgets
 
 
+def with_siblings(s: TargetsSettings) -> TargetsSettings:
+  """--with_siblings as --train_data: after its sources the other .json and .jsonl files of their folders, by name."""
+  given = s.train_data.split("+")
+  files = [pathlib.Path(spec.partition(":")[2]) for spec in given if spec.startswith(("jsonl:", "file:"))]
+  if not s.with_siblings or not files:
+    return s
+  known = {file.resolve() for file in files}
+  beside = sorted({one.resolve() for file in files for one in file.parent.glob("*.json*")} - known)
+  return s.replace(train_data="+".join([*given, *(f"jsonl:{file}" for file in beside)]), with_siblings=False)
+
+
 def run(settings: TargetsSettings, bench: Session | None = None) -> str:
   """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
-  s = settings
+  s = with_siblings(settings)
   refuse(s, (*_REFUSED, *(["budget"] if budget_of(s).fraction is None else [])), _DOES)
   rules, retrained, budgets = check(s)
   equal, _ = equal_of(s), seeds_of(s)
@@ -204,8 +214,12 @@ def run(settings: TargetsSettings, bench: Session | None = None) -> str:
   found["contents"] = contents_of(found["choices"], bench)
   log.info("\n%s", table_text.markdown_table(found["recall"]))
   if retrained:
-    judged = {name: orders[name] for name in retrained} | chosen_elsewhere
-    found |= retrain(bench, s, cells, judged_targets, judged, (budgets, equal))
+    judged = {name: orders[name] for name in retrained if name != MATCHED} | chosen_elsewhere
+    trial = Trial(bench, s, cells, judged_targets, judged, MATCHED in retrained, budgets, equal)
+    run_dir.folder("recommend")  # of this run, so that --overwrite removes it
+    answers = recommended(trial, chooser) if s.recommend_minutes else {}
+    found |= {"recommended": {name: own.told for name, own in answers.items()}} if answers else {}
+    found |= retrain(trial, answers)
   write_tables(run_dir, bench, s, targets, found)
   return str(run_dir.path)
 
@@ -260,7 +274,7 @@ def read_choices(
   row_of = {name: row for row, name in enumerate(bench.splits["train"].ids)}
   size = size_of(most, len(trainable_rows(bench)))
   found: dict[str, dict[str, np.ndarray]] = {}
-  for name in words(s.retrained, "retrained", (), ";"):
+  for name in (name for name in words(s.retrained, "retrained", (), ";") if name != MATCHED):
     for target in targets:
       ids = told.get("choices", {}).get(name, {}).get(target.name, ())
       unknown = [one for one in ids if one not in row_of]
@@ -277,11 +291,6 @@ def read_choices(
 # ---- recall --------------------------------------------------------------------------
 
 
-def size_of(budget: float, examples: int) -> int:
-  """How many examples a budget, a share of the pool, is."""
-  return max(1, round(budget * examples))
-
-
 def share_found(order: np.ndarray, mine: np.ndarray, count: int) -> float:
   """Share of the first `count` rows that are of the target, of what a choice of that size could have: 1 at best."""
   return float(mine[order[:count]].sum() / min(count, mine.sum()))
@@ -292,6 +301,7 @@ def recall_table(
 ) -> list[dict]:
   """A row for each rule: its recall of every target at the target's own size; medians there and at the budgets."""
   size = len(next(iter(next(iter(orders.values())).values())))
+  targets = [target for target in targets if target.mine.any()]  # of the others there is nothing to find
   table = [{"rule": "random, expected"} | {target.name: f"{target.mine.sum() / size:.2f}" for target in targets}]
   for name, of_targets in orders.items():
     at = lambda count, of=of_targets: [share_found(of[t.name], t.mine, count(t)) for t in targets]  # noqa: E731
@@ -303,97 +313,6 @@ def recall_table(
       row[f"median at {100 * budget:g} %"] = f"{np.median(found):.3f}"
     table.append(row)
   return table
-
-
-# ---- retraining ----------------------------------------------------------------------
-
-
-def retrain(
-  bench: Session,
-  s: TargetsSettings,
-  cells: ResultCache,
-  targets: list[Target],
-  orders: dict[str, dict[str, np.ndarray]],
-  compared: tuple[tuple[float, ...], list[str]],
-) -> dict:
-  """Trains on every choice, on random sets and on all data; one training serves all targets that it is right for.
-
-  Args:
-    bench: data and model.
-    s: the recipe and the seeds.
-    cells: keep trainings.
-    targets: judged each on its own test examples.
-    orders: of the rules that are retrained.
-    compared: budgets, and what trainings have in common.
-
-  Returns:
-    {"tables": {title: rows}, "overview": rows}.
-  """
-  (budgets, equal), (seeds, fixed) = compared, seeds_of(s)
-  usable, train_set = trainable_rows(bench), bench.splits["train"]
-  size = {budget: size_of(budget, len(usable)) for budget in budgets}
-  draw = lambda seed: usable[np.random.default_rng((seed, 17)).permutation(len(usable))]  # noqa: E731
-  random = {(budget, seed): np.sort(draw(seed)[: size[budget]]) for budget in budgets for seed in seeds}
-  chosen = {
-    (name, budget, target): np.sort(rows[: size[budget]])
-    for name, of_targets in orders.items()
-    for target, rows in of_targets.items()
-    for budget in budgets
-  }
-  every_test = np.arange(len(bench.splits["test"]))
-  judge = Retrainer(bench, s, [usable, *random.values(), *chosen.values()])
-
-  def losses(candidate: TrainingSubset, tests: np.ndarray, steps: int, label: str) -> dict:
-    def train() -> dict:
-      result = judge.train(candidate.rows, candidate.seed, label, steps)
-      return {"losses": judge.losses(result.sub, rows=tests).tolist(), "trained": result.trained_response_tokens}
-
-    key = run_folder.hash_of([candidate.rows.tolist(), tests.tolist()])
-    return cells.get(train, "training", key, candidate.seed, steps)
-
-  tables, every = {}, {}
-  for word in equal:
-    for budget in budgets:
-      for target in targets:
-        target_tests = bench.splits["test"].take(target.tests)
-        candidates = [TrainingSubset(FULL, fixed[0], usable)]
-        candidates += [TrainingSubset(RANDOM, seed, random[budget, seed]) for seed in seeds]
-        candidates += [
-          TrainingSubset(name, seed, chosen[name, budget, target.name]) for name in orders for seed in fixed
-        ]
-        rows = []
-        for candidate in candidates:
-          steps = equal_steps(bench, s, candidate.rows, word)
-          label = f"{target.name}, {100 * budget:g} %, equal {word}: {candidate}"
-          serves_all = candidate.policy in (FULL, RANDOM)  # trained once for all targets
-          kept = losses(candidate, every_test if serves_all else target.tests, steps, label)
-          measured = np.array(kept["losses"])[target.tests if serves_all else slice(None)]
-          rows.append(retrain_row(candidate, train_set, target_tests, measured, kept["trained"], steps))
-        title = f"{target.name}, {100 * budget:g} % of the pool, equal {word}"
-        every[title] = rows
-        of_target = {name: float(target.mine[chosen[name, budget, target.name]].mean()) for name in orders}
-        of_target[RANDOM] = float(np.mean([target.mine[random[budget, seed]].mean() for seed in seeds]))
-        tables[title] = comparison(rows, SetFacts({}, of_target))
-        log.info("%s\n%s", title, table_text.markdown_table(tables[title]))
-  notes = verdict.many_comparisons(every) + verdict.sensitivity(list(every.values()))
-  return {"tables": tables, "overview": overview(every, list(orders)), "notes": notes}
-
-
-def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str]) -> list[dict]:
-  """A row for each comparison: every rule's perplexity by example over random sets', and which is told apart.
-
-  Args:
-    every: title -> trainings.
-    names: of the rules.
-  """
-  found = []
-  for title, rows in every.items():
-    compared = verdict.Comparison(rows)
-    line = {"compared": title}
-    for name in (FULL, *names):
-      line[name] = verdict.shown(compared.difference(name, RANDOM, "example").ratio())
-    found.append(line)
-  return found
 
 
 # ---- tables --------------------------------------------------------------------------
@@ -411,6 +330,7 @@ def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Targ
       "training examples": int(target.mine.sum()),
       "queries": len(target.queries),
       "test examples": len(target.tests),
+      "in the pool": "yes" if target.mine.any() else "no",
       "counted apart": len(np.unique(test_examples(bench.splits["test"].take(target.tests)).groups)),
     }
     for target in targets
@@ -430,6 +350,7 @@ def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Targ
       "Perplexity by example over random sets' of the same size. In brackets: 95 % intervals that hold for new test "
       "examples and for new trainings.",
       table_text.markdown_table(found["overview"]).rstrip(),
+      *_matched_parts(found),
       *(table_text.escape_markdown(note, 4000) for note in found["notes"]),
     ]
     for title, table in found["tables"].items():
@@ -438,6 +359,17 @@ def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Targ
   run_dir.write_text("targets.csv", table_text.csv_table(found["recall"]))
   run_dir.write_text("targets.tex", table_text.latex_table(found["recall"]))
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
+
+
+def _matched_parts(found: dict) -> list[str]:
+  """The same over length-matched random sets, and what `recommend` answered, where there are any."""
+  parts = []
+  if "over_matched" in found:
+    parts += ["Over random sets with the response lengths of the first rule's choice:"]
+    parts += [table_text.markdown_table(found["over_matched"]).rstrip()]
+  for name, own in found.get("recommended", {}).items():
+    parts.append(f"`recommend` for {name}: {table_text.escape_markdown(own['sentence'], 1000)}")
+  return parts
 
 
 def _sources(bench: Session) -> str:

@@ -84,7 +84,7 @@ def row_work(
 
 
 def boundary_work(plan: Sequence[tuple[int, int, Sequence]]) -> Work:
-  """The work of a plan of `packing.packed_plan`: no response slot, the layers below the boundary have no head."""
+  """The work of a plan of `packed_rows.packed_plan`: no response slot, the layers below the boundary have no head."""
   total = Work()
   for length, height, rows in plan:
     total = total.plus(Work(height * length, height * length**2, 0, sum(map(len, rows)), 1))
@@ -192,7 +192,8 @@ def matrix_sizes(params: Any, tree: Subtree, share: float = 1.0) -> Sizes:
   each = tuple(leaf.shape[-2:] for leaf in matrices for _ in range(math.prod(leaf.shape[:-2])))
   size = sum(map(_count, sub.values()))
   above = tree.num_layers - tree.boundary
-  sketched = any(path.endswith("core") and path.replace("core", "experts") in flat for path in flat)
+  beside = {path.rpartition("/")[0] for path in flat if path.endswith(("/core", "_probe"))}
+  sketched = any(f"{module}/experts" in flat for module in beside)
   saved = 0.0 if sketched else 1 - share
   of_experts = sum(_count(leaf) for path, leaf in flat.items() if path.endswith("/experts")) // tree.num_layers
   chosen_experts = sum(_count(leaf) for path, leaf in sub.items() if path.endswith("/experts"))
@@ -344,13 +345,13 @@ def products_flops(sizes: Sizes, inverse: Inverse, batch: Work, fixed: int, cach
 
 
 def datainf_flops(sizes: Sizes, inverse: Inverse, rows: Work, cached: bool) -> float:
-  """FLOPs of DataInf: per-example gradients of all examples, dots, norms and weighted sums, 2 P (2 Q + 1) each.
+  """FLOPs of DataInf: a backward pass that forms no gradient, and 2 P a token for lengths, 4 P Q for dots and sums.
 
-  A relative damping takes a pass of gradients and norms before.
+  A relative damping takes a pass for lengths before. Lengths cost less in rows shorter than a matrix's sides.
   """
-  gradients = pass_flops(sizes, "gradient", rows, cached)
-  main = gradients + contraction_flops(sizes, rows.examples, 2 * inverse.queries + 1)
-  return main + (gradients + contraction_flops(sizes, rows.examples, 1) if inverse.relative else 0.0)
+  backward, once = pass_flops(sizes, "probes", rows, cached), 2.0 * rows.tokens * sizes.chosen
+  main = backward + once * (2 * inverse.queries + 1)
+  return main + (backward + once if inverse.relative else 0.0)
 
 
 def _count(leaf: Any) -> int:

@@ -16,6 +16,7 @@ class BadRecords:
   Attributes:
     skip: whether they are left out (`--skip_bad_records`).
     read: how many records there were, bad ones too.
+    looked_at: how many of them were looked at, where limits, topics or --dedup have left some out; None: all.
     kept: {"place", "reason", "record"} of each, in the order in which they were found; the first alone without `skip`.
     kinds: how many there are of each kind of reason.
   """
@@ -23,6 +24,7 @@ class BadRecords:
   def __init__(self, skip: bool = False):
     self.skip = skip
     self.read = 0
+    self.looked_at: int | None = None
     self.kept: list[dict[str, str]] = []
     self.kinds: collections.Counter[str] = collections.Counter()
 
@@ -62,6 +64,8 @@ class BadRecords:
     )
 
   def _all(self) -> str:
+    if self.looked_at is not None and len(self) <= self.looked_at < self.read:
+      return f"the {self.looked_at:,} records that limits, topics or --dedup leave of {self.read:,}"
     return f"{self.read:,} records" if self.read >= len(self) else "the records"
 
   def _told_kinds(self, most: int = 3) -> str:

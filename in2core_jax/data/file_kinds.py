@@ -187,9 +187,9 @@ def _kind_of_bytes(path: pathlib.Path, head: bytes) -> str | tuple[str, str]:
     )
   if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
     return "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8 FILE"
-  if head.startswith(_UTF_16) or (len(head) > 3 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
+  if head.startswith(_UTF_16) or (len(head) > 3 and head[1] == 0 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
     return "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"
-  if b"\x00" in head:
+  if b"\x00" in head and head.lstrip()[:1] not in (b"{", b"["):  # of lines, one may be damaged
     return "a binary file, not text", _GIVE
   return _kind_of_text(path, head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").lstrip())
 

@@ -8,333 +8,49 @@ rejected, turns or records that their owner has taken out of the loss in a way t
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from in2core_jax.data.json_text import Decoder, Refused
 from in2core_jax.data.key_names import is_empty, meant, snake
+from in2core_jax.data.key_words import (
+  ABOUT_LOSS,
+  ANY_SIZE,
+  CATEGORY,
+  COUNTED_LISTS,
+  DETAILS,
+  LEARNT,
+  MASKED_ROLES,
+  NO_MEANING,
+  NOT_LEARNT,
+  OF_NUMBERS,
+  OF_WORDS,
+  PARTS,
+  PERHAPS_TEXT,
+  PREFERENCE,
+  SAMPLE_WEIGHTS,
+  SETTINGS,
+  SHORT,
+  SWITCH,
+  UNWANTED,
+  WANTED,
+)
 from in2core_jax.data.media import is_medium
 from in2core_jax.errors import UserError
-
-_SHORT = 500  # characters: an id, a source or a list of tags; a longer text may be a document
-# Names of a category as often as of a text that the question is about; the text is longer than so many characters.
-_PERHAPS_TEXT = frozenset(["title", "subject", "section", "state", "task", "group", "field", "area", "class", "page"])
-_CATEGORY = 40
-
-# Names in lower case with underscores, whatever their spelling in the data.
-_NO_MEANING = frozenset(
-  [
-    "id",
-    "ids",
-    "idx",
-    "index",
-    "no",
-    "nr",
-    "number",
-    "key",
-    "uid",
-    "uuid",
-    "guid",
-    "qid",
-    "pid",
-    "sha",
-    "md5",
-    "sha1",
-    "sha256",
-    "hash",
-    "hashed_ip",
-    "fingerprint",
-    "unnamed_0",
-    "source",
-    "sources",
-    "dataset",
-    "dataset_name",
-    "dataset_source",
-    "data_source",
-    "origin",
-    "provenance",
-    "subset",
-    "config",
-    "corpus",
-    "url",
-    "urls",
-    "uri",
-    "link",
-    "links",
-    "website",
-    "domain",
-    "file",
-    "files",
-    "file_name",
-    "filename",
-    "file_path",
-    "filepath",
-    "path",
-    "line",
-    "line_number",
-    "page",
-    "section",
-    "license",
-    "licence",
-    "copyright",
-    "author",
-    "authors",
-    "annotator",
-    "annotators",
-    "annotator_ids",
-    "username",
-    "user_name",
-    "owner",
-    "contributor",
-    "created",
-    "created_at",
-    "updated",
-    "updated_at",
-    "date",
-    "year",
-    "time",
-    "timestamp",
-    "datetime",
-    "lang",
-    "langs",
-    "language",
-    "languages",
-    "locale",
-    "country",
-    "state",
-    "topic",
-    "topics",
-    "category",
-    "categories",
-    "subcategory",
-    "class",
-    "cluster",
-    "cluster_id",
-    "genre",
-    "subject",
-    "field",
-    "area",
-    "task",
-    "tasks",
-    "task_type",
-    "task_name",
-    "template_type",
-    "annotation_type",
-    "language_code",
-    "type",
-    "kind",
-    "tag",
-    "tags",
-    "keyword",
-    "keywords",
-    "label_name",
-    "title",
-    "group",
-    "difficulty",
-    "complexity",
-    "level",
-    "grade",
-    "round",
-    "score",
-    "scores",
-    "rating",
-    "ratings",
-    "rank",
-    "quality",
-    "reward",
-    "rewards",
-    "confidence",
-    "similarity",
-    "perplexity",
-    "ppl",
-    "toxicity",
-    "toxic",
-    "redacted",
-    "upvotes",
-    "downvotes",
-    "votes",
-    "likes",
-    "reviews",
-    "review_count",
-    "popularity",
-    "logprob",
-    "logprobs",
-    "entropy",
-    "ifd",
-    "model",
-    "models",
-    "model_name",
-    "model_id",
-    "llm",
-    "engine",
-    "generator",
-    "generated_by",
-    "teacher",
-    "provider",
-    "version",
-    "revision",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_tokens",
-    "seed",
-    "sampling_params",
-    "stop",
-    "finish_reason",
-    "stop_reason",
-    "usage",
-    "cost",
-    "latency",
-    "duration",
-    "length",
-    "len",
-    "tokens",
-    "token_count",
-    "n_tokens",
-    "turn",
-    "turns",
-    "turn_identifier",
-    "turn_index",
-    "num_turns",
-    "size",
-    "count",
-    "metadata",
-    "meta",
-    "meta_data",
-    "header",
-    "headers",
-    "annotations",
-    "moderation",
-    "openai_moderation",
-    "detoxify_moderation",
-    "parallel_tool_calls",
-    "tool_choice",
-    "cache_control",
-    "end_turn",
-  ]
-)
-_ANY_SIZE = frozenset(
-  ["metadata", "meta", "meta_data", "header", "headers", "moderation", "openai_moderation", "detoxify_moderation"]
-)
-# Under a name without meaning, what may have one: earlier rounds in `metadata`, say.
-_PARTS = frozenset(
-  ["messages", "conversations", "conversation", "dialog", "dialogue", "history", "context", "documents"]
-  + ["system", "system_prompt", "system_message", "instruction", "input", "prompt", "query", "question"]
-  + ["response", "completion", "output", "answer", "text", "tools", "functions", "tool_calls", "function_call"]
-  + ["reasoning", "reasoning_content", "thinking", "thought", "thoughts"]
-)
-_OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
-_OF_WORDS = re.compile(
-  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
-  r"|(index_level|unnamed)_\d+|score_\w+"
-)
-_COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
-
-_ANSWER = r"(response|answer|message|conversation|output|completion|text|content|reply|sample|image)s?"
-_PREFERENCE = re.compile(rf"(chosen|rejected)(_{_ANSWER})?|{_ANSWER}_(chosen|rejected)|(non_?)?preferred_{_ANSWER}")
-
-# With a boolean: whether the answer is a good one (KTO).
-_WANTED = frozenset(["label", "kto_tag", "kto_label", "desirable", "chosen", "accepted", "preferred"])
-_UNWANTED = frozenset(["rejected", "undesirable"])
-
-# True, 1: the loss counts it.
-LEARNT = frozenset(
-  [
-    "weight",
-    "train",
-    "trained",
-    "training",
-    "trainable",
-    "train_on",
-    "train_on_turn",
-    "do_train",
-    "should_train",
-    "is_trained",
-    "is_train",
-    "learn",
-    "learned",
-    "learnt",
-    "loss",
-    "has_loss",
-    "compute_loss",
-    "calculate_loss",
-    "calc_loss",
-    "use_loss",
-    "with_loss",
-    "in_loss",
-    "loss_weight",
-    "loss_scale",
-    "loss_mask",
-    "train_mask",
-    "training_mask",
-    "is_target",
-    "supervise",
-    "supervised",
-    "is_supervised",
-    "is_trainable",
-    "learnable",
-    "to_train",
-    "unmasked",
-    "is_unmasked",
-  ]
-)
-# True, 1: the loss passes it over.
-NOT_LEARNT = frozenset(
-  [
-    "masked",
-    "is_masked",
-    "ignore",
-    "ignored",
-    "ignore_loss",
-    "no_loss",
-    "no_train",
-    "no_training",
-    "skip_loss",
-    "exclude_loss",
-    "exclude_from_loss",
-    "exclude_from_training",
-    "dont_train",
-    "do_not_train",
-    "untrained",
-    "no_grad",
-    "skip",
-    "skipped",
-    "skip_train",
-    "skip_training",
-    "exclude",
-    "excluded",
-    "deleted",
-    "is_deleted",
-  ]
-)
-_DETAILS = re.compile(r"(train|training|loss|mask)_(detail|details|range|ranges|spans?)")
-_ABOUT_LOSS = frozenset(["loss", "train", "training", "trained", "mask", "masked", "masking", "weight", "weights"])
-_SAMPLE_WEIGHTS = frozenset(
-  ["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale", "row_weight"]
-)
-# Keys of a whole record that other trainers have as settings, and the value that says what we do anyway.
-_SETTINGS = {
-  **dict.fromkeys(["train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "train_on_user"], False),
-  **dict.fromkeys(["mask_history", "last_turn_only", "only_last_turn", "train_on_last_turn_only", "only_last"], False),
-  **dict.fromkeys(
-    ["mask_input", "mask_inputs", "mask_prompt", "mask_prompts", "mask_user", "assistant_only_loss"], True
-  ),
-  **dict.fromkeys(["completion_only_loss", "train_on_response", "train_on_responses", "train_on_responses_only"], True),
-}
-_MASKED_ROLES = frozenset(["user", "users", "human", "instruction", "prompt", "input"])  # NeMo: whose turns are masked
 
 
 def has_no_meaning(key: str, value: Any) -> bool:
   """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
   name = snake(key)
-  if _holds_parts(value):
+  parsed = _from_json(value)
+  if _holds_parts(parsed):
     return False
-  if name in _ANY_SIZE:
-    return True
-  if name in _COUNTED_LISTS or _OF_NUMBERS.fullmatch(name):
+  if name in ANY_SIZE:
+    return not isinstance(parsed, str) or not name.startswith("meta")  # ChatGLM: the name of the tool that is called
+  if name in COUNTED_LISTS or OF_NUMBERS.fullmatch(name):
     return isinstance(value, int | float) and not isinstance(value, bool)
-  if name not in _NO_MEANING and not _OF_WORDS.fullmatch(name):
+  if name not in NO_MEANING and not OF_WORDS.fullmatch(name):
     return False
-  most = _CATEGORY if name in _PERHAPS_TEXT else _SHORT
+  most = CATEGORY if name in PERHAPS_TEXT else SHORT
   return len(value if isinstance(value, str) else json.dumps(value)) <= most
 
 
@@ -344,20 +60,30 @@ def _holds_parts(value: Any) -> bool:
     return any(map(_holds_parts, value))
   if not isinstance(value, dict):
     return False
-  names = _PARTS | LEARNT | NOT_LEARNT
+  names = PARTS | LEARNT | NOT_LEARNT
   for key, item in value.items():
-    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or is_medium(key))):
+    if _holds_parts(item) or (not is_empty(item) and (meant(key) in names or is_medium(key))):
       return True
   return False
+
+
+def _from_json(value: Any) -> Any:
+  """The object or list that a text holds, as tables of texts have their metadata; anything else as it is."""
+  if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+    return value
+  try:
+    return Decoder().whole(value)
+  except Refused:
+    return value
 
 
 def column_type(key: str) -> str:
   """What a column of a table of texts holds under a name: "truth" or "number" values, which JSON would have as such."""
   name = snake(key)
-  if name in _WANTED | _UNWANTED:
+  if name in WANTED | UNWANTED:
     return "truth"
-  flags = LEARNT | NOT_LEARNT | _SAMPLE_WEIGHTS | _SETTINGS.keys() | _COUNTED_LISTS
-  return "number" if name in flags or _about_loss(name) or _OF_NUMBERS.fullmatch(name) else "text"
+  flags = LEARNT | NOT_LEARNT | SAMPLE_WEIGHTS | SETTINGS.keys() | COUNTED_LISTS
+  return "number" if name in flags or _about_loss(name) or OF_NUMBERS.fullmatch(name) else "text"
 
 
 def check_record_key(key: str, value: Any) -> bool:
@@ -368,32 +94,32 @@ def check_record_key(key: str, value: Any) -> bool:
   """
   name, flag = snake(key), flag_of(value)
   out = f"{key!r} is {shown(value)}"
-  if name in _WANTED | _UNWANTED and isinstance(value, bool):
-    if value is not (name in _WANTED):
+  if name in WANTED | UNWANTED and isinstance(value, bool):
+    if value is not (name in WANTED):
       raise UserError(f"{out}, an answer that is not to be learnt; remove such records")
     return True
-  if _PREFERENCE.fullmatch(name):
+  if PREFERENCE.fullmatch(name):
     raise UserError(
       f"{key!r} is there without the other answer: a preference pair has 'chosen' and 'rejected'; keep one answer, or "
       "name the columns, with data_fields=messages=chosen or data_fields=chosen=better,rejected=worse"
     )
   if meant(key) == "history" and isinstance(value, list | dict):
     raise UserError(f"{key!r} holds earlier rounds beside a list of turns; put them into the list, or remove the key")
-  if name in _SETTINGS:
-    if flag is not _SETTINGS[name]:
+  if name in SETTINGS:
+    if flag is not SETTINGS[name]:
       raise UserError(
         f"{out}, which asks for other turns in the loss than every response; write 'train' into the turns"
       )
     return True
   if name == "mask" and isinstance(value, str):
-    if value.lower() not in _MASKED_ROLES:
+    if value.lower() not in MASKED_ROLES:
       raise UserError(f"{out}, but the loss always passes over the user's turns and counts the responses")
     return True
   if name in _SETTLED:
     return _settles(out, key, value)
-  if name in _SAMPLE_WEIGHTS and (isinstance(value, list) or (_is_number(value) and flag is None)):
+  if name in SAMPLE_WEIGHTS and (isinstance(value, list) or (_is_number(value) and flag is None)):
     raise UserError(f"{out}, but all examples weigh the same here; remove the key, or such records")
-  if _DETAILS.fullmatch(name) or (_about_loss(name) and isinstance(value, list)):
+  if DETAILS.fullmatch(name) or (_about_loss(name) and isinstance(value, list)):
     raise UserError(f"{key!r} says which parts of the record are learnt, which cannot be followed; {_WRITE_TRAIN}")
   if name in LEARNT | NOT_LEARNT and flag is not None:
     if flag is not (name in LEARNT):
@@ -402,6 +128,11 @@ def check_record_key(key: str, value: Any) -> bool:
   if _about_loss(name) and isinstance(value, bool):
     raise UserError(f"{out}, and it is not clear whether that takes the record out of the loss; remove the key")
   return False
+
+
+def is_switch(value: Any) -> bool:
+  """Whether a value says that there is reasoning, or how much, and is none itself."""
+  return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in SWITCH)
 
 
 _WRITE_TRAIN = "write 'train': true or false into the turns instead"
@@ -431,7 +162,7 @@ def turn_flag(turn: dict[str, Any], keys: list[str], at: str) -> tuple[bool | No
       if flag is None:
         raise UserError(f"{at} has {key}={shown(value)}: a turn is learnt (true, 1) or not (false, 0), nothing between")
       found[key] = flag is (name in LEARNT)
-    elif _DETAILS.fullmatch(name):
+    elif DETAILS.fullmatch(name):
       raise UserError(f"{at} has {key!r}: a turn is learnt as a whole or not at all; {_WRITE_TRAIN}")
     elif _about_loss(name) and isinstance(value, bool | int | float | list):
       raise UserError(f"{at} has {key}={shown(value)}, and it is not clear whether it is learnt then; {_WRITE_TRAIN}")
@@ -498,7 +229,7 @@ def flag_of(value: Any) -> bool | None:
 
 
 def _about_loss(name: str) -> bool:
-  return not _ABOUT_LOSS.isdisjoint(name.split("_"))
+  return not ABOUT_LOSS.isdisjoint(name.split("_"))
 
 
 def shown(value: Any) -> str:

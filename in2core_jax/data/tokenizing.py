@@ -1,4 +1,4 @@
-"""Records -> chat template -> token ids with response mask; splits and summaries.
+"""Records -> chat template -> token ids with response mask; splits.
 
 The response mask follows from the structure of the chat template (`template_layout`), never from searching the text for
 a marker:
@@ -28,18 +28,14 @@ from in2core_jax.data.chat_template import Renderer
 from in2core_jax.data.records import BadRecords, Record, content_keys, first_pair, first_plain, ids_of, topics_of
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
-from in2core_jax.data.summaries import data_summary, format_summary, told_lines
 from in2core_jax.data.template_program import TemplateRefusal
 from in2core_jax.errors import UserError, told_by_tokenizers
 
 __all__ = [
   "Record",
   "TokenizedDataset",
-  "data_summary",
-  "format_summary",
   "load_records",
   "split_records",
-  "told_lines",
   "tokenize",
 ]
 

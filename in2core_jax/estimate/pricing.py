@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from in2core_jax.costs import device_memory, flop_counts, memory
 from in2core_jax.costs.hardware import Hardware
-from in2core_jax.data import packing
+from in2core_jax.data import packed_rows, packing
 from in2core_jax.model import embeddings, experts, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
@@ -188,7 +188,7 @@ class Pricer:
   def fill(self, part: str) -> Phase:
     """Filling the boundary cache."""
     bench, s, dataset = self.bench, self.bench.settings, self.bench.splits[part]
-    plan = packing.packed_plan(dataset.num_tokens, bench.batching.batch_tokens, self.groups)
+    plan = packed_rows.packed_plan(dataset.num_tokens, bench.batching.batch_tokens, self.groups)
     work = flop_counts.boundary_work(plan)
     most = max((height * length, height, length) for length, height, _ in plan)
     program = memory.Program("losses", -(-most[1] // self.groups), most[2], 0)
@@ -213,7 +213,7 @@ class Pricer:
   def hidden_states(self, part: str) -> Phase:
     """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""
     bench = self.bench
-    plan = packing.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, self.groups)
+    plan = packed_rows.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, self.groups)
     work = flop_counts.boundary_work(plan)
     whole = Pricer(bench, self.stage, self.params, embeddings.above_all(bench.model.config.num_layers))
     flops = flop_counts.below_flops(whole.sizes, work) - (

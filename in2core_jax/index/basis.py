@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.errors import UserError
+from in2core_jax.index.kinds import NONZEROS
 from in2core_jax.selection.whitening import products
 
-KINDS = ("queries", "generic")
 QUERIES_SHARE = 0.75  # of the directions, at most, follow the queries
-NONZEROS = 4  # of a generic projection, for each of the W numbers
 _RANK = 1e-10  # of the largest squared singular value: what is smaller is rounding
 
 
@@ -51,7 +50,7 @@ class Basis:
   """Made by `make`.
 
   Attributes:
-    kind: a word of `KINDS`.
+    kind: a word of `kinds.KINDS`.
     gradients: of kind queries f32 [W, r]; of kind generic int32 [NONZEROS, W]: where each number goes and, by its sign,
       how (b stands for +b, -b - 1 for -b).
     size: r.
@@ -79,7 +78,7 @@ def make(kind: str, queries: Raw, sample: Raw, size: int, hidden_size: int, seed
   """A basis, and what is known of it.
 
   Args:
-    kind: a word of `KINDS`.
+    kind: a word of `kinds.KINDS`.
     queries: of the evaluation set; none for generic.
     sample: of the pool.
     size: r; fewer where queries and sample span fewer.

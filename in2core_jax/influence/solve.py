@@ -12,13 +12,9 @@ from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
 from in2core_jax.ihvp import ekfac, krylov, solvers
 from in2core_jax.influence.kernels import CompiledObjective
+from in2core_jax.influence.solver_names import PRECONDITIONERS, SOLVERS
 from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
-
-SOLVERS = ("lissa", "cg", "datainf", "identity", "ekfac", "low_rank", "exact")
-
-
-PRECONDITIONERS = ("none", "ekfac", "diagonal")
 
 
 def shares_space(solver: str, precondition: str, curvature: str) -> bool:

@@ -45,7 +45,10 @@ class Norm(nn.Module):
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     if self.offset:
       scale = self.offset + scale.astype(wide.dtype)  # in the wide dtype: half precision would round 1 + scale
-    return (wide * scale).astype(x.dtype)
+    y = wide * scale
+    if self.has_variable("params", "scale_probe"):
+      y = moment_probes.observe_rows(wide, y, self.get_variable("params", "scale_probe"))
+    return y.astype(x.dtype)
 
 
 def _norm(config: ModelConfig, name: str | None = None) -> Norm:
@@ -58,8 +61,10 @@ class Projection(nn.Module):
   lora_a [in, r], lora_b [r, out]           adds (x A) B, times the constant lora_scale [1] where there is one
   left [in, p], core [p, p], right [p, out]  adds ((x left) core) right with core = 0: the gradient in `core` is
                                              left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
-  NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
+  NAME_probe                                 beside any leaf NAME of these: moments of its input and of its output's
                                              gradient come out as the probe's gradient (`moment_probes.observe`)
+  sketch_probe                               the gradient in `core` of each example, of several in a row
+                                             (`moment_probes.sketched`), without `left`, `core` and `right`
   """
 
   features: int
@@ -73,7 +78,12 @@ class Projection(nn.Module):
       # Added in the wide dtype, because the gradient in the bias is a plain sum over positions.
       wide = accumulation_dtype(x.dtype)
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
-      y = (y.astype(wide) + bias.astype(wide)).astype(x.dtype)
+      y = y.astype(wide) + bias.astype(wide)
+      if self.has_variable("params", "bias_probe"):
+        y = moment_probes.observe_rows(jnp.ones(1, wide), y, self.get_variable("params", "bias_probe"))
+      y = y.astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     for factors in (("lora_a", "lora_b"), ("left", "core", "right")):
       if self.has_variable("params", factors[0]):
         low = x
@@ -210,6 +220,8 @@ class ExpertProjection(nn.Module):
       wide = accumulation_dtype(x.dtype)
       bias = self.param("expert_bias", nn.initializers.zeros, (self.experts, self.features))
       y = (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     if self.has_variable("params", "core"):
       low, core = self._times(x, self.get_variable("params", "left")), self.get_variable("params", "core")
       low = low.reshape(low.shape[0], -1, low.shape[-1])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from in2core_jax.data import packing, ragged
+from in2core_jax.data import packed_rows, ragged
 from in2core_jax.data.batches import rejected_starts
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder
@@ -54,8 +54,8 @@ def pooled(job: BoundaryJob, dataset: Any, below: tuple[BoundaryCache, int] | No
   if not lengths.all():
     raise UserError(f"example {dataset.ids[int(np.argmin(lengths))]!r} has no token, so there is nothing to embed")
   found = {name: np.zeros((len(lengths), job.config.hidden_size), np.float32) for name in POOLINGS}
-  plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
-  for packed in job.track(packing.packed_batches(dataset.tokens, plan, second=rejected_starts(dataset)), len(plan)):
+  plan = packed_rows.packed_plan(lengths, job.batch_tokens, job.multiple_of)
+  for packed in job.track(packed_rows.packed_batches(dataset.tokens, plan, second=rejected_starts(dataset)), len(plan)):
     if below is None:
       tokens, offsets = job.place((packed.tokens, packed.offsets))
       hidden = processes.to_host(_last_hidden(job.config, job.subtree, job.frozen, tokens, offsets))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from in2core_jax.data import packing, ragged
+from in2core_jax.data import packed_rows, ragged
 from in2core_jax.data.batches import rejected_starts
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder as model_lib
@@ -131,9 +131,9 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     part = files.temporary_beside(file)
     files.reserve(part, shape[0] * shape[1] * dtype.itemsize)
   values = np.memmap(part, dtype, "r+", shape=shape) if part is not None else np.empty(shape, dtype)
-  plan = packing.packed_plan(lengths, job.batch_tokens, job.multiple_of)
+  plan = packed_rows.packed_plan(lengths, job.batch_tokens, job.multiple_of)
   waiting: tuple | None = None  # results are fetched one batch late, so that the host prepares the next one meanwhile
-  for packed in job.track(packing.packed_batches(dataset.tokens, plan, second=rejected_starts(dataset)), len(plan)):
+  for packed in job.track(packed_rows.packed_batches(dataset.tokens, plan, second=rejected_starts(dataset)), len(plan)):
     tokens, offsets = job.place((packed.tokens, packed.offsets))
     hidden = processes.settle(_below(job.config, job.subtree, job.frozen, tokens, offsets))
     if waiting is not None:
@@ -179,7 +179,7 @@ def _is_whole(file: pathlib.Path, size: int) -> bool:
 _below = jax.jit(model_lib.run_below, static_argnums=(0, 1))
 
 
-def _store(values, starts, lengths, packed: packing.PackedRows, hidden) -> None:
+def _store(values, starts, lengths, packed: packed_rows.PackedRows, hidden) -> None:
   host = processes.to_host(hidden).reshape(-1, hidden.shape[-1])
   for example, place in zip(packed.examples, packed.places, strict=True):
     start, length = starts[example], lengths[example]

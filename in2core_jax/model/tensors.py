@@ -75,7 +75,7 @@ HF_POST_NORM_NAMES = HF_NAMES | {
   "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 # Tensors that old exports carry and that follow from the configuration.
-HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+HF_IGNORED = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 # Of folders with several parts: how tensors of the language model are called there, and what belongs to other parts.
 _TEXT_PREFIXES = {
   "language_model.model.": "model.",

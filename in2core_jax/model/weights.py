@@ -7,12 +7,9 @@ that the decoder computes something else than the file's author did.
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +19,17 @@ from flax import traverse_util
 
 from in2core_jax.data import assets, hub
 from in2core_jax.errors import UserError
-from in2core_jax.model import decoder, hf_config, hf_folder, model_files, peft_folder, peft_writer, quantised, stacks
+from in2core_jax.model import (
+  decoder,
+  hf_config,
+  hf_folder,
+  model_files,
+  parameter_tree,
+  peft_folder,
+  peft_writer,
+  quantised,
+  stacks,
+)
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
@@ -45,21 +52,12 @@ from in2core_jax.model.tensors import (
   rotated_heads,
   text_names,
 )
-from in2core_jax.parallel.host import host_bytes
 from in2core_jax.runs import adapter_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EMBEDDED_MODEL = "smollm2-135m-instruct-q4_1"
 EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  # word of --model -> asset
 SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json or truncated:MODEL:LAYERS"
-
-_QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
-_STRANGE = {
-  _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
-  r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
-  r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
-  r"experts|_exps": "a mixture of experts, and the configuration says that it is none",
-}
 
 
 def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = None) -> tuple[ModelConfig, Any, Any, str]:
@@ -204,7 +202,7 @@ def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, d
   file = read_gguf(place)
   config, kind = gguf_config(file), ARCHITECTURES[file.metadata["general.architecture"]]
   stored = {name: tensor.shape for name, tensor in file.tensors.items() if name not in FACTOR_TENSORS}
-  pieces = fused_pieces(kind.fused, stored, _shapes(config), prefix="blk.{i}.")
+  pieces = fused_pieces(kind.fused, stored, parameter_tree.shapes_of(config), prefix="blk.{i}.")
 
   def read(name: str, leaf: str) -> np.ndarray:
     array = pieces[name].of(file.read(pieces[name].whole), leaf) if name in pieces else file.read(name)
@@ -214,7 +212,7 @@ def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, d
     return pairs_apart(array, heads) if heads else array
 
   names = GGUF_NAMES | {leaf: f"blk.{{i}}.{end}" for leaf, end in piece_names(kind.fused).items()}
-  return config, _assemble(config, names, stored, read, dtype, str(file.path), mesh)
+  return config, parameter_tree.assemble(config, names, stored, read, dtype, str(file.path), mesh)
 
 
 def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
@@ -251,7 +249,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
       )
   source = {text[name]: (handles[file], name) for name, file in where.items() if text.get(name) is not None}
   family = FAMILIES[config.model_type]
-  pieces = fused_pieces(family.fused, stored, _shapes(config), family.paired)
+  pieces = fused_pieces(family.fused, stored, parameter_tree.shapes_of(config), family.paired)
 
   def read(name: str, leaf: str) -> np.ndarray | stacks.StoredRows:
     piece = pieces.get(name)
@@ -262,7 +260,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
     array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     return pairs_apart(array, heads) if heads else array
 
-  return config, _assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
+  return config, parameter_tree.assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
 
 
 def _hf_config(folder: pathlib.Path) -> ModelConfig:
@@ -293,7 +291,7 @@ def _hf_config(folder: pathlib.Path) -> ModelConfig:
 def load_random(path: str | pathlib.Path, seed: int = 0, dtype=np.float32) -> tuple[ModelConfig, Any]:
   """Random weights for a configuration with the keys of a Hugging Face config.json; same seed, same weights."""
   config = hf_config.read_config(pathlib.Path(path))
-  _check_memory(config, np.dtype(np.float32), str(path))  # drawn in float32, then rounded
+  parameter_tree.check_memory(config, np.dtype(np.float32), str(path))  # drawn in float32, then rounded
   return config, decoder.init_params(config, jax.random.key(seed), _dtype(dtype))
 
 
@@ -362,92 +360,3 @@ def _dtype(dtype) -> np.dtype:
   if found not in DTYPES.values():
     raise UserError(f"dtype {dtype} is not supported for weights; use {' or '.join(DTYPES)}")
   return found
-
-
-def _check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
-  """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
-  heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
-  mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
-  layer = 2 * heads * width + mlps * width * config.intermediate_size + 3 * width * config.shared_size
-  count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
-  need, there = count * dtype.itemsize, host_bytes()
-  if need > there:
-    raise UserError(
-      f"{origin}: its {count:,} parameters take {need / 1e9:,.0f} GB as {dtype.name}, and this machine has "
-      f"{there / 1e9:,.0f} GB of memory: use a smaller model or a larger machine"
-    )
-
-
-def _assemble(
-  config: ModelConfig,
-  names: dict[str, str],
-  stored: dict[str, tuple[int, ...]],
-  read: Callable,
-  dtype,
-  origin: str,
-  mesh: Any = None,
-) -> dict:
-  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays or their rows.
-
-  Names and shapes, `stored`, are compared before anything is allocated.
-  """
-  _check_memory(config, dtype, origin)
-  shapes = _shapes(config)
-  strange = sorted(leaf for leaf in shapes if leaf not in names)
-  if strange:
-    raise UserError(f"{origin}: this file format has no tensor for {', '.join(strange)}")
-  wanted = {leaf: places(names[leaf], leaf, shape) for leaf, shape in shapes.items()}
-  expected = {name for group in wanted.values() for _, name in group}
-  absent = {name.partition(":")[0] for name in expected - stored.keys()}  # pieces by the tensor that holds them
-  _refuse(origin, absent, "tensors are missing", _why_missing(expected, stored.keys()))
-  _refuse(origin, stored.keys() - expected, "tensors are not part of this decoder", _why_strange(stored.keys()))
-  for leaf, shape in shapes.items():
-    for index, name in wanted[leaf]:
-      right, found = shape[len(index) :], stored[name]
-      found = (*found[:-2], *found[-2:][::-1]) if is_matrix(leaf) else found
-      if found != right:
-        raise UserError(
-          f"{origin}: tensor {name} is {found} ([in, out]), the configuration asks for {right}; "
-          "file and configuration do not belong together"
-        )
-  params, placed = {}, stacks.shardings_of(shapes, dtype, mesh)
-  for leaf, shape in shapes.items():
-    stack = stacks.stack_of(shape, dtype, placed.get(leaf))
-    for index, name in wanted[leaf]:
-      if not stack.put(index, read(name, leaf), is_matrix(leaf)):
-        raise UserError(
-          f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
-        )
-    params[leaf] = stack.array
-  return traverse_util.unflatten_dict(params, sep="/")
-
-
-@functools.cache  # traces a layer
-def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-  """Leaf -> its shape in the parameter tree."""
-  shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
-  return {leaf: value.shape for leaf, value in traverse_util.flatten_dict(shapes, sep="/").items()}
-
-
-def _refuse(origin: str, names: Iterable[str], what: str, why: str) -> None:
-  """Raises when `names` is not empty, naming the first five."""
-  listed = sorted(names)
-  if listed:
-    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    raise UserError(f"{origin}: {what}: {', '.join(map(plain, listed[:5]))}{more}; {why}")
-
-
-def _why_missing(expected: set[str], stored: Iterable[str]) -> str:
-  stored = set(stored)
-  if expected - stored == {HF_NAMES["lm_head/kernel"]}:
-    return "config.json does not say tie_word_embeddings true; if the model is tied, write it there"
-  if any(re.search(_QUANTISED, name) for name in stored):
-    return _STRANGE[_QUANTISED]
-  if not any(name.startswith("model.") for name in stored) and {n.removeprefix("model.") for n in expected} & stored:
-    return "the folder holds a model without language-model head (names without model.); save it as a CausalLM"
-  return "the file is incomplete or of another architecture"
-
-
-def _why_strange(stored: Iterable[str]) -> str:
-  found = (why for pattern, why in _STRANGE.items() if any(re.search(pattern, name) for name in stored))
-  return next(found, "the model is of another architecture")

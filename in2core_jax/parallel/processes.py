@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -198,6 +198,26 @@ def from_writer(value: Any) -> Any:
     text = np.pad(text, (0, max(0, size - len(text))))[:size]  # all processes must pass the same shape
     text = np.asarray(multihost_utils.broadcast_one_to_all(text), np.uint8)
   return json.loads(text.tobytes())
+
+
+def checked_by_writer(check: Callable[[], None]) -> None:
+  """Lets the writer alone look at files; what it refuses is raised in every process, so that none waits. Collective.
+
+  Args:
+    check: raises a UserError.
+
+  Raises:
+    UserError: that of the check.
+  """
+  refusal = None
+  if is_writer():
+    try:
+      check()
+    except UserError as error:
+      refusal = str(error)
+  refusal = from_writer(refusal)
+  if refusal is not None:
+    raise UserError(refusal)
 
 
 def deals(number: int) -> bool:

@@ -54,6 +54,17 @@ def of_selection(
   return found + without_effect(s)
 
 
+def unused_inverse(s: Settings) -> str:
+  """How to do without the inverse, where only the reported influence needs it; empty where more does."""
+  needed = s.policy in coreset.SCORE_POLICIES or s.write or s.normalize != "none" or s.trajectory != "none"
+  if needed or s.solver == "identity":
+    return ""
+  return (
+    f"--policy={s.policy} chooses without the inverse of --solver={s.solver}, which only the reported influence takes: "
+    "--solver=identity leaves it out and reports plain products of gradients"
+  )
+
+
 def without_effect(s: Settings) -> list[str]:
   """Flags that are of another solver or policy, one sentence each: a flagfile may serve several."""
   given = [name for name in ("repeat", "scale", "acceleration", "average") if s.solver != "lissa" and s.is_set(name)]

@@ -46,7 +46,7 @@ def check_policies(bench: Session, policies: set[str]) -> None:
       f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
       "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
     )
-  if "matching_hybrid" in policies:
+  if policies & set(coreset.PAIR_POLICIES):
     check_pairs(bench)
 
 

@@ -1,7 +1,4 @@
-"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset).
-
-python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
-"""
+"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset)."""
 
 import dataclasses
 import logging

@@ -92,6 +92,34 @@ class HiddenCache:
     """A view of some rows of a part: an example's hidden states do not depend on the others."""
     return dataclasses.replace(self, rows={**self.rows, part: rows})
 
+  def of_rows(self, splits: Splits, rows: Mapping[str, np.ndarray]) -> "HiddenCache":
+    """For a session of some rows of some parts: what there is of these, and nothing is made of the others.
+
+    Args:
+      splits: the examples, `rows` alone where there are any.
+      rows: part -> rows of it.
+    """
+
+    def own(part: str) -> np.ndarray | slice:
+      view = self.rows.get(part)
+      if part not in rows:
+        return slice(None) if view is None else view
+      return rows[part] if view is None else view[rows[part]]
+
+    parts = {part: own(part) for part in splits}
+    whole = lambda part: isinstance(parts[part], slice)  # noqa: E731
+    kept = {key: found if whole(key[0]) else found.take(parts[key[0]]) for key, found in self.kept.items()}
+    pooled = {
+      part: {name: values[parts[part]] for name, values in found.items()} for part, found in self.embedded.items()
+    }
+    return dataclasses.replace(self, splits=splits, rows={}, kept=kept, embedded=pooled)
+
+  def holds(self, part: str, tree: subtree.Subtree, params: Any) -> bool:
+    """Whether `below` has nothing to compute, by what this process has made."""
+    return (
+      not self.where.serves(tree) or (part, tree.boundary, _below_hash(params, tree, self.model.params)) in self.kept
+    )
+
   def below(self, part: str, tree: subtree.Subtree, params: Any) -> hidden_cache.BoundaryCache | None:
     """Hidden states of a part that enter a subtree's lowest layer; None where they are not kept.
 

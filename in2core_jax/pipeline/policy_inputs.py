@@ -8,11 +8,12 @@ import numpy as np
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.subsets import by_id
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline.loss_drop import loss_drop
 from in2core_jax.pipeline.projection import Projection
-from in2core_jax.pipeline.session import Session
+from in2core_jax.pipeline.session import Session, choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import near_duplicates
-from in2core_jax.selection import bm25, coreset, cosines, hybrid
+from in2core_jax.selection import aggregation, bm25, coreset, cosines, hybrid
 from in2core_jax.selection.inputs import SIMILARITIES
 from in2core_jax.selection.whitening import Measured, WhitenedMetric, check_gradients
 
@@ -21,7 +22,7 @@ MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 G
 
 
 def check_pairs(bench: Session) -> None:
-  """Refuses `matching_hybrid` for more examples than all pairs of can be compared.
+  """Refuses `PAIR_POLICIES` for more examples than all pairs of can be compared.
 
   Raises:
     UserError: there are more.
@@ -29,8 +30,8 @@ def check_pairs(bench: Session) -> None:
   size = len(bench.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
-      f"policy matching_hybrid compares all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: take "
-      "hybrid or matching"
+      f"policies {' and '.join(coreset.PAIR_POLICIES)} compare all pairs of the {size:,} training examples, at most "
+      f"{MOST_PAIRS:,}: take hybrid or matching"
     )
 
 
@@ -65,6 +66,10 @@ class ChoiceInputs:
     among = lambda kept: kept if rows is None else kept[np.isin(kept, rows)]  # noqa: E731
     if wanted & set(coreset.FEATURE_POLICIES):
       found |= self._matched(among(self._answered))
+    if "loss_drop" in wanted:
+      s = self.settings
+      chosen = choose(self.bench, self._params, s.layers, s.modules)
+      found["drop"] = loss_drop(self.bench, s, chosen, among(self._first_queries))
     if wanted & {*coreset.HYBRID_POLICIES, *SIMILARITIES}:
       found |= self._similar(wanted, among(self._first_queries), aggregate or self.settings.aggregate)
     return found
@@ -172,7 +177,7 @@ class ChoiceInputs:
       similarity = self._hybrid.similarity(asked)
       found["similarities"]["hybrid"] = self._hybrid.smoothed(asked, similarity)
       found["apart"] = self._hybrid.apart(asked)
-      if "matching_hybrid" in wanted:
+      if wanted & {*coreset.PAIR_POLICIES}:
         found |= {"kernel": self._kernel, "towards": similarity.mean(axis=0)}
     return found
 
@@ -182,6 +187,10 @@ class ChoiceInputs:
       metric, pool = self._whitened
       check_gradients(self._eval_features[queries], "evaluation")
       return metric.cosines(self._eval_features[queries], pool)
+    if name == "layer_ranks":
+      return aggregation.mean_ranks(
+        [self._of_layer(columns, queries) for columns in self._projection.columns_of_layers()]
+      )
     if name == "bm25":
       return bm25.bm25([self._texts["eval"][row] for row in queries], self._texts["train"])
     if name == "whitened_embedding":
@@ -190,6 +199,13 @@ class ChoiceInputs:
     pooling = "position" if name == "rds" else "mean"
     told = self._hidden("train", pooling)
     return cosines.cosine_to(self._hidden("eval", pooling)[queries], told)
+
+  def _of_layer(self, columns: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Whitened cosines of queries and examples by some of the gradients' numbers, [Q, N]."""
+    features = self._features[:, columns]
+    check_gradients(features, "training")
+    metric = WhitenedMetric.fit(features, ids=self.bench.splits["train"].ids, counted=self._counts)
+    return metric.cosines(self._eval_features[queries][:, columns], features)
 
 
 def shown(record: tokenizing.Record) -> str:

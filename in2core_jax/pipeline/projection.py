@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from in2core_jax.influence import projected
@@ -30,6 +31,16 @@ class Projection:
     batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
     stream = self.bench.stream(batcher, phases.projected(part))
     return self.chosen.problem.adapter_features(stream, len(batcher))
+
+  def columns_of_layers(self) -> list[np.ndarray]:
+    """Which numbers of `features` are of each chosen layer, int [w] for each."""
+    found: list[list[np.ndarray]] = [[] for _ in self.sketch.tree.layers]
+    start = 0
+    for leaf in jax.tree.leaves(self.chosen.problem.sub):  # [k, ...] each, one after the other
+      for place, own in enumerate(np.arange(start, start + leaf.size).reshape(leaf.shape[0], -1)):
+        found[place].append(own)
+      start += leaf.size
+    return [np.concatenate(own) for own in found]
 
   def store(self) -> projected.ProjectedStore:
     """The training set's, computed where they are not on disk yet."""

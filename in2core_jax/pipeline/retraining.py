@@ -1,5 +1,6 @@
 """Retrains on sets of examples with one recipe and measures the result: what every table of perplexities rests on."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -129,7 +130,13 @@ class Retrainer:
     # Of this judge, and gone with it: a cache of the class would keep every judge's model.
     self._packer = functools.cache(self._packer)
     objective = make_objective(bench.model.config, self.chosen)
-    self._trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
+    self.trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
+
+  def over(self, bench: Session) -> "Retrainer":
+    """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
+    other = copy.copy(self)
+    other.bench, other._packer = bench, functools.cache(functools.partial(Retrainer._packer, other))
+    return other
 
   def _packer(self, part: str) -> packing.Packer:
     return self.bench.packer(part, self.chosen, self.bench.model.params)
@@ -160,7 +167,7 @@ class Retrainer:
     packer = self.bench.packer("train", self.chosen, self.bench.model.params, rows, self.shapes)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
-      return self._trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
+      return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
   def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
     """Trains on the candidate's rows, unless --checkpoint is that very training, and measures the test set."""

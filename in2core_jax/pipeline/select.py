@@ -1,14 +1,11 @@
-"""Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows from it.
-
-python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --budget=0.5 --run_dir=runs/mine
-"""
+"""Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows."""
 
 import dataclasses
 import logging
 
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import select_index
-from in2core_jax.pipeline.advice import of_selection
+from in2core_jax.pipeline.advice import of_selection, unused_inverse
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
@@ -85,6 +82,7 @@ def prepare(s: Settings, bench: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
   bench = bench or open_session(s, pairs=True)
   check_kinds(bench, s)
+  bench.check_folder("select", s, *_DEPENDS_ON)
   params = bench.checkpoint_params(s.checkpoint)
   chosen = choose(bench, params, s.layers, s.modules)
   return Task(s, bench, check_select(bench, s, params), chosen)
@@ -103,6 +101,8 @@ def score_examples(task: Task, work: Work) -> Scored:
   s, chosen = task.settings, task.chosen
   note_inputs(work.run_dir, task.bench.splits, s, s)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
+  if unused_inverse(s):
+    log.info("%s", unused_inverse(s))
   return score(task.bench, s, chosen, work)
 
 
@@ -139,9 +139,12 @@ def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir
 # ---- what results depend on ----------------------------------------------------------
 
 
+_DEPENDS_ON = ("data", "model", "select", "run"), ("train", "eval")  # groups of settings, parts of the data
+
+
 def _identity(task: Task) -> dict:
   s = task.settings
-  identity = task.bench.identity("select", s, ("data", "model", "select", "run"), ("train", "eval"))
+  identity = task.bench.identity("select", s, *_DEPENDS_ON)
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   if s.trajectory != "none":

@@ -250,7 +250,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
 
   def compute() -> dict[str, np.ndarray]:
     pool = _pool(task)
-    raw = pool.raw("eval", asked, None, "evaluation gradients")
+    raw = pool.raw("eval", asked, None, phases.ASKED)
     return pool.rows_of(raw, OnDevice(task.held.read_basis()))
 
   return resumable.kept(kept, 0, compute)

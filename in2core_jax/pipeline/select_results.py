@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from in2core_jax.data import records, tokenizing
+from in2core_jax.data import records, summaries, tokenizing
 from in2core_jax.pipeline import select_outputs
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
@@ -97,7 +97,7 @@ def write_results(
   for name, figure in facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
-  tell(summary["warnings"], [*without_effect(s), *tokenizing.told_lines(bench.splits.summary)])
+  tell(summary["warnings"], [*without_effect(s), *summaries.told_lines(bench.splits.summary)])
   log.info("%s", " ".join([str(said), *said.more]))
 
 
@@ -122,7 +122,7 @@ def note_inputs(run_dir: run_folder.RunDir, splits: Splits, s: Settings, given: 
     s: the flags in force.
     given: as they were given, for flags.txt.
   """
-  log.info("\n%s", tokenizing.format_summary(splits.summary, told=False))
+  log.info("\n%s", summaries.format_summary(splits.summary, told=False))
   run_dir.write_json("data_summary.json", splits.summary)
   run_dir.write_flags("flags.txt", given.as_flags(), ["python -m experiments.select --flagfile=THIS"])
   for line in without_effect(s):

@@ -22,7 +22,7 @@ from in2core_jax.pipeline.loaded_model import LoadedModel, open_model
 from in2core_jax.pipeline.reference_model import ReferenceModel
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits, read_records, refuse_pairs, tokenized_splits
-from in2core_jax.runs import resumable
+from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.progress import Progress, track
 
 # Flags that change no number of a result.
@@ -94,22 +94,38 @@ class Session:
     splits = self.splits.with_parts(train=self.splits["train"].take(rows))
     return dataclasses.replace(self, splits=splits, hidden=self.hidden.with_rows("train", rows))
 
+  def of_rows(self, **rows: np.ndarray) -> "Session":
+    """The same with some rows of some parts: the same programs serve, and only these have their hidden states made."""
+    splits = self.splits.with_parts(**{part: self.splits[part].take(own) for part, own in rows.items()})
+    return dataclasses.replace(self, splits=splits, hidden=self.hidden.of_rows(splits, rows))
+
   # ---- what results depend on ----------------------------------------------------------
 
   def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
-    """What the results of a stage depend on; the run folder refuses another one."""
+    """What the results of a stage depend on; the run folder refuses another one. Arguments as in `check_folder`."""
+    return self.check_folder(stage, settings, groups, parts) | {"model_hash": self.model.hash}
+
+  def check_folder(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
+    """`identity` as far as it is known without weights; for before they are read. Collective.
+
+    Args:
+      stage: or command, whose results are in the run folder.
+      settings: the flags.
+      groups: those that the results depend on.
+      parts: of the data.
+
+    Raises:
+      UserError: the run folder holds results of other settings or data.
+    """
     flags_ = settings.identity(*groups)
     for name in _WHERE_AND_HOW_FAST:
       flags_.pop(name, None)
     if self.splits.template_date is None:
       flags_.pop("template_date", None)
-    return {
-      "stage": stage,
-      "version": version,
-      "flags": flags_,
-      "model_hash": self.model.hash,
-      "data": self.splits.identity(*parts),
-    }
+    known = {"stage": stage, "version": version, "flags": flags_, "data": self.splits.identity(*parts)}
+    if not settings.overwrite:
+      run_folder.RunDir.refuse_other(settings.run_dir, known)
+    return known
 
   def checkpoint_params(self, folder: str, step: int | None = None) -> Any:
     """Parameters of `LoadedModel.at_checkpoint`; those of the base model when `folder` is empty."""

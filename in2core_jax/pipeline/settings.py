@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from in2core_jax.errors import UserError
-from in2core_jax.influence.solve import PRECONDITIONERS, SOLVERS
+from in2core_jax.influence.solver_names import PRECONDITIONERS, SOLVERS
 from in2core_jax.pipeline.fields import Checked, setting
 from in2core_jax.pipeline.fields import refuse as refuse
 from in2core_jax.pipeline.lists import integers as integers

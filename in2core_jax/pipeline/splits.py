@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from in2core_jax.data import sources, tokenizing
+from in2core_jax.data import sources, summaries, tokenizing
 from in2core_jax.data.records import BadRecords, Raws, first_pair
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
@@ -56,7 +56,7 @@ class Splits(collections.abc.Mapping):
   @functools.cached_property
   def summary(self) -> dict:
     """Counts of every part, duplicates, overlap, and what of the data is not used; hashes every record."""
-    summary = tokenizing.data_summary(self.datasets)
+    summary = summaries.data_summary(self.datasets)
     if self.halved:
       halves = " and ".join(f"{len(self[part]):,} of them are the {part} set" for part in ("eval", "test"))
       summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
@@ -74,7 +74,11 @@ class Splits(collections.abc.Mapping):
 
   def identity(self, *names: str) -> dict[str, str]:
     """Hashes of the parts that results depend on."""
-    return {name: _dataset_hash(self[name]) for name in names}
+    return {name: self._hash_of(name) for name in names}
+
+  @functools.cached_property
+  def _hash_of(self) -> Callable[[str], str]:
+    return functools.cache(lambda name: _dataset_hash(self[name]))  # stages ask for it one after another
 
 
 def _dataset_hash(dataset: tokenizing.TokenizedDataset) -> str:
@@ -135,6 +139,7 @@ def tokenized_splits(
   Raises:
     UserError: a record that cannot be rendered, or a part without an example or a response.
   """
+  bad.looked_at = sum(map(len, records.values()))
   made = {part: tokenized(s, config, tokenizer, part, records[part], bad) for part in PARTS}
   bad.raise_if_any()
   for part, dataset in made.items():
@@ -145,7 +150,7 @@ def tokenized_splits(
         f"the {part} set has no response token within --max_length={s.max_length}: raise it or look at the data"
       )
   splits = Splits(made, bad, bool(s.eval_data and not s.test_data))
-  for line in tokenizing.told_lines(splits.summary):
+  for line in summaries.told_lines(splits.summary):
     log.warning("%s", line)
   return splits
 

@@ -1,4 +1,4 @@
-"""train_with.md of a select run, and the file of conversations that it names."""
+"""train_with.md of a run that chooses, and the file of conversations that it names."""
 
 import math
 import pathlib
@@ -22,7 +22,12 @@ CHAT = "coreset_chat.jsonl"  # there only where coreset.jsonl says something els
 
 
 def write_train_with(
-  run_dir: RunDir, bench: Session, s: Settings, rows: np.ndarray, recipe: tuple[dict[str, Any], int]
+  run_dir: RunDir,
+  bench: Session,
+  s: Settings,
+  rows: np.ndarray,
+  recipe: tuple[dict[str, Any], int],
+  here: tuple[str, str] = ("select", ""),
 ) -> None:
   """Writes train_with.md and, where coreset.jsonl does not hold conversations, coreset_chat.jsonl.
 
@@ -32,6 +37,7 @@ def write_train_with(
     s: the flags.
     rows: int [S], the coreset.
     recipe: of `recipe_elsewhere`.
+    here: the command that chose, and the line that trains on it with this project, or "".
   """
   train = bench.splits["train"]
   few, usable = train.take(np.sort(rows)), _usable(bench)
@@ -54,6 +60,8 @@ def write_train_with(
     sources=len(set(names_of(train.records))),
     notes=tuple(_notes(few, s)),
     beta=None if train.second is None else s.beta,
+    command=here[0],
+    line=here[1],
   )
   run_dir.write_text("train_with.md", train_with.page(training))
 

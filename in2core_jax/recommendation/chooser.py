@@ -24,17 +24,18 @@ from in2core_jax.selection.inputs import Budget, inputs_of
 class Chooser:
   """What rules choose; orders are kept, and what several rules choose by is computed once."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, most: int):
+  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, most: int, cells: ResultCache):
     """Computes nothing yet.
 
     Args:
       bench: data and model.
       s: the flags of the rules; --checkpoint is the training on all data, for rules that are taken there.
-      run_dir: keeps orders, and scores while they are computed.
+      run_dir: keeps scores while they are computed.
       most: rows of an order.
+      cells: keep orders.
     """
     self.bench, self.settings, self.most = bench, s, most
-    self._run_dir, self._cells = run_dir, ResultCache(run_dir)
+    self._run_dir, self._cells = run_dir, cells
     self.usable = trainable_rows(bench)
 
   @functools.cached_property
@@ -78,7 +79,7 @@ class Chooser:
     """By influence on the mean loss of each list of evaluation examples; all lists in one pass."""
     bench, s = self.bench, self.settings.replace(checkpoint=checkpoint)
     chosen = choose(bench, bench.checkpoint_params(checkpoint), s.layers, s.modules)
-    named = run_folder.hash_of([rule, *(rows.tolist() for rows in queries)])[:16]
+    named = run_folder.hash_of([rule, len(bench.splits["train"]), *(rows.tolist() for rows in queries)])[:16]
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{named}")
     groups = {str(number): rows for number, rows in enumerate(queries)}
     v, _ = scoring.queries(bench, s, chosen, work, groups=groups)

@@ -1,4 +1,7 @@
-"""What fits into the minutes: which rules, budgets and seeds are tried, and what is left out, in a stated order.
+"""What fits into the minutes: examples, rules, budgets and seeds that are tried; what is left out, in a stated order.
+
+The plan is made before the pass of all examples through the lower layers, which it prices. A pool that is too large is
+tried on a part of it, drawn at random.
 
 The trial halves the rules: all of them at one budget with one seed, the better half with a second seed, and so on. The
 finalists are trained at every budget with all seeds. At the end the chosen set is trained for the test set, and random
@@ -6,14 +9,19 @@ sets with its response lengths for both.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
 
 LEAST_SEEDS, LEAST_RULES, FINALISTS = 2, 1, 2
-ORDER = "seeds beyond 3, the second finalist, budgets (the largest first), rules (the last first), seeds beyond 2"
+LEAST_POOL = 200  # examples: of a smaller part nobody would believe what it says of the whole
+ORDER = (
+  "seeds beyond 3, the second finalist, budgets beyond 2 (the largest first), halves of the pool; then the other "
+  "budget, rules (the last first), the third seed"
+)
 _ALWAYS = (MATCHED, LONGEST)  # beside random sets and full data
 _ROOM = 1.1  # seconds asked for over seconds expected
 
@@ -28,6 +36,8 @@ class Pace:
     shared: what several rules choose by, made once.
     chosen: rule -> what it needs beyond that, for the folds of one seed.
     spent: until now, and what is always needed once.
+    hidden: of the pool's hidden states, made once.
+    wholes: trainings on all data that are to be done: with every example, and with each text once.
   """
 
   step: float
@@ -36,6 +46,13 @@ class Pace:
   shared: float
   chosen: Mapping[str, float]
   spent: float
+  hidden: float = 0.0
+  wholes: int = 2
+
+  def of_part(self, share: float) -> "Pace":
+    """The same where a share of the pool takes part."""
+    chosen = {rule: share * seconds for rule, seconds in self.chosen.items()}
+    return dataclasses.replace(self, shared=share * self.shared, chosen=chosen, hidden=share * self.hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +67,9 @@ class Plan:
     seconds: expected, all in all.
     dropped: what was left out, in order, in words.
     screened: the budget at which all rules are tried; 0: the middle one, the smaller of two.
+    examples: of the whole pool; 0: not known, and it is never cut.
+    part: share of the pool that takes part.
+    all_minutes: what the same would take on the whole pool; 0 where that takes part.
   """
 
   rules: tuple[str, ...]
@@ -59,6 +79,14 @@ class Plan:
   seconds: float = 0.0
   dropped: tuple[str, ...] = ()
   screened: float = 0.0
+  examples: int = 0
+  part: float = 1.0
+  all_minutes: float = 0.0
+
+  @property
+  def pool(self) -> int:
+    """Examples that take part."""
+    return max(1, round(self.part * self.examples))
 
   @property
   def tried(self) -> tuple[str, ...]:
@@ -92,12 +120,15 @@ class Plan:
     """The plan in a sentence or two."""
     shares = ", ".join(f"{100 * budget:g} %" for budget in self.budgets)
     finalists = f"the best {self.finalists}" if self.finalists > 1 else "the best one"
+    pool = f"{self.pool:,} examples" if self.part == 1 else f"{self.pool:,} of {self.examples:,} examples, at random"
     said = (
-      f"plan: {len(self.tried)} rules ({', '.join(self.tried)}) at {100 * self.screening:g} %, then {finalists} at "
-      f"{shares} with {self.seeds} seeds, beside random sets and full data; about {_minutes(self.seconds)}"
+      f"plan: {len(self.tried)} rules ({', '.join(self.tried)}) at {100 * self.screening:g} % of {pool}, then "
+      f"{finalists} at {shares} with {self.seeds} seeds, beside random sets and full data: {self.tries} tries, "
+      f"about {_minutes(self.seconds)}"
     )
     left = f" Left out to keep the time: {self.left_out}." if self.dropped else ""
-    return f"{said}.{left}"
+    more = f" On all examples the same takes --minutes={math.ceil(self.all_minutes)}." if self.all_minutes else ""
+    return f"{said}.{left}{more}"
 
   def as_json(self) -> dict:
     """All of it as JSON values."""
@@ -107,7 +138,8 @@ class Plan:
   def from_json(cls, stored: Mapping) -> "Plan":
     """Inverse of `as_json`."""
     lists = {name: tuple(stored[name]) for name in ("rules", "budgets", "dropped")}
-    return cls(**{field.name: stored[field.name] for field in dataclasses.fields(cls)} | lists)
+    known = {field.name: stored[field.name] for field in dataclasses.fields(cls) if field.name in stored}
+    return cls(**known | lists)
 
 
 def closing_seconds(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> float:
@@ -145,11 +177,17 @@ def seconds_of(plan: Plan, pace: Pace, steps_of: Callable[[float], int]) -> floa
   Args:
     plan: what is tried.
     pace: of this machine.
-    steps_of: share of the pool -> optimiser steps of a training on it.
+    steps_of: (share, part=1.0) -> optimiser steps of a training on a share of that part of the pool.
   """
+  pace, steps_of = on_part(plan, pace, steps_of)
   whole = steps_of(1.0) * pace.step + pace.judged + pace.tested
   rungs, rest = rung_seconds(plan, pace, steps_of), rest_seconds(plan, pace, steps_of)
-  return pace.spent + 2 * whole + rungs + rest
+  return pace.spent + pace.hidden + pace.wholes * whole + rungs + rest
+
+
+def on_part(plan: Plan, pace: Pace, steps_of: Callable[..., int]) -> tuple[Pace, Callable[[float], int]]:
+  """Pace and steps where the plan's part of the pool stands for all of it."""
+  return (pace, steps_of) if plan.part == 1 else (pace.of_part(plan.part), functools.partial(steps_of, part=plan.part))
 
 
 def shortened(plan: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
@@ -161,15 +199,11 @@ def shortened(plan: Plan, pace: Pace, steps_of: Callable[[float], int], seconds:
     steps_of: as in `seconds_of`.
     seconds: that are left.
   """
-  begun = dataclasses.replace(plan, screened=plan.screening)
-  found, dropped = begun, list(plan.dropped)
-  for found, what in _smaller(begun):
-    if what.startswith("the rule"):  # they have been tried
-      continue
-    dropped += [what] if what else []
+  begun = dataclasses.replace(plan, screened=plan.screening, examples=0)  # neither rules nor the pool change any more
+  for found in _smaller(begun, len(plan.rules)):
     if rest_seconds(found, pace, steps_of) <= seconds:
       break
-  return dataclasses.replace(found, rules=plan.rules, dropped=tuple(dropped))
+  return dataclasses.replace(found, examples=plan.examples)
 
 
 def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: float) -> Plan:
@@ -184,39 +218,50 @@ def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: 
   Raises:
     UserError: not even the least plan fits; says how many minutes it takes.
   """
-  dropped: list[str] = []
-  for plan, what in _smaller(wanted):
-    dropped += [what] if what else []
+  for plan in _smaller(wanted):
     needed = seconds_of(plan, pace, steps_of)
     if needed * _ROOM <= seconds:
-      return dataclasses.replace(plan, seconds=needed, dropped=tuple(dropped))
+      everyone = 0.0 if plan.part == 1 else seconds_of(dataclasses.replace(plan, part=1.0), pace, steps_of)
+      return dataclasses.replace(plan, seconds=needed, all_minutes=everyone * _ROOM / 60)
+  pool = "" if plan.part == 1 else f" of {plan.pool:,} of the {plan.examples:,} examples"
   raise UserError(
-    f"--minutes={seconds / 60:g} is too short: one rule at {100 * plan.budgets[0]:g} % with {plan.seeds} seeds, beside "
-    f"random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
-    f"{math.ceil(needed * _ROOM / 60)}, a smaller pool (--train_limit), fewer --epochs or fewer --trainable_layers"
+    f"--minutes={seconds / 60:g} is too short: one rule at {100 * plan.budgets[0]:g} %{pool} with {plan.seeds} seeds, "
+    f"beside random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
+    f"{math.ceil(needed * _ROOM / 60)}, a smaller pool (--train_limit), fewer evaluation and test examples "
+    "(--eval_limit, --test_limit), fewer --epochs or fewer --trainable_layers"
   )
 
 
-def _smaller(plan: Plan):
-  """(plan, what was left out last), each smaller than the one before."""
-  yield plan, ""
+def _smaller(wanted: Plan, least_rules: int = LEAST_RULES) -> Iterator[Plan]:
+  """Plans from all that is wanted to the least, in the order in which they are tried (`ORDER`)."""
+  parts = [wanted.part]
+  while parts[-1] / 2 * wanted.examples >= LEAST_POOL:
+    parts.append(parts[-1] / 2)
+  every = len(wanted.rules)
+  for budgets, rules, seeds in ((2, every, 3), (1, least_rules, LEAST_SEEDS)):
+    for part in parts:
+      lost = (f"{100 * (1 - part):.3g} % of the pool",) if part < wanted.part else ()
+      first = dataclasses.replace(wanted, part=part, dropped=(*wanted.dropped, *lost))
+      yield from _fewer(first, budgets, rules, seeds)
+
+
+def _fewer(plan: Plan, budgets: int, rules: int, seeds: int) -> Iterator[Plan]:
+  """The plan, and each smaller than the one before, down to so many budgets, rules and seeds."""
+
+  def without(what: str, **changes) -> Plan:
+    return dataclasses.replace(plan, **changes, dropped=(*plan.dropped, what))
+
+  yield plan
   while plan.seeds > 3:
-    plan = dataclasses.replace(plan, seeds=plan.seeds - 1)
-    yield plan, f"seed {plan.seeds + 1}"
+    yield (plan := without(f"seed {plan.seeds}", seeds=plan.seeds - 1))
   if plan.finalists > 1:
-    plan = dataclasses.replace(plan, finalists=1)
-    yield plan, "the second finalist"
-  while len(plan.budgets) > 1 and plan.budgets[-1] > plan.screened:
-    what = f"the budget of {100 * plan.budgets[-1]:g} %"
-    plan = dataclasses.replace(plan, budgets=plan.budgets[:-1])
-    yield plan, what
-  while len(plan.rules) > LEAST_RULES:
-    what = f"the rule {plan.rules[-1]}"
-    plan = dataclasses.replace(plan, rules=plan.rules[:-1])
-    yield plan, what
-  while plan.seeds > LEAST_SEEDS:
-    plan = dataclasses.replace(plan, seeds=plan.seeds - 1)
-    yield plan, f"seed {plan.seeds + 1}"
+    yield (plan := without("the second finalist", finalists=1))
+  while len(plan.budgets) > budgets and plan.budgets[-1] > plan.screened:
+    yield (plan := without(f"the budget of {100 * plan.budgets[-1]:g} %", budgets=plan.budgets[:-1]))
+  while len(plan.rules) > rules:
+    yield (plan := without(f"the rule {plan.rules[-1]}", rules=plan.rules[:-1]))
+  while plan.seeds > seeds:
+    yield (plan := without(f"seed {plan.seeds}", seeds=plan.seeds - 1))
 
 
 def _joined(dropped: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What `recommend` writes: the sentence, recommendation.json, coreset.jsonl, the page, how to train on the choice."""
 
+import collections
 import dataclasses
 import math
 import shlex
@@ -11,9 +12,12 @@ from in2core_jax.evaluation import tries, verdict
 from in2core_jax.evaluation.paired import BY, Estimate
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
 from in2core_jax.evaluation.tries import DISTINCT, LONGEST, MARGIN, MATCHED, WHOLE
+from in2core_jax.pipeline import select_outputs
+from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.recommendation.plan import ORDER, Plan
-from in2core_jax.recommendation.rules import ABOUT
+from in2core_jax.recommendation.rules import ABOUT, RULES
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Trainings
 from in2core_jax.report import recommendation_page
@@ -68,7 +72,7 @@ def sentence(outcome: Outcome) -> str:
   if rule in WHOLE:
     return _whole_sentence(outcome)
   count, tried = len(outcome.closing.rows), len(outcome.plan.tried)
-  part = f"{count:,} of {outcome.pool:,} examples ({100 * count / outcome.pool:.2g} %)"
+  part = f"{count:,} of {outcome.pool:,} examples ({100 * count / outcome.pool:.2g} %){_of_the_whole(outcome)}"
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
   lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
   if rule == RANDOM:
@@ -79,11 +83,16 @@ def sentence(outcome: Outcome) -> str:
   return f"Train on {part}, {chosen}: their perplexity is {to_random} and {to_full}, so {lost}."
 
 
+def _of_the_whole(outcome: Outcome) -> str:
+  whole = outcome.plan.examples
+  return "" if outcome.plan.part == 1 else f", which were drawn at random from all {whole:,}"
+
+
 def _whole_sentence(outcome: Outcome) -> str:
   rule, trial, decision = outcome.decision.rule, outcome.trial, outcome.decision
   count, largest = len(outcome.closing.rows), max(decision.winners)
   best = (decision.winners[largest], largest)
-  said = f"Use all {count:,} examples"
+  said = f"Use all {count:,} examples{_of_the_whole(outcome)}"
   if rule == DISTINCT:
     said += f", each once, for the other {outcome.pool - count:,} are duplicates"
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
@@ -151,6 +160,8 @@ def warnings(outcome: Outcome) -> list[str]:
   found = []
   if outcome.plan.dropped:
     found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {outcome.plan.left_out}.")
+  if outcome.plan.part < 1:
+    found.append(_how_for_all(outcome))
   if len(outcome.seeds) < outcome.plan.seeds:
     found.append(f"There was time for {len(outcome.seeds)} of {outcome.plan.seeds} seeds.")
   estimate, closing = compared(outcome), outcome.closing
@@ -163,6 +174,19 @@ def warnings(outcome: Outcome) -> list[str]:
     ratio = _said(outcome.trial.ratio(closing.name, closing.twin, "example"))
     found.append(f"Against random sets of its response lengths the ratio is {ratio}: its gain may be one of length.")
   return found
+
+
+def _how_for_all(outcome: Outcome) -> str:
+  """What to do where a part of the pool was tried."""
+  plan, (rule, share) = outcome.plan, outcome.closing.name
+  minutes = math.ceil(plan.all_minutes)
+  said = (
+    f"coreset.jsonl has examples of the {plan.pool:,} that took part. --minutes={minutes} takes all {plan.examples:,}"
+  )
+  if rule in RULES:
+    policy = RULES[rule].policy
+    said += f"; ./run.sh select --policy={policy} --budget={share:g}, with the same data, chooses from all of them now"
+  return f"{said}."
 
 
 # ---- JSON ------------------------------------------------------------------------------
@@ -232,45 +256,60 @@ def as_json(outcome: Outcome, asked: dict) -> dict:
 
 # ---- files -----------------------------------------------------------------------------
 
+HELD_OUT = {"eval": "evaluation.jsonl", "test": "test.jsonl"}  # what the command that trains on the choice looks at
 
-def train_line(s: Settings, folder: str) -> str:
-  """The command that trains on the choice, with the recipe of the trial."""
+
+def as_trained(outcome: Outcome) -> RecommendSettings:
+  """The flags with the epochs of the answer's trainings, whatever --equal and --steps were."""
+  s = outcome.settings
+  if s.equal == "epochs" and not s.steps:
+    return s
+  _, steps = outcome.sizes[outcome.closing.tested]
+  return s.replace(steps=0, epochs=steps * s.batch_size / len(outcome.closing.rows))
+
+
+def train_line(s: Settings) -> str:
+  """The command that trains on the choice, with the recipe of the trial; it holds out what the trial held out."""
+  folder = s.run_dir.rstrip("/")
   own = ("model", "data_fields", "max_length", "system_prompt", "trainable", "trainable_layers", "trainable_modules")
-  own += ("lora_rank", "learning_rate", "epochs", "steps", "batch_size")
+  own += ("lora_rank", "learning_rate", "epochs", "batch_size")
   flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
-  # With evaluation data of its own the coreset is not split.
-  data = [f"--train_data=jsonl:{folder}/coreset.jsonl", f"--eval_data={s.eval_data or s.train_data}"]
-  data += [s.as_flag("test_data")] if s.test_data else []
+  data = [f"--train_data=jsonl:{folder}/coreset.jsonl"]
+  data += [f"--{part}_data=jsonl:{folder}/{file}" for part, file in HELD_OUT.items()]
   return shlex.join(["./run.sh", "finetune", *data, f"--run_dir={folder}-trained", *flags])
 
 
-def train_with(outcome: Outcome) -> str:
-  """train_with.md: how to train on coreset.jsonl, here and elsewhere."""
-  folder = outcome.settings.run_dir.rstrip("/")
-  count = len(outcome.closing.rows)
-  return "\n".join(
-    [
-      "# Train on the choice",
-      "",
-      f"`coreset.jsonl` beside this file holds {count:,} examples, each as it was read. With this project:",
-      "",
-      f"    {train_line(outcome.settings, folder)}",
-      "",
-      "Any trainer that reads your file reads this one too: give it the path and the same chat template, maximum "
-      f"length ({outcome.settings.max_length} tokens) and epochs ({outcome.settings.epochs:g}).",
-      "In Python: `datasets.load_dataset('json', data_files='coreset.jsonl', split='train')`.",
-      "",
-    ]
-  )
+def write_held_out(run_dir: RunDir, bench: Session, rows: np.ndarray) -> None:
+  """Evaluation and test examples as they were read, without copies of what was chosen."""
+  train = bench.splits["train"].records
+  chosen = {train[row].content_key for row in rows}
+  for part, file in HELD_OUT.items():
+    records = bench.splits[part].records
+    others = [row for row, record in enumerate(records) if record.content_key not in chosen]
+    run_dir.write_text(file, raw_lines(records, others))
+
+
+def add_forms(run_dir: RunDir, bench: Session, s: RecommendSettings) -> None:
+  """What a finished run is asked for besides and does not have (--coreset_format)."""
+  train = bench.splits["train"]
+  lines = collections.Counter(run_dir.read_bytes("coreset.jsonl").decode("utf-8", "surrogateescape").splitlines())
+  selected = np.zeros(len(train), bool)
+  for row, record in enumerate(train.records):  # copies are alike in every form
+    selected[row] = lines[record.raw] > 0
+    lines[record.raw] -= 1
+  select_outputs.write_forms(run_dir, train, {"selected": selected}, s)
 
 
 def write(run_dir: RunDir, trainings: Trainings, outcome: Outcome, asked: dict) -> dict:
   """Everything; recommendation.json last, which marks the run as done."""
-  train = trainings.bench.splits["train"]
-  found = as_json(outcome, asked)
-  found["train"] = train_line(outcome.settings, outcome.settings.run_dir.rstrip("/"))
-  run_dir.write_text("coreset.jsonl", raw_lines(train.records, np.sort(outcome.closing.rows)))
-  run_dir.write_text("train_with.md", train_with(outcome))
+  bench, s, rows = trainings.bench, as_trained(outcome), np.sort(outcome.closing.rows)
+  train, selected = bench.splits["train"], np.isin(np.arange(len(bench.splits["train"])), rows)
+  found = as_json(outcome, asked) | {"train": train_line(s)}
+  run_dir.write_text("coreset.jsonl", raw_lines(train.records, rows))
+  write_held_out(run_dir, bench, rows)
+  select_outputs.write_sources(run_dir, train, selected)
+  select_outputs.write_forms(run_dir, train, {"selected": selected}, s)
+  write_train_with(run_dir, bench, s, rows, recipe_elsewhere(s, bench), ("recommend", found["train"]))
   run_dir.write_text("recommendation.html", recommendation_page.page(found, ABOUT))
   run_dir.write_json(FILE, found)
   return found

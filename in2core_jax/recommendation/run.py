@@ -1,7 +1,5 @@
 """Which part of the data to train on, how much of it, and whether that is as good: rules tried on the user's own data.
 
-python -m experiments.recommend --train_data=jsonl:mine.jsonl --eval_data=jsonl:target.jsonl --minutes=20
-
 The evaluation set is cut in two halves. Rules see one half, and models that are trained on their choices are judged on
 the other, and the other way round. Random sets, length-matched ones, the longest examples and full data always take
 part. The answer is one sentence: a rule with a budget, random examples, or all of the data.
@@ -9,7 +7,9 @@ part. The answer is one sentence: a rule with a budget, random examples, or all 
 
 import dataclasses
 import logging
+import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,14 +18,17 @@ from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import tell_size
 from in2core_jax.pipeline.lists import shares
-from in2core_jax.pipeline.retraining import equal_of, equal_steps
+from in2core_jax.pipeline.retraining import Retrainer, equal_of, equal_steps
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import OTHER_POLICIES, listed, refuse, seeds_of
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results
+from in2core_jax.recommendation.measuring import measured
 from in2core_jax.recommendation.settings import RecommendSettings
-from in2core_jax.recommendation.trial import Judged, Trainings, close, run_rungs, run_seed
+from in2core_jax.recommendation.trial import Judged, Trainings, close, judge_of, run_rungs, run_seed
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.result_cache import ResultCache
+from in2core_jax.selection.whitening import spread_rows
 
 log = logging.getLogger(__name__)
 
@@ -80,29 +83,57 @@ def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
     raise UserError(
       f"{s.as_flag('seeds')}: intervals need {plans.LEAST_SEEDS} different seeds: give two or more, as 0,1,2"
     )
-  rules = tuple(listed(s.rules))
-  return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1))
+  rules, size = tuple(listed(s.rules)), len(trainable_rows(bench))
+  return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1), examples=size)
 
 
-def planned(trainings: Trainings, began: float) -> dict:
-  """Measures how fast this machine is, and what fits: {plan, pace}, as JSON values."""
-  s, bench = trainings.settings, trainings.bench
+def planned(judge: Retrainer, s: RecommendSettings, began: float, full: str = "") -> dict:
+  """Measures how fast this machine is on a few examples, and what fits: {plan, pace}, as JSON values."""
+  bench = judge.bench
   everything = wanted(s, bench)
-  pace = trainings.pace(began, everything.rules)
-  found = plans.fitted(everything, pace, steps_of(trainings), 60 * s.minutes)
-  log.info("%.3g s a step, %.3g s to judge a model. What goes first: %s", pace.step, pace.judged, plans.ORDER)
+  trained = bool(full) and (pathlib.Path(full) / "finetune.json").exists()
+  pace = measured(judge, s, everything.rules, everything.budgets[-1], began, trained)
+  found = plans.fitted(everything, pace, steps_of(bench, s), 60 * s.minutes)
+  log.info(
+    "%.3g s a step, %.3g s to judge a model, %.3g s for the hidden states of all examples. What goes first: %s",
+    *(pace.step, pace.judged, pace.hidden, plans.ORDER),
+  )
   return {"plan": found.as_json(), "pace": dataclasses.asdict(pace)}
 
 
-def steps_of(trainings: Trainings):
-  """Share of the pool -> optimiser steps of a training on it, before any set is known."""
-  usable = trainable_rows(trainings.bench)
-  s = trainings.settings
-  return lambda share: equal_steps(trainings.bench, s, usable[: max(1, round(share * len(usable)))], s.equal)
+def steps_of(bench: Session, s: RecommendSettings) -> Callable[..., int]:
+  """(share, part=1.0) -> optimiser steps of a training on a share of a part of the pool, before any set is known."""
+  usable = trainable_rows(bench)
+
+  def steps(share: float, part: float = 1.0) -> int:
+    pool = usable[: max(1, round(part * len(usable)))]
+    of = bench if part == 1 else bench.with_train(pool)
+    rows = usable if part == 1 else trainable_rows(of)
+    return equal_steps(of, s, rows[: max(1, round(share * len(rows)))], s.equal)
+
+  return steps
 
 
-def run(settings: RecommendSettings, bench: Session | None = None) -> str:
-  """Plans, tries, decides, checks once, writes; returns the run folder. Finished trainings are kept."""
+def part_of(bench: Session, plan: plans.Plan) -> Session:
+  """The plan's part of the pool: examples with a response, drawn by a hash of their ids; a larger part holds it."""
+  if plan.part == 1:
+    return bench
+  usable, ids = trainable_rows(bench), bench.splits["train"].ids
+  drawn = usable[spread_rows([ids[row] for row in usable], plan.pool)]
+  return bench.of_rows(train=np.sort(drawn))
+
+
+def run(
+  settings: RecommendSettings, bench: Session | None = None, full: str = "", judge: Retrainer | None = None
+) -> str:
+  """Plans, tries, decides, checks once, writes; returns the run folder. Finished trainings are kept.
+
+  Args:
+    settings: the flags.
+    bench: data and model; read when None.
+    full: run folder of a training on all data, which may be there already; beside the run folder when empty.
+    judge: of these examples (`judge_of`); made when None.
+  """
   began, s = time.monotonic(), settings
   check(s)
   run_folder.RunDir.refuse_held(s.run_dir)
@@ -116,74 +147,91 @@ def run(settings: RecommendSettings, bench: Session | None = None) -> str:
   asked = {name: getattr(s, name) for name in ("minutes", "rules", "fractions", "budget", "equal", "seeds")}
   if run_dir.is_whole(results.FILE) and run_dir.read_json(results.FILE)["asked"] == asked:
     log.info("%s is finished already; more --minutes goes on in it", run_dir.path)
+    results.add_forms(run_dir, bench, s)
     return str(run_dir.path)
   bench.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
   tell_size(bench.splits["test"])
-  trainings = Trainings(bench, s, run_dir, judged, budgets_of(s, bench)[0][-1])
-  kept = trainings.cells.get(lambda: planned(trainings, began), "plan", asked)
+  judge = judge or judge_of(bench, s)
+  kept = ResultCache(run_dir).get(lambda: planned(judge, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
-  found = results.write(run_dir, trainings, tried(trainings, plan, pace, asked, began), asked)
+  clock = Clock(*plans.on_part(plan, pace, steps_of(bench, s)), asked, began + 60 * s.minutes, budgets_of(s, bench)[1])
+  trainings = Trainings(judge.over(part_of(bench, plan)), s, run_dir, judged, plan, full)
+  found = results.write(run_dir, trainings, tried(trainings, plan, clock), asked)
   tell(found, run_dir, (time.monotonic() - began) / 60)
   return str(run_dir.path)
 
 
-def tried(trainings: Trainings, plan: plans.Plan, pace: plans.Pace, asked: dict, began: float) -> results.Outcome:
+@dataclasses.dataclass(frozen=True)
+class Clock:
+  """What decides on how much is tried, and on what may be the answer.
+
+  Attributes:
+    pace: that was measured.
+    steps_of: share of the pool -> optimiser steps.
+    asked: names what is kept of the clock.
+    deadline: of `time.monotonic`.
+    most: share of the pool that the answer may have.
+  """
+
+  pace: plans.Pace
+  steps_of: Callable[[float], int]
+  asked: dict
+  deadline: float
+  most: float
+
+
+def tried(trainings: Trainings, plan: plans.Plan, clock: Clock) -> results.Outcome:
   """The trial, its answer, and the look at the test set."""
-  s, seeds = trainings.settings, distinct_seeds(trainings.settings)
-  first, deadline = plan.rules[0], began + 60 * s.minutes
+  seeds, first = distinct_seeds(trainings.settings), plan.rules[0]
   start = time.monotonic()
   trainings.full(seeds[0])
   finalists = run_rungs(trainings, plan, seeds)
-  shorter = lambda: {"plan": in_time(trainings, plan, pace, start, deadline).as_json()}  # noqa: E731
-  plan = plans.Plan.from_json(trainings.cells.get(shorter, "rest", asked)["plan"])
+  shorter = lambda: {"plan": in_time(plan, clock, start).as_json()}  # noqa: E731
+  plan = plans.Plan.from_json(trainings.cells.get(shorter, "rest", clock.asked)["plan"])
   finalists = finalists[: plan.finalists]
-  used = final_seeds(trainings, plan, pace, finalists, asked, deadline)
-  decision = trainings.trial(plan).decide(finalists, plan.budgets, budgets_of(s, trainings.bench)[1])
+  used = final_seeds(trainings, plan, finalists, clock)
+  decision = trainings.trial(plan).decide(finalists, plan.budgets, clock.most)
   closing = close(trainings, decision, used, first)
   return results.Outcome.of(trainings, plan, used, decision, closing)
 
 
-def in_time(trainings: Trainings, plan: plans.Plan, pace: plans.Pace, start: float, deadline: float) -> plans.Plan:
+def in_time(plan: plans.Plan, clock: Clock, start: float) -> plans.Plan:
   """The plan for the rest, by how long the first part took beside what was expected.
 
   Args:
-    trainings: that there are.
     plan: that was begun.
-    pace: that was measured before it.
-    start: when it was begun. deadline: when all is to be done.
+    clock: what was measured before it.
+    start: when it was begun.
   """
-  now, steps = time.monotonic(), steps_of(trainings)
-  expected = plans.rung_seconds(plan, pace, steps) + 2 * steps(1.0) * pace.step
+  now, steps, pace = time.monotonic(), clock.steps_of, clock.pace
+  expected = plans.rung_seconds(plan, pace, steps) + pace.wholes * steps(1.0) * pace.step + pace.hidden
   slower = max(1.0, (now - start) / max(expected, 1e-9))
   scaled = {name: slower * getattr(pace, name) for name in ("step", "judged", "tested")}
-  found = plans.shortened(plan, dataclasses.replace(pace, **scaled), steps, deadline - now)
+  found = plans.shortened(plan, dataclasses.replace(pace, **scaled), steps, clock.deadline - now)
   if found.dropped != plan.dropped:
     log.warning("this machine is %.2g times slower than measured: also left out: %s", slower, found.left_out)
   return found
 
 
-def final_seeds(
-  trainings: Trainings, plan: plans.Plan, pace: plans.Pace, finalists: list[str], asked: dict, deadline: float
-) -> tuple[int, ...]:
+def final_seeds(trainings: Trainings, plan: plans.Plan, finalists: list[str], clock: Clock) -> tuple[int, ...]:
   """Trains the finalists at every budget, seed by seed, while there is time for the end too; the seeds that were done.
 
   Args:
     trainings: that there are.
     plan: of the rest.
-    pace: that was measured.
     finalists: best first.
-    asked: names what is kept of the clock.
-    deadline: of `time.monotonic`.
+    clock: the time that there is.
   """
-  steps, used, took = steps_of(trainings), [], 0.0
+  (pace, steps), used, took = (clock.pace, clock.steps_of), [], 0.0
   for number, seed in enumerate(distinct_seeds(trainings.settings)[: plan.seeds]):
     if number >= plans.LEAST_SEEDS:
       end = plans.closing_seconds(dataclasses.replace(plan, seeds=number + 1), pace, steps)
       slower = max(1.0, took / plans.seed_seconds(plan, pace, steps))
-      late = lambda took=took, end=slower * end: {"late": time.monotonic() + took + end > deadline}  # noqa: E731
-      if trainings.cells.get(late, "late", asked, number)["late"]:
+      finish = took + slower * end
+      late = lambda finish=finish: {"late": time.monotonic() + finish > clock.deadline}  # noqa: E731
+      if trainings.cells.get(late, "late", clock.asked, number)["late"]:
         break
     start = time.monotonic()
     run_seed(trainings, plan, finalists, seed)
@@ -212,7 +260,7 @@ def dry_run(settings: RecommendSettings, bench: Session | None = None) -> plans.
   began = time.monotonic()
   check(settings)
   bench = bench or open_session(settings)
-  trainings = Trainings(bench, settings, None, Judged.of(bench), budgets_of(settings, bench)[0][-1])
-  plan = plans.Plan.from_json(planned(trainings, began)["plan"])
+  Judged.of(bench)
+  plan = plans.Plan.from_json(planned(judge_of(bench, settings), settings, began)["plan"])
   log.info("%s", plan.told())
   return plan

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from in2core_jax.pipeline.judging import test_examples
 from in2core_jax.pipeline.retraining import Retrainer, equal_steps
 from in2core_jax.pipeline.session import Session
 from in2core_jax.recommendation.chooser import Chooser, guided
-from in2core_jax.recommendation.plan import Pace, Plan
+from in2core_jax.recommendation.plan import Plan
 from in2core_jax.recommendation.rules import RULES
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.report import near_duplicates
@@ -31,10 +30,6 @@ log = logging.getLogger(__name__)
 TWIN = "random_of_its_lengths"  # with the response lengths of the chosen set
 ANSWER = "random_without_duplicates"
 LEAST_QUERIES = 16  # different evaluation examples
-_TIMED = 4  # steps whose seconds are measured
-# In optimiser steps for each batch of examples: what gradients, hidden states and products cost beside a step.
-_GRADIENTS, _HIDDEN, _PRODUCT = 2.0, 0.6, 2.5
-_BYTES_A_SECOND = 5e9  # of memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,24 +76,41 @@ class Judged:
     return tries.folds_of(self.copies, seed)
 
 
+def judge_of(bench: Session, s: RecommendSettings) -> Retrainer:
+  """One start and few batch shapes for all sets; batches that fit in none of them get their own."""
+  usable = finetune.trainable_rows(bench)
+  longest = usable[np.argsort(-bench.splits["train"].num_tokens[usable], kind="stable")]
+  return Retrainer(bench, s, [usable, longest[: max(s.batch_size, len(usable) // 10)]])
+
+
 class Trainings:
   """Trains, measures, keeps."""
 
   def __init__(
-    self, bench: Session, s: RecommendSettings, run_dir: run_folder.RunDir | None, judged: Judged, largest: float = 1.0
+    self,
+    retrainer: Retrainer,
+    s: RecommendSettings,
+    run_dir: run_folder.RunDir,
+    judged: Judged,
+    plan: Plan,
+    full: str = "",
   ):
     """Trains nothing yet.
 
     Args:
-      bench: data and model.
+      retrainer: over the plan's part of the pool (`judge_of`).
       s: the recipe.
-      run_dir: keeps trainings and orders; None keeps nothing and can only measure.
+      run_dir: keeps trainings and orders.
       judged: the evaluation examples.
-      largest: budget, a share of the pool: rules choose no more.
+      plan: what is tried; rules choose no more than its largest budget.
+      full: run folder of the training on all data; beside `run_dir` when empty.
     """
-    self.bench, self.settings, self.run_dir, self.judged, self.largest = bench, s, run_dir, judged, largest
-    self.test_rows = np.flatnonzero(bench.splits["test"].num_response_tokens)
-    self.cells = ResultCache(run_dir) if run_dir else None
+    self.retrainer, self.bench, self.settings, self.run_dir = retrainer, retrainer.bench, s, run_dir
+    self.judged, self.largest = judged, plan.budgets[-1]
+    self.test_rows = np.flatnonzero(self.bench.splits["test"].num_response_tokens)
+    part = () if plan.part == 1 else (f"{plan.pool} examples",)  # names what is kept of a part of the pool
+    self.cells = ResultCache(run_dir, *part)
+    self._full = full or "-".join([f"{s.run_dir.rstrip('/')}-full", *(str(plan.pool) for _ in part)])
     self.checkpoint = ""  # of the training on all data, once `full` was called
     self.losses: dict[tries.Name, dict[int, np.ndarray]] = {}  # of evaluation examples, by seed
     self.tested: dict[tries.Name, dict[int, np.ndarray]] = {}  # of test examples
@@ -108,58 +120,11 @@ class Trainings:
   def chooser(self) -> Chooser:
     """The sets."""
     size = len(finetune.trainable_rows(self.bench))
-    return Chooser(self.bench, self.settings, self.run_dir, max(1, round(self.largest * size)))
-
-  @functools.cached_property
-  def retrainer(self) -> Retrainer:
-    """One start and few batch shapes for all sets; batches that fit in none of them get their own."""
-    usable = finetune.trainable_rows(self.bench)
-    longest = usable[np.argsort(-self.bench.splits["train"].num_tokens[usable], kind="stable")]
-    return Retrainer(self.bench, self.settings, [usable, longest[: max(self.settings.batch_size, len(usable) // 10)]])
+    return Chooser(self.bench, self.settings, self.run_dir, max(1, round(self.largest * size)), self.cells)
 
   def steps(self, rows: np.ndarray) -> int:
     """Optimiser steps of a training on these rows."""
     return equal_steps(self.bench, self.settings, rows, self.settings.equal)
-
-  # ---- how fast ------------------------------------------------------------------------
-
-  def pace(self, began: float, rules: Sequence[str]) -> Pace:
-    """Measures a few steps and a pass over the evaluation set; what rules need is a multiple of these.
-
-    Args:
-      began: when the command began, of `time.monotonic`.
-      rules: to be tried.
-    """
-    usable, seed = finetune.trainable_rows(self.bench), self.settings.seed
-    rows = usable[np.random.default_rng((seed, 37)).permutation(len(usable))]
-    log.info("measuring the seconds of a step")
-    first = self.retrainer.train(rows, seed, "compilation", 2)
-    result = self.retrainer.train(rows, seed, "timing", _TIMED)
-    self.retrainer.losses(result.sub, "eval")
-    start = time.monotonic()
-    self.retrainer.losses(result.sub, "eval")
-    judged, step = time.monotonic() - start, result.seconds / _TIMED
-    tested = judged * self.bench.splits["test"].num_tokens.sum() / self.bench.splits["eval"].num_tokens.sum()
-    programs = sum(any(getattr(RULES[rule], what) for rule in rules) for what in ("gradients", "hidden", "solves"))
-    shared = self._shared(step, rules) + programs * max(0.0, first.seconds - 2 * step)  # they are compiled too
-    return Pace(step, judged, float(tested), shared, self._own(step, rules), time.monotonic() - began)
-
-  def _batches(self) -> float:
-    examples = sum(len(self.bench.splits[part]) for part in ("train", "eval"))
-    return examples / self.settings.batch_size
-
-  def _shared(self, step: float, rules: Sequence[str]) -> float:
-    gradients, hidden = (any(getattr(RULES[rule], what) for rule in rules) for what in ("gradients", "hidden"))
-    return step * self._batches() * (_GRADIENTS * gradients + _HIDDEN * hidden)
-
-  def _own(self, step: float, rules: Sequence[str]) -> dict[str, float]:
-    s = self.settings
-    products = s.depth * min(s.curvature_examples, len(self.bench.splits["train"])) / s.batch_size * _PRODUCT
-    # Greedy matching reads all gradients for every choice, at most 2,000 times; so many numbers has an example's.
-    size, width = len(self.bench.splits["train"]), 7 * len(self.retrainer.chosen.layers) * s.sketch_size**2
-    reads = 2 * min(2000, self.largest * size) * size * width * 4 / _BYTES_A_SECOND
-    price = {"matching": reads, "proponents": 2 * step * (products + self._batches() * 1.5)}
-    return {rule: price.get(RULES[rule].policy, 0.0) + 0.1 * step for rule in rules}
 
   # ---- one training --------------------------------------------------------------------
 
@@ -244,8 +209,8 @@ class Trainings:
       self.unguided(name, self.chooser.random(budget, seed), seed, test=True)
 
   def full(self, seed: int) -> None:
-    """Full data, by a run folder of its own beside this one, whose checkpoint rules may score at."""
-    s = self.settings.replace(run_dir=f"{self.settings.run_dir.rstrip('/')}-full", seed=seed)
+    """Full data, by a run folder of its own, whose checkpoint rules may score at."""
+    s = self.settings.replace(run_dir=self._full, seed=seed)
     self.checkpoint = finetune.run(s, self.bench)
     everyone, load = np.arange(len(self.judged.rows)), train_loop.load_sub
     measure = lambda: self._losses(load(self.checkpoint, self.retrainer.sub), everyone, True)  # noqa: E731

@@ -37,7 +37,7 @@ class SelectRun:
       num_response_tokens, topic; perhaps self_influence, and choice (1 = chosen first, 0 = left out) with reason.
     records: the N training records, in the same order.
     truncated: bool [N], whether tokens of the example were cut off.
-    data: `tokenizing.data_summary` of the parts.
+    data: `summaries.data_summary` of the parts.
     summary: what summary.json holds; read are policy, rule, apart, another_kind, queries, unit, solver, solver_steps,
       solver_residual, solver_curve, warnings and identity.
     layers: {layer: influence [N]}, which add up to the influence, or None.

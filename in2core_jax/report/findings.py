@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from in2core_jax.data import tokenizing
+from in2core_jax.data import summaries
 from in2core_jax.evaluation import statistics
 from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
@@ -34,7 +34,7 @@ class Finding:
 
 def warnings(run: SelectRun) -> list[str]:
   """Every warning, each once: of the retraining, of the run itself, then what follows from its data and numbers."""
-  found = [*(run.retrain or {}).get("warnings", ()), *run.summary["warnings"], *tokenizing.told_lines(run.data)]
+  found = [*(run.retrain or {}).get("warnings", ()), *run.summary["warnings"], *summaries.told_lines(run.data)]
   found += [finding.text for finding in _measured(run) if finding.mind]
   return list(dict.fromkeys(map(as_line, found)))
 

@@ -1,4 +1,4 @@
-"""train_with.md: ready lines for other trainers, which match a select run."""
+"""train_with.md: ready lines for trainers, which match the run that chose the examples."""
 
 import dataclasses
 import json
@@ -32,6 +32,8 @@ class Training:
     sources: how many there are.
     notes: what the trainers cannot repeat, in sentences.
     beta: of the DPO loss of preference pairs; None: conversations.
+    command: that chose the examples.
+    line: that trains on them with this project, or "".
   """
 
   model: str
@@ -50,6 +52,8 @@ class Training:
   sources: int = 1
   notes: tuple[str, ...] = ()
   beta: float | None = None
+  command: str = "select"
+  line: str = ""
 
   @property
   def steps(self) -> int:
@@ -104,6 +108,8 @@ def page(training: Training) -> str:
       "chat": t.chat,
       "chat_json": json.dumps(t.chat),
       "notes": t.notes,
+      "command": t.command,
+      "line": t.line,
       "several": t.sources > 1,
       "trl_lora": f", peft_config={config}" if rank else "",
     }

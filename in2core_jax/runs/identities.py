@@ -23,6 +23,12 @@ def difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any],
   )
 
 
+def common(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(entries of one identity, of another one) that both have, under dotted keys."""
+  old, new = _flatten(old), _flatten(new)
+  return {key: old[key] for key in old if key in new}, {key: new[key] for key in new if key in old}
+
+
 class _Absent:
   def __repr__(self) -> str:
     return "not set"

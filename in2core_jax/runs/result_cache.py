@@ -20,13 +20,14 @@ class ResultCache:
   itself. Commands that use it say `cli.run(main, alone=True)`.
   """
 
-  def __init__(self, run_dir: run_folder.RunDir):
-    self._run_dir = run_dir
+  def __init__(self, run_dir: run_folder.RunDir, *about):
+    """Of a run folder; `about`: what all cells depend on beyond its identity."""
+    self._run_dir, self._about = run_dir, about
     run_dir.folder(_FOLDER)
 
   def _files(self, *name) -> tuple[str, str]:
     """(JSON file, NumPy file) of a cell, names in the run folder; `get` writes the first, `write_array` the second."""
-    stem = f"{_FOLDER}/{run_folder.hash_of([self._run_dir.identity_sha256, *name])[:16]}"
+    stem = f"{_FOLDER}/{run_folder.hash_of([self._run_dir.identity_sha256, *self._about, *name])[:16]}"
     return f"{stem}.json", f"{stem}.npy"
 
   def get(self, make, *name, with_array: bool = False) -> dict:

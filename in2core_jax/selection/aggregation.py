@@ -16,6 +16,7 @@ Letters: N examples of the pool, Q queries, G evaluation topics.
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from in2core_jax.errors import UserError
 
@@ -86,6 +87,14 @@ def nearest_mean(scores: np.ndarray, count: int = NEAREST) -> np.ndarray:
     raise UserError(f"nearest queries: {count} of them; need at least 1")
   kept = min(count, len(scores))
   return np.partition(scores, len(scores) - kept, axis=0)[len(scores) - kept :].mean(axis=0)
+
+
+def mean_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:
+  """Mean over several [Q, N] of each row's ranks, 1 for the best down to 1 / N; ties share the mean of their places.
+
+  Ranks have no scale, so that no layer speaks louder than another (Borda's count).
+  """
+  return np.mean([stats.rankdata(values, axis=1) / values.shape[1] for values in scores], axis=0)
 
 
 def topic_means(values: np.ndarray, topics: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from in2core_jax.errors import UserError
-from in2core_jax.selection import matching, reasons
+from in2core_jax.selection import density, matching, reasons
 from in2core_jax.selection.aggregation import aggregate, finite, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
@@ -65,12 +65,16 @@ def length_matched(chosen: np.ndarray, num_response_tokens: np.ndarray, seed: in
   The lengths of the pool are cut into at most 20 bins of about equal count (exact lengths would leave nothing to draw
   in thinly filled places), and each bin gives as many rows, drawn without replacement, as `chosen` has in it.
   """
-  rng = np.random.default_rng(seed)
-  edges = np.unique(np.quantile(num_response_tokens, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1]))
-  bins = np.searchsorted(edges, num_response_tokens, side="left")
-  wanted = np.bincount(bins[chosen], minlength=len(edges) + 1)
+  rng, bins = np.random.default_rng(seed), length_bins(num_response_tokens)
+  wanted = np.bincount(bins[chosen], minlength=bins.max() + 1)
   drawn = [rng.permutation(np.flatnonzero(bins == b))[:n] for b, n in enumerate(wanted)]
   return rng.permutation(np.concatenate(drawn))
+
+
+def length_bins(num_response_tokens: np.ndarray) -> np.ndarray:
+  """Bins of response length, at most 20 of about equal count, int [N]."""
+  edges = np.unique(np.quantile(num_response_tokens, np.linspace(0, 1, _LENGTH_BINS + 1)[1:-1]))
+  return np.searchsorted(edges, num_response_tokens, side="left")
 
 
 def topic_quota(order: np.ndarray, topics: Sequence[str]) -> np.ndarray:
@@ -159,13 +163,19 @@ class _Task:
     return np.asarray(self.inputs.topics, dtype=np.str_)[self.pool]
 
 
-def _matching(task: _Task) -> _Order:
-  """Pool positions chosen by `greedy_matching` towards the mean."""
-  inputs = task.inputs
+def _matching(task: _Task, per_token: bool = False, in_strata: bool = False) -> _Order:
+  """Pool positions chosen by `greedy_matching` towards the mean; by decrease for a token, or in strata of length."""
+  inputs, more = task.inputs, {}
+  lengths = inputs.num_response_tokens[task.pool]
+  if per_token:
+    more["costs"] = lengths.astype(np.float64)
+  if in_strata:  # every beginning of the order has the pool's share of each stratum, to within rounding
+    bins = length_bins(lengths)
+    more["strata"] = bins, bins[topic_quota(np.arange(len(bins)), bins)]
   features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)
   finite(inputs.target, "target", f"policy {task.policy}", None)
   target = matching_target(inputs)
-  rows = matching.greedy_matching(features, target, task.budget.limit(task.tokens), task.pool)
+  rows = matching.greedy_matching(features, target, task.budget.limit(task.tokens), task.pool, **more)
   position = np.empty(len(features), np.int64)
   position[task.pool] = np.arange(len(task.pool))
 
@@ -231,6 +241,16 @@ def _matching_hybrid(task: _Task) -> _Order:
   return _Order(order, lambda chosen: reasons.closer(matching.herding_path(kernel, towards, chosen), what)(chosen))
 
 
+def _density(task: _Task) -> _Order:
+  inputs = task.inputs
+  if inputs.kernel is None or "hybrid" not in inputs.similarities:
+    raise UserError(f"policy {task.policy} needs kernel and hybrid, which were not given")
+  similarity = np.asarray(inputs.similarities["hybrid"])[:, task.pool]
+  mass = density.transported(similarity, np.asarray(inputs.kernel)[np.ix_(task.pool, task.pool)])
+  order = np.lexsort((-similarity.mean(axis=0), -mass))
+  return _Order(order, reasons.ranked(order, "by what the evaluation examples send to it, shared with its like"))
+
+
 def _auto(task: _Task) -> _Order:
   if aims(task.inputs):
     return _by_similarity(task, "hybrid")
@@ -277,14 +297,24 @@ _POLICIES: dict[str, Callable[[_Task], _Order]] = {
   "topic_quota": _topic_quota,
   "matching": _matching,
   "matching_hybrid": _matching_hybrid,
+  "matching_per_token": functools.partial(_matching, per_token=True),
+  "matching_strata": functools.partial(_matching, in_strata=True),
+  "density": _density,
+  "loss_drop": _by(lambda task: proponents(task.values("drop")), "by the loss that the evaluation examples take off"),
 }
 # Rules that were not better than the one they changed, and are gone -> that one.
 GONE = dict.fromkeys(("matching_topic", "matching_round_robin", "matching_quota"), "matching")
 POLICIES = tuple(_POLICIES)
 SHRUNK_POLICIES = ("matching",)  # whose one target may be drawn towards the pool's mean
-HYBRID_POLICIES = ("auto", "hybrid", "matching_hybrid")  # which compare gradients and hidden states
-FEATURE_POLICIES = ("matching",)
-GRADIENT_POLICIES = (*FEATURE_POLICIES, *HYBRID_POLICIES, "whitened_cosine")  # which need projected gradients
+PAIR_POLICIES = ("matching_hybrid", "density")  # which compare all pairs of examples
+HYBRID_POLICIES = ("auto", "hybrid", *PAIR_POLICIES)  # which compare gradients and hidden states
+FEATURE_POLICIES = ("matching", "matching_per_token", "matching_strata")
+GRADIENT_POLICIES = (
+  *FEATURE_POLICIES,
+  *HYBRID_POLICIES,
+  "whitened_cosine",
+  "layer_ranks",
+)  # which need projected gradients
 HIDDEN_POLICIES = (*HYBRID_POLICIES, "whitened_embedding", "embedding", "rds")  # which need last hidden states
 SEEDED_POLICIES = ("random", "length_matched_random")
 # What a select run must have measured first.
@@ -307,7 +337,11 @@ def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) 
       states, by one of the two, by embeddings (rds: as RDS+ makes them), by the words of the texts;
       `PolicyInputs.aggregate` says over which queries. topic_quota: proponents, every training
       topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
-      matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean.
+      matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean. matching_per_token:
+      by the decrease of the distance for a response token. matching_strata: every stratum of response length keeps its
+      share. density: what queries send to their nearest, divided among those that are alike. loss_drop: the largest
+      share of its loss taken off by a training on the queries. layer_ranks: whitened_cosine in every layer, ranks
+      averaged.
     inputs: what to choose from.
     budget: how much.
     seed: of the random policies; the others do not look at it.

@@ -20,6 +20,7 @@ TARGETS = ("both", "tokens", "examples")
 SIMILARITIES = {
   "hybrid": "round_robin",
   "whitened_cosine": "nearest",
+  "layer_ranks": "nearest",
   "whitened_embedding": "nearest",
   "embedding": "mean",
   "rds": "round_robin",
@@ -128,7 +129,8 @@ class PolicyInputs:
       another tokenizer's model took the gradients.
     similarities: name of a policy of `SIMILARITIES` -> [Q, N], how similar each example is to each query. hybrid and
       its parts whitened_cosine, whitened_embedding: see `hybrid`. embedding: cosine of embeddings; rds: of embeddings
-      that weigh tokens by position. bm25: of each query with the example's text.
+      that weigh tokens by position. layer_ranks: `aggregation.mean_ranks` of whitened_cosine in single layers. bm25:
+      of each query with the example's text.
     kernel: [N, N], hybrid similarity of every pair of examples, for `matching_hybrid`.
     towards: [N], mean hybrid similarity of each example with the queries, for the same.
     apart: how far the queries are from the pool as a whole, which decides for `auto`; None: not known.
@@ -139,6 +141,7 @@ class PolicyInputs:
       `aggregation.AGGREGATES`; None: the policy's own.
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
       before every other example is in.
+    drop: f64 [N], share of an example's loss that a training on the queries takes off, for `loss_drop`.
     content_keys: N names, equal for copies (`Record.content_key`); no policy looks at them, `selection_warnings` does.
 
   Raises:
@@ -166,6 +169,7 @@ class PolicyInputs:
   target_mean: str = "examples"
   shrink: bool = False
   token_weights: np.ndarray | None = None
+  drop: np.ndarray | None = None
   content_keys: Sequence[str] | None = None
 
   def __post_init__(self):
@@ -176,7 +180,17 @@ class PolicyInputs:
     size = len(self.ids)
     if size == 0:
       raise UserError("there are no examples to select from; check the training data")
-    lengths = ("scores", "loss", "num_tokens", "num_response_tokens", "topics", "features", "content_keys", "alike")
+    lengths = (
+      "scores",
+      "loss",
+      "num_tokens",
+      "num_response_tokens",
+      "topics",
+      "features",
+      "content_keys",
+      "alike",
+      "drop",
+    )
     for name in lengths:
       value = getattr(self, name)
       if value is not None and len(value) != size:

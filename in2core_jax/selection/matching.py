@@ -20,6 +20,8 @@ def greedy_matching(
   count: int,
   rows: np.ndarray | None = None,
   block: int | None = None,
+  costs: np.ndarray | None = None,
+  strata: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
   """Adds, one by one, the example that brings the mean feature of the selected set closest to the target.
 
@@ -35,6 +37,9 @@ def greedy_matching(
     rows: the pool, row numbers in order of preference among ties; all rows when None.
     block: rows that are taken between two updates of f_j.s; 1 is the rule above. When None: 1 up to 5,792
       examples, else so many that the features are read 2,000 times in all, not once a row.
+    costs: f64, of each of `rows`: the step takes what decreases the distance most for its cost, and where nothing
+      decreases it the rule above.
+    strata: (int, the stratum of each of `rows`; int [count], the stratum of each step, which takes one of its rows).
 
   Returns:
     int [count], row numbers of `features` in order of choice.
@@ -47,16 +52,29 @@ def greedy_matching(
   products_fn = _products_fn(features, hold=small and count * 8 >= len(features))
   block = block or (1 if small else -(-count // _MOST_PRODUCTS))
   overlap, waiting, free = np.zeros(len(rows)), [], np.ones(len(rows), bool)
-  chosen = np.empty(count, np.int64)
+  chosen, square, along = np.empty(count, np.int64), 0.0, 0.0  # of the sum s: |s|^2 and s.t
   for step in range(count):
     distance = 2 * overlap + norm - 2 * (step + 1) * towards
-    best = int(np.argmin(np.where(free, distance, np.inf)))
+    allowed = free if strata is None else free & (strata[0] == strata[1][step])
+    value = distance if costs is None else _by_cost(distance, (square, along), step, costs, allowed)
+    best = int(np.argmin(np.where(allowed, value, np.inf)))
+    square, along = square + 2 * overlap[best] + norm[best], along + towards[best]
     chosen[step], free[best] = rows[best], False
     waiting.append(twin[best])
     if len(waiting) == block:
       overlap += products_fn(waiting)[twin]
       waiting = []
   return chosen
+
+
+def _by_cost(
+  distance: np.ndarray, of_sum: tuple[float, float], step: int, costs: np.ndarray, allowed: np.ndarray
+) -> np.ndarray:
+  """What the next step of `greedy_matching` makes least: minus the decrease of |mean - t|^2 for a unit of cost, f64."""
+  square, along = of_sum
+  before = square / step**2 - 2 * along / step if step else 0.0
+  decrease = before - ((square + distance) / (step + 1) ** 2 - 2 * along / (step + 1))
+  return -decrease / costs if np.any(decrease[allowed] > 0) else distance
 
 
 def herding(kernel: np.ndarray, towards: np.ndarray, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import tiny
 
 from in2core_jax import gradients
 from in2core_jax.costs import flop_counts, memory
-from in2core_jax.data import packing
+from in2core_jax.data import packed_rows, packing
 from in2core_jax.data.batches import Batcher, Shape
 from in2core_jax.ihvp import solvers
 from in2core_jax.model import decoder
@@ -159,9 +159,9 @@ def test_work_is_that_of_the_batches():
   assert work.tokens == sum(batch.tokens.size for batch in rows) and work.examples == 24
   assert work.slots == sum(batch.slots.size for batch in rows)
   assert every.slots == sum(batch.target.size for batch in rows)
-  below = packing.packed_plan(np.array([len(tokens) for tokens in make_dataset().tokens]), 256, 2)
+  below = packed_rows.packed_plan(np.array([len(tokens) for tokens in make_dataset().tokens]), 256, 2)
   assert flop_counts.boundary_work(below).tokens == sum(
-    laid.tokens.size for laid in packing.packed_batches(make_dataset().tokens, below)
+    laid.tokens.size for laid in packed_rows.packed_batches(make_dataset().tokens, below)
   )
 
 

@@ -1,5 +1,6 @@
 """Chat templates: responses, what is not rendered, dates, limits; control words inside texts."""
 
+import dataclasses
 import datetime
 import json
 
@@ -14,7 +15,8 @@ from transformers.utils import chat_template_utils
 
 from in2core_jax.data import assets, template_program
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.tokenizing import Record, data_summary, format_summary, tokenize
+from in2core_jax.data.summaries import data_summary, format_summary
+from in2core_jax.data.tokenizing import Record, tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.model.weights import EMBEDDED_MODEL
@@ -126,6 +128,30 @@ def test_responses_are_the_answers_with_their_terminator(template, end, last, ea
   if template not in (templates.GEMMA2, templates.MISTRAL03, templates.PAIRS):  # refuse or move a system message
     assert _learnt(template, SYSTEM, _user("Q"), _answer("A.")) == ([f"{last}A.{end}"], {})
     assert _learnt(template, _user("Q"), _answer("A."), system_prompt="Hm.") == ([f"{last}A.{end}"], {})
+
+
+NEWER = [
+  (templates.COMMAND_R, "<|END_OF_TURN_TOKEN|>", "", ""),
+  (templates.OLMO2, "</s>", "", ""),
+  (templates.VICUNA, "</s>", " ", " "),
+  (templates.GLM45, "", "\n<think></think>\n", "\n<think></think>\n"),
+  (templates.QWEN3_THINKING, "<|im_end|>", "\n</think>\n\n", ""),
+  (templates.DEEPSEEK_V31, "</s>", "", ""),
+  (templates.GRANITE3, "<|end_of_text|>", "", ""),
+  (templates.ERNIE45, "<|end_of_sentence|>", "", ""),
+  (templates.NEMOTRON, "\n<SPECIAL_12>", "</think>", "</think>"),
+  (templates.APERTUS, "<|assistant_end|>", "", ""),
+  (templates.OPENCHAT, "<|end_of_turn|>", " ", " "),
+]
+
+
+@pytest.mark.parametrize(("template", "end", "last", "earlier"), NEWER)
+def test_responses_of_newer_families(template, end, last, earlier):
+  several = _user("say assistant: A."), _answer("A."), _user("R"), _answer("say <|im_start|>assistant\nA.!")
+  asked = [f"{earlier}A.{end}", f"{last}say <|im_start|>assistant\nA.!{end}"]
+  for system in ((), (SYSTEM,)):
+    assert _learnt(template, *system, *several) == (asked, {})
+  assert _learnt(template, several[0], _answer("A.", train=False), *several[2:]) == (asked[1:], {})
 
 
 SPACED = [
@@ -356,6 +382,47 @@ def test_generation_marks_give_the_mask_of_transformers(fixed_clock, template):
       np.testing.assert_array_equal(cut.response_mask[0], ours.response_mask[0][:-3])
 
 
+def test_generation_marks_round_tool_calls_give_the_mask_of_transformers(fixed_clock):
+  tokenizer, call = _bytes(templates.QWEN25_MARKED), {"name": "get", "arguments": {"city": "Ö"}}
+  calls = _answer("Let me see.", tool_calls=[CALL | {"function": call}]), RESULT, _answer("B.")
+  tool = {"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}
+  for tools in (None, [tool]):
+    for messages in ([_user("Q"), *calls], [SYSTEM, _user("Q"), _answer("A"), _user("R"), *calls]):
+      theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+      record = dataclasses.replace(_record(*messages), tools=tools or ())
+      ours = tokenize([record], tokenizer, 10_000)
+      np.testing.assert_array_equal(ours.tokens[0], theirs["input_ids"])
+      np.testing.assert_array_equal(ours.response_mask[0], np.array(theirs["assistant_masks"], bool))
+      assert 30 < ours.response_mask[0].sum() < len(ours.tokens[0])
+
+
+MARKS_OF_SOME = [
+  # Answers but the last stand outside of the marks; all do.
+  (templates.GENERATION.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}"), 1),
+  (templates.GENERATION.replace("m.role == 'assistant' %}", "m.role == 'robot' %}"), 2),
+]
+
+
+@pytest.mark.parametrize(("template", "count"), MARKS_OF_SOME)
+def test_answers_outside_of_generation_marks_are_told(template, count):
+  told = "answer outside of the generation marks, and not learnt"
+  messages = _user("Q"), _answer("A."), _user("R"), _answer("B.")
+  if count == 1:
+    assert _learnt(template, *messages) == (["B.<|im_end|>"], {told: 1})
+  else:
+    with pytest.raises(UserError, match=f"none of the 1 examples has a response token.*{told} in 2 turns"):
+      _learnt(template, *messages)
+
+
+def test_calls_without_a_text_are_rendered_where_the_template_wants_null():
+  call = '<|tool▁calls▁begin|><|tool▁call▁begin|>function<|tool▁sep|>get\n```json\n{"city": "Ö"}\n```<|tool▁call▁end|>'
+  turns = _user("Q"), _answer("", tool_calls=[CALL]), RESULT, _answer("A.")
+  for tools in (False, True):
+    assert _learnt(templates.DEEPSEEK_V3, *turns, tools=tools) == ([call, "A.</s>"], {})
+  with pytest.raises(UserError, match="does not render the tool calls of turn 1"):
+    _learnt(templates.DEEPSEEK_V3, _user("Q"), _answer("Look.", tool_calls=[CALL]), RESULT, _answer("A."))
+
+
 # --- the rendering is that of transformers
 
 ALL = {name: text for name, text in vars(templates).items() if name.isupper() and not name.startswith("_")}
@@ -371,7 +438,13 @@ def test_text_is_that_of_transformers(fixed_clock, name):
       ours = renderer(record).text
     except ValueError:
       continue
-    if name != "R1_DISTILL":  # which takes the arguments of calls as text
+    if name == "DEEPSEEK_V3":  # `apply_chat_template` drops keys that are null, which this template asks for
+      messages = [m | ({"content": None} if "tool_calls" in m else {}) for m in messages]
+      words = tokenizer.special_tokens_map
+      (theirs,), _ = chat_template_utils.render_jinja_template([messages], chat_template=ALL[name], **words)
+      assert ours == theirs
+      continue
+    if name != "R1_DISTILL":  # both take the arguments of calls as text
       call = CALL | {"function": {"name": "get", "arguments": {"city": "Ö"}}}
       messages = [m | ({"tool_calls": [call]} if "tool_calls" in m else {}) for m in messages]
     assert ours == tokenizer.apply_chat_template(messages, tokenize=False)

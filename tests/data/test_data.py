@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from in2core_jax.data.tokenizing import Record, data_summary, format_summary, load_records, split_records, tokenize
+from in2core_jax.data.summaries import data_summary, format_summary
+from in2core_jax.data.tokenizing import Record, load_records, split_records, tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.model.tokenizer import GEMMA_TEMPLATE
 

@@ -12,7 +12,8 @@ from tiny import make_tokenizer
 
 from in2core_jax.data import hub
 from in2core_jax.data.sources import load_records, name_of
-from in2core_jax.data.tokenizing import data_summary, tokenize, told_lines
+from in2core_jax.data.summaries import data_summary, told_lines
+from in2core_jax.data.tokenizing import tokenize
 from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 

@@ -8,7 +8,8 @@ from tiny import make_tokenizer
 
 from in2core_jax.data.record_shapes import read_record
 from in2core_jax.data.records import Record, content_key
-from in2core_jax.data.tokenizing import tokenize, told_lines
+from in2core_jax.data.summaries import told_lines
+from in2core_jax.data.tokenizing import tokenize
 from in2core_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax import gradients
-from in2core_jax.data import packing, row_plans
+from in2core_jax.data import packed_rows, packing, row_plans
 from in2core_jax.data.batches import Batch
 from in2core_jax.data.packing import PackedShape, Packer
 from in2core_jax.errors import UserError
@@ -26,9 +26,9 @@ from in2core_jax.parallel import sharding
 @given(st.lists(st.integers(1, 1500), min_size=1, max_size=80), st.integers(1, 3), st.integers(1, 4000))
 def test_every_token_stands_once_and_starts_at_its_place(lengths, multiple, batch_tokens):
   tokens = [np.arange(length, dtype=np.int32) + 7 * i for i, length in enumerate(lengths)]
-  plan = packing.packed_plan(np.array(lengths), batch_tokens, multiple)
+  plan = packed_rows.packed_plan(np.array(lengths), batch_tokens, multiple)
   seen = []
-  for rows in packing.packed_batches(tokens, plan, pad_id=-1):
+  for rows in packed_rows.packed_batches(tokens, plan, pad_id=-1):
     assert rows.tokens.shape[0] % multiple == 0
     flat, offsets = rows.tokens.reshape(-1), rows.offsets.reshape(-1)
     covered = np.zeros(flat.size, bool)
@@ -46,10 +46,10 @@ def test_every_token_stands_once_and_starts_at_its_place(lengths, multiple, batc
 
 def test_rows_are_nearly_full_and_long_examples_keep_to_themselves():
   lengths = np.random.default_rng(0).integers(10, 97, 1000)
-  ((length, _, rows),) = packing.packed_plan(lengths, 10**9)
+  ((length, _, rows),) = packed_rows.packed_plan(lengths, 10**9)
   assert length == 96 and lengths.sum() > 0.95 * 96 * len(rows)
   mixed = np.concatenate([lengths, [513, 900, 1100]])
-  assert list(packing.row_lengths(mixed)) == [96, 912, 1104]
+  assert list(row_plans.row_lengths(mixed)) == [96, 912, 1104]
 
 
 def test_best_fit_finds_the_perfect_packing():
@@ -63,7 +63,7 @@ def test_packed_examples_see_only_themselves(x64, changes, monkeypatch):
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tiny.make_params(config))
   tokens = [np.random.default_rng(i).integers(0, config.vocab_size, n) for i, n in enumerate([5, 3, 8, 1, 6])]
   plan = [(9, 3, [[2, 3], [0, 1], [4]])]
-  (rows,) = packing.packed_batches(tokens, plan, pad_id=1)
+  (rows,) = packed_rows.packed_batches(tokens, plan, pad_id=1)
   hidden = decoder.run_layers(
     config, params["layers"], decoder.embed(config, params, rows.tokens), jnp.asarray(rows.offsets)
   )

@@ -9,7 +9,8 @@ from tiny import make_tokenizer
 
 from in2core_jax.data.records import BadRecords, Item, content_key, to_records
 from in2core_jax.data.sources import load_records
-from in2core_jax.data.tokenizing import data_summary, format_summary, tokenize, told_lines
+from in2core_jax.data.summaries import data_summary, format_summary, told_lines
+from in2core_jax.data.tokenizing import tokenize
 from in2core_jax.errors import UserError
 
 
@@ -269,6 +270,12 @@ def test_bad_records_are_counted_or_left_out(tmp_path):
     UserError, match=r"2 of 4 records cannot be used .*the first is .*d.jsonl:2: .*images.*--skip_bad"
   ):
     load_records(spec)
+  limited = BadRecords()
+  limited.read, limited.looked_at = 300, 100
+  for line in (1, 2):
+    limited.refuse(f"d.jsonl:{line}", "", "the template refuses it")
+  with pytest.raises(UserError, match="2 of the 100 records that limits, topics or --dedup leave of 300 cannot"):
+    limited.raise_if_any()
   bad = BadRecords(skip=True)
   assert [record.line for record in load_records(spec, bad=bad)] == [1, 4]
   kept = [json.loads(line) for line in bad.lines().splitlines()]

@@ -263,11 +263,14 @@ def test_commands_with_cells_are_for_one_process():
   for path in (ROOT / "experiments").rglob("*.py"):
     texts[path.stem if path.parent.name == "experiments" else path.parent.name] += path.read_text()
   alone = {name for name, text in texts.items() if "cli.run(main, alone=True)" in text}
-  others = {
-    "paper",
-    "recommend",
-    "export",
-    "interop",
-    "large_pools",
-  }  # children of their own, cells of a room, one folder
+  # children of their own, cells of a room, one folder, the old name of solvers
+  others = {"paper", "recommend", "export", "interop", "large_pools", "oracle"}
   assert alone == others | {name for name, text in texts.items() if "import ResultCache" in text}
+
+
+def test_help_and_wrong_flags_do_not_wait_for_large_libraries():
+  modules = [f"experiments.{name}" for name in ("finetune", "select", "evaluate", "index", "recommend.__main__")]
+  large = {"jax", "scipy", "matplotlib", "transformers", "orbax", "pyarrow"}
+  code = f"import sys\nimport {', '.join(modules)}\nprint(sorted({large} & set(sys.modules)))"
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout == "[]\n"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import Killed, open_session, quick_compile, run_settings  # noqa: F401, quick_compile is an autouse fixture
 
-from experiments.paper import commands, paper
+from experiments.paper import job, paper
 from experiments.paper.settings import PaperSettings
+from experiments.paper.steps import STEPS, Step
 from experiments.study import report, study, variants
 from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
@@ -179,9 +180,9 @@ def test_reports_of_select_runs_have_names_of_their_own():
 
 
 def test_the_flagfile_of_the_study_names_rules_that_there_are():
-  line = (commands.FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
+  line = (job.FLAGS / "study.flags").read_text().split("--variants=")[1].splitlines()[0]
   assert len(variants.variants_of(StudySettings(variants=line))) > 10
-  for step in paper.STEPS:
+  for step in STEPS:
     for change in step.changes:
       if change.startswith("--variants="):
         assert variants.variants_of(StudySettings(variants=change.removeprefix("--variants=")))
@@ -401,10 +402,11 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
   flagfile = tmp_path / "tiny.flags"
   flagfile.write_text("\n".join(settings.as_flags()))
   steps = (
-    paper.Step("first", "select", "report", str(flagfile), "scores", ("--fraction=0.25",)),
-    paper.Step("broken", "select", "report", str(flagfile), "a mistake", ("--fraction=2",)),
+    Step("first", "select", "report", "tiny.flags", "scores", ("--fraction=0.25",)),
+    Step("broken", "select", "report", "tiny.flags", "a mistake", ("--fraction=2",)),
   )
   monkeypatch.setattr(paper, "STEPS", steps)
+  monkeypatch.setattr(job, "FLAGS", tmp_path)
   s = PaperSettings.of(settings, run_dir=str(tmp_path / "paper"), results_dir=str(tmp_path / "results"))
   assert paper.run(s) == 1  # the second step fails, the first is there
   page = (tmp_path / "results" / "quick" / "first" / "report.md").read_text()
@@ -422,10 +424,10 @@ def test_paper_runs_its_steps_and_publishes(settings, tmp_path, monkeypatch):
 
 def test_paper_knows_its_steps():
   settings = PaperSettings()
-  assert [step.name for step in paper.steps_of(settings)] == [s.name for s in paper.STEPS if not s.needs_alpaca]
+  assert [each.step.name for each in paper.jobs_of(settings)] == [s.name for s in STEPS if not s.needs_alpaca]
   with pytest.raises(UserError, match="there is no 'x'"):
-    paper.steps_of(settings.replace(only="x"))
+    paper.jobs_of(settings.replace(only="x"))
   with pytest.raises(UserError, match="needs --alpaca"):
-    paper.steps_of(settings.replace(only="study-alpaca"))
-  for step in paper.STEPS:
-    assert (commands.FLAGS / step.flagfile).exists(), step.name
+    paper.jobs_of(settings.replace(only="study-alpaca"))
+  for step in STEPS:
+    assert (job.FLAGS / step.flagfile).exists(), step.name

@@ -10,7 +10,7 @@ import pytest
 from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 from experiments.study.variants import VARIANTS
-from experiments.targets import targets
+from experiments.targets import retraining, targets
 from experiments.targets.settings import TargetsSettings
 from in2core_jax.errors import UserError
 
@@ -71,7 +71,8 @@ def test_choices_are_judged_on_the_targets_own_test_examples(finished, settings)
   folder, bench = finished
   result = json.loads((folder / "targets.json").read_text())
   titles = [f"{name}, 20 % of the pool, equal {word}" for word in ("epochs", "budget_tokens") for name in _names()]
-  assert list(result["tables"]) == titles and [row["compared"] for row in result["overview"]] == titles
+  compared = [row["compared"] for row in result["overview"]]
+  assert list(result["tables"]) == titles and compared == [*titles, "geometric mean"]
   for title in titles:
     rows = {row["rule"]: row for row in result["tables"][title]}
     assert set(rows) == {"full", "random", "hybrid, base model", "bm25"}
@@ -91,9 +92,39 @@ def test_a_finished_run_neither_chooses_nor_trains_again(settings, finished, mon
   folder, _ = finished
   before = (folder / "targets.md").read_bytes()
   monkeypatch.setattr(targets.Chooser, "order", lambda *_: pytest.fail("chosen again"))
-  monkeypatch.setattr(targets.Retrainer, "train", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(retraining.Retrainer, "train", lambda *_: pytest.fail("trained again"))
   targets.run(settings, open_session(settings))
   assert (folder / "targets.md").read_bytes() == before
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_target_outside_of_the_pool_has_random_sets_of_its_rules_lengths_and_recommend_as_a_rule(settings, tmp_path):
+  own = settings.replace(
+    run_dir=str(tmp_path / "run"),
+    train_data="chatterbot:trivia,psychology,ai",
+    targets="trivia; psychology",
+    absent="psychology",
+    target_queries=20,
+    variants="bm25; length-matched random",
+    retrained="bm25; length-matched random",
+    fractions="0.2,0.4",
+    equal="epochs",
+    recommend_minutes=60.0,
+  )
+  folder = pathlib.Path(targets.run(own, open_session(own)))
+  found = json.loads((folder / "targets.json").read_text())
+  assert [row["in the pool"] for row in found["sizes"]] == ["yes", "no"] and "psychology" not in found["recall"][0]
+  assert set(found["recommended"]) == {"trivia", "psychology"} and len(found["tables"]) == 4
+  for table in found["tables"].values():
+    rows = {row["rule"]: row for row in table}
+    assert set(rows) == {"full", "random", "bm25", "length-matched random", "recommend"}
+    assert rows["recommend"]["examples"] == rows["random"]["examples"] == rows["length-matched random"]["examples"]
+    assert rows["bm25"]["by example, to length-matched random"] and rows["recommend"]["seeds"] == 2
+  assert all("recommend" in row and "length-matched random" not in row for row in found["over_matched"])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(retraining.Retrainer, "train", lambda *_: pytest.fail("trained again"))
+    targets.run(own, open_session(own))
 
 
 def test_equal_ids_of_other_examples_are_other_choices():
@@ -111,7 +142,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
   folder, bench = finished
   own = json.loads((folder / "targets.json").read_text())
   monkeypatch.setattr(
-    targets.Retrainer, "train", lambda *_: pytest.fail("trained again")
+    retraining.Retrainer, "train", lambda *_: pytest.fail("trained again")
   )  # the same sets: all are kept
   targets.run(settings.replace(choices_of=str(folder)), open_session(settings))
   both = json.loads((folder / "targets.json").read_text())
@@ -138,10 +169,16 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
     ({"targets": "opera"}, "the train set has nothing of 'opera'; it has chatterbot, food"),
     ({"targets": "food, sports, movies, humor"}, "all training examples are of"),
     ({"targets": "sports", "target_queries": 2}, "has 2 queries; a target needs 5"),
-    ({"variants": "proponents, cg"}, "'proponents, cg' needs scores of each target; use some of"),
+    ({"variants": "proponents, cg"}, "'proponents, cg' needs scores or trainings of each target; use some of"),
     ({"retrained_targets": "humor"}, "'humor' is not among --targets=sports; movies, humor"),
     ({"retrained": "longest"}, "--retrained=longest: unknown 'longest'"),
     ({"fractions": "0.5,1"}, "a budget below 1"),
+    ({"absent": "opera"}, "--absent=opera: the training set has nothing of 'opera'"),
+    ({"absent": "chatterbot"}, "--absent=chatterbot: nothing of the training set is left"),
+    (
+      {"variants": "length-matched random", "retrained": "length-matched random"},
+      "name a rule besides, whose response lengths",
+    ),
     ({"source_limits": "3,4"}, "need 1 numbers of at least 0, one for each source .*: chatterbot"),
   ],
 )
@@ -154,3 +191,12 @@ def test_what_means_nothing_is_refused(settings, tmp_path, changes, words):
 def test_limits_of_sources_count_each_by_itself(settings):
   one = open_session(settings.replace(source_limits="9"))
   assert len(one.splits["train"]) == 9 and len(one.splits["eval"]) == len(open_session(settings).splits["eval"])
+
+
+def test_files_beside_the_pools_are_sources_too(settings, tmp_path):
+  for name in ("b.json", "a.jsonl", "c.json", "notes.txt"):
+    (tmp_path / name).write_text("[]")
+  own = targets.with_siblings(settings.replace(train_data=f"chatterbot+jsonl:{tmp_path}/b.json", with_siblings=True))
+  names = [pathlib.Path(source).name for source in own.train_data.split("+")]
+  assert names == ["chatterbot", "b.json", "a.jsonl", "c.json"] and not own.with_siblings
+  assert targets.with_siblings(settings) == settings

@@ -13,14 +13,14 @@ import pytest
 import tiny
 
 from experiments import demo, flags
-from in2core_jax.data import tokenizing
+from in2core_jax.data import summaries
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run
 from in2core_jax.evaluation import statistics
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import checks, evaluate, finetune, scoring, select, session, solver_inputs
-from in2core_jax.pipeline.advice import few_queries, risky_settings, without_effect
+from in2core_jax.pipeline.advice import few_queries, risky_settings, unused_inverse, without_effect
 from in2core_jax.pipeline.compared import read_selection
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import choose
@@ -93,7 +93,7 @@ def test_trainings_of_other_lengths_are_one_program(settings, bench):
     moved = [np.abs(a - b).max() for a, b in zip(leaves(sub), leaves(judge.sub), strict=True)]
     for a, b in zip(leaves(ours.sub), leaves(sub), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-2 * max(moved))
-  assert judge._trainer._step._cache_size() == 1
+  assert judge.trainer._step._cache_size() == 1
 
 
 def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
@@ -102,7 +102,7 @@ def test_a_training_without_folder_can_be_stopped(settings, bench, tmp_path):
   packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
   run_dir = run_folder.RunDir.open(tmp_path, {})
   log = finetune_lib.TrainLog(run_dir=run_dir, stop_requested=lambda: next(asked))
-  result = judge._trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
+  result = judge.trainer.train(judge.sub, judge.frozen, packer, 0, log, steps=7)
   assert len(result.losses) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -163,6 +163,26 @@ def test_select_writes_what_it_promises(settings, bench, trained, tmp_path):
   assert [row["weight"] for row in summary["sources"]] == [1.0]
   with pytest.raises(UserError, match="depth is 4 there and 5 now"):
     select.run(chosen.replace(depth=5), bench)
+
+
+@pytest.mark.parametrize("stage", [finetune, select, evaluate])
+def test_a_folder_of_other_settings_is_refused_before_weights_are_read(settings, bench, tmp_path, stage):
+  def load():
+    raise AssertionError("weights are read")
+
+  other = dataclasses.replace(bench, model=dataclasses.replace(bench.model, load=load))
+  s = settings.replace(run_dir=str(tmp_path / "run"), policies="full,random")
+  name = stage.__name__.rpartition(".")[2]
+  run_folder.RunDir.open(s.run_dir, {"stage": name, "flags": {"max_length": 7}})
+  with pytest.raises(UserError, match="flags.max_length is 7 there and 48 now. Give another --run_dir"):
+    stage.run(s, other)
+
+
+def test_a_rule_that_takes_no_inverse_is_told_how_to_leave_it_out(settings):
+  s = Settings()
+  assert "--policy=auto chooses without the inverse of --solver=cg" in unused_inverse(s)
+  needed = ({"policy": "proponents"}, {"solver": "identity"}, {"write": "query"}, {"normalize": "cosine"})
+  assert not any(unused_inverse(s.replace(**changes)) for changes in needed)
 
 
 def test_risky_settings_are_told(settings, bench, tmp_path, caplog):
@@ -636,7 +656,7 @@ def test_examples_without_response_score_zero_and_are_listed(settings, bench, tm
   assert empty.sum() == 6 and np.all(scores["influence"][empty] == 0) and not scores["selected"][empty].any()
   listed = json.loads((folder / "summary.json").read_text())["without_response"]
   assert sorted(listed) == sorted(scores["example_id"][empty])
-  assert tokenizing.data_summary(fresh.splits)
+  assert summaries.data_summary(fresh.splits)
 
 
 def test_full_data_is_not_trained_twice(settings, bench, trained, tmp_path, monkeypatch):

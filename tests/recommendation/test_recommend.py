@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import pathlib
 import re
 import types
@@ -13,19 +14,22 @@ import pytest
 from tiny import CONFIG, Killed, open_session, quick_compile, run_settings  # noqa: F401, an autouse fixture
 
 import in2core_jax as i2c
+from experiments import demo
+from experiments import settings as demo_flags
 from experiments.recommend import calibration
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
 from in2core_jax.parallel import sharding
-from in2core_jax.pipeline import session
+from in2core_jax.pipeline import finetune, session
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run, trial
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Judged
 from in2core_jax.report import recommendation_page
+from in2core_jax.runs.run_folder import RunDir
 
 RULES = ("hybrid", "bm25", "rds", "matching", "proponents")
 
@@ -254,15 +258,47 @@ def test_the_json_has_its_keys_and_the_sentence_its_numbers(rule, budget, said):
 
 def test_the_page_escapes_what_it_shows_and_runs_nothing():
   hostile = outcome_of(eval_data="<script>alert(1)</script>", run_dir="runs/x")
-  found = results.as_json(hostile, {}) | {"train": results.train_line(hostile.settings, "runs/x")}
-  told = results.train_line(outcome_of(eval_data="a.jsonl", test_data="b.jsonl").settings, "runs/x")
-  assert "--eval_data=a.jsonl --test_data=b.jsonl --run_dir=runs/x-trained" in told
+  found = results.as_json(hostile, {}) | {"train": f"--eval_data={hostile.settings.eval_data}"}
   text = recommendation_page.page(found, {})
   assert "<script" not in text and "&lt;script&gt;" in text and "default-src 'none'; style-src 'sha256-" in text
   assert found["sentence"].replace("'", "&#39;") in text and text.count('<svg class="chart"') == 1
-  assert "'--eval_data=<script>alert(1)</script>'" in results.train_with(
-    hostile
-  ) and "coreset.jsonl" in results.train_with(hostile)
+
+
+def test_the_printed_training_never_looks_at_what_was_chosen(tmp_path):
+  """Also without --eval_data, where evaluation examples are a part of the training file; and copies are left out."""
+  told = results.train_line(RecommendSettings(train_data="jsonl:a.jsonl", run_dir="runs/x/", epochs=3.0))
+  assert (
+    "a.jsonl" not in told
+    and "--train_data=jsonl:runs/x/coreset.jsonl --eval_data=jsonl:runs/x/evaluation.jsonl" in told
+  )
+  assert "--test_data=jsonl:runs/x/test.jsonl --run_dir=runs/x-trained" in told and "--epochs=3.0" in told
+  part = lambda *keys: types.SimpleNamespace(records=[types.SimpleNamespace(content_key=k, raw=f'"{k}"') for k in keys])  # noqa: E731
+  bench = types.SimpleNamespace(splits={"train": part("a", "b", "c"), "eval": part("d", "b", "a"), "test": part("c")})
+  run_dir = RunDir.open(tmp_path / "run", {"stage": "recommend"})
+  results.write_held_out(run_dir, bench, np.array([1, 2]))
+  assert (run_dir.path / "evaluation.jsonl").read_text() == '"d"\n"a"\n'
+  assert (run_dir.path / "test.jsonl").read_text() == ""
+
+
+def test_other_trainers_are_told_the_epochs_of_the_answer():
+  assert results.as_trained(outcome_of(equal="epochs", epochs=3.0)).epochs == 3.0
+  by_steps = results.as_trained(outcome_of(equal="steps", batch_size=4))
+  assert (by_steps.epochs, by_steps.steps) == (5 * 4 / 10, 0)
+
+
+def test_a_pool_that_does_not_fit_is_tried_in_part_and_said_so():
+  s = dataclasses.replace(WANTED, examples=8000)
+  pace = dataclasses.replace(PACE, hidden=4000.0)
+  part = lambda share, part=1.0: max(1, round(2000 * share * part))  # noqa: E731
+  every = plans.seconds_of(s, pace, part)
+  assert plans.fitted(s, pace, part, 1.2 * every).part == 1
+  found = plans.fitted(s, pace, part, 1500)
+  assert found.part < 1 and found.pool == round(found.part * 8000) and found.seconds <= 1500 and len(found.budgets) >= 2
+  assert found.dropped[0].endswith("% of the pool") and f"{found.pool:,} of 8,000 examples, at random" in found.told()
+  assert plans.fitted(s, pace, part, 60 * math.ceil(found.all_minutes)).part == 1
+  assert plans.Plan.from_json(json.loads(json.dumps(found.as_json()))) == found
+  with pytest.raises(UserError, match="of 250 of the 8,000 examples with 2 seeds.*Give --minutes="):
+    plans.fitted(s, pace, part, 60)
 
 
 @pytest.mark.parametrize(
@@ -368,13 +404,28 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
     one["high"] < 1 for one in found["validation"]["ratio_to_random"].values()
   )
   lines = (folder / "coreset.jsonl").read_text().splitlines()
-  assert len(lines) == found["examples"] and (folder / "train_with.md").exists()
+  assert len(lines) == found["examples"] and found["train"] in (folder / "train_with.md").read_text()
+  assert not set(lines) & set((folder / "evaluation.jsonl").read_text().splitlines())
   assert (folder / "recommendation.html").read_text().count("<h1>") == 1
   assert i2c.load(folder).sentence == found["sentence"] in repr(i2c.load(folder))
   with pytest.raises(UserError, match="--minutes=0.001 is too short"):
     run.dry_run(settings.replace(minutes=0.001), bench)
   monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
-  assert run.run(settings, bench) == str(folder)
+  assert run.run(settings.replace(coreset_format="tokens"), bench) == str(folder)
+  assert (folder / "coreset_tokens" / "state.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_ends_in_a_recommendation_by_the_training_that_it_has(settings, tmp_path, monkeypatch):
+  own = demo_flags.DemoFlags.of(settings, run_dir=str(tmp_path))
+  bench = open_session(own)
+  finetune.run(own.replace(run_dir=f"{tmp_path}/finetune"), bench)
+  monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("all of the data was trained on again"))
+  sentence = demo.recommended(own, bench, str(tmp_path))
+  assert sentence.endswith(".") and sentence == i2c.load(tmp_path / "recommend").sentence
+  few = bench.of_rows(eval=np.arange(6))
+  assert demo.recommended(own, few, str(tmp_path)).startswith("There is no recommendation: the evaluation set has ")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from in2core_jax.errors import UserError
-from in2core_jax.selection import aggregation, coreset, matching
+from in2core_jax.selection import aggregation, coreset, density, matching
 from in2core_jax.selection.coreset import select_rows
 from in2core_jax.selection.inputs import SIMILARITIES, Budget, PolicyInputs, matching_target
 from in2core_jax.selection.two_samples import Apart
@@ -31,6 +31,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "kernel": (lambda z: z @ z.T)(rng.normal(size=(size, 7))),
     "towards": rng.normal(size=size),
     "apart": Apart(0.05, 0.5, 0.005),
+    "drop": rng.uniform(size=size),
   }
   return PolicyInputs(**{**values, **changes})
 
@@ -110,7 +111,7 @@ def test_every_policy_ignores_the_order_of_reading_and_empty_examples(policy):
   responses[empty] = 0
   scores = inputs.scores.copy()
   scores[empty] = np.nan  # what cannot be chosen must not matter
-  names = ("loss", "num_tokens", "topics", "ids", "features")
+  names = ("loss", "num_tokens", "topics", "ids", "features", "drop")
   shuffle = np.random.default_rng(1).permutation(40)
 
   def at(order):
@@ -442,8 +443,66 @@ def test_matching_in_blocks_comes_nearly_as_close():
   assert by_one.tolist() == matching.greedy_matching(features, target, 10).tolist()
 
 
+def test_matching_per_token_takes_what_decreases_the_distance_most_for_a_token():
+  inputs = make_inputs(target_mean="examples")
+  target, lengths, chosen = matching_target(inputs), inputs.num_response_tokens, []
+  for _ in range(15):
+    free = sorted((i for i in range(40) if i not in chosen), key=lambda i: inputs.ids[i])
+    far = lambda rows: np.sum((inputs.features[rows].mean(axis=0) - target) ** 2) if rows else target @ target  # noqa: E731
+    decrease = np.array([far(chosen) - far([*chosen, i]) for i in free])
+    value = decrease / lengths[free] if (decrease > 0).any() else decrease
+    chosen.append(free[int(np.argmax(value))])
+  assert select_rows("matching_per_token", inputs, Budget(num_examples=15)).tolist() == chosen
+  plain = select_rows("matching", inputs, Budget(num_examples=15))
+  assert lengths[chosen].sum() < lengths[plain].sum()
+
+
+def test_matching_in_strata_keeps_the_shares_of_response_lengths():
+  inputs = make_inputs(size=200)
+  bins = coreset.length_bins(inputs.num_response_tokens)
+  order = select_rows("matching_strata", inputs, Budget(fraction=1.0))
+  for size in (20, 50, 100):
+    kept = np.bincount(bins[order[:size]], minlength=bins.max() + 1)
+    assert np.all(np.abs(kept - np.bincount(bins) * size / 200) <= 1.5)
+  first = [row for row in order if bins[row] == bins[order[0]]][0]
+  alone = inputs.features[bins == bins[first]]
+  assert np.sum((inputs.features[first] - matching_target(inputs)) ** 2) == pytest.approx(
+    np.min(np.sum((alone - matching_target(inputs)) ** 2, axis=1))
+  )
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+def test_copies_together_get_what_one_example_would(copies):
+  rng = np.random.default_rng(0)
+  unit = rng.normal(size=(12, 40))
+  unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+  similarity = rng.uniform(size=(3, 12))
+  one = density.transported(similarity, unit @ unit.T)
+  times = np.array([copies, *[1] * 11])
+  many = np.repeat(unit, times, axis=0)
+  found = density.transported(np.repeat(similarity, times, axis=1), many @ many.T)
+  assert found[:copies].sum() == pytest.approx(one[0]) and found[copies:] == pytest.approx(one[1:])
+  assert found.sum() == pytest.approx(1.0)
+  # Where nothing is alike, each query's mass goes in equal parts to its nearest.
+  nearest = density.transported(similarity, np.eye(12), nearest=4)
+  wanted = [np.mean([(row >= np.sort(row)[-4])[i] / 4 for row in similarity]) for i in range(12)]
+  assert nearest == pytest.approx(np.array(wanted))
+
+
+def test_ranks_of_layers_have_no_scale():
+  rng = np.random.default_rng(0)
+  layers = rng.normal(size=(3, 4, 9))
+  found = aggregation.mean_ranks(list(layers))
+  assert found == pytest.approx(aggregation.mean_ranks([layers[0], 1e3 * layers[1] - 5, layers[2] ** 3]))
+  best = np.full((4, 9), 0.0)
+  best[:, 2] = 1.0
+  assert np.all(np.argmax(aggregation.mean_ranks([best, best]), axis=1) == 2)
+  assert aggregation.mean_ranks([layers[0]])[0] == pytest.approx((np.argsort(np.argsort(layers[0][0])) + 1) / 9)
+
+
 # ------------------------------------------------------------------------------------------------- reasons
 
+_CLOSER = r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)"
 REASONS = {
   "proponents": r"rank {n} of 40 by influence",
   "opponents": r"rank {n} of 40 by influence, lowest first",
@@ -454,8 +513,11 @@ REASONS = {
   "length_matched_random": "drawn at random among responses of its length",
   "topic_quota": r"rank \d+ of \d+ in its topic by influence",
   "hybrid": r"in turn for query {q}, round {turn}",
-  "matching": r"(first choice: brings .* closest|brings .* gradient closer|of those left, moves .* away least)",
+  "matching": _CLOSER,
   "matching_hybrid": r".*the set's mean gradient and hidden states .*",
+  "matching_per_token": _CLOSER,
+  "loss_drop": r"rank {n} of 40 by the loss that the evaluation examples take off",
+  "density": r"rank {n} of 40 by what the evaluation examples send to it, shared with its like",
 }
 
 
