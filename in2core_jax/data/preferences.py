@@ -42,7 +42,7 @@ def sides_of(view: Mapping[str, Any]) -> tuple[str, str] | None:
   Raises:
     UserError: one of the two says nothing.
   """
-  is_answer = lambda key: isinstance(view.get(key), str | list | dict)  # noqa: E731
+  is_answer = lambda key: key in view and isinstance(view[key], str | list | dict | None)  # noqa: E731
   for sides in SIDES:
     if all(map(is_answer, sides)):
       empty = [key for key in sides if is_empty(view[key])]

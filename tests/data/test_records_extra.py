@@ -130,6 +130,7 @@ def test_switches_and_what_stands_beside_make_no_other_answer(value, unread):
     ({"input_ids": [1, 2], "labels": [-100, 2]}, "'input_ids' holds token ids of another program"),
     ({"contents": [{"role": "user", "parts": [{"text": "Q"}]}]}, "'contents' holds turns of Gemini's API"),
     ({"dialog": [USER, ANSWER]}, "data_fields=messages=dialog"),
+    ({"prompt": "Q", "chosen": "a", "rejected": None}, "'rejected' is empty beside 'chosen'"),
     ({"text": "USER: Q ASSISTANT: A", "id": 3}, "'text' alone does not say what in it is the response"),
     ({"system": "s", "chat": "USER: Q"}, "name the columns"),
   ],
