@@ -1,9 +1,12 @@
 """Where compiled programs and other things that may be lost are kept."""
 
 from __future__ import annotations
-from pathlib import Path
-from in2core_jax.errors import UserError
+
 import os
+from pathlib import Path
+
+from in2core_jax.errors import UserError
+
 
 def cache_folder() -> Path:
   """A place on a local disk for what can be made again: IN2CORE_CACHE, or ~/.cache/in2core_jax.

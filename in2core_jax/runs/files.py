@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from in2core_jax.runs import locks
 from in2core_jax.errors import UserError, one_line
+from in2core_jax.runs import locks
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
 SHARD = ".shard"  # ends the names of pieces that carry a checksum of their own (shards.py)

@@ -8,7 +8,6 @@ from typing import Any
 from etils import epath
 
 
-
 def difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any], most: int = 4) -> str:
   """The message for a folder of another identity: which keys differ, there and now."""
   old, new = _flatten(old), _flatten(new)

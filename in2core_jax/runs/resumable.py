@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax.runs import files
 from in2core_jax.parallel import processes
-from in2core_jax.runs.run_folder import RunDir
+from in2core_jax.runs import files
 from in2core_jax.runs.progress import Progress
+from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.runs.shards import ShardStore
 
 log = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ class ShardStore:
       return None
     return self._checked(index, data, copy=False)
 
-  def _checked(self, index: int, data: "bytes | mmap.mmap", copy: bool) -> dict[str, np.ndarray] | None:
+  def _checked(self, index: int, data: bytes | mmap.mmap, copy: bool) -> dict[str, np.ndarray] | None:
     """The arrays of a shard's bytes; None, and a warning, where they are not to be trusted."""
     path = self.file(index)
     try:
@@ -137,9 +137,7 @@ def pack(magic: bytes, header: Mapping[str, Any], arrays: Mapping[str, np.ndarra
   return magic + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
-def unpack(
-  magic: bytes, data: "bytes | mmap.mmap", copy: bool = True
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def unpack(magic: bytes, data: bytes | mmap.mmap, copy: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Inverse of `pack`: (header, arrays), when every byte is as it was written.
 
   Args:
@@ -160,7 +158,7 @@ def unpack(
   return header, _arrays(header, data, end + 1, copy)
 
 
-def _arrays(header: Mapping[str, Any], data: "bytes | mmap.mmap", start: int, copy: bool) -> dict[str, np.ndarray]:
+def _arrays(header: Mapping[str, Any], data: bytes | mmap.mmap, start: int, copy: bool) -> dict[str, np.ndarray]:
   arrays = {}
   for name in sorted(header["arrays"]):
     dtype_name, shape = header["arrays"][name]

@@ -1,11 +1,11 @@
 """SIGTERM: the piece of work under way is finished, the rest is for the next start."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
+
 import contextlib
-import signal
 import logging
+import signal
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 

@@ -71,7 +71,9 @@ def test_other_identity_is_refused_and_named(tmp_path):
 
 
 def test_a_folder_is_refused_by_what_is_known_of_the_identity(tmp_path):
-  run_folder.RunDir.open(tmp_path / "run", {"flags": {"seed": 0, "mesh": ""}, "data": {"train": "a"}, "model_hash": "m"})
+  run_folder.RunDir.open(
+    tmp_path / "run", {"flags": {"seed": 0, "mesh": ""}, "data": {"train": "a"}, "model_hash": "m"}
+  )
   refuse = run_folder.RunDir.refuse_other
   for known in ({"flags": {"seed": 0}}, {"flags": {"seed": 0, "newer": 1}, "data": {"train": "a"}}, {}):
     refuse(tmp_path / "run", known)
