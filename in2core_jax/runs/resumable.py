@@ -4,8 +4,8 @@
   sums = total(stream, "gradient", step, start)             # step(... step(step(start, item), item) ..., item)
 
 Over a plain stream that is all. A `ResumableStream` is cut into shards: finished ones are read back, their batches are
-not even built, and the rest is computed. The cut follows from the plan of the batches alone and numbers are stored bit for
-bit, so a run that was killed ends in the bytes of one that was not.
+not even built, and the rest is computed. The cut follows from the plan of the batches alone and numbers are stored bit
+for bit, so a run that was killed ends in the bytes of one that was not.
 """
 
 import contextlib
