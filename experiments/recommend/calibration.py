@@ -172,8 +172,8 @@ def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
       yield pool.name, label, json.loads((pathlib.Path(folder) / results.FILE).read_text())
   if refused:
     raise UserError(
-      f"{len(refused)} pairs were refused: {', '.join(refused)}; start the same command on an idle machine, or give more "
-      "--minutes: the others are kept"
+      f"{len(refused)} pairs were refused: {', '.join(refused)}; start the same command on an idle machine, or give "
+      "more --minutes: the others are kept"
     )
 
 
