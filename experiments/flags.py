@@ -187,7 +187,7 @@ def read(kind: type[S] = Settings, tells_costs: bool = False, given: flags.FlagV
   for name in set(_HOME) & set(values):
     values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
   if values["dry_run"] and not tells_costs:
-    known = "finetune, select, evaluate, demo and recommend"
+    known = "finetune, index, select, evaluate, demo and recommend"
     raise UserError(f"--dry_run: {known} can tell what they would take, this command cannot")
   try:
     return kind(**values)

@@ -102,9 +102,11 @@ _kill_test = functools.partial(setting, "kill_test")
 
 
 @dataclasses.dataclass(frozen=True)
-class KillTestFlags(RuleSettings, Settings):
+class KillTestFlags(RuleSettings, IndexSettings):
   """`kill_test`: flags of the command that is killed, and how often."""
 
   run_dir: str = changed(Settings, "run_dir", "runs/kill_test")
   kills: int = _kill_test(10, "How often a run is killed.", within=Range(1, 10**4))
-  kill_command: str = _kill_test("select", "Which command.", choices=("select", "finetune", "evaluate", "study"))
+  kill_command: str = _kill_test(
+    "select", "Which command.", choices=("select", "finetune", "evaluate", "study", "index")
+  )

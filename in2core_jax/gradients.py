@@ -34,12 +34,14 @@ class Objective:
     losses: (z, frozen, batch) -> [B], zero on padding rows and on examples without response.
     output_hvp: (z, dz, frozen, batch) -> Hessian of sum(losses) in z times dz; derived from `losses` when None.
     separate: batch -> the same batch with a leading example axis on every leaf, so that it can be cut into examples.
+    reads_probes: whether the model reads probes beside its leaves (`moment_probes`).
   """
 
   outputs: Callable[[Tree, Tree, Tree], jax.Array]
   losses: Callable[[jax.Array, Tree, Tree], jax.Array]
   output_hvp: Callable[[jax.Array, jax.Array, Tree, Tree], jax.Array] | None = None
   separate: Callable[[Tree], Tree] = lambda batch: batch
+  reads_probes: bool = False
 
 
 def widen(tree: Tree) -> Tree:

@@ -256,3 +256,153 @@ GENERATION = (
   "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
   "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# --- families of 2024 and 2025
+COMMAND_R = (
+  "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+  "{% set system_message = messages[0]['content'] %}{% elif false == true %}{% set loop_messages = messages %}"
+  "{% set system_message = 'You are Command-R.' %}{% else %}{% set loop_messages = messages %}"
+  "{% set system_message = false %}{% endif %}{% if system_message != false %}"
+  "{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system_message + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
+  "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+  "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+  "{% set content = message['content'] %}{% if message['role'] == 'user' %}"
+  "{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + content.strip() + '<|END_OF_TURN_TOKEN|>' }}{% elif "
+  "message['role'] == 'assistant' %}"
+  "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>'  + content.strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+# The line break behind an answer is missing at the end.
+OLMO2 = (
+  "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+  "{{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}"
+  "{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}{% if not loop.last %}"
+  "{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}"
+  "{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endif %}"
+  "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+VICUNA = (
+  "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set messages = messages[1:] %}"
+  "{% else %}{{ 'A chat. ' }}{% endif %}{% for m in messages %}"
+  "{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
+  "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+# An empty think block stands behind the generation prompt; no terminator.
+GLM45 = (
+  "[gMASK]<sop>\n{%- set ns = namespace(last_user_index=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+  "{% set ns.last_user_index = loop.index0 -%}{%- endif %}{%- endfor %}{% for m in messages %}"
+  "{%- if m.role == 'user' -%}<|user|>\n{{ m.content }}{%- elif m.role == 'assistant' -%}<|assistant|>{%- "
+  "set reasoning_content = '' %}{%- set content = m.content %}{%- if m.reasoning_content is string %}"
+  "{%- set reasoning_content = m.reasoning_content %}{%- else %}{%- if '</think>' in content %}"
+  "{%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+  "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{%- endif %}"
+  "{%- if loop.index0 > ns.last_user_index and reasoning_content -%}"
+  "{{ '\n<think>' + reasoning_content.strip() +  '</think>'}}{%- else -%}{{ '\n<think></think>' }}{%- endif -%}"
+  "{%- if content.strip() -%}{{ '\n' + content.strip() }}{%- endif -%}"
+  "{%- elif m.role == 'system' -%}<|system|>\n{{ m.content }}{%- endif -%}{%- endfor -%}"
+  "{%- if add_generation_prompt -%}<|assistant|>{{- '\n<think></think>' if (enable_thinking is defined and "
+  "not enable_thinking) else '' -}}{%- endif -%}"
+)
+# The generation prompt opens the thought.
+QWEN3_THINKING = (
+  "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}"
+  "{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}"
+  "{%- if ns.multi_step_tool and message.role == 'user' and message.content is string %}"
+  "{%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}"
+  "{%- for message in messages %}{%- set content = message.content %}{%- if message.role in ['user','system'] %}"
+  "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{%- elif message.role == 'assistant' %}"
+  "{%- set reasoning_content = '' %}{%- if message.reasoning_content is string %}"
+  "{%- set reasoning_content = message.reasoning_content %}{%- else %}{%- if '</think>' in content %}"
+  "{%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+  "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}{%- endif %}"
+  "{%- if loop.index0 > ns.last_query_index %}{%- if loop.last or (not loop.last and reasoning_content) %}"
+  "{{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + "
+  "content.lstrip('\n') }}{%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}{%- else %}"
+  "{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+  "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+# Its header ends a thought that nobody began.
+DEEPSEEK_V31 = (
+  "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+  "{% set ns = namespace(is_last_user=false, system_prompt='') %}{%- for message in messages %}"
+  "{%- if message['role'] == 'system' %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
+  "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}"
+  "{%- if message['role'] == 'user' %}{%- set ns.is_last_user = true -%}"
+  "{{'<|User|>' + message['content']}}{%- endif %}{%- if message['role'] == 'assistant' %}{%- if ns.is_last_user %}"
+  "{{'<|Assistant|>'}}{%- if message['prefix'] is defined and message['prefix'] and thinking %}"
+  "{{'<think>'}}{%- else %}{{'</think>'}}{%- endif %}{%- endif %}{%- set ns.is_last_user = false -%}"
+  "{%- set content = message['content'] -%}{%- if '</think>' in content %}"
+  "{%- set content = content.split('</think>', 1)[1] -%}{%- endif %}{{content + eos_token}}{%- endif %}"
+  "{%- endfor -%}{%- if add_generation_prompt and ns.is_last_user %}{{'<|Assistant|>'}}{%- if not thinking %}"
+  "{{'</think>'}}{%- else %}{{'<think>'}}{%- endif %}{% endif %}"
+)
+GRANITE3 = (
+  "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
+  "{%- set loop_messages = messages[1:] %}{%- else %}"
+  "{%- set system_message = 'Knowledge Cutoff Date: April 2024.\nToday\\'s Date: ' + strftime_now('%B %d, "
+  "%Y') + '.\nYou are Granite.' %}{%- set loop_messages = messages %}{%- endif %}"
+  "{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\n' }}{%- if documents %}"
+  "{{- 'docs' }}{%- endif %}{%- for message in loop_messages %}"
+  "{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' "
+  "}}{%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"
+  "{%- endfor %}"
+)
+# A variable of its own is both asked for and set.
+ERNIE45 = (
+  "{%- if not cls_token is defined %}{%- set cls_token = '<|begin_of_sentence|>' %}{%- endif %}"
+  "{%- if not sep_token is defined %}{%- set sep_token = '<|end_of_sentence|>' %}{%- endif %}"
+  "{{- cls_token }}{%- for message in messages %}{%- if message['role'] == 'user' %}"
+  "{{- 'User: ' + message['content'] + '\n' }}{%- elif message['role'] == 'assistant' %}"
+  "{{- 'Assistant: ' + message['content'] + sep_token }}{%- elif message['role'] == 'system' %}"
+  "{{- message['content'] + '\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}"
+  "{{- 'Assistant: ' }}{%- endif %}"
+)
+# The generation prompt goes on otherwise than what stands in front of a finished answer.
+NEMOTRON = (
+  "{{ '<SPECIAL_10>System\n' }}{%- if messages[0].role == 'system' %}{{ messages[0].content }}{%- endif %}"
+  "{{ '\n' }}{%- for message in messages %}{%- if message.role == 'user' %}"
+  "{{ '<SPECIAL_11>User\n' + message.content.strip() + '\n' }}{%- elif message.role == 'assistant' %}"
+  "{%- set content = message.content %}{%- if '</think>' in content %}"
+  "{%- set content = content.split('</think>')[1].strip() %}{%- endif %}"
+  "{{ '<SPECIAL_11>Assistant\n' + '<think></think>' + content.strip() + '\n<SPECIAL_12>\n' }}{%- endif %}"
+  "{%- endfor %}{%- if add_generation_prompt %}{{ '<SPECIAL_11>Assistant\n<think>\n' }}{%- endif %}"
+)
+# An answer is ended where the next turn begins.
+APERTUS = (
+  "{{ bos_token }}{%- set ns = namespace(in_assistant=false) -%}{%- for message in messages -%}"
+  "{%- if message.role == 'system' -%}"
+  "{{ '<|system_start|>' + message.content + '<|system_end|>' }}{%- elif message.role == 'user' -%}"
+  "{%- if ns.in_assistant -%}{{ '<|assistant_end|>' }}{%- set ns.in_assistant = false -%}{%- endif -%}"
+  "{{ '<|user_start|>' + message.content + '<|user_end|>' }}{%- elif message.role == 'assistant' -%}"
+  "{%- if not ns.in_assistant -%}{{ '<|assistant_start|>' }}{%- set ns.in_assistant = true -%}{%- endif -%}"
+  "{{ message.content }}{%- endif -%}{%- endfor -%}{%- if ns.in_assistant -%}{{ '<|assistant_end|>' }}{%- endif -%}"
+  "{%- if add_generation_prompt -%}{{ '<|assistant_start|>' }}{%- endif -%}"
+)
+OPENCHAT = (
+  "{{ bos_token }}{% for message in messages %}"
+  "{{ 'GPT4 Correct ' + message['role'].title() + ': ' + message['content'] + '<|end_of_turn|>'}}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"
+)
+# Calls are rendered where the content is null, and not where it is an empty text.
+DEEPSEEK_V3 = (
+  "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='', "
+  "is_first_sp=true) %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
+  "{% set ns.system_prompt = ns.system_prompt + message['content'] %}{%- endif %}{%- endfor %}"
+  "{{ bos_token }}{{ ns.system_prompt }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+  "{%- for message in messages %}{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}"
+  "{{'<|User|>' + message['content']}}{%- endif %}"
+  "{%- if message['role'] == 'assistant' and message['content'] is none %}{%- set ns.is_tool = false -%}"
+  "{%- for tool in message['tool_calls']%}{%- if not ns.is_first %}"
+  "{{'<|Assistant|><|tool▁calls▁begin|><|tool▁call▁begin|>' + tool['type'] + '<|tool▁sep|>' + "
+  "tool['function']['name'] + '\n```json\n' + tool['function']['arguments'] + '\n```<|tool▁call▁end|>'}}{%- "
+  "set ns.is_first = true -%}{%- else %}"
+  "{{'\n' + tool['function']['name']}}{{'<|tool▁calls▁end|><|end▁of▁sentence|>'}}{%- endif %}{%- endfor %}"
+  "{%- endif %}{%- if message['role'] == 'assistant' and message['content'] is not none %}{%- if ns.is_tool %}"
+  "{{'<|tool▁outputs▁end|>' + message['content'] + eos_token}}{%- set ns.is_tool = false -%}{%- else %}"
+  "{{'<|Assistant|>' + message['content'] + eos_token}}{%- endif %}{%- endif %}{%- if message['role'] == 'tool' %}"
+  "{%- set ns.is_tool = true -%}{%- if ns.is_output_first %}"
+  "{{'<|tool▁outputs▁begin|><|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>'}}{%- set "
+  "ns.is_output_first = false %}{%- else %}"
+  "{{'\n<|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>'}}{%- endif %}{%- endif %}{%- endfor -%}"
+  "{% if ns.is_tool %}{{'<|tool▁outputs▁end|>'}}{% endif %}{% if add_generation_prompt and not ns.is_tool %}"
+  "{{'<|Assistant|>'}}{% endif %}"
+)

@@ -194,6 +194,9 @@ FAMILY_CONFIGS = {
   | {"model_type": "qwen3_moe", "head_dim": 16, "attention_bias": True, "use_sliding_window": True}
   | {"sliding_window": 9, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
   | {"norm_topk_prob": True},
+  "qwen2 moe": _SIZES
+  | {"model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+  | {"shared_expert_intermediate_size": 20, "norm_topk_prob": True},
   "olmoe": _SIZES
   | {"model_type": "olmoe", "attention_bias": True, "clip_qkv": 1.5, "num_experts": 4, "num_experts_per_tok": 3}
   | {"norm_topk_prob": True, "intermediate_size": 12},
@@ -206,6 +209,10 @@ FAMILY_CONFIGS = {
   | {"model_type": "granitemoe", "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
   | {"logits_scaling": 0.5, "attention_multiplier": 0.2, "num_local_experts": 4, "num_experts_per_tok": 2}
   | {"intermediate_size": 12, "tie_word_embeddings": True},
+  "granite moe shared": _SIZES
+  | {"model_type": "granitemoeshared", "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+  | {"logits_scaling": 0.5, "attention_multiplier": 0.2, "num_local_experts": 4, "num_experts_per_tok": 2}
+  | {"intermediate_size": 12, "shared_intermediate_size": 20},
   "gpt oss": _SIZES
   | {"model_type": "gpt_oss", "head_dim": 16, "attention_bias": True, "sliding_window": 7, "num_local_experts": 4}
   | {"num_experts_per_tok": 2, "intermediate_size": 12, "swiglu_limit": 0.8, "swiglu_alpha": 1.3}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import flags
-from experiments.benchmark import isolated
+from experiments.benchmark import isolated, shapes
 from experiments.benchmark.passes import FORWARD, make_rows, open_bench
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
@@ -22,7 +22,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import integers, words
+from in2core_jax.pipeline.settings import integers, listed, words
 from in2core_jax.report import table_text
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.progress import Progress
@@ -70,6 +70,8 @@ ON_CPU = (
   Requirement("the same for the last 4 layers", "score last:4", 1.5, 1.35),
   Requirement("score pass, all layers, to forward only", "score all", 3.2, 3.0),
   Requirement("score pass, attention matrices of all layers, to forward only", "score all, attention", 2.7, 2.3),
+  Requirement("index pass, last 8 layers, 512 numbers, to forward only", "index last:8", 1.9, 1.6),
+  Requirement("index pass, all layers, 512 numbers, to forward only", "index all", 3.4, 3.0),
   Requirement("LiSSA step, last 4 layers: without boundary cache to with it", "LiSSA last:4 speed-up", 2.0, 3.0, True),
   Requirement("forward only: share of the matrix product's rate", "share of forward only", 0.55, 0.8, True),
   Requirement("peak memory of the score pass: growth with the examples, %", "memory growth", 3.0, 0.0),
@@ -252,10 +254,12 @@ def measure(s: BenchmarkSettings) -> Found:
 
 def run(s: BenchmarkSettings) -> str:
   """Measures, prints the tables, writes benchmark.md and benchmark.json; returns the run folder."""
-  asked_of(s)
+  asked_of(s if not s.shapes else s.replace(model=listed(s.shapes)[0]))
   identity = {"stage": "benchmark", "flags": s.identity("run", "data", "model", "select", "benchmark")}
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.benchmark --flagfile=THIS"])
+  if s.shapes:
+    return _run_shapes(s, run_dir)
   found, measured_on = measure(s), facts(s)
   asked = verdicts(found.figures, measured_on["platform"])
   text = markdown(found, measured_on, asked)
@@ -265,10 +269,23 @@ def run(s: BenchmarkSettings) -> str:
   return str(run_dir.path)
 
 
+def _run_shapes(s: BenchmarkSettings, run_dir: run_folder.RunDir) -> str:
+  """Measures --shapes, which end in the same files."""
+  rows = shapes.measure_shapes(s, run_dir)
+  measured_on = facts(s)
+  where = f"{measured_on['num_devices']} x {measured_on['device_kind']}"
+  head = f"# Accelerator\n\n{measured_on['date']}, {where}, {s.dtype}, jax {measured_on['versions']['jax']}.\n\n"
+  text = head + table_text.markdown_table(rows, digits=3)
+  run_dir.write_text("benchmark.md", text)
+  run_dir.write_json("benchmark.json", {"measured_on": measured_on, "shapes": rows})
+  print(text)
+  return str(run_dir.path)
+
+
 def main(_: Sequence[str]) -> None:
   """Entry point."""
   s = flags.read(BenchmarkSettings)
   if s.alone:
-    isolated.run_alone(s)
+    isolated.run_alone(s, {"select": isolated.select_alone, "score": isolated.score_alone, "shape": shapes.shape_alone})
   else:
     run(s)

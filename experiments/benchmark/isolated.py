@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -28,11 +28,11 @@ _RESULT = "alone.json"
 # ---- inside the process --------------------------------------------------------------
 
 
-def run_alone(s: BenchmarkSettings) -> None:
+def run_alone(s: BenchmarkSettings, known: Mapping[str, Callable[[BenchmarkSettings], dict]]) -> None:
   """Does what `--alone` names and writes alone.json into the run folder."""
   folder = pathlib.Path(s.run_dir)
   folder.mkdir(parents=True, exist_ok=True)
-  run_folder.write_json(folder / _RESULT, select_alone(s) if s.alone == "select" else score_alone(s))
+  run_folder.write_json(folder / _RESULT, known[s.alone](s))
 
 
 def select_alone(s: BenchmarkSettings) -> dict:

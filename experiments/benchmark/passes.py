@@ -13,12 +13,17 @@ from in2core_jax.data.records import Record
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
+from in2core_jax.index import basis as bases
+from in2core_jax.influence.index_pass import OnDevice
 from in2core_jax.model import weights
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
+from in2core_jax.pipeline import index
+from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.loaded_model import open_model
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, make_session, open_session
 from in2core_jax.pipeline.splits import Splits
+from in2core_jax.selection import hybrid
 from in2core_jax.training import train_loop
 from in2core_jax.training.recipe import Recipe
 
@@ -129,6 +134,20 @@ class Rows:
 
     return Row(work, self.flops("gradient", chosen.tree))
 
+  def index(self, layers: str) -> Row:
+    """Rows of an index: sketched gradients, losses, hidden states out of one pass, in the basis of default sizes."""
+    s = IndexSettings.of(self.bench.settings, layers=layers)
+    pool = index.Pool(self.bench, s)
+    keys, sketch = pool.keys("train"), pool.projection.sketch
+    basis = drawn_basis(sketch.width, self.bench.model.config.hidden_size, s)
+    planned = index.planned(pool, s, keys, keys[:0])
+    plan = [batch for shard in planned.shards for batch in shard]
+    sizes = flop_counts.matrix_sizes(sketch.params, sketch.tree)
+    projection = flop_counts.contraction_flops(sizes, self.examples, basis.size)
+    placed = OnDevice(basis)
+    work = lambda: pool.rows(planned, plan, placed)  # noqa: E731
+    return Row(work, flop_counts.flops("gradient", sizes, self.tokens, self.responses) + int(projection))
+
   def lissa(self, chosen: BoundSubtree, cached: bool) -> Row:
     """LiSSA steps (ggn) whose minibatches are all training examples, each once; its residual is not measured."""
     s = self.bench.settings
@@ -177,10 +196,19 @@ def direction(sub):
   return jax.tree.map(lambda leaf: jnp.full((1, *leaf.shape), 1e-3, jnp.float32), sub)
 
 
+def drawn_basis(width: int, hidden: int, s: IndexSettings) -> bases.Basis:
+  """A basis of the sizes that an index would have: seconds do not depend on its values."""
+  rng, views = np.random.default_rng(s.seed), len(hybrid.VIEWS)
+  kept = rng.standard_normal((width, s.index_size), np.float32) / np.float32(np.sqrt(width))
+  turned = rng.standard_normal((views, hidden, s.index_hidden), np.float32)
+  return bases.Basis("queries", kept, s.index_size, turned, np.zeros((views, hidden), np.float32))
+
+
 def make_rows(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
-  `--score_layers` get score passes, the first of them also those by `vmap`; `--layers` get LiSSA and training.
+  `--score_layers` get score passes, the first of them also those by `vmap` and an index, as all layers have;
+  `--layers` get LiSSA and training.
   """
   rows = Rows(bench)
   made = {FORWARD: rows.forward()}
@@ -189,6 +217,8 @@ def make_rows(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> 
     made[f"score {layers}"] = rows.score(chosen, False)
     if chosen.tree.boundary:
       made[f"score {layers}, boundary cache"] = rows.score(chosen, True)
+  for layers in (score_layers[0], "all"):
+    made[f"index {layers}"] = rows.index(layers)
   made["score all, attention"] = rows.score(rows.chosen("all", "attention"), False)
   first, own = rows.chosen(score_layers[0]), rows.chosen(s.layers, s.modules)
   made[f"score {score_layers[0]}, vmap"] = rows.vmap_score(first)

@@ -33,10 +33,16 @@ class BenchmarkSettings(Settings):
     within=Range(0, 2**20),
     more="In place of data; the second half is the response.",
   )
+  shapes: str = _benchmark(
+    "",
+    "Instead: index and score passes of these models.",
+    added=True,
+    more="By commas, as --model. Each in processes of its own; what is finished is kept.",
+  )
   alone: str = _benchmark(
     "",
     "One measurement in this very process.",
-    choices=("", "select", "score"),
+    choices=("", "select", "score", "shape"),
     advanced=True,
     more="The benchmark starts these itself.",
   )

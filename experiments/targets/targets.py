@@ -22,7 +22,7 @@ from experiments.targets.retraining import MATCHED, Trial, recommended, retrain
 from experiments.targets.settings import TargetsSettings
 from experiments.targets.target import Target, labels_of, size_of
 from in2core_jax.data import records, tokenizing
-from in2core_jax.data.sources import name_of
+from in2core_jax.data.sources import names_of
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import finetune
@@ -373,7 +373,7 @@ def _matched_parts(found: dict) -> list[str]:
 
 
 def _sources(bench: Session) -> str:
-  names = [pathlib.PurePath(name_of(record)).name for record in bench.splits["train"].records]
+  names = [pathlib.PurePath(name).name for name in names_of(bench.splits["train"].records)]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

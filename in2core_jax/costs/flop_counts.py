@@ -8,6 +8,8 @@ counted: it costs as much as real tokens.
 Letters: W rows of a batch, T tokens of a row, D width, V vocabulary, H query heads, P size of the subtree, Q queries.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re
@@ -43,11 +45,11 @@ class Work(NamedTuple):
   examples: float = 0.0
   batches: float = 0.0
 
-  def plus(self, other: "Work") -> "Work":
+  def plus(self, other: Work) -> Work:
     """Both, one after the other."""
     return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
-  def times(self, factor: float) -> "Work":
+  def times(self, factor: float) -> Work:
     """The same again and again; a data set of `factor` times as many examples like these."""
     return Work(*(factor * value for value in self))
 
@@ -135,6 +137,7 @@ class Sizes:
     head_chosen: whether the head is in the subtree.
     subtree: P.
     matrices: (in, out) of every chosen matrix of a layer.
+    idle: of below, above and chosen, numbers in matrices of experts that a token does not go through.
   """
 
   below: int
@@ -147,6 +150,15 @@ class Sizes:
   head_chosen: bool
   subtree: int
   matrices: tuple[tuple[int, int], ...]
+  idle: tuple[int, int, int] = (0, 0, 0)
+
+  @property
+  def computed(self) -> Sizes:
+    """With the numbers of `below`, `above` and `chosen` that are multiplied for a token."""
+    below, above, chosen = self.idle
+    return dataclasses.replace(
+      self, below=self.below - below, above=self.above - above, chosen=self.chosen - chosen, idle=(0, 0, 0)
+    )
 
   @property
   def plain(self) -> int:
@@ -160,13 +172,19 @@ def split_shapes(params: Any, tree: Subtree) -> tuple[Any, Any]:
 
 
 def layer_matrices(params: Any) -> int:
-  """Numbers in the matrices of all layers: each is multiplied for every token, also those of experts (`Mixture`)."""
+  """Numbers in the matrices of all layers, also those of experts."""
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
   return sum(_count(leaf) for path, leaf in flat.items() if leaf.ndim >= 3 and not path.endswith("/expert_bias"))
 
 
-def matrix_sizes(params: Any, tree: Subtree) -> Sizes:
-  """Sizes of a model (arrays or shapes; adapters count as matrices) and a subtree of it."""
+def matrix_sizes(params: Any, tree: Subtree, share: float = 1.0) -> Sizes:
+  """Sizes of a model (arrays or shapes; adapters count as matrices) and a subtree of it.
+
+  Args:
+    params: of the model.
+    tree: the subtree.
+    share: of the rows of all experts that is computed (`experts.share`); all of them where sketches stand beside.
+  """
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
   a_layer = layer_matrices(params) // tree.num_layers
   sub = traverse_util.flatten_dict(split_shapes(params, tree)[0], sep="/")
@@ -174,6 +192,12 @@ def matrix_sizes(params: Any, tree: Subtree) -> Sizes:
   each = tuple(leaf.shape[-2:] for leaf in matrices for _ in range(math.prod(leaf.shape[:-2])))
   size = sum(map(_count, sub.values()))
   above = tree.num_layers - tree.boundary
+  beside = {path.rpartition("/")[0] for path in flat if path.endswith(("/core", "_probe"))}
+  sketched = any(f"{module}/experts" in flat for module in beside)
+  saved = 0.0 if sketched else 1 - share
+  of_experts = sum(_count(leaf) for path, leaf in flat.items() if path.endswith("/experts")) // tree.num_layers
+  chosen_experts = sum(_count(leaf) for path, leaf in sub.items() if path.endswith("/experts"))
+  idle = of_experts * tree.boundary, of_experts * above, chosen_experts
   return Sizes(
     below=a_layer * tree.boundary,
     above=a_layer * above,
@@ -185,6 +209,7 @@ def matrix_sizes(params: Any, tree: Subtree) -> Sizes:
     head_chosen="lm_head" in tree.extras or ("embed" in tree.extras and "lm_head" not in params),
     subtree=size,
     matrices=each,
+    idle=tuple(int(saved * numbers) for numbers in idle),
   )
 
 
@@ -203,6 +228,7 @@ def pass_flops(sizes: Sizes, kind: str, work: Work, cached: bool) -> float:
     cached: hidden states come from the boundary cache, so that nothing below runs.
   """
   counts = KINDS[kind]
+  sizes = sizes if kind == "probes" else sizes.computed
   matrices = (1 + counts.through) * sizes.above + counts.own * sizes.chosen + (0 if cached else sizes.below)
   layers = counts.attention * sizes.layers_above + (0 if cached else sizes.layers_below)
   head = 1 + counts.through + counts.own if sizes.head_chosen else counts.head
@@ -216,7 +242,7 @@ def flops(kind: str, sizes: Sizes, tokens: int, responses: int, cached: bool = F
 
 def below_flops(sizes: Sizes, work: Work) -> float:
   """FLOPs of filling the boundary cache: the forward pass of the layers under it, and no head."""
-  return 2 * work.tokens * sizes.below + 4 * work.pairs * sizes.attended * sizes.layers_below
+  return 2 * work.tokens * sizes.computed.below + 4 * work.pairs * sizes.attended * sizes.layers_below
 
 
 def contraction_flops(sizes: Sizes, examples: float, queries: int) -> float:
@@ -319,13 +345,13 @@ def products_flops(sizes: Sizes, inverse: Inverse, batch: Work, fixed: int, cach
 
 
 def datainf_flops(sizes: Sizes, inverse: Inverse, rows: Work, cached: bool) -> float:
-  """FLOPs of DataInf: per-example gradients of all examples, dots, norms and weighted sums, 2 P (2 Q + 1) each.
+  """FLOPs of DataInf: a backward pass that forms no gradient, and 2 P a token for lengths, 4 P Q for dots and sums.
 
-  A relative damping takes a pass of gradients and norms before.
+  A relative damping takes a pass for lengths before. Lengths cost less in rows shorter than a matrix's sides.
   """
-  gradients = pass_flops(sizes, "gradient", rows, cached)
-  main = gradients + contraction_flops(sizes, rows.examples, 2 * inverse.queries + 1)
-  return main + (gradients + contraction_flops(sizes, rows.examples, 1) if inverse.relative else 0.0)
+  backward, once = pass_flops(sizes, "probes", rows, cached), 2.0 * rows.tokens * sizes.chosen
+  main = backward + once * (2 * inverse.queries + 1)
+  return main + (backward + once if inverse.relative else 0.0)
 
 
 def _count(leaf: Any) -> int:

@@ -110,7 +110,8 @@ def layer_bytes(config: decoder.ModelConfig, rows: int, length: int, itemsize: i
   attended = config.num_heads * config.head_dim
   attention = 8 * config.num_heads * length**2 + 2 * (config.hidden_size + attended) * length * itemsize
   experts, width = config.num_experts, config.hidden_size
-  mlp = (3 * (max(1, experts) * config.intermediate_size + width) + experts * width) * length * itemsize
+  inner = max(1, experts) * config.intermediate_size + config.shared_size
+  mlp = (3 * (inner + width) + experts * width) * length * itemsize
   return rows * max(attention, mlp)
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from in2core_jax.data import ragged
 from in2core_jax.errors import UserError
 
 REDUCTIONS = ("mean", "sum")
@@ -240,8 +241,8 @@ class Batcher:
     for low, high in zip(self.shapes, self.shapes[1:], strict=False):
       if low.num_tokens >= high.num_tokens or low.num_responses > high.num_responses:
         raise UserError(f"shapes must grow from one to the next, but {low} is followed by {high}; use plan_shapes")
-    self._lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
-    self._responses = np.array([np.count_nonzero(mask) for mask in dataset.response_mask], np.int64)
+    self._lengths = ragged.lengths_of(dataset.tokens).astype(np.int64)
+    self._responses = ragged.counts_of(dataset.response_mask).astype(np.int64)
     self._shape_index = self._first_fitting_shape()
 
   def _first_fitting_shape(self) -> np.ndarray:

@@ -48,8 +48,8 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05]")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _HEAD = 4096
 _TABLE_HEAD = r"[\w \"'-]+([,\t][\w \"'-]+)+\s*$"
-# A file's bytes, its text, and the lists and objects made of it: an estimate, not a measurement.
-_MEMORY_FACTOR = 3
+# Records lie on the disk; token ids and what is planned with them take less than the text that they are made of.
+_MEMORY_FACTOR = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def check_data_file(path: pathlib.Path, shown: str | None = None) -> DataFile:
   free = available_bytes()
   if found.st_size * _MEMORY_FACTOR > free:
     raise UserError(
-      f"{shown}: {found.st_size / 1e9:,.1f} GB need about {_MEMORY_FACTOR} times as much memory, and "
+      f"{shown}: {found.st_size / 1e9:,.1f} GB may need as much memory as token ids, and "
       f"{free / 1e9:,.1f} GB are free; give a part of the file, such as its first lines: head -n 100000 FILE"
     )
   with path.open("rb") as file:
@@ -187,9 +187,9 @@ def _kind_of_bytes(path: pathlib.Path, head: bytes) -> str | tuple[str, str]:
     )
   if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
     return "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8 FILE"
-  if head.startswith(_UTF_16) or (len(head) > 3 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
+  if head.startswith(_UTF_16) or (len(head) > 3 and head[1] == 0 and (head[1::2].count(0) > 0.4 * len(head[1::2]))):
     return "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"
-  if b"\x00" in head:
+  if b"\x00" in head and head.lstrip()[:1] not in (b"{", b"["):  # of lines, one may be damaged
     return "a binary file, not text", _GIVE
   return _kind_of_text(path, head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").lstrip())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ OTHER_WORDS = {
 }
 
 
+@functools.lru_cache(1024)  # records of a source have the same keys
 def snake(key: str) -> str:
   """`conversationId`, `Conversation ID` and `conversation-id` as conversation_id."""
   return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()).strip("_")

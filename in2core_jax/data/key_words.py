@@ -30,6 +30,7 @@ NO_MEANING = frozenset(
     "hash",
     "hashed_ip",
     "fingerprint",
+    "system_fingerprint",
     "unnamed_0",
     "source",
     "sources",
@@ -40,6 +41,7 @@ NO_MEANING = frozenset(
     "origin",
     "provenance",
     "subset",
+    "split",
     "config",
     "corpus",
     "url",
@@ -143,6 +145,7 @@ NO_MEANING = frozenset(
     "reviews",
     "review_count",
     "popularity",
+    "views",
     "logprob",
     "logprobs",
     "entropy",
@@ -176,6 +179,7 @@ NO_MEANING = frozenset(
     "len",
     "tokens",
     "token_count",
+    "token_counter",
     "n_tokens",
     "turn",
     "turns",
@@ -211,7 +215,8 @@ PARTS = frozenset(
 )
 OF_NUMBERS = re.compile(r"(num|n)_\w+|\w+_(count|tokens|length|len|size|score|scores|rating|rank|logprob|ppl|time)")
 OF_WORDS = re.compile(
-  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|licen[sc]e|index|idx)"
+  r"\w+_(id|uuid|hash|sha|md5|url|link|date|at|lang|language|locale|model|version|source|dataset|type|index|idx)"
+  r"|\w+_licen[sc]e"
   r"|(index_level|unnamed)_\d+|score_\w+"
 )
 COUNTED_LISTS = frozenset(["tokens", "turns"])  # numbers have no meaning, lists under these names may be the data
@@ -298,6 +303,9 @@ ABOUT_LOSS = frozenset(["loss", "train", "training", "trained", "mask", "masked"
 SAMPLE_WEIGHTS = frozenset(
   ["weight", "weights", "sample_weight", "example_weight", "loss_weight", "loss_scale", "row_weight"]
 )
+# Under a name of reasoning: whether somebody is to think, and how much. Nemotron has "on" and "off".
+SWITCH = frozenset(["on", "off", "yes", "no", "true", "false", "none", "auto", "low", "medium", "high", "minimal"])
+SWITCH |= {"enabled", "disabled", "0", "1"}
 # Keys of a whole record that other trainers have as settings, and the value that says what we do anyway.
 SETTINGS = {
   **dict.fromkeys(["train_on_input", "train_on_inputs", "train_on_prompt", "train_on_prompts", "train_on_user"], False),

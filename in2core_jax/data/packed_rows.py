@@ -1,16 +1,12 @@
-"""Examples laid out in rows: which examples share a row, and where each of them lies; letters as in `packing`."""
+"""Examples laid out in rows: where each of them lies; letters as in `packing`."""
 
-import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from in2core_jax.data.batches import within_sequences
-
-# Attention over a row costs its length for every token. Up to here that is little beside the layer's matrices; longer
-# examples go into rows of their own length class, so that short ones do not pay for them.
-SHORT_ROW = 512
+from in2core_jax.data.row_plans import pack, row_lengths
 
 
 class PackedRows(NamedTuple):
@@ -27,47 +23,6 @@ class PackedRows(NamedTuple):
   offsets: np.ndarray
   examples: np.ndarray
   places: np.ndarray
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-  """Distributes items over as few bins as best-fit decreasing finds (at most 11/9 of the optimum + 1, Johnson 1973).
-
-  Args:
-    lengths: size of each item, at most `capacity`.
-    capacity: of a bin.
-
-  Returns:
-    For each bin its items' indices, in order of placement; equal lengths keep their order.
-  """
-  bins: list[list[int]] = []
-  room: list[tuple[int, int]] = []  # (free space, bin), sorted
-  for item in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
-    length = int(lengths[item])
-    at = bisect.bisect_left(room, (length, -1))
-    if at == len(room):
-      bins.append([])
-      free, chosen = capacity, len(bins) - 1
-    else:
-      free, chosen = room.pop(at)
-    bins[chosen].append(int(item))
-    bisect.insort(room, (free - length, chosen))
-  return bins
-
-
-def pack(members: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
-  """Rows of at most `capacity` tokens that hold the examples `members`; lengths are those of the whole data set."""
-  return [[int(members[item]) for item in row] for row in best_fit(lengths[members], capacity)]
-
-
-def row_lengths(lengths: np.ndarray, multiple: int = 16) -> dict[int, np.ndarray]:
-  """Row length of each length class -> the examples in it: up to `SHORT_ROW`, and a class for each doubling above.
-
-  A row is as long as the class's longest example, rounded up to `multiple`.
-  """
-  lengths = np.asarray(lengths, np.int64)
-  doublings = np.ceil(np.log2(np.maximum(lengths, SHORT_ROW) / SHORT_ROW)).astype(np.int64)
-  classes = (np.flatnonzero(doublings == step) for step in np.unique(doublings))
-  return {-(-int(lengths[members].max()) // multiple) * multiple: members for members in classes}
 
 
 def packed_plan(lengths: np.ndarray, batch_tokens: int, multiple_of: int = 1) -> list[tuple[int, int, list[list[int]]]]:

@@ -13,23 +13,24 @@ Letters: W rows and E examples of a batch, T tokens of a row, G groups of device
 are cut evenly over them, and no index leaves its group), R responses of an example, M filled response slots of a group.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from in2core_jax.data import ragged
 from in2core_jax.data.batches import Batch, PairTerms, rejected_starts, round_up, slot_weight
-from in2core_jax.data.packed_rows import lay_out, pack, row_lengths
+from in2core_jax.data.packed_rows import lay_out
+from in2core_jax.data.row_plans import Cells, FlatCells, FlatPlan, pack, placed, row_lengths
 from in2core_jax.errors import UserError
 
 _COMPILE_STEPS = 10  # a training step is compiled in less than the time that the largest batch is run so often
 
 
 # ---- batches with their responses ----------------------------------------------------
-
-# The rows of each group of a batch, and the examples of each row.
-Cells = list[list[list[int]]]
 
 
 class PackedShape(NamedTuple):
@@ -49,7 +50,7 @@ class PackedShape(NamedTuple):
   num_responses: int
   num_slots: int
 
-  def holds(self, other: "PackedShape") -> bool:
+  def holds(self, other: PackedShape) -> bool:
     """Whether a batch of the other shape fits."""
     return self.num_tokens == other.num_tokens and all(a >= b for a, b in zip(self, other, strict=True))
 
@@ -92,31 +93,41 @@ class Packer:
     self.dataset, self.reduction, self.hidden, self.groups = dataset, reduction, hidden, groups
     self.shapes = tuple(sorted(shapes))
     self.pairs, self._second = pairs, rejected_starts(dataset)
-    self._lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
-    self._responses = np.array([np.count_nonzero(mask) for mask in dataset.response_mask], np.int64)
+    self._lengths = ragged.lengths_of(dataset.tokens)
+    self._responses = ragged.counts_of(dataset.response_mask)
 
   def __len__(self) -> int:
     return len(self._lengths)
 
   # ---- plans: which examples share a batch
 
-  def sequential_plan(self, batch_tokens: int) -> list[tuple[PackedShape, Cells]]:
+  def sequential_plan(self, batch_tokens: int) -> Sequence[tuple[PackedShape, Cells]]:
     """Lists the batches of `sequential`: each example once, about equally many response tokens in each batch."""
     if batch_tokens < 1:
       raise UserError(f"batch_tokens={batch_tokens} must be at least 1")
-    plan = []
-    for length, members in self._classes().items():
-      rows = pack(members, self._lengths, length)
-      height = max(1, batch_tokens // length // self.groups)
-      count = -(-len(rows) // (height * self.groups)) * self.groups
-      rows.sort(key=lambda row: -sum(self._responses[row]))
-      cells: list[list[list[int]]] = [[] for _ in range(count)]
-      for turn in range(0, len(rows), count):  # back and forth, so that all cells end up alike
-        order = range(count) if turn // count % 2 == 0 else reversed(range(count))
-        for cell, row in zip(order, rows[turn : turn + count], strict=False):
-          cells[cell].append(row)
-      plan += [(length, cells[first : first + self.groups]) for first in range(0, count, self.groups)]
-    return self._shaped(plan)
+    dealt = [self._dealt(members, length, batch_tokens) for length, members in self._classes().items()]
+    plan = FlatPlan(self.groups, dealt)
+    return plan.with_shapes(self._shapes_of(plan))
+
+  def _dealt(self, members: np.ndarray, length: int, batch_tokens: int) -> FlatCells:
+    """Packs the examples of one row length, and deals the rows, by falling responses back and forth, over cells."""
+    order, chosen = placed(self._lengths[members], length)
+    members = members[order].astype(np.int32)
+    sizes = np.bincount(chosen)
+    height = max(1, batch_tokens // length // self.groups)
+    count = -(-len(sizes) // (height * self.groups)) * self.groups
+    ranked = np.argsort(-np.bincount(chosen, self._responses[members]), kind="stable").astype(np.int32)
+    turn, place = np.divmod(np.arange(len(sizes), dtype=np.int32), np.int32(count))
+    cell = np.where(turn % 2 == 0, place, count - 1 - place)  # so that all cells end up alike
+    rows = ranked[np.argsort(cell, kind="stable")]
+    rank = np.empty_like(rows)
+    rank[rows] = np.arange(len(rows), dtype=np.int32)
+    return FlatCells(
+      length,
+      members[np.argsort(rank[chosen], kind="stable")],
+      np.cumsum(sizes[rows], dtype=np.int32),
+      np.cumsum(np.bincount(cell, minlength=count), dtype=np.int32),
+    )
 
   def _classes(self) -> dict[int, np.ndarray]:
     """Row length -> its examples: lengths of the given shapes where they hold everything."""
@@ -163,13 +174,15 @@ class Packer:
     return [pack(ranked[group == g], self._lengths, length) for g in range(self.groups)]
 
   def _shaped(self, plan: list[tuple[int, Cells]]) -> list[tuple[PackedShape, Cells]]:
-    """Gives each batch its shape: a given one that holds it, else one that holds all such batches of the plan."""
+    """Gives each batch its shape."""
+    return [(shape, cells) for shape, (_, cells) in zip(self._shapes_of(plan), plan, strict=True)]
+
+  def _shapes_of(self, plan: Sequence[tuple[int, Cells]]) -> list[PackedShape]:
+    """The shape of each batch: a given one that holds it, else one that holds all such batches of the plan."""
     needs = [self._need(length, cells) for length, cells in plan]
     own = join(need for need in needs if not any(shape.holds(need) for shape in self.shapes))
     every = (*self.shapes, *own)
-    return [
-      (next(shape for shape in every if shape.holds(need)), cells) for need, (_, cells) in zip(needs, plan, strict=True)
-    ]
+    return [next(shape for shape in every if shape.holds(need)) for need in needs]
 
   def _need(self, length: int, cells: Cells) -> PackedShape:
     examples = [list(itertools.chain.from_iterable(cell)) for cell in cells]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from in2core_jax.data.json_text import Decoder, Refused
 from in2core_jax.data.key_names import is_empty, meant, snake
 from in2core_jax.data.key_words import (
   ABOUT_LOSS,
@@ -29,6 +30,7 @@ from in2core_jax.data.key_words import (
   SAMPLE_WEIGHTS,
   SETTINGS,
   SHORT,
+  SWITCH,
   UNWANTED,
   WANTED,
 )
@@ -39,10 +41,11 @@ from in2core_jax.errors import UserError
 def has_no_meaning(key: str, value: Any) -> bool:
   """Whether the value is known to be without meaning for what is learnt: an id, a source, a score, a date, ..."""
   name = snake(key)
-  if _holds_parts(value):
+  parsed = _from_json(value)
+  if _holds_parts(parsed):
     return False
   if name in ANY_SIZE:
-    return True
+    return not isinstance(parsed, str) or not name.startswith("meta")  # ChatGLM: the name of the tool that is called
   if name in COUNTED_LISTS or OF_NUMBERS.fullmatch(name):
     return isinstance(value, int | float) and not isinstance(value, bool)
   if name not in NO_MEANING and not OF_WORDS.fullmatch(name):
@@ -59,9 +62,19 @@ def _holds_parts(value: Any) -> bool:
     return False
   names = PARTS | LEARNT | NOT_LEARNT
   for key, item in value.items():
-    if _holds_parts(item) or (not is_empty(item) and (snake(key) in names or is_medium(key))):
+    if _holds_parts(item) or (not is_empty(item) and (meant(key) in names or is_medium(key))):
       return True
   return False
+
+
+def _from_json(value: Any) -> Any:
+  """The object or list that a text holds, as tables of texts have their metadata; anything else as it is."""
+  if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+    return value
+  try:
+    return Decoder().whole(value)
+  except Refused:
+    return value
 
 
 def column_type(key: str) -> str:
@@ -115,6 +128,11 @@ def check_record_key(key: str, value: Any) -> bool:
   if _about_loss(name) and isinstance(value, bool):
     raise UserError(f"{out}, and it is not clear whether that takes the record out of the loss; remove the key")
   return False
+
+
+def is_switch(value: Any) -> bool:
+  """Whether a value says that there is reasoning, or how much, and is none itself."""
+  return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in SWITCH)
 
 
 _WRITE_TRAIN = "write 'train': true or false into the turns instead"

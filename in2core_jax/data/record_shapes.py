@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from in2core_jax.data import media, preferences, record_keys
 from in2core_jax.data.key_names import by_known_names, is_empty
@@ -199,8 +199,10 @@ def _turns_of_round(pair: Any, at: str, path: str, reader: TurnReader) -> list[M
   question, answer, rest = _round(pair, at)
   if is_empty(question) and is_empty(answer):
     return []
+  system = rest.pop("system", None)  # XTuner has it in the first round
+  first = [reader.turn({"role": "system", "content": system}, at, path)] if not is_empty(system) else []
   asked = reader.turn({"role": "user", "content": question}, at, path)
-  return [asked, reader.turn({"role": "assistant", "content": answer} | rest, at, path)]
+  return [*first, asked, reader.turn({"role": "assistant", "content": answer} | rest, at, path)]
 
 
 def _names_of_round(pair: Any) -> tuple[str, str] | None:
@@ -254,7 +256,8 @@ def _pair(prompt: str, response: str, *extras: str) -> _Parse:
     if _has_roles(view.get(response)):
       return [*messages, *asked, *reader.turns(view[response], response)]
     answer = {"role": "assistant", "content": _text(view, response, optional=True)}
-    thoughts = {key: view[key] for key in REASONING[:3] if not is_empty(view.get(key))}
+    said = [key for key in REASONING[:3] if not is_empty(view.get(key))]
+    thoughts = {key: view[key] for key in said if not record_keys.is_switch(view[key])}
     used.update(thoughts)
     return [*messages, *asked, reader.turn(answer | thoughts, "the record", "")]
 
@@ -366,6 +369,37 @@ def _by_known_names(kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
   return by_known_names(kept, {*extras, *columns, "input"})
 
 
+_WRITE = "write each record as 'messages' with roles and contents"
+# Columns of other formats that no shape has -> what they hold, what to do.
+_NOT_READ = {
+  "input_ids": f"holds token ids of another program; give the texts that they were made of: {_WRITE}",
+  "segments": f"holds segments of Axolotl, which have no roles; {_WRITE}",
+  "input_output": f"holds segments of Axolotl, which have no roles; {_WRITE}",
+  "contents": f"holds turns of Gemini's API; {_WRITE}",
+  "body": "holds a request of a batch API; give what it holds as the record",
+  "preferred_output": "is one side of a preference pair; write 'prompt', 'chosen' and 'rejected'",
+}
+
+
+def _refuse_shape(value: Mapping[str, Any]) -> NoReturn:
+  """Refuses a record of no shape, with what would help with its columns."""
+  filled = {key: item for key, item in value.items() if not is_empty(item)}
+  for key in (key for key in _NOT_READ if key in filled):
+    raise UserError(f"{key!r} {_NOT_READ[key]}")
+  turns = next((key for key, item in filled.items() if _has_roles(item)), None)
+  texts = [key for key, item in filled.items() if isinstance(item, str) and not record_keys.has_no_meaning(key, item)]
+  help_ = "name the columns, for example with data_fields=prompt=question,response=answer"
+  if turns:
+    help_ = f"name the columns, for example with data_fields=messages={clean(turns)}"
+  elif texts and {"text", "chat"}.issuperset(texts):
+    help_ = f"{texts[0]!r} alone does not say what in it is the response: {_WRITE}"
+  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2])) + "; chosen + rejected"
+  raise UserError(
+    f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
+    f"with ### Human: and ### Assistant:; {help_}"
+  )
+
+
 def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[str, ...], _Parse]:
   """The first shape whose columns are all filled, or else there: a table of several shapes has empty columns."""
   filled = {column for column in view if not is_empty(view[column])}
@@ -381,11 +415,7 @@ def _shape_of(view: Mapping[str, Any], value: Mapping[str, Any]) -> tuple[tuple[
     for shape in shapes:
       if fit(shape.columns) and shape.fits(view):
         return shape.columns, shape.parse
-  known = "; ".join(" + ".join(shape.columns) for shape in (*_FIRST_SHAPES, *_MORE_SHAPES[:-2])) + "; chosen + rejected"
-  raise UserError(
-    f"unknown record shape: its columns are {', '.join(map(clean, value)) or '(none)'}; known shapes: {known}; text "
-    "with ### Human: and ### Assistant:; name the columns, for example with data_fields=prompt=question,response=answer"
-  )
+  _refuse_shape(value)
 
 
 def _end_at_last_response(messages: list[Message]) -> Messages:

@@ -1,4 +1,4 @@
-"""Records with stable ids, and the account of those that could not be read.
+"""Records with stable ids.
 
 What a record looks like is told in `record_shapes.py`; nothing here knows a file format or a tokenizer.
 """
@@ -10,15 +10,17 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from in2core_jax.data import ragged, record_file
+from in2core_jax.data.bad_records import BadRecords, shorten
+from in2core_jax.data.record_file import LEARNT, PAIR, UNREAD, Records
 from in2core_jax.data.record_shapes import Conversation, Messages, is_learnt, read_record
 from in2core_jax.data.turns import Message, type_name
-from in2core_jax.errors import UserError, printable
+from in2core_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,95 +102,6 @@ class Item:
     return f"{self.source}:{self.line}"
 
 
-class BadRecords:
-  """The records that could not be read: refused together, or left out and counted.
-
-  Attributes:
-    skip: whether they are left out (`--skip_bad_records`).
-    read: how many records there were, bad ones too.
-    looked_at: how many of them were looked at, where limits, topics or --dedup have left some out; None: all.
-    kept: {"place", "reason", "record"} of each, in the order in which they were found; the first alone without `skip`.
-    kinds: how many there are of each kind of reason.
-  """
-
-  def __init__(self, skip: bool = False):
-    self.skip = skip
-    self.read = 0
-    self.looked_at: int | None = None
-    self.kept: list[dict[str, str]] = []
-    self.kinds: collections.Counter[str] = collections.Counter()
-
-  def __len__(self) -> int:
-    return sum(self.kinds.values())
-
-  def refuse(self, place: str, raw: str, reason: str) -> None:
-    """Takes a record out.
-
-    Args:
-      place: file and line, or whatever else names it.
-      raw: its text.
-      reason: what is wrong with it and what to do, without the place.
-    """
-    entry = {"place": place, "reason": reason, "record": raw}
-    if self.skip:
-      self.kept.append(entry)
-    elif not self.kept or _comes_before(place, self.kept[0]["place"]):
-      self.kept = [entry]
-    kind = re.sub(r"'[^']*'|\"[^\"]*\"", "...", reason.partition(";")[0])
-    self.kinds[shorten(re.sub(r"\d[\d,.]*", "N", kind), 100)] += 1
-
-  def raise_if_any(self) -> None:
-    """Tells of all of them at once.
-
-    Raises:
-      UserError: there are some, and they are not to be left out.
-    """
-    if self.skip or not self.kept:
-      return
-    first = f"{self.kept[0]['place']}: {self.kept[0]['reason']}"
-    if len(self) == 1:
-      raise UserError(printable(f"{first}; 1 of {self._all()}; --skip_bad_records leaves it out"))
-    raise UserError(
-      printable(f"{len(self):,} of {self._all()} cannot be used ({self._told_kinds()}); the first is {first}")
-      + "; --skip_bad_records leaves them out"
-    )
-
-  def _all(self) -> str:
-    if self.looked_at is not None and len(self) <= self.looked_at < self.read:
-      return f"the {self.looked_at:,} records that limits, topics or --dedup leave of {self.read:,}"
-    return f"{self.read:,} records" if self.read >= len(self) else "the records"
-
-  def _told_kinds(self, most: int = 3) -> str:
-    told = [f"{count:,} x {kind}" for kind, count in self.kinds.most_common(most)]
-    more = len(self.kinds) - len(told)
-    return "; ".join(told) + (f"; and {more} more kinds" if more else "")
-
-  def summary(self) -> dict[str, Any]:
-    """What data_summary.json says: `count`, and `reasons`, how many of each kind."""
-    return {"count": len(self), "reasons": dict(self.kinds.most_common())}
-
-  def lines(self) -> str:
-    """The text of skipped_records.jsonl: source by source, in the order of their lines."""
-    order: dict[str, int] = {}
-
-    def place_of(entry: dict[str, str]) -> tuple[int, int]:
-      source, _, line = entry["place"].rpartition(":")
-      return order.setdefault(source, len(order)), int(line) if line.isdecimal() else 0
-
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in sorted(self.kept, key=place_of))
-
-
-def _comes_before(place: str, other: str) -> bool:
-  """Whether a place is an earlier line of the same file: broken lines are found before what is wrong in whole ones."""
-  (source, _, line), (source_there, _, line_there) = place.rpartition(":"), other.rpartition(":")
-  return source == source_there and line.isdecimal() and line_there.isdecimal() and int(line) < int(line_there)
-
-
-def shorten(text: str, limit: int = 120) -> str:
-  """Cuts a text for an error message, and writes its control characters as escapes."""
-  return printable(text if len(text) <= limit else text[:limit] + "...")
-
-
 def content_key(messages: Sequence[Message], tools: Sequence[Any] = (), rejected: Sequence[Message] = ()) -> str:
   """SHA-256 (hex) of the canonical JSON of all that is rendered.
 
@@ -233,10 +146,76 @@ def spoken(message: Message) -> str:
   return "\n".join(filter(None, [message.get("reasoning_content", ""), message["content"], *calls]))
 
 
+def content_digests(records: Sequence[Record]) -> np.ndarray:
+  """SHA-256 of all that is rendered, S32 [N]: equal for duplicates; see `Records.column`."""
+  if isinstance(records, Records):
+    return records.column("content")
+  return np.array([bytes.fromhex(record.content_key) for record in records], "S32")
+
+
+def prompt_digests(records: Sequence[Record]) -> np.ndarray:
+  """The same of what is rendered before the first response."""
+  if isinstance(records, Records):
+    return records.column("prompt")
+  return np.array([bytes.fromhex(record.prompt_key) for record in records], "S32")
+
+
+def content_keys(records: Sequence[Record]) -> list[str]:
+  """`Record.content_key` of each."""
+  return [digest.ljust(32, b"\0").hex() for digest in content_digests(records).tolist()]
+
+
+def ids_of(records: Sequence[Record]) -> Sequence[str]:
+  """Their ids."""
+  return records.ids if isinstance(records, Records) else tuple(record.example_id for record in records)
+
+
+def topics_of(records: Sequence[Record]) -> tuple[str, ...]:
+  """Their topics, "" where there is none."""
+  return tuple(records.names("topic") if isinstance(records, Records) else (record.topic for record in records))
+
+
+def sources_of(records: Sequence[Record]) -> Iterable[str]:
+  """The file or data set of each."""
+  return records.names("source") if isinstance(records, Records) else (record.source for record in records)
+
+
+def first_pair(records: Sequence[Record]) -> Record | None:
+  """The first preference pair; None where there is none."""
+  return _first(records, PAIR, lambda record: bool(record.rejected))
+
+
+def first_plain(records: Sequence[Record]) -> Record | None:
+  """The first conversation that is no preference pair; None where there is none."""
+  if isinstance(records, Records):
+    rows = np.flatnonzero(records.column("flags") & PAIR == 0)
+    return records[int(rows[0])] if len(rows) else None
+  return next((record for record in records if not record.rejected), None)
+
+
+def has_response(records: Sequence[Record]) -> bool:
+  """Whether any of them has a response that is learnt."""
+  return _first(records, LEARNT, lambda record: record.has_response) is not None
+
+
+def with_unread(records: Sequence[Record]) -> Iterable[Record]:
+  """Those that have keys which nobody reads."""
+  if isinstance(records, Records):
+    records = records.take(np.flatnonzero(records.column("flags") & UNREAD))
+  return (record for record in records if record.unread)
+
+
+def _first(records: Sequence[Record], flag: int, fits: Callable[[Record], bool]) -> Record | None:
+  if not isinstance(records, Records):
+    return next(filter(fits, records), None)
+  rows = np.flatnonzero(records.column("flags") & flag)
+  return records[int(rows[0])] if len(rows) else None
+
+
 def first_of(records: Sequence[Record]) -> np.ndarray:
   """The place of the first record with the content of each, int64 [N]: the same number for copies."""
-  places: dict[str, int] = {}
-  return np.array([places.setdefault(record.content_key, at) for at, record in enumerate(records)], np.int64)
+  _, first, number = np.unique(content_digests(records), return_index=True, return_inverse=True)
+  return first[number.reshape(-1)].astype(np.int64)
 
 
 def firsts(records: Sequence[Record]) -> np.ndarray:
@@ -244,8 +223,8 @@ def firsts(records: Sequence[Record]) -> np.ndarray:
   return first_of(records) == np.arange(len(records))
 
 
-def drawn_share(records: Sequence[Record], share: float) -> list[Record]:
-  """A share of the conversations, in source order: those whose hashes come first, the same whatever the order.
+def drawn_share(records: Sequence[Record], share: float) -> np.ndarray:
+  """Rows of a share of the conversations: those whose hashes come first, the same whatever the order.
 
   A larger share has all that a smaller one has; copies of a conversation stay together.
 
@@ -254,9 +233,10 @@ def drawn_share(records: Sequence[Record], share: float) -> list[Record]:
     share: above 0; at least one conversation is kept.
   """
   order = lambda key: hashlib.sha256(f"share/{key}".encode()).digest()  # noqa: E731
-  keys = sorted({record.content_key for record in records}, key=order)
-  kept = set(keys[: max(1, round(share * len(keys)))])
-  return [record for record in records if record.content_key in kept]
+  keys = content_keys(records)
+  distinct = sorted(set(keys), key=order)
+  kept = set(distinct[: max(1, round(share * len(distinct)))])
+  return np.flatnonzero([key in kept for key in keys])
 
 
 def rejected_turns(record: Record) -> Messages:
@@ -265,12 +245,27 @@ def rejected_turns(record: Record) -> Messages:
   return record.rejected[len(record.messages) :] if shared is None else record.rejected[shared:]
 
 
+class Raws(Sequence):
+  """The records exactly as they were read, each when it is asked for."""
+
+  def __init__(self, records: Sequence[Record]):
+    self._records = records
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    return self._records.raw(index) if isinstance(self._records, Records) else self._records[index].raw
+
+
 def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
   """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
-  return "".join(records[row].raw + "\n" for row in rows)
+  return "".join(raw + "\n" for raw in Raws(ragged.taken(records, np.fromiter(rows, np.int64))))
 
 
-def to_records(items: Iterable[Item], bad: BadRecords) -> list[Record]:
+def to_records(items: Iterable[Item], bad: BadRecords) -> Records:
   """Reads the items as conversations and gives them unique ids.
 
   Args:
@@ -280,63 +275,81 @@ def to_records(items: Iterable[Item], bad: BadRecords) -> list[Record]:
   Returns:
     One record for each of the others, in the same order.
   """
-  read: list[tuple[Item, Conversation]] = []
+  writer, given = record_file.Writer(), []
   for item in items:
     bad.read += 1
     try:
       if not isinstance(item.value, dict):
         raise UserError(f"the record is {type_name(item.value)}, not a JSON object: {shorten(item.raw)}")
-      read.append((dataclasses.replace(item, value=None), read_record(item.value, item.fields)))
+      found = read_record(item.value, item.fields)
     except UserError as error:
       bad.refuse(item.place, item.raw, str(error))
-  keys = [content_key(found.messages, found.tools, found.rejected) for _, found in read]
-  read, given, keys = _told_apart(read, keys, bad)
-  ids = _unique_ids(given, keys, [item.name for item, _ in read])
-  return [
-    Record(
-      *(one, found.messages, found.topic, item.raw, item.source, item.line, found.tools, found.unread, item.origin),
-      found.rejected,
-    )
-    for one, (item, found) in zip(ids, read, strict=True)
-  ]
+      continue
+    writer.append(_written(item, found))
+    given.append(found.given_id)
+  records = writer.done(_record)
+  rows, given = _told_apart(records, given, bad)
+  records = records.take(rows) if len(rows) < len(records) else records
+  return records.with_ids(_unique_ids(given, records.column("content"), records.names("name")))
 
 
-def _told_apart(
-  read: list[tuple[Item, Conversation]], keys: list[str], bad: BadRecords
-) -> tuple[list[tuple[Item, Conversation]], list[str | None], list[str]]:
+def _written(item: Item, found: Conversation) -> record_file.Written:
+  """What is kept of a record."""
+  bare = Record("", found.messages, found.topic, "", item.source, item.line, found.tools, rejected=found.rejected)
+  flags = LEARNT * bare.has_response | PAIR * bool(found.rejected) | UNREAD * bool(found.unread)
+  digests = bytes.fromhex(bare.content_key), bytes.fromhex(bare.prompt_key)
+  said = found.messages, found.tools, found.unread, found.rejected
+  return record_file.Written(
+    said, item.raw, item.line, *digests, item.source, item.origin, item.name, found.topic, flags
+  )
+
+
+def _record(name: str, said: list[Any], raw: str, line: int, source: str, origin: str, topic: str) -> Record:
+  messages, tools, unread, rejected = map(tuple, said)
+  return Record(name, messages, topic, raw, source, line, tools, unread, origin, rejected)
+
+
+def _told_apart(records: Records, given: list[str | None], bad: BadRecords) -> tuple[np.ndarray, list[str | None]]:
   """Makes given ids name one conversation each.
 
   An id that two files use for different conversations gets the file's name in front, in both; a file that does so
   within itself is wrong. Sources with names of their own have them in front in any case.
 
+  Args:
+    records: all of them, without ids.
+    given: what they are called, or None.
+    bad: gets those that share an id.
+
   Returns:
-    (the records that stay, their given ids, their content keys).
+    (rows of the records that stay, their given ids).
   """
-  first: dict[tuple[str, str], int] = {}
-  contents: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
-  stay, given = [], []
-  for i, (item, found) in enumerate(read):
-    name = found.given_id
+  if not any(name is not None for name in given):
+    return np.arange(len(records)), given
+  keys, sources, names = records.column("content"), records.names("source"), records.names("name")
+  in_source: dict[str, dict[str, int]] = collections.defaultdict(dict)
+  of_name: dict[str, dict[str, int]] = collections.defaultdict(dict)
+  several: set[tuple[str, str]] = set()
+  stay = []
+  for row, name in enumerate(given):
     if name is not None:
-      other = first.setdefault((item.source, name), i)
-      if keys[other] != keys[i]:
-        where = f"{read[other][0].place} and {item.place}"
+      other = in_source[sources[row]].setdefault(name, row)
+      if keys[other] != keys[row]:
+        again = records[row]
         bad.refuse(
-          item.place,
-          item.raw,
-          f"id {name!r} names two different conversations, at {where}; make ids unique, or leave them out to get "
-          "content hashes",
+          again.place,
+          again.raw,
+          f"id {name!r} names two different conversations, at {records[other].place} and {again.place}; make ids "
+          "unique, or leave them out to get content hashes",
         )
         continue
-      contents[item.name, name].add(keys[i])
-    stay.append(i)
-    given.append(name)
-  labels = source_labels(dict.fromkeys(item.source for item, _ in read))
-  given = [
-    f"{labels[read[i][0].source]}:{name}" if name is not None and len(contents[read[i][0].name, name]) > 1 else name
-    for i, name in zip(stay, given, strict=True)
+      if keys[of_name[names[row]].setdefault(name, row)] != keys[row]:
+        several.add((names[row], name))
+    stay.append(row)
+  labels = source_labels(dict.fromkeys(sources))
+  apart = [
+    f"{labels[sources[row]]}:{given[row]}" if (names[row], given[row]) in several else given[row] for row in stay
   ]
-  return [read[i] for i in stay], given, [keys[i] for i in stay]
+  return np.array(stay, np.int64), apart
 
 
 def source_labels(sources: Iterable[str]) -> dict[str, str]:
@@ -349,8 +362,10 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
   return {source: source for source in parts}
 
 
-def _unique_ids(given: list[str | None], keys: list[str], names: list[str]) -> list[str]:
-  wanted = [given[i] if given[i] is not None else key[:16] for i, key in enumerate(keys)]
+def _unique_ids(given: list[str | None], digests: np.ndarray, names: list[str]) -> list[str]:
+  """An id for each: the given one, or else the first 16 hex digits of the digest (S32 [N]); the name in front."""
+  keys = digests.view(np.uint8).reshape(-1, 32)[:, :8].tobytes().hex()
+  wanted = [keys[16 * i : 16 * i + 16] if one is None else one for i, one in enumerate(given)]
   wanted = [f"{name}:{one}" if name else one for name, one in zip(names, wanted, strict=True)]
   first: dict[str, int] = {}
   for i, name in enumerate(given):

@@ -195,6 +195,8 @@ class Responses(Layout):
     for k in learnt:
       if k in by_turn:
         rendered.notes[_change(messages[k], by_turn[k])] += 1
+      elif len(owners) == len(spans) or not spans:
+        rendered.notes["answer outside of the generation marks, and not learnt"] += 1
 
 
 _NOUN = {"assistant": "answer", "system": "system message"}

@@ -5,13 +5,15 @@ To add a source: a function that yields `Item`s, a branch in `_items`, and its w
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import yaml
 
 from in2core_jax.data.assets import asset_path
@@ -20,8 +22,9 @@ from in2core_jax.data.folders import data_files, is_data_name
 from in2core_jax.data.hub import hub_data
 from in2core_jax.data.json_files import json_items
 from in2core_jax.data.message_trees import assembled
+from in2core_jax.data.record_file import Records
 from in2core_jax.data.record_shapes import ROLES
-from in2core_jax.data.records import BadRecords, Item, Record, drawn_share, shorten, to_records
+from in2core_jax.data.records import BadRecords, Item, Record, drawn_share, has_response, shorten, to_records
 from in2core_jax.data.source_specs import Source, sources_of
 from in2core_jax.data.tables import table_items, to_plain
 from in2core_jax.errors import UserError, printable
@@ -38,12 +41,24 @@ _ROLE_FIRST = re.compile(rf"\s*(?:{'|'.join(ROLES)})\s*=")
 
 def name_of(record: Record) -> str:
   """The source that a record is of, as `Source.origin` says."""
-  if record.origin:
-    return record.origin
-  return "chatterbot" if record.source.startswith("chatterbot/") else record.source
+  return _name_of(record.origin, record.source)
 
 
-def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | None = None) -> list[Record]:
+def names_of(records: Sequence[Record]) -> list[str]:
+  """`name_of` of each."""
+  if not isinstance(records, Records):
+    return [name_of(record) for record in records]
+  known = functools.cache(_name_of)
+  return [known(*both) for both in zip(records.names("origin"), records.names("source"), strict=True)]
+
+
+def _name_of(origin: str, source: str) -> str:
+  if origin:
+    return origin
+  return "chatterbot" if source.startswith("chatterbot/") else source
+
+
+def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | None = None) -> Records:
   """Reads all records of a source.
 
   Args:
@@ -57,7 +72,7 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
       error.
 
   Returns:
-    The records in source order, with unique ids.
+    The records in source order, with unique ids; they lie on the disk.
 
   Raises:
     UserError: unknown source, missing or broken file, unknown column, records that cannot be read, no record at all, or
@@ -80,7 +95,7 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
     )
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
-  if not any(record.has_response for record in records):
+  if not has_response(records):
     raise UserError(
       f"{spec}: none of the {len(records)} records has a response (a non-empty assistant turn that is not taken out of "
       f"the loss), so there is nothing to learn from; the first is {records[0].place} {shorten(records[0].raw)}"
@@ -118,16 +133,21 @@ def parse_fields(data_fields: str | None) -> dict[str, dict[str, str]]:
   return {source: fields for source, fields in groups.items() if fields}
 
 
-def _drawn(records: list[Record], parts: list[Source]) -> list[Record]:
+def _drawn(records: Records, parts: list[Source]) -> Records:
   """The records, of sources with a share that much."""
-  shares = {part.origin: part.share for part in parts}
+  shares = {part.origin: part.share for part in parts if part.share < 1}
+  origins = np.array(records.names("origin"), dtype=object) if shares else None
+  kept = np.ones(len(records), bool)
   for origin, share in shares.items():
-    if share < 1:
-      own = [record for record in records if record.origin == origin]
-      kept = {id(record) for record in drawn_share(own, share)}
-      log.info("%s", printable(f"{origin}: {len(kept):,} of its {len(own):,} records are drawn, a share of {share:g}"))
-      records = [record for record in records if record.origin != origin or id(record) in kept]
-  return records
+    own = np.flatnonzero(origins == origin)
+    if not len(own):
+      continue
+    drawn = own[drawn_share(records.take(own), share)]
+    told = f"{origin}: {len(drawn):,} of its {len(own):,} records are drawn, a share of {share:g}"
+    log.info("%s", printable(told))
+    kept[own] = False
+    kept[drawn] = True
+  return records if kept.all() else records.take(np.flatnonzero(kept))
 
 
 def fields_of(part: Source, groups: Mapping[str, dict[str, str]]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from in2core_jax.data import sources, tokenizing
-from in2core_jax.data.records import firsts
+from in2core_jax.data.ragged import taken
+from in2core_jax.data.records import content_digests, firsts, ids_of, topics_of
 from in2core_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,21 +37,28 @@ def refuse_empty(parts: Mapping[str, list], given: Mapping[str, list], how: str,
       )
 
 
-def of_topics(records: list, part: str, topics: list[str]) -> list:
+def of_topics(records: Sequence, part: str, topics: list[str]) -> Sequence:
   """The records of some topics.
 
   Raises:
     UserError: a topic that none of them has.
   """
-  known = {record.topic for record in records}
+  found = topics_of(records)
+  known = set(found)
   missing = [topic for topic in topics if topic not in known]
   if missing:
     there = ", ".join(sorted(known - {""})) or "none"
     raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; its topics: {there}")
-  return [record for record in records if record.topic in topics]
+  return taken(records, np.flatnonzero([topic in topics for topic in found]))
 
 
-def limited(records: list, part: str, limit: int, block: int) -> list:
+def limited(records: Sequence, part: str, limit: int, block: int) -> Sequence:
+  """The records of `limited_rows`."""
+  rows = limited_rows(records, part, limit, block)
+  return taken(records, rows) if len(rows) < len(records) else records
+
+
+def limited_rows(records: Sequence, part: str, limit: int, block: int) -> np.ndarray:
   """A block of `limit` records in the order of their ids' hashes, in source order; all records if limit is 0.
 
   The same ones whatever the order of the file; of copies in several blocks, the first block keeps its own.
@@ -66,39 +74,41 @@ def limited(records: list, part: str, limit: int, block: int) -> list:
       f"before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
     )
   if not limit or len(records) <= limit:
-    return records
-  digests = [hashlib.sha256(f"limit/{record.example_id}".encode()).digest() for record in records]
+    return np.arange(len(records))
+  digests = [hashlib.sha256(f"limit/{name}".encode()).digest() for name in ids_of(records)]
   order = sorted(range(len(records)), key=digests.__getitem__)
-  before = {records[i].content_key for i in order[: block * limit]}  # a copy of one of them has an id of its own
-  kept = sorted(order[block * limit : (block + 1) * limit])
-  return [records[i] for i in kept if records[i].content_key not in before]
+  kept = np.array(sorted(order[block * limit : (block + 1) * limit]), np.int64)
+  if not block:
+    return kept
+  # A copy of one of those before has an id of its own.
+  before, content = np.array(order[: block * limit], np.int64), content_digests(records)
+  return kept[~np.isin(content[kept], content[before])]
 
 
-def limit_sources(records: list, limits: Sequence[int]) -> list:
+def limit_sources(records: Sequence, limits: Sequence[int]) -> Sequence:
   """At most so many records of each source (--source_limits), drawn as `limited` draws them, in source order.
 
   Raises:
     UserError: not a number for each source of --train_data.
   """
-  names = list(dict.fromkeys(sources.name_of(record) for record in records))
+  of = sources.names_of(records)
+  names = list(dict.fromkeys(of))
   if len(limits) != len(names) or min(limits) < 0:
     given = ",".join(map(str, limits))
     raise UserError(
       f"--source_limits={given}: need {len(names)} numbers of at least 0, one for each source that training examples "
       f"come from: {', '.join(names)}"
     )
-  limit_of = dict(zip(names, limits, strict=True))
-  kept = {
-    id(record)
-    for name in names
-    for record in limited([one for one in records if sources.name_of(one) == name], "train", limit_of[name], 0)
-  }
-  return [record for record in records if id(record) in kept]
+  kept = []
+  for name, limit in zip(names, limits, strict=True):
+    own = np.flatnonzero([one == name for one in of])
+    kept.append(own[limited_rows(taken(records, own), "train", limit, 0)])
+  return taken(records, np.sort(np.concatenate(kept)))
 
 
-def without_copies(records: list) -> list:
+def without_copies(records: Sequence) -> Sequence:
   """The first record of each set of messages, in source order; tells how many others there were."""
-  distinct = [record for record, first in zip(records, firsts(records), strict=True) if first]
+  distinct = taken(records, np.flatnonzero(firsts(records)))
   log.info(
     "--dedup: %s of the %s training examples repeat an earlier one and are left out",
     f"{len(records) - len(distinct):,}",
@@ -109,7 +119,8 @@ def without_copies(records: list) -> list:
 
 def by_id(dataset: tokenizing.TokenizedDataset, kept: np.ndarray) -> np.ndarray:
   """The rows where `kept` (bool [N]) holds, in the order of their ids: what takes turns does not depend on reading."""
-  return np.array(sorted(np.flatnonzero(kept), key=lambda row: dataset.ids[row]), np.int64)
+  ids = dataset.ids
+  return np.array(sorted(np.flatnonzero(kept), key=lambda row: ids[row]), np.int64)
 
 
 def distinct_points(points: tokenizing.TokenizedDataset) -> np.ndarray:

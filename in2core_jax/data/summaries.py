@@ -1,4 +1,4 @@
-"""What a person should see of the data before training: counts, overlap, and what is not used or not as it stands."""
+"""What a person should see of the data before anything is trained: counts, copies, overlap, what is not used."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import numpy as np
 
 from in2core_jax.data import media
 from in2core_jax.data.hub import commits_of
-from in2core_jax.data.records import shorten
-from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.data.records import content_digests, prompt_digests, shorten, sources_of, with_unread
 from in2core_jax.errors import printable
 
 _MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 
 
-def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
+def data_summary(parts: dict[str, Any]) -> dict[str, Any]:
   """Counts what a person should see before training.
 
   Args:
-    parts: data sets by name, in the order train, eval, test.
+    parts: data sets (`tokenizing.TokenizedDataset`) by name, in the order train, eval, test.
 
   Returns:
     `parts[name]`: examples, tokens, response_tokens, truncated, empty_responses (no response token is left),
@@ -35,8 +34,8 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
     `unread_keys`, only where there are some: {key that nobody reads: {"count": records, "first": place}}.
   """
   summary: dict[str, Any] = {"parts": {}, "overlap": {}}
-  keys = {name: [record.content_key for record in part.records] for name, part in parts.items()}
-  prompts = {name: [record.prompt_key for record in part.records] for name, part in parts.items()}
+  keys = {name: content_digests(part.records) for name, part in parts.items()}
+  prompts = {name: prompt_digests(part.records) for name, part in parts.items()}
   for name, part in parts.items():
     responses = part.num_response_tokens
     summary["parts"][name] = {
@@ -45,21 +44,20 @@ def data_summary(parts: dict[str, TokenizedDataset]) -> dict[str, Any]:
       "response_tokens": int(responses.sum(dtype=np.int64)),
       "truncated": int(part.truncated.sum()),
       "empty_responses": int((responses == 0).sum()),
-      "duplicates": len(part) - len(set(keys[name])),
+      "duplicates": len(part) - len(np.unique(keys[name])),
       "topics": dict(collections.Counter(part.topics).most_common()),
     }
   for first, second in itertools.combinations(parts, 2):
-    known, known_prompts = set(keys[first]), set(prompts[first])
     summary["overlap"][f"{first}/{second}"] = {
-      "same_messages": sum(key in known for key in keys[second]),
-      "same_prompt": sum(key in known_prompts for key in prompts[second]),
+      "same_messages": int(np.isin(keys[second], keys[first]).sum()),
+      "same_prompt": int(np.isin(prompts[second], prompts[first]).sum()),
     }
   unread: dict[str, dict[str, Any]] = {}
-  for record in (record for part in parts.values() for record in part.records):
+  for record in (record for part in parts.values() for record in with_unread(part.records)):
     for key in record.unread:
       unread.setdefault(key, {"count": 0, "first": record.place})["count"] += 1
   summary |= {"unread_keys": unread} if unread else {}
-  commits = commits_of(record.source for part in parts.values() for record in part.records)
+  commits = commits_of(source for part in parts.values() for source in sources_of(part.records))
   summary |= {"hub": commits} if commits else {}
   dates = [part.template["date"] for part in parts.values() if "date" in part.template]
   template: dict[str, Any] = {"date": dates[0]} if dates else {}

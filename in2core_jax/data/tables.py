@@ -28,7 +28,6 @@ from in2core_jax.parallel.host import available_bytes
 
 _ROWS = 1024  # that are in memory as Python objects at once
 _LONGEST_CELL = 50_000_000  # characters; a quote that is never closed ends there
-_TIMES = 3  # a table's bytes, its rows' JSON, and the lists and objects made of it: an estimate, not a measurement
 # What a table may be refused with by pyarrow; a flipped bit can also turn a text into one that is not UTF-8.
 _BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, KeyError, OverflowError)
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -123,10 +122,10 @@ def _parquet_rows(file: DataFile) -> Iterator[dict[str, Any]]:
       meta = table.metadata
       size = sum(meta.row_group(group).total_byte_size for group in range(meta.num_row_groups))
     _check_names(file, names)
-    if size * _TIMES > available_bytes():
+    if size > available_bytes():
       raise UserError(
-        f"{file.shown}: unpacked it has {size / 1e9:,.1f} GB, which need about {_TIMES} times as much memory; give a "
-        "part of it"
+        f"{file.shown}: unpacked it has {size / 1e9:,.1f} GB, which may need as much memory as token ids; give a part "
+        "of it"
       )
     before = 0
     for group in range(meta.num_row_groups):

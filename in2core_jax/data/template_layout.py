@@ -44,7 +44,7 @@ class Turn:
     header: what stands in the region before the response.
     ahead: what the generation prompt would write beyond the header.
     tail: the template's words behind the last mark.
-    terminator: how many characters of them are response.
+    terminator: how many characters of them, and of what the next turn begins with, are response.
     words: that stand in front of an answer where the generation prompt has others, and that are no marks of reasoning.
   """
 
@@ -93,7 +93,8 @@ class Layout:
     Raises:
       TemplateRefusal: it is no valid Jinja, or does not end.
     """
-    self.program = Program(source, dict(tokenizer.special_tokens_map), date)
+    variables = {**tokenizer.special_tokens_map, **getattr(tokenizer, "template_tokens", {})}
+    self.program = Program(source, variables, date)
     self._eos = getattr(tokenizer, "eos_token", None) or ""
     self._bos = getattr(tokenizer, "bos_token", None) or ""
     self._structures: dict[Any, Structure | None] = {}
@@ -135,7 +136,24 @@ class Layout:
 
   def _full(self, messages: Sequence[Message]) -> list[Message]:
     """The messages that are given to the template; an example's own system message always stays."""
-    return list(messages) if messages and messages[0]["role"] == "system" else [*self.system, *messages]
+    full = list(messages) if messages and messages[0]["role"] == "system" else [*self.system, *messages]
+    bare = [k for k, message in enumerate(full) if message.get("tool_calls") and not message["content"]]
+    if bare and self._wants_null():
+      for k in bare:
+        full[k] = full[k] | {"content": None}
+    return full
+
+  def _wants_null(self) -> bool:
+    """Whether calls without a text are rendered where their content is null, and not where it is an empty text."""
+    if "null" not in self._known:
+      call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+      user, answer = template_marks.conversation("user", "assistant")
+      kept = []
+      for self._known["null"] in (False, True):
+        made = self._structure_of((user, answer | {"content": "", "tool_calls": [call]}), ())
+        kept.append(made is not None and not _loses_calls(made))
+      self._known["null"] = kept == [False, True]
+    return self._known["null"]
 
   def _front(self, text: str, messages: Sequence[Message]) -> str:
     if not self.system or messages[0]["role"] == "system":
@@ -165,16 +183,19 @@ class Layout:
       tuple((*sorted(t.get("function", t)), "function" in t) for t in tools),
     )
     if key not in self._structures:
-      made = None
-      for as_text in (False, True):
-        try:
-          made = self._make_structure(messages, tools, as_text)
-        except TemplateRefusal:
-          continue
-        if not any(part.startswith("call") for _, part in made.lost):
-          break
-      self._structures[key] = made
+      self._structures[key] = self._structure_of(messages, tools)
     return self._structures[key]
+
+  def _structure_of(self, messages: Sequence[Message], tools: Sequence[dict]) -> Structure | None:
+    made = None
+    for as_text in (False, True):
+      try:
+        made = self._make_structure(messages, tools, as_text)
+      except TemplateRefusal:
+        continue
+      if not _loses_calls(made):
+        break
+    return made
 
   def _make_structure(self, messages: Sequence[Message], tools: Sequence[dict], as_text: bool) -> Structure:
     marked, words = template_marks.marked_turns(messages, as_text)
@@ -223,6 +244,10 @@ class Layout:
     terminator = len(tail.rstrip())
     if is_last:
       terminator = self._last_terminator(tail, text[last:end].rstrip(), before)
+    elif not terminator:
+      # Some end an answer where the next turn begins: then its words are those that end the last answer.
+      final = self._final_terminator()
+      terminator = len(tail) + len(final) if final and text.startswith(final, end) else 0
     words = before[length:].strip()
     words = words if ahead.strip() and "think" not in words else ""
     return Turn(named, first - start - length, before[:length], ahead, tail, terminator, words)
@@ -301,6 +326,15 @@ class Layout:
       self._known["middle"] = turn.tail[: turn.terminator] if turn else ""
     return self._known["middle"]
 
+  def _final_terminator(self) -> str:
+    """What the template writes behind a conversation's last answer."""
+    if "final" not in self._known:
+      self._known["final"] = ""
+      plain = self.structure(template_marks.conversation("user", "assistant"), ())
+      turn = plain.turns.get(1) if plain else None
+      self._known["final"] = turn.tail[: turn.terminator].strip() if turn else ""
+    return self._known["final"]
+
   def renders_reasoning(self) -> bool:
     """Whether the template knows the reasoning of an answer."""
     if "reasoning" not in self._known:
@@ -355,6 +389,10 @@ class _Places:
     """How many cuts take up the same turn from this one on."""
     same = self._of_cut[self.cuts[cut][1]]
     return len(same) - bisect.bisect_left(same, cut)
+
+
+def _loses_calls(structure: Structure) -> bool:
+  return any(part.startswith("call") for _, part in structure.lost)
 
 
 def _disorder(messages: Sequence[Message], found: list[tuple[int, str]]) -> str:

@@ -13,6 +13,7 @@ spells a control token, that is tokenised as plain characters (`quoting`).
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ import numpy as np
 
 from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.records import BadRecords, Record
+from in2core_jax.data.records import BadRecords, Record, content_keys, first_pair, first_plain, ids_of, topics_of
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
@@ -50,7 +51,7 @@ class TokenizedDataset:
 
   Attributes:
     name: of the part: "train", "eval", "test".
-    records: the N records.
+    records: the N records; those of a data source lie on the disk.
     tokens: int32 [T_i] of each example.
     response_mask: bool [T_i] of each example. True: token t is a response token; it is predicted from position t - 1.
       Never True at t = 0.
@@ -62,7 +63,7 @@ class TokenizedDataset:
   """
 
   name: str
-  records: tuple[Record, ...]
+  records: Sequence[Record]
   tokens: Sequence[np.ndarray]
   response_mask: Sequence[np.ndarray]
   truncated: np.ndarray
@@ -73,22 +74,29 @@ class TokenizedDataset:
     sizes = {len(self.records), len(self.tokens), len(self.response_mask), len(self.truncated)}
     if len(sizes) != 1:
       raise ValueError(f"{self.name}: records, tokens, response_mask and truncated differ in length: {sorted(sizes)}")
-    for record, tokens, mask in zip(self.records, self.tokens, self.response_mask, strict=True):
-      if tokens.shape != mask.shape or (len(mask) and mask[0]):
-        raise ValueError(f"{self.name}: example {record.example_id!r} has a response mask that does not fit its tokens")
+    wrong = self.num_tokens != ragged.lengths_of(self.response_mask)
+    wrong |= ragged.firsts_of(self.response_mask)
+    if wrong.any():
+      one = self.ids[int(np.argmax(wrong))]
+      raise ValueError(f"{self.name}: example {one!r} has a response mask that does not fit its tokens")
 
   def __len__(self) -> int:
     return len(self.records)
 
   @property
-  def ids(self) -> tuple[str, ...]:
+  def ids(self) -> Sequence[str]:
     """The example ids, in order."""
-    return tuple(record.example_id for record in self.records)
+    return ids_of(self.records)
 
   @property
   def topics(self) -> tuple[str, ...]:
     """The topic of each example, "" where it has none."""
-    return tuple(record.topic for record in self.records)
+    return topics_of(self.records)
+
+  @property
+  def content_keys(self) -> list[str]:
+    """`Record.content_key` of each example."""
+    return content_keys(self.records)
 
   @property
   def num_tokens(self) -> np.ndarray:
@@ -111,7 +119,7 @@ class TokenizedDataset:
     rows = np.asarray(rows, np.int64).reshape(-1)
     return TokenizedDataset(
       self.name,
-      tuple(self.records[i] for i in rows),
+      ragged.taken(self.records, rows),
       ragged.taken(self.tokens, rows),
       ragged.taken(self.response_mask, rows),
       self.truncated[rows],
@@ -122,7 +130,7 @@ class TokenizedDataset:
 
 def split_records(
   records: Sequence[Record], fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-) -> tuple[list[Record], list[Record], list[Record]]:
+) -> tuple[Sequence[Record], Sequence[Record], Sequence[Record]]:
   """Splits the records into train, eval and test by a hash of their content.
 
   A record's part depends on its messages alone: not on its neighbours, its order or its id, so a grown file keeps its
@@ -140,12 +148,11 @@ def split_records(
   """
   if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
     raise UserError(f"fractions={tuple(fractions)} must be three shares of at least 0 that add up to 1")
-  parts: tuple[list[Record], list[Record], list[Record]] = ([], [], [])
-  for record in records:
-    digest = hashlib.sha256(f"split/{record.content_key}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    parts[0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2].append(record)
-  return parts
+  number = np.zeros(len(records), np.int8)
+  for row, key in enumerate(content_keys(records)):
+    place = int.from_bytes(hashlib.sha256(f"split/{key}".encode()).digest()[:8], "big") / 2**64
+    number[row] = 0 if place < fractions[0] else 1 if place < fractions[0] + fractions[1] else 2
+  return tuple(ragged.taken(records, np.flatnonzero(number == part)) for part in range(3))
 
 
 def tokenize(
@@ -184,17 +191,17 @@ def tokenize(
   """
   if max_length < 2:
     raise UserError(f"max_length={max_length} must be at least 2: one token to predict from and one to predict")
-  if any(record.rejected for record in records):
+  if not isinstance(records, _Side) and first_pair(records) is not None:
     more = {"vocab_size": vocab_size, "date": date, "bad": bad, "on_chunk": on_chunk}
     return _pairs(records, name, lambda some: tokenize(some, tokenizer, max_length, system_prompt, name, **more))
   render = Renderer(tokenizer, system_prompt, date)
-  kept, truncated = [], []
+  kept, truncated = array.array("q"), array.array("b")
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for start in range(0, len(records), _CHUNK):
-    done = list(_rendered(render, records[start : start + _CHUNK], bad))
-    texts = [rendered.text for _, rendered in done]
-    encodings = _encoded(tokenizer, texts, [record for record, _ in done], max_length)
-    for (record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
+    done = list(_rendered(render, records[start : start + _CHUNK], bad, start))
+    texts = [rendered.text for _, _, rendered in done]
+    encodings = _encoded(tokenizer, texts, [record for _, record, _ in done], max_length)
+    for (row, record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
           with told_by_tokenizers(_no_tokens(record)):
@@ -205,13 +212,15 @@ def tokenize(
           continue
       if vocab_size is not None and ids and max(ids) >= vocab_size:
         raise UserError(_beyond_embedding(record, ids, vocab_size, tokenizer))
-      kept.append(record)
+      kept.append(row)
       tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-    on_chunk(len(records[start : start + _CHUNK]))
-  parts = tuple(kept), tokens.done(), masks.done(), np.array(truncated, bool)
-  dataset = TokenizedDataset(name, *parts, render.told())
+    on_chunk(min(_CHUNK, len(records) - start))
+  whole = len(kept) == len(records) and not isinstance(records, list)
+  there = records if whole else ragged.taken(records, np.array(kept, np.int64))
+  found = tokens.done()
+  dataset = TokenizedDataset(name, there, found, masks.done(beside=found), np.array(truncated, bool), render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
       f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
@@ -236,17 +245,16 @@ def _pairs(
   Raises:
     UserError: not all of them are pairs, or what `tokenize` refuses.
   """
-  plain = next((record for record in records if not record.rejected), None)
+  plain = first_plain(records)
   if plain is not None:
     raise UserError(
-      f"the {name} set has conversations ({plain.place}) and preference pairs "
-      f"({next(record for record in records if record.rejected).place}): they have different losses; keep one kind"
+      f"the {name} set has conversations ({plain.place}) and preference pairs ({first_pair(records).place}): they have "
+      "different losses; keep one kind"
     )
-  given = {record.example_id: record for record in records}
-  chosen = side([dataclasses.replace(record, rejected=()) for record in records])
-  left = [given[one] for one in chosen.ids]
-  rejected = side([dataclasses.replace(record, messages=record.rejected, rejected=()) for record in left])
-  places = {record.example_id: row for row, record in enumerate(chosen.records)}
+  chosen = side(_Side(records, lambda record: dataclasses.replace(record, rejected=())))
+  other = lambda record: dataclasses.replace(record, messages=record.rejected, rejected=())  # noqa: E731
+  rejected = side(_Side(chosen.records.pairs, other))
+  places = {one: row for row, one in enumerate(chosen.ids)}
   chosen = chosen.take([places[one] for one in rejected.ids])  # without those whose rejected side is refused
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
   for ours, theirs, won, lost in zip(
@@ -255,15 +263,37 @@ def _pairs(
     differ = won.any() and lost.any() and not np.array_equal(ours, theirs)
     tokens.append(np.concatenate([ours, theirs]))
     masks.append(np.concatenate([won, lost]) & differ)
+  found = tokens.done()
   return TokenizedDataset(
     name,
-    tuple(given[one] for one in chosen.ids),
-    tokens.done(),
-    masks.done(),
+    chosen.records.pairs,
+    found,
+    masks.done(beside=found),
     chosen.truncated | rejected.truncated,
     _both_told(chosen.template, rejected.template),
-    np.array([len(ours) for ours in chosen.tokens], np.int64),
+    chosen.num_tokens.astype(np.int64),
   )
+
+
+class _Side(Sequence):
+  """One side of preference pairs, as records of conversations; made when they are asked for.
+
+  Attributes:
+    pairs: the whole pairs.
+  """
+
+  def __init__(self, pairs: Sequence[Record], side: Callable[[Record], Record]):
+    self.pairs, self._side = pairs, side
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def __getitem__(self, index):
+    return [*map(self._side, self.pairs[index])] if isinstance(index, slice) else self._side(self.pairs[index])
+
+  def take(self, rows: np.ndarray) -> _Side:
+    """Some of them."""
+    return _Side(ragged.taken(self.pairs, rows), self._side)
 
 
 def _both_told(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
@@ -329,11 +359,13 @@ def _beyond_embedding(record: Record, ids: Sequence[int], vocab_size: int, token
   )
 
 
-def _rendered(render: Renderer, records: Sequence[Record], bad: BadRecords | None) -> Iterator[tuple[Record, Rendered]]:
-  """The records with their renderings, but for those that are refused."""
-  for record in records:
+def _rendered(
+  render: Renderer, records: Sequence[Record], bad: BadRecords | None, start: int
+) -> Iterator[tuple[int, Record, Rendered]]:
+  """(row, record, its rendering), rows from `start` on, but for those that are refused."""
+  for row, record in enumerate(records, start):
     try:
-      yield record, render(record)
+      yield row, record, render(record)
     except TemplateRefusal as refusal:
       _refuse(record, refusal, bad)
 

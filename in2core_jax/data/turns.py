@@ -13,7 +13,7 @@ from typing import Any
 from in2core_jax.data import media, record_keys
 from in2core_jax.data.content_blocks import expand
 from in2core_jax.data.json_text import Decoder, Refused
-from in2core_jax.data.key_names import by_known_names, is_empty
+from in2core_jax.data.key_names import by_known_names, is_empty, meant
 from in2core_jax.data.record_keys import shown
 from in2core_jax.errors import UserError
 
@@ -115,7 +115,7 @@ class TurnReader:
       message = {"role": "assistant", "content": "", "tool_calls": self._calls(turn.get(pair[1]), at, path)}
     else:
       message["content"], thought = self._content(turn.get(pair[1]), role, pair[1], at, path)
-    rest = [key for key in turn if key not in pair and not is_empty(turn[key])]
+    rest = [key for key in turn if key not in pair and not is_empty(turn[key]) and not _no_calls(key, turn[key])]
     rest = self._of_assistant(message, turn, rest, thought, at, path)
     rest = self._names(message, turn, rest, at)
     if role in ("system", "user"):
@@ -142,16 +142,19 @@ class TurnReader:
       return "", None
     if isinstance(value, str):
       return clean(value), None
+    if role == "tool" and not _has_parts(value):
+      return clean(json.dumps(value, ensure_ascii=False)), None
     if isinstance(value, dict) and "type" in value and "text" in value:
       value = [value]
-    parts = isinstance(value, list) and all(isinstance(part, str) or _is_part(part) for part in value)
-    if not parts and role == "tool" and isinstance(value, list | dict):
-      return clean(json.dumps(value, ensure_ascii=False)), None
     if not isinstance(value, list):
       raise UserError(f"{at}: {key!r} must be a string but is {type_name(value)}")
     texts, thoughts = [], []
     for i, part in enumerate(value):
       text, thought = self._part(part, f"{at}: part {i} of {key!r}", f"{path}.{key}[]")
+      if thought and texts:
+        raise UserError(
+          f"{at}: part {i} of {key!r} is reasoning behind a text; templates write it in front: put it first"
+        )
       texts += [text] if text else []
       thoughts += [thought] if thought else []
     return clean("\n".join(texts)), clean("\n".join(thoughts)) or None
@@ -186,18 +189,7 @@ class TurnReader:
       if thought is not None:
         raise UserError(f"{at}: reasoning in a turn of {message['role']}; only the assistant thinks")
       return rest
-    thoughts = {"its parts": thought} if thought is not None else {}
-    for key in (key for key in rest if key in REASONING):
-      if not isinstance(turn[key], str):
-        raise UserError(f"{at}: {key!r} must be a string but is {type_name(turn[key])}")
-      thoughts[key] = clean(turn[key])
-    if len(set(thoughts.values())) > 1:
-      raise UserError(f"{at} has reasoning in {' and in '.join(thoughts)}, and they differ; keep one")
-    if thoughts:
-      message["reasoning_content"] = next(iter(thoughts.values()))
-      rest = [key for key in rest if key not in (*REASONING, "reasoning_details")]
-    elif "reasoning_details" in rest:
-      raise UserError(f"{at} has 'reasoning_details' alone; write the reasoning as a text under 'reasoning_content'")
+    rest = self._reasoning(message, turn, rest, thought, at)
     calls = [key for key in rest if key in ("tool_calls", "function_call")]
     found = [self._calls(turn[key], at, path) for key in calls]
     if len(found) > 1 or (found and "tool_calls" in message):
@@ -208,6 +200,25 @@ class TurnReader:
     if learnt is False:
       message["train"] = False
     return [key for key in rest if key not in (*calls, *flags)]
+
+  @staticmethod
+  def _reasoning(message: Message, turn: dict, rest: list[str], thought: str | None, at: str) -> list[str]:
+    """The reasoning of an answer, by all of its names; returns the keys that are left."""
+    thoughts = {"its parts": thought} if thought is not None else {}
+    for key in (key for key in rest if key in REASONING and not record_keys.is_switch(turn[key])):
+      if not isinstance(turn[key], str):
+        raise UserError(f"{at}: {key!r} must be a string but is {type_name(turn[key])}")
+      thoughts[key] = clean(_without_tags(turn[key]))
+    if len(set(thoughts.values())) > 1:
+      raise UserError(f"{at} has reasoning in {' and in '.join(thoughts)}, and they differ; keep one")
+    if thoughts and message["content"].lstrip().startswith("<think>"):
+      raise UserError(f"{at} has reasoning in its text, <think>, and in {next(iter(thoughts))}; keep one")
+    if thoughts:
+      message["reasoning_content"] = next(iter(thoughts.values()))
+      return [key for key in rest if key not in (*thoughts, "reasoning_details")]
+    if "reasoning_details" in rest:
+      raise UserError(f"{at} has 'reasoning_details' alone; write the reasoning as a text under 'reasoning_content'")
+    return rest
 
   @staticmethod
   def _names(message: Message, turn: dict, rest: list[str], at: str) -> list[str]:
@@ -228,7 +239,8 @@ class TurnReader:
       rest = [key for key in rest if key not in flags]
       self.unread += [f"{path}.{key} of {message['role']} turns" for key in flags if learnt]
     for key in rest:
-      if key in ("tool_calls", "function_call", "refusal"):
+      calls = meant(key) in ("tool_calls", "function_call") and isinstance(turn[key], str | list | dict)
+      if key == "refusal" or calls:
         raise UserError(f"{at}: {key!r} in a turn of {message['role']} cannot be rendered; remove such records")
       media.refuse_key(key, turn[key], where=at, none_known=not record_keys.has_no_meaning(key, turn[key]))
       self._tell(path, key, turn[key])
@@ -301,8 +313,29 @@ def listed(value: Any, key: str) -> Any:
     raise UserError(f"{key!r} is a text, but not a list in JSON ({error})") from error
 
 
+def _without_tags(text: str) -> str:
+  """Reasoning without <think> and </think> around it, which templates write themselves."""
+  bare = text.strip()
+  wrapped = bare.startswith("<think>") and bare.endswith("</think>") and bare.count("think>") == 2
+  return bare.removeprefix("<think>").removesuffix("</think>").strip("\n") if wrapped else text
+
+
+def _no_calls(key: str, value: Any) -> bool:
+  """Whether a text says that there are no tool calls, as tables of texts have it."""
+  return key in ("tool_calls", "function_call") and value in ("[]", "{}", "null", "None")
+
+
+def _has_parts(value: Any) -> bool:
+  """Whether a tool's result is made of parts; else it is whatever JSON the tool gave, which may have a `type` too."""
+  parts = [value] if isinstance(value, dict) and "text" in value and "type" in value else value
+  return isinstance(parts, list) and all(isinstance(part, str) or _is_part(part) for part in parts)
+
+
 def _is_part(value: Any) -> bool:
-  return isinstance(value, dict) and ("type" in value or set(value) == {"text"})
+  if not isinstance(value, dict):
+    return False
+  kind = value.get("type")
+  return set(value) == {"text"} or kind in _TEXT_PARTS or any(word in str(kind).lower() for word in _MEDIA_PARTS)
 
 
 def _from_text(value: Any, what: str) -> Any:

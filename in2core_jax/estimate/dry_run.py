@@ -171,6 +171,7 @@ def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
   for name, stages, described in (
     ("trained", ("finetune", "evaluate", "demo"), shapes.trained_shapes),
     ("scored", ("select", "demo"), shapes.scored_shapes),
+    ("sketched", ("index",), lambda config, own: shapes.scored_shapes(config, own.replace(modules="matrices"))),
   ):
     if stage in stages:
       params, tree = described(bench.model.config, s)

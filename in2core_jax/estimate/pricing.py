@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from in2core_jax.costs import device_memory, flop_counts, memory
 from in2core_jax.costs.hardware import Hardware
 from in2core_jax.data import packed_rows, packing
-from in2core_jax.model import embeddings, hidden_cache
+from in2core_jax.model import embeddings, experts, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import auto_batch, phases, shapes
@@ -116,7 +116,12 @@ class Pricer:
   def __init__(self, bench: Session, stage: str, params: Any, tree: subtree.Subtree):
     """Prepares sizes; `params` are shapes."""
     self.bench, self.stage, self.params, self.tree = bench, stage, params, tree
-    self.sizes = flop_counts.matrix_sizes(params, tree)
+    config, size = bench.model.config, bench.batching
+    share = 1.0
+    if config.num_experts:
+      rows, length = max(1, size.batch_tokens // bench.settings.max_length), bench.settings.max_length
+      share = experts.share(rows, length, config.experts_per_token, config.num_experts)
+    self.sizes = flop_counts.matrix_sizes(params, tree, share)
     self.sub = flop_counts.split_shapes(params, tree)[0]
     self.cached = bench.hidden.where.serves(tree)
     self.groups = sharding.batch_multiple(bench.batching.mesh)

@@ -12,11 +12,13 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
+from in2core_jax.data.records import Raws
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline import auto_batch, phases, shapes, solver_inputs
+from in2core_jax.pipeline import auto_batch, index, phases, shapes, solver_inputs
+from in2core_jax.pipeline.index_settings import NONZEROS, IndexSettings
 from in2core_jax.pipeline.scoring import topic_rows
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
@@ -103,9 +105,10 @@ def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
   """The solver's own passes."""
   sizes, held = price.sizes, memory.num_vectors(inverse, s.acceleration != "none")
   if inverse.solver == "datainf":
-    rows = price.by_row("train")
-    phase = price.mapped_pass("datainf", rows, 0.0, held)
-    return dataclasses.replace(phase, flops=flop_counts.datainf_flops(sizes, inverse, rows, price.cached))
+    rows = price.by_row("train", every_slot=False)
+    flops = flop_counts.datainf_flops(sizes, inverse, rows, price.cached)
+    passes = 2 if inverse.relative else 1
+    return price.phase("datainf", flops, price.device(row_bytes(price), held), 2.0 * passes * rows.batches)
   curvature = solver_inputs.curvature_rows(price.bench, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
   fixed = curvature.num_fixed
@@ -215,19 +218,71 @@ def choice_prices(price: Pricer, s: Settings, loaded: bool = True) -> dict[str, 
 
 def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
   """Projected gradients of a part, of the training set kept on disk; at the parameters that are scored."""
-  bench = price.bench
-  base = shapes.param_shapes(bench.model.config, bench.settings.dtype)
-  params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
-  other = Pricer(bench, price.stage, params, subtree.make_subtree(params, s.layers, "sketch"))
+  other = sketched(price.bench, price.stage, s)
   work = other.by_row(part, every_slot=False)
   flops = flop_counts.pass_flops(other.sizes, "gradient", work, other.cached)
-  rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
-  program = memory.Program("gradient", rows[0] // other.groups, rows[1], rows[2])
-  size = memory.program_bytes(bench.model.config, other.sizes, program, bench.settings.dtype)
-  size += 2 * FLOAT * rows[0] // other.groups * other.sizes.subtree
-  disk = FLOAT * other.sizes.subtree * len(bench.splits[part]) if part == "train" else 0.0
-  phase = other.phase(phases.projected(part), flops, other.device(size), 2 * work.batches, disk=disk)
+  disk = FLOAT * other.sizes.subtree * len(price.bench.splits[part]) if part == "train" else 0.0
+  device = other.device(sketch_bytes(other))
+  phase = other.phase(phases.projected(part), flops, device, 2 * work.batches, disk=disk)
   return dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0))
+
+
+def sketched(bench: Session, stage: str, s: Settings) -> Pricer:
+  """Prices passes whose gradients are in the cores of a sketch."""
+  base = shapes.param_shapes(bench.model.config, bench.settings.dtype)
+  params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
+  return Pricer(bench, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
+
+
+def row_bytes(price: Pricer) -> float:
+  """Bytes of the program of a backward pass over a batch with a row for each example."""
+  bench = price.bench
+  rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
+  program = memory.Program("gradient", rows[0] // price.groups, rows[1], rows[2])
+  return memory.program_bytes(bench.model.config, price.sizes, program, bench.settings.dtype)
+
+
+def sketch_bytes(price: Pricer) -> float:
+  """Bytes of the program that gives sketched gradients: beside it a copy of the cores for each example, a gradient."""
+  examples = max((layout.size, shape.num_tokens) for shape, layout in price.bench.batching.layout.items())[0]
+  return row_bytes(price) + 2 * FLOAT * examples // price.groups * price.sizes.subtree
+
+
+def index_phases(bench: Session, s: IndexSettings) -> list[Phase]:
+  """A new index: whole sketched gradients of those that its basis follows, then rows of all other examples."""
+  price, train = sketched(bench, "index", s), bench.splits["train"]
+  price.cached = False  # tokens go in, and each example is seen once
+  sample = index.sample_rows(train, s.index_size)
+  others = index.other_rows(train, sample)
+  kept = s.index_size if s.index_basis == "queries" else NONZEROS
+  packed = bench.batching.packed_shapes
+  program = price.program("gradient", packed) + 2 * FLOAT * price.sizes.subtree * max(shape.size for shape in packed)
+
+  def passed(part: str, pieces: list[np.ndarray]) -> tuple[flop_counts.Work, float]:
+    works = (price.packed(part, own) for own in pieces)
+    work = functools.reduce(flop_counts.Work.plus, works, flop_counts.Work())
+    # Hidden states are the base model's: with other weights they take a pass of their own.
+    base = price.hidden_states(part).flops * work.examples / len(bench.splits[part]) if s.checkpoint else 0.0
+    return work, flop_counts.pass_flops(price.sizes, "gradient", work, False) + base
+
+  def raw(name: str, part: str, rows: np.ndarray) -> list[Phase]:
+    work, flops = passed(part, index.raw_pieces(rows))
+    size = FLOAT * price.sizes.subtree * len(rows)
+    phase = price.phase(name, flops, price.device(program), 2 * work.batches, disk=size)
+    return [dataclasses.replace(phase, host=size)]
+
+  def rest() -> list[Phase]:
+    work, flops = passed("train", [others])
+    flops += flop_counts.contraction_flops(price.sizes, len(others), kept)
+    disk = index.row_bytes(s) * (len(sample) + len(others)) + FLOAT * price.sizes.subtree * kept
+    return [price.phase(phases.INDEX, flops, price.device(program, kept), 2 * work.batches, disk=disk)]
+
+  prices = {
+    phases.SAMPLE: lambda: raw(phases.SAMPLE, "train", sample),
+    phases.ASKED: lambda: raw(phases.ASKED, "eval", index.asked_rows(bench)),
+    phases.INDEX: rest,
+  }
+  return priced(phases.of_index(s), prices)
 
 
 def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
@@ -237,7 +292,7 @@ def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
   numbers += len(train) * (len(evals) + 2) if s.writes("query") else 0
   numbers += int(train.num_response_tokens.sum()) * 8 if s.writes("token") else 0
   numbers += len(train) * bench.model.config.num_layers * 2 if s.writes("layer") else 0
-  texts = sum(len(record.raw) for record in train.records)
+  texts = sum(map(len, Raws(train.records)))
   return Phase("select", phases.RESULTS, disk=FLOAT * numbers + texts)
 
 
@@ -282,6 +337,7 @@ def demo_phases(bench: Session, s: Settings) -> list[Phase]:
 
 STAGES = {
   "finetune": finetune_phases,
+  "index": index_phases,
   "select": select_phases,
   "evaluate": evaluate_phases,
   "demo": demo_phases,

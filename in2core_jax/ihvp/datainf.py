@@ -63,6 +63,8 @@ class ExampleGradients:
     separate: batch -> the same with a leading example axis on every leaf, so that it can be cut.
     microbatch: gradients that exist at the same time; None: those of a batch. A part of it is filled up with zeros, on
       which `function` must give `valid` 0.
+    observed: (context, batch, v or None, damping or None) -> (sums like v, norms per leaf [B, k], valid [B]), which
+      does without gradients (`datainf_probes`), where the blocks are the leaves of a layer; None where there is none.
   """
 
   function: Callable[[Tree, Tree], tuple[Tree, jax.Array]]
@@ -70,6 +72,7 @@ class ExampleGradients:
   context: Tree = ()
   separate: Callable[[Tree], Tree] = lambda batch: batch
   microbatch: int | None = None
+  observed: Callable[[Tree, Tree, Tree | None, Any], tuple[Tree, list[jax.Array], jax.Array]] | None = None
 
   @property
   def kernel(self) -> tuple[Callable, Callable, int | None]:
@@ -222,6 +225,22 @@ def _norm_pass(kernel, blocks, context, carry, batch):
   return gradients.fold_examples(step, carry, separate(batch), microbatch)
 
 
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _observed_pass(observed, blocks, context, state, v, damping, batch):
+  sums, count = state
+  found, _, valid = observed(context, batch, v, damping)
+  added = [total + part.astype(total.dtype) for total, part in zip(sums, _rows(found, blocks), strict=True)]
+  return added, count + jnp.sum(valid > 0).astype(count.dtype)
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _observed_norms(observed, context, carry, batch):
+  sums, count = carry
+  _, norms, valid = observed(context, batch, None, None)
+  sums = [total + jnp.sum(norm, axis=0).astype(total.dtype) for total, norm in zip(sums, norms, strict=True)]
+  return sums, count + jnp.sum(valid > 0).astype(count.dtype)
+
+
 _finish = partial(jax.jit, static_argnums=(3,))(datainf_finish)
 
 
@@ -251,7 +270,10 @@ def block_damping(v: Tree, source: ExampleGradients, settings: DataInfSettings, 
   if settings.damping is not None:
     return [jnp.full(leaf.shape[1:2], settings.damping, leaf.dtype) for leaf in rows]
   carry = ([jnp.zeros(leaf.shape[1:2], leaf.dtype) for leaf in rows], jnp.zeros((), rows[0].dtype))
-  add = lambda carry, batch: _norm_pass(source.kernel, blocks, source.context, carry, batch)  # noqa: E731
+  if source.observed is not None and not blocks.joined:
+    add = lambda carry, batch: _observed_norms(source.observed, source.context, carry, batch)  # noqa: E731
+  else:
+    add = lambda carry, batch: _norm_pass(source.kernel, blocks, source.context, carry, batch)  # noqa: E731
   carry = resumable.total(source.batches, "norms", add, carry)
   count = _require_examples(carry[1])
   sizes = _join([np.float64(leaf.shape[2]) for leaf in rows], blocks)
@@ -301,6 +323,8 @@ def datainf(v: Tree, source: ExampleGradients, settings: DataInfSettings, matvec
 
   def add(found, batch):
     state, steps = found
+    if source.observed is not None and not blocks.joined:
+      return _observed_pass(source.observed, blocks, source.context, state, v, damping, batch), steps + 1
     return _pass(source.kernel, blocks, source.context, state, v, damping, batch), steps + 1
 
   state, steps = resumable.total(source.batches, "sums", add, (datainf_start(v, blocks), jnp.zeros((), jnp.int32)))

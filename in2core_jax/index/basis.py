@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.errors import UserError
+from in2core_jax.index.kinds import NONZEROS
 from in2core_jax.selection.whitening import products
 
 QUERIES_SHARE = 0.75  # of the directions, at most, follow the queries
-NONZEROS = 4  # of a generic projection, for each of the W numbers
 _RANK = 1e-10  # of the largest squared singular value: what is smaller is rounding
 
 

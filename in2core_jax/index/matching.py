@@ -13,9 +13,9 @@ import dataclasses
 import numpy as np
 
 from in2core_jax.index.best import keys_of
-from in2core_jax.index.rows import Rows
+from in2core_jax.index.rows import Rows, wide
 
-CANDIDATES = 4096  # of a pass: their products with each other are 134 MB
+CANDIDATES = 4096  # of a pass: their products with each other are 67 MB
 STEPS = 512  # choices of a pass
 
 
@@ -60,9 +60,10 @@ def greedy_matching(
     left = np.flatnonzero(free)
     found = _best(distance, places, left, pace.candidates)
     found = found[np.argsort(places[found])]
-    picked = _among(rows, found, square, (total, target), done, steps)
-    chosen[done : done + len(picked)], free[picked] = picked, False
-    total += rows.take(picked).gradients.sum(axis=0, dtype=np.float64)
+    numbers = wide(rows.stored("gradients", found)).astype(np.float64 if len(rows) <= CANDIDATES else np.float32)
+    picked = _among(numbers, square[found], (total, target), done, steps)
+    chosen[done : done + len(picked)], free[found[picked]] = found[picked], False
+    total += numbers[picked].sum(axis=0, dtype=np.float64)
     done += len(picked)
   return chosen
 
@@ -83,19 +84,18 @@ def _best(distance: np.ndarray, places: np.ndarray, group: np.ndarray, most: int
   return group[np.argpartition(keys, len(keys) - most)[len(keys) - most :]]
 
 
-def _among(rows: Rows, found: np.ndarray, square: np.ndarray, sums, done: int, steps: int) -> np.ndarray:
-  """The rule, step by step, among some candidates."""
+def _among(numbers: np.ndarray, square: np.ndarray, sums, done: int, steps: int) -> np.ndarray:
+  """The rule, step by step, among some candidates [c, r] in the order of their places: which of them, in order."""
   total, target = sums
-  numbers = rows.take(found).gradients.astype(np.float64 if len(rows) <= CANDIDATES else np.float32)
   gram = numbers @ numbers.T
   overlap = (numbers @ total.astype(numbers.dtype)).astype(np.float64)
   towards = (numbers @ target.astype(numbers.dtype)).astype(np.float64)
-  norm, free = square[found].astype(np.float64), np.ones(len(found), bool)
+  norm, free = square.astype(np.float64), np.ones(len(numbers), bool)
   picked = []
-  for step in range(min(steps, len(found))):
+  for step in range(min(steps, len(numbers))):
     distance = 2 * overlap + norm - 2 * (done + step + 1) * towards
     best = int(np.argmin(np.where(free, distance, np.inf)))
-    picked.append(found[best])
+    picked.append(best)
     free[best] = False
     overlap += gram[best]
   return np.asarray(picked, np.int64)

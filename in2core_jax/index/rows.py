@@ -124,17 +124,17 @@ class Rows:
   def take(self, rows: np.ndarray) -> Block:
     """Some rows, in the order given."""
     rows = np.asarray(rows, np.int64)
-    ends = np.cumsum([len(segment["square"]) for segment in self.segments])
-    which = np.searchsorted(ends, self.position[rows], side="right")
-    kept = []
-    for number in np.unique(which):
-      mine = np.flatnonzero(which == number)
-      start = ends[number] - len(self.segments[number]["square"])
-      kept.append((mine, Block.of(rows[mine], self.segments[number], self.position[rows[mine]] - start)))
-    back = np.argsort(np.concatenate([mine for mine, _ in kept])) if kept else np.zeros(0, np.int64)
-    if not kept:
-      return Block.of(rows, self.segments[0], np.zeros(0, np.int64))
-    joined = (
-      np.concatenate([getattr(block, field.name) for _, block in kept])[back] for field in dataclasses.fields(Block)
-    )
-    return Block(*joined)
+    return Block(rows, *(wide(self.stored(name, rows)) for name in ("gradients", "square", "hidden", "hidden_square")))
+
+  def stored(self, name: str, rows: np.ndarray) -> np.ndarray:
+    """One array of some rows, in the order given, as narrow as it is stored."""
+    order = np.argsort(self.position[rows], kind="stable")  # they are read in the order in which they lie
+    lying, start = self.position[rows][order], 0
+    found = np.empty((len(rows), *self.segments[0][name].shape[1:]), self.segments[0][name].dtype)
+    for segment in self.segments:
+      stop = start + len(segment["square"])
+      low, high = np.searchsorted(lying, [start, stop])
+      if low < high:
+        found[order[low:high]] = segment[name][lying[low:high] - start]
+      start = stop
+    return found

@@ -2,68 +2,84 @@
 
   a_i = V^T S g_i,  |S g_i|^2,  l_i,  and two views of the last hidden states: all out of one forward and backward pass
 
-The sketch's gradient is the gradient in its cores (`projected`); W numbers an example never leave the device but for
-the few examples that the basis is made of.
+Rows hold several examples, as where losses alone are computed. Both sides of a sketch are applied to inputs and output
+gradients in the backward pass (`moment_probes.sketched`): no gradient of P numbers is formed, and the W numbers of an
+example never leave the device but for the few examples that the basis is made of.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from in2core_jax.gradients import HIGHEST, Tree, with_adapter_gradients
+from in2core_jax.gradients import HIGHEST, Tree
 from in2core_jax.index.basis import Basis, Raw
+from in2core_jax.influence.projected import Sketch
 from in2core_jax.parallel import processes
+from in2core_jax.params import moment_probes
 
-# (sub, frozen, batch, lengths int32 [B]) -> (losses [B], hidden f32 [B, V, D]).
-LossesAndHidden = Callable[[Tree, Tree, Tree, Any], tuple[jax.Array, jax.Array]]
-Items = Iterator[tuple[np.ndarray, Any]]
+# (sub, frozen, batch, spots, S) -> (losses [E], hidden f32 [E, V, D]).
+LossesAndHidden = Callable[[Tree, Tree, Tree, Any, int], tuple[jax.Array, jax.Array]]
+# Rows int [e] of the examples, -1 where there is none; the batch; where its examples lie (`spots.Spots`).
+Items = Iterator[tuple[np.ndarray, Any, Any]]
 
 
 class IndexPass:
   """The pass over examples, compiled once for each batch shape."""
 
-  def __init__(self, losses_and_hidden: LossesAndHidden, sub: Tree, frozen: Tree):
+  def __init__(self, losses_and_hidden: LossesAndHidden, sketch: Sketch | None, params: Tree):
     """Compiles nothing yet.
 
     Args:
       losses_and_hidden: the model.
-      sub: the sketch's cores. frozen: all else.
+      sketch: of the gradients.
+      params: the model's, without a sketch.
     """
-    self._sub, self._frozen = sub, frozen
+    self._sides = {} if sketch is None else {module: sketch.sides(module) for module in sketch.modules}
+    self._params = params
 
-    def raw(sub, frozen, batch, lengths):
-      (losses, hidden), gradient = with_adapter_gradients(
-        lambda s: losses_and_hidden(s, frozen, batch, lengths), sub, batch
-      )
-      leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(gradient)]
+    def raw(sides, params, batch, spots, most):
+      flat = {}
+      for module, (left, right) in sides.items():
+        probe = moment_probes.sketch_probe(left, right, spots.members, most)
+        flat |= {f"layers/{module}/sketch_probe/{name}": leaf for name, leaf in probe.items()}
+      cores = {path: flat.pop(path) for path in list(flat) if path.endswith("/cores")}
+
+      def total(cores):
+        sub = traverse_util.unflatten_dict(flat | cores, sep="/")
+        found = losses_and_hidden(sub, params, batch, spots, most)
+        return jnp.sum(found[0]), found
+
+      gradient, (losses, hidden) = jax.grad(total, has_aux=True)(cores)
+      leaves = [_by_example(gradient[path], spots.place) for path in sorted(gradient)]
       return {"gradients": jnp.concatenate(leaves, axis=1), "hidden": hidden, "loss": losses.astype(jnp.float32)}
 
-    def rows(sub, frozen, batch, lengths, basis, kind):
-      found = raw(sub, frozen, batch, lengths)
+    def rows(sides, params, batch, spots, basis, most, kind):
+      found = raw(sides, params, batch, spots, most)
       return project(found["gradients"], found["hidden"], basis, kind) | {"loss": found["loss"]}
 
-    self._raw = jax.jit(raw)
-    self._rows = jax.jit(rows, static_argnames="kind")
+    self._raw = jax.jit(raw, static_argnames="most")
+    self._rows = jax.jit(rows, static_argnames=("most", "kind"))
     self._project = jax.jit(project, static_argnames="kind")
     self._views = jax.jit(project_views)
 
-  def raw(self, items: Items, lengths: np.ndarray) -> Raw:
+  def raw(self, items: Items, size: int, most: int) -> Raw:
     """Whole sketched gradients, for the few examples of a basis.
 
     Args:
-      items: yields (rows int [b], batch), the rows 0 to n - 1 once each.
-      lengths: int [n], tokens of each example.
+      items: has the rows 0 to size - 1 once each.
+      size: n.
+      most: S of the spots.
     """
-    kernel = lambda batch, own: self._raw(self._sub, self._frozen, batch, own)  # noqa: E731
-    return Raw(**self._gather(items, lengths, kernel))
+    return Raw(**self._gather(items, size, partial(self._raw, most=most)))
 
-  def rows(self, items: Items, lengths: np.ndarray, basis: "OnDevice") -> dict[str, np.ndarray]:
+  def rows(self, items: Items, size: int, most: int, basis: "OnDevice") -> dict[str, np.ndarray]:
     """Rows of an index, float32, in the order of the examples; arguments as in `raw`, and the basis."""
-    kernel = lambda batch, own: self._rows(self._sub, self._frozen, batch, own, basis.arrays, basis.kind)  # noqa: E731
-    return self._gather(items, lengths, kernel)
+    return self._gather(items, size, partial(self._rows, most=most, basis=basis.arrays, kind=basis.kind))
 
   def rows_of(self, raw: Raw, basis: "OnDevice") -> dict[str, np.ndarray]:
     """The same of what `raw` has given."""
@@ -74,26 +90,33 @@ class IndexPass:
     """Views f32 [n, V, D] that another pass has given, in the basis."""
     return processes.to_host(self._views(hidden, basis.arrays))
 
-  def _gather(self, items: Items, lengths: np.ndarray, kernel) -> dict[str, np.ndarray]:
+  def _gather(self, items: Items, size: int, kernel) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     waiting = None  # fetched one batch late, so that the host prepares the next one meanwhile
 
     def put(rows: np.ndarray, values: dict) -> None:
+      there = np.flatnonzero(rows >= 0)
       for name, array in processes.to_host(values).items():
         if name not in found:
-          found[name] = np.zeros((len(lengths), *array.shape[1:]), np.float32)
-        found[name][rows] = array[: len(rows)]
+          found[name] = np.zeros((size, *array.shape[1:]), np.float32)
+        found[name][rows[there]] = array[there]
 
-    for rows, batch in items:
-      own = np.ones(batch.valid.shape[0], np.int32)
-      own[: len(rows)] = lengths[rows]
-      values = processes.settle(kernel(batch, own))
+    for rows, batch, spots in items:
+      values = processes.settle(kernel(self._sides, self._params, batch, spots))
       if waiting is not None:
         put(*waiting)
       waiting = rows, values
     if waiting is not None:
       put(*waiting)
     return found
+
+
+def _by_example(cores: jax.Array, place: jax.Array) -> jax.Array:
+  """Cores [k, W, S, p, q] by row -> [E, k p q] by example, for places [G, E / G] in the groups."""
+  layers, (groups, size) = cores.shape[0], place.shape
+  by_group = cores.reshape(layers, groups, -1, cores.shape[-2] * cores.shape[-1])
+  taken = jnp.take_along_axis(by_group, place[None, :, :, None], axis=2)
+  return jnp.moveaxis(taken, 0, 2).reshape(groups * size, -1)
 
 
 class OnDevice:

@@ -17,7 +17,7 @@ import numpy as np
 from in2core_jax import gradients
 from in2core_jax.errors import UserError
 from in2core_jax.gradients import Tree
-from in2core_jax.ihvp import solvers
+from in2core_jax.ihvp import datainf_probes, solvers
 from in2core_jax.parallel import processes
 from in2core_jax.runs import resumable
 from in2core_jax.runs.resumable import Stream
@@ -57,6 +57,10 @@ class CompiledObjective:
     self._products = {kind: self._product_fn(kind) for kind in gradients.CURVATURE_PRODUCTS}
     self._example_gradients = lambda context, batch: (
       gradients.per_example_gradients(objective, *context, batch),
+      batch.valid,
+    )
+    self._observed = lambda context, batch, v, damping: (
+      *datainf_probes.observed(objective, *context, batch, v, damping),
       batch.valid,
     )
 
@@ -102,6 +106,10 @@ class CompiledObjective:
   def gradients(self, stream: Stream, size: int) -> Tree:
     """g_i of every example, host arrays [N, ...]; N * P numbers."""
     return self._gather(stream, size, self._gradients)
+
+  def batch_gradients(self, batch) -> Tree:
+    """g_i of a batch's examples, leaves [B, ...] on the devices."""
+    return self._gradients(self.sub, self.frozen, batch)
 
   def adapter_features(self, stream: Stream, size: int) -> np.ndarray:
     """g_i of every example as rows of a matrix, float32 [N, P], for a subtree of adapter leaves (a sketch's cores)."""
@@ -155,8 +163,11 @@ class CompiledObjective:
 
   def example_gradients(self, batches) -> solvers.ExampleGradients:
     """Per-example gradients as DataInf takes them."""
-    context = self.sub, self.frozen
-    return solvers.ExampleGradients(self._example_gradients, batches, context, self.objective.separate, self.microbatch)
+    context, objective = (self.sub, self.frozen), self.objective
+    observed = self._observed if datainf_probes.serves(objective, self.sub) else None
+    return solvers.ExampleGradients(
+      self._example_gradients, batches, context, objective.separate, self.microbatch, observed
+    )
 
 
 def _count(batch):

@@ -48,6 +48,8 @@ class ModelConfig:
     router_bias, expert_bias: of the router, and of all projections of the experts.
     swiglu_limit: MLPs compute (clip(up, limit) + 1) min(gate, limit) sigmoid(swiglu_alpha gate); None: `activation`.
     attention_sinks: a number for each query head takes part in its softmax over positions, and has no value.
+    shared_size: inner width of one more MLP beside the experts, which every token goes through; 0: there is none.
+    shared_gate: its output is multiplied by a sigmoid of a score of its own.
     qkv_clip: queries, keys and values are clipped to its magnitude; None: they are not.
   """
 
@@ -97,6 +99,8 @@ class ModelConfig:
   swiglu_alpha: float = 1.702
   attention_sinks: bool = False
   qkv_clip: float | None = None
+  shared_size: int = 0
+  shared_gate: bool = False
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from in2core_jax.model import experts
 from in2core_jax.model.config import ModelConfig, causal_mask
 from in2core_jax.model.rotary import rotary_tables
 from in2core_jax.params import moment_probes
@@ -44,7 +45,10 @@ class Norm(nn.Module):
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
     if self.offset:
       scale = self.offset + scale.astype(wide.dtype)  # in the wide dtype: half precision would round 1 + scale
-    return (wide * scale).astype(x.dtype)
+    y = wide * scale
+    if self.has_variable("params", "scale_probe"):
+      y = moment_probes.observe_rows(wide, y, self.get_variable("params", "scale_probe"))
+    return y.astype(x.dtype)
 
 
 def _norm(config: ModelConfig, name: str | None = None) -> Norm:
@@ -57,8 +61,10 @@ class Projection(nn.Module):
   lora_a [in, r], lora_b [r, out]           adds (x A) B, times the constant lora_scale [1] where there is one
   left [in, p], core [p, p], right [p, out]  adds ((x left) core) right with core = 0: the gradient in `core` is
                                              left^T (dL/dW) right^T, a two-sided projection of the kernel's gradient
-  NAME_probe                                 beside any matrix NAME of these: moments of its input and of its output's
+  NAME_probe                                 beside any leaf NAME of these: moments of its input and of its output's
                                              gradient come out as the probe's gradient (`moment_probes.observe`)
+  sketch_probe                               the gradient in `core` of each example, of several in a row
+                                             (`moment_probes.sketched`), without `left`, `core` and `right`
   """
 
   features: int
@@ -72,7 +78,12 @@ class Projection(nn.Module):
       # Added in the wide dtype, because the gradient in the bias is a plain sum over positions.
       wide = accumulation_dtype(x.dtype)
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
-      y = (y.astype(wide) + bias.astype(wide)).astype(x.dtype)
+      y = y.astype(wide) + bias.astype(wide)
+      if self.has_variable("params", "bias_probe"):
+        y = moment_probes.observe_rows(jnp.ones(1, wide), y, self.get_variable("params", "bias_probe"))
+      y = y.astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     for factors in (("lora_a", "lora_b"), ("left", "core", "right")):
       if self.has_variable("params", factors[0]):
         low = x
@@ -196,9 +207,11 @@ class ExpertProjection(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x):
-    shape = (self.experts, x.shape[-1], self.features)
-    matrices = self.param("experts", nn.initializers.normal(0.02), shape)
+  def __call__(self, width, x=None):
+    """The outputs; without x the matrices and biases, of inputs [..., width]."""
+    matrices = self.param("experts", nn.initializers.normal(0.02), (self.experts, width, self.features))
+    if x is None:
+      return matrices, self.get_variable("params", "expert_bias") if self.use_bias else None
     y = self._times(x, matrices)
     if self.has_variable("params", "experts_probe"):
       each = x if x.ndim == 4 else jnp.broadcast_to(x[:, None], (*y.shape[:3], x.shape[-1]))
@@ -207,6 +220,8 @@ class ExpertProjection(nn.Module):
       wide = accumulation_dtype(x.dtype)
       bias = self.param("expert_bias", nn.initializers.zeros, (self.experts, self.features))
       y = (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
+    if self.has_variable("params", "sketch_probe"):
+      y = moment_probes.sketched(x, y, self.get_variable("params", "sketch_probe"))
     if self.has_variable("params", "core"):
       low, core = self._times(x, self.get_variable("params", "left")), self.get_variable("params", "core")
       low = low.reshape(low.shape[0], -1, low.shape[-1])
@@ -220,8 +235,8 @@ class ExpertProjection(nn.Module):
     return jnp.einsum("btd,edo->beto" if x.ndim == 3 else "betd,edo->beto", x, matrices.astype(x.dtype))
 
 
-def route(config: ModelConfig, scores: jax.Array) -> jax.Array:
-  """Gates [..., E] of a token's experts, 0 for the others, from the router's scores [..., E].
+def route(config: ModelConfig, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(gates [..., E] of a token's experts, 0 for the others; which they are, int32 [..., K]) from the router's scores.
 
   Which experts these are is a constant, the router's choice at the present weights: gates have a derivative in the
   scores, the choice has none. Nothing is dropped, so what a token gets depends on no other token.
@@ -230,14 +245,14 @@ def route(config: ModelConfig, scores: jax.Array) -> jax.Array:
   chosen = jnp.sum(jax.nn.one_hot(order, config.num_experts, dtype=scores.dtype), axis=-2) > 0
   if config.norm_gates:
     scores = jnp.where(chosen, scores, jnp.finfo(scores.dtype).min)
-  return jnp.where(chosen, jax.nn.softmax(scores, axis=-1), 0)
+  return jnp.where(chosen, jax.nn.softmax(scores, axis=-1), 0), order
 
 
 class Mixture(nn.Module):
   """Mixture of experts: sum over a token's experts of gate_e down_e(act(gate_e(x)) * up_e(x)), as `route` chooses.
 
-  Every expert is computed for every token, and those that a token does not go through have the gate 0: as many FLOPs
-  as a dense model of all experts has, but no sorting, and every derivative of it is one of plain matrix products.
+  A token's experts alone are computed (`experts.apply`), where that is less work and nothing stands beside their
+  matrices. Otherwise every expert is computed for every token, and the others have the gate 0.
   """
 
   config: ModelConfig
@@ -245,11 +260,45 @@ class Mixture(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    project = lambda features, name: ExpertProjection(features, c.num_experts, c.expert_bias, name=name)  # noqa: E731
+    width, inner = c.hidden_size, c.intermediate_size
+    sizes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+    of = {name: ExpertProjection(size[1], c.num_experts, c.expert_bias, name=name) for name, size in sizes.items()}
+    project = lambda name, *x: of[name](sizes[name][0], *x)  # noqa: E731
     scores = Projection(c.num_experts, c.router_bias, name="router")(x)
-    gates = route(c, scores.astype(accumulation_dtype(x.dtype))).astype(x.dtype)
-    inner = gated(c, project(c.intermediate_size, "gate_proj")(x), project(c.intermediate_size, "up_proj")(x))
-    return jnp.einsum("beto,bte->bto", project(c.hidden_size, "down_proj")(inner), gates)
+    gates, chosen = route(c, scores.astype(accumulation_dtype(x.dtype)))
+    gates = gates.astype(x.dtype)
+    cut = experts.blocks(*x.shape[:2], c.experts_per_token, c.num_experts)
+    there = self.variables.get("params", {})
+    if cut is None or not all(there.get(name, {"core": None}).keys() <= {"experts", "expert_bias"} for name in sizes):
+      inner = gated(c, project("gate_proj", x), project("up_proj", x))
+      mixed = jnp.einsum("beto,bte->bto", project("down_proj", inner), gates)
+    else:
+      weights = {name: project(name) for name in sizes}
+      outputs = experts.apply(cut, functools.partial(_expert_mlp, c), weights, x, chosen)
+      mixed = jnp.einsum("btkd,btk->btd", outputs, jnp.take_along_axis(gates, chosen, axis=-1))
+    return mixed + self._shared(x) if c.shared_size else mixed
+
+  def _shared(self, x):
+    """What the MLP adds that every token goes through."""
+    c = self.config
+    project = lambda features, name: Projection(features, name=f"shared_{name}")  # noqa: E731
+    inner = gated(c, project(c.shared_size, "gate_proj")(x), project(c.shared_size, "up_proj")(x))
+    y = project(c.hidden_size, "down_proj")(inner)
+    if not c.shared_gate:
+      return y
+    return y * nn.sigmoid(project(1, "router")(x).astype(accumulation_dtype(x.dtype))).astype(x.dtype)
+
+
+def _expert_mlp(config: ModelConfig, weights, x):
+  """An MLP for each block of rows x [c,m,D]; weights are (matrices, biases or None) by name."""
+
+  def project(name, x):
+    matrices, bias = weights[name]
+    y = x @ matrices.astype(x.dtype)
+    wide = accumulation_dtype(x.dtype)
+    return y if bias is None else (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
+
+  return project("down_proj", gated(config, project("gate_proj", x), project("up_proj", x)))
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from in2core_jax.data import packed_rows
+from in2core_jax.data import packed_rows, ragged
 from in2core_jax.data.batches import rejected_starts
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder
@@ -50,7 +50,7 @@ def pooled(job: BoundaryJob, dataset: Any, below: tuple[BoundaryCache, int] | No
   """
   if job.subtree.boundary != job.subtree.num_layers:
     raise UserError(f"embeddings need all layers below the boundary, which is {job.subtree.boundary}: use above_all")
-  lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
+  lengths = ragged.lengths_of(dataset.tokens).astype(np.int64)
   if not lengths.all():
     raise UserError(f"example {dataset.ids[int(np.argmin(lengths))]!r} has no token, so there is nothing to embed")
   found = {name: np.zeros((len(lengths), job.config.hidden_size), np.float32) for name in POOLINGS}

@@ -70,6 +70,7 @@ _CAPS = {"final_logit_softcapping": ("logit_cap",), "attn_logit_softcapping": ("
 
 _GATE_UP = ("layers/mlp/gate_proj/experts", "layers/mlp/up_proj/experts")
 _DOWN = "layers/mlp/down_proj/experts"
+_SHARED = tuple(f"layers/mlp/shared_{name}_proj/kernel" for name in ("gate", "up", "down"))
 _PER_TOKEN = {"num_experts_per_tok": ("experts_per_token",)}
 _EXPERTS = _PER_TOKEN | {"num_experts": ("num_experts",)}
 _LOCAL_EXPERTS = _PER_TOKEN | {"num_local_experts": ("num_experts",)}
@@ -223,6 +224,18 @@ FAMILIES: dict[str, Family] = {
       "layers/mlp/down_proj/experts": "block_sparse_moe.experts.{e}.w2.weight",
     },
   ),
+  "qwen2_moe": Family(
+    "Qwen2MoeForCausalLM",
+    _EPS
+    | {"num_key_value_heads": 16, "qkv_bias": True, "moe_intermediate_size": 1408}
+    | {"shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False},
+    {"shared_gate": True},
+    _EXPERTS
+    | {"qkv_bias": ("attention_bias",), "norm_topk_prob": ("norm_gates",)}
+    | {"moe_intermediate_size": ("intermediate_size",), "shared_expert_intermediate_size": ("shared_size",)},
+    names={leaf: f"mlp.shared_expert.{leaf.split('_')[1]}_proj.weight" for leaf in _SHARED}
+    | {"layers/mlp/shared_router/kernel": "mlp.shared_expert_gate.weight"},
+  ),
   "qwen3_moe": Family(
     "Qwen3MoeForCausalLM",
     _EPS
@@ -254,6 +267,18 @@ FAMILIES: dict[str, Family] = {
       _DOWN: "block_sparse_moe.output_linear.weight",
     },
     fused={"block_sparse_moe.input_linear.weight": _GATE_UP},
+  ),
+  "granitemoeshared": Family(
+    "GraniteMoeSharedForCausalLM",
+    _EPS | _ONE | {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
+    {"norm_gates": True},
+    _BIAS | _GRANITE | _LOCAL_EXPERTS | {"shared_intermediate_size": ("shared_size",)},
+    names={
+      "layers/mlp/router/kernel": "block_sparse_moe.router.layer.weight",
+      _DOWN: "block_sparse_moe.output_linear.weight",
+      _SHARED[2]: "shared_mlp.output_linear.weight",
+    },
+    fused={"block_sparse_moe.input_linear.weight": _GATE_UP, "shared_mlp.input_linear.weight": _SHARED[:2]},
   ),
   "gpt_oss": Family(
     "GptOssForCausalLM",

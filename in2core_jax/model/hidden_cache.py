@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from in2core_jax.data import packed_rows
+from in2core_jax.data import packed_rows, ragged
 from in2core_jax.data.batches import rejected_starts
 from in2core_jax.errors import UserError
 from in2core_jax.model import decoder as model_lib
@@ -118,7 +118,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   """
   if "embed" in job.subtree.extras:
     raise UserError("the embedding is chosen, so no hidden state stays constant; use --boundary_cache=off")
-  lengths = np.array([len(tokens) for tokens in dataset.tokens], np.int64)
+  lengths = ragged.lengths_of(dataset.tokens).astype(np.int64)
   starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
   shape = (int(lengths.sum()), job.config.hidden_size)
   dtype = np.dtype(job.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from in2core_jax.errors import UserError
-from in2core_jax.gradients import Objective
+from in2core_jax.gradients import HIGHEST, Objective
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.decoder import (
   _logits,
@@ -188,7 +188,7 @@ def make_objective(config: ModelConfig, subtree: subtree_lib.Subtree) -> Objecti
       raise ValueError("rows that hold several examples cannot be mapped over examples: use batches.Batcher")
     return batch._replace(slots=None)
 
-  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate)
+  return Objective(outputs, losses, None if head_is_chosen else output_hvp, separate, reads_probes=True)
 
 
 def _margins(slot_losses, batch):
@@ -227,26 +227,29 @@ def _last_hidden(config: ModelConfig, subtree: subtree_lib.Subtree, sub, frozen,
 
 @functools.cache
 def losses_and_hidden_fn(config: ModelConfig, subtree: subtree_lib.Subtree):
-  """Makes losses_and_hidden(sub, frozen, batch, lengths) -> ([B], f32 [B,2,D]): one pass for losses and embeddings.
+  """Makes losses_and_hidden(sub, frozen, batch, spots, most) -> ([E], f32 [E,2,D]): one pass for losses and embeddings.
 
   The losses are those of `make_objective`; the embeddings are `embeddings.pooled`'s "mean" and "last", for subtrees
   without top-level modules. No gradient goes through them.
 
   Args of the function made:
-    batch: a row for each example.
-    lengths: int32 [B], tokens of each; 1 on padding rows.
+    batch: of packed rows.
+    spots: where its examples lie, a `spots.Spots`. most: S, how many a row holds at most.
   """
   head_is_chosen = _head_is_chosen(config, subtree)
 
-  def losses_and_hidden(sub, frozen, batch, lengths):
+  def losses_and_hidden(sub, frozen, batch, spots, most):
     h = _last_hidden(config, subtree, sub, frozen, batch)
     z = head_input(config, frozen, _pick(h, batch))
     losses = jnp.sum(_slot_losses(config, head_is_chosen, z, frozen, batch), axis=-1)
     normed = jax.lax.stop_gradient(final_norm(config, frozen, h)).astype(jnp.float32)
-    inside = jnp.arange(normed.shape[1]) < lengths[:, None]
-    mean = jnp.sum(jnp.where(inside[..., None], normed, 0), axis=1) / lengths[:, None]
-    last = jnp.take_along_axis(normed, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return losses, jnp.stack([mean, last], axis=1)
+    (groups, size), width = spots.place.shape, normed.shape[-1]
+    total = jnp.einsum("wts,wtd->wsd", jax.nn.one_hot(spots.members, most), normed, precision=HIGHEST)
+    taken = lambda values, where: jnp.take_along_axis(  # noqa: E731
+      values.reshape(groups, -1, width), where[..., None], axis=1
+    ).reshape(groups * size, width)
+    mean = taken(total, spots.place) / spots.lengths[:, None]
+    return losses, jnp.stack([mean, taken(normed, spots.last)], axis=1)
 
   return losses_and_hidden
 

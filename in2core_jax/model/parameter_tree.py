@@ -29,7 +29,7 @@ def check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
   mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
-  layer = 2 * heads * width + mlps * width * config.intermediate_size
+  layer = 2 * heads * width + mlps * width * config.intermediate_size + 3 * width * config.shared_size
   count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
   need, there = count * dtype.itemsize, host_bytes()
   if need > there:
@@ -48,7 +48,7 @@ def assemble(
   origin: str,
   mesh: Any = None,
 ) -> dict:
-  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays one at a time.
+  """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays or their rows.
 
   Names and shapes, `stored`, are compared before anything is allocated.
   """
@@ -75,8 +75,7 @@ def assemble(
   for leaf, shape in shapes.items():
     stack = stacks.stack_of(shape, dtype, placed.get(leaf))
     for index, name in wanted[leaf]:
-      array = read(name, leaf)
-      if not stack.put(index, array.swapaxes(-1, -2) if is_matrix(leaf) else array):
+      if not stack.put(index, read(name, leaf), is_matrix(leaf)):
         raise UserError(
           f"{origin}: tensor {name} holds NaN or infinity; the weights are damaged, use another checkpoint"
         )

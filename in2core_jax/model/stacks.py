@@ -20,6 +20,7 @@ from in2core_jax.parallel import sharding
 
 # A model of less is stacked on the host: compiling a program for each shape would take longer than is gained.
 STREAMED_BYTES = 1 << 30
+BLOCK_NUMBERS = 1 << 23  # of a tensor that are read at once
 
 
 def shardings_of(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, mesh: Mesh | None) -> dict[str, NamedSharding]:
@@ -46,10 +47,24 @@ def has_own_memory(mesh: Mesh) -> bool:
   return any(device.platform != "cpu" for device in mesh.devices.flat)
 
 
-def is_finite(array: np.ndarray) -> bool:
-  """Whether all numbers are finite, asked some rows at a time."""
-  rows = max(1, len(array) // 16)
-  return all(np.isfinite(array[start : start + rows]).all() for start in range(0, len(array), rows))
+class StoredRows:
+  """A stored tensor [rows, ...] of which some rows at a time are read.
+
+  Attributes:
+    shape: of the tensor.
+  """
+
+  def __init__(self, piece: Any):
+    self.shape, self._piece = tuple(piece.get_shape()), piece
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    return self._piece[rows]
+
+
+def blocks(shape: tuple[int, ...]) -> list[slice]:
+  """Rows of a tensor that are read, converted and looked at together, all of one size but for the last."""
+  size = max(1, BLOCK_NUMBERS // max(1, math.prod(shape[1:])))
+  return [slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size)]
 
 
 def stack_of(shape: tuple[int, ...], dtype: np.dtype, placed: NamedSharding | None) -> "HostStack | DeviceStack":
@@ -63,32 +78,44 @@ class HostStack:
   def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
     self.array = np.empty(shape, dtype)
 
-  def put(self, index: tuple[int, ...], array: np.ndarray) -> bool:
-    """Writes one tensor; returns whether it is finite."""
-    self.array[index] = array
-    return is_finite(self.array[index])
+  def put(self, index: tuple[int, ...], tensor: Any, turned: bool = False) -> bool:
+    """Writes one tensor, block by block; returns whether it is finite.
+
+    Args:
+      index: of the leaf.
+      tensor: an array or `StoredRows`.
+      turned: its last two axes change places.
+    """
+    there = self.array[index]
+    there = there.swapaxes(-1, -2) if turned else there
+    for rows in blocks(tensor.shape):
+      there[rows] = tensor[rows]
+      if not np.isfinite(there[rows]).all():
+        return False
+    return True
 
 
 class DeviceStack:
   """A leaf on the devices."""
 
   def __init__(self, shape: tuple[int, ...], dtype: np.dtype, placed: NamedSharding):
-    self.shape, self.dtype, self.placed = shape, np.dtype(dtype), placed
-    self.array: Any = None
-    self._write = jax.jit(lambda whole, row, index: whole.at[index].set(row), donate_argnums=0, out_shardings=placed)
+    self.dtype, self._everywhere = np.dtype(dtype), NamedSharding(placed.mesh, PartitionSpec())
+    self.array: Any = jax.jit(lambda: jnp.zeros(shape, self.dtype), out_shardings=placed)()
+    self._write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=placed)
 
-  def put(self, index: tuple[int, ...], array: np.ndarray) -> bool:
-    """Writes one tensor, in place; returns whether it is finite."""
-    row = np.ascontiguousarray(array, self.dtype)
-    if not is_finite(row):
-      return False
-    rest = NamedSharding(self.placed.mesh, PartitionSpec(*tuple(self.placed.spec)[len(index) :]))
-    placed = jax.make_array_from_callback(row.shape, rest, lambda part: row[part])
-    if not index:
-      self.array = placed
-    else:
-      if self.array is None:
-        self.array = jax.jit(lambda: jnp.zeros(self.shape, self.dtype), out_shardings=self.placed)()
-      self.array = self._write(self.array, placed, tuple(np.int32(i) for i in index))
-    jax.block_until_ready(self.array)  # or tensors of several layers would wait in the host's memory
+  def put(self, index: tuple[int, ...], tensor: Any, turned: bool = False) -> bool:
+    """Writes one tensor, block by block and in place; returns whether it is finite; arguments as of `HostStack`."""
+    lead = len(tensor.shape) - 2 if turned else 0  # the axis of the rows: the last one where they are turned
+    for rows in blocks(tensor.shape):
+      block = np.ascontiguousarray(tensor[rows], self.dtype)
+      if not np.isfinite(block).all():
+        return False
+      block = np.ascontiguousarray(block.swapaxes(-1, -2)) if turned else block
+      block = block.reshape((1,) * len(index) + block.shape)
+      placed = jax.make_array_from_callback(block.shape, self._everywhere, lambda part, block=block: block[part])
+      starts = [0] * block.ndim
+      starts[: len(index)] = index
+      starts[-1 if turned and not lead else len(index)] += rows.start
+      self.array = self._write(self.array, placed, [np.int32(start) for start in starts])
+      jax.block_until_ready(self.array)  # or blocks of several tensors would wait in the host's memory
     return True

@@ -75,7 +75,7 @@ HF_POST_NORM_NAMES = HF_NAMES | {
   "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 # Tensors that old exports carry and that follow from the configuration.
-HF_IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+HF_IGNORED = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 # Of folders with several parts: how tensors of the language model are called there, and what belongs to other parts.
 _TEXT_PREFIXES = {
   "language_model.model.": "model.",
@@ -177,6 +177,8 @@ def fused_pieces(
   """
   pieces: dict[str, Piece] = {}
   for end, leaves in fused.items():
+    if leaves[0] not in shapes:  # of an option that this model does without
+      continue
     parts = [_as_stored(leaf, shapes[leaf][1:]) for leaf in leaves]  # [..., out, in] or [..., out]
     matrix = is_matrix(leaves[0])
     sizes = [part[-2 if matrix else -1] for part in parts]
@@ -231,6 +233,8 @@ def fuse(tensors: dict[str, np.ndarray], family: Family, num_layers: int) -> Non
   for end, leaves in family.fused.items():
     for i in range(num_layers):
       whole = f"model.layers.{i}.{end}"
+      if f"{whole}:{leaves[0]}" not in tensors:
+        continue
       parts = [tensors.pop(f"{whole}:{leaf}") for leaf in leaves]
       if not family.paired:
         tensors[whole] = np.concatenate(parts, axis=-2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -223,7 +225,11 @@ def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedToken
     raise UserError(f"{file} has no 'model', so it is no tokenizer; save the tokenizer again")
   _check_content(file, content)
   with told_by_tokenizers(f"{file}: the tokenizer cannot be loaded"):
-    backend = tokenizers.Tokenizer.from_file(str(file))
+    whole = _with_whole_offsets(content.get("post_processor"))
+    if whole == content.get("post_processor"):
+      backend = tokenizers.Tokenizer.from_file(str(file))
+    else:
+      backend = tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": whole}))
   _check_added(file, content, backend)
   # Cutting and padding are state that a tokenizer may have been saved in; they are no part of its ids.
   backend.no_truncation()
@@ -233,14 +239,20 @@ def tokenizer_from_dir(path: str | pathlib.Path) -> transformers.PreTrainedToken
     if (folder / name).is_file():
       config |= {key: value for key, value in _read(folder / name).items() if value is not None}
   _add_configured_tokens(backend, config, folder)
-  roles = _role_tokens(backend, config, folder)
+  roles, template = _role_tokens(backend, config, folder), _chat_template(folder, config)
   with told_by_tokenizers(f"{folder}: the tokenizer cannot be used"):
-    return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=backend,
-      chat_template=_chat_template(folder, config),
-      clean_up_tokenization_spaces=False,
-      **roles,
+    tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **roles
     )
+  tokenizer.template_tokens = _template_tokens(backend, config, folder, template)
+  return tokenizer
+
+
+def _with_whole_offsets(part: Any) -> Any:
+  """A post-processor that leaves offsets as they are; trimmed, a token of spaces would come from no character."""
+  if isinstance(part, dict):
+    return {key: False if key == "trim_offsets" else _with_whole_offsets(value) for key, value in part.items()}
+  return [_with_whole_offsets(value) for value in part] if isinstance(part, list) else part
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
@@ -333,6 +345,32 @@ def _role_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: 
     elif role in ("bos_token", "eos_token"):  # a chat template may write these; nothing of ours needs the others
       raise UserError(
         f"{folder}: the tokenizer's files name {text!r} as {role}, and tokenizer.json does not know it; save the "
+        "tokenizer again"
+      )
+  return found
+
+
+def _template_tokens(
+  backend: tokenizers.Tokenizer, config: dict[str, Any], folder: pathlib.Path, template: str | dict[str, str] | None
+) -> dict[str, str]:
+  """{name: token} of a model's own tokens, which its chat template may write: `eot_token`, say.
+
+  Raises:
+    UserError: the template names one that tokenizer.json does not know.
+  """
+  named = {key: value for key, value in config.items() if key.endswith("_token")}
+  for key in ("model_specific_special_tokens", "extra_special_tokens"):
+    named |= config[key] if isinstance(config.get(key), dict) else {}
+  source, found = "".join(template.values() if isinstance(template, dict) else [template or ""]), {}
+  for name, value in named.items():
+    if not isinstance(value, str | dict) or name in ("bos_token", "eos_token"):
+      continue
+    text = _token_text(value, f"{folder}: {name} in the tokenizer's files")
+    if backend.token_to_id(text) is not None:
+      found[name] = text
+    elif re.search(rf"\b{re.escape(name)}\b", source):
+      raise UserError(
+        f"{folder}: the chat template writes {name}, which is {text!r}, and tokenizer.json does not know it; save the "
         "tokenizer again"
       )
   return found

@@ -28,6 +28,7 @@ from in2core_jax.model import (
   peft_folder,
   peft_writer,
   quantised,
+  stacks,
 )
 from in2core_jax.model import tokenizer as tokenizer_lib
 from in2core_jax.model.config import ModelConfig
@@ -250,11 +251,13 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
   family = FAMILIES[config.model_type]
   pieces = fused_pieces(family.fused, stored, parameter_tree.shapes_of(config), family.paired)
 
-  def read(name: str, leaf: str) -> np.ndarray:
+  def read(name: str, leaf: str) -> np.ndarray | stacks.StoredRows:
     piece = pieces.get(name)
     handle, place = source[piece.whole if piece else name]
-    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     heads = rotated_heads(config, leaf) if family.interleaved else 0
+    if piece is None and not heads:
+      return stacks.StoredRows(handle.get_slice(place))
+    array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     return pairs_apart(array, heads) if heads else array
 
   return config, parameter_tree.assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)

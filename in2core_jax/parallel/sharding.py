@@ -45,7 +45,7 @@ PARTITION_RULES: Rules = (
   (rf"layers/.*{_INTO}/experts$", _P(None, None, "fsdp", "tensor")),
   (rf"layers/.*{_OUT_OF}/experts$", _P(None, None, "tensor", "fsdp")),
   (rf"layers/.*{_INTO}/expert_bias$", _P(None, None, "tensor")),
-  (r"layers/mlp/router/(kernel|lora_a|left)$", _P(None, "fsdp", None)),
+  (r"layers/mlp/\w*router/(kernel|lora_a|left)$", _P(None, "fsdp", None)),
   (r"layers/.*(expert_bias|router/\w+|attention/sinks)$", _P()),
   (rf"layers/.*{_INTO}/(lora_a|left)$", _P(None, "fsdp", None)),
   (rf"layers/.*{_INTO}/(lora_b|right)$", _P(None, None, ("tensor", "fsdp"))),

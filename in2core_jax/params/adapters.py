@@ -40,7 +40,7 @@ def add_lora(params, rank: int, key: jax.Array):
     a = jax.random.normal(key, (layers, inputs, rank), jnp.float32) / np.sqrt(inputs)
     return {"lora_a": a.astype(kernel.dtype), "lora_b": jnp.zeros((layers, rank, outputs), kernel.dtype)}
 
-  return _add(params, leaves, key, [f"{name}/kernel" for name in kernel_modules(params) if name != "mlp/router"])
+  return _add(params, leaves, key, [f"{name}/kernel" for name in kernel_modules(params) if "router" not in name])
 
 
 def add_sketch(params, size: int, key: jax.Array):

@@ -65,7 +65,10 @@ def _backward(kept, cotangent):
   size = x.shape[0]
   a = x.astype(wide).reshape(size, -1, x.shape[-1])
   g = cotangent.astype(wide).reshape(size, -1, cotangent.shape[-1])
-  seen = _squares(a, g, probe) if "squares" in probe else _covariances(a, g)
+  if "norms" in probe:
+    seen = _blocks(a, g, probe)
+  else:
+    seen = _squares(a, g, probe) if "squares" in probe else _covariances(a, g)
   return None, cotangent, seen
 
 
@@ -92,6 +95,138 @@ def _squares(a, g, probe) -> dict[str, jax.Array | None]:
   cut = lambda z: jnp.pad(z, ((0, short), (0, 0), (0, 0))).reshape(-1, EXAMPLES_AT_ONCE, *z.shape[1:])  # noqa: E731
   squares = jax.lax.scan(add, jnp.zeros_like(probe["squares"]), (cut(a), cut(g)))[0]
   return {"left": None, "right": None, "squares": squares}
+
+
+# ---- DataInf's sums ------------------------------------------------------------------
+
+
+def block_probe(v: jax.Array | None, damping: jax.Array | None, layers: int, size: int, dtype) -> dict[str, jax.Array]:
+  """Zeros to hold what DataInf takes of the examples' gradients G_i in a leaf; see `observe` and `observe_rows`.
+
+    norms = |G_i|^2 of each example     sums = sum_i (G_i . v_q / (damping + |G_i|^2)) G_i
+
+  Args:
+    v: right-hand sides [Q, k, ...] of the leaf; None: only norms are asked for.
+    damping: [k], of each layer's block.
+    layers: k. size: B. dtype: of the sums.
+  """
+  norms = {"norms": jnp.zeros((layers, size), dtype)}
+  if v is None:
+    return norms
+  v = jnp.swapaxes(v, 0, 1).astype(dtype)
+  return norms | {"v": v, "damping": damping.astype(dtype), "sums": jnp.zeros_like(v)}
+
+
+def _blocks(a, g, probe) -> dict[str, jax.Array | None]:
+  """Of a matrix: inputs a [B, n, in] and output gradients g [B, n, out], G_i = a_i^T g_i never kept."""
+  length, (inputs, outputs) = a.shape[1], (a.shape[2], g.shape[2])
+  if length * (inputs + outputs) < inputs * outputs:
+    pairs = jnp.einsum("bti,bsi->bts", a, a, precision="highest")
+    norms = jnp.sum(pairs * jnp.einsum("bto,bso->bts", g, g, precision="highest"), axis=(1, 2))
+  else:
+    one = lambda pair: jnp.sum(jnp.einsum("ti,to->io", *pair, precision="highest") ** 2)  # noqa: E731
+    norms = jax.lax.map(one, (a, g), batch_size=EXAMPLES_AT_ONCE)
+  if "sums" not in probe:
+    return {"norms": norms}
+
+  def of_query(v):
+    along = jnp.matmul(a.reshape(-1, inputs), v, precision="highest").reshape(g.shape)
+    weights = jnp.sum(along * g, axis=(1, 2)) / (probe["damping"] + norms)
+    weighted = (a * weights[:, None, None]).reshape(-1, inputs)
+    return jnp.matmul(weighted.T, g.reshape(-1, outputs), precision="highest")
+
+  return {"v": None, "damping": None, "sums": jax.lax.map(of_query, probe["v"]), "norms": norms}
+
+
+@jax.custom_vjp
+def observe_rows(factor: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
+  """Returns y unchanged; y = factor * w + ... of a leaf w [d] whose gradient of an example is sum_t factor_t g_t.
+
+  Args:
+    factor: [B, ..., d], or [1] for a bias.
+    y: [B, ..., d].
+    probe: of `block_probe`, without the layer axis.
+  """
+  del factor, probe
+  return y
+
+
+def _rows_backward(kept, cotangent):
+  factor, probe = kept
+  each = (cotangent.astype(probe["norms"].dtype) * factor).reshape(cotangent.shape[0], -1, cotangent.shape[-1])
+  gradients = jnp.sum(each, axis=1)
+  norms = jnp.sum(gradients**2, axis=1)
+  seen = {"norms": norms}
+  if "sums" in probe:
+    weights = jnp.matmul(probe["v"], gradients.T, precision="highest") / (probe["damping"] + norms)
+    seen |= {"v": None, "damping": None, "sums": jnp.matmul(weights, gradients, precision="highest")}
+  return None, cotangent, seen
+
+
+observe_rows.defvjp(lambda factor, y, probe: (y, (factor, probe)), _rows_backward)
+
+
+# ---- projected gradients of single examples ------------------------------------------
+
+
+def sketch_probe(left: jax.Array, right: jax.Array, members: jax.Array, most: int) -> dict[str, jax.Array]:
+  """A probe of the two-sided projection of each example's gradient, where rows hold several examples.
+
+  Args:
+    left: [k, in, p], or [k, E, in, p] beside the matrices of E experts. right: [k, q, out], or [k, E, q, out].
+    members: int32 [W, T], which example of its row a token belongs to; `most` on padding.
+    most: S, examples of a row at most.
+
+  Returns:
+    The probe of k layers; "cores" is what a gradient is taken in, zeros [k, W, S, p, q].
+  """
+  layers, size = left.shape[0], members.shape[0]
+  cores = jnp.zeros((layers, size, most, left.shape[-1], right.shape[-2]), _wide(left.dtype))
+  return {"left": left, "right": right, "members": jnp.broadcast_to(members, (layers, *members.shape)), "cores": cores}
+
+
+@jax.custom_vjp
+def sketched(x: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
+  """Returns y = x W unchanged; in reverse mode the probe's `cores` receive left^T G_i right^T of each example i.
+
+  G_i = sum_t a_t g_t^T over the tokens of example i is never formed: both sides are projected first. Of experts it is
+  the sum over them, as their one core has it (`adapters.add_sketch`).
+
+  Args:
+    x: [W, T, in], or [W, E, T, in] beside the matrices of experts.
+    y: [W, T, out], or [W, E, T, out].
+    probe: of `sketch_probe`, without leading layer axes.
+  """
+  del x, probe
+  return y
+
+
+def _sketch_forward(x, y, probe):
+  return y, (_low(x, probe["left"]), probe)
+
+
+def _low(x, matrix):
+  matrix = matrix.astype(x.dtype)
+  if matrix.ndim == 2:
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+  return jnp.einsum("wtd,edp->wetp" if x.ndim == 3 else "wetd,edp->wetp", x, matrix)
+
+
+def _sketch_backward(kept, cotangent):
+  low, probe = kept
+  high = _low(cotangent, jnp.swapaxes(probe["right"], -1, -2))
+  members, (size, most) = probe["members"], probe["cores"].shape[:2]
+  if low.ndim == 4:
+    members = jnp.broadcast_to(members[:, None], low.shape[:3]).reshape(size, -1)
+  wide = probe["cores"].dtype
+  low, high = (side.astype(wide).reshape(size, -1, side.shape[-1]) for side in (low, high))
+  apart = jax.nn.one_hot(members, most, dtype=wide)[..., None] * low[:, :, None]
+  cores = jnp.einsum("wtk,wtq->wkq", apart.reshape(*apart.shape[:2], -1), high, precision="highest")
+  seen = {"left": None, "right": None, "members": None, "cores": cores.reshape(probe["cores"].shape)}
+  return None, cotangent, seen
+
+
+sketched.defvjp(_sketch_forward, _sketch_backward)
 
 
 def _wide(dtype) -> Any:

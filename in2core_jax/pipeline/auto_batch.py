@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from in2core_jax import gradients
 from in2core_jax.costs import device_memory, flop_counts, memory
-from in2core_jax.data import packed_rows, packing
+from in2core_jax.data import packing, row_plans
 from in2core_jax.data.batches import Batch, rejected_starts
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.errors import UserError
@@ -189,7 +189,7 @@ def estimated_batch(work: Work, room: int, most: int) -> int:
   Rows are as long as the packed rows of the run; nothing is packed or compiled.
   """
   sizes, lengths = flop_counts.matrix_sizes(work.params, work.tree), work.num_tokens
-  rows, groups = packed_rows.row_lengths(lengths), sharding.batch_multiple(work.mesh)
+  rows, groups = row_plans.row_lengths(lengths), sharding.batch_multiple(work.mesh)
 
   def need(tokens: int) -> int:
     found = 0

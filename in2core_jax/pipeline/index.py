@@ -9,13 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.data import batches, records
+from in2core_jax.data import packing, records, spots
 from in2core_jax.data.subsets import by_id
+from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.index import basis as bases
 from in2core_jax.index import store
+from in2core_jax.index.rows import NARROW
 from in2core_jax.influence.index_pass import IndexPass, OnDevice
 from in2core_jax.model.objective import losses_and_hidden_fn
 from in2core_jax.parallel import processes
+from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.scoring import Clock
@@ -45,9 +48,8 @@ class Pool:
     params = bench.checkpoint_params(s.checkpoint)
     self.projection = Projection(bench, s, params, s.seed)
     self._own_hidden = params is bench.model.params  # views are those of the base model, as in `policy_inputs`
-    problem = self.projection.chosen.problem
-    kernel = losses_and_hidden_fn(bench.model.config, self.projection.chosen.tree)
-    self._pass = IndexPass(kernel, problem.sub, problem.frozen)
+    sketch = self.projection.sketch
+    self._pass = IndexPass(losses_and_hidden_fn(bench.model.config, sketch.tree), sketch, params)
 
   def keys(self, part: str) -> np.ndarray:
     """The names of a part's examples."""
@@ -56,29 +58,34 @@ class Pool:
 
   def raw(self, part: str, rows: np.ndarray, pieces: resumable.ShardSpec | None, what: str) -> bases.Raw:
     """Whole sketched gradients of some rows, kept in pieces where a killed run goes on from."""
+    if not len(rows):
+      width = self.projection.sketch.width
+      views = np.zeros((0, len(hybrid.VIEWS), self.bench.model.config.hidden_size), np.float32)
+      return bases.Raw(np.zeros((0, width), np.float32), views, np.zeros(0, np.float32))
     found = []
     with Progress(len(rows), what, "examples") as progress:
-      for number, start in enumerate(range(0, len(rows), _RAW_ROWS)):
-        own = rows[start : start + _RAW_ROWS]
+      for number, own in enumerate(raw_pieces(rows)):
         compute = lambda own=own: dataclasses.asdict(self._raw(part, own))  # noqa: E731
         kept = compute() if pieces is None else resumable.kept(pieces.store("raw"), number, compute)
         found.append(bases.Raw(**kept))
         progress.update(len(own))
-    if not found:
-      width = self.projection.sketch.width
-      views = np.zeros((0, len(hybrid.VIEWS), self.bench.model.config.hidden_size), np.float32)
-      return bases.Raw(np.zeros((0, width), np.float32), views, np.zeros(0, np.float32))
     return bases.Raw(
       *(np.concatenate([getattr(piece, field.name) for piece in found]) for field in dataclasses.fields(bases.Raw))
     )
 
   def _raw(self, part: str, rows: np.ndarray) -> bases.Raw:
-    batcher, lengths = self.bench.batcher(part, rows=rows), self.bench.splits[part].num_tokens[rows]
-    raw = self._pass.raw(self._items(batcher, batcher.sequential_plan(self.bench.batching.batch_tokens)), lengths)
+    packer = self.bench.packer(part, rows=rows)
+    plan = packer.sequential_plan(self.bench.batching.batch_tokens)
+    most = spots.most_in_a_row(plan)
+    raw = self._pass.raw(self._items(packer, plan, most), len(rows), most)
     return raw if self._own_hidden else dataclasses.replace(raw, hidden=self._base_hidden(part, rows))
 
-  def _items(self, batcher: batches.Batcher, plan: Sequence):
-    return ((own, self.bench.batching.place(batch)) for own, batch in batcher.planned(plan))
+  def _items(self, packer: packing.Packer, plan: Sequence, most: int):
+    place = self.bench.batching.place
+    for shape, cells in plan:
+      own, batch = packer.batch(cells, shape)
+      where = spots.spots_of(cells, shape, packer.dataset.tokens, most)
+      yield own, place(batch), spots.Spots(*(place((value,))[0] for value in where))
 
   def _base_hidden(self, part: str, rows: np.ndarray) -> np.ndarray:
     found = self.bench.hidden.pooled_rows(part, rows)
@@ -86,11 +93,11 @@ class Pool:
 
   def rows(self, planned: "Planned", plan: Sequence, basis: OnDevice) -> dict[str, np.ndarray]:
     """Rows of the index for some batches of new training examples, in the order of the batches."""
-    order = np.concatenate([own for own, _, _ in plan])
-    back = dict(zip(order.tolist(), range(len(order)), strict=True))
-    items = self._items(planned.batcher, plan)
-    local = ((np.array([back[row] for row in own.tolist()]), batch) for own, batch in items)
-    found = self._pass.rows(local, planned.lengths[order], basis)
+    order = order_of(plan)
+    back = np.full(len(planned.rows) + 1, -1)  # the last one is -1's own
+    back[order] = np.arange(len(order))
+    items = self._items(planned.packer, plan, planned.most)
+    found = self._pass.rows(((back[own], *rest) for own, *rest in items), len(order), planned.most, basis)
     if not self._own_hidden and basis.arrays["hidden"].size:
       found |= self._pass.hidden_rows(self._base_hidden("train", planned.rows[order]), basis)
     return found
@@ -106,17 +113,45 @@ class Planned:
 
   Attributes:
     rows: int64 [n], of the training set, copies once.
-    lengths: int [n], their tokens.
-    batcher: of them.
+    packer: of them.
     shards: for each shard its batches, whose rows count from 0 among the n.
+    most: examples that a packed row holds at most.
     name: of examples and batches.
   """
 
   rows: np.ndarray
-  lengths: np.ndarray
-  batcher: batches.Batcher
+  packer: packing.Packer
   shards: list[Sequence]
+  most: int
   name: str
+
+
+def order_of(plan: Sequence) -> np.ndarray:
+  """The examples of some batches in order, int64 [n]."""
+  return np.array([example for _, cells in plan for example in spots.examples_of(cells)], np.int64)
+
+
+def raw_pieces(rows: np.ndarray) -> list[np.ndarray]:
+  """Examples whose whole sketched gradients are computed and kept together."""
+  return [rows[start : start + _RAW_ROWS] for start in range(0, len(rows), _RAW_ROWS)]
+
+
+def sample_rows(train: TokenizedDataset, size: int) -> np.ndarray:
+  """The training examples that the basis follows: at most `size` with a response, of copies the first, by their ids."""
+  counted = np.flatnonzero((train.num_response_tokens > 0) & records.firsts(train.records))
+  return counted[spread_rows([train.ids[row] for row in counted], size)]
+
+
+def other_rows(train: TokenizedDataset, sample: np.ndarray) -> np.ndarray:
+  """The training examples whose rows a new index computes in its pass: copies once, and not those of the sample."""
+  keys = store.keys_of(train.tokens, train.response_mask)
+  rows = store.firsts(keys)
+  return rows[~np.isin(keys[rows], keys[sample])]
+
+
+def row_bytes(s: IndexSettings) -> int:
+  """Bytes that an index keeps of an example, its name among them; its shards have a few more."""
+  return NARROW.itemsize * (s.index_size + len(hybrid.VIEWS) * s.index_hidden) + 4 * (2 + len(hybrid.VIEWS)) + 16
 
 
 # ---- the stage -----------------------------------------------------------------------
@@ -170,11 +205,9 @@ def _basis(
   basis = index.read_basis()
   if basis is not None and parts and (len(parts) > 1 or _is_whole(index, parts[0])):
     return basis, None
-  train = pool.bench.splits["train"]
-  counted = np.flatnonzero((train.num_response_tokens > 0) & records.firsts(train.records))
-  rows = counted[spread_rows([train.ids[row] for row in counted], s.index_size)]
+  rows = sample_rows(pool.bench.splits["train"], s.index_size)
   named = run_folder.hash_of([pool.bench.splits.identity("train"), rows.tolist()])
-  sample = pool.raw("train", rows, work.pieces("sample", rows=named), "a sample of the pool")
+  sample = pool.raw("train", rows, work.pieces("sample", rows=named), phases.SAMPLE)
   if basis is None:
     _make_basis(pool, s, index, work, sample)
     basis = index.read_basis()
@@ -184,7 +217,7 @@ def _basis(
 def _make_basis(pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, sample: bases.Raw) -> None:
   """Makes and writes the basis, and with it the queries."""
   asked = asked_rows(pool.bench) if s.index_basis == "queries" else np.zeros(0, np.int64)
-  queries = pool.raw("eval", asked, work.pieces("queries"), "evaluation gradients")
+  queries = pool.raw("eval", asked, work.pieces("queries"), phases.ASKED)
   views = slice(None) if s.index_hidden else slice(0)
   cut = [dataclasses.replace(raw, hidden=raw.hidden[:, views]) for raw in (queries, sample)]
   basis, facts = bases.make(s.index_basis, *cut, s.index_size, s.index_hidden, s.seed)
@@ -210,9 +243,9 @@ def _fill(
   if sample is not None:
     _fill_sample(pool, index, keys, parts, placed, sample)
   if len(parts) > 1 and not _is_whole(index, parts[-1]):
-    planned = _planned(pool, s, keys, index.keys(index.shards(parts[:-1])))
-    if planned.name == parts[-1]["plan"]:
-      _fill_part(pool, index, keys, parts[-1], planned, placed)
+    other = planned(pool, s, keys, index.keys(index.shards(parts[:-1])))
+    if other.name == parts[-1]["plan"]:
+      _fill_part(pool, index, keys, parts[-1], other, placed)
     else:  # other examples by now: what is there stays, the rest is planned anew
       there = [number for number in index.shards(parts[-1:]) if index.has_rows(number)]
       parts[-1]["shards"] = there[-1] + 1 - parts[-1]["first"] if there else 0
@@ -220,12 +253,12 @@ def _fill(
     lost = [number for number in index.shards([part]) if not processes.all_true(index.has_rows(number))]
     if lost:
       part["lost"] = [*part.get("lost", []), *lost]
-  planned = _planned(pool, s, keys, index.keys(index.shards(parts)))
-  if not planned.shards:
+  new = planned(pool, s, keys, index.keys(index.shards(parts)))
+  if not new.shards:
     return
-  parts.append({"first": parts[-1]["first"] + parts[-1]["shards"], "shards": len(planned.shards), "plan": planned.name})
+  parts.append({"first": parts[-1]["first"] + parts[-1]["shards"], "shards": len(new.shards), "plan": new.name})
   index.run_dir.write_json(store.PARTS, parts)
-  _fill_part(pool, index, keys, parts[-1], planned, placed)
+  _fill_part(pool, index, keys, parts[-1], new, placed)
 
 
 def _is_whole(index: store.IndexStore, part: dict) -> bool:
@@ -245,30 +278,29 @@ def _fill_sample(pool: Pool, index: store.IndexStore, keys: np.ndarray, parts: l
   processes.barrier("sample written")
 
 
-def _planned(pool: Pool, s: IndexSettings, keys: np.ndarray, known: np.ndarray) -> Planned:
+def planned(pool: Pool, s: IndexSettings, keys: np.ndarray, known: np.ndarray) -> Planned:
   """The training examples that are not known."""
   rows = store.firsts(keys)
   rows = rows[~np.isin(keys[rows], known)]
-  batcher = pool.bench.batcher("train", rows=rows)
-  plan = batcher.sequential_plan(pool.bench.batching.batch_tokens)
+  packer = pool.bench.packer("train", rows=rows)
+  plan = packer.sequential_plan(pool.bench.batching.batch_tokens)
   size = max(s.shard_batches, -(-len(plan) // _MOST_SHARDS))
   cut = [plan[start : start + size] for start in range(0, len(plan), size)]
-  order = np.concatenate([own for own, _, _ in plan]) if plan else np.zeros(0, np.int64)
-  shapes = run_folder.hash_of([size, [[len(own), list(shape), batch] for own, shape, batch in plan]])
-  return Planned(rows, batcher.dataset.num_tokens, batcher, cut, store.name_of(keys[rows[order]], shapes))
+  shapes = [[list(shape), [list(map(len, cell)) for cell in cells]] for shape, cells in plan]
+  name = store.name_of(keys[rows[order_of(plan)]], run_folder.hash_of([size, shapes]))
+  return Planned(rows, packer, cut, spots.most_in_a_row(plan), name)
 
 
 def _fill_part(
   pool: Pool, index: store.IndexStore, keys: np.ndarray, part: dict, planned: Planned, basis: OnDevice
 ) -> None:
   total = sum(map(len, planned.shards))
-  with Progress(total, "index", "batches") as progress, stopping.finish_on_sigterm() as stop_requested:
+  with Progress(total, phases.INDEX, "batches") as progress, stopping.finish_on_sigterm() as stop_requested:
     for number, plan in enumerate(planned.shards, part["first"]):
       if processes.all_true(index.has_rows(number)):
         progress.skip(len(plan))
         continue
-      order = np.concatenate([own for own, _, _ in plan])
-      _write(index, number, pool.rows(planned, plan, basis), keys[planned.rows[order]])
+      _write(index, number, pool.rows(planned, plan, basis), keys[planned.rows[order_of(plan)]])
       progress.update(len(plan))
       if stop_requested():
         break

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 
+from in2core_jax.errors import UserError
 from in2core_jax.index.kinds import KINDS
+from in2core_jax.index.kinds import NONZEROS as NONZEROS
 from in2core_jax.pipeline.fields import changed, setting
 from in2core_jax.pipeline.ranges import Range
 from in2core_jax.pipeline.settings import Settings
@@ -35,3 +37,9 @@ class IndexSettings(Settings):
     more="queries: the evaluation set and a sample of the pool. generic: a random projection, for evaluation sets that "
     "are not known yet.",
   )
+
+  def check(self) -> None:
+    """Refuses a size that a generic projection cannot have, before any pass."""
+    super().check()
+    if self.index_basis == "generic" and self.index_size % NONZEROS:
+      raise UserError(f"index_size={self.index_size} of a generic index must be a multiple of {NONZEROS}")

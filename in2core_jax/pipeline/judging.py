@@ -9,7 +9,7 @@ from scipy import sparse
 
 from in2core_jax.data import tokenizing
 from in2core_jax.data.records import spoken
-from in2core_jax.data.sources import name_of
+from in2core_jax.data.sources import names_of
 from in2core_jax.evaluation import paired, verdict
 from in2core_jax.evaluation.statistics import RetrainRow
 from in2core_jax.report import near_duplicates
@@ -130,6 +130,7 @@ def of_the_target(train: tokenizing.TokenizedDataset, evals: tokenizing.Tokenize
 
   That is their topic, or without a topic the source. None where it says nothing: all of them or none do.
   """
-  wanted = {record.topic or name_of(record) for record in evals.records}
-  found = np.array([(record.topic or name_of(record)) in wanted for record in train.records])
+  wanted = {topic or name for topic, name in zip(evals.topics, names_of(evals.records), strict=True)}
+  named = zip(train.topics, names_of(train.records), strict=True)
+  found = np.array([(topic or name) in wanted for topic, name in named])
   return found if found.any() and not found.all() else None

@@ -7,6 +7,7 @@ detail follows (a number of products, the rows of a block), the text shown begin
 from collections.abc import Collection
 
 from in2core_jax.influence import kernels
+from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import SIMILARITIES
@@ -21,6 +22,7 @@ LAYERS, TOKENS, BLOCKS = "scores by layer", "scores by token", "scores of evalua
 RESULTS = "scores and coreset"  # files only: shows no progress
 TRAINING, TRAININGS, TEST = "training", "trainings", "test losses"
 DROP = "training on evaluation examples"
+SAMPLE, ASKED, INDEX = "a sample of the pool", "evaluation gradients", "index"
 
 WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)
 
@@ -137,6 +139,11 @@ def of_select(s: Settings, boundary: int | None, queries: int) -> list[str]:
 def of_finetune(boundary: int | None) -> list[str]:
   """Fine-tuning on the full training set; `boundary` as in `of_select`."""
   return [*([] if boundary is None else [hidden(boundary, "train")]), TRAINING]
+
+
+def of_index(s: IndexSettings) -> list[str]:
+  """A new index of the training set; one that has its basis enters the last phase alone."""
+  return [SAMPLE, *([ASKED] if s.index_basis == "queries" else []), INDEX]
 
 
 def of_evaluate(policies: Collection[str], boundary: int | None) -> list[str]:

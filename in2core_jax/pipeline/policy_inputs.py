@@ -160,7 +160,7 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = [record.content_key for record in self.bench.splits["train"].records]
+    keys = records.content_keys(self.bench.splits["train"].records)
     return near_duplicates.alike(self._texts["train"], keys, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:

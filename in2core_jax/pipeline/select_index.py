@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.data import records
+from in2core_jax.data.ragged import taken
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
 from in2core_jax.index import best, rules, store
@@ -189,7 +190,7 @@ def _inputs(task: Task, scored: scoring.Scored) -> tuple[PolicyInputs, np.ndarra
   first = records.firsts(train.records)
   more: dict[str, Any] = {}
   if s.policy in rules.SIMILAR:
-    keys = [record.content_key for record in train.records]
+    keys = records.content_keys(train.records)
     if len(train) <= NEAR_COPIES_UP_TO:
       more["alike"] = near_duplicates.alike([shown(record) for record in train.records], keys, NEAR)
     else:
@@ -209,7 +210,7 @@ def questions_of(task: Task) -> rules.Questions:
   arrays = _known(task.held.read_queries(), keys)
   if arrays is None:
     arrays = _computed(task, asked)
-  copies = records.first_of([evals.records[row] for row in asked])
+  copies = records.first_of(taken(evals.records, asked))
   block = Block(np.arange(len(asked)), *(arrays[name] for name in store.QUERY_NAMES))
   inside = np.sum(np.asarray(block.gradients, np.float64) ** 2, axis=1)
   outside = 1 - float(np.sum(inside) / max(np.sum(block.square, dtype=np.float64), np.finfo(np.float64).tiny))
@@ -249,7 +250,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
 
   def compute() -> dict[str, np.ndarray]:
     pool = _pool(task)
-    raw = pool.raw("eval", asked, None, "evaluation gradients")
+    raw = pool.raw("eval", asked, None, phases.ASKED)
     return pool.rows_of(raw, OnDevice(task.held.read_basis()))
 
   return resumable.kept(kept, 0, compute)

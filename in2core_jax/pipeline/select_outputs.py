@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from in2core_jax.data import record_tables, sources
+from in2core_jax.data.ragged import taken
 from in2core_jax.data.record_tables import Table
-from in2core_jax.data.records import raw_lines, source_labels
+from in2core_jax.data.records import Raws, raw_lines, source_labels
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs.run_folder import RunDir, hash_of
@@ -87,7 +88,7 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
 
 def write_sources(run_dir: RunDir, train: TokenizedDataset, selected: np.ndarray) -> list[dict[str, Any]]:
   """mixture.json and, of several sources, a file for each; returns the rows of the mixture."""
-  names = [sources.name_of(record) for record in train.records]
+  names = sources.names_of(train.records)
   rows = mixture(names, selected, train.num_response_tokens)
   if len(rows) > 1:
     for name, file in file_names([row["source"] for row in rows]).items():
@@ -119,7 +120,7 @@ def write_forms(run_dir: RunDir, train: TokenizedDataset, columns: Mapping[str, 
     s: --coreset_format, --write.
   """
   rows = np.flatnonzero(columns["selected"])
-  lines = lambda: [train.records[row].raw for row in rows]  # noqa: E731
+  lines = lambda: Raws(taken(train.records, rows))  # noqa: E731
   make: dict[str, Callable[[], None]] = {
     "parquet": lambda: _write_parquet(run_dir, FORMS["parquet"], Table.of(lines())),
     "hf": lambda: _write_table_hf(run_dir, "coreset_hf", Table.of(lines())),
@@ -133,12 +134,12 @@ def write_forms(run_dir: RunDir, train: TokenizedDataset, columns: Mapping[str, 
 
 
 def _pool(train: TokenizedDataset, columns: Mapping[str, np.ndarray]) -> Table:
-  return Table.of([record.raw for record in train.records], pool_columns(train, columns))
+  return Table.of(Raws(train.records), pool_columns(train, columns))
 
 
 def pool_columns(train: TokenizedDataset, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Columns of the scored pool beside those of the records: of scores.parquet, and the places of source and topic."""
-  source = np.array([sources.name_of(record) for record in train.records], dtype=object)
+  source = np.array(sources.names_of(train.records), dtype=object)
   found = {"example_id": columns["example_id"], "source": source}
   found |= {name: values for name, values in columns.items() if name != "example_id"}
   for name, groups in (("source_quota", source), ("topic_quota", columns["topic"])):

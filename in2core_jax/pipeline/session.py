@@ -8,7 +8,7 @@ import numpy as np
 
 from in2core_jax import __version__ as version
 from in2core_jax.data import batches, packing
-from in2core_jax.data.subsets import limited
+from in2core_jax.data.subsets import limited_rows
 from in2core_jax.influence import kernels
 from in2core_jax.model import weights
 from in2core_jax.model.config import ModelConfig
@@ -82,8 +82,7 @@ class Session:
     evals = self.splits["eval"]
     if not 0 < count < len(evals):
       return self
-    drawn = {id(record) for record in limited(evals.records, "eval", count, 0)}
-    return self.with_evals(np.flatnonzero([id(record) in drawn for record in evals.records]))
+    return self.with_evals(limited_rows(evals.records, "eval", count, 0))
 
   def with_evals(self, rows: np.ndarray) -> "Session":
     """The same with some rows of the evaluation examples; batches stay those of all: the same programs serve."""

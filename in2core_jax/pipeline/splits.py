@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from in2core_jax.data import sources, summaries, tokenizing
-from in2core_jax.data.records import BadRecords
+from in2core_jax.data.records import BadRecords, Raws, first_pair
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError
 from in2core_jax.model import hidden_cache, rotary
@@ -83,9 +83,10 @@ class Splits(collections.abc.Mapping):
 
 def _dataset_hash(dataset: tokenizing.TokenizedDataset) -> str:
   digest = hashlib.sha256(hidden_cache.data_hash(dataset).encode())
-  for record, mask in zip(dataset.records, dataset.response_mask, strict=True):
+  texts = zip(dataset.ids, dataset.topics, Raws(dataset.records), dataset.response_mask, strict=True)
+  for name, topic, raw, mask in texts:
     # The raw record and the topic too: they end up in coreset.jsonl and in quotas.
-    named = "\0".join((record.example_id, record.topic, record.raw, "")).encode("utf-8", "surrogatepass")
+    named = "\0".join((name, topic, raw, "")).encode("utf-8", "surrogatepass")
     digest.update(named + np.packbits(mask).tobytes())
   return digest.hexdigest()
 
@@ -122,7 +123,7 @@ def refuse_pairs(records: Mapping[str, list[tokenizing.Record]]) -> None:
     UserError: names the first pair.
   """
   for part in PARTS:
-    pair = next((record for record in records[part] if record.rejected), None)
+    pair = first_pair(records[part])
     if pair is not None:
       raise UserError(
         f"the {part} set has preference pairs ({pair.place}), which this command has no measure for: run finetune, "
@@ -164,7 +165,7 @@ def tokenized(
 ) -> tokenizing.TokenizedDataset:
   """Records as a part, by the flags' template and lengths; arguments and errors of `tokenizing.tokenize`."""
   more = {"name": part, "vocab_size": config.vocab_size, "date": s.template_date, "bad": bad}
-  sides = 1 + any(record.rejected for record in records)
+  sides = 1 + (first_pair(records) is not None)
   with contextlib.ExitStack() as shown:
     if len(records) >= _MANY:
       progress = shown.enter_context(Progress(sides * len(records), f"tokenise ({part})", "texts"))

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from in2core_jax.data.record_tables import chat_line, is_chat_line
-from in2core_jax.data.sources import name_of
+from in2core_jax.data.sources import names_of
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.model import weights
 from in2core_jax.pipeline.session import Session
@@ -57,7 +57,7 @@ def write_train_with(
     full_steps=recipe["steps"],
     recipe={name: value for name, value in recipe.items() if name != "steps"},
     lora_rank=rank,
-    sources=len(set(map(name_of, train.records))),
+    sources=len(set(names_of(train.records))),
     notes=tuple(_notes(few, s)),
     beta=None if train.second is None else s.beta,
     command=here[0],

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from in2core_jax.data.records import Record, spoken
+from in2core_jax.data.records import Record, content_keys, spoken
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.report import near_duplicates
@@ -132,7 +132,7 @@ class SelectRun:
   @functools.cached_property
   def content_keys(self) -> list[str]:
     """N hashes, equal for duplicates."""
-    return [record.content_key for record in self.records]
+    return content_keys(self.records)
 
   @functools.cached_property
   def curve(self) -> tuple[list[int], np.ndarray] | None:

@@ -40,7 +40,50 @@ def make_folder(path: epath.Path) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    known = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+    known = (
+      errno.EACCES,
+      errno.EPERM,
+      errno.EROFS,
+      errno.ENOENT,
+      errno.ENOTDIR,
+      errno.EEXIST,
+      errno.ENAMETOOLONG,
+      errno.ELOOP,
+    )
     if error.errno in known:
       raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --run_dir") from error
     raise
+
+
+def folder_path(path: epath.PathLike) -> epath.Path:
+  """The path of a run folder.
+
+  Raises:
+    UserError: it cannot be one.
+  """
+  if not os.fspath(path):
+    raise UserError("the run folder's name is empty; give --run_dir=FOLDER")
+  path = epath.Path(path)
+  if not files.is_remote(path):
+    path = path.expanduser()
+  try:
+    _check_name(path)
+    if path.exists() and not path.is_dir():
+      raise UserError(f"{path}: a file, not a folder; choose another --run_dir")
+    if is_link(path) and not path.exists():
+      raise UserError(f"{path}: a symbolic link to nothing; choose another --run_dir")
+  except ImportError as error:  # etils asks for the file system's package on first use
+    raise UserError(f"{path}: {error}; install it into the environment: pip install gcsfs") from error
+  return path
+
+
+def _check_name(path: epath.Path) -> None:
+  """Refuses a local name that the file system knows no folder for: too long, or links in a circle."""
+  try:
+    if not files.is_remote(path):
+      os.stat(path)
+  except (FileNotFoundError, NotADirectoryError, PermissionError):
+    return
+  except OSError as error:
+    shown = str(path)[:100]
+    raise UserError(f"{shown}: no folder can have this name ({error.strerror}); choose another --run_dir") from error

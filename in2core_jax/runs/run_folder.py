@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
@@ -37,7 +36,7 @@ from in2core_jax.runs.files import write_json as write_json
 from in2core_jax.runs.files import write_parquet as write_parquet
 from in2core_jax.runs.files import write_text as write_text
 from in2core_jax.runs.folder_files import CHECKPOINT as CHECKPOINT
-from in2core_jax.runs.folder_files import files_below, is_link, make_folder
+from in2core_jax.runs.folder_files import files_below, folder_path, is_link, make_folder
 from in2core_jax.runs.identities import common, difference
 from in2core_jax.runs.record import device_summary as device_summary
 from in2core_jax.runs.record import flags_bytes
@@ -95,7 +94,7 @@ class RunDir:
     """
     opened: list[RunDir] = []
     processes.checked_by_writer(lambda: opened.append(cls._open_locked(path, identity, overwrite, shared)))
-    if not processes.all_true(processes.is_writer() or cls._read(_folder_path(path)) is not None):
+    if not processes.all_true(processes.is_writer() or cls._read(folder_path(path)) is not None):
       raise UserError(
         f"{path}: not all processes see the folder that process 0 has made there: give --run_dir a place that all "
         "machines share, gs:// or a shared file system"
@@ -109,7 +108,7 @@ class RunDir:
     Raises:
       UserError: names the other job.
     """
-    processes.checked_by_writer(lambda: locks.refuse_held(_folder_path(path)))
+    processes.checked_by_writer(lambda: locks.refuse_held(folder_path(path)))
 
   @classmethod
   def refuse_other(cls, path: epath.PathLike, known: Mapping[str, Any]) -> None:
@@ -124,7 +123,7 @@ class RunDir:
     """
 
     def check() -> None:
-      old = cls._read(_folder_path(path))
+      old = cls._read(folder_path(path))
       if old is not None:
         there, now = common(old.identity, json.loads(canonical_json(known)))
         if there != now:
@@ -137,7 +136,7 @@ class RunDir:
     """`open` in the writer, which alone may write into the folder as long as the opened `RunDir` lives."""
     if shared and not overwrite:
       return cls._open(path, identity, overwrite, writer=True)
-    path = _folder_path(path)
+    path = folder_path(path)
     if cls._read(path) is None:
       _refuse_foreign(path)
     make_folder(path)
@@ -153,7 +152,7 @@ class RunDir:
   @classmethod
   def _open(cls, path: epath.PathLike, identity: Mapping[str, Any], overwrite: bool, writer: bool) -> RunDir:
     """`open` in one process; the others open the folder after the writer did."""
-    path = _folder_path(path)
+    path = folder_path(path)
     identity = json.loads(canonical_json(identity))
     old = cls._read(path)
     if old is None:
@@ -184,7 +183,7 @@ class RunDir:
     Raises:
       UserError: there is no run folder.
     """
-    path = _folder_path(path)
+    path = folder_path(path)
     old = cls._read(path)
     if old is None:
       raise UserError(f"{path}: not a run folder (no {MANIFEST}); give the --run_dir of an earlier run")
@@ -281,10 +280,15 @@ class RunDir:
     Args:
       name: of the file.
       data: its bytes; read when None.
+
+    Raises:
+      UserError: a folder has its place, which nothing can be written over.
     """
     path = self.path / name
     if data is None and not path.exists():
       return "missing"
+    if data is None and name in (self.checksums or {}) and path.is_dir():
+      raise UserError(f"{path}: a folder where a file of this run belongs; move it away")
     if self.checksums is None:
       return None
     if name not in self.checksums:
@@ -402,8 +406,8 @@ def hold(folder: epath.PathLike) -> locks.Lock:
   taken = []
 
   def take() -> None:
-    make_folder(_folder_path(folder))
-    taken.append(locks.take(_folder_path(folder)))
+    make_folder(folder_path(folder))
+    taken.append(locks.take(folder_path(folder)))
 
   processes.checked_by_writer(take)
   return taken[0] if taken else locks.Lock(None)
@@ -412,21 +416,6 @@ def hold(folder: epath.PathLike) -> locks.Lock:
 def beside(run_dir: epath.PathLike, name: str) -> epath.Path:
   """A folder beside a run folder, for what several runs use: local or gs://, as the run folder is."""
   return files.absolute(run_dir).parent / name
-
-
-def _folder_path(path: epath.PathLike) -> epath.Path:
-  """Raises a UserError for what cannot be a run folder."""
-  if not os.fspath(path):
-    raise UserError("the run folder's name is empty; give --run_dir=FOLDER")
-  path = epath.Path(path)
-  if not is_remote(path):
-    path = path.expanduser()
-  try:
-    if path.exists() and not path.is_dir():
-      raise UserError(f"{path}: a file, not a folder; choose another --run_dir")
-  except ImportError as error:  # etils asks for the file system's package on first use
-    raise UserError(f"{path}: {error}; install it into the environment: pip install gcsfs") from error
-  return path
 
 
 @functools.cache

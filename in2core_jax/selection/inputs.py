@@ -240,8 +240,7 @@ def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None
     more: other fields of `PolicyInputs`.
   """
   sizes = dataset.num_tokens, dataset.num_response_tokens
-  keys = [record.content_key for record in dataset.records]
-  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=keys, **more)
+  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=dataset.content_keys, **more)
 
 
 def taking_no_part(inputs: PolicyInputs, truncated: np.ndarray | None = None) -> str:

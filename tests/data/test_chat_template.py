@@ -130,6 +130,30 @@ def test_responses_are_the_answers_with_their_terminator(template, end, last, ea
     assert _learnt(template, _user("Q"), _answer("A."), system_prompt="Hm.") == ([f"{last}A.{end}"], {})
 
 
+NEWER = [
+  (templates.COMMAND_R, "<|END_OF_TURN_TOKEN|>", "", ""),
+  (templates.OLMO2, "</s>", "", ""),
+  (templates.VICUNA, "</s>", " ", " "),
+  (templates.GLM45, "", "\n<think></think>\n", "\n<think></think>\n"),
+  (templates.QWEN3_THINKING, "<|im_end|>", "\n</think>\n\n", ""),
+  (templates.DEEPSEEK_V31, "</s>", "", ""),
+  (templates.GRANITE3, "<|end_of_text|>", "", ""),
+  (templates.ERNIE45, "<|end_of_sentence|>", "", ""),
+  (templates.NEMOTRON, "\n<SPECIAL_12>", "</think>", "</think>"),
+  (templates.APERTUS, "<|assistant_end|>", "", ""),
+  (templates.OPENCHAT, "<|end_of_turn|>", " ", " "),
+]
+
+
+@pytest.mark.parametrize(("template", "end", "last", "earlier"), NEWER)
+def test_responses_of_newer_families(template, end, last, earlier):
+  several = _user("say assistant: A."), _answer("A."), _user("R"), _answer("say <|im_start|>assistant\nA.!")
+  asked = [f"{earlier}A.{end}", f"{last}say <|im_start|>assistant\nA.!{end}"]
+  for system in ((), (SYSTEM,)):
+    assert _learnt(template, *system, *several) == (asked, {})
+  assert _learnt(template, several[0], _answer("A.", train=False), *several[2:]) == (asked[1:], {})
+
+
 SPACED = [
   "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}",
   "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",  # no generation prompt
@@ -372,6 +396,33 @@ def test_generation_marks_round_tool_calls_give_the_mask_of_transformers(fixed_c
       assert 30 < ours.response_mask[0].sum() < len(ours.tokens[0])
 
 
+MARKS_OF_SOME = [
+  # Answers but the last stand outside of the marks; all do.
+  (templates.GENERATION.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}"), 1),
+  (templates.GENERATION.replace("m.role == 'assistant' %}", "m.role == 'robot' %}"), 2),
+]
+
+
+@pytest.mark.parametrize(("template", "count"), MARKS_OF_SOME)
+def test_answers_outside_of_generation_marks_are_told(template, count):
+  told = "answer outside of the generation marks, and not learnt"
+  messages = _user("Q"), _answer("A."), _user("R"), _answer("B.")
+  if count == 1:
+    assert _learnt(template, *messages) == (["B.<|im_end|>"], {told: 1})
+  else:
+    with pytest.raises(UserError, match=f"none of the 1 examples has a response token.*{told} in 2 turns"):
+      _learnt(template, *messages)
+
+
+def test_calls_without_a_text_are_rendered_where_the_template_wants_null():
+  call = '<|tool▁calls▁begin|><|tool▁call▁begin|>function<|tool▁sep|>get\n```json\n{"city": "Ö"}\n```<|tool▁call▁end|>'
+  turns = _user("Q"), _answer("", tool_calls=[CALL]), RESULT, _answer("A.")
+  for tools in (False, True):
+    assert _learnt(templates.DEEPSEEK_V3, *turns, tools=tools) == ([call, "A.</s>"], {})
+  with pytest.raises(UserError, match="does not render the tool calls of turn 1"):
+    _learnt(templates.DEEPSEEK_V3, _user("Q"), _answer("Look.", tool_calls=[CALL]), RESULT, _answer("A."))
+
+
 # --- the rendering is that of transformers
 
 ALL = {name: text for name, text in vars(templates).items() if name.isupper() and not name.startswith("_")}
@@ -387,7 +438,13 @@ def test_text_is_that_of_transformers(fixed_clock, name):
       ours = renderer(record).text
     except ValueError:
       continue
-    if name != "R1_DISTILL":  # which takes the arguments of calls as text
+    if name == "DEEPSEEK_V3":  # `apply_chat_template` drops keys that are null, which this template asks for
+      messages = [m | ({"content": None} if "tool_calls" in m else {}) for m in messages]
+      words = tokenizer.special_tokens_map
+      (theirs,), _ = chat_template_utils.render_jinja_template([messages], chat_template=ALL[name], **words)
+      assert ours == theirs
+      continue
+    if name != "R1_DISTILL":  # both take the arguments of calls as text
       call = CALL | {"function": {"name": "get", "arguments": {"city": "Ö"}}}
       messages = [m | ({"tool_calls": [call]} if "tool_calls" in m else {}) for m in messages]
     assert ours == tokenizer.apply_chat_template(messages, tokenize=False)

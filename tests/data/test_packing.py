@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from in2core_jax import gradients
-from in2core_jax.data import packed_rows, packing
+from in2core_jax.data import packed_rows, packing, row_plans
 from in2core_jax.data.batches import Batch
 from in2core_jax.data.packing import PackedShape, Packer
 from in2core_jax.errors import UserError
@@ -49,11 +49,11 @@ def test_rows_are_nearly_full_and_long_examples_keep_to_themselves():
   ((length, _, rows),) = packed_rows.packed_plan(lengths, 10**9)
   assert length == 96 and lengths.sum() > 0.95 * 96 * len(rows)
   mixed = np.concatenate([lengths, [513, 900, 1100]])
-  assert list(packed_rows.row_lengths(mixed)) == [96, 912, 1104]
+  assert list(row_plans.row_lengths(mixed)) == [96, 912, 1104]
 
 
 def test_best_fit_finds_the_perfect_packing():
-  assert packed_rows.best_fit([3, 7, 5, 5, 8, 2], 10) == [[4, 5], [1, 0], [2, 3]]
+  assert row_plans.best_fit([3, 7, 5, 5, 8, 2], 10) == [[4, 5], [1, 0], [2, 3]]
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}, tiny.GEMMA3], ids=["plain", "window", "gemma 3"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.benchmark import benchmark, isolated, passes, reading
+from experiments.benchmark import benchmark, isolated, passes, reading, shapes
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax import gradients
 from in2core_jax.costs import flop_counts, timing
@@ -218,7 +218,8 @@ def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys
   found = json.loads((folder / "benchmark.json").read_text())
   rows = {row["pass"]: row for row in found["times"]}
   assert list(rows) == [
-    *("matrix product", "forward only", "score last:2", "score last:2, boundary cache", "score all, attention"),
+    *("matrix product", "forward only", "score last:2", "score last:2, boundary cache"),
+    *("index last:2", "index all", "score all, attention"),
     *("score last:2, vmap", "gradients last:2, vmap(grad)", "LiSSA last:1", "training all"),
     *("LiSSA last:1, boundary cache", "training last:1, boundary cache"),
   ]
@@ -233,6 +234,37 @@ def test_passes_are_timed_and_reported(settings, one_device, monkeypatch, capsys
   text = (folder / "benchmark.md").read_text()
   assert capsys.readouterr().out.strip() == text.strip() and "| score last:2, boundary cache |" in text
   assert "not measured" in text and found["measured_on"]["dtype"] == "float32"
+
+
+def test_rates_of_a_shape_and_its_share_of_the_peak():
+  one = {"device": "gpu: NVIDIA H200", "tokens": 1000, "compilation": 9.0, "peak memory": 2e9}
+  one["passes"] = {"forward only": {"seconds": 0.5, "flops": 989e11}, "index last:8": {"seconds": 1.0, "flops": 1e12}}
+  found = {"cold": one, "warm": one | {"compilation": 1.0}, "agreement": 0.99}
+  first, second = shapes.rows_of("tiny", found, "bfloat16")
+  assert first["tokens/s"] == 2000 and first["% of the peak"] == pytest.approx(20)
+  assert (first["compilation cold, s"], first["compilation warm, s"], first["Spearman with a CPU"]) == (9.0, 1.0, 0.99)
+  assert second["pass"] == "index last:8" and "peak memory, GB" not in second
+  assert shapes.peak_of("cpu: AMD EPYC", "float32") is None and shapes.peak_of("TPU v5p", "bfloat16") == 459e12
+
+
+@pytest.mark.slow
+def test_shapes_are_measured_once_and_kept(settings, monkeypatch):
+  started = []
+
+  def here(own, folder, environment):
+    started.append(own.alone)
+    folder.mkdir(parents=True)
+    own = own.replace(run_dir=str(folder))
+    return shapes.shape_alone(own) if own.alone == "shape" else isolated.score_alone(own)
+
+  monkeypatch.setattr(isolated, "start", here)
+  own = settings.replace(shapes=settings.model, boundary_cache="off")
+  folder = pathlib.Path(benchmark.run(own))
+  found = json.loads((folder / "benchmark.json").read_text())["shapes"]
+  assert [row["pass"] for row in found] == ["forward only", "score last:2", "index last:2"]
+  assert found[0]["Spearman with a CPU"] == pytest.approx(1) and started == ["shape", "shape", "score", "score"]
+  benchmark.run(own)
+  assert len(started) == 4
 
 
 @pytest.mark.slow

@@ -162,13 +162,12 @@ def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp
 def test_a_scorer_weighs_its_gradients_by_its_own_tokens():
   """An example whose response the scorer cuts off can be chosen; the pool's mean is that of the scorer's tokens."""
   ids = ["a", "b", "c"]
-  records = [types.SimpleNamespace(content_key=name) for name in ids]
   part = lambda *responses: types.SimpleNamespace(  # noqa: E731
     num_tokens=np.array(responses) + 5,
     num_response_tokens=np.array(responses),
     topics=[""] * 3,
     ids=ids,
-    records=records,
+    content_keys=ids,
   )
   ours, theirs = part(4, 4, 4), part(9, 3, 0)
   queries = {"target": np.array([[1.0, 0.0], [0.9, 0.3], [1.1, -0.2]]), "query_tokens": np.array([2, 1, 1])}

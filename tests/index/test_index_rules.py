@@ -13,6 +13,8 @@ from in2core_jax.index import best, rules
 from in2core_jax.index import matching as block_matching
 from in2core_jax.index import rows as index_rows
 from in2core_jax.index.rows import NARROW, Block, Rows, wide
+from in2core_jax.runs.result_cache import ResultCache
+from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.selection import aggregation, coreset, hybrid, matching
 from in2core_jax.selection.inputs import Budget, PolicyInputs
 from in2core_jax.selection.whitening import WhitenedMetric
@@ -225,8 +227,11 @@ def test_rows_are_taken_and_walked_alike_whatever_the_blocks(monkeypatch):
   assert sorted(np.concatenate([block.rows for block in rows.blocks()]).tolist()) == list(range(SIZE))
 
 
-def test_drawn_pools_are_measured_by_every_rule(tmp_path):
+def test_drawn_pools_are_measured_by_every_rule(tmp_path, monkeypatch):
   s = LargePoolsFlags(run_dir=str(tmp_path), pool_sizes="150,300", pool_queries=6, index_size=8, index_hidden=4)
-  found = large_pools.measure_rules(s)
+  cells = ResultCache(RunDir.open(tmp_path / "run", {"stage": "large_pools"}))
+  found = large_pools.measure_rules(s, cells)
   assert [row["rule"] for row in found[: len(found) // 2]] == [*large_pools.RULES, large_pools.LISTS]
   assert all(row["CPU seconds"] > 0 and row["peak memory, GB"] > 0 for row in found)
+  monkeypatch.setattr(large_pools, "work_of", None)  # what is measured is not measured again
+  assert large_pools.measure_rules(s, cells) == found

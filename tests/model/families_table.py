@@ -24,11 +24,14 @@ from in2core_jax.model.gguf_config import ARCHITECTURES
 from in2core_jax.model.gguf_cuts import CUTS
 
 DOC = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models.md"
-HEAD = "| reference model | `model_type` | config | weights | GGUF | export | loss | logits | gradient |\n"
-HEAD += "|---" * 9 + "|"
+HEAD = "| reference model | `model_type` | config | weights | GGUF | adapter | export | loss | logits | gradient |\n"
+HEAD += "|---" * 10 + "|"
 # Reference model -> architecture of the GGUF files that are read as the same model.
 GGUF = {name: architecture for name, architecture, _ in test_gguf.CASES} | {"gemma3": "gemma3"}
 TINY = json.loads((test_families.REFERENCE / "tiny.json").read_text(encoding="utf-8"))
+# Reference models whose adapters are held against PEFT's own numbers.
+_ADAPTERS = json.loads((test_families.REFERENCE / "adapters.json").read_text(encoding="utf-8"))
+ADAPTERS = {entry["base"] for entry in _ADAPTERS.values()}
 # What the reference models of tiny.json have beyond the sizes.
 _QUIET = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 _QUIET |= {"num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "model_type", "rope_theta"}
@@ -49,9 +52,28 @@ def rows() -> list[str]:
   made += [(name, entry["config"], "equal") for name, entry in TINY.items()]
   made.sort(key=lambda row: (list(FAMILIES).index(row[1]["model_type"]), row[0]))
   return [
-    f"| {name} | {config['model_type']} | {options(config)} | yes | {GGUF.get(name, 'no')} | {export} |"
+    f"| {name} | {config['model_type']} | {options(config)} | yes | {GGUF.get(name, 'no')} | "
+    f"{adapter(name)} | {export} |"
     for name, config, export in made
   ]
+
+
+def adapter(name: str) -> str:
+  """What is known of its adapters."""
+  return "equal" if name in ADAPTERS else "read"
+
+
+def checked_adapters() -> str:
+  """Which adapters were held against PEFT."""
+  named = [f"- {entry['base']}: {name}" for name, entry in _ADAPTERS.items()]
+  return "\n".join(
+    [
+      "Adapters of these models are held against PEFT's numbers (`test_adapters.py`).",
+      "Those of the others go through the same code, by the names of their modules.",
+      "",
+      *named,
+    ]
+  )
 
 
 def errors(name: str) -> str:
@@ -91,7 +113,7 @@ def main() -> None:
   jax.config.update("jax_disable_most_optimizations", True)  # quick to compile
   lines = [row + errors(row.split("|")[1].strip()) for row in rows()]
   text = DOC.read_text(encoding="utf-8")
-  body = "\n".join([HEAD, *lines, "", known(), "", gguf_kinds(), ""])
+  body = "\n".join([HEAD, *lines, "", checked_adapters(), "", known(), "", gguf_kinds(), ""])
   text = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", lambda m: m[1] + body + m[2], text, flags=re.DOTALL)
   DOC.write_text(text, encoding="utf-8")
 

@@ -14,7 +14,7 @@ from in2core_jax.costs import flop_counts
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import datainf, ekfac
 from in2core_jax.influence import projected
-from in2core_jax.model import decoder
+from in2core_jax.model import decoder, experts
 from in2core_jax.model.objective import make_objective
 from in2core_jax.parallel import sharding
 from in2core_jax.params import adapters, subtree
@@ -184,8 +184,12 @@ def test_leaves_of_experts_are_cut_by_width_and_never_by_expert():
 
 
 @pytest.mark.slow
-def test_devices_that_share_experts_compute_the_same():
-  config = tiny.make_config(hidden_size=16, intermediate_size=24, num_heads=4, head_dim=4, **OPTIONS)
+@pytest.mark.parametrize("count", [4, 16], ids=["all computed", "sorted"])
+def test_devices_that_share_experts_compute_the_same(count, monkeypatch):
+  monkeypatch.setattr(experts, "_LEAST", 2 if count == 16 else 32)
+  changes = OPTIONS | {"num_experts": count}
+  config = tiny.make_config(hidden_size=16, intermediate_size=24, num_heads=4, head_dim=4, **changes)
+  assert (experts.blocks(tiny.SIZE, tiny.NUM_TOKENS, 2, count) is None) == (count == 4)
   t = tiny.make_tiny("0,1", "all", jnp.float32, config)
   run = jax.jit(lambda sub, frozen, batch: gradients.sum_gradient(t.objective, sub, frozen, batch))
   alone = run(t.sub, t.frozen, t.batch)
@@ -194,17 +198,21 @@ def test_devices_that_share_experts_compute_the_same():
   tiny.assert_trees_close(run(*placed, sharding.place_batch(t.batch._replace(slots=None), mesh)), alone, 2e-5)
 
 
-def test_flops_and_sizes_count_every_expert():
+def test_sizes_count_every_expert_and_flops_those_of_a_token():
   config = tiny.make_config(**OPTIONS)
   params = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
   sizes = flop_counts.matrix_sizes(params, subtree.make_subtree(params, "last:1", "experts"))
   assert sizes.chosen == sizes.subtree == 4 * 3 * 12 * 14 and len(sizes.matrices) == 12
   assert sizes.below == sizes.above == 2 * 24 * 12 + 2 * 12 * 12 + 12 * 4 + 4 * 3 * 12 * 14
+  own = flop_counts.matrix_sizes(params, subtree.make_subtree(params, "last:1", "experts"), 0.25)
+  assert own.chosen == sizes.chosen and own.computed.chosen == sizes.chosen / 4
+  assert own.computed.above == sizes.above - 0.75 * sizes.chosen == own.computed.below
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jvp", "ggn"])
-def test_flops_are_xlas_within_six_per_cent(kind):
+def test_flops_are_xlas_within_six_per_cent(kind, monkeypatch):
+  monkeypatch.setattr(experts, "blocks", lambda *_: None)
   config = tiny.make_config(hidden_size=96, intermediate_size=128, num_heads=4, head_dim=24, **OPTIONS)
   t = tiny.make_tiny("1", "all", jnp.float32, config)
   batch = tiny.make_batch(config, num_tokens=32, num_responses=12)
@@ -231,3 +239,36 @@ def test_a_model_with_experts_is_trained_and_its_examples_are_scored(tmp_path):
 def test_an_impossible_number_of_experts_is_refused():
   with pytest.raises(UserError, match="cannot go through 5 of 4 experts"):
     tiny.smaller_config(**(OPTIONS | {"experts_per_token": 5}))
+
+
+def test_a_tokens_experts_alone_give_what_all_of_them_give(x64, monkeypatch):
+  """Values and derivatives: mapped over examples, forward, backward, both; in groups, over several chunks of blocks."""
+  changes = {"hidden_size": 6, "intermediate_size": 5, "num_layers": 1, "num_experts": 9, "experts_per_token": 2}
+  config = tiny.smaller_config(**(OPTIONS | changes), norm_gates=True)
+  mlp = jax.tree.map(lambda leaf: leaf[0], tiny.make_params(config, jnp.float64)["layers"]["mlp"])
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 80, 6)))
+  direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), mlp)
+
+  def derivatives():
+    loss = lambda p, x: jnp.sum(jnp.sin(decoder.Mixture(config).apply({"params": p}, x)))  # noqa: E731
+    each = lambda p, x: jax.vmap(jax.grad(loss), (None, 0))(p, x[:, None])  # noqa: E731
+
+    def every(p, x):
+      gradient, product = jax.jvp(jax.grad(loss, (0, 1)), (p, x), (direction, jnp.cos(x)))
+      scores = jax.vmap(lambda row: jax.jvp(lambda p: loss(p, row), (p,), (direction,))[1])(x[:, None])
+      return gradient, product, each(p, x), scores
+
+    return jax.jit(every)(mlp, x)
+
+  cut = experts.blocks(6, 80, 2, 9)
+  assert cut.groups == 2 and cut.count > cut.together and experts.share(6, 80, 2, 9) < 0.7
+  assert experts.blocks(1, 80, 2, 9), "also when it is mapped over examples"
+  found = derivatives()
+  monkeypatch.setattr(experts, "blocks", lambda *_: None)
+  for got, want in zip(found, derivatives(), strict=True):
+    tiny.assert_trees_close(got, want, 1e-9)
+
+
+def test_few_tokens_or_few_experts_are_not_sorted():
+  assert experts.blocks(1, 16, 2, 8) is None and experts.blocks(8, 512, 3, 4) is None
+  assert experts.share(8, 512, 3, 4) == 1 and 2 / 8 < experts.share(16, 512, 2, 8) < 0.35

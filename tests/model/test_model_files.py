@@ -401,3 +401,10 @@ def test_a_bare_path_is_taken_as_what_it_is(folder, caplog):
 def test_every_magic_has_a_remedy():
   assert all(words for words in map(model_files.kind_of, (b"GGUF", b"\n <!DOCTYPE HTML>", b"\x28\xb5\x2f\xfd")))
   assert not model_files.kind_of(b'{"a": 1}') and gguf.GGUF_MAGIC
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x028020])  # as a pickle begins, also behind white space
+def test_a_header_whose_length_looks_like_another_kind_of_file_is_read(tmp_path, length):
+  header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+  (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+  assert model_files.open_safetensors(tmp_path / "model.safetensors").get_tensor("a") == [1.0]

@@ -22,6 +22,11 @@ SAVED |= {"float16": "F16", "bfloat16": "BF16"}
 CONFIGS = {
   **dict.fromkeys(("nf4", "nf4 double", "fp4", "fp4 double"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
   "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+  **{
+    case: {"quant_method": "gptq", "bits": bits, "group_size": 16, "desc_act": case == "gptq ordered"}
+    for case, bits in (("gptq", 4), ("gptq 8 bits", 8), ("gptq 2 bits", 2), ("gptq ordered", 4))
+  },
+  "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
   **dict.fromkeys(("packed", "packed asymmetric"), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
 }
 
@@ -46,7 +51,7 @@ def view_of(folder, values, tensors):
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_packed_tensors_are_what_the_library_makes_of_them(case, tmp_path):
-  with np.load(REFERENCE / "quantised.npz") as stored:
+  with np.load(REFERENCE / ("gptq_awq.npz" if case.startswith(("gptq", "awq")) else "quantised.npz")) as stored:
     tensors = {key.removeprefix(f"{case}/"): stored[key] for key in stored.files if key.startswith(f"{case}/")}
   wanted = tensors.pop("=")
   view = view_of(tmp_path, CONFIGS[case], tensors)

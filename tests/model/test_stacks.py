@@ -10,6 +10,25 @@ from in2core_jax.model import stacks, weights
 from in2core_jax.parallel import sharding
 
 
+@pytest.mark.parametrize(("shape", "index"), [((5, 4), (1,)), ((3, 5, 4), (1,)), ((5, 4), ()), ((6,), (1,))])
+@pytest.mark.parametrize("kind", ["host", "devices"])
+def test_a_leaf_is_filled_block_by_block(kind, shape, index, monkeypatch):
+  """Also where the last two axes change places, and whatever the blocks; NaN in any of them is seen."""
+  monkeypatch.setattr(stacks, "BLOCK_NUMBERS", 8)
+  tensor = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  for turned in (False, True)[: len(shape)]:
+    wanted = tensor.swapaxes(-1, -2) if turned else tensor
+    placed = sharding.NamedSharding(sharding.make_mesh("data:8"), sharding.PartitionSpec())
+    whole = (2,)[: len(index)] + wanted.shape
+    stack = stacks.stack_of(whole, np.dtype("float32"), placed if kind == "devices" else None)
+    stack.put((0,) * len(index), np.zeros(shape, np.float32), turned)
+    assert stack.put(index, tensor, turned)
+    np.testing.assert_array_equal(np.asarray(stack.array)[index], wanted)
+    tensor[-1] = np.nan
+    assert not stack.put(index, tensor, turned)
+    tensor[-1] = 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_streamed_weights_are_those_of_the_host(dtype, tmp_path, monkeypatch):
@@ -19,6 +38,7 @@ def test_streamed_weights_are_those_of_the_host(dtype, tmp_path, monkeypatch):
   assert isinstance(wanted["embed"]["embedding"], np.ndarray)  # on a CPU it stays there
   wanted = sharding.place_params(wanted, mesh)
   monkeypatch.setattr(stacks, "STREAMED_BYTES", 0)
+  monkeypatch.setattr(stacks, "BLOCK_NUMBERS", 100)
   monkeypatch.setattr(stacks, "has_own_memory", lambda mesh: True)
   _, found = weights.load_hf_dir(tmp_path, dtype, mesh)
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -276,3 +276,46 @@ def test_a_broken_file_beside_it_is_named(tmp_path, name, content):
   (folder / name).write_text(content)
   with pytest.raises(UserError, match=name):
     tokenizer_from_dir(folder)
+
+
+TRIMMING = [
+  processors.ByteLevel(trim_offsets=True),
+  processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True),
+  processors.Sequence([processors.ByteLevel(trim_offsets=True)]),
+]
+
+
+@pytest.mark.parametrize("processor", TRIMMING)
+def test_spaces_within_an_answer_are_learnt_where_the_file_trims_offsets(tmp_path, processor):
+  tokenizer, text = _byte_level(), "if x:\n    hello  12   "
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  template = "{% for m in messages %}{{ m.role }}|{{ m.content }};{% endfor %}"
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+  record = Record("r", ({"role": "user", "content": "hello"}, {"role": "assistant", "content": text}), "", "{}", "m", 1)
+  plain = tokenize([record], tokenizer_from_dir(tmp_path), 99)
+  tokenizer.post_processor = processor
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  trimmed = tokenize([record], tokenizer_from_dir(tmp_path), 99)
+  assert trimmed.tokens[0].tolist() == plain.tokens[0].tolist()
+  assert trimmed.response_mask[0].tolist() == plain.response_mask[0].tolist()
+  assert tokenizer.decode(plain.tokens[0][plain.response_mask[0]].tolist()) == f"{text};"
+
+
+NAMED = [
+  {"eot_token": "<|im_end|>"},
+  {"extra_special_tokens": {"eot_token": "<|im_end|>"}},
+  {"model_specific_special_tokens": {"eot_token": {"content": "<|im_end|>"}}},
+]
+
+
+@pytest.mark.parametrize("config", NAMED)
+def test_a_template_writes_the_tokens_that_the_configuration_names(tmp_path, config):
+  template = "{% for m in messages %}{{ m.role }}|{{ m.content }}{{ eot_token }}{% endfor %}"
+  folder = write_folder(tmp_path / "model", _byte_level(), config | {"chat_template": template})
+  messages = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "the"}
+  tokenizer = tokenizer_from_dir(folder)
+  found = tokenize([Record("r", messages, "", "{}", "m", 1)], tokenizer, 99)
+  assert tokenizer.decode(found.tokens[0]) == "user|hello<|im_end|>assistant|the<|im_end|>"
+  (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eot_token": "<|eot|>"}))
+  with pytest.raises(UserError, match=r"the chat template writes eot_token, which is '<\|eot\|>'"):
+    tokenizer_from_dir(folder)

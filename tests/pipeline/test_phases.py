@@ -4,7 +4,9 @@ import pytest
 import tiny
 
 from in2core_jax.estimate import pricing, stage_phases
-from in2core_jax.pipeline import finetune, phases, select
+from in2core_jax.index import store
+from in2core_jax.pipeline import finetune, index, phases, select
+from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs.progress import Progress
 
@@ -89,6 +91,20 @@ def test_a_run_enters_exactly_the_phases_of_the_dry_run(settings, bench, entered
   bench.hidden.kept.clear(), bench.hidden.embedded.clear()
   select.run(s, bench)
   assert names_of(entered, listed) == listed[:-1]  # of the files no progress is shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("basis", ["queries", "generic"])
+def test_an_index_enters_the_phases_of_its_dry_run_and_keeps_the_bytes(settings, bench, entered, tmp_path, basis):
+  s = IndexSettings.of(settings, run_dir=str(tmp_path / "index"), index_basis=basis, index_size=8, index_hidden=4)
+  listed, priced = phases.of_index(s), stage_phases.index_phases(bench, s)
+  assert [phase.name for phase in priced] == listed and all(phase.flops > 0 for phase in priced)
+  index.run(s, bench)
+  assert names_of(entered, listed) == listed
+  held, train = store.IndexStore.load(s.run_dir), bench.splits["train"]
+  rows = held.read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
+  kept = sum(array.nbytes for segment in rows.segments for array in segment.values())
+  assert priced[-1].disk == kept + held.read_basis().gradients.nbytes
 
 
 @pytest.mark.slow

@@ -325,7 +325,7 @@ def test_moments_cover_the_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "study"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "study", "index"])
 def test_other_commands_that_are_killed_end_in_the_same_bytes(settings, tmp_path, capsys, monkeypatch, command):
   for name, value in tiny.child_environment(devices=1).items():
     monkeypatch.setenv(name, value)
@@ -336,6 +336,7 @@ def test_other_commands_that_are_killed_end_in_the_same_bytes(settings, tmp_path
     policies="full,random,bm25",
     variants="matching; highest loss",
     steps=12,
+    index_size=16,
   )
   assert kill_test.run(own)
   assert "killed and resumed: 3 of 3 identical" in capsys.readouterr().out

@@ -82,6 +82,38 @@ def test_a_folder_is_refused_by_what_is_known_of_the_identity(tmp_path):
     refuse(tmp_path / "run", {"flags": {"seed": 0}, "data": {"train": "b"}})
 
 
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("loop", "loop: no folder can have this name .Too many levels of symbolic links."),
+    ("loop/below", "loop/below: no folder can have this name .Too many levels"),
+    ("dangling", "dangling: a symbolic link to nothing; choose another --run_dir"),
+    ("x" * 300, "no folder can have this name .File name too long.; choose another"),
+    ("/".join(["x" * 200] * 30), "no folder can have this name .File name too long.; choose another"),
+    ("file", "file: a file, not a folder"),
+    ("file/below", "cannot be made"),
+  ],
+)
+def test_what_can_be_no_folder_is_named(tmp_path, name, message):
+  (tmp_path / "loop").symlink_to(tmp_path / "loop")
+  (tmp_path / "dangling").symlink_to(tmp_path / "nothing/there")
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(UserError, match=message):
+    RunDir.open(tmp_path / name, IDENTITY)
+  if message != "cannot be made":
+    with pytest.raises(UserError, match=message):
+      RunDir.refuse_held(tmp_path / name)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+  run = RunDir.open(tmp_path, IDENTITY)
+  run.write_text("report.md", "x")
+  (tmp_path / "report.md").unlink()
+  (tmp_path / "report.md").mkdir()
+  with pytest.raises(UserError, match=r"report.md: a folder where a file of this run belongs; move it away"):
+    run.damaged()
+
+
 def test_overwrite_removes_ours_and_nothing_else(tmp_path):
   run = RunDir.open(tmp_path, IDENTITY)
   run.write_json("summary.json", {})
