@@ -149,7 +149,12 @@ def dry_run(pools: list[Pool], s: CalibrationSettings) -> None:
 
 
 def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
-  """(pool, task, recommendation.json) of every pair."""
+  """(pool, task, recommendation.json) of every pair; one that is refused, as with too few minutes, stops no other.
+
+  Raises:
+    UserError: after all others, names those that were refused.
+  """
+  refused = []
   for pool in pools:
     judge = judge_of(pool.bench, pool.settings)
     for part in () if pool.is_done() else pool.bench.splits:  # once for all tasks
@@ -158,8 +163,18 @@ def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
         pool.bench.hidden.pooled(part)
     for label in pool.tasks:
       settings, bench = pool.task(label)
-      folder = run.run(settings, bench, f"{pool.folder}/full", judge.over(bench))
+      try:
+        folder = run.run(settings, bench, f"{pool.folder}/full", judge.over(bench))
+      except UserError as error:
+        log.warning("%s, %s: %s", pool.name, label, error)
+        refused.append(f"{pathlib.Path(pool.folder).name}/{label}")
+        continue
       yield pool.name, label, json.loads((pathlib.Path(folder) / results.FILE).read_text())
+  if refused:
+    raise UserError(
+      f"{len(refused)} pairs were refused: {', '.join(refused)}; start the same command on an idle machine, or give "
+      "more --minutes: the others are kept"
+    )
 
 
 def row_of(pool: str, task: str, found: dict) -> dict:

@@ -325,6 +325,25 @@ def test_a_calibration_counts_what_is_right_safe_and_worse():
   assert "2 are at most 1 % worse" in told[1]
 
 
+def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path, monkeypatch):
+  def answered(settings, *_):
+    if settings == "dear":
+      raise UserError("--minutes=1 is too short")
+    (tmp_path / "recommendation.json").write_text('{"rule": "bm25"}')
+    return str(tmp_path)
+
+  bench = types.SimpleNamespace(splits=())
+  pool = types.SimpleNamespace(name="pool", folder="runs/pool-0", bench=bench, settings=None, tasks=("dear", "cheap"))
+  pool.task, pool.is_done = lambda label: (label, bench), lambda: False
+  monkeypatch.setattr(calibration.run, "run", answered)
+  monkeypatch.setattr(calibration, "judge_of", lambda *_: types.SimpleNamespace(over=lambda bench: bench))
+  found = []
+  with pytest.raises(UserError, match="1 pairs were refused: pool-0/dear; start the same command"):
+    for pair in calibration.pairs([pool]):
+      found.append(pair)
+  assert found == [("pool", "cheap", {"rule": "bm25"})]
+
+
 @pytest.mark.parametrize("flags", [{"equal": "steps,epochs"}, {"checkpoint": "x"}, {"policy": "bm25"}, {"seeds": ""}])
 def test_flags_that_contradict_it_are_refused_before_the_data_are_read(flags):
   with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
