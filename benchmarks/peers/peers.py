@@ -90,10 +90,10 @@ class Other:
     self.versions = self._answer()
 
   def _answer(self) -> dict:
-    line = self._process.stdout.readline()
-    if not line:
-      raise SystemExit("the process of the peers has ended; its last lines say why")
-    return json.loads(line)
+    for line in self._process.stdout:
+      if line.startswith('{"'):  # libraries may have printed something while they were imported
+        return json.loads(line)
+    raise SystemExit("the process of the peers has ended; its last lines say why")
 
   def run(self, name: str) -> Measured:
     """One pass."""
