@@ -98,7 +98,7 @@ class Subject:
   """What is checked: a subtree of a model, examples in a batch with padding rows, and a direction to look along.
 
   Attributes:
-    bench: data and model.
+    session: data and model.
     chosen: the subtree at its parameters.
     size: examples.
     batch: all of them, as a run would see them (hidden states from the boundary cache, if it has one).
@@ -106,21 +106,21 @@ class Subject:
     direction: half along their mean gradient, half at random; unit length.
   """
 
-  def __init__(self, bench: Session):
+  def __init__(self, session: Session):
     """Loads everything and compiles the derivatives that several checks share."""
-    s = bench.settings
-    self.bench, self.size = bench, len(bench.splits["train"])
-    params = bench.checkpoint_params(s.checkpoint)
-    self.chosen: BoundSubtree = choose(bench, params, s.layers, s.modules)
+    s = session.settings
+    self.session, self.size = session, len(session.splits["train"])
+    params = session.checkpoint_params(s.checkpoint)
+    self.chosen: BoundSubtree = choose(session, params, s.layers, s.modules)
     objective = self.chosen.problem.objective
     self.losses = jax.jit(partial(gradients.per_example_losses, objective))
     self.pair = jax.jit(partial(gradients.losses_and_jvp_scores, objective))
     self.by_leaf = jax.jit(partial(gradients.leaf_scores, objective), static_argnames="microbatch")
     self.product = jax.jit(partial(gradients.CURVATURE_PRODUCTS[s.curvature], objective))
     self.gradient = jax.jit(partial(_one_gradient, objective))
-    self.batcher = bench.batcher("train", self.chosen.tree, params, layout={})
-    self.plain = bench.batcher("train", layout={})
-    self.batch, self.whole = (bench.batching.place(self.build(batcher)) for batcher in (self.batcher, self.plain))
+    self.batcher = session.batcher("train", self.chosen.tree, params, layout={})
+    self.plain = session.batcher("train", layout={})
+    self.batch, self.whole = (session.batching.place(self.build(batcher)) for batcher in (self.batcher, self.plain))
     total = jax.jit(partial(gradients.sum_gradient, objective))(*self.at, self.batch)
     noise = _random_like(total, s.seed)
     mixed = jax.tree.map(lambda a, b: a / _norm(total) + b / _norm(noise), total, noise)
@@ -148,7 +148,7 @@ class Subject:
   @functools.cached_property
   def precision(self) -> str:
     """One of PRECISIONS: how this device multiplies numbers of this dtype."""
-    if self.bench.settings.dtype == "bfloat16":
+    if self.session.settings.dtype == "bfloat16":
       return "bfloat16"
     platform, asked = jax.default_backend(), jax.config.jax_default_matmul_precision
     if platform == "cpu" or asked in ("highest", "float32"):
@@ -191,7 +191,7 @@ def alone(x: Subject) -> list[Row]:
   angles, lengths = [], []
   for row in range(x.size):
     inside = x.gradient(*x.at, x.batch, row)
-    single = x.gradient(*x.at, x.bench.batching.place(x.build_alone(row)), 0)
+    single = x.gradient(*x.at, x.session.batching.place(x.build_alone(row)), 0)
     sizes = _norm(inside), _norm(single)
     angles.append(1 - float(tree_dot(inside, single) / (sizes[0] * sizes[1])))
     lengths.append(abs(float(sizes[0] / sizes[1]) - 1))
@@ -205,7 +205,7 @@ def alone(x: Subject) -> list[Row]:
 def modes(x: Subject) -> list[Row]:
   """Forward mode, reverse mode and per-example gradients give the same scores."""
   forward = x.measure(x.batch)[1]
-  error = relative(forward, by_examples(x, x.bench.settings.microbatch))
+  error = relative(forward, by_examples(x, x.session.settings.microbatch))
   summed = relative(np.sum(forward), tree_dot(x.total, x.direction))
   return [x.row("jvp = reverse mode", "relative difference of scores", np.maximum(error, summed), "scores")]
 
@@ -243,7 +243,7 @@ def finite_differences(x: Subject) -> list[Row]:
 def boundary(x: Subject) -> list[Row]:
   """Hidden states from the boundary cache stand for the layers below."""
   names = ("boundary cache = whole model", "relative difference of losses and scores")
-  product = ("boundary cache = whole model", f"relative difference of {x.bench.settings.curvature} products")
+  product = ("boundary cache = whole model", f"relative difference of {x.session.settings.curvature} products")
   if x.batch.hidden is None:
     why = "no boundary cache with these flags"
     return [x.row(*names, None, "boundary", why), x.row(*product, None, "curvature", why)]
@@ -254,7 +254,7 @@ def boundary(x: Subject) -> list[Row]:
 
 def layers(x: Subject) -> list[Row]:
   """The layers' scores add up to the total, and each is the score along its own part of the direction."""
-  named = subtree.layer_sums(_leaf_scores(x, x.bench.settings.microbatch), x.chosen.tree)
+  named = subtree.layer_sums(_leaf_scores(x, x.session.settings.microbatch), x.chosen.tree)
   total = x.measure(x.batch)[1]
   error = relative(sum(processes.to_host(value)[0] for value in named.values()), total)
   if x.chosen.tree.layers:
@@ -269,23 +269,23 @@ def layers(x: Subject) -> list[Row]:
 def microbatches(x: Subject) -> list[Row]:
   """How many gradients exist at the same time does not matter."""
   every = by_examples(x, None)
-  sizes = sorted({2, x.bench.settings.microbatch} - {x.batch.valid.shape[0]})
+  sizes = sorted({2, x.session.settings.microbatch} - {x.batch.valid.shape[0]})
   error = np.max([relative(by_examples(x, size), every) for size in sizes])
   return [x.row("any microbatch", "relative difference of scores", error, "scores")]
 
 
 def ids(x: Subject) -> list[Row]:
   """Ids behind the last response token, padding slots and padding rows count exactly nothing; a response id does."""
-  batch, rng = x.build(x.plain), np.random.default_rng(x.bench.settings.seed)
+  batch, rng = x.build(x.plain), np.random.default_rng(x.session.settings.seed)
   real = batch.weight > 0
   last = np.max(np.where(real, batch.position, -1), axis=1)
   behind = np.arange(batch.tokens.shape[1])[None, :] > last[:, None]
-  drawn = lambda shape: rng.integers(0, x.bench.model.config.vocab_size, shape).astype(np.int32)  # noqa: E731
+  drawn = lambda shape: rng.integers(0, x.session.model.config.vocab_size, shape).astype(np.int32)  # noqa: E731
   tokens = np.where(behind, drawn(batch.tokens.shape), batch.tokens)
   changed = batch._replace(tokens=tokens, target=np.where(real, batch.target, drawn(real.shape)))
-  wrong = batch._replace(target=np.where(real, (batch.target + 1) % x.bench.model.config.vocab_size, batch.target))
+  wrong = batch._replace(target=np.where(real, (batch.target + 1) % x.session.model.config.vocab_size, batch.target))
 
-  before, after, other = (x.measure(x.bench.batching.place(one)) for one in (batch, changed, wrong))
+  before, after, other = (x.measure(x.session.batching.place(one)) for one in (batch, changed, wrong))
   error = np.maximum(np.max(np.abs(after - before)), np.max(np.abs(before[:, x.size :])))
   if not np.all(other[0, : x.size] != before[0, : x.size]):
     error = math.inf  # a loss that does not depend on its response would pass everything else
@@ -295,7 +295,7 @@ def ids(x: Subject) -> list[Row]:
 def devices(x: Subject) -> list[Row]:
   """All devices together compute what one of them computes."""
   names = ("sharded = single device", "relative difference of losses and scores")
-  if x.bench.batching.mesh.size == 1:
+  if x.session.batching.mesh.size == 1:
     return [x.row(*names, None, "scores", "one device")]
   single = sharding.make_mesh("", jax.local_devices()[:1])
   host = processes.to_host((*x.at, x.direction))
@@ -331,7 +331,7 @@ def run(settings: CheckFlags) -> list[Row]:
   """Runs every check; a table and a verdict go to stdout."""
   began = time.perf_counter()
   subject = Subject(sample(settings))
-  tree, tokens = subject.chosen.tree, subject.bench.splits["train"].num_tokens
+  tree, tokens = subject.chosen.tree, subject.session.splits["train"].num_tokens
   log.info(
     "checking %d examples of %d to %d tokens; %s numbers in layers %s; products in %s",
     subject.size, tokens.min(), tokens.max(), f"{subtree.count(subject.at[0]):,}", tree.layers, subject.precision,

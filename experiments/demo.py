@@ -52,20 +52,20 @@ def settled(s: Settings) -> Settings:
   return s.replace(policies=",".join(name for name in policies if name != s.policy))
 
 
-def recommended(s: Settings, bench: Session, root: str) -> str:
+def recommended(s: Settings, session: Session, root: str) -> str:
   """The recommendation in little: one rule, one small budget, a few examples to judge by, trainings of a few steps.
 
   Returns:
     The sentence in which the demo ends.
   """
-  few = {part: np.arange(min(_FEW, len(bench.splits[part]))) for part in ("eval", "test")}
+  few = {part: np.arange(min(_FEW, len(session.splits[part]))) for part in ("eval", "test")}
   own = {
     field.name: getattr(s, field.name)
     for field in dataclasses.fields(Settings)
     if field.metadata["group"] in ("run", "data", "model", "finetune")
   }
   settings = RecommendSettings(**own | _TRIED | {"run_dir": f"{root}/recommend"})
-  session = bench.of_rows(**few)
+  session = session.of_rows(**few)
   try:
     Judged.of(session)
   except UserError as error:  # too small to be dealt into halves: the stages above are done all the same
@@ -83,17 +83,17 @@ def main(_) -> None:
     return
   root = settings.run_dir
   run_folder.RunDir.refuse_held(root)
-  bench = open_session(settings)
-  checks.check_demo(bench, settings)
+  session = open_session(settings)
+  checks.check_demo(session, settings)
   lock = run_folder.hold(root)  # to the end: each stage reads what the ones before it have written
-  tell_size(bench.splits["test"])
-  checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), bench)
+  tell_size(session.splits["test"])
+  checkpoint = finetune.run(settings.replace(run_dir=f"{root}/finetune"), session)
   chosen = settings.replace(run_dir=f"{root}/select", checkpoint=checkpoint)
-  selected = select.run(chosen, bench)
+  selected = select.run(chosen, session)
   # The scores of that run serve the paper's rule, one of --policies, too.
   judged = settings.replace(run_dir=f"{root}/evaluate", select_runs=selected, checkpoint=checkpoint)
-  result = evaluate.run(judged, bench)
-  sentence = recommended(settings, bench, root)
+  result = evaluate.run(judged, session)
+  sentence = recommended(settings, session, root)
   seconds = time.perf_counter() - began
   told = "done in %.0f s; open %s/evaluation.md and %s/report-select.html\n%s"
   log.info(told, seconds, result, result, sentence)

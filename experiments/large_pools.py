@@ -211,14 +211,14 @@ class Scores:
 
 def measure_agreement(s: LargePoolsFlags) -> list[dict]:
   """Spearman of scores from an index, and of those of the whole sketch, with exact ones of whole gradients."""
-  bench = open_session(s)
-  pool = index.Pool(bench, s)
-  train, evals = (np.flatnonzero(bench.splits[part].num_response_tokens) for part in ("train", "eval"))
+  session = open_session(s)
+  pool = index.Pool(session, s)
+  train, evals = (np.flatnonzero(session.splits[part].num_response_tokens) for part in ("train", "eval"))
   if len(train) > BLOCK:
     raise UserError(f"--agreement compares all pairs: give --train_limit of {BLOCK:,} or less, not {len(train):,}")
   sample = pool.raw("train", train, None, "sketched gradients")
   asked = pool.raw("eval", evals, None, phases.ASKED)
-  every = exact_products(bench, s, train, evals)
+  every = exact_products(session, s, train, evals)
   exact = Scores.of_products(every, len(evals))
   sketched = Scores.of_gradients(asked.gradients, sample.gradients)
   found = [_agreement("whole sketch", sketched, exact, 4 * sample.gradients.shape[1])]
@@ -230,13 +230,13 @@ def measure_agreement(s: LargePoolsFlags) -> list[dict]:
   return found
 
 
-def exact_products(bench: Session, s: LargePoolsFlags, train: np.ndarray, evals: np.ndarray) -> np.ndarray:
+def exact_products(session: Session, s: LargePoolsFlags, train: np.ndarray, evals: np.ndarray) -> np.ndarray:
   """g_i . g_j of whole gradients of the kernels, all pairs of queries, which come first, and examples: f64 [Q+N, Q+N].
 
   Gradients of some rows are held, those of all later ones come by: nothing is projected, no pair is left out, and no
   more than `HELD` bytes of gradients are in memory, beside those of a batch.
   """
-  chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, "matrices")
+  chosen = choose(session, session.checkpoint_params(s.checkpoint), s.layers, "matrices")
   width, size = subtree.count(chosen.problem.sub), len(evals) + len(train)
   together = max(1, HELD // (4 * width))
   total = np.zeros((size, size))
@@ -245,8 +245,8 @@ def exact_products(bench: Session, s: LargePoolsFlags, train: np.ndarray, evals:
     """(some of the rows, their gradients leaf by leaf)."""
     for part, own, first in (("eval", evals, 0), ("train", train, len(evals))):
       mine = rows[(rows >= first) & (rows < first + len(own))]
-      batcher = bench.batcher(part, chosen.tree, chosen.params, own[mine - first])
-      for at, batch in bench.stream(batcher)():
+      batcher = session.batcher(part, chosen.tree, chosen.params, own[mine - first])
+      for at, batch in session.stream(batcher)():
         found = jax.tree.leaves(processes.to_host(chosen.problem.batch_gradients(batch)))
         yield mine[at], [leaf[: len(at)].reshape(len(at), -1) for leaf in found]
 

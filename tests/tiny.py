@@ -29,7 +29,7 @@ from in2core_jax.model.objective import make_objective
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import session
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.training import train_loop
 
@@ -192,9 +192,9 @@ def one_device():
   return sharding.make_mesh("", jax.devices()[:1])
 
 
-def open_session(s: Settings, model=None) -> session.Session:
+def open_session(s: Settings, model=None) -> sessions.Session:
   """A session on one device, or on those of a model that there is already."""
-  return session.open_session(s, None if model else one_device(), model)
+  return sessions.open_session(s, None if model else one_device(), model)
 
 
 def make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:

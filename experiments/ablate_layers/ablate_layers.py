@@ -153,11 +153,11 @@ def tree_of(choice: Choice, params) -> subtree.Subtree:
 class Ablation:
   """Scores, costs and trainings of all choices, each kept in a cell."""
 
-  def __init__(self, bench: Session, s: AblateLayersSettings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.cells = bench, s, ResultCache(run_dir)
+  def __init__(self, session: Session, s: AblateLayersSettings, run_dir: run_folder.RunDir):
+    self.session, self.settings, self.cells = session, s, ResultCache(run_dir)
     self.run_dir, self.work = run_dir, Work(run_dir, s.shard_batches)
-    self.params = bench.checkpoint_params(s.checkpoint)
-    self.choices = choices_of(s, bench.model.config.num_layers)
+    self.params = session.checkpoint_params(s.checkpoint)
+    self.choices = choices_of(s, session.model.config.num_layers)
     self.solvers = solvers_of(s)
     self.trees = {choice: tree_of(choice, self.params) for choice in self.choices}
 
@@ -181,12 +181,12 @@ class Ablation:
     """`decompose.leaf_table` of all layers along the answer of each solver, float32 [solvers, N, L, M]."""
 
     def make() -> dict:
-      chosen = choose(self.bench, self.params, ALL, ALL)
+      chosen = choose(self.session, self.params, ALL, ALL)
       answers, seconds = zip(*(self.answer(name, chosen) for name in solvers), strict=True)
       directions = tree_math.concatenate(answers)
-      train = self.bench.batcher("train", chosen.tree, chosen.params)
+      train = self.session.batcher("train", chosen.tree, chosen.params)
       pieces = scoring.pieces_along(self.work, "leaves", directions)
-      stream = self.bench.stream(train, "scores by layer and module", pieces)
+      stream = self.session.stream(train, "scores by layer and module", pieces)
       table = decompose.leaf_table(
         chosen.problem, chosen.tree, stream, len(train), directions, self.settings.microbatch
       )
@@ -202,9 +202,9 @@ class Ablation:
     """((H + damping I)^-1 g_q of the mean query, seconds with the query's gradient)."""
     clock, s = scoring.Clock(), self.settings.replace(solver=solver)
     own = f"queries-{run_folder.hash_of(train_loop.subtree_meta(chosen.tree))[:12]}"
-    v, _ = scoring.queries(self.bench, s, chosen, self.work, own)
+    v, _ = scoring.queries(self.session, s, chosen, self.work, own)
     pieces = self.work.pieces(f"solver-{solver}", queries=resumable.tree_sha256(v))
-    result = solver_inputs.solve(self.bench, s, chosen, v, pieces)
+    result = solver_inputs.solve(self.session, s, chosen, v, pieces)
     clock.lap("solver")
     return result.solution, clock.seconds["solver"]
 
@@ -212,10 +212,10 @@ class Ablation:
     """Scores of one choice, by a solve and a score pass of its own, and their seconds."""
 
     def make() -> dict:
-      chosen = choose(self.bench, self.params, choice.flag, choice.modules)
+      chosen = choose(self.session, self.params, choice.flag, choice.modules)
       direction, seconds = self.answer(solver, chosen)
-      train = self.bench.packer("train", chosen.tree, chosen.params)
-      stream = self.bench.stream(train, f"scores, {choice.name}")
+      train = self.session.packer("train", chosen.tree, chosen.params)
+      stream = self.session.stream(train, f"scores, {choice.name}")
       scores = chosen.problem.scores(stream, len(train), direction, "jvp")[0]
       self.work.remove()
       return {"scores": scores.astype(float).tolist(), "solver_seconds": seconds}
@@ -230,7 +230,7 @@ class Ablation:
     for choice in self.choices:
       # The sets that are compared are the highest scores: no gradients are kept for a policy.
       own = self.settings.replace(layers=choice.flag, modules=choice.modules, solver=solver, policy="proponents")
-      phases = stage_phases.select_phases(self.bench, own)
+      phases = stage_phases.select_phases(self.session, own)
       found[choice] = {
         "flops": sum(phase.flops for phase in phases),
         "bytes": max(phase.device_bytes for phase in phases) + max(phase.host for phase in phases),
@@ -248,8 +248,8 @@ class Ablation:
       of_choice = {"layers": choice.flag, "modules": choice.modules, "checkpoint": ""}
       own = BenchmarkSettings.of(self.settings, alone="score", **of_choice)
       # Of one device and of the same batches for all choices.
-      own = own.replace(device_counts="1", mesh="", batch_tokens=self.bench.batching.batch_tokens)
-      limit = min(self.settings.ablate_examples, len(self.bench.splits["train"]))
+      own = own.replace(device_counts="1", mesh="", batch_tokens=self.session.batching.batch_tokens)
+      limit = min(self.settings.ablate_examples, len(self.session.splits["train"]))
       with tempfile.TemporaryDirectory() as temporary:
         return isolated.start(own.replace(train_limit=limit, limit_block=0), pathlib.Path(temporary) / "score", {})
 
@@ -259,14 +259,14 @@ class Ablation:
 
   def top(self, scores: np.ndarray) -> np.ndarray:
     """Rows that the plain policy keeps."""
-    inputs = inputs_of(self.bench.splits["train"], scores)
+    inputs = inputs_of(self.session.splits["train"], scores)
     return np.sort(coreset.select_rows("proponents", inputs, budget_of(self.settings)))
 
   def yardsticks(self, seeds: Sequence[int]) -> dict[str, list[np.ndarray]]:
     """Full data and random sets of the same budget, a set for each seed."""
-    inputs = inputs_of(self.bench.splits["train"])
+    inputs = inputs_of(self.session.splits["train"])
     draw = lambda seed: np.sort(coreset.select_rows("random", inputs, budget_of(self.settings), seed))  # noqa: E731
-    return {"full": [trainable_rows(self.bench)] * len(seeds), "random": [draw(seed) for seed in seeds]}
+    return {"full": [trainable_rows(self.session)] * len(seeds), "random": [draw(seed) for seed in seeds]}
 
   def retrained(
     self, name: str, sets: Sequence[np.ndarray], seeds: Sequence[int], judge: Callable[[], Retrainer]
@@ -284,45 +284,45 @@ class Ablation:
       make = lambda: judge().retrain(TrainingSubset(name, seed, rows), f"train on {name}, seed {seed}").as_json()  # noqa: E731
       # Of older runs "retrained" has no losses by test example.
       cell = self.cells.get(make, "retrained row", run_folder.hash_of(rows.tolist())[:16], seed)
-      return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell | {"policy": name}))
+      return judged(self.session.splits["test"], statistics.RetrainRow.from_json(cell | {"policy": name}))
 
     return [trained(seed, rows) for seed, rows in zip(seeds, sets, strict=True)]
 
 
-def run(settings: AblateLayersSettings, bench: Session | None = None) -> str:
+def run(settings: AblateLayersSettings, session: Session | None = None) -> str:
   """Scores, retrains, measures, writes ablate_layers.{md,csv,tex,json} and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
   solvers = solvers_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
-  identity = bench.identity(
+  session = session or open_session(s)
+  identity = session.identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )
   for name in ("layers", "modules", "solver"):  # each cell has its own
     identity["flags"].pop(name)
   identity["checkpoint"] = train_loop.checkpoint_meta(s.checkpoint) if s.checkpoint else {}
   seeds, _ = seeds_of(s)
-  choices = choices_of(s, bench.model.config.num_layers)
-  params = shapes.scored_params(bench.model.config, s)
+  choices = choices_of(s, session.model.config.num_layers)
+  params = shapes.scored_params(session.model.config, s)
   for choice in choices:
     tree = tree_of(choice, params)
     for name in solvers:
       given = f"--ablate_solvers={s.ablate_solvers}, {name} of {choice.name}"
       check_size(s.replace(solver=name), subtree.size_of(params, tree), given)
-  check_budget(s, bench.splits["train"])
+  check_budget(s, session.splits["train"])
   asked = named(s.ablate_retrain, choices, "ablate_retrain"), named(s.ablate_measure, choices, "ablate_measure")
   if asked[0]:
-    tell_size(bench.splits["test"])
+    tell_size(session.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.ablate_layers --flagfile=THIS"])
-  ablation = Ablation(bench, s, run_dir)
+  ablation = Ablation(session, s, run_dir)
   found = {name: table_of(ablation, name, scores) for name, scores in ablation.scores().items()}
   intervals = retrain(ablation, found, asked[0], seeds) if asked[0] else report.Yardsticks()
-  report.write(run_dir, ablation.settings, bench, found, intervals)  # what follows can fail
+  report.write(run_dir, ablation.settings, session, found, intervals)  # what follows can fail
   if asked[1] and measure(ablation, found, asked[1]):
-    report.write(run_dir, ablation.settings, bench, found, intervals)
+    report.write(run_dir, ablation.settings, session, found, intervals)
   return str(run_dir.path)
 
 
@@ -359,7 +359,7 @@ def table_of(ablation: Ablation, solver: str, scores: dict[Choice, np.ndarray]) 
   """One row a choice: agreement with all layers, and cost on paper."""
   paper = ablation.on_paper(solver)
   whole = ablation.choices[0]
-  usable = trainable_rows(ablation.bench)  # the others score 0, and are never selected
+  usable = trainable_rows(ablation.session)  # the others score 0, and are never selected
   rows, kept = [], set(ablation.top(scores[whole]).tolist())
   for choice, own in scores.items():
     top = ablation.top(own)
@@ -403,7 +403,7 @@ def retrain(
   # Of all sets that may be trained on, so that no number depends on which of them are.
   perhaps = [row for rows in tried.values() for row in rows if row["name"] not in wanted]
   every = [rows for one in yardsticks.values() for rows in one] + [row["top"] for row in surely + perhaps]
-  judge = functools.cache(lambda: Retrainer(ablation.bench, ablation.settings, every))
+  judge = functools.cache(lambda: Retrainer(ablation.session, ablation.settings, every))
 
   trained = {name: ablation.retrained(name, sets, seeds, judge) for name, sets in yardsticks.items()}
 

@@ -253,7 +253,7 @@ def _legend(plot, rows: Sequence[dict]) -> None:
 def write(
   run_dir: run_folder.RunDir,
   s: AblateLayersSettings,
-  bench: Session,
+  session: Session,
   found: Mapping[str, Sequence[dict]],
   yardsticks: Yardsticks,
 ) -> None:
@@ -267,7 +267,7 @@ def write(
     "ablate_layers.tex", table_text.latex_table(rows, caption="Layers and modules against all of them.")
   )
   text = [
-    f"# Layers\n\n{explanation(s, bench)}\n\n![Cost](plots/ablate_layers.svg)\n\n{table_text.markdown_table(rows)}\n"
+    f"# Layers\n\n{explanation(s, session)}\n\n![Cost](plots/ablate_layers.svg)\n\n{table_text.markdown_table(rows)}\n"
   ]
   text += [f"- {name}: test perplexity {interval}\n" for name, interval in yardsticks.perplexity.items()]
   text.append("\n" + "\n\n".join([*warnings, *sentences, *yardsticks.notes]) + "\n")
@@ -280,20 +280,20 @@ def write(
       "notes": list(yardsticks.notes),
       "warnings": warnings,
       "sentences": sentences,
-      "training_examples": len(bench.splits["train"]),
+      "training_examples": len(session.splits["train"]),
       "devices": run_folder.device_summary(),
     },
   )
   log.info("\n%s", "".join(text))
 
 
-def explanation(s: AblateLayersSettings, bench: Session) -> str:
+def explanation(s: AblateLayersSettings, session: Session) -> str:
   """What the columns are."""
   budget = budget_of(s)
   counts = {"examples": budget.num_examples, "tokens": budget.token_budget}
   kept = next((f"{n} {what}" for what, n in counts.items() if n), f"{budget.fraction or 0:.0%} of the examples")
   return (
-    f"{len(bench.splits['train'])} training and {len(bench.splits['eval'])} evaluation examples, gradients at "
+    f"{len(session.splits['train'])} training and {len(session.splits['eval'])} evaluation examples, gradients at "
     f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "
     "(proponents). Spearman and overlap "
     f"(of the {kept} that are kept) are with all layers and modules of the same solver. FLOPs and memory on paper "

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments import flags
 from experiments.benchmark import isolated, shapes
-from experiments.benchmark.passes import FORWARD, make_rows, open_bench
+from experiments.benchmark.passes import FORWARD, make_rows, measured_session
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
@@ -107,9 +107,11 @@ class Found:
 # ---- times ---------------------------------------------------------------------------
 
 
-def measure_times(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> tuple[list[dict], dict[str, float]]:
+def measure_times(
+  session: Session, s: BenchmarkSettings, score_layers: list[str]
+) -> tuple[list[dict], dict[str, float]]:
   """(rows of the table, figures) of all passes, interleaved."""
-  rows = make_rows(bench, s, score_layers)
+  rows = make_rows(session, s, score_layers)
   size, repeat = _PRODUCT_SIZE.get(jax.default_backend(), _PRODUCT_SIZE_ELSEWHERE)
   product, product_flops = timing.matrix_product(size, repeat, jnp.dtype(s.dtype))
   references = {PRODUCT: product, FORWARD: rows[FORWARD].work}
@@ -118,7 +120,7 @@ def measure_times(bench: Session, s: BenchmarkSettings, score_layers: list[str])
   with Progress(total, "benchmark", "measurements") as progress:
     timings = timing.interleaved(references, others, s.rounds, lambda name: progress.update(1, now=name))
   flops = {PRODUCT: product_flops} | {name: row.flops for name, row in rows.items()}
-  tokens = int(bench.splits["train"].num_tokens.sum())
+  tokens = int(session.splits["train"].num_tokens.sum())
   return time_rows(timings, flops, tokens)
 
 
@@ -247,7 +249,7 @@ def measure(s: BenchmarkSettings) -> Found:
     found.memory = isolated.measure_memory(s, score_layers[0], examples)
     found.figures["memory growth"] = max(row["growth, %"] for row in found.memory)
   if "times" in wanted:
-    found.times, figures = measure_times(open_bench(s), s, score_layers)
+    found.times, figures = measure_times(measured_session(s), s, score_layers)
     found.figures |= figures
   return found
 

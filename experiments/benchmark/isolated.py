@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments import subprocesses
-from experiments.benchmark.passes import open_bench
+from experiments.benchmark.passes import measured_session
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
 from in2core_jax.errors import UserError
@@ -39,7 +39,7 @@ def select_alone(s: BenchmarkSettings) -> dict:
   """A whole `select` run, and what was compiled for it. Two solver steps run the programs of any number of them."""
   short = s.replace(run_dir=str(pathlib.Path(s.run_dir) / "select"), depth=2, policy="proponents")
   with timing.CompileMeter() as meter:
-    select.run(short, open_bench(short))
+    select.run(short, measured_session(short))
   return {
     "programs": meter.programs,
     "from the cache": meter.cached,
@@ -54,11 +54,11 @@ def score_alone(s: BenchmarkSettings) -> dict:
   wanted = int(s.device_counts)
   if wanted > len(jax.devices()):
     return {"devices": len(jax.devices())}
-  bench = open_bench(s.replace(boundary_cache="off"), wanted)
-  chosen = choose(bench, bench.model.params, s.layers, s.modules)
-  query, _ = scoring.queries(bench, s, chosen)
-  train, device = bench.packer("train"), jax.devices()[0]
-  stream, held = bench.stream(train, "scores"), [0]
+  session = measured_session(s.replace(boundary_cache="off"), wanted)
+  chosen = choose(session, session.model.params, s.layers, s.modules)
+  query, _ = scoring.queries(session, s, chosen)
+  train, device = session.packer("train"), jax.devices()[0]
+  stream, held = session.stream(train, "scores"), [0]
 
   def watched():
     for item in stream():
@@ -69,7 +69,7 @@ def score_alone(s: BenchmarkSettings) -> dict:
   chosen.problem.losses_and_scores(watched, len(train), query, "jvp")
   peak, began = timing.peak_memory(), time.perf_counter()
   _, scores = chosen.problem.losses_and_scores(stream, len(train), query, "jvp")
-  seconds, weights = time.perf_counter() - began, timing.device_bytes(bench.model.params, device)
+  seconds, weights = time.perf_counter() - began, timing.device_bytes(session.model.params, device)
   run_folder.write_json(pathlib.Path(s.run_dir) / "scores.json", scores.astype(float).tolist())
   return {
     "devices": wanted,

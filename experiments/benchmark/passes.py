@@ -30,7 +30,7 @@ from in2core_jax.training.recipe import Recipe
 FORWARD = "forward only"
 
 
-def open_bench(s: BenchmarkSettings, num_devices: int | None = None) -> Session:
+def measured_session(s: BenchmarkSettings, num_devices: int | None = None) -> Session:
   """A session on the first devices by `--mesh`, with random examples where `--synthetic_length` asks for them.
 
   Args:
@@ -86,46 +86,46 @@ class Row:
 class Rows:
   """Makes rows for one model and data set."""
 
-  def __init__(self, bench: Session):
+  def __init__(self, session: Session):
     """Counts the tokens."""
-    self.bench, train = bench, bench.splits["train"]
+    self.session, train = session, session.splits["train"]
     self.examples, self.tokens = len(train), int(train.num_tokens.sum())
     self.responses = int(train.num_response_tokens.sum())
 
   def chosen(self, layers: str, modules: str = "all") -> BoundSubtree:
     """Kernels of a choice of layers."""
-    return choose(self.bench, self.bench.model.params, layers, modules)
+    return choose(self.session, self.session.model.params, layers, modules)
 
   def flops(self, kind: str, tree: subtree.Subtree, cached: bool = False) -> int:
     """Operations of one pass over all training examples."""
-    sizes = flop_counts.matrix_sizes(self.bench.model.params, tree)
+    sizes = flop_counts.matrix_sizes(self.session.model.params, tree)
     return flop_counts.flops(kind, sizes, self.tokens, self.responses, cached)
 
   def forward(self) -> Row:
     """Losses of all examples: every layer, and the head at response tokens only."""
-    nothing = subtree.Subtree((), self.bench.model.config.num_layers, ())
-    problem = self.bench.kernels(nothing).at(*subtree.split(self.bench.model.params, nothing))
-    stream = self.bench.stream(self.bench.packer("train"))
+    nothing = subtree.Subtree((), self.session.model.config.num_layers, ())
+    problem = self.session.kernels(nothing).at(*subtree.split(self.session.model.params, nothing))
+    stream = self.session.stream(self.session.packer("train"))
     return Row(lambda: problem.losses(stream, self.examples), self.flops("losses", nothing))
 
   def score(self, chosen: BoundSubtree, cached: bool) -> Row:
     """Losses and scores along one direction by jvp, as `select` computes them for an aggregated query."""
-    stream, v = self.bench.stream(self._packer(chosen, cached)), direction(chosen.problem.sub)
+    stream, v = self.session.stream(self._packer(chosen, cached)), direction(chosen.problem.sub)
     work = lambda: chosen.problem.losses_and_scores(stream, self.examples, v, "jvp")  # noqa: E731
     return Row(work, self.flops("jvp", chosen.tree, cached))
 
   def vmap_score(self, chosen: BoundSubtree) -> Row:
     """Scores along one direction by per-example gradients, contracted at once."""
-    stream, v = self.bench.stream(self.bench.batcher("train")), direction(chosen.problem.sub)
+    stream, v = self.session.stream(self.session.batcher("train")), direction(chosen.problem.sub)
     contraction = flop_counts.contraction_flops(
-      flop_counts.matrix_sizes(self.bench.model.params, chosen.tree), self.examples, 1
+      flop_counts.matrix_sizes(self.session.model.params, chosen.tree), self.examples, 1
     )
     work = lambda: chosen.problem.scores(stream, self.examples, v, "vmap")  # noqa: E731
     return Row(work, self.flops("gradient", chosen.tree) + int(contraction))
 
   def gradients(self, chosen: BoundSubtree) -> Row:
     """Per-example gradients, those of one batch on the device at a time."""
-    stream, source = self.bench.stream(self.bench.batcher("train")), chosen.problem.example_gradients(None)
+    stream, source = self.session.stream(self.session.batcher("train")), chosen.problem.example_gradients(None)
     kernel = jax.jit(source.function)
 
     def work():
@@ -136,10 +136,10 @@ class Rows:
 
   def index(self, layers: str) -> Row:
     """Rows of an index: sketched gradients, losses, hidden states out of one pass, in the basis of default sizes."""
-    s = IndexSettings.of(self.bench.settings, layers=layers)
-    pool = index.Pool(self.bench, s)
+    s = IndexSettings.of(self.session.settings, layers=layers)
+    pool = index.Pool(self.session, s)
     keys, sketch = pool.keys("train"), pool.projection.sketch
-    basis = drawn_basis(sketch.width, self.bench.model.config.hidden_size, s)
+    basis = drawn_basis(sketch.width, self.session.model.config.hidden_size, s)
     planned = index.planned(pool, s, keys, keys[:0])
     plan = [batch for shard in planned.shards for batch in shard]
     sizes = flop_counts.matrix_sizes(sketch.params, sketch.tree)
@@ -150,7 +150,7 @@ class Rows:
 
   def lissa(self, chosen: BoundSubtree, cached: bool) -> Row:
     """LiSSA steps (ggn) whose minibatches are all training examples, each once; its residual is not measured."""
-    s = self.bench.settings
+    s = self.session.settings
     packer = self._training_packer(chosen, cached, min(s.curvature_batch, self.examples))
     curvature, v = chosen.problem.curvature("ggn"), direction(chosen.problem.sub)
     # A scale that no eigenvalue reaches, and no power iteration for it: seconds do not depend on it.
@@ -160,7 +160,7 @@ class Rows:
     def work():
       batches = packer.shuffled(min(s.curvature_batch, self.examples), 0, 0)
       sampled = solvers.StochasticCurvature(
-        curvature, lambda _: self.bench.batching.place(next(batches)[1]), lambda u: u
+        curvature, lambda _: self.session.batching.place(next(batches)[1]), lambda u: u
       )
       jax.block_until_ready(solvers.lissa(sampled, v, jax.random.key(0), options).solution)
 
@@ -168,10 +168,10 @@ class Rows:
 
   def training(self, chosen: BoundSubtree, cached: bool) -> Row:
     """One epoch of training."""
-    s, size = self.bench.settings, min(self.bench.settings.batch_size, self.examples)
+    s, size = self.session.settings, min(self.session.settings.batch_size, self.examples)
     packer = self._training_packer(chosen, cached, size)
     recipe = Recipe(-(-self.examples // size), size, s.learning_rate)
-    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.bench.batching.place)
+    trainer = train_loop.Trainer(chosen.problem.objective, recipe, self.session.batching.place)
     work = lambda: jax.block_until_ready(  # noqa: E731
       trainer.train(chosen.problem.sub, chosen.problem.frozen, packer).sub
     )
@@ -180,14 +180,14 @@ class Rows:
   def _packer(self, chosen: BoundSubtree, cached: bool, shapes=None) -> packing.Packer:
     """Packed training examples: tokens, or hidden states out of the boundary cache."""
     if not cached:
-      return self.bench.packer("train", shapes=shapes)
-    packer = self.bench.packer("train", chosen.tree, chosen.params, shapes=shapes)
+      return self.session.packer("train", shapes=shapes)
+    packer = self.session.packer("train", chosen.tree, chosen.params, shapes=shapes)
     if packer.hidden is None:
-      raise UserError(f"--boundary_cache={self.bench.settings.boundary_cache}: the benchmark needs one, use auto")
+      raise UserError(f"--boundary_cache={self.session.settings.boundary_cache}: the benchmark needs one, use auto")
     return packer
 
   def _training_packer(self, chosen: BoundSubtree, cached: bool, size: int) -> packing.Packer:
-    shape = packing.training_shape([self.bench.packer("train", shapes=())], size, epochs=1)
+    shape = packing.training_shape([self.session.packer("train", shapes=())], size, epochs=1)
     return self._packer(chosen, cached, [shape])
 
 
@@ -204,13 +204,13 @@ def drawn_basis(width: int, hidden: int, s: IndexSettings) -> bases.Basis:
   return bases.Basis("queries", kept, s.index_size, turned, np.zeros((views, hidden), np.float32))
 
 
-def make_rows(bench: Session, s: BenchmarkSettings, score_layers: list[str]) -> dict[str, Row]:
+def make_rows(session: Session, s: BenchmarkSettings, score_layers: list[str]) -> dict[str, Row]:
   """Every pass that is timed, by name; `FORWARD` first.
 
   `--score_layers` get score passes, the first of them also those by `vmap` and an index, as all layers have;
   `--layers` get LiSSA and training.
   """
-  rows = Rows(bench)
+  rows = Rows(session)
   made = {FORWARD: rows.forward()}
   for layers in score_layers:
     chosen = rows.chosen(layers)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.benchmark import isolated
-from experiments.benchmark.passes import FORWARD, Rows, open_bench
+from experiments.benchmark.passes import FORWARD, Rows, measured_session
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import hardware, timing
 from in2core_jax.evaluation import statistics
@@ -29,7 +29,7 @@ _COMPARED = 16  # examples whose scores are compared with a CPU's
 
 def shape_alone(s: BenchmarkSettings) -> dict:
   """Passes of one shape through its whole model: seconds, operations, compilation, memory."""
-  rows, layers = Rows(open_bench(s, 1)), listed(s.score_layers)[0]
+  rows, layers = Rows(measured_session(s, 1)), listed(s.score_layers)[0]
   made = {FORWARD: rows.forward(), f"score {layers}": rows.score(rows.chosen(layers), False)}
   made[f"index {layers}"] = rows.index(layers)
   with timing.CompileMeter() as meter:

@@ -58,15 +58,15 @@ def influence_signals(projected: bool) -> tuple[str, ...]:
   return tuple(f"{name}{kind}, {at}" for at in (BASE, TRAINED) for kind in kinds for name in AGGREGATES)
 
 
-def folds_of(bench: Session, s: CoverageSettings) -> list[tuple[str, ...]]:
+def folds_of(session: Session, s: CoverageSettings) -> list[tuple[str, ...]]:
   """The topics that each fold holds out.
 
   Raises:
     UserError: topics without a test point or training example, or too few of them.
   """
-  evals = bench.splits[POINTS]
+  evals = session.splits[POINTS]
   there = {topic for topic, tokens in zip(evals.topics, evals.num_response_tokens, strict=True) if tokens}
-  known = sorted((there & set(bench.splits["train"].topics)) - {""})
+  known = sorted((there & set(session.splits["train"].topics)) - {""})
   if s.hold_out_topics.strip().isdecimal():
     return coverage.deal_topics(known, int(s.hold_out_topics), s.folds, s.seed)
   names = listed(s.hold_out_topics)
@@ -77,22 +77,22 @@ def folds_of(bench: Session, s: CoverageSettings) -> list[tuple[str, ...]]:
   return [tuple(sorted(set(names)))]
 
 
-def measured(bench: Session, s: CoverageSettings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
+def measured(session: Session, s: CoverageSettings, chosen: BoundSubtree, work: Work) -> dict[str, normalize.Measures]:
   """Scores of every test point with every example of "train" and of POINTS, and norms for cosines.
 
   `--query_block` test points at a time.
   """
-  size, found = len(bench.splits[POINTS]), {part: [] for part in ("train", POINTS)}
+  size, found = len(session.splits[POINTS]), {part: [] for part in ("train", POINTS)}
   block = min(s.query_block, size)
-  examples = {part: bench.batcher(part, chosen.tree, chosen.params) for part in found}
+  examples = {part: session.batcher(part, chosen.tree, chosen.params) for part in found}
   for start in range(0, size, block):
     rows = np.minimum(np.arange(start, start + block), size - 1)  # a filled last block compiles nothing new
-    points = bench.batcher(POINTS, chosen.tree, chosen.params, rows)
-    v = sharding.place_vectors(chosen.problem.gradients(bench.stream(points), len(rows)), bench.batching.mesh, True)
+    points = session.batcher(POINTS, chosen.tree, chosen.params, rows)
+    v = sharding.place_vectors(chosen.problem.gradients(session.stream(points), len(rows)), session.batching.mesh, True)
     pieces = work.pieces(f"solver-{start}", queries=resumable.tree_sha256(v))
-    result = solver_inputs.solve(bench, s, chosen, v, pieces)
+    result = solver_inputs.solve(session, s, chosen, v, pieces)
     for part, batcher in examples.items():
-      stream = bench.stream(batcher, f"influence of {part} on test points {start}..{rows[-1]} of {size}")
+      stream = session.stream(batcher, f"influence of {part} on test points {start}..{rows[-1]} of {size}")
       block_found = normalize.measure(chosen.problem, stream, len(batcher), result.solution)
       kept = {name: getattr(block_found, name)[: size - start] for name in ("scores", "direction_norms")}
       found[part].append(dataclasses.replace(block_found, **kept))
@@ -103,15 +103,15 @@ def measured(bench: Session, s: CoverageSettings, chosen: BoundSubtree, work: Wo
   }
 
 
-def tables_of(bench: Session, s: CoverageSettings, params, work: Work) -> np.ndarray:
+def tables_of(session: Session, s: CoverageSettings, params, work: Work) -> np.ndarray:
   """Tables of `KINDS`: every test point with every example of "train" and of POINTS, float64 [2 or 3, Q, N + Q].
 
   With `--score_path=projected` of projected gradients: one pass, whatever the number of test points.
   """
   if s.score_path == "projected":
-    projection = Projection(bench, s, params, s.seed)
-    return tables_from(projection.features("train"), projection.features(POINTS), bench.splits["train"].ids)
-  found = measured(bench, s, choose(bench, params, s.layers, s.modules), work)
+    projection = Projection(session, s, params, s.seed)
+    return tables_from(projection.features("train"), projection.features(POINTS), session.splits["train"].ids)
+  found = measured(session, s, choose(session, params, s.layers, s.modules), work)
   return np.concatenate([np.stack([part.scores, normalize.cosine(part)]) for part in found.values()], axis=2)
 
 
@@ -155,21 +155,23 @@ class Observed:
 class Study:
   """Trains and scores under each training set; what is finished is kept in cells."""
 
-  def __init__(self, bench: Session, s: CoverageSettings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]):
-    self.bench, self.settings, self.cells, self.folds = bench, s, ResultCache(run_dir), folds
+  def __init__(
+    self, session: Session, s: CoverageSettings, run_dir: run_folder.RunDir, folds: Sequence[tuple[str, ...]]
+  ):
+    self.session, self.settings, self.cells, self.folds = session, s, ResultCache(run_dir), folds
     self._run_dir = run_dir
-    self.texts = {part: [text_of(record) for record in bench.splits[part].records] for part in ("train", POINTS)}
-    silent = bench.splits[POINTS].num_response_tokens == 0
+    self.texts = {part: [text_of(record) for record in session.splits[part].records] for part in ("train", POINTS)}
+    silent = session.splits[POINTS].num_response_tokens == 0
     self.ignored = np.eye(len(silent), dtype=bool) | silent[None, :]
 
   def rows(self, topics: tuple[str, ...]) -> np.ndarray:
     """Training examples of other topics."""
-    return np.flatnonzero([topic not in topics for topic in self.bench.splits["train"].topics])
+    return np.flatnonzero([topic not in topics for topic in self.session.splits["train"].topics])
 
   @functools.cached_property
   def judge(self) -> Retrainer:
     """One for all training sets, which are trained for the same steps by one program."""
-    return Retrainer(self.bench, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
+    return Retrainer(self.session, self.settings, [self.answered(topics) for topics in ((), *self.folds)])
 
   @functools.cached_property
   def before(self) -> np.ndarray:
@@ -178,7 +180,7 @@ class Study:
 
   def answered(self, topics: tuple[str, ...]) -> np.ndarray:
     """Those of `rows` that have a response."""
-    return np.intersect1d(self.rows(topics), trainable_rows(self.bench))
+    return np.intersect1d(self.rows(topics), trainable_rows(self.session))
 
   def observe(self, topics: tuple[str, ...]) -> Observed:
     """All signals and losses with some topics held out."""
@@ -199,7 +201,7 @@ class Study:
     return Observed(topics, rows, signals, before, after, nearest)
 
   def _train_and_score(self, topics: tuple[str, ...], rows: np.ndarray, name: tuple[str, ...]) -> dict:
-    s, fold, judge = self.settings, self.bench.with_train(rows), self.judge
+    s, fold, judge = self.settings, self.session.with_train(rows), self.judge
     result = judge.train(self.answered(topics), s.seed, f"train without {', '.join(topics) or 'holding out a topic'}")
     params = subtree.merge(result.sub, judge.frozen, judge.chosen)
     self._score(fold, params, name)
@@ -211,19 +213,19 @@ class Study:
 
   def _base_scores(self, topics: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
     """Tables of `KINDS` at the base model: without a curvature, scores and cosines are columns of the whole set's."""
-    s, every = self.settings, len(self.bench.splits["train"])
+    s, every = self.settings, len(self.session.splits["train"])
     if s.score_path == "projected":  # the metric is that of the training set
       features = self._base_features
-      ids = self.bench.splits["train"].ids
+      ids = self.session.splits["train"].ids
       return tables_from(features["train"][rows], features[POINTS], [ids[row] for row in rows])
     if topics and s.solver == "identity":
-      columns = np.concatenate([rows, every + np.arange(len(self.bench.splits[POINTS]))])
+      columns = np.concatenate([rows, every + np.arange(len(self.session.splits[POINTS]))])
       return self._base_scores((), np.arange(every))[:, :, columns]
 
     name = (BASE, _CELLS, *topics)
 
     def make() -> dict:
-      fold = self.bench.with_train(rows) if topics else self.bench
+      fold = self.session.with_train(rows) if topics else self.session
       self._score(fold, fold.model.params, name)
       return {}
 
@@ -240,12 +242,12 @@ class Study:
 
   @functools.cached_property
   def _base_features(self) -> dict[str, np.ndarray]:
-    projection = Projection(self.bench, self.settings, self.bench.model.params, self.settings.seed)
+    projection = Projection(self.session, self.settings, self.session.model.params, self.settings.seed)
     return {part: projection.features(part) for part in ("train", POINTS)}
 
   @functools.cached_property
   def _embedded(self) -> dict[str, np.ndarray]:
-    return {part: self.bench.hidden.pooled(part) for part in ("train", POINTS)}
+    return {part: self.session.hidden.pooled(part) for part in ("train", POINTS)}
 
   def _texts_and_embeddings(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Similarity of each test point to the training texts, by the base model's embeddings and by words."""
@@ -320,9 +322,9 @@ def pool(observed: Sequence[Observed], topics: Sequence[str], counted: np.ndarra
   )
 
 
-def judged_points(bench: Session) -> np.ndarray:
+def judged_points(session: Session) -> np.ndarray:
   """Test points with a response whose topic has a training example: of the others no fold says "covered" truly."""
-  points, trained = bench.splits[POINTS], set(bench.splits["train"].topics)
+  points, trained = session.splits[POINTS], set(session.splits["train"].topics)
   known = np.array([topic in trained for topic in points.topics])
   return np.flatnonzero(known & (points.num_response_tokens > 0))
 
@@ -372,7 +374,7 @@ def by_topic(observed: Sequence[Observed], topics: Sequence[str], judged: np.nda
   return sorted(rows, key=lambda row: row["topic"])
 
 
-def run(settings: CoverageSettings, bench: Session | None = None) -> str:
+def run(settings: CoverageSettings, session: Session | None = None) -> str:
   """Trains and scores each fold, writes coverage.{md,csv,tex,json}, points.csv and a figure; returns the run folder."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -385,26 +387,26 @@ def run(settings: CoverageSettings, bench: Session | None = None) -> str:
   known = influence_signals(s.score_path == "projected")
   if s.coverage_signal not in known:
     raise UserError(f"--coverage_signal={s.coverage_signal} is none of {'; '.join(known)}")
-  bench = bench or open_session(s)
-  bench = bench.with_evals(np.unique(distinct_points(bench.splits[POINTS])))  # a copy is no other test point
-  folds = folds_of(bench, s)
+  session = session or open_session(s)
+  session = session.with_evals(np.unique(distinct_points(session.splits[POINTS])))  # a copy is no other test point
+  folds = folds_of(session, s)
   solver_inputs.solver_settings(s)  # as the rest, told before the first training
-  params = bench.model.params
+  params = session.model.params
   tree = subtree.make_subtree(params, s.layers, s.modules)
   check_size(s, subtree.size_of(params, tree), f"--solver={s.solver}")
-  identity = bench.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
+  identity = session.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])
-  study = Study(bench, s, run_dir, folds)
+  study = Study(session, s, run_dir, folds)
   whole, observed = study.observe(()), [study.observe(topics) for topics in folds]
-  counted = np.flatnonzero(bench.splits[POINTS].num_response_tokens)
-  topics, judged = bench.splits[POINTS].topics, judged_points(bench)
+  counted = np.flatnonzero(session.splits[POINTS].num_response_tokens)
+  topics, judged = session.splits[POINTS].topics, judged_points(session)
   pooled = pool(observed, topics, judged)
   table = table_of(pooled, whole, counted)
   topic_rows = by_topic(observed, topics, judged, s.coverage_signal)
   found = report.Findings(table, pooled, whole, observed, counted, topic_rows)
-  report.write(run_dir, s, bench, study.texts, found)
+  report.write(run_dir, s, session, study.texts, found)
   return str(run_dir.path)
 
 

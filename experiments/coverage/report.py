@@ -73,9 +73,9 @@ def drop_area(pooled) -> statistics.Interval:
   return coverage.area_interval(pooled.drop, pooled.uncovered, pooled.points)
 
 
-def point_rows(bench: Session, s: CoverageSettings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
+def point_rows(session: Session, s: CoverageSettings, texts: Mapping[str, list[str]], found: Findings) -> list[dict]:
   """Every test point under the whole training set, the least covered first."""
-  whole, points = found.whole, bench.splits[POINTS]
+  whole, points = found.whole, session.splits[POINTS]
   signal = whole.signals[s.coverage_signal]
   at = s.coverage_signal.rsplit(", ", 1)[1]
   rows = []
@@ -129,10 +129,10 @@ def figure(found: Findings, judged: str) -> Figure:
 
 
 def write(
-  run_dir: run_folder.RunDir, s: CoverageSettings, bench: Session, texts: Mapping[str, list[str]], found: Findings
+  run_dir: run_folder.RunDir, s: CoverageSettings, session: Session, texts: Mapping[str, list[str]], found: Findings
 ) -> None:
   """Tables, lists and figure; coverage.json last."""
-  points = point_rows(bench, s, texts, found)
+  points = point_rows(session, s, texts, found)
   write_figure(run_dir, "coverage", figure(found, s.coverage_signal))
   run_dir.write_text("coverage.csv", table_text.csv_table(found.rows))
   run_dir.write_text(
@@ -140,7 +140,7 @@ def write(
   )
   run_dir.write_text("points.csv", table_text.csv_table(points))
   words = sentence(found, s.coverage_signal)
-  text = markdown(s, bench, found, points) + f"\n{words}\n"
+  text = markdown(s, session, found, points) + f"\n{words}\n"
   run_dir.write_text("coverage.md", text)
   run_dir.write_json(
     "coverage.json",
@@ -152,7 +152,7 @@ def write(
         {
           "topics": list(one.topics),
           "training_examples": len(one.rows),
-          "uncovered": int(np.isin(np.array(bench.splits[POINTS].topics)[found.counted], one.topics).sum()),
+          "uncovered": int(np.isin(np.array(session.splits[POINTS].topics)[found.counted], one.topics).sum()),
         }
         for one in found.observed
       ],
@@ -164,15 +164,15 @@ def write(
   log.info("\n%s", text)
 
 
-def markdown(s: CoverageSettings, bench: Session, found: Findings, points: Sequence[dict]) -> str:
+def markdown(s: CoverageSettings, session: Session, found: Findings, points: Sequence[dict]) -> str:
   """The report but for its last sentence."""
   shown = ["topic", s.coverage_signal, "embedding, maximum", "loss before", "loss after", "text"]
   held = "; ".join(f"{', '.join(one.topics)} ({len(one.rows)} examples left)" for one in found.observed)
   return "\n".join(
     [
       "# Coverage\n",
-      f"{len(bench.splits['train'])} training examples, {len(found.counted)} test points (the evaluation set), layers "
-      f"{s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
+      f"{len(session.splits['train'])} training examples, {len(found.counted)} test points (the evaluation set), "
+      f"layers {s.layers}, solver {s.solver}, fine-tuned in layers {s.trainable_layers}. Held out: {held}.\n",
       f"Judged in {len(found.observed)} folds together: the {len(found.pooled.points) // len(found.observed)} test "
       "points whose topic has a training example; of duplicates one is a test point. A signal is high where the "
       "training set covers; AUC is that of a low signal for points of held-out topics. Intervals redraw test "

@@ -145,18 +145,18 @@ class Removal:
 class Task:
   """The data, the halves, and every training and score that is made of them."""
 
-  def __init__(self, bench: Session, s: FidelitySettings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
-    self.rows = trainable_rows(bench)
+  def __init__(self, session: Session, s: FidelitySettings, run_dir: run_folder.RunDir):
+    self.session, self.settings, self.run_dir, self.cells = session, s, run_dir, ResultCache(run_dir)
+    self.rows = trainable_rows(session)
     self.halves = [half_of(self.rows, s.seed, number) for number in range(s.halves)]
-    self.judge = functools.cache(lambda: Retrainer(bench, s, [self.rows, *self.halves]))
+    self.judge = functools.cache(lambda: Retrainer(session, s, [self.rows, *self.halves]))
     # Copies would be correlated with the models once each, and the interval over queries take them for others.
-    self.queries, self.query_of = np.unique(distinct_points(bench.splits["eval"]), return_inverse=True)
+    self.queries, self.query_of = np.unique(distinct_points(session.splits["eval"]), return_inverse=True)
 
   @property
   def masks(self) -> np.ndarray:
     """Which training examples each half has, bool [M, N]."""
-    masks = np.zeros((len(self.halves), len(self.bench.splits["train"])), bool)
+    masks = np.zeros((len(self.halves), len(self.session.splits["train"])), bool)
     for mask, rows in zip(masks, self.halves, strict=True):
       mask[rows] = True
     return masks
@@ -185,10 +185,10 @@ class Task:
 
     def make() -> dict:
       chosen = choose(
-        self.bench, self.full if variant.at == "full" else self.bench.model.params, variant.layers, s.modules
+        self.session, self.full if variant.at == "full" else self.session.model.params, variant.layers, s.modules
       )
       work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(variant.cell())[:16]}")
-      found = query_scores(self.bench, own, chosen, work, self.queries)
+      found = query_scores(self.session, own, chosen, work, self.queries)
       work.remove()
       return {"scores": found.tolist(), "parameters": subtree.count(chosen.problem.sub)}
 
@@ -200,7 +200,7 @@ class Task:
     Args:
       scores: solver -> influence on the evaluation set, [N].
     """
-    s, train = self.settings, self.bench.splits["train"]
+    s, train = self.settings, self.session.splits["train"]
     random, fixed = seeds_of(s)
     found = [Removal("nothing", 0.0, seed, self.rows) for seed in fixed]
     policies = [(f"top, {solver}", "proponents", values) for solver, values in scores.items()]
@@ -217,16 +217,16 @@ class Task:
   def curves(self, scores: dict[str, np.ndarray]) -> list[dict]:
     """A dict for each training of the leave-out curves: what, share, seed, examples, losses of eval and test."""
     removals = self.removals(scores)
-    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [removal.rows for removal in removals]))
+    judge = functools.cache(lambda: Retrainer(self.session, self.settings, [removal.rows for removal in removals]))
     found = []
     for count, removal in enumerate(removals):
       label = f"left out {count + 1}/{len(removals)}: {removal.what}"
       cell = trained(self.cells, judge, removal.rows, removal.seed, label, report.JUDGED)
-      losses = {part: mean_loss(self.bench, part, np.array(cell[part])) for part in report.JUDGED}
+      losses = {part: mean_loss(self.session, part, np.array(cell[part])) for part in report.JUDGED}
       out = np.setdiff1d(self.rows, removal.rows)
-      tokens = int(self.bench.splits["train"].num_response_tokens[out].sum())
+      tokens = int(self.session.splits["train"].num_response_tokens[out].sum())
       facts = {"what": removal.what, "share": removal.share, "seed": removal.seed}
-      points = {part: judged_losses(self.bench, part, np.array(cell[part])) for part in report.JUDGED}
+      points = {part: judged_losses(self.session, part, np.array(cell[part])) for part in report.JUDGED}
       found.append(facts | {"examples": len(out), "response_tokens": tokens, "points": points} | losses)
     return found
 
@@ -249,32 +249,32 @@ def trained(
   return cells.get(make, "training", run_folder.hash_of(rows.tolist())[:16], seed, *parts)
 
 
-def mean_loss(bench: Session, part: str, losses: np.ndarray) -> float:
+def mean_loss(session: Session, part: str, losses: np.ndarray) -> float:
   """The loss that the scores are about, of a whole part, in nats per response token.
 
   The mean over examples for --loss_reduction=mean; for sum every token counts alike, as it does in their gradients.
 
   Args:
-    bench: data.
+    session: data.
     part: eval or test.
     losses: [N], mean nats per response token of each example.
   """
-  tokens = bench.splits[part].num_response_tokens
-  weights = tokens if bench.settings.loss_reduction == "sum" else tokens > 0
+  tokens = session.splits[part].num_response_tokens
+  weights = tokens if session.settings.loss_reduction == "sum" else tokens > 0
   return float(np.average(losses, weights=weights))
 
 
-def judged_losses(bench: Session, part: str, losses: np.ndarray) -> dict:
+def judged_losses(session: Session, part: str, losses: np.ndarray) -> dict:
   """What intervals of `mean_loss` need: losses of the examples with a response, their tokens and groups.
 
   Args:
-    bench: data.
+    session: data.
     part: eval or test.
     losses: [N], mean nats per response token of each example.
   """
-  examples = test_examples(bench.splits[part])
-  by = "token" if bench.settings.loss_reduction == "sum" else "example"
-  counted = bench.splits[part].num_response_tokens > 0
+  examples = test_examples(session.splits[part])
+  by = "token" if session.settings.loss_reduction == "sum" else "example"
+  counted = session.splits[part].num_response_tokens > 0
   return {"losses": losses[counted], "tokens": examples.tokens, "groups": examples.groups, "by": by}
 
 
@@ -306,7 +306,7 @@ def check_left_out(s: FidelitySettings, examples: int) -> None:
       raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
 
 
-def run(settings: FidelitySettings, bench: Session | None = None) -> str:
+def run(settings: FidelitySettings, session: Session | None = None) -> str:
   """Retrains, scores, compares, writes fidelity.md and its kin; returns the run folder. Goes on if stopped."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -316,22 +316,22 @@ def run(settings: FidelitySettings, bench: Session | None = None) -> str:
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
+  session = session or open_session(s)
   if curve_solvers:
-    check_left_out(s, len(trainable_rows(bench)))
+    check_left_out(s, len(trainable_rows(session)))
   for variant in variants:
-    tree = subtree.make_subtree(bench.model.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
-    size = subtree.size_of(bench.model.params, tree)
+    tree = subtree.make_subtree(session.model.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
+    size = subtree.size_of(session.model.params, tree)
     check_size(settings_of(s, variant), size, f"{given}, {variant.name}", depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
-  identity = bench.identity("fidelity", s, groups, ("train", "eval", "test"))
+  identity = session.identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):
     identity["flags"].pop(name)
   identity["flags"] |= {name: getattr(s, name) for name in ("cg_steps", "krylov")}
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.fidelity --flagfile=THIS"])
-  task = Task(bench, s, run_dir)
+  task = Task(session, s, run_dir)
   every = task.losses()
   losses, again = (values[:, task.queries] if len(values) else values for values in every)
   cells = {variant: task.scores(variant) for variant in variants}
@@ -351,14 +351,14 @@ def recipe(task: Task, losses: np.ndarray) -> dict:
   """What was trained and measured, for the report."""
   s, plan = task.settings, recipe_of(task.settings, len(task.rows))
   start = lambda: {"eval": task.judge().losses(task.judge().sub, "eval").tolist()}  # noqa: E731
-  base = mean_loss(task.bench, "eval", np.array(task.cells.get(start, "base")["eval"]))
-  trained_ = np.array([mean_loss(task.bench, "eval", row) for row in losses])
+  base = mean_loss(task.session, "eval", np.array(task.cells.get(start, "base")["eval"]))
+  trained_ = np.array([mean_loss(task.session, "eval", row) for row in losses])
   return {
     "model": s.model,
     "training examples": len(task.rows),
-    "evaluation examples": len(task.bench.splits["eval"]),
+    "evaluation examples": len(task.session.splits["eval"]),
     "distinct ones (queries)": len(task.queries),
-    "test examples": len(task.bench.splits["test"]),
+    "test examples": len(task.session.splits["test"]),
     "random halves": len(task.halves),
     "examples in a half": len(task.halves[0]),
     "halves trained twice": s.halves_again,

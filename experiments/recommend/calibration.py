@@ -41,17 +41,17 @@ from in2core_jax.selection.whitening import spread_rows
 log = logging.getLogger(__name__)
 
 
-def tasks_of(bench: Session, wanted: str, most: int) -> dict[str, dict[str, np.ndarray]]:
+def tasks_of(session: Session, wanted: str, most: int) -> dict[str, dict[str, np.ndarray]]:
   """Label -> part -> rows: different examples of evaluation and test set.
 
   Args:
-    bench: a pool.
+    session: a pool.
     wanted: --tasks; those that the pool has.
     most: examples of a part.
   """
   rows: dict[str, dict[str, list[int]]] = {}
   for part in ("eval", "test"):
-    dataset = bench.splits[part]
+    dataset = session.splits[part]
     answered = (dataset.num_response_tokens > 0) & firsts(dataset.records)
     for row in np.flatnonzero(answered):
       for label in labels_of(dataset.records[row]):
@@ -60,7 +60,7 @@ def tasks_of(bench: Session, wanted: str, most: int) -> dict[str, dict[str, np.n
   for label in listed(wanted, ";") or sorted(rows):
     own = rows.get(label, {})
     if min((len(own.get(part, ())) for part in ("eval", "test")), default=0) >= 2 * LEAST_QUERIES:
-      ids = {part: [bench.splits[part].ids[row] for row in own[part]] for part in own}
+      ids = {part: [session.splits[part].ids[row] for row in own[part]] for part in own}
       found[label] = {part: np.sort(np.array(own[part])[spread_rows(ids[part], most)]) for part in own}
   return found
 
@@ -72,14 +72,14 @@ class Pool:
   Attributes:
     name: as --train_data.
     folder: of its run folders.
-    bench: its examples; of evaluation and test set those of the tasks alone.
-    tasks: label -> part -> rows of `bench`.
+    session: its examples; of evaluation and test set those of the tasks alone.
+    tasks: label -> part -> rows of `session`.
     settings: of its recommendations.
   """
 
   name: str
   folder: str
-  bench: Session
+  session: Session
   tasks: dict[str, dict[str, np.ndarray]]
   settings: RecommendSettings
 
@@ -87,7 +87,7 @@ class Pool:
     """(flags, examples) of a task; what is there of hidden states serves."""
     rows = self.tasks[label]
     name = re.sub(r"\W+", "-", label)
-    return self.settings.replace(run_dir=f"{self.folder}/{name}"), self.bench.of_rows(**rows)
+    return self.settings.replace(run_dir=f"{self.folder}/{name}"), self.session.of_rows(**rows)
 
   def is_done(self) -> bool:
     """Whether every task has its answer."""
@@ -105,8 +105,10 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
   for number, name in enumerate(listed(s.pools, ";") or [s.train_data]):
     folder = f"{s.run_dir}/pool-{number}"
     settings = RecommendSettings(**own | {"train_data": name})
-    bench = open_session(settings.replace(run_dir=f"{folder}/session"), model=found[0].bench.model if found else None)
-    tasks = tasks_of(bench, s.tasks, s.task_examples)
+    session = open_session(
+      settings.replace(run_dir=f"{folder}/session"), model=found[0].session.model if found else None
+    )
+    tasks = tasks_of(session, s.tasks, s.task_examples)
     if not tasks:
       log.warning("%s has %d examples of none of --tasks=%s", name, 2 * LEAST_QUERIES, s.tasks)
       continue
@@ -114,7 +116,7 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
     tasks = {
       label: {part: np.searchsorted(used[part], own) for part, own in rows.items()} for label, rows in tasks.items()
     }
-    found.append(Pool(name, folder, bench.of_rows(**used), tasks, settings))
+    found.append(Pool(name, folder, session.of_rows(**used), tasks, settings))
   if not found:
     raise UserError(f"--tasks={s.tasks}: no pool has {2 * LEAST_QUERIES} evaluation and test examples of one of them")
   return found
@@ -123,7 +125,7 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
 def told(pools: list[Pool], s: CalibrationSettings) -> str:
   """What is to be done, before any of it."""
   count = sum(len(pool.tasks) for pool in pools)
-  lines = [f"{pool.name}: {len(pool.bench.splits['train']):,} examples; {', '.join(pool.tasks)}" for pool in pools]
+  lines = [f"{pool.name}: {len(pool.session.splits['train']):,} examples; {', '.join(pool.tasks)}" for pool in pools]
   lines.append(
     f"{count} recommendations of at most {s.minutes:g} minutes each: {count * s.minutes:.0f} minutes, and for each of "
     f"{len(pools)} pools its hidden states and a training on all of it"
@@ -135,14 +137,14 @@ def dry_run(pools: list[Pool], s: CalibrationSettings) -> None:
   """Measures on a few examples of the first task of each pool what a recommendation can try, and the time of all."""
   once = 0.0
   for pool in pools:
-    settings, bench = pool.task(next(iter(pool.tasks)))
-    Judged.of(bench)
-    everything, judge = run.wanted(settings, bench), judge_of(bench, settings)
+    settings, session = pool.task(next(iter(pool.tasks)))
+    Judged.of(session)
+    everything, judge = run.wanted(settings, session), judge_of(session, settings)
     pace = run.measured(judge, settings, everything.rules, everything.budgets[-1], time.monotonic(), False)
-    hidden = pace.hidden / len(bench.splits["train"]) * sum(len(pool.bench.splits[part]) for part in bench.splits)
-    once += hidden + run.steps_of(bench, settings)(1.0) * pace.step
+    hidden = pace.hidden / len(session.splits["train"]) * sum(len(pool.session.splits[part]) for part in session.splits)
+    once += hidden + run.steps_of(session, settings)(1.0) * pace.step
     later = dataclasses.replace(pace, spent=30.0, hidden=0.0, wholes=pace.wholes - 1)
-    plan = plans.fitted(everything, later, run.steps_of(bench, settings), 60 * s.minutes)
+    plan = plans.fitted(everything, later, run.steps_of(session, settings), 60 * s.minutes)
     log.info("%s: %s", pool.name, plan.told())
   count = sum(len(pool.tasks) for pool in pools)
   log.info("about %.0f minutes in all, %.0f of them for what tasks share", count * s.minutes + once / 60, once / 60)
@@ -156,15 +158,15 @@ def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
   """
   refused = []
   for pool in pools:
-    judge = judge_of(pool.bench, pool.settings)
-    for part in () if pool.is_done() else pool.bench.splits:  # once for all tasks
-      pool.bench.packer(part, judge.chosen, pool.bench.model.params)
+    judge = judge_of(pool.session, pool.settings)
+    for part in () if pool.is_done() else pool.session.splits:  # once for all tasks
+      pool.session.packer(part, judge.chosen, pool.session.model.params)
       if part != "test" and any(RULES[rule].hidden for rule in listed(pool.settings.rules)):
-        pool.bench.hidden.pooled(part)
+        pool.session.hidden.pooled(part)
     for label in pool.tasks:
-      settings, bench = pool.task(label)
+      settings, session = pool.task(label)
       try:
-        folder = run.run(settings, bench, f"{pool.folder}/full", judge.over(bench))
+        folder = run.run(settings, session, f"{pool.folder}/full", judge.over(session))
       except UserError as error:
         log.warning("%s, %s: %s", pool.name, label, error)
         refused.append(f"{pathlib.Path(pool.folder).name}/{label}")

@@ -56,11 +56,11 @@ FREE = {"datainf": {"solver": "datainf"}, "identity": {"solver": "identity"}}
 class Comparison:
   """What all estimators share, made once: gradients of the queries, curvature, largest eigenvalue, fits."""
 
-  def __init__(self, bench: Session, s: SolversSettings, chosen: BoundSubtree | None = None):
-    self.bench, self.settings = bench, s.replace(aggregate="mean")
-    self.chosen = chosen or choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
+  def __init__(self, session: Session, s: SolversSettings, chosen: BoundSubtree | None = None):
+    self.session, self.settings = session, s.replace(aggregate="mean")
+    self.chosen = chosen or choose(session, session.checkpoint_params(s.checkpoint), s.layers, s.modules)
     self.problem = self.chosen.problem
-    self.data = solver_inputs.curvature_data(bench, s.replace(solver="ekfac"), self.chosen)
+    self.data = solver_inputs.curvature_data(session, s.replace(solver="ekfac"), self.chosen)
     self.curvature = self.problem.curvature(s.curvature)
     self.matvec = solvers.fixed_matvec(self.curvature, lambda: (batch for _, batch in self.data.fixed()))
     self.key = jax.random.key(s.seed)
@@ -68,7 +68,7 @@ class Comparison:
   @functools.cached_property
   def v(self):
     """The aggregated query, leaves [1, ...]."""
-    return scoring.queries(self.bench, self.settings, self.chosen)[0]
+    return scoring.queries(self.session, self.settings, self.chosen)[0]
 
   @functools.cached_property
   def lambda_max(self) -> float:
@@ -123,9 +123,9 @@ class Comparison:
 
   def scores(self, solutions) -> np.ndarray:
     """Scores of the training examples along several solutions at once, float32 [Q, N]."""
-    train = self.bench.batcher("train", self.chosen.tree, self.chosen.params)
+    train = self.session.batcher("train", self.chosen.tree, self.chosen.params)
     directions = tree_math.concatenate(solutions)
-    stream = self.bench.stream(train, f"scores of {len(solutions)} estimators")
+    stream = self.session.stream(train, f"scores of {len(solutions)} estimators")
     return self.problem.scores(stream, len(train), directions, "vmap")
 
 
@@ -195,8 +195,8 @@ def half_precision(shared: Comparison, cells: ResultCache, ratio: float, scores:
   """Spearman of the scores with bfloat16 weights against those with float32 weights, same examples and minibatches."""
 
   def make() -> dict:
-    bench = open_session(shared.bench.settings.replace(dtype="bfloat16"), shared.bench.batching.mesh)
-    narrow = Comparison(bench, shared.settings)
+    session = open_session(shared.session.settings.replace(dtype="bfloat16"), shared.session.batching.mesh)
+    narrow = Comparison(session, shared.settings)
     solutions = [narrow.solve(name, ratio * narrow.lambda_max).solution for name in ("identity", "lissa")]
     found = dict(zip(("identity", "lissa"), narrow.scores(solutions), strict=True))
     rank = {name: dataclasses.asdict(spearman_interval(found[name], scores[name])) for name in found}
@@ -224,36 +224,36 @@ def deal_answers(
   return dealt, wrong
 
 
-def with_wrong_answers(bench: Session, s: SolversSettings) -> tuple[Session, np.ndarray]:
+def with_wrong_answers(session: Session, s: SolversSettings) -> tuple[Session, np.ndarray]:
   """(the same with the answers of a share of the training examples dealt out among them, bool [N] which are wrong)."""
-  train, model = bench.splits["train"], bench.model
+  train, model = session.splits["train"], session.model
   usable = np.flatnonzero(train.num_response_tokens)
   count = max(2, round(s.mislabelled * len(usable)))
   rows = np.random.default_rng((s.seed, 19)).choice(usable, count, replace=False)
   records, wrong = deal_answers(list(train.records), rows, s.seed)
   dealt = tokenized(s, model.config, model.tokenizer, "train", records)
-  return make_session(s, bench.splits.with_parts(train=dealt), model), wrong
+  return make_session(s, session.splits.with_parts(train=dealt), model), wrong
 
 
-def mislabelled(bench: Session, s: SolversSettings, cells: ResultCache) -> dict:
+def mislabelled(session: Session, s: SolversSettings, cells: ResultCache) -> dict:
   """ROC AUC with which signals find the mislabelled examples, after fine-tuning on the data that hold them."""
 
   def make() -> dict:
     own = s.replace(layers=s.mislabelled_layers, trainable_layers=s.mislabelled_layers, modules="all", trainable="full")
-    wrong_bench, wrong = with_wrong_answers(bench, own)
-    params, tree = start_params(wrong_bench, own)
-    rows = trainable_rows(wrong_bench)
-    problem, (sub, frozen) = wrong_bench.kernels(tree), subtree.split(params, tree)
-    trainer = train_loop.Trainer(problem.objective, recipe_of(own, len(rows)), wrong_bench.batching.place)
-    shape = packing.training_shape([wrong_bench.packer("train", rows=rows)], own.batch_size, [own.seed])
-    trained = trainer.train(sub, frozen, wrong_bench.packer("train", tree, params, rows, [shape]), own.seed)
-    shared = Comparison(wrong_bench, own, BoundSubtree(tree, params, problem.at(trained.sub, frozen)))
+    wrong_session, wrong = with_wrong_answers(session, own)
+    params, tree = start_params(wrong_session, own)
+    rows = trainable_rows(wrong_session)
+    problem, (sub, frozen) = wrong_session.kernels(tree), subtree.split(params, tree)
+    trainer = train_loop.Trainer(problem.objective, recipe_of(own, len(rows)), wrong_session.batching.place)
+    shape = packing.training_shape([wrong_session.packer("train", rows=rows)], own.batch_size, [own.seed])
+    trained = trainer.train(sub, frozen, wrong_session.packer("train", tree, params, rows, [shape]), own.seed)
+    shared = Comparison(wrong_session, own, BoundSubtree(tree, params, problem.at(trained.sub, frozen)))
     damping = s.damping_ratio * shared.lambda_max
     names = ["identity", "ekfac", "lissa"]
     directions = tree_math.concatenate(shared.solve(name, damping).solution for name in names)
-    train = wrong_bench.batcher("train", tree, params)
+    train = wrong_session.batcher("train", tree, params)
     inverse = normalize.inverse_map("ekfac", shared.factors, damping)
-    stream = wrong_bench.stream(train, "self-influence")
+    stream = wrong_session.stream(train, "self-influence")
     found = normalize.measure(shared.problem, stream, len(train), directions, inverse)
     signals = {"loss": found.losses, "self-influence, identity": found.norms**2}
     signals["self-influence, ekfac"] = found.self_influence
@@ -348,23 +348,25 @@ def ratios(text: str, name: str) -> list[float]:
   return found
 
 
-def run(settings: SolversSettings, bench: Session | None = None) -> str:
+def run(settings: SolversSettings, session: Session | None = None) -> str:
   """Compares, writes solvers.md, solvers.json, residuals.csv and plots; returns the run folder. Goes on if stopped."""
   s = settings
   compared, scored = ratios(s.compare_ratios, "compare_ratios"), ratios(s.agreement_ratios, "agreement_ratios")
   if not set(scored) <= set(compared):
     raise UserError(f"--agreement_ratios={s.agreement_ratios} must be among --compare_ratios={s.compare_ratios}")
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
+  session = session or open_session(s)
   if s.mislabelled:  # which comes last
-    subtree.make_subtree(bench.model.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
-  identity = bench.identity("solvers", s, ("data", "model", "finetune", "select", "solvers", "run"), ("train", "eval"))
+    subtree.make_subtree(session.model.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
+  identity = session.identity(
+    "solvers", s, ("data", "model", "finetune", "select", "solvers", "run"), ("train", "eval")
+  )
   for name in ("compare_ratios", "agreement_ratios", "compare_bfloat16"):  # they say which cells are shown
     identity["flags"].pop(name)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.solvers --flagfile=THIS"])
-  cells, shared = ResultCache(run_dir), Comparison(bench, s)
+  cells, shared = ResultCache(run_dir), Comparison(session, s)
   curves: dict = {}
   free = {name: solved(shared, cells, name, None) for name in FREE}
   scores: dict = {}
@@ -376,7 +378,7 @@ def run(settings: SolversSettings, bench: Session | None = None) -> str:
       for name in names:  # they are large, and their scores are stored
         cells.remove_array(name, ratio)
   narrow = half_precision(shared, cells, scored[0], scores[scored[0]]) if s.compare_bfloat16 else None
-  found = mislabelled(bench, s, cells) if s.mislabelled else None
+  found = mislabelled(session, s, cells) if s.mislabelled else None
   write(run_dir, shared, curves | {None: free}, scores, narrow, found)
   return str(run_dir.path)
 
@@ -384,7 +386,7 @@ def run(settings: SolversSettings, bench: Session | None = None) -> str:
 def write(run_dir, shared: Comparison, curves: dict, scores: dict, narrow: dict | None, found: dict | None) -> None:
   """Tables and plots; solvers.json last."""
   s = shared.settings
-  fixed, drawn = shared.examples(shared.data.fixed), solver_inputs.curvature_rows(shared.bench, s).batch
+  fixed, drawn = shared.examples(shared.data.fixed), solver_inputs.curvature_rows(shared.session, s).batch
   per_step = {name: fixed if name.startswith("cg") else drawn for name in ITERATIVE}
   iterative = {ratio: {name: cells[name] for name in ITERATIVE} for ratio, cells in curves.items() if ratio}
   write_figure(run_dir, "residuals", residual_figure(iterative, per_step))

@@ -60,12 +60,12 @@ def shared_with_their_rule(chosen: list[TrainingSubset]) -> dict[str, float]:
   return shared
 
 
-def shares_of_target(bench: Session, chosen: list[TrainingSubset]) -> dict[str, float]:
+def shares_of_target(session: Session, chosen: list[TrainingSubset]) -> dict[str, float]:
   """For each rule the share of its examples that come from where the evaluation examples do, a mean over its seeds.
 
   Empty where that is not known (`judging.of_the_target`).
   """
-  mask = of_the_target(bench.splits["train"], bench.splits["eval"])
+  mask = of_the_target(session.splits["train"], session.splits["eval"])
   if mask is None:
     return {}
   found: dict[str, list[float]] = {}
@@ -206,16 +206,16 @@ def remove_pictures(run_dir: run_folder.RunDir, equal: list[str]) -> None:
       run_dir.remove(f"plots/study-{word}.{kind}")
 
 
-def write_tables(run_dir, bench: Session, s: StudySettings, groups: list[Group], base, of_sets: SetFacts) -> None:
+def write_tables(run_dir, session: Session, s: StudySettings, groups: list[Group], base, of_sets: SetFacts) -> None:
   """study.md, .csv, .tex, .json and the pictures."""
-  num_test, perplexity = np.count_nonzero(bench.splits["test"].num_response_tokens), perplexity_on_test(bench, base)
+  num_test, perplexity = np.count_nonzero(session.splits["test"].num_response_tokens), perplexity_on_test(session, base)
   parts = [
     "# Rules of selection, retrained",
-    f"{len(trainable_rows(bench)):,} training examples of {_sources(s)}, {s.model}, layers "
+    f"{len(trainable_rows(session)):,} training examples of {_sources(s)}, {s.model}, layers "
     f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}; "
     f"{num_test} test examples; the base model's test perplexity is {perplexity:.3f}. In brackets: 95 % intervals "
     "that hold for new test examples and for new trainings.",
-    test_examples(bench.splits["test"]).about,
+    test_examples(session.splits["test"]).about,
   ]
   titled = {f"equal {group.equal}" if len(groups) > 1 else "": group.rows for group in groups}
   notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
@@ -229,7 +229,7 @@ def write_tables(run_dir, bench: Session, s: StudySettings, groups: list[Group],
     write_figure(run_dir, f"study-{group.equal}", perplexity_plot(verdict.summarise(group.rows)))
     parts += [f"## Equal {group.equal}", table_text.markdown_table(table).rstrip(), ranges(group.rows)]
     parts += [f"![Test perplexity at equal {group.equal}](plots/study-{group.equal}.png)"]
-  rules = rules_table(s, len(trainable_rows(bench)))
+  rules = rules_table(s, len(trainable_rows(session)))
   parts += ["## Rules", _COLUMNS, table_text.markdown_table(rules).rstrip()]
   run_dir.write_text("study.md", "\n\n".join(filter(None, parts)) + "\n")
   run_dir.write_text("study.csv", table_text.csv_table(every))

@@ -62,57 +62,57 @@ _OF_THE_CHOICE = (
 class Study:
   """One pool of examples, and the rows that each variant chooses of it."""
 
-  def __init__(self, bench: Session, s: StudySettings, checkpoint: str, run_dir: run_folder.RunDir):
+  def __init__(self, session: Session, s: StudySettings, checkpoint: str, run_dir: run_folder.RunDir):
     """Keeps what all variants share.
 
     Args:
-      bench: data and model.
+      session: data and model.
       s: the flags that variants change.
       checkpoint: of the training on all examples.
       run_dir: where scores are kept, also while they are computed.
     """
-    self.bench, self.settings, self.checkpoint = bench, s, checkpoint
+    self.session, self.settings, self.checkpoint = session, s, checkpoint
     self._run_dir, self._cells = run_dir, ResultCache(run_dir)
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
     s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
-    bench = bench_of(self.bench, s).with_queries(variant.queries)
-    whole = self.bench.splits["train"]
-    budget = budget_for(s, variant, whole, bench.splits["train"])
+    session = session_of(self.session, s).with_queries(variant.queries)
+    whole = self.session.splits["train"]
+    budget = budget_for(s, variant, whole, session.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
     if variant.rounds > 1:
-      return sequential.choose(bench, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds)
-    inputs = dataclasses.replace(self._inputs(bench, s, variant), num_tokens=whole.num_tokens)
+      return sequential.choose(session, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds)
+    inputs = dataclasses.replace(self._inputs(session, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
       return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
-    first_of = distinct_points(bench.splits["train"])
+    first_of = distinct_points(session.splits["train"])
     return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
 
-  def _inputs(self, bench: Session, s: StudySettings, variant: Variant) -> PolicyInputs:
+  def _inputs(self, session: Session, s: StudySettings, variant: Variant) -> PolicyInputs:
     """What the variant chooses from."""
     policy = variant.policy
-    params = bench.checkpoint_params(s.checkpoint)
+    params = session.checkpoint_params(s.checkpoint)
     influence = loss = None
     if variant.unrolled:
-      influence = metagradient(bench, s)
+      influence = metagradient(session, s)
     elif policy in coreset.SCORE_POLICIES:
-      influence, loss = self._scores(bench, s.replace(policy="proponents"), params)
-    more = ChoiceInputs(bench, s, params).of({policy})
+      influence, loss = self._scores(session, s.replace(policy="proponents"), params)
+    more = ChoiceInputs(session, s, params).of({policy})
     if variant.unit:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
-    return inputs_of(bench.splits["train"], influence, loss, **more)
+    return inputs_of(session.splits["train"], influence, loss, **more)
 
-  def _scores(self, bench: Session, s: StudySettings, params) -> tuple[np.ndarray, np.ndarray]:
+  def _scores(self, session: Session, s: StudySettings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
     depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
-    depends_on |= {"queries": bench.splits.identity("eval")}  # of a variant fewer than --eval_limit
+    depends_on |= {"queries": session.splits.identity("eval")}  # of a variant fewer than --eval_limit
     depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:
       # A folder of its own: what a killed run has kept of other scores must not be taken for these.
       work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{run_folder.hash_of(depends_on)[:16]}")
-      scored = score(bench, s, choose(bench, params, s.layers, s.modules), work)
+      scored = score(session, s, choose(session, params, s.layers, s.modules), work)
       work.remove()
       return {"influence": scored.influence.tolist(), "loss": scored.loss.tolist()}
 
@@ -120,9 +120,9 @@ class Study:
     return np.array(kept["influence"]), np.array(kept["loss"])
 
 
-def bench_of(bench: Session, s: Settings) -> Session:
-  """The bench with losses and lengths of a variant's `settings_of`."""
-  return bench.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
+def session_of(session: Session, s: Settings) -> Session:
+  """The session with losses and lengths of a variant's `settings_of`."""
+  return session.with_settings(loss_reduction=s.loss_reduction, max_length=s.max_length)
 
 
 def budget_for(
@@ -149,40 +149,40 @@ def budget_for(
   return Budget(num_examples=count)
 
 
-def check_variants(bench: Session, s: StudySettings) -> None:
+def check_variants(session: Session, s: StudySettings) -> None:
   """Tells before the work what a variant could not do.
 
   Raises:
     UserError: names the variant.
   """
-  queries = len(bench.splits["eval"])
+  queries = len(session.splits["eval"])
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
-      check_policies(bench, {variant.policy})
+      check_policies(session, {variant.policy})
       if queries < variant.queries:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
-        tree = subtree.make_subtree(bench.model.params, own.layers, own.modules)
+        tree = subtree.make_subtree(session.model.params, own.layers, own.modules)
       if variant.unrolled and own.trainable == "lora":
         raise UserError("fresh LoRA factors have a gradient of 0, at which Adam has no slope: give --trainable=full")
       if variant.policy in coreset.SCORE_POLICIES and not variant.unrolled:
         solver_settings(own)
-        check_size(own, subtree.size_of(bench.model.params, tree), f"--solver={own.solver}")
-      budget_for(own, variant, bench.splits["train"], bench_of(bench, own).splits["train"])
+        check_size(own, subtree.size_of(session.model.params, tree), f"--solver={own.solver}")
+      budget_for(own, variant, session.splits["train"], session_of(session, own).splits["train"])
     except UserError as error:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
 
-def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
+def with_enough_queries(session: Session, s: StudySettings) -> StudySettings:
   """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
   if s.variants.strip():
     return s
-  queries = len(bench.splits["eval"])
+  queries = len(session.splits["eval"])
   left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
   if left_out:
     log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
-  if len(bench.splits["train"]) > MOST_PAIRS:
+  if len(session.splits["train"]) > MOST_PAIRS:
     large = [name for name, variant in VARIANTS.items() if variant.policy in coreset.PAIR_POLICIES]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
@@ -191,7 +191,7 @@ def with_enough_queries(bench: Session, s: StudySettings) -> StudySettings:
 
 def candidates(study: Study, s: StudySettings, cells: ResultCache) -> list[TrainingSubset]:
   """Full data, random sets and every variant, with their seeds; what was chosen is kept."""
-  usable, (seeds, fixed) = trainable_rows(study.bench), seeds_of(s)
+  usable, (seeds, fixed) = trainable_rows(study.session), seeds_of(s)
   found = [TrainingSubset(FULL, seed, usable) for seed in fixed]
   found += [TrainingSubset(RANDOM, seed, study.rows(make_variant("random"), seed)) for seed in seeds]
   for name, variant in variants_of(s).items():
@@ -210,10 +210,10 @@ def retrained(
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
   train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
   stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
-  return judged(judge.bench.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
+  return judged(judge.session.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 
-def run(settings: StudySettings, bench: Session | None = None) -> str:
+def run(settings: StudySettings, session: Session | None = None) -> str:
   """Chooses, retrains, compares; returns the run folder. Finished cells are kept."""
   s = settings
   refuse(s, _REFUSED, _DOES)
@@ -221,31 +221,31 @@ def run(settings: StudySettings, bench: Session | None = None) -> str:
   equal = equal_of(s)
   seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
-  s = with_enough_queries(bench, s)
-  check_variants(bench, s)
-  identity = bench.identity(
+  session = session or open_session(s)
+  s = with_enough_queries(session, s)
+  check_variants(session, s)
+  identity = session.identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
-  tell_size(bench.splits["test"])
+  tell_size(session.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.study --flagfile=THIS"])
   # Beside the tables: a run folder of its own, as `in2core_jax.pipeline.finetune` makes it.
-  checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  cells, study = ResultCache(run_dir), Study(bench, s, checkpoint, run_dir)
+  checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), session)
+  cells, study = ResultCache(run_dir), Study(session, s, checkpoint, run_dir)
   chosen = candidates(study, s, cells)
-  judge = Retrainer(bench, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
+  judge = Retrainer(session, s.replace(checkpoint=checkpoint), [candidate.rows for candidate in chosen])
   base = cells.get(lambda: {"losses": judge.losses(judge.sub).tolist()}, "base")["losses"]
-  groups, of_sets = [], SetFacts(shared_with_their_rule(chosen), shares_of_target(bench, chosen))
+  groups, of_sets = [], SetFacts(shared_with_their_rule(chosen), shares_of_target(session, chosen))
   for word in equal:
     rows = []
     for number, candidate in enumerate(chosen):
-      steps = equal_steps(bench, s, candidate.rows, word)
+      steps = equal_steps(session, s, candidate.rows, word)
       label = f"equal {word}, {number + 1}/{len(chosen)}: {candidate}"
       rows.append(retrained(judge, cells, candidate, steps, label))
     groups.append(Group(word, None, rows))
-  write_tables(run_dir, bench, s, groups, np.array(base), of_sets)
+  write_tables(run_dir, session, s, groups, np.array(base), of_sets)
   return str(run_dir.path)
 
 

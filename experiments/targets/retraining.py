@@ -38,7 +38,7 @@ class Trial:
   """What is compared.
 
   Attributes:
-    bench: data and model.
+    session: data and model.
     settings: the recipe and the seeds.
     cells: keep trainings.
     targets: judged each on its own test examples.
@@ -48,7 +48,7 @@ class Trial:
     equal: what trainings have in common.
   """
 
-  bench: Session
+  session: Session
   settings: TargetsSettings
   cells: ResultCache
   targets: list[Target]
@@ -60,7 +60,7 @@ class Trial:
   @property
   def usable(self) -> np.ndarray:
     """The pool's rows with a response."""
-    return trainable_rows(self.bench)
+    return trainable_rows(self.session)
 
   def size(self, budget: float) -> int:
     """Examples of a budget."""
@@ -77,7 +77,10 @@ class Trial:
 
   def of_its_lengths(self, target: Target, budget: float, seed: int) -> np.ndarray:
     """A random set with the response lengths of what the first rule chooses."""
-    rows, lengths = self.chosen(next(iter(self.orders)), target, budget), self.bench.splits["train"].num_response_tokens
+    rows, lengths = (
+      self.chosen(next(iter(self.orders)), target, budget),
+      self.session.splits["train"].num_response_tokens,
+    )
     drawn = coreset.length_matched(np.searchsorted(self.usable, rows), lengths[self.usable], seed)
     return np.sort(self.usable[drawn])
 
@@ -105,7 +108,7 @@ def recommended(trial: Trial, chooser) -> dict[str, Answer]:
     trial: what is compared.
     chooser: of `targets`, for rules that are not among those of --retrained.
   """
-  s, bench = trial.settings, trial.bench
+  s, session = trial.settings, trial.session
   own = {
     field.name: getattr(s, field.name)
     for field in dataclasses.fields(Settings)
@@ -114,12 +117,12 @@ def recommended(trial: Trial, chooser) -> dict[str, Answer]:
   own |= {"minutes": s.recommend_minutes, "rules": ",".join(rules_of(s)), "fractions": s.fractions}
   own |= {"budget": str(max(trial.budgets)), "equal": trial.equal[0], "seeds": s.seeds}
   given = RecommendSettings(**own)
-  root, found, tree = f"{s.run_dir.rstrip('/')}/recommend", {}, start_params(bench, s)[1]
-  for part in bench.splits:  # once for all targets
-    bench.packer(part, tree, bench.model.params)
+  root, found, tree = f"{s.run_dir.rstrip('/')}/recommend", {}, start_params(session, s)[1]
+  for part in session.splits:  # once for all targets
+    session.packer(part, tree, session.model.params)
   for target in trial.targets:
     name = re.sub(r"\W+", "-", target.name)
-    session = bench.of_rows(eval=target.queries, test=target.tests)
+    session = session.of_rows(eval=target.queries, test=target.tests)
     folder = recommend.run(given.replace(run_dir=f"{root}/{name}"), session, f"{root}/full")
     told = run_folder.RunDir.load(folder).load_json(results.FILE)
     found[target.name] = _answer(trial, chooser, target, told)
@@ -175,7 +178,7 @@ def retrain(trial: Trial, answers: Mapping[str, Answer]) -> dict:
     for budget in trial.budgets
     for target in trial.targets
   }
-  judge = Retrainer(trial.bench, trial.settings, [candidate.rows for own in sets.values() for candidate in own])
+  judge = Retrainer(trial.session, trial.settings, [candidate.rows for own in sets.values() for candidate in own])
   tables, every = {}, {}
   for word in trial.equal:
     for budget in trial.budgets:
@@ -210,10 +213,10 @@ def _row(
   trial: Trial, judge: Retrainer, target: Target, candidate: TrainingSubset, word: str, title: str
 ) -> statistics.RetrainRow:
   """A training, done now unless it was; full data and random sets are measured on the test examples of all targets."""
-  bench = trial.bench
-  steps = equal_steps(bench, trial.settings, candidate.rows, word)
+  session = trial.session
+  steps = equal_steps(session, trial.settings, candidate.rows, word)
   serves_all = candidate.policy in (FULL, RANDOM)
-  tests = np.arange(len(bench.splits["test"])) if serves_all else target.tests
+  tests = np.arange(len(session.splits["test"])) if serves_all else target.tests
 
   def train() -> dict:
     result = judge.train(candidate.rows, candidate.seed, f"{title}: {candidate}", steps)
@@ -222,8 +225,8 @@ def _row(
   key = run_folder.hash_of([candidate.rows.tolist(), tests.tolist()])
   kept = trial.cells.get(train, "training", key, candidate.seed, steps)
   measured = np.array(kept["losses"])[target.tests if serves_all else slice(None)]
-  test = bench.splits["test"].take(target.tests)
-  return retrain_row(candidate, bench.splits["train"], test, measured, kept["trained"], steps)
+  test = session.splits["test"].take(target.tests)
+  return retrain_row(candidate, session.splits["train"], test, measured, kept["trained"], steps)
 
 
 def _of_target(target: Target, own: list[TrainingSubset]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from experiments import flags
-from experiments.study.study import bench_of
+from experiments.study.study import session_of
 from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.retraining import MATCHED, Trial, recommended, retrain
 from experiments.targets.settings import TargetsSettings
@@ -117,44 +117,44 @@ def pool_of(train: tokenizing.TokenizedDataset, s: TargetsSettings) -> tokenizin
   return train.take(kept) if absent else train
 
 
-def with_targets(bench: Session, s: TargetsSettings) -> tuple[Session, list[Target]]:
+def with_targets(session: Session, s: TargetsSettings) -> tuple[Session, list[Target]]:
   """(the same with the pool, and what the targets need of evaluation and test set; the targets, of rows of these)."""
-  parts = {**bench.splits, "train": pool_of(bench.splits["train"], s)}
+  parts = {**session.splits, "train": pool_of(session.splits["train"], s)}
   every = targets_of(parts, s)
   for part, name in (("eval", "queries"), ("test", "tests")):
     used = np.unique(np.concatenate([getattr(target, name) for target in every]))
     parts[part] = parts[part].take(used)
     every = [dataclasses.replace(target, **{name: np.searchsorted(used, getattr(target, name))}) for target in every]
-  return bench.with_splits(bench.splits.with_parts(**parts)), every
+  return session.with_splits(session.splits.with_parts(**parts)), every
 
 
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, bench: Session, s: TargetsSettings, checkpoint: str, trains: bool = False):
+  def __init__(self, session: Session, s: TargetsSettings, checkpoint: str, trains: bool = False):
     """Computes nothing yet.
 
     Args:
-      bench: data and model.
+      session: data and model.
       s: the flags that rules change.
       checkpoint: of the training on all examples; empty where no rule takes gradients there.
       trains: whether trainings follow, whose hidden states serve pooled ones too, if they are made first.
     """
-    self.bench, self.settings, self._checkpoint, self._trains = bench, s, checkpoint, trains
+    self.session, self.settings, self._checkpoint, self._trains = session, s, checkpoint, trains
     self._made: dict[str, ChoiceInputs] = {}
 
   def order(self, variant: Variant, target: Target, seed: int) -> np.ndarray:
     """All rows of the pool, best first."""
     s = settings_of(self.settings, variant).replace(checkpoint=self._checkpoint if variant.trained else "")
-    bench = bench_of(self.bench, s)
+    session = session_of(self.session, s)
     key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
       if self._trains:
-        self.bench.packer("train", start_params(self.bench, self.settings)[1], self.bench.model.params)
+        self.session.packer("train", start_params(self.session, self.settings)[1], self.session.model.params)
       self._made.clear()  # of one place at a time: projected gradients are large
-      self._made[key] = ChoiceInputs(bench, s, bench.checkpoint_params(s.checkpoint))
+      self._made[key] = ChoiceInputs(session, s, session.checkpoint_params(s.checkpoint))
     more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
-    inputs = inputs_of(bench.splits["train"], **more)
+    inputs = inputs_of(session.splits["train"], **more)
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
 
@@ -191,36 +191,36 @@ def with_siblings(s: TargetsSettings) -> TargetsSettings:
   return s.replace(train_data="+".join([*given, *(f"jsonl:{file}" for file in beside)]), with_siblings=False)
 
 
-def run(settings: TargetsSettings, bench: Session | None = None) -> str:
+def run(settings: TargetsSettings, session: Session | None = None) -> str:
   """Chooses for every target, retrains, compares; returns the run folder. Finished cells are kept."""
   s = with_siblings(settings)
   refuse(s, (*_REFUSED, *(["budget"] if budget_of(s).fraction is None else [])), _DOES)
   rules, retrained, budgets = check(s)
   equal, _ = equal_of(s), seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench, targets = with_targets(bench or open_session(s), s)
+  session, targets = with_targets(session or open_session(s), s)
   judged_targets = reported(targets, s)
-  chosen_elsewhere = read_choices(s, bench, judged_targets, max(budgets))
-  identity = bench.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
+  chosen_elsewhere = read_choices(s, session, judged_targets, max(budgets))
+  identity = session.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])
   checkpoint = ""
   if any(variant.trained for variant in rules.values()):
-    checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), bench)
-  cells, chooser = ResultCache(run_dir), Chooser(bench, s, checkpoint, trains=bool(retrained))
+    checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), session)
+  cells, chooser = ResultCache(run_dir), Chooser(session, s, checkpoint, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
-  found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, bench, max(budgets))}
-  found["contents"] = contents_of(found["choices"], bench)
+  found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, session, max(budgets))}
+  found["contents"] = contents_of(found["choices"], session)
   log.info("\n%s", table_text.markdown_table(found["recall"]))
   if retrained:
     judged = {name: orders[name] for name in retrained if name != MATCHED} | chosen_elsewhere
-    trial = Trial(bench, s, cells, judged_targets, judged, MATCHED in retrained, budgets, equal)
+    trial = Trial(session, s, cells, judged_targets, judged, MATCHED in retrained, budgets, equal)
     run_dir.folder("recommend")  # of this run, so that --overwrite removes it
     answers = recommended(trial, chooser) if s.recommend_minutes else {}
     found |= {"recommended": {name: own.told for name, own in answers.items()}} if answers else {}
     found |= retrain(trial, answers)
-  write_tables(run_dir, bench, s, targets, found)
+  write_tables(run_dir, session, s, targets, found)
   return str(run_dir.path)
 
 
@@ -240,19 +240,19 @@ def orders_of(
 # ---- choices of other models ---------------------------------------------------------
 
 
-def choices_of(orders: dict[str, dict[str, np.ndarray]], bench: Session, most: float) -> dict:
+def choices_of(orders: dict[str, dict[str, np.ndarray]], session: Session, most: float) -> dict:
   """Rule -> target -> ids, best first, as many as the largest budget has: what `--choices_of` reads."""
-  ids = bench.splits["train"].ids
-  size = size_of(most, len(trainable_rows(bench)))
+  ids = session.splits["train"].ids
+  size = size_of(most, len(trainable_rows(session)))
   return {
     name: {target: [ids[row] for row in rows[:size]] for target, rows in of_targets.items()}
     for name, of_targets in orders.items()
   }
 
 
-def contents_of(choices: dict, bench: Session) -> dict:
+def contents_of(choices: dict, session: Session) -> dict:
   """Rule -> target -> hash of what was chosen: equal ids do not make equal examples."""
-  key_of = {record.example_id: record.content_key for record in bench.splits["train"].records}
+  key_of = {record.example_id: record.content_key for record in session.splits["train"].records}
   return {
     name: {target: run_folder.hash_of([key_of.get(one) for one in ids]) for target, ids in of_targets.items()}
     for name, of_targets in choices.items()
@@ -260,7 +260,7 @@ def contents_of(choices: dict, bench: Session) -> dict:
 
 
 def read_choices(
-  s: TargetsSettings, bench: Session, targets: list[Target], most: float
+  s: TargetsSettings, session: Session, targets: list[Target], most: float
 ) -> dict[str, dict[str, np.ndarray]]:
   """What the rules of `--retrained` chose in another run, as rules of this one.
 
@@ -271,15 +271,15 @@ def read_choices(
     return {}
   other = run_folder.RunDir.load(s.choices_of)
   told, whose = other.load_json("targets.json"), other.identity["flags"]["model"]
-  row_of = {name: row for row, name in enumerate(bench.splits["train"].ids)}
-  size = size_of(most, len(trainable_rows(bench)))
+  row_of = {name: row for row, name in enumerate(session.splits["train"].ids)}
+  size = size_of(most, len(trainable_rows(session)))
   found: dict[str, dict[str, np.ndarray]] = {}
   for name in (name for name in words(s.retrained, "retrained", (), ";") if name != MATCHED):
     for target in targets:
       ids = told.get("choices", {}).get(name, {}).get(target.name, ())
       unknown = [one for one in ids if one not in row_of]
       theirs = told.get("contents", {}).get(name, {}).get(target.name)  # None: of an older version
-      if theirs not in (None, contents_of({name: {target.name: ids}}, bench)[name][target.name]):
+      if theirs not in (None, contents_of({name: {target.name: ids}}, session)[name][target.name]):
         raise UserError(f"--choices_of={s.choices_of}, {name!r}: its examples have changed; run it on the same data")
       if len(ids) < size or unknown:
         why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
@@ -318,11 +318,11 @@ def recall_table(
 # ---- tables --------------------------------------------------------------------------
 
 
-def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Target], found: dict) -> None:
+def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Target], found: dict) -> None:
   """targets.md, .csv, .tex and .json."""
   about = (
-    f"{len(trainable_rows(bench)):,} training examples of {_sources(bench)}; {s.model}, layers {s.layers} compared, "
-    f"{s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}."
+    f"{len(trainable_rows(session)):,} training examples of {_sources(session)}; {s.model}, layers {s.layers} "
+    f"compared, {s.trainable_layers} trained, learning rate {s.learning_rate:g}, batches of {s.batch_size}."
   )
   sizes = [
     {
@@ -331,7 +331,7 @@ def write_tables(run_dir, bench: Session, s: TargetsSettings, targets: list[Targ
       "queries": len(target.queries),
       "test examples": len(target.tests),
       "in the pool": "yes" if target.mine.any() else "no",
-      "counted apart": len(np.unique(test_examples(bench.splits["test"].take(target.tests)).groups)),
+      "counted apart": len(np.unique(test_examples(session.splits["test"].take(target.tests)).groups)),
     }
     for target in targets
   ]
@@ -372,8 +372,8 @@ def _matched_parts(found: dict) -> list[str]:
   return parts
 
 
-def _sources(bench: Session) -> str:
-  names = [pathlib.PurePath(name).name for name in names_of(bench.splits["train"].records)]
+def _sources(session: Session) -> str:
+  names = [pathlib.PurePath(name).name for name in names_of(session.splits["train"].records)]
   return ", ".join(f"{names.count(name):,} of {name}" for name in dict.fromkeys(names))
 
 

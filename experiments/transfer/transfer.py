@@ -102,23 +102,23 @@ def check_scorers(s: TransferSettings, scorers: list[Scorer]) -> None:
 
 
 class Transfer:
-  """The trained model's bench and judge, and what each scorer makes of the same examples."""
+  """The trained model's session and judge, and what each scorer makes of the same examples."""
 
-  def __init__(self, bench: Session, s: TransferSettings, run_dir: run_folder.RunDir):
-    self.bench, self.settings, self.run_dir, self.cells = bench, s, run_dir, ResultCache(run_dir)
-    self.train = bench.splits["train"]
+  def __init__(self, session: Session, s: TransferSettings, run_dir: run_folder.RunDir):
+    self.session, self.settings, self.run_dir, self.cells = session, s, run_dir, ResultCache(run_dir)
+    self.train = session.splits["train"]
 
-  def bench_of(self, scorer: Scorer) -> Session:
-    """A bench with the same data flags and another model.
+  def session_of(self, scorer: Scorer) -> Session:
+    """A session with the same data flags and another model.
 
     Raises:
       UserError: its examples are others, which equal data flags do not allow.
     """
     if scorer.model == self.settings.model:
-      return self.bench
-    other = open_session(self.settings.replace(model=scorer.model), self.bench.batching.mesh)
+      return self.session
+    other = open_session(self.settings.replace(model=scorer.model), self.session.batching.mesh)
     for part in ("train", "eval"):
-      if other.splits[part].ids != self.bench.splits[part].ids:
+      if other.splits[part].ids != self.session.splits[part].ids:
         raise UserError(f"--score_models: {scorer.model} read other {part} examples than {self.settings.model}")
     return other
 
@@ -128,44 +128,44 @@ class Transfer:
     A word such as hf:DIR may name other weights tomorrow: the cell is that of the weights and the tokens of today, so
     that each model is read even when its scores are there.
     """
-    bench = self.bench_of(scorer)
-    content = run_folder.hash_of([bench.model.hash, bench.splits.identity("train", "eval")])
+    session = self.session_of(scorer)
+    content = run_folder.hash_of([session.model.hash, session.splits.identity("train", "eval")])
     name = ("scores", *dataclasses.astuple(scorer), content)
-    return self.cells.get(lambda: self.score_anew(scorer, bench, run_folder.hash_of(name)[:16]), *name)
+    return self.cells.get(lambda: self.score_anew(scorer, session, run_folder.hash_of(name)[:16]), *name)
 
-  def score_anew(self, scorer: Scorer, bench: Session, name: str) -> dict:
+  def score_anew(self, scorer: Scorer, session: Session, name: str) -> dict:
     """What `scored` keeps.
 
     Args:
       scorer: the model that selects.
-      bench: its own (`bench_of`).
+      session: its own (`session_of`).
       name: of the folder for what is unfinished.
     """
     s = settings_of(self.settings, scorer)
-    params, before, losses = self.params_of(bench, s)
-    chosen = choose(bench, params, s.layers, s.modules)
+    params, before, losses = self.params_of(session, s)
+    chosen = choose(session, params, s.layers, s.modules)
     work = Work(self.run_dir, s.shard_batches, f"unfinished/{name}")
-    found = score(bench, s, chosen, work)
+    found = score(session, s, chosen, work)
     work.remove()
-    train = bench.splits["train"]
-    more = ChoiceInputs(bench, s, params, stored=False).of({s.policy})
+    train = session.splits["train"]
+    more = ChoiceInputs(session, s, params, stored=False).of({s.policy})
     inputs = inputs_for(self.train, train, scores=found.influence, loss=found.loss, **more)
     rows = coreset.select_rows(s.policy, inputs, budget_of(s), s.seed)
     return {
       "influence": dict(zip(train.ids, map(float, found.influence), strict=True)),
       "selected": [train.ids[row] for row in rows],
-      "layers in all": bench.model.config.num_layers,
-      "parameters": subtree.count(bench.model.params),
+      "layers in all": session.model.config.num_layers,
+      "parameters": subtree.count(session.model.params),
       "eval loss as given": before,
       "eval loss": losses,
     }
 
-  def params_of(self, bench: Session, s: TransferSettings) -> tuple[dict, float, float]:
+  def params_of(self, session: Session, s: TransferSettings) -> tuple[dict, float, float]:
     """(parameters at which a scorer takes gradients, its mean evaluation loss as given, its mean loss there)."""
-    rows = trainable_rows(bench)
-    judge = Retrainer(bench, s, [rows])
+    rows = trainable_rows(session)
+    judge = Retrainer(session, s, [rows])
     sub = judge.sub if s.score_at == "base" else judge.train(rows, s.seed, f"{s.model}: full").sub
-    counted = bench.splits["eval"].num_response_tokens > 0
+    counted = session.splits["eval"].num_response_tokens > 0
     before, after = (float(judge.losses(one, "eval")[counted].mean()) for one in (judge.sub, sub))
     return subtree.merge(sub, judge.frozen, judge.chosen), before, after
 
@@ -180,7 +180,7 @@ class Transfer:
     Some of the random ones have the lengths of the trained model's own choice, some, where there are copies, no text
     twice while there is another.
     """
-    s, usable = self.settings, trainable_rows(self.bench)
+    s, usable = self.settings, trainable_rows(self.session)
     seeds, fixed = seeds_of(s)
     found = [TrainingSubset(statistics.FULL, seed, usable) for seed in fixed]
     own = next(iter(chosen.values()))
@@ -201,7 +201,9 @@ class Transfer:
 
   def retrained(self, candidates: list[TrainingSubset]) -> list[statistics.RetrainRow]:
     """The trained model's test results for each set."""
-    judge = functools.cache(lambda: Retrainer(self.bench, self.settings, [candidate.rows for candidate in candidates]))
+    judge = functools.cache(
+      lambda: Retrainer(self.session, self.settings, [candidate.rows for candidate in candidates])
+    )
     found = []
     for number, candidate in enumerate(candidates):
       label = f"train {number + 1}/{len(candidates)}: {candidate.policy}, seed {candidate.seed}"
@@ -209,7 +211,7 @@ class Transfer:
       make = lambda candidate=candidate, label=label: judge().retrain(candidate, label).as_json()  # noqa: E731
       which = run_folder.hash_of(candidate.rows.tolist())[:16]
       cell = self.cells.get(make, "training", candidate.policy, which, candidate.seed)
-      found.append(judged(self.bench.splits["test"], statistics.RetrainRow.from_json(cell)))
+      found.append(judged(self.session.splits["test"], statistics.RetrainRow.from_json(cell)))
     return found
 
 
@@ -232,7 +234,7 @@ def inputs_for(trained: tokenizing.TokenizedDataset, scored: tokenizing.Tokenize
   )
 
 
-def run(settings: TransferSettings, bench: Session | None = None) -> str:
+def run(settings: TransferSettings, session: Session | None = None) -> str:
   """Scores with each model, retrains --model on each choice, writes transfer.md and its kin; returns the run folder."""
   s = settings
   scorers = scorers_of(s)
@@ -242,35 +244,35 @@ def run(settings: TransferSettings, bench: Session | None = None) -> str:
     raise UserError(f"--model_rates={s.model_rates}: nothing is fine-tuned with --score_at=base, leave it out")
   check_scorers(s, scorers)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(s)
-  check_budget(s, bench.splits["train"])
-  tell_size(bench.splits["test"])
+  session = session or open_session(s)
+  check_budget(s, session.splits["train"])
+  tell_size(session.splits["test"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
-  identity = bench.identity("transfer", s, groups, ("train", "eval", "test"))
+  identity = session.identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.transfer --flagfile=THIS"])
-  task = Transfer(bench, s, run_dir)
+  task = Transfer(session, s, run_dir)
   cells = {scorer.model: task.scored(scorer) for scorer in scorers}
   chosen = {name: task.rows_of(cell["selected"]) for name, cell in cells.items()}
   rows = task.retrained(task.candidates(chosen))
-  plan = recipe_of(s, len(trainable_rows(bench)))
+  plan = recipe_of(s, len(trainable_rows(session)))
   recipe = {
     "trained model": s.model,
     "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
     "policy": s.policy,
     "solver": s.solver,
     "scores at": {"full": "each model fine-tuned on the full training set", "base": "each model as given"}[s.score_at],
-    "training examples": len(trainable_rows(bench)),
-    "evaluation examples": len(bench.splits["eval"]),
-    "test examples": len(bench.splits["test"]),
+    "training examples": len(trainable_rows(session)),
+    "evaluation examples": len(session.splits["eval"]),
+    "test examples": len(session.splits["test"]),
     "steps": plan.steps,
     "batch size": plan.batch_size,
     "learning rate": plan.learning_rate,
   }
-  about = test_examples(bench.splits["test"]).about
+  about = test_examples(session.splits["test"]).about
   write(run_dir, s, agreement_rows(scorers, cells, rows, s.score_at), rows, recipe, about)
   return str(run_dir.path)
 

@@ -69,11 +69,11 @@ class Estimate:
     return found
 
 
-def estimate(bench: Described, stage: str, where: Hardware) -> Estimate:
+def estimate(described: Described, stage: str, where: Hardware) -> Estimate:
   """Prices a stage under the settings of the session."""
-  s = bench.session.settings
-  free = float("inf") if bench.elsewhere or files.is_remote(s.run_dir) else disk_free(s.run_dir)
-  return Estimate(stage_phases.STAGES[stage](bench.session, s), where, free)
+  s = described.session.settings
+  free = float("inf") if described.elsewhere or files.is_remote(s.run_dir) else disk_free(s.run_dir)
+  return Estimate(stage_phases.STAGES[stage](described.session, s), where, free)
 
 
 def disk_free(folder: str) -> float:
@@ -100,13 +100,13 @@ def remedies(s: Settings, tokens: int, devices: int) -> dict[str, list]:
   return {name: values for name, values in found.items() if values}
 
 
-def fixes(bench: Described, stage: str, found: Estimate) -> list[str]:
+def fixes(described: Described, stage: str, found: Estimate) -> list[str]:
   """Flags with which everything fits, as mild as will do: single ones, else pairs."""
-  session = bench.session
+  session = described.session
   known = remedies(session.settings, session.batching.batch_tokens, found.where.count)
 
   def fits(changes: dict) -> bool:
-    return not estimate(bench.varied(**changes), stage, found.where).too_large()
+    return not estimate(described.varied(**changes), stage, found.where).too_large()
 
   for size in (1, 2):
     helpful = []
@@ -138,35 +138,35 @@ def text(s: Settings, stage: str) -> str:
   """
   elsewhere = hardware.on_paper(s.hardware, s.dtype) if s.hardware else None
   described = pricing.described(s, elsewhere)
-  bench = described.session
+  session = described.session
   if stage in checks.BEFORE:
-    checks.BEFORE[stage](bench, s)
-  longest = max(bench.batching.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
-  where = elsewhere or hardware.here(bench.model.config, s.dtype, longest.height, longest.num_tokens)
+    checks.BEFORE[stage](session, s)
+  longest = max(session.batching.packed_shapes, key=lambda shape: shape.num_tokens * shape.height)
+  where = elsewhere or hardware.here(session.model.config, s.dtype, longest.height, longest.num_tokens)
   found = estimate(described, stage, where)
-  small = too_small(bench.splits["test"]) if stage in ("evaluate", "demo") else []
-  lines = [*facts(bench, stage, where), "", table(found), *totals(found), *small]
+  small = too_small(session.splits["test"]) if stage in ("evaluate", "demo") else []
+  lines = [*facts(session, stage, where), "", table(found), *totals(found), *small]
   too_large = found.too_large()
   if not too_large:
     return "\n".join([*lines, "Everything fits."])
   return "\n".join([*lines, *(f"Does not fit: {line}" for line in too_large), advice(described, stage, found)])
 
 
-def advice(bench: Described, stage: str, found: Estimate) -> str:
+def advice(described: Described, stage: str, found: Estimate) -> str:
   """What to change when something does not fit."""
-  helpful = fixes(bench, stage, found)
+  helpful = fixes(described, stage, found)
   if helpful:
     return f"It fits with {' or '.join(helpful)}."
-  session = bench.session
+  session = described.session
   cut = "mesh" in remedies(session.settings, session.batching.batch_tokens, found.where.count)
   also = f", with --mesh=fsdp:{found.where.count}" if cut else ""
   return f"No two flags for batches and places are enough: choose fewer --layers or --modules{also}."
 
 
-def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
+def facts(session: Session, stage: str, where: Hardware) -> list[str]:
   """What was chosen, and on what it would run."""
-  s = bench.settings
-  every = subtree.count(shapes.param_shapes(bench.model.config, s.dtype))
+  s = session.settings
+  every = subtree.count(shapes.param_shapes(session.model.config, s.dtype))
   lines = [f"model: {every:,} parameters, {s.dtype}"]
   for name, stages, described in (
     ("trained", ("finetune", "evaluate", "demo"), shapes.trained_shapes),
@@ -174,22 +174,22 @@ def facts(bench: Session, stage: str, where: Hardware) -> list[str]:
     ("sketched", ("index",), lambda config, own: shapes.scored_shapes(config, own.replace(modules="matrices"))),
   ):
     if stage in stages:
-      params, tree = described(bench.model.config, s)
+      params, tree = described(session.model.config, s)
       size = subtree.size_of(params, tree)
       layers = f"layers {tree.layers[0]} to {tree.layers[-1]}" if tree.layers else "no layer"
       lines.append(f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {len(tree.layers)} layers ({layers})")
   counts = ", ".join(
     f"{part} {len(dataset):,} examples of {int(dataset.num_tokens.sum()):,} tokens"
-    for part, dataset in bench.splits.items()
+    for part, dataset in session.splits.items()
   )
-  rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in bench.batching.packed_shapes)
-  mesh = ",".join(f"{axis}:{size}" for axis, size in bench.batching.mesh.shape.items())
+  rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in session.batching.packed_shapes)
+  mesh = ",".join(f"{axis}:{size}" for axis, size in session.batching.mesh.shape.items())
   rates = " to ".join(f"{rate / 1e9:,.0f}" for rate in (where.rates[0], where.rates[2]))
   origin = "measured here just now" if where.measured else "assumed from data sheets"
   return [
     *lines,
     f"data: {counts}",
-    f"batches: {bench.batching.batch_tokens:,} tokens, rows on a device: {rows}",
+    f"batches: {session.batching.batch_tokens:,} tokens, rows on a device: {rows}",
     f"devices: {where.count} x {where.name}, {_gb(where.memory)} each, mesh {mesh}; {rates} GFLOP/s each, {origin}",
   ]
 

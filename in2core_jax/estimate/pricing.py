@@ -113,58 +113,60 @@ def _expected_batch(work: auto_batch.Work, elsewhere: Hardware | None) -> int:
 class Pricer:
   """Prices passes over the data at one subtree of the model."""
 
-  def __init__(self, bench: Session, stage: str, params: Any, tree: subtree.Subtree):
+  def __init__(self, session: Session, stage: str, params: Any, tree: subtree.Subtree):
     """Prepares sizes; `params` are shapes."""
-    self.bench, self.stage, self.params, self.tree = bench, stage, params, tree
-    config, size = bench.model.config, bench.batching
+    self.session, self.stage, self.params, self.tree = session, stage, params, tree
+    config, size = session.model.config, session.batching
     share = 1.0
     if config.num_experts:
-      rows, length = max(1, size.batch_tokens // bench.settings.max_length), bench.settings.max_length
+      rows, length = max(1, size.batch_tokens // session.settings.max_length), session.settings.max_length
       share = experts.share(rows, length, config.experts_per_token, config.num_experts)
     self.sizes = flop_counts.matrix_sizes(params, tree, share)
     self.sub = flop_counts.split_shapes(params, tree)[0]
-    self.cached = bench.hidden.where.serves(tree)
-    self.groups = sharding.batch_multiple(bench.batching.mesh)
+    self.cached = session.hidden.where.serves(tree)
+    self.groups = sharding.batch_multiple(session.batching.mesh)
 
   # ---- plans: the same as those of the run
 
   def packed(self, part: str, rows=None) -> flop_counts.Work:
     """Scored as packed rows."""
-    return flop_counts.packed_work(self.bench.packer(part, rows=rows).sequential_plan(self.bench.batching.batch_tokens))
+    return flop_counts.packed_work(
+      self.session.packer(part, rows=rows).sequential_plan(self.session.batching.batch_tokens)
+    )
 
   def by_row(self, part: str, rows=None, every_slot: bool = True) -> flop_counts.Work:
     """With a row for each example; `every_slot`: under `vmap`, which computes all response slots."""
-    batcher = self.bench.batcher(part, rows=rows)
-    plan = batcher.sequential_plan(self.bench.batching.batch_tokens)
+    batcher = self.session.batcher(part, rows=rows)
+    plan = batcher.sequential_plan(self.session.batching.batch_tokens)
     return flop_counts.row_work(plan, None if every_slot else batcher.layout_of(plan), self.groups)
 
   # ---- memory of a device
 
   def device(self, program: float, vectors: float = 0.0) -> dict[str, float]:
     """Bytes by purpose: parameters with the copies that `split` makes, vectors like the subtree, a program."""
-    bench, mesh = self.bench, self.bench.batching.mesh
+    session, mesh = self.session, self.session.batching.mesh
     params = memory.tree_bytes(self.params, mesh) + memory.copied_bytes(self.params, self.tree, mesh)
     return {
       "parameters": params,
       "vectors": vectors * memory.tree_bytes(self.sub, mesh, np.float32),
-      "program": program + memory.gathered_bytes(bench.model.config, self.params, mesh),
+      "program": program + memory.gathered_bytes(session.model.config, self.params, mesh),
     }
 
   def program(self, kind: str, batches: tuple[packing.PackedShape, ...], queries: int = 1) -> int:
     """Bytes of the program of a pass over packed rows."""
     programs = [memory.Program(kind, shape.height, shape.num_tokens, shape.num_slots, queries) for shape in batches]
-    config, dtype = self.bench.model.config, self.bench.settings.dtype
+    config, dtype = self.session.model.config, self.session.settings.dtype
     return max(memory.program_bytes(config, self.sizes, program, dtype) for program in programs)
 
   def mapped(self, whole_batch: bool = False) -> float:
     """Bytes of a pass of per-example gradients: `microbatch` of them at a time, or of a whole batch kept at once."""
-    bench, s = self.bench, self.bench.settings
+    session, s = self.session, self.session.settings
     most = 0.0
-    for shape, layout in bench.batching.layout.items():
+    for shape, layout in session.batching.layout.items():
       together = min(-(-s.microbatch // self.groups), layout.size)
       one = memory.Program("gradient", 1, shape.num_tokens, shape.num_responses)
       kept = layout.size // self.groups if whole_batch else together
-      program = together * memory.program_bytes(bench.model.config, self.sizes, one, s.dtype)
+      program = together * memory.program_bytes(session.model.config, self.sizes, one, s.dtype)
       most = max(most, program + FLOAT * self.sizes.subtree * (kept + together))
     return most
 
@@ -172,8 +174,8 @@ class Pricer:
 
   def gathered(self, numbers: int, batches: float) -> float:
     """Bytes that a device receives when so many numbers are cut over devices and every batch needs them whole."""
-    cut = self.bench.batching.mesh.shape["fsdp"]
-    return batches * numbers * jnp.dtype(self.bench.settings.dtype).itemsize * (cut - 1) / cut
+    cut = self.session.batching.mesh.shape["fsdp"]
+    return batches * numbers * jnp.dtype(self.session.settings.dtype).itemsize * (cut - 1) / cut
 
   def phase(self, name: str, flops: float, device: dict, batches: float, disk: float = 0.0) -> Phase:
     """A phase of this stage, in which so many batches run through the layers."""
@@ -187,24 +189,24 @@ class Pricer:
 
   def fill(self, part: str) -> Phase:
     """Filling the boundary cache."""
-    bench, s, dataset = self.bench, self.bench.settings, self.bench.splits[part]
-    plan = packed_rows.packed_plan(dataset.num_tokens, bench.batching.batch_tokens, self.groups)
+    session, s, dataset = self.session, self.session.settings, self.session.splits[part]
+    plan = packed_rows.packed_plan(dataset.num_tokens, session.batching.batch_tokens, self.groups)
     work = flop_counts.boundary_work(plan)
     most = max((height * length, height, length) for length, height, _ in plan)
     program = memory.Program("losses", -(-most[1] // self.groups), most[2], 0)
-    size = hidden_cache.cache_bytes(dataset.num_tokens, bench.model.config.hidden_size, jnp.dtype(s.dtype))
-    host, disk = (0.0, size) if bench.hidden.where.on_disk(size) else (size, 0.0)
+    size = hidden_cache.cache_bytes(dataset.num_tokens, session.model.config.hidden_size, jnp.dtype(s.dtype))
+    host, disk = (0.0, size) if session.hidden.where.on_disk(size) else (size, 0.0)
     name = phases.hidden(self.tree.boundary, part)
-    device = self.device(memory.program_bytes(bench.model.config, self.sizes, program, s.dtype))
+    device = self.device(memory.program_bytes(session.model.config, self.sizes, program, s.dtype))
     moved = self.gathered(self.sizes.below, work.batches)
     return Phase(self.stage, name, flop_counts.below_flops(self.sizes, work), device, host, disk, moved)
 
   def reference(self, *parts: str) -> list[Phase]:
     """Log probabilities of preference pairs at the reference model, which runs as a whole."""
-    bench, found = self.bench, []
-    params = shapes.param_shapes(bench.model.config, bench.settings.dtype)
-    for part in (part for part in parts if bench.splits[part].second is not None):
-      whole = Pricer(bench, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
+    session, found = self.session, []
+    params = shapes.param_shapes(session.model.config, session.settings.dtype)
+    for part in (part for part in parts if session.splits[part].second is not None):
+      whole = Pricer(session, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
       whole.cached = False
       work = whole.packed(part)
       found.append(whole.packed_pass(phases.reference(part), "losses", work))
@@ -212,22 +214,22 @@ class Pricer:
 
   def hidden_states(self, part: str) -> Phase:
     """The hidden states above the top layer; those that are kept below the chosen layers are not made again."""
-    bench = self.bench
-    plan = packed_rows.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, self.groups)
+    session = self.session
+    plan = packed_rows.packed_plan(session.splits[part].num_tokens, session.batching.batch_tokens, self.groups)
     work = flop_counts.boundary_work(plan)
-    whole = Pricer(bench, self.stage, self.params, embeddings.above_all(bench.model.config.num_layers))
+    whole = Pricer(session, self.stage, self.params, embeddings.above_all(session.model.config.num_layers))
     flops = flop_counts.below_flops(whole.sizes, work) - (
       flop_counts.below_flops(self.sizes, work) if self.cached else 0.0
     )
     rows, length = max(((height, length) for length, height, _ in plan), key=lambda shape: shape[0] * shape[1])
     program = memory.Program("losses", -(-rows // self.groups), length, 0)
-    device = whole.device(memory.program_bytes(bench.model.config, whole.sizes, program, bench.settings.dtype))
+    device = whole.device(memory.program_bytes(session.model.config, whole.sizes, program, session.settings.dtype))
     return self.phase(phases.embedded(part), flops, device, work.batches)
 
   def packed_pass(self, name: str, kind: str, work: flop_counts.Work, passes: int = 1, vectors: float = 0.0) -> Phase:
     """Passes of one kind over packed rows."""
     flops = passes * flop_counts.pass_flops(self.sizes, kind, work, self.cached)
-    device = self.device(self.program(kind, self.bench.batching.packed_shapes), vectors)
+    device = self.device(self.program(kind, self.session.batching.packed_shapes), vectors)
     return self.phase(name, flops, device, passes * work.batches * _GATHERS.get(kind, 2))
 
   def mapped_pass(

@@ -28,11 +28,11 @@ from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
 
 
-def finetune_phases(bench: Session, s: Settings) -> list[Phase]:
+def finetune_phases(session: Session, s: Settings) -> list[Phase]:
   """Fine-tuning on the full training set."""
-  params, tree = trained_shapes(bench.model.config, s)
-  price = Pricer(bench, "finetune", params, tree)
-  rows = bench.splits["train"].num_response_tokens.nonzero()[0]
+  params, tree = trained_shapes(session.model.config, s)
+  price = Pricer(session, "finetune", params, tree)
+  rows = session.splits["train"].num_response_tokens.nonzero()[0]
   steps = num_steps(s, len(rows))
   kept = s.keep_checkpoints or -(-steps // s.checkpoint_every)
   # float32 weights and Adam's two moments; the newest is written before the oldest goes.
@@ -50,7 +50,7 @@ def priced(names: Iterable[str], prices: Mapping[str, Callable[[], list[Phase]]]
 
 def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   """Optimiser steps on some rows of the training set, in the shape that the run would choose."""
-  shape = packing.training_shape([price.bench.packer("train", rows=rows)], s.batch_size, [s.seed])
+  shape = packing.training_shape([price.session.packer("train", rows=rows)], s.batch_size, [s.seed])
   step = shape_work(shape, price.groups, s.batch_size)
   flops = steps * flop_counts.pass_flops(price.sizes, "gradient", step, price.cached)
   # Weights in float32, two moments, the gradient and the update.
@@ -58,18 +58,18 @@ def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   return price.phase(f"{phases.TRAINING}, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
 
 
-def select_phases(bench: Session, s: Settings) -> list[Phase]:
+def select_phases(session: Session, s: Settings) -> list[Phase]:
   """Influence of every training example, and the coreset."""
-  price = Pricer(bench, "select", *shapes.scored_shapes(bench.model.config, s))
-  groups = topic_rows(bench, s)
+  price = Pricer(session, "select", *shapes.scored_shapes(session.model.config, s))
+  groups = topic_rows(session, s)
   inverse = auto_batch.inverse_of(s, len(groups))
   held, way = memory.num_vectors(inverse), phases.way_of(s, len(groups))
   evals = functools.reduce(flop_counts.Work.plus, (price.packed("eval", rows) for rows in groups.values()))
   times = 1
   if s.trajectory != "none":
-    times = num_summed(bench, s)
+    times = num_summed(session, s)
     if phases.score_aggregate(s) in aggregation.BY_QUERY:  # a pass for each block of queries
-      times *= -(-len(bench.splits["eval"]) // s.query_block)
+      times *= -(-len(session.splits["eval"]) // s.query_block)
   of_store = way == "projected" and s.policy not in coreset.GRADIENT_POLICIES
 
   def by_layer() -> list[Phase]:
@@ -84,7 +84,7 @@ def select_phases(bench: Session, s: Settings) -> list[Phase]:
     phases.LAYERS: by_layer,
     phases.TOKENS: lambda: [price.packed_pass(phases.TOKENS, "jvp", price.packed("train"), 1, held)],
     phases.BLOCKS: lambda: block_phases(price, s, inverse),
-    phases.RESULTS: lambda: [results_phase(bench, s, len(groups))],
+    phases.RESULTS: lambda: [results_phase(session, s, len(groups))],
   }
   return [*price.reference("train", "eval"), *priced(phases.of_select(s, price.boundary, len(groups)), prices)]
 
@@ -109,7 +109,7 @@ def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
     flops = flop_counts.datainf_flops(sizes, inverse, rows, price.cached)
     passes = 2 if inverse.relative else 1
     return price.phase("datainf", flops, price.device(row_bytes(price), held), 2.0 * passes * rows.batches)
-  curvature = solver_inputs.curvature_rows(price.bench, s)
+  curvature = solver_inputs.curvature_rows(price.session, s)
   batch = shape_work(curvature.shape, price.groups, curvature.batch)
   fixed = curvature.num_fixed
   count = flop_counts.num_products(inverse.solver, fixed, inverse.depth, inverse.repeat, sizes.subtree, inverse.apart)
@@ -127,7 +127,7 @@ def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
 
 def factors(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
   """What the solver or its preconditioner is fitted to first: EK-FAC, or a diagonal out of one pass."""
-  curvature = solver_inputs.curvature_rows(price.bench, s)
+  curvature = solver_inputs.curvature_rows(price.session, s)
   name = f"{phases.FACTORS} of {len(curvature.factors)} examples"
   every = price.by_row("train", curvature.factors)
   if s.precondition == "diagonal":
@@ -178,8 +178,8 @@ def _of(queries: int) -> str:
 
 def block_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> list[Phase]:
   """Scores of every evaluation example, a block of them at a time."""
-  block = min(s.query_block, len(price.bench.splits["eval"]))
-  blocks = -(-len(price.bench.splits["eval"]) // block)
+  block = min(s.query_block, len(price.session.splits["eval"]))
+  blocks = -(-len(price.session.splits["eval"]) // block)
   evals, rows = price.by_row("eval"), price.by_row("train")
   vmap = kernels.score_path(s.score_path, block) == "vmap"
   scores = flop_counts.pass_flops(price.sizes, "gradient" if vmap else "jvp", rows, price.cached) * (
@@ -218,51 +218,51 @@ def choice_prices(price: Pricer, s: Settings, loaded: bool = True) -> dict[str, 
 
 def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
   """Projected gradients of a part, of the training set kept on disk; at the parameters that are scored."""
-  other = sketched(price.bench, price.stage, s)
+  other = sketched(price.session, price.stage, s)
   work = other.by_row(part, every_slot=False)
   flops = flop_counts.pass_flops(other.sizes, "gradient", work, other.cached)
-  disk = FLOAT * other.sizes.subtree * len(price.bench.splits[part]) if part == "train" else 0.0
+  disk = FLOAT * other.sizes.subtree * len(price.session.splits[part]) if part == "train" else 0.0
   device = other.device(sketch_bytes(other))
   phase = other.phase(phases.projected(part), flops, device, 2 * work.batches, disk=disk)
   return dataclasses.replace(phase, host=phase.host + (disk if loaded else 0.0))
 
 
-def sketched(bench: Session, stage: str, s: Settings) -> Pricer:
+def sketched(session: Session, stage: str, s: Settings) -> Pricer:
   """Prices passes whose gradients are in the cores of a sketch."""
-  base = shapes.param_shapes(bench.model.config, bench.settings.dtype)
+  base = shapes.param_shapes(session.model.config, session.settings.dtype)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
-  return Pricer(bench, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
+  return Pricer(session, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
 
 
 def row_bytes(price: Pricer) -> float:
   """Bytes of the program of a backward pass over a batch with a row for each example."""
-  bench = price.bench
-  rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in bench.batching.layout.items())
+  session = price.session
+  rows = max((layout.size, shape.num_tokens, layout.num_slots) for shape, layout in session.batching.layout.items())
   program = memory.Program("gradient", rows[0] // price.groups, rows[1], rows[2])
-  return memory.program_bytes(bench.model.config, price.sizes, program, bench.settings.dtype)
+  return memory.program_bytes(session.model.config, price.sizes, program, session.settings.dtype)
 
 
 def sketch_bytes(price: Pricer) -> float:
   """Bytes of the program that gives sketched gradients: beside it a copy of the cores for each example, a gradient."""
-  examples = max((layout.size, shape.num_tokens) for shape, layout in price.bench.batching.layout.items())[0]
+  examples = max((layout.size, shape.num_tokens) for shape, layout in price.session.batching.layout.items())[0]
   return row_bytes(price) + 2 * FLOAT * examples // price.groups * price.sizes.subtree
 
 
-def index_phases(bench: Session, s: IndexSettings) -> list[Phase]:
+def index_phases(session: Session, s: IndexSettings) -> list[Phase]:
   """A new index: whole sketched gradients of those that its basis follows, then rows of all other examples."""
-  price, train = sketched(bench, "index", s), bench.splits["train"]
+  price, train = sketched(session, "index", s), session.splits["train"]
   price.cached = False  # tokens go in, and each example is seen once
   sample = index.sample_rows(train, s.index_size)
   others = index.other_rows(train, sample)
   kept = s.index_size if s.index_basis == "queries" else NONZEROS
-  packed = bench.batching.packed_shapes
+  packed = session.batching.packed_shapes
   program = price.program("gradient", packed) + 2 * FLOAT * price.sizes.subtree * max(shape.size for shape in packed)
 
   def passed(part: str, pieces: list[np.ndarray]) -> tuple[flop_counts.Work, float]:
     works = (price.packed(part, own) for own in pieces)
     work = functools.reduce(flop_counts.Work.plus, works, flop_counts.Work())
     # Hidden states are the base model's: with other weights they take a pass of their own.
-    base = price.hidden_states(part).flops * work.examples / len(bench.splits[part]) if s.checkpoint else 0.0
+    base = price.hidden_states(part).flops * work.examples / len(session.splits[part]) if s.checkpoint else 0.0
     return work, flop_counts.pass_flops(price.sizes, "gradient", work, False) + base
 
   def raw(name: str, part: str, rows: np.ndarray) -> list[Phase]:
@@ -279,34 +279,34 @@ def index_phases(bench: Session, s: IndexSettings) -> list[Phase]:
 
   prices = {
     phases.SAMPLE: lambda: raw(phases.SAMPLE, "train", sample),
-    phases.ASKED: lambda: raw(phases.ASKED, "eval", index.asked_rows(bench)),
+    phases.ASKED: lambda: raw(phases.ASKED, "eval", index.asked_rows(session)),
     phases.INDEX: rest,
   }
   return priced(phases.of_index(s), prices)
 
 
-def results_phase(bench: Session, s: Settings, queries: int) -> Phase:
+def results_phase(session: Session, s: Settings, queries: int) -> Phase:
   """Files of a select run; scores are also kept in pieces while they are computed."""
-  train, evals = bench.splits["train"], bench.splits["eval"]
+  train, evals = session.splits["train"], session.splits["eval"]
   numbers = len(train) * (20 + 2 * (queries + 1))
   numbers += len(train) * (len(evals) + 2) if s.writes("query") else 0
   numbers += int(train.num_response_tokens.sum()) * 8 if s.writes("token") else 0
-  numbers += len(train) * bench.model.config.num_layers * 2 if s.writes("layer") else 0
+  numbers += len(train) * session.model.config.num_layers * 2 if s.writes("layer") else 0
   texts = sum(map(len, Raws(train.records)))
   return Phase("select", phases.RESULTS, disk=FLOAT * numbers + texts)
 
 
-def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
+def evaluate_phases(session: Session, s: Settings, known: int = 0) -> list[Phase]:
   """Retraining on every compared set, and the test losses; all of them take the steps of the full set.
 
   Args:
     known: trainings that are there already.
   """
-  params, tree = trained_shapes(bench.model.config, s)
-  price = Pricer(bench, "evaluate", params, tree)
-  rows = bench.splits["train"].num_response_tokens.nonzero()[0]
+  params, tree = trained_shapes(session.model.config, s)
+  price = Pricer(session, "evaluate", params, tree)
+  rows = session.splits["train"].num_response_tokens.nonzero()[0]
   one = training(price, s, rows, num_steps(s, len(rows)))
-  count, whole = num_trainings(s, share_kept(s, bench.splits["train"].num_tokens[rows]))
+  count, whole = num_trainings(s, share_kept(s, session.splits["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
   name = f"{count} {phases.TRAININGS}: {one.name.removeprefix(f'{phases.TRAINING}, ')}"
   every = dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered)
@@ -319,15 +319,15 @@ def evaluate_phases(bench: Session, s: Settings, known: int = 0) -> list[Phase]:
   return [*price.reference("train", "test"), *priced(phases.of_evaluate(named, price.boundary), prices)]
 
 
-def demo_phases(bench: Session, s: Settings) -> list[Phase]:
+def demo_phases(session: Session, s: Settings) -> list[Phase]:
   """All three; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.
   known = int("full" in listed(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
   stages = [
-    *finetune_phases(bench, s),
-    *select_phases(bench, s),
-    *evaluate_phases(bench, s.replace(select_runs=s.policy), known),
+    *finetune_phases(session, s),
+    *select_phases(session, s),
+    *evaluate_phases(session, s.replace(select_runs=s.policy), known),
   ]
   for phase in stages:
     shared = phase.name.startswith(("hidden states", "reference model"))

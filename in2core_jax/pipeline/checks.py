@@ -37,17 +37,17 @@ def check_budget(s: SelectSettings, train: tokenizing.TokenizedDataset) -> Budge
   return budget
 
 
-def check_policies(bench: Session, policies: set[str]) -> None:
+def check_policies(session: Session, policies: set[str]) -> None:
   """Refuses policies that the training set is too large for, or that cannot do with preference pairs."""
   views = sorted(policies & set(coreset.HIDDEN_POLICIES))
-  pairs = [part for part in ("train", "eval") if bench.splits[part].second is not None]
+  pairs = [part for part in ("train", "eval") if session.splits[part].second is not None]
   if views and pairs:
     raise UserError(
       f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
       "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
     )
   if policies & set(coreset.PAIR_POLICIES):
-    check_pairs(bench)
+    check_pairs(session)
 
 
 def check_solvers(given: str, settings: Iterable[Settings]) -> None:
@@ -183,49 +183,49 @@ def _check_part(s: Settings, part: shapes.ScoredPart, who: str) -> None:
   check_size(s, part.size, f"--solver={s.solver}")
 
 
-def check_pair_solver(bench: Session, s: Settings) -> None:
+def check_pair_solver(session: Session, s: Settings) -> None:
   """Refuses what takes a loss to be a sum over tokens, where the training set has preference pairs.
 
   Raises:
     UserError: EK-FAC, as a solver or a preconditioner.
   """
   named = next((name for name in ("solver", "precondition") if getattr(s, name) in ("ekfac", "diagonal")), None)
-  if named and bench.splits["train"].second is not None:
+  if named and session.splits["train"].second is not None:
     raise UserError(
       f"{s.as_flag(named)} fits factors to losses of single tokens, and the training set has preference pairs, whose "
       "loss joins the tokens of both sides: take --solver=cg, lissa or low_rank without --precondition"
     )
 
 
-def check_kinds(bench: Session, s: Settings) -> None:
+def check_kinds(session: Session, s: Settings) -> None:
   """What `select` refuses because of the kind or number of examples, before any weight is read."""
-  check_pair_solver(bench, s)
-  check_policies(bench, {s.policy})
-  if s.writes("tokens") and bench.splits["train"].second is not None:
+  check_pair_solver(session, s)
+  check_policies(session, {s.policy})
+  if s.writes("tokens") and session.splits["train"].second is not None:
     raise UserError(
       "--coreset_format=tokens: the training set has preference pairs, and a row of ids is one conversation: take "
       "coreset.jsonl, --coreset_format=parquet or hf"
     )
 
 
-def check_select(bench: Session, s: Settings, params) -> Budget:
+def check_select(session: Session, s: Settings, params) -> Budget:
   """What `select` refuses, by shapes and data alone; returns its budget.
 
   Args:
-    bench: the examples.
+    session: the examples.
     s: the flags.
     params: that are scored, arrays or shapes.
   """
-  check_kinds(bench, s)
+  check_kinds(session, s)
   check_scores(s, params)
-  return check_budget(s, bench.splits["train"])
+  return check_budget(s, session.splits["train"])
 
 
-def check_demo(bench: Session, s: Settings) -> None:
+def check_demo(session: Session, s: Settings) -> None:
   """What its `select` would refuse after the fine-tuning; what is trained is what is scored, LoRA factors among it."""
-  check_scores(s, *shapes.trained_shapes(bench.model.config, s))
-  check_budget(s, bench.splits["train"])
-  made = shapes.num_checkpoints(bench, s)
+  check_scores(s, *shapes.trained_shapes(session.model.config, s))
+  check_budget(s, session.splits["train"])
+  made = shapes.num_checkpoints(session, s)
   if s.trajectory != "none" and 0 < s.keep_checkpoints < made:
     raise UserError(
       f"--trajectory={s.trajectory} adds up over all {made} checkpoints, of which --keep_checkpoints="
@@ -233,17 +233,17 @@ def check_demo(bench: Session, s: Settings) -> None:
     )
 
 
-def check_evaluate(bench: Session, s: Settings) -> None:
+def check_evaluate(session: Session, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
-  check_policies(bench, set(policies_of(s)))
+  check_policies(session, set(policies_of(s)))
   seeds_of(s)
-  check_budget(s, bench.splits["train"])
+  check_budget(s, session.splits["train"])
 
 
-def _check_select(bench: Session, s: Settings) -> None:
+def _check_select(session: Session, s: Settings) -> None:
   if s.index:
     raise UserError("--dry_run prices passes over the pool, and --index only reads its rows: leave one of them out")
-  check_select(bench, s, shapes.scored_params(bench.model.config, s))
+  check_select(session, s, shapes.scored_params(session.model.config, s))
 
 
 BEFORE = {"select": _check_select, "demo": check_demo, "evaluate": check_evaluate}  # stages, for --dry_run

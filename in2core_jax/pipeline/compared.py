@@ -24,7 +24,7 @@ from in2core_jax.training import train_loop
 log = logging.getLogger(__name__)
 
 
-def read_selection(folder: str, bench: Session) -> tuple[str, dict[str, np.ndarray]]:
+def read_selection(folder: str, session: Session) -> tuple[str, dict[str, np.ndarray]]:
   """(policy, columns of scores.parquet) of a select run, checked against the training set.
 
   Raises:
@@ -35,10 +35,10 @@ def read_selection(folder: str, bench: Session) -> tuple[str, dict[str, np.ndarr
     raise UserError(f"--select_runs: {folder} has no summary.json, so it is no finished select run; run select first")
   chosen = run_folder.RunDir.load(folder)
   columns = chosen.read_scores("scores.parquet")
-  if tuple(columns["example_id"]) != bench.splits["train"].ids:
+  if tuple(columns["example_id"]) != session.splits["train"].ids:
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
-  train, rows = bench.splits["train"], np.flatnonzero(columns["selected"])
+  train, rows = session.splits["train"], np.flatnonzero(columns["selected"])
   kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
   if chosen.read_bytes("coreset.jsonl") != kept:
     raise UserError(
@@ -66,7 +66,7 @@ class Plan:
   equal: list[str]
 
 
-def plan_of(bench: Session, s: Settings) -> Plan:
+def plan_of(session: Session, s: Settings) -> Plan:
   """Reads the flags and the select runs.
 
   Raises:
@@ -74,7 +74,7 @@ def plan_of(bench: Session, s: Settings) -> Plan:
   """
   seeds, fixed = seeds_of(s)
   folders, fractions = listed(s.select_runs), fractions_of(s)
-  runs = [read_selection(folder, bench) for folder in folders]
+  runs = [read_selection(folder, session) for folder in folders]
   wanted = policies_of(s)
   if not wanted and not runs:
     raise UserError("--policies and --select_runs are empty: name what is to be compared, as in --policies=full,random")
@@ -85,7 +85,7 @@ def plan_of(bench: Session, s: Settings) -> Plan:
     raise UserError(f"--fractions takes the scores of one select run: --select_runs={s.select_runs} names {len(runs)}")
   names = [policy for policy, _ in runs]
   if fractions and set(names) & {*coreset.GRADIENT_POLICIES, *SIMILARITIES}:
-    _check_same_rule(folders[0], bench, s)
+    _check_same_rule(folders[0], session, s)
   chosen_here = [policy for policy in wanted if policy != statistics.FULL]
   sizes = [int(columns["selected"].sum()) for _, columns in runs]
   if len(set(sizes)) > 1 and chosen_here:
@@ -112,17 +112,17 @@ def plan_of(bench: Session, s: Settings) -> Plan:
   return Plan(list(zip(called or names, columns, strict=True)), policies, fixed, fractions, equal_of(s))
 
 
-def _check_same_rule(folder: str, bench: Session, s: Settings) -> None:
+def _check_same_rule(folder: str, session: Session, s: Settings) -> None:
   """In a sweep a policy that matches gradients chooses anew: it must do so as the select run did that names it.
 
   Raises:
     UserError: another model or other flags of the choice.
   """
   run = run_folder.RunDir.load(folder).load_json("summary.json")["identity"]
-  if run["model_hash"] != bench.model.hash:
+  if run["model_hash"] != session.model.hash:
     raise UserError(
       f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
-      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {bench.model.hash[:12]}): give evaluate the same"
+      f"(hash {run['model_hash'][:12]}) than {s.model} (hash {session.model.hash[:12]}): give evaluate the same"
     )
   policy = run["flags"].get("policy")
   names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
@@ -152,9 +152,9 @@ def fractions_of(s: Settings) -> tuple[float, ...]:
   return tuple(share for share in found if share < 1)
 
 
-def candidates(bench: Session, s: Settings, plan: Plan) -> tuple[list[TrainingSubset], list[str]]:
+def candidates(session: Session, s: Settings, plan: Plan) -> tuple[list[TrainingSubset], list[str]]:
   """Every (budget, policy, seed) to retrain, with its rows; and what looks risky about the sets chosen here."""
-  inputs = _inputs(bench, s, plan)
+  inputs = _inputs(session, s, plan)
   found, warnings = [], []
   if plan.fractions:
     budgets = [(fraction, Budget(fraction=fraction)) for fraction in plan.fractions]
@@ -164,7 +164,7 @@ def candidates(bench: Session, s: Settings, plan: Plan) -> tuple[list[TrainingSu
     budgets = [(None, budget_of(s))]
   for policy, seed in plan.policies:
     if policy == "full":
-      found.append(TrainingSubset(policy, seed, trainable_rows(bench)))
+      found.append(TrainingSubset(policy, seed, trainable_rows(session)))
       continue
     for fraction, budget in budgets:
       rows = np.sort(coreset.select_rows(policy, inputs, budget, seed))
@@ -178,20 +178,20 @@ def candidates(bench: Session, s: Settings, plan: Plan) -> tuple[list[TrainingSu
   return found, warnings
 
 
-def _inputs(bench: Session, s: Settings, plan: Plan) -> PolicyInputs:
+def _inputs(session: Session, s: Settings, plan: Plan) -> PolicyInputs:
   """What the policies of this call choose from; scores are those of the first select run."""
   scores = plan.runs[0][1] if plan.runs else {}
-  inputs = inputs_of(bench.splits["train"], scores.get("influence"), scores.get("loss"))
+  inputs = inputs_of(session.splits["train"], scores.get("influence"), scores.get("loss"))
   # Gradients where the select stage would take them: at the model that was fine-tuned on all examples, if there is one.
   policies = {policy for policy, _ in plan.policies}
-  params = bench.checkpoint_params(s.checkpoint if policies & set(coreset.GRADIENT_POLICIES) else "")
-  return dataclasses.replace(inputs, **ChoiceInputs(bench, s, params).of(policies))
+  params = session.checkpoint_params(s.checkpoint if policies & set(coreset.GRADIENT_POLICIES) else "")
+  return dataclasses.replace(inputs, **ChoiceInputs(session, s, params).of(policies))
 
 
-def kept_candidates(run_dir: run_folder.RunDir, bench: Session, s: Settings, plan: Plan) -> list[TrainingSubset]:
+def kept_candidates(run_dir: run_folder.RunDir, session: Session, s: Settings, plan: Plan) -> list[TrainingSubset]:
   """`candidates`, chosen once and kept in the run folder: a run started again does not choose again."""
   if not run_dir.holds("candidates.json"):
-    found, warnings = candidates(bench, s, plan)
+    found, warnings = candidates(session, s, plan)
     for warning in warnings:  # before the trainings; write_tables says them again
       log.warning("%s", warning)
     rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]

@@ -30,20 +30,20 @@ class Trainings:
 
   Attributes:
     run_dir: where they are kept.
-    bench: examples and model.
+    session: examples and model.
     settings: the recipe.
     chosen: what is trained on.
   """
 
   run_dir: run_folder.RunDir
-  bench: Session
+  session: Session
   settings: Settings
   chosen: list[TrainingSubset]
 
   @functools.cached_property
   def judge(self) -> Retrainer:
     """Made when it is first needed: a finished run compiles nothing."""
-    return Retrainer(self.bench, self.settings, [candidate.rows for candidate in self.chosen])
+    return Retrainer(self.session, self.settings, [candidate.rows for candidate in self.chosen])
 
   def base_losses(self) -> np.ndarray:
     """Of the base model on the test set, float64 [N]."""
@@ -60,10 +60,10 @@ class Trainings:
       row = self.judge.retrain(candidate, label, steps)
       self.run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
       words = "%s, %d steps: test perplexity %.3f"
-      if self.bench.splits["test"].second is not None:
+      if self.session.splits["test"].second is not None:
         words = "%s, %d steps: exp of the mean DPO loss on the test set %.3f"
       log.info(words, candidate, steps, row.perplexity)
-    return judged(self.bench.splits["test"], statistics.RetrainRow.from_json(self.run_dir.read_json(file)))
+    return judged(self.session.splits["test"], statistics.RetrainRow.from_json(self.run_dir.read_json(file)))
 
   def compared(self, plan: Plan) -> list[Group]:
     """All trainings of a plan, in groups that are compared with each other."""
@@ -72,7 +72,7 @@ class Trainings:
       rows = {}
       for place, candidate in enumerate(self.chosen):
         label = f"train {number * len(self.chosen) + place + 1}/{total}: {candidate}"
-        steps = equal_steps(self.bench, self.settings, candidate.rows, equal)
+        steps = equal_steps(self.session, self.settings, candidate.rows, equal)
         rows[candidate.name] = self.row(candidate, steps, label)
       for fraction in plan.fractions or (None,):
         ours = [rows[candidate.name] for candidate in self.chosen if candidate.fraction in (None, fraction)]
@@ -80,21 +80,21 @@ class Trainings:
     return groups
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: Settings, session: Session | None = None) -> str:
   """Retrains, compares, writes; returns the run folder. Finished trainings are kept, also when the run is killed."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   seeds_of(settings), fractions_of(settings), equal_of(settings)  # flags alone: told before the data are read
-  bench = bench or open_session(settings, pairs=True)
-  plan = plan_of(bench, settings)
-  check_policies(bench, {policy for policy, _ in plan.policies})
-  run_dir = open_folder(bench, settings, plan)
-  chosen = kept_candidates(run_dir, bench, settings, plan)
-  write_coresets(run_dir, bench.splits["train"].records, chosen)
-  trainings = Trainings(run_dir, bench, settings, chosen)
+  session = session or open_session(settings, pairs=True)
+  plan = plan_of(session, settings)
+  check_policies(session, {policy for policy, _ in plan.policies})
+  run_dir = open_folder(session, settings, plan)
+  chosen = kept_candidates(run_dir, session, settings, plan)
+  write_coresets(run_dir, session.splits["train"].records, chosen)
+  trainings = Trainings(run_dir, session, settings, chosen)
   base, groups = trainings.base_losses(), trainings.compared(plan)
-  of_pairs = bench.splits["test"].second is not None
+  of_pairs = session.splits["test"].second is not None
   write = evaluate_pairs.write_tables if of_pairs else write_tables
-  return write(run_dir, bench, settings, groups, base)
+  return write(run_dir, session, settings, groups, base)
 
 
 # ---- the steps -----------------------------------------------------------------------
@@ -104,9 +104,11 @@ _OF_POLICIES = ("fraction", "num_examples", "token_budget", "layers", "sketch_si
 _OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
 
 
-def identity_of(bench: Session, s: Settings, plan: Plan) -> dict:
+def identity_of(session: Session, s: Settings, plan: Plan) -> dict:
   """What the results depend on."""
-  identity = bench.identity("evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test"))
+  identity = session.identity(
+    "evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test")
+  )
   chosen_by = s.identity("select")
   identity["flags"] |= {name: chosen_by[name] for name in _OF_POLICIES}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
@@ -118,13 +120,13 @@ def identity_of(bench: Session, s: Settings, plan: Plan) -> dict:
   return identity
 
 
-def open_folder(bench: Session, s: Settings, plan: Plan) -> run_folder.RunDir:
+def open_folder(session: Session, s: Settings, plan: Plan) -> run_folder.RunDir:
   """The run folder; a budget that cannot be met is refused before."""
-  identity = identity_of(bench, s, plan)
-  check_budget(s, bench.splits["train"])
-  tell_size(bench.splits["test"])
+  identity = identity_of(session, s, plan)
+  check_budget(s, session.splits["train"])
+  tell_size(session.splits["test"])
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.evaluate --flagfile=THIS"])
   return run_dir
 

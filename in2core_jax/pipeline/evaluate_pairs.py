@@ -128,9 +128,11 @@ def chance(groups: Mapping[str, Sequence[statistics.RetrainRow]]) -> list[str]:
   ]
 
 
-def write_tables(run_dir: run_folder.RunDir, bench: Session, s: Settings, groups: list[Group], base: np.ndarray) -> str:
+def write_tables(
+  run_dir: run_folder.RunDir, session: Session, s: Settings, groups: list[Group], base: np.ndarray
+) -> str:
   """evaluation.md, .csv and .json, which comes last; arguments as in `evaluate_results.write_tables`."""
-  test, many = bench.splits["test"], len(groups) > 1
+  test, many = session.splits["test"], len(groups) > 1
   about = test_examples(test).about
   titled = {f"{group.title}: " if many else "": group.rows for group in groups}
   lines = [title + line for title, rows in titled.items() for line in sentences(rows)]
@@ -149,7 +151,7 @@ def write_tables(run_dir: run_folder.RunDir, bench: Session, s: Settings, groups
     "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
     "learning rate": s.learning_rate,
     "batch size": s.batch_size,
-    "steps of full data": recipe_of(s, len(trainable_rows(bench))).steps,
+    "steps of full data": recipe_of(s, len(trainable_rows(session))).steps,
   }
   page = ["# Retrained on preference pairs\n", _ABOUT + "\n"]
   for group, table in zip(groups, tables, strict=True):

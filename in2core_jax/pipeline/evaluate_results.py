@@ -47,10 +47,10 @@ class Group:
     return [{"equal": self.equal, "fraction": self.fraction} | row for row in verdict.summarise(self.rows)]
 
 
-def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base: np.ndarray) -> str:
+def write_tables(run_dir, session: Session, s: Settings, groups: list[Group], base: np.ndarray) -> str:
   """The tables as Markdown, CSV, LaTeX and JSON, verdicts, plots; evaluation.json comes last."""
-  test = bench.splits["test"]
-  base_perplexity = perplexity_on_test(bench, base)
+  test = session.splits["test"]
+  base_perplexity = perplexity_on_test(session, base)
   tables = [group.table() for group in groups]
   verdicts = [verdict.verdict(group.rows) for group in groups]
   compared = {group.title if len(groups) > 1 else "": group.rows for group in groups}
@@ -58,7 +58,7 @@ def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base
   risky = [*run_dir.read_json("candidates.json")["warnings"], *too_small(test), *notes]
   notes += [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
   notes += filter(None, [test_examples(test).about])
-  recipe = _recipe(bench, s, base_perplexity)
+  recipe = _recipe(session, s, base_perplexity)
   many = len(groups) > 1
   sections = {
     group.title if many else "": (table, words) for group, table, words in zip(groups, tables, verdicts, strict=True)
@@ -75,7 +75,7 @@ def write_tables(run_dir, bench: Session, s: Settings, groups: list[Group], base
   ]
   found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines + notes, "recipe": recipe}
   found["warnings"] = list(map(findings.as_line, risky))
-  runs = _selections(bench, s, found)
+  runs = _selections(session, s, found)
   told = _gathered(found["warnings"], runs)
   notes = [note for note in notes if findings.as_line(note) not in told]
   page = retrain_report_markdown(
@@ -123,9 +123,9 @@ def _write_plots(run_dir, groups: list[Group], tables: list[list[dict]]) -> dict
   return {caption: f"plots/{name}.png" for caption, (name, _) in figures.items()}
 
 
-def _recipe(bench: Session, s: Settings, base_perplexity: float) -> dict:
+def _recipe(session: Session, s: Settings, base_perplexity: float) -> dict:
   """What all trainings have in common, for the reports."""
-  tokens = bench.splits["test"].num_response_tokens
+  tokens = session.splits["test"].num_response_tokens
   return {
     "base model's test perplexity": f"{base_perplexity:.3f}",
     "test examples": int(np.count_nonzero(tokens)),
@@ -133,16 +133,16 @@ def _recipe(bench: Session, s: Settings, base_perplexity: float) -> dict:
     "trained": f"{s.trainable}, layers {s.trainable_layers}, {s.trainable_modules}",
     "learning rate": s.learning_rate,
     "batch size": s.batch_size,
-    "steps of full data": recipe_of(s, len(trainable_rows(bench))).steps,
+    "steps of full data": recipe_of(s, len(trainable_rows(session))).steps,
   }
 
 
-def _selections(bench: Session, s: Settings, found: dict) -> dict[str, facts.SelectRun]:
+def _selections(session: Session, s: Settings, found: dict) -> dict[str, facts.SelectRun]:
   """The select runs with the table of this comparison, by the name of the report of each."""
   folders, runs = listed(s.select_runs), {}
   names = {row["policy"] for row in found["table"]}
   for name, folder in zip(report_names(folders), folders, strict=True):
-    run = facts.SelectRun.load(folder, bench.splits["train"], bench.splits["eval"], found)
+    run = facts.SelectRun.load(folder, session.splits["train"], session.splits["eval"], found)
     policy = run.summary["policy"]
     own = policy if policy in names else f"{policy} ({epath.Path(folder).name})"  # as `compared.plan_of` calls it
     runs[name] = dataclasses.replace(run, retrain=found | {"candidate": own})

@@ -35,23 +35,23 @@ def recipe_of(settings: Settings, num_examples: int) -> Recipe:
   )
 
 
-def start_params(bench: Session, settings: Settings):
+def start_params(session: Session, settings: Settings):
   """(parameters at the start, chosen subtree): with LoRA factors when they are what is trained."""
-  params, modules, layers = bench.model.params, settings.trainable_modules, settings.trainable_layers
+  params, modules, layers = session.model.params, settings.trainable_modules, settings.trainable_layers
   if settings.trainable == "lora":
     with_lora = adapters.add_lora(params, settings.lora_rank, jax.random.key(settings.seed))
-    params, modules = bench.model.place(with_lora), "lora"
+    params, modules = session.model.place(with_lora), "lora"
   return params, subtree.make_subtree(params, layers, modules, TRAINED)
 
 
-def trainable_rows(bench: Session):
+def trainable_rows(session: Session):
   """Rows of the training set that have a response: the others teach nothing."""
-  return bench.splits["train"].num_response_tokens.nonzero()[0]
+  return session.splits["train"].num_response_tokens.nonzero()[0]
 
 
-def identity_of(bench: Session, settings: Settings) -> dict:
+def identity_of(session: Session, settings: Settings) -> dict:
   """What a fine-tuned checkpoint depends on."""
-  return bench.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
+  return session.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Task:
 
   Attributes:
     settings: the flags.
-    bench: examples and model.
+    session: examples and model.
     rows: int [S], the training examples with a response.
     params: parameters at the start.
     tree: what of them is trained.
@@ -68,22 +68,22 @@ class Task:
   """
 
   settings: Settings
-  bench: Session
+  session: Session
   rows: np.ndarray
   params: Any
   tree: subtree.Subtree
   recipe: Recipe
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: Settings, session: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  bench = bench or open_session(settings, pairs=True)
-  identity = identity_of(bench, settings)
+  session = session or open_session(settings, pairs=True)
+  identity = identity_of(session, settings)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
-  task = prepare(settings, bench)
+  task = prepare(settings, session)
   run_dir = run_folder.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   folder = run_dir.file(run_folder.CHECKPOINT)
   sub, frozen = subtree.split(task.params, task.tree)
   if run_dir.is_whole("finetune.json") and train_loop.is_finished(folder, task.recipe.steps, sub):
@@ -97,30 +97,30 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 # ---- the steps -----------------------------------------------------------------------
 
 
-def prepare(s: Settings, bench: Session) -> Task:
+def prepare(s: Settings, session: Session) -> Task:
   """Reads the model, and refuses what cannot be trained."""
-  rows = trainable_rows(bench)
-  params, tree = start_params(bench, s)
-  return Task(s, bench, rows, params, tree, recipe_of(s, len(rows)))
+  rows = trainable_rows(session)
+  params, tree = start_params(session, s)
+  return Task(s, session, rows, params, tree, recipe_of(s, len(rows)))
 
 
 def packer_of(task: Task) -> packing.Packer:
   """The training examples with a response, in batches of one shape."""
-  bench, recipe, rows = task.bench, task.recipe, task.rows
-  shape = packing.training_shape([bench.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
+  session, recipe, rows = task.session, task.recipe, task.rows
+  shape = packing.training_shape([session.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
   # Hidden states of the base model: fresh LoRA factors change none.
-  return bench.packer("train", task.tree, bench.model.params, rows, [shape])
+  return session.packer("train", task.tree, session.model.params, rows, [shape])
 
 
 def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> train_loop.TrainResult:
   """Trains with checkpoints in the run folder; SIGTERM ends it after a step, which is kept."""
-  s, bench, recipe = task.settings, task.bench, task.recipe
+  s, session, recipe = task.settings, task.session, task.recipe
   words = "training %s numbers in layers %s for %d steps of %d examples"
   log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, recipe.steps, recipe.batch_size)
   packer, meta = packer_of(task), meta_of(task, run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
-  folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(bench.model.config, task.tree)
-  trainer = train_loop.Trainer(objective, recipe, bench.batching.place, bench.model.place)
+  folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(session.model.config, task.tree)
+  trainer = train_loop.Trainer(objective, recipe, session.batching.place, session.model.place)
   with Progress(recipe.steps, phases.TRAINING, "steps") as progress, stopping.finish_on_sigterm() as stop_requested:
     report = lambda step, steps, loss, rate: progress.update(  # noqa: E731
       step - progress.count, loss=round(loss, 3), tokens_per_s=int(rate)
@@ -131,7 +131,7 @@ def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> trai
 
 def meta_of(task: Task, run_dir: run_folder.RunDir) -> dict:
   """What a checkpoint says of itself."""
-  s, model, date = task.settings, task.bench.model, task.bench.splits.template_date
+  s, model, date = task.settings, task.session.model, task.session.splits.template_date
   return {
     "model": s.model,
     "model_hash": model.hash,

@@ -42,25 +42,25 @@ _MOST_SHARDS = 1000
 class Pool:
   """Examples of one session, as the index sees them."""
 
-  def __init__(self, bench: Session, s: Settings):
+  def __init__(self, session: Session, s: Settings):
     """Draws the sketch and reads the weights."""
-    self.bench, self.settings = bench, s
-    params = bench.checkpoint_params(s.checkpoint)
-    self.projection = Projection(bench, s, params, s.seed)
-    self._own_hidden = params is bench.model.params  # views are those of the base model, as in `policy_inputs`
+    self.session, self.settings = session, s
+    params = session.checkpoint_params(s.checkpoint)
+    self.projection = Projection(session, s, params, s.seed)
+    self._own_hidden = params is session.model.params  # views are those of the base model, as in `policy_inputs`
     sketch = self.projection.sketch
-    self._pass = IndexPass(losses_and_hidden_fn(bench.model.config, sketch.tree), sketch, params)
+    self._pass = IndexPass(losses_and_hidden_fn(session.model.config, sketch.tree), sketch, params)
 
   def keys(self, part: str) -> np.ndarray:
     """The names of a part's examples."""
-    dataset = self.bench.splits[part]
+    dataset = self.session.splits[part]
     return store.keys_of(dataset.tokens, dataset.response_mask)
 
   def raw(self, part: str, rows: np.ndarray, pieces: resumable.ShardSpec | None, what: str) -> bases.Raw:
     """Whole sketched gradients of some rows, kept in pieces where a killed run goes on from."""
     if not len(rows):
       width = self.projection.sketch.width
-      views = np.zeros((0, len(hybrid.VIEWS), self.bench.model.config.hidden_size), np.float32)
+      views = np.zeros((0, len(hybrid.VIEWS), self.session.model.config.hidden_size), np.float32)
       return bases.Raw(np.zeros((0, width), np.float32), views, np.zeros(0, np.float32))
     found = []
     with Progress(len(rows), what, "examples") as progress:
@@ -74,21 +74,21 @@ class Pool:
     )
 
   def _raw(self, part: str, rows: np.ndarray) -> bases.Raw:
-    packer = self.bench.packer(part, rows=rows)
-    plan = packer.sequential_plan(self.bench.batching.batch_tokens)
+    packer = self.session.packer(part, rows=rows)
+    plan = packer.sequential_plan(self.session.batching.batch_tokens)
     most = spots.most_in_a_row(plan)
     raw = self._pass.raw(self._items(packer, plan, most), len(rows), most)
     return raw if self._own_hidden else dataclasses.replace(raw, hidden=self._base_hidden(part, rows))
 
   def _items(self, packer: packing.Packer, plan: Sequence, most: int):
-    place = self.bench.batching.place
+    place = self.session.batching.place
     for shape, cells in plan:
       own, batch = packer.batch(cells, shape)
       where = spots.spots_of(cells, shape, packer.dataset.tokens, most)
       yield own, place(batch), spots.Spots(*(place((value,))[0] for value in where))
 
   def _base_hidden(self, part: str, rows: np.ndarray) -> np.ndarray:
-    found = self.bench.hidden.pooled_rows(part, rows)
+    found = self.session.hidden.pooled_rows(part, rows)
     return np.stack([found[view] for view in hybrid.VIEWS], axis=1)
 
   def rows(self, planned: "Planned", plan: Sequence, basis: OnDevice) -> dict[str, np.ndarray]:
@@ -157,11 +157,11 @@ def row_bytes(s: IndexSettings) -> int:
 # ---- the stage -----------------------------------------------------------------------
 
 
-def run(s: IndexSettings, bench: Session | None = None) -> str:
+def run(s: IndexSettings, session: Session | None = None) -> str:
   """Makes the index, or adds to it what is new; returns the run folder."""
   run_folder.RunDir.refuse_held(s.run_dir)
-  bench = bench or open_session(s)
-  pool = Pool(bench, s)
+  session = session or open_session(s)
+  pool = Pool(session, s)
   run_dir = run_folder.RunDir.open(s.run_dir, identity_of(pool, s), overwrite=s.overwrite)
   index, keys = store.IndexStore(run_dir), pool.keys("train")
   parts = list(run_dir.read_json(store.PARTS)) if run_dir.holds(store.PARTS) else []
@@ -169,7 +169,7 @@ def run(s: IndexSettings, bench: Session | None = None) -> str:
   if run_dir.holds(store.MARK) and np.isin(keys, known).all():
     log.info("%s has all %s examples already", run_dir.path, f"{len(keys):,}")
     return str(run_dir.path)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.index --flagfile=THIS"])
   run_dir.remove(store.MARK)
   work, clock = Work(run_dir, s.shard_batches), Clock()
@@ -184,17 +184,17 @@ def run(s: IndexSettings, bench: Session | None = None) -> str:
 
 def identity_of(pool: Pool, s: IndexSettings) -> dict:
   """What a row depends on; not the pool, to which examples are added."""
-  bench = pool.bench
+  session = pool.session
   known = s.index_basis == "queries"
   return {
     "stage": "index",
     "index": 1,
-    "model_hash": bench.model.hash,
+    "model_hash": session.model.hash,
     "checkpoint": train_loop.checkpoint_hash(s.checkpoint),
     "gradients": {"loss_reduction": s.loss_reduction, "dtype": s.dtype},
     "sketch": pool.projection.sketch.identity(),
     "basis": {"kind": s.index_basis, "size": s.index_size, "hidden": s.index_hidden, "seed": s.seed},
-    "data": bench.splits.identity("eval") if known else {},
+    "data": session.splits.identity("eval") if known else {},
   }
 
 
@@ -205,8 +205,8 @@ def _basis(
   basis = index.read_basis()
   if basis is not None and parts and (len(parts) > 1 or _is_whole(index, parts[0])):
     return basis, None
-  rows = sample_rows(pool.bench.splits["train"], s.index_size)
-  named = run_folder.hash_of([pool.bench.splits.identity("train"), rows.tolist()])
+  rows = sample_rows(pool.session.splits["train"], s.index_size)
+  named = run_folder.hash_of([pool.session.splits.identity("train"), rows.tolist()])
   sample = pool.raw("train", rows, work.pieces("sample", rows=named), phases.SAMPLE)
   if basis is None:
     _make_basis(pool, s, index, work, sample)
@@ -216,7 +216,7 @@ def _basis(
 
 def _make_basis(pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, sample: bases.Raw) -> None:
   """Makes and writes the basis, and with it the queries."""
-  asked = asked_rows(pool.bench) if s.index_basis == "queries" else np.zeros(0, np.int64)
+  asked = asked_rows(pool.session) if s.index_basis == "queries" else np.zeros(0, np.int64)
   queries = pool.raw("eval", asked, work.pieces("queries"), phases.ASKED)
   views = slice(None) if s.index_hidden else slice(0)
   cut = [dataclasses.replace(raw, hidden=raw.hidden[:, views]) for raw in (queries, sample)]
@@ -230,9 +230,9 @@ def _make_basis(pool: Pool, s: IndexSettings, index: store.IndexStore, work: Wor
   processes.barrier("basis written")
 
 
-def asked_rows(bench: Session) -> np.ndarray:
+def asked_rows(session: Session) -> np.ndarray:
   """The evaluation examples with a response, in the order of their ids."""
-  return by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
+  return by_id(session.splits["eval"], session.splits["eval"].num_response_tokens > 0)
 
 
 def _fill(
@@ -282,8 +282,8 @@ def planned(pool: Pool, s: IndexSettings, keys: np.ndarray, known: np.ndarray) -
   """The training examples that are not known."""
   rows = store.firsts(keys)
   rows = rows[~np.isin(keys[rows], known)]
-  packer = pool.bench.packer("train", rows=rows)
-  plan = packer.sequential_plan(pool.bench.batching.batch_tokens)
+  packer = pool.session.packer("train", rows=rows)
+  plan = packer.sequential_plan(pool.session.batching.batch_tokens)
   size = max(s.shard_batches, -(-len(plan) // _MOST_SHARDS))
   cut = [plan[start : start + size] for start in range(0, len(plan), size)]
   shapes = [[list(shape), [list(map(len, cell)) for cell in cells]] for shape, cells in plan]
@@ -315,7 +315,7 @@ def _write(index: store.IndexStore, number: int, found: dict, keys: np.ndarray) 
 
 def _finish(pool: Pool, s: IndexSettings, index: store.IndexStore, parts: list, clock: Clock) -> None:
   """Notes what the index is, as its last file."""
-  evals, known = pool.bench.splits["eval"], index.keys(index.shards(parts))
+  evals, known = pool.session.splits["eval"], index.keys(index.shards(parts))
   index.run_dir.write_json(store.PARTS, parts)
   facts = {
     "examples": len(known),

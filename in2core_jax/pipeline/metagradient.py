@@ -10,27 +10,27 @@ from in2core_jax.pipeline.settings import Settings
 from in2core_jax.training.metagradient import Unrolled
 
 
-def metagradient(bench: Session, s: Settings) -> np.ndarray:
+def metagradient(session: Session, s: Settings) -> np.ndarray:
   """-d L_q / d w_i of every training example, f64 [N]: L_q the mean evaluation loss after the training on all data.
 
   Args:
-    bench: data and model.
+    session: data and model.
     s: the recipe and its seed.
 
   Returns:
     0 for an example without response, which is not trained on.
   """
-  train, evals = bench.splits["train"], bench.splits["eval"]
+  train, evals = session.splits["train"], session.splits["eval"]
   rows, queries = (np.flatnonzero(part.num_response_tokens) for part in (train, evals))
-  judge = Retrainer(bench, s, [rows])
-  packer = bench.packer("train", judge.chosen, bench.model.params, rows, judge.shapes)
-  asked = bench.packer("eval", judge.chosen, bench.model.params, queries)
+  judge = Retrainer(session, s, [rows])
+  packer = session.packer("train", judge.chosen, session.model.params, rows, judge.shapes)
+  asked = session.packer("eval", judge.chosen, session.model.params, queries)
 
   def gradient_fn(sub):
-    mean = judge.problem.at(sub, judge.frozen).mean_gradient(bench.stream(asked))
+    mean = judge.problem.at(sub, judge.frozen).mean_gradient(session.stream(asked))
     return jax.tree.map(lambda leaf: leaf[0], mean)
 
-  objective = make_objective(bench.model.config, judge.chosen)
+  objective = make_objective(session.model.config, judge.chosen)
   unrolled = Unrolled(objective, judge.trainer, judge.frozen, packer, s.seed, judge.recipe.steps)
   found = np.zeros(len(train))
   found[rows] = unrolled.metagradient(judge.sub, gradient_fn, np.ones(len(rows), np.float32))

@@ -21,13 +21,13 @@ NEAR = 0.8  # of the shingles: what two examples share beside a long instruction
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
-def check_pairs(bench: Session) -> None:
+def check_pairs(session: Session) -> None:
   """Refuses `PAIR_POLICIES` for more examples than all pairs of can be compared.
 
   Raises:
     UserError: there are more.
   """
-  size = len(bench.splits["train"])
+  size = len(session.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
       f"policies {' and '.join(coreset.PAIR_POLICIES)} compare all pairs of the {size:,} training examples, at most "
@@ -41,17 +41,17 @@ class ChoiceInputs:
   Evaluation examples without a response have no gradient, and are left out everywhere.
   """
 
-  def __init__(self, bench: Session, s: Settings, params, stored: bool = True):
+  def __init__(self, session: Session, s: Settings, params, stored: bool = True):
     """Computes nothing yet.
 
     Args:
-      bench: data and model; hidden states and texts are those of its base model.
+      session: data and model; hidden states and texts are those of its base model.
       s: how gradients are projected, similarities aggregated, what matching aims at.
       params: where gradients are taken.
       stored: whether gradients are kept beside the run folder: only those of the base model or of --checkpoint have a
         name there.
     """
-    self.bench, self.settings, self._stored = bench, s, stored
+    self.session, self.settings, self._stored = session, s, stored
     self._params = params
 
   def of(self, policies: Collection[str], rows: np.ndarray | None = None, aggregate: str = "") -> dict:
@@ -68,8 +68,8 @@ class ChoiceInputs:
       found |= self._matched(among(self._answered))
     if "loss_drop" in wanted:
       s = self.settings
-      chosen = choose(self.bench, self._params, s.layers, s.modules)
-      found["drop"] = loss_drop(self.bench, s, chosen, among(self._first_queries))
+      chosen = choose(self.session, self._params, s.layers, s.modules)
+      found["drop"] = loss_drop(self.session, s, chosen, among(self._first_queries))
     if wanted & {*coreset.HYBRID_POLICIES, *SIMILARITIES}:
       found |= self._similar(wanted, among(self._first_queries), aggregate or self.settings.aggregate)
     return found
@@ -79,23 +79,23 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _answered(self) -> np.ndarray:
-    return np.flatnonzero(self.bench.splits["eval"].num_response_tokens)
+    return np.flatnonzero(self.session.splits["eval"].num_response_tokens)
 
   @functools.cached_property
   def _first_queries(self) -> np.ndarray:
-    evals = self.bench.splits["eval"]
+    evals = self.session.splits["eval"]
     return by_id(evals, (evals.num_response_tokens > 0) & records.firsts(evals.records))
 
   @functools.cached_property
   def _counts(self) -> np.ndarray:
-    train = self.bench.splits["train"]
+    train = self.session.splits["train"]
     return (train.num_response_tokens > 0) & records.firsts(train.records)
 
   # ---- gradients ---------------------------------------------------------------------
 
   @functools.cached_property
   def _projection(self) -> Projection:
-    return Projection(self.bench, self.settings, self._params, self.settings.seed)
+    return Projection(self.session, self.settings, self._params, self.settings.seed)
 
   @functools.cached_property
   def _features(self) -> np.ndarray:
@@ -108,7 +108,7 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _hybrid(self) -> hybrid.HybridMetric:
-    train = self.bench.splits["train"]
+    train = self.session.splits["train"]
     features = self._features, self._eval_features  # first: they keep the hidden states that the others begin with
     hidden = self._views("train")
     return hybrid.HybridMetric.fit(features[0], hidden, train.ids, self._counts)
@@ -119,17 +119,17 @@ class ChoiceInputs:
     if "_hybrid" in self.__dict__:
       return self._hybrid.metric, self._hybrid.pool.gradients
     check_gradients(self._features, "training")
-    metric = WhitenedMetric.fit(self._features, ids=self.bench.splits["train"].ids, counted=self._counts)
+    metric = WhitenedMetric.fit(self._features, ids=self.session.splits["train"].ids, counted=self._counts)
     return metric, metric.measured(self._features)
 
   @functools.cached_property
   def _kernel(self) -> np.ndarray:
-    check_pairs(self.bench)
+    check_pairs(self.session)
     return self._hybrid.among()
 
   def _matched(self, queries: np.ndarray) -> dict:
     """What greedy matching chooses from and aims at."""
-    s, evals = self.settings, self.bench.splits["eval"]
+    s, evals = self.settings, self.session.splits["eval"]
     return {
       "features": self._features,
       "target": self._eval_features[queries],
@@ -141,14 +141,14 @@ class ChoiceInputs:
 
   def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
     """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
-    topics = self.bench.splits["eval"].topics
+    topics = self.session.splits["eval"].topics
     return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
 
   # ---- similarities ------------------------------------------------------------------
 
   def _hidden(self, part: str, pooling: str) -> np.ndarray:
     """Pooled hidden states, [N, D]; the session keeps them."""
-    return self.bench.hidden.pooled(part, pooling=pooling)
+    return self.session.hidden.pooled(part, pooling=pooling)
 
   def _views(self, part: str) -> np.ndarray:
     """What `hybrid` looks at, [N, V, D]."""
@@ -156,20 +156,20 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _texts(self) -> dict[str, list[str]]:
-    return {part: [shown(record) for record in self.bench.splits[part].records] for part in ("train", "eval")}
+    return {part: [shown(record) for record in self.session.splits[part].records] for part in ("train", "eval")}
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = records.content_keys(self.bench.splits["train"].records)
+    keys = records.content_keys(self.session.splits["train"].records)
     return near_duplicates.alike(self._texts["train"], keys, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""
-    topics = self.bench.splits["eval"].topics
+    topics = self.session.splits["eval"].topics
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
-    found["similar_ids"] = [self.bench.splits["eval"].ids[row] for row in queries]
-    found["similar_tokens"] = self.bench.splits["eval"].num_response_tokens[queries]
+    found["similar_ids"] = [self.session.splits["eval"].ids[row] for row in queries]
+    found["similar_tokens"] = self.session.splits["eval"].num_response_tokens[queries]
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
     found["similarities"] = {name: self._similarity(name, queries) for name in plain}
     if wanted & {*coreset.HYBRID_POLICIES}:
@@ -204,7 +204,7 @@ class ChoiceInputs:
     """Whitened cosines of queries and examples by some of the gradients' numbers, [Q, N]."""
     features = self._features[:, columns]
     check_gradients(features, "training")
-    metric = WhitenedMetric.fit(features, ids=self.bench.splits["train"].ids, counted=self._counts)
+    metric = WhitenedMetric.fit(features, ids=self.session.splits["train"].ids, counted=self._counts)
     return metric.cosines(self._eval_features[queries][:, columns], features)
 
 

@@ -17,19 +17,19 @@ from in2core_jax.training import train_loop
 class Projection:
   """The training set's projected gradients at some parameters, kept beside the run folder and used again."""
 
-  def __init__(self, bench: Session, s: Settings, params, seed: int):
+  def __init__(self, session: Session, s: Settings, params, seed: int):
     """Draws the projection; `params` are those at which gradients are taken."""
-    self.bench, self.params, self.settings = bench, params, s
+    self.session, self.params, self.settings = session, params, s
     small = s.sketch_size < projected.MIN_SIZE
     drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
-    self.sketch = dataclasses.replace(drawn, params=bench.model.place(drawn.params))
+    self.sketch = dataclasses.replace(drawn, params=session.model.place(drawn.params))
     tree = self.sketch.tree
-    self.chosen = BoundSubtree(tree, params, bench.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
+    self.chosen = BoundSubtree(tree, params, session.kernels(tree).at(*subtree.split(self.sketch.params, tree)))
 
   def features(self, part: str, rows: np.ndarray | None = None) -> np.ndarray:
     """Projected gradients of a part's examples, float32 [N, W]."""
-    batcher = self.bench.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
-    stream = self.bench.stream(batcher, phases.projected(part))
+    batcher = self.session.batcher(part, self.chosen.tree, self.params, rows)  # a sketch changes no hidden state
+    stream = self.session.stream(batcher, phases.projected(part))
     return self.chosen.problem.adapter_features(stream, len(batcher))
 
   def columns_of_layers(self) -> list[np.ndarray]:
@@ -44,19 +44,19 @@ class Projection:
 
   def store(self) -> projected.ProjectedStore:
     """The training set's, computed where they are not on disk yet."""
-    s, bench = self.settings, self.bench
+    s, session = self.settings, self.session
     identity = {
-      "model": bench.model.hash,
-      "checkpoint": train_loop.checkpoint_meta(s.checkpoint) if self.params is not bench.model.params else {},
-      "data": bench.splits.identity("train"),
+      "model": session.model.hash,
+      "checkpoint": train_loop.checkpoint_meta(s.checkpoint) if self.params is not session.model.params else {},
+      "data": session.splits.identity("train"),
       "loss_reduction": s.loss_reduction,
       "dtype": s.dtype,
     }
-    if bench.splits["train"].second is not None:
-      identity["beta"] = bench.settings.beta
+    if session.splits["train"].second is not None:
+      identity["beta"] = session.settings.beta
     name = run_folder.hash_of([identity, self.sketch.identity()])[:16]
     folder = run_folder.beside(s.run_dir, "projected") / name
-    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(bench.splits["train"]))
+    store = projected.ProjectedStore.open(folder, identity, self.sketch, len(session.splits["train"]))
     with stopping.finish_on_sigterm() as stop_requested:
       store.fill(lambda rows: self.features("train", rows), stop_requested)
     return store

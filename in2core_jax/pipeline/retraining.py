@@ -73,11 +73,11 @@ def equal_of(s: Settings) -> list[str]:
   return found
 
 
-def equal_steps(bench: Session, s: Settings, rows: np.ndarray, equal: str) -> int:
+def equal_steps(session: Session, s: Settings, rows: np.ndarray, equal: str) -> int:
   """Optimiser steps of a training on some rows, so that it has as many steps, epochs or tokens as that on all."""
-  every = trainable_rows(bench)
+  every = trainable_rows(session)
   steps = recipe_of(s, len(every)).steps
-  responses = bench.splits["train"].num_response_tokens
+  responses = session.splits["train"].num_response_tokens
   epochs, shorter = len(rows) / len(every), responses[every].mean() / responses[rows].mean()
   share = {"steps": 1.0, "epochs": epochs, "tokens": shorter, "budget_tokens": epochs * shorter}
   return max(1, round(steps * share[equal]))
@@ -102,9 +102,9 @@ def many_passes(equal: str, rows: Sequence[statistics.RetrainRow], batch_size: i
   ]
 
 
-def perplexity_on_test(bench: Session, losses: np.ndarray) -> float:
+def perplexity_on_test(session: Session, losses: np.ndarray) -> float:
   """Token-weighted perplexity of mean nats per response token of each test example, [N]."""
-  tokens = loss_tokens(bench.splits["test"])
+  tokens = loss_tokens(session.splits["test"])
   counted = tokens > 0
   return statistics.perplexity(losses[counted] * tokens[counted], tokens[counted])
 
@@ -112,46 +112,46 @@ def perplexity_on_test(bench: Session, losses: np.ndarray) -> float:
 class Retrainer:
   """Trains from the base model and measures losses; few programs serve all sets."""
 
-  def __init__(self, bench: Session, s: Settings, row_sets: Sequence[np.ndarray]):
+  def __init__(self, session: Session, s: Settings, row_sets: Sequence[np.ndarray]):
     """Prepares one start and few batch shapes for all sets.
 
     Args:
-      bench: data and model.
+      session: data and model.
       s: the recipe; its steps are those of the full training set.
       row_sets: every set that will be trained on.
     """
-    self.bench, self.settings = bench, s
-    self.params, self.chosen = start_params(bench, s)
+    self.session, self.settings = session, s
+    self.params, self.chosen = start_params(session, s)
     self.sub, self.frozen = subtree.split(self.params, self.chosen)
-    self.recipe = recipe_of(s, len(trainable_rows(bench)))
-    self.problem = bench.kernels(self.chosen)
-    sets = [bench.packer("train", rows=rows) for rows in row_sets]
+    self.recipe = recipe_of(s, len(trainable_rows(session)))
+    self.problem = session.kernels(self.chosen)
+    sets = [session.packer("train", rows=rows) for rows in row_sets]
     self.shapes = packing.training_shapes(sets, s.batch_size, self.recipe.steps)
     # Of this judge, and gone with it: a cache of the class would keep every judge's model.
     self._packer = functools.cache(self._packer)
-    objective = make_objective(bench.model.config, self.chosen)
-    self.trainer = train_loop.Trainer(objective, self.recipe, bench.batching.place, bench.model.place)
+    objective = make_objective(session.model.config, self.chosen)
+    self.trainer = train_loop.Trainer(objective, self.recipe, session.batching.place, session.model.place)
 
-  def over(self, bench: Session) -> "Retrainer":
+  def over(self, session: Session) -> "Retrainer":
     """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
     other = copy.copy(self)
-    other.bench, other._packer = bench, functools.cache(functools.partial(Retrainer._packer, other))
+    other.session, other._packer = session, functools.cache(functools.partial(Retrainer._packer, other))
     return other
 
   def _packer(self, part: str) -> packing.Packer:
-    return self.bench.packer(part, self.chosen, self.bench.model.params)
+    return self.session.packer(part, self.chosen, self.session.model.params)
 
   def losses(self, sub, part: str = "test", rows: np.ndarray | None = None) -> np.ndarray:
     """Mean nats per response token of the examples of a part, or of some `rows` of it, at a trained subtree, f64.
 
     Of preference pairs it is the DPO loss.
     """
-    packer, dataset = self._packer(part), self.bench.splits[part]
+    packer, dataset = self._packer(part), self.session.splits[part]
     if rows is not None:
-      packer = self.bench.packer(part, self.chosen, self.bench.model.params, rows)
+      packer = self.session.packer(part, self.chosen, self.session.model.params, rows)
       dataset = dataset.take(rows)
-    found = self.problem.at(sub, self.frozen).losses(self.bench.stream(packer), len(packer)).astype(np.float64)
-    by_sum = self.bench.settings.loss_reduction == "sum" and dataset.second is None
+    found = self.problem.at(sub, self.frozen).losses(self.session.stream(packer), len(packer)).astype(np.float64)
+    by_sum = self.session.settings.loss_reduction == "sum" and dataset.second is None
     return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found
 
   def train(self, rows: np.ndarray, seed: int, label: str, steps: int = 0) -> train_loop.TrainResult:
@@ -164,7 +164,7 @@ class Retrainer:
       steps: of the optimiser; the recipe's when 0.
     """
     steps = steps or self.recipe.steps
-    packer = self.bench.packer("train", self.chosen, self.bench.model.params, rows, self.shapes)
+    packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
@@ -184,7 +184,7 @@ class Retrainer:
     """Whether --checkpoint was fine-tuned on this full training set with this recipe, start and seed."""
     if not self.settings.checkpoint:
       return False
-    identity = run_folder.hash_of(identity_of(self.bench, self.settings))
+    identity = run_folder.hash_of(identity_of(self.session, self.settings))
     return train_loop.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
 
   def row(self, candidate: TrainingSubset, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:
@@ -196,7 +196,7 @@ class Retrainer:
       trained_response_tokens: seen in training, repeats counted.
       steps: of the optimiser.
     """
-    parts = self.bench.splits
+    parts = self.session.splits
     return retrain_row(candidate, parts["train"], parts["test"], self.losses(sub), trained_response_tokens, steps)
 
 

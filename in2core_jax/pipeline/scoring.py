@@ -65,48 +65,48 @@ class Scored:
   queries: np.ndarray | None = None
 
 
-def score(bench: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scored:
+def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Scored:
   """Losses, query gradients, inverse Hessian product and scores."""
   clock = Clock()
-  with_response = by_id(bench.splits["eval"], bench.splits["eval"].num_response_tokens > 0)
-  train = bench.packer("train", chosen.tree, chosen.params)
-  bench.packer("eval", chosen.tree, chosen.params)
+  with_response = by_id(session.splits["eval"], session.splits["eval"].num_response_tokens > 0)
+  train = session.packer("train", chosen.tree, chosen.params)
+  session.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
   itself = None
   if s.trajectory == "none":
-    v, names = queries(bench, s, chosen, work)
+    v, names = queries(session, s, chosen, work)
     clock.lap("query gradients")
-    result = solve(bench, s, chosen, v, work.pieces("solver", queries=resumable.tree_sha256(v)))
+    result = solve(session, s, chosen, v, work.pieces("solver", queries=resumable.tree_sha256(v)))
     clock.lap("solver")
   else:
-    raw, v, names = _trajectory_scores(bench, s, work, with_response)
+    raw, v, names = _trajectory_scores(session, s, work, with_response)
     result = solvers.identity(v)
   announce(result)
   pieces = pieces_along(work, "scores", result.solution)
   way = phases.way_of(s, len(names))
   if way == "trajectory":
-    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   elif way == "projected":
-    raw, facts = projected_scores(bench, s, chosen, result.solution)
+    raw, facts = projected_scores(session, s, chosen, result.solution)
     result = dataclasses.replace(result, info=result.info | facts)
-    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   elif way == "whitened":
-    raw, names = ChoiceInputs(bench, s, chosen.params).whitened_cosines()
-    loss = chosen.problem.losses(bench.stream(train, phases.LOSSES, pieces), len(train))
+    raw, names = ChoiceInputs(session, s, chosen.params).whitened_cosines()
+    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   elif way == "norms":
-    found = measure(bench, s, chosen, result, pieces)
+    found = measure(session, s, chosen, result, pieces)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
     itself = found.self_influence if s.writes("self") else None
   else:
     if way == "vmap":  # which needs a row for each example
-      train = bench.batcher("train", chosen.tree, chosen.params)
-    stream = bench.stream(train, phases.SCORES, pieces)
+      train = session.batcher("train", chosen.tree, chosen.params)
+    stream = session.stream(train, phases.SCORES, pieces)
     loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
   if phases.aggregates_blocks(s):
-    raw = query_scores(bench, s, chosen, work, with_response)
+    raw = query_scores(session, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  total = aggregation.aggregate(raw, names, phases.score_aggregate(s), bench.splits["train"].ids)
+  total = aggregation.aggregate(raw, names, phases.score_aggregate(s), session.splits["train"].ids)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
@@ -124,31 +124,31 @@ _NORMALIZE = {
 
 
 def measure(
-  bench: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, pieces: resumable.ShardSpec | None
+  session: Session, s: Settings, chosen: BoundSubtree, result: solvers.SolveResult, pieces: resumable.ShardSpec | None
 ) -> normalize.Measures:
   """Scores with each example's norms and influence on itself."""
-  train = bench.batcher("train", chosen.tree, chosen.params)
+  train = session.batcher("train", chosen.tree, chosen.params)
   inverse = normalize.IDENTITY
   if s.solver == "ekfac":  # the fit that `solve` has kept
-    fitted = fit_ekfac(chosen.problem, solver_settings(s), curvature_data(bench, s, chosen))
+    fitted = fit_ekfac(chosen.problem, solver_settings(s), curvature_data(session, s, chosen))
     inverse = normalize.inverse_map("ekfac", fitted, result.info["damping"])
-  stream = bench.stream(train, phases.NORMS, pieces)
+  stream = session.stream(train, phases.NORMS, pieces)
   return normalize.measure(chosen.problem, stream, len(train), result.solution, inverse)
 
 
 def query_scores(
-  bench: Session, s: Settings, chosen: BoundSubtree, work: Work, queries: np.ndarray | None = None
+  session: Session, s: Settings, chosen: BoundSubtree, work: Work, queries: np.ndarray | None = None
 ) -> np.ndarray:
   """Scores of evaluation examples with every training example, float32 [Q, N], `--query_block` at a time.
 
   Args:
-    bench: data and model.
+    session: data and model.
     s: the solver.
     chosen: where.
     work: keeps finished blocks.
     queries: int [Q], which evaluation examples; None: all.
   """
-  some = np.arange(len(bench.splits["eval"])) if queries is None else queries
+  some = np.arange(len(session.splits["eval"])) if queries is None else queries
   size = len(some)
   block, blocks = min(s.query_block, size), []
   which = "" if queries is None else f"-{run_folder.hash_of(queries.tolist())[:8]}"
@@ -156,39 +156,39 @@ def query_scores(
   for number, start in enumerate(range(0, size, block)):
     rows = some[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
     name = f"block-{number:06d}{which}"
-    compute = lambda rows=rows, name=name: {"scores": _scores_of_block(bench, s, chosen, rows, work, name)}  # noqa: E731
+    compute = lambda rows=rows, name=name: {"scores": _scores_of_block(session, s, chosen, rows, work, name)}  # noqa: E731
     blocks.append(resumable.kept(store, number, compute)["scores"][: size - start])
     work.remove(name)
   return np.concatenate(blocks)
 
 
 def _scores_of_block(
-  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, work: Work, name: str
+  session: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, work: Work, name: str
 ) -> np.ndarray:
   """Scores of some evaluation examples with every training example, float32 [len(rows), N]."""
-  batcher = bench.batcher("eval", chosen.tree, chosen.params, rows)
-  gradients = chosen.problem.gradients(bench.stream(batcher), len(rows))
-  v = sharding.place_vectors(gradients, bench.batching.mesh, True)
-  result = solve(bench, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
-  train = bench.batcher("train", chosen.tree, chosen.params)
-  what = f"{phases.BLOCKS} {rows[0]}..{rows[-1]} of {len(bench.splits['eval'])}"
-  stream = bench.stream(train, what, pieces_along(work, name, result.solution))
+  batcher = session.batcher("eval", chosen.tree, chosen.params, rows)
+  gradients = chosen.problem.gradients(session.stream(batcher), len(rows))
+  v = sharding.place_vectors(gradients, session.batching.mesh, True)
+  result = solve(session, s, chosen, v, work.pieces(name, queries=resumable.tree_sha256(v)))
+  train = session.batcher("train", chosen.tree, chosen.params)
+  what = f"{phases.BLOCKS} {rows[0]}..{rows[-1]} of {len(session.splits['eval'])}"
+  stream = session.stream(train, what, pieces_along(work, name, result.solution))
   return chosen.problem.scores(stream, len(train), result.solution, s.score_path)
 
 
 # ---- queries -------------------------------------------------------------------------
 
 
-def topic_rows(bench: Session, s: Settings) -> dict[str, np.ndarray]:
+def topic_rows(session: Session, s: Settings) -> dict[str, np.ndarray]:
   """Rows of the evaluation set behind each aggregated query: all of them, or those of each topic."""
-  topics = np.array(bench.splits["eval"].topics)
+  topics = np.array(session.splits["eval"].topics)
   if phases.score_aggregate(s) not in aggregation.BY_TOPIC:
     return {"all": np.arange(len(topics))}
   return {name: np.flatnonzero(topics == name) for name in sorted(set(topics))}
 
 
 def queries(
-  bench: Session,
+  session: Session,
   s: Settings,
   chosen: BoundSubtree,
   work: Work = NOTHING_KEPT,
@@ -198,17 +198,17 @@ def queries(
   """The aggregated queries and their names: one, or one for each evaluation topic with --aggregate by topic.
 
   Args:
-    bench: data and model.
+    session: data and model.
     s: how they are aggregated.
     chosen: where gradients are taken.
     work: where their sums are kept, under `name`.
     name: another one at other parameters.
     groups: name -> rows of each query; those of --aggregate when None.
   """
-  gradients, groups = [], topic_rows(bench, s) if groups is None else groups
+  gradients, groups = [], topic_rows(session, s) if groups is None else groups
   for number, (topic, rows) in enumerate(groups.items()):
     pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
-    stream = bench.stream(bench.packer("eval", chosen.tree, chosen.params, rows), phases.QUERIES, pieces)
+    stream = session.stream(session.packer("eval", chosen.tree, chosen.params, rows), phases.QUERIES, pieces)
     gradients.append(chosen.problem.mean_gradient(stream))
   return tree_math.concatenate(gradients), list(groups)
 
@@ -216,13 +216,13 @@ def queries(
 # ---- projected store -----------------------------------------------------------------
 
 
-def projected_scores(bench: Session, s: Settings, chosen: BoundSubtree, solution) -> tuple[np.ndarray, dict]:
+def projected_scores(session: Session, s: Settings, chosen: BoundSubtree, solution) -> tuple[np.ndarray, dict]:
   """Scores from the store, float32 [Q, N], and how far these can be trusted: agreement with another seed."""
-  ours = Projection(bench, s, chosen.params, s.seed)
+  ours = Projection(session, s, chosen.params, s.seed)
   store = ours.store()
   queries_ = processes.to_host(projected.project_direction(solution, ours.sketch))
   if store.agreement is None or store.agreement["queries_sha256"] != projected.queries_sha256(queries_):
-    other = Projection(bench, s, chosen.params, s.seed + 1)
+    other = Projection(session, s, chosen.params, s.seed + 1)
     again = processes.to_host(projected.project_direction(solution, other.sketch))
     features = lambda rows: other.features("train", rows)  # noqa: E731
     projected.measure_self_agreement(store, queries_, projected.Again(other.sketch, again, features), 256)
@@ -235,27 +235,27 @@ def projected_scores(bench: Session, s: Settings, chosen: BoundSubtree, solution
 # ---- sums over checkpoints -----------------------------------------------------------
 
 
-def _trajectory_scores(bench: Session, s: Settings, work: Work, with_response: np.ndarray):
+def _trajectory_scores(session: Session, s: Settings, work: Work, with_response: np.ndarray):
   """`trajectory_scores`, of every single query with a response where these are aggregated."""
   if phases.score_aggregate(s) not in aggregation.BY_QUERY:
-    return trajectory_scores(bench, s, work, topic_rows(bench, s))
+    return trajectory_scores(session, s, work, topic_rows(session, s))
   found, v = [], None
   for start in range(0, len(with_response), s.query_block):
     block = with_response[start : start + s.query_block]
     log.info("evaluation examples %d..%d of %d", start + 1, start + len(block), len(with_response))
     alone = {str(row): np.array([row]) for row in block}
-    scores, v, _ = trajectory_scores(bench, s, work, alone, f"-of-{block[0]:06d}-{block[-1]:06d}")
+    scores, v, _ = trajectory_scores(session, s, work, alone, f"-of-{block[0]:06d}-{block[-1]:06d}")
     found.append(scores)
   return np.concatenate(found), v, [""] * len(with_response)
 
 
-def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
+def trajectory_scores(session: Session, s: Settings, work: Work, groups: dict[str, np.ndarray], which: str = ""):
   """TracIn's or LESS's sums over the checkpoints in --checkpoint: float32 [Q, N], last queries, their names.
 
   For LESS what is scored must be what was trained (`checks.check_scores`): Adam's moments are of these numbers.
 
   Args:
-    bench: data and model.
+    session: data and model.
     s: which sum.
     work: keeps finished pieces.
     groups: name -> rows of the evaluation set whose mean is a query.
@@ -263,17 +263,17 @@ def trajectory_scores(bench: Session, s: Settings, work: Work, groups: dict[str,
   """
   less = s.trajectory == "less"
   packed = not less and kernels.score_path(s.score_path, len(groups)) == "jvp"
-  make = bench.packer if packed else bench.batcher  # `vmap` and LESS need a row for each example
-  like = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
+  make = session.packer if packed else session.batcher  # `vmap` and LESS need a row for each example
+  like = choose(session, session.checkpoint_params(s.checkpoint), s.layers, s.modules).problem.sub if less else None
   total, v, names = 0.0, None, []
   for step, weight in train_loop.kept_weights(s.checkpoint).items():
     log.info("%s: checkpoint of step %d, mean learning rate %.3g", s.trajectory, step, weight)
-    chosen = choose(bench, bench.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
+    chosen = choose(session, session.checkpoint_params(s.checkpoint, step), s.layers, s.modules)
     train = make("train", chosen.tree, chosen.params)
-    v, names = queries(bench, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
+    v, names = queries(session, s, chosen, work, f"queries-at-{step:08d}{which}", groups)
     pieces = pieces_along(work, f"scores-at-{step:08d}{which}", v)
-    stream = bench.stream(train, f"{phases.AT_STEPS} step {step}", pieces)
-    state = bench.model.place(train_loop.load_state(s.checkpoint, step, like)) if less else None
+    stream = session.stream(train, f"{phases.AT_STEPS} step {step}", pieces)
+    state = session.model.place(train_loop.load_state(s.checkpoint, step, like)) if less else None
     at, of_step = [trajectory.Checkpoint(chosen.problem, weight, state)], lambda _, v=v: v
     if less:
       total = total + trajectory.less(at, stream, len(train), of_step)

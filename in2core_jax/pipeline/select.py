@@ -30,13 +30,13 @@ class Task:
 
   Attributes:
     settings: the flags.
-    bench: examples and model.
+    session: examples and model.
     budget: how much is selected.
     chosen: where gradients are taken.
   """
 
   settings: Settings
-  bench: Session
+  session: Session
   budget: Budget
   chosen: BoundSubtree
 
@@ -56,12 +56,12 @@ class Choice:
   aim: matching.Shrunk | None
 
 
-def run(settings: Settings, bench: Session | None = None) -> str:
+def run(settings: Settings, session: Session | None = None) -> str:
   """Scores, selects, writes; returns the run folder. Returns at once when the folder holds this very run."""
   if settings.index:
-    return select_index.run(settings, bench)
+    return select_index.run(settings, session)
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  task = prepare(settings, bench)
+  task = prepare(settings, session)
   work = open_folder(task)
   if not work.run_dir.is_whole("summary.json"):
     scored, clock = score_examples(task, work), Clock()
@@ -70,7 +70,7 @@ def run(settings: Settings, bench: Session | None = None) -> str:
     write(task, scored, choice, work.run_dir)
   else:
     log.info("%s is finished already", work.run_dir.path)
-    add_forms(work.run_dir, task.bench.splits["train"], task.settings)
+    add_forms(work.run_dir, task.session.splits["train"], task.settings)
   work.remove()  # also what a run that was killed at its very end has left
   return str(work.run_dir.path)
 
@@ -78,38 +78,38 @@ def run(settings: Settings, bench: Session | None = None) -> str:
 # ---- the six steps -------------------------------------------------------------------
 
 
-def prepare(s: Settings, bench: Session | None = None) -> Task:
+def prepare(s: Settings, session: Session | None = None) -> Task:
   """Reads data and model, and refuses what cannot be done."""
-  bench = bench or open_session(s, pairs=True)
-  check_kinds(bench, s)
-  bench.check_folder("select", s, *_DEPENDS_ON)
-  params = bench.checkpoint_params(s.checkpoint)
-  chosen = choose(bench, params, s.layers, s.modules)
-  return Task(s, bench, check_select(bench, s, params), chosen)
+  session = session or open_session(s, pairs=True)
+  check_kinds(session, s)
+  session.check_folder("select", s, *_DEPENDS_ON)
+  params = session.checkpoint_params(s.checkpoint)
+  chosen = choose(session, params, s.layers, s.modules)
+  return Task(s, session, check_select(session, s, params), chosen)
 
 
 def open_folder(task: Task) -> Work:
   """The run folder, with what an earlier run of the same identity has left unfinished."""
   s = task.settings
   run_dir = run_folder.RunDir.open(s.run_dir, _identity(task), overwrite=s.overwrite)
-  task.bench.splits.write_skipped(run_dir)
+  task.session.splits.write_skipped(run_dir)
   return Work(run_dir, s.shard_batches)
 
 
 def score_examples(task: Task, work: Work) -> Scored:
   """Notes what goes in, then computes influence and loss of every training example."""
   s, chosen = task.settings, task.chosen
-  note_inputs(work.run_dir, task.bench.splits, s, s)
+  note_inputs(work.run_dir, task.session.splits, s, s)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   if unused_inverse(s):
     log.info("%s", unused_inverse(s))
-  return score(task.bench, s, chosen, work)
+  return score(task.session, s, chosen, work)
 
 
 def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
   """Applies the policy."""
-  s, train = task.settings, task.bench.splits["train"]
-  more = ChoiceInputs(task.bench, s, task.chosen.params).of({s.policy})
+  s, train = task.settings, task.session.splits["train"]
+  more = ChoiceInputs(task.session, s, task.chosen.params).of({s.policy})
   inputs = inputs_of(train, scored.influence, scored.loss, **more)
   chosen = coreset.select_by(s.policy, inputs, task.budget, s.seed)
   choice = Choice(chosen, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
@@ -121,19 +121,19 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
 
 def break_down(task: Task, scored: Scored, work: Work, clock: Clock) -> Scored:
   """Writes scores by layer, by token and by evaluation example, where they are asked for."""
-  return taken_apart(task.bench, task.settings, task.chosen, scored, work, clock)
+  return taken_apart(task.session, task.settings, task.chosen, scored, work, clock)
 
 
 def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir) -> None:
   """The results, with what looks risky about settings, data and choice, by the process that writes."""
-  s, bench, inputs, chosen = task.settings, task.bench, choice.inputs, choice.chosen
+  s, session, inputs, chosen = task.settings, task.session, choice.inputs, choice.chosen
   rule = rule_of(s, inputs)
-  warnings = of_selection(s, inputs, chosen.rows, choice.aim, bench.splits["eval"], rule)
-  recipe = recipe_elsewhere(s, bench)  # from a checkpoint, which all processes open together
+  warnings = of_selection(s, inputs, chosen.rows, choice.aim, session.splits["eval"], rule)
+  recipe = recipe_elsewhere(s, session)  # from a checkpoint, which all processes open together
   if run_dir.writer:
-    write_train_with(run_dir, bench, s, chosen.rows, recipe)
-    write_results(run_dir, bench, s, scored, chosen, warnings, told(s, inputs, choice.aim))
-  tell_selected(s, bench.splits["train"], inputs, chosen.rows, run_dir)
+    write_train_with(run_dir, session, s, chosen.rows, recipe)
+    write_results(run_dir, session, s, scored, chosen, warnings, told(s, inputs, choice.aim))
+  tell_selected(s, session.splits["train"], inputs, chosen.rows, run_dir)
 
 
 # ---- what results depend on ----------------------------------------------------------
@@ -144,7 +144,7 @@ _DEPENDS_ON = ("data", "model", "select", "run"), ("train", "eval")  # groups of
 
 def _identity(task: Task) -> dict:
   s = task.settings
-  identity = task.bench.identity("select", s, *_DEPENDS_ON)
+  identity = task.session.identity("select", s, *_DEPENDS_ON)
   identity["flags"].pop("checkpoint")
   identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   if s.trajectory != "none":

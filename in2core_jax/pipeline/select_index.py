@@ -53,32 +53,32 @@ class Task:
 
   Attributes:
     settings: the flags, with those that the index decides.
-    bench: examples and model.
+    session: examples and model.
     held: the index. facts: of it.
     rows: of the training examples.
   """
 
   settings: Settings
-  bench: Session
+  session: Session
   held: store.IndexStore
   facts: dict[str, Any]
   rows: Rows
 
 
-def run(given: Settings, bench: Session | None = None) -> str:
+def run(given: Settings, session: Session | None = None) -> str:
   """Selects from --index and writes what `select` writes; returns the run folder."""
   run_folder.RunDir.refuse_held(given.run_dir)
   _check(given)
   held = store.IndexStore.load(given.index)
   facts = held.run_dir.load_json(store.MARK)
   s = _settled(given, facts["flags"])
-  bench = bench or open_session(s)
-  if bench.model.hash != held.run_dir.identity["model_hash"]:
+  session = session or open_session(s)
+  if session.model.hash != held.run_dir.identity["model_hash"]:
     raise UserError(f"--index={s.index} was made with other weights than those of --model={s.model}: make it anew")
-  check_select(bench, s, shapes.scored_params(bench.model.config, s))
-  train = bench.splits["train"]
+  check_select(session, s, shapes.scored_params(session.model.config, s))
+  train = session.splits["train"]
   rows = held.read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
-  task = Task(s, bench, held, facts, rows)
+  task = Task(s, session, held, facts, rows)
   work = Work(run_folder.RunDir.open(s.run_dir, _identity(task), overwrite=s.overwrite), s.shard_batches)
   if work.run_dir.is_whole("summary.json"):
     log.info("%s is finished already", work.run_dir.path)
@@ -122,7 +122,7 @@ def _settled(s: Settings, made_with: dict[str, Any]) -> Settings:
 
 
 def _identity(task: Task) -> dict:
-  identity = task.bench.identity("select", task.settings, ("data", "model", "select", "run"), ("train", "eval"))
+  identity = task.session.identity("select", task.settings, ("data", "model", "select", "run"), ("train", "eval"))
   for name in ("checkpoint", "index"):
     identity["flags"].pop(name)
   identity["checkpoint"] = train_loop.checkpoint_hash(task.settings.checkpoint)
@@ -132,9 +132,9 @@ def _identity(task: Task) -> dict:
 
 def _write(task: Task, work: Work, given: Settings) -> None:
   """Scores, chooses, writes."""
-  s, bench, clock, run_dir = task.settings, task.bench, scoring.Clock(), work.run_dir
-  bench.splits.write_skipped(run_dir)
-  select_results.note_inputs(run_dir, bench.splits, s, given)
+  s, session, clock, run_dir = task.settings, task.session, scoring.Clock(), work.run_dir
+  session.splits.write_skipped(run_dir)
+  select_results.note_inputs(run_dir, session.splits, s, given)
   questions = questions_of(task)
   clock.lap("queries")
   scored, told_by = _scored(task, questions, work, clock)
@@ -149,18 +149,18 @@ def _write(task: Task, work: Work, given: Settings) -> None:
     run_dir.write_parquet("query_top.parquet", top_lists(task, questions))
     clock.lap("per query")
   rule = select_results.rule_of(s, inputs)
-  warnings = of_selection(told_by, inputs, outcome.choice.rows, outcome.aim, bench.splits["eval"], rule)
+  warnings = of_selection(told_by, inputs, outcome.choice.rows, outcome.aim, session.splits["eval"], rule)
   about = _about(task, outcome, rule)
   scored = dataclasses.replace(scored, seconds=clock.seconds)
-  recipe = recipe_elsewhere(s, bench)  # from a checkpoint, which all processes open together
+  recipe = recipe_elsewhere(s, session)  # from a checkpoint, which all processes open together
   if run_dir.writer:
-    write_train_with(run_dir, bench, s, outcome.choice.rows, recipe)
-    select_results.write_results(run_dir, bench, told_by, scored, outcome.choice, warnings, about)
+    write_train_with(run_dir, session, s, outcome.choice.rows, recipe)
+    select_results.write_results(run_dir, session, told_by, scored, outcome.choice, warnings, about)
   log.info(
     "selected %d of %d examples%s by %s out of the index: %s",
     len(outcome.choice.rows),
     len(inputs.ids),
-    taking_no_part(inputs, bench.splits["train"].truncated),
+    taking_no_part(inputs, session.splits["train"].truncated),
     s.policy,
     run_dir.path / "coreset.jsonl",
   )
@@ -186,7 +186,7 @@ def _target_mean(s: Settings) -> str:
 
 def _inputs(task: Task, scored: scoring.Scored) -> tuple[PolicyInputs, np.ndarray]:
   """What policies see of the pool, and which examples make the metric."""
-  s, train = task.settings, task.bench.splits["train"]
+  s, train = task.settings, task.session.splits["train"]
   first = records.firsts(train.records)
   more: dict[str, Any] = {}
   if s.policy in rules.SIMILAR:
@@ -204,8 +204,8 @@ def _inputs(task: Task, scored: scoring.Scored) -> tuple[PolicyInputs, np.ndarra
 
 def questions_of(task: Task) -> rules.Questions:
   """The evaluation examples with a response as rows of the basis: those of the index, or computed and kept."""
-  evals = task.bench.splits["eval"]
-  asked = index.asked_rows(task.bench)
+  evals = task.session.splits["eval"]
+  asked = index.asked_rows(task.session)
   keys = store.keys_of([evals.tokens[row] for row in asked], [evals.response_mask[row] for row in asked])
   arrays = _known(task.held.read_queries(), keys)
   if arrays is None:
@@ -234,7 +234,7 @@ def _known(queries: dict[str, np.ndarray] | None, keys: np.ndarray) -> dict[str,
 
 
 def _pool(task: Task) -> index.Pool:
-  return index.Pool(task.bench, task.settings.replace(seed=task.facts["flags"]["seed"]))
+  return index.Pool(task.session, task.settings.replace(seed=task.facts["flags"]["seed"]))
 
 
 def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
@@ -243,7 +243,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
     "index_queries": 1,
     "index": task.held.run_dir.identity_sha256,
     "basis": task.facts["basis"]["sha256"],
-    "data": task.bench.splits.identity("eval"),
+    "data": task.session.splits.identity("eval"),
   }
   folder = run_folder.beside(task.settings.run_dir, "index_queries") / run_folder.hash_of(identity)[:16]
   kept = ShardStore(run_folder.RunDir.open(folder, identity, shared=True), "rows", {})
@@ -258,7 +258,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
 
 def top_lists(task: Task, questions: rules.Questions, count: int = TOP) -> dict[str, np.ndarray]:
   """The examples with the highest products with each query, as columns of query_top.parquet; never all products."""
-  train = task.bench.splits["train"]
+  train = task.session.splits["train"]
   order = np.argsort(np.array(train.ids, np.str_), kind="stable")
   places = np.empty(len(order), np.int64)
   places[order] = np.arange(len(order))
@@ -298,7 +298,7 @@ def _scored(
   for rows, numbers in task.rows.gradients():
     total[:, rows] = along.astype(np.float32) @ numbers.T
   how = phases.score_aggregate(s) if s.policy in BY_INFLUENCE else "mean"
-  influence = aggregation.aggregate(total, names, how, task.bench.splits["train"].ids)
+  influence = aggregation.aggregate(total, names, how, task.session.splits["train"].ids)
   clock.lap("scores")
   return scoring.Scored(influence, task.rows.values("loss"), result, clock.seconds), s
 
@@ -313,13 +313,13 @@ def _means(questions: rules.Questions, by_topic: bool) -> tuple[np.ndarray, list
 
 def _solved(task: Task, work: Work):
   """The inverse Hessian product of the evaluation gradients, in the basis: (result, f32 [Q, r], names)."""
-  s, bench = task.settings, task.bench
-  chosen = choose(bench, bench.checkpoint_params(s.checkpoint), s.layers, s.modules)
-  v, names = scoring.queries(bench, s, chosen, work)
-  result = solve(bench, s, chosen, v, work.pieces("solver", queries=resumable.tree_sha256(v)))
+  s, session = task.settings, task.session
+  chosen = choose(session, session.checkpoint_params(s.checkpoint), s.layers, s.modules)
+  v, names = scoring.queries(session, s, chosen, work)
+  result = solve(session, s, chosen, v, work.pieces("solver", queries=resumable.tree_sha256(v)))
   announce(result)
   pool = _pool(task)
   directions = np.asarray(processes.to_host(projected.project_direction(result.solution, pool.projection.sketch)))
-  views = np.zeros((len(directions), 2, bench.model.config.hidden_size), np.float32)
+  views = np.zeros((len(directions), 2, session.model.config.hidden_size), np.float32)
   raw = Raw(directions.astype(np.float32), views, np.zeros(len(directions), np.float32))
   return result, pool.rows_of(raw, OnDevice(task.held.read_basis()))["gradients"], names

@@ -51,7 +51,7 @@ def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def write_results(
   run_dir,
-  bench: Session,
+  session: Session,
   s: Settings,
   scored: Scored,
   choice: coreset.Choice,
@@ -62,30 +62,30 @@ def write_results(
 
   Also says on the terminal what the reports say first: the answer and the warnings.
   """
-  train = bench.splits["train"]
+  train = session.splits["train"]
   selected = np.zeros(len(train), bool)
   selected[choice.rows] = True
   columns = score_columns(train, scored, selected) | choice_columns(choice, len(train))
   run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
   run_dir.write_parquet("scores.parquet", columns)
-  summary = _summary(run_dir, bench, s, scored, selected, warnings) | (told or {})
+  summary = _summary(run_dir, session, s, scored, selected, warnings) | (told or {})
   summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
   select_outputs.write_forms(run_dir, train, columns, s)
   known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {
     "Selection": {"policy": s.policy} | known,
     "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
-    "Data": _flat(bench.splits.summary),
+    "Data": _flat(session.splits.summary),
   }
   images = _write_plots(run_dir, s, scored, selected)
   found = facts.SelectRun(
     columns,
     train.records,
     train.truncated,
-    bench.splits.summary,
+    session.splits.summary,
     summary,
     scored.layers,
-    bench.splits["eval"].records,
+    session.splits["eval"].records,
     scored.queries,
   )
   summary["warnings"] = findings.warnings(found)
@@ -97,7 +97,7 @@ def write_results(
   for name, figure in facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
-  tell(summary["warnings"], [*without_effect(s), *summaries.told_lines(bench.splits.summary)])
+  tell(summary["warnings"], [*without_effect(s), *summaries.told_lines(session.splits.summary)])
   log.info("%s", " ".join([str(said), *said.more]))
 
 
@@ -237,16 +237,16 @@ def _write_plots(run_dir, s: Settings, scored: Scored, selected: np.ndarray) -> 
   return images
 
 
-def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
+def _summary(run_dir, session: Session, s: Settings, scored: Scored, selected: np.ndarray, warnings: list[str]) -> dict:
   """What summary.json says: the meaning of the numbers, the solver, sizes, what looks risky."""
-  train, result = bench.splits["train"], scored.result
+  train, result = session.splits["train"], scored.result
   known = np.all(np.isfinite(result.residual))
   return {
     "sign": "positive influence = proponent: more weight on the example lowers the evaluation loss",
-    "unit": _unit(s, bench.splits["eval"].second is not None),
+    "unit": _unit(s, session.splits["eval"].second is not None),
     "divided_by_number_of_examples": False,
     "loss_reduction": s.loss_reduction,
-    **({"beta": s.beta} if any(part.second is not None for part in bench.splits.values()) else {}),
+    **({"beta": s.beta} if any(part.second is not None for part in session.splits.values()) else {}),
     "policy": s.policy,
     "examples": len(train),
     "selected": int(selected.sum()),
@@ -259,7 +259,7 @@ def _summary(run_dir, bench: Session, s: Settings, scored: Scored, selected: np.
     "solver_curve": [[step, np.asarray(r).tolist()] for step, r in result.curve],
     "warnings": warnings,
     "seconds": scored.seconds,
-    "batch_tokens": bench.batching.batch_tokens,
+    "batch_tokens": session.batching.batch_tokens,
     "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     "identity": run_dir.identity,
     "versions": run_folder.package_versions(),

@@ -285,11 +285,11 @@ class BoundSubtree:
   problem: kernels.CompiledObjective
 
 
-def choose(bench: Session, params, layers: str, modules: str) -> BoundSubtree:
+def choose(session: Session, params, layers: str, modules: str) -> BoundSubtree:
   """Cuts `params` along the flags' choice and binds the kernels.
 
   Raises:
     UserError: layers or modules that the model does not have.
   """
   tree = subtree.make_subtree(params, layers, modules)
-  return BoundSubtree(tree, params, bench.kernels(tree).at(*subtree.split(params, tree)))
+  return BoundSubtree(tree, params, session.kernels(tree).at(*subtree.split(params, tree)))

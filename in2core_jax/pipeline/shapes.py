@@ -86,11 +86,11 @@ def num_steps(s: Settings, examples: int) -> int:
   return s.steps or steps_for(examples, s.batch_size, s.epochs)
 
 
-def num_checkpoints(bench, s: Settings) -> int:
+def num_checkpoints(session, s: Settings) -> int:
   """Checkpoints that a training on all examples makes, before --keep_checkpoints removes some."""
-  return -(-num_steps(s, np.count_nonzero(bench.splits["train"].num_response_tokens)) // s.checkpoint_every)
+  return -(-num_steps(s, np.count_nonzero(session.splits["train"].num_response_tokens)) // s.checkpoint_every)
 
 
-def num_summed(bench, s: Settings) -> int:
+def num_summed(session, s: Settings) -> int:
   """Checkpoints that --trajectory adds up over: those that --checkpoint has, or those that a demo is to make."""
-  return len(train_loop.kept_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(bench, s)
+  return len(train_loop.kept_weights(s.checkpoint)) if s.checkpoint else num_checkpoints(session, s)

@@ -74,9 +74,9 @@ def num_curvature_examples(s: Settings, usable: int) -> int:
   return min(s.curvature_examples, max(1, usable // 2))
 
 
-def curvature_rows(bench: Session, s: Settings) -> CurvatureRows:
+def curvature_rows(session: Session, s: Settings) -> CurvatureRows:
   """Splits the training rows into a fixed set and the rest that LiSSA's minibatches are drawn from."""
-  dataset = bench.splits["train"]
+  dataset = session.splits["train"]
   usable = np.flatnonzero(dataset.num_response_tokens)
   mixed = np.random.default_rng((s.seed, 11)).permutation(usable)
   size = num_curvature_examples(s, len(usable))
@@ -85,7 +85,7 @@ def curvature_rows(bench: Session, s: Settings) -> CurvatureRows:
   drawn = drawn[np.argsort(-dataset.num_tokens[drawn], kind="stable")]
   batch = min(s.curvature_batch, len(drawn))
   # The fixed set comes in batches of a minibatch's size: one program serves both.
-  plain = bench.packer("train", rows=fixed, shapes=()), bench.packer("train", shapes=())
+  plain = session.packer("train", rows=fixed, shapes=()), session.packer("train", shapes=())
   keys = jax.random.split(jax.random.key(0), 32)
   shape = packing.curvature_shape(plain[0], plain[1], batch, [even_rows(drawn, batch, key) for key in keys])
   # Fewer than all come from the other end of the order: then the fixed set measures a fit that has not seen it.
@@ -94,36 +94,36 @@ def curvature_rows(bench: Session, s: Settings) -> CurvatureRows:
 
 
 def curvature_data(
-  bench: Session,
+  session: Session,
   s: Settings,
   chosen: BoundSubtree,
   pieces: resumable.ShardSpec | None = None,
   rows: CurvatureRows | None = None,
 ) -> CurvatureData:
   """The curvature's examples as the solvers take them; sums over all of them are kept in `pieces`."""
-  rows = rows or curvature_rows(bench, s)
-  pool = bench.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
-  some = bench.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
-  draw = even_draw(rows.drawn, rows.batch, lambda picked: bench.batching.place(pool.sample(picked)[1]))
-  steady = lambda: ((own, bench.batching.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
-  answered = np.flatnonzero(bench.splits["train"].num_response_tokens)  # the others would add 0 to every mean
-  everything = bench.batcher("train", chosen.tree, chosen.params, answered)
-  every = bench.stream(everything, f"{s.solver} over the training set", pieces)
+  rows = rows or curvature_rows(session, s)
+  pool = session.packer("train", chosen.tree, chosen.params, shapes=[rows.shape])
+  some = session.packer("train", chosen.tree, chosen.params, rows.fixed, [rows.shape])
+  draw = even_draw(rows.drawn, rows.batch, lambda picked: session.batching.place(pool.sample(picked)[1]))
+  steady = lambda: ((own, session.batching.place(part)) for own, part in some.shuffled(rows.batch, 0, 0))  # noqa: E731
+  answered = np.flatnonzero(session.splits["train"].num_response_tokens)  # the others would add 0 to every mean
+  everything = session.batcher("train", chosen.tree, chosen.params, answered)
+  every = session.stream(everything, f"{s.solver} over the training set", pieces)
   if not phases.needs_factors(s):
     return CurvatureData(every, steady, draw)
-  return CurvatureData(every, steady, draw, *ekfac_source(bench, s, chosen, rows.factors, pieces))
+  return CurvatureData(every, steady, draw, *ekfac_source(session, s, chosen, rows.factors, pieces))
 
 
 def ekfac_source(
-  bench: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, pieces: resumable.ShardSpec | None = None
+  session: Session, s: Settings, chosen: BoundSubtree, rows: np.ndarray, pieces: resumable.ShardSpec | None = None
 ):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
-  batcher = bench.batcher("train", chosen.tree, chosen.params, rows)
-  stream = bench.stream(batcher, f"{phases.FACTORS} of {len(rows)} examples", pieces)
+  batcher = session.batcher("train", chosen.tree, chosen.params, rows)
+  stream = session.stream(batcher, f"{phases.FACTORS} of {len(rows)} examples", pieces)
   made_of = {
-    "config": bench.model.config.stated(),
+    "config": session.model.config.stated(),
     "subtree": train_loop.subtree_meta(chosen.tree),
-    "data": bench.splits.identity("train"),
+    "data": session.splits.identity("train"),
     "rows": rows.tolist(),
     "loss_reduction": s.loss_reduction,
     "version": version,
@@ -131,11 +131,11 @@ def ekfac_source(
   return stream, ekfac_store.stored_fit(run_folder.beside(s.run_dir, "ekfac"), made_of)
 
 
-def solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
+def solve(session: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """The inverse Hessian product, or what an earlier run has kept of it.
 
   Args:
-    bench: data and model.
+    session: data and model.
     s: the solver.
     chosen: where.
     v: right-hand side, leaves [Q, ...].
@@ -143,15 +143,15 @@ def solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumabl
   """
   if s.solver == "identity":
     return solvers.identity(v)
-  compute = lambda: _result_to_arrays(_solve(bench, s, chosen, v, pieces))  # noqa: E731
+  compute = lambda: _result_to_arrays(_solve(session, s, chosen, v, pieces))  # noqa: E731
   # Also a fresh result takes the road over the file, so that a resumed run goes on from the same numbers and types.
-  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, bench.batching.mesh)
+  return _result_from_arrays(resumable.kept(pieces.store("solution"), 0, compute), v, session.batching.mesh)
 
 
-def _solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
+def _solve(session: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumable.ShardSpec) -> solvers.SolveResult:
   """Solves with progress shown: counted in products with batches of curvature examples."""
-  rows, settings = curvature_rows(bench, s), solver_settings(s)
-  source = curvature_data(bench, s, chosen, pieces, rows)
+  rows, settings = curvature_rows(session, s), solver_settings(s)
+  source = curvature_data(session, s, chosen, pieces, rows)
   if s.solver == "datainf":  # no product, and a pass that shows itself
     return solve_on(chosen.problem, v, settings, source)
   apart = not settings.shares_space
@@ -173,7 +173,7 @@ def _solve(bench: Session, s: Settings, chosen: BoundSubtree, v, pieces: resumab
     if s.solver != "lissa":
       return solve_on(chosen.problem, v, settings, counted)
     snapshot = resumable.Snapshot(pieces.store("lissa"))
-    state = _saved_state(snapshot, v, bench.batching.mesh)
+    state = _saved_state(snapshot, v, session.batching.mesh)
     if state is not None:
       done = state.done + state.step
       log.info("lissa: goes on from step %d", done)

@@ -23,7 +23,7 @@ CHAT = "coreset_chat.jsonl"  # there only where coreset.jsonl says something els
 
 def write_train_with(
   run_dir: RunDir,
-  bench: Session,
+  session: Session,
   s: Settings,
   rows: np.ndarray,
   recipe: tuple[dict[str, Any], int],
@@ -33,14 +33,14 @@ def write_train_with(
 
   Args:
     run_dir: of the run.
-    bench: its examples and model.
+    session: its examples and model.
     s: the flags.
     rows: int [S], the coreset.
     recipe: of `recipe_elsewhere`.
     here: the command that chose, and the line that trains on it with this project, or "".
   """
-  train = bench.splits["train"]
-  few, usable = train.take(np.sort(rows)), _usable(bench)
+  train = session.splits["train"]
+  few, usable = train.take(np.sort(rows)), _usable(session)
   recipe, rank = recipe
   model, about = _model_elsewhere(s)
   training = train_with.Training(
@@ -51,7 +51,7 @@ def write_train_with(
     truncated=int(few.truncated.sum()),
     max_length=s.max_length,
     system_prompt=s.system_prompt,
-    template_date=bench.splits.template_date,
+    template_date=session.splits.template_date,
     loss_reduction=s.loss_reduction,
     epochs=recipe["steps"] * recipe["batch_size"] / usable if s.checkpoint or s.steps else s.epochs,
     full_steps=recipe["steps"],
@@ -80,7 +80,7 @@ def write_chat(run_dir: RunDir, few: TokenizedDataset, system_prompt: str) -> st
   return CHAT
 
 
-def recipe_elsewhere(s: Settings, bench: Session) -> tuple[dict[str, Any], int]:
+def recipe_elsewhere(s: Settings, session: Session) -> tuple[dict[str, Any], int]:
   """(recipe of the checkpoint that is scored, or of the flags; rank of its LoRA factors or 0); collective."""
   if s.checkpoint:
     meta = train_loop.checkpoint_meta(s.checkpoint)
@@ -88,13 +88,13 @@ def recipe_elsewhere(s: Settings, bench: Session) -> tuple[dict[str, Any], int]:
       return meta["recipe"], meta["lora_rank"]
   # No `Recipe`: what it refuses is no reason to fail when the scores are there.
   found = {name: getattr(s, name) for name in _OF_FLAGS}
-  found["steps"] = s.steps or max(1, math.ceil(_usable(bench) * s.epochs / s.batch_size))
+  found["steps"] = s.steps or max(1, math.ceil(_usable(session) * s.epochs / s.batch_size))
   return found, s.lora_rank if s.trainable == "lora" else 0
 
 
-def _usable(bench: Session) -> int:
+def _usable(session: Session) -> int:
   """How many training examples have a response."""
-  return int(np.count_nonzero(bench.splits["train"].num_response_tokens))
+  return int(np.count_nonzero(session.splits["train"].num_response_tokens))
 
 
 def _model_elsewhere(s: Settings) -> tuple[str, str]:

@@ -24,24 +24,24 @@ from in2core_jax.selection.inputs import Budget, inputs_of
 class Chooser:
   """What rules choose; orders are kept, and what several rules choose by is computed once."""
 
-  def __init__(self, bench: Session, s: Settings, run_dir: run_folder.RunDir, most: int, cells: ResultCache):
+  def __init__(self, session: Session, s: Settings, run_dir: run_folder.RunDir, most: int, cells: ResultCache):
     """Computes nothing yet.
 
     Args:
-      bench: data and model.
+      session: data and model.
       s: the flags of the rules; --checkpoint is the training on all data, for rules that are taken there.
       run_dir: keeps scores while they are computed.
       most: rows of an order.
       cells: keep orders.
     """
-    self.bench, self.settings, self.most = bench, s, most
+    self.session, self.settings, self.most = session, s, most
     self._run_dir, self._cells = run_dir, cells
-    self.usable = trainable_rows(bench)
+    self.usable = trainable_rows(session)
 
   @functools.cached_property
   def distinct(self) -> np.ndarray:
     """The pool's rows with a response, of copies the first."""
-    train = self.bench.splits["train"]
+    train = self.session.splits["train"]
     return np.flatnonzero((train.num_response_tokens > 0) & firsts(train.records))
 
   def size(self, budget: float) -> int:
@@ -66,29 +66,29 @@ class Chooser:
     policy = RULES[rule].policy
     found = []
     for rows in queries:
-      inputs = inputs_of(self.bench.splits["train"], **self._inputs.of({policy}, rows))
+      inputs = inputs_of(self.session.splits["train"], **self._inputs.of({policy}, rows))
       found.append(coreset.select_rows(policy, inputs, Budget(num_examples=self.most)))
     return found
 
   @functools.cached_property
   def _inputs(self) -> ChoiceInputs:
     s = self.settings.replace(checkpoint="")
-    return ChoiceInputs(self.bench, s, self.bench.model.params)
+    return ChoiceInputs(self.session, s, self.session.model.params)
 
   def _by_scores(self, rule: str, queries: Sequence[np.ndarray], checkpoint: str) -> list[np.ndarray]:
     """By influence on the mean loss of each list of evaluation examples; all lists in one pass."""
-    bench, s = self.bench, self.settings.replace(checkpoint=checkpoint)
-    chosen = choose(bench, bench.checkpoint_params(checkpoint), s.layers, s.modules)
-    named = run_folder.hash_of([rule, len(bench.splits["train"]), *(rows.tolist() for rows in queries)])[:16]
+    session, s = self.session, self.settings.replace(checkpoint=checkpoint)
+    chosen = choose(session, session.checkpoint_params(checkpoint), s.layers, s.modules)
+    named = run_folder.hash_of([rule, len(session.splits["train"]), *(rows.tolist() for rows in queries)])[:16]
     work = Work(self._run_dir, s.shard_batches, f"{FOLDER}/{named}")
     groups = {str(number): rows for number, rows in enumerate(queries)}
-    v, _ = scoring.queries(bench, s, chosen, work, groups=groups)
-    result = solve(bench, s, chosen, v, work.pieces("solve", queries=resumable.tree_sha256(v)))
-    train = bench.packer("train", chosen.tree, chosen.params)
-    stream = bench.stream(train, "scores", scoring.pieces_along(work, "scores", result.solution))
+    v, _ = scoring.queries(session, s, chosen, work, groups=groups)
+    result = solve(session, s, chosen, v, work.pieces("solve", queries=resumable.tree_sha256(v)))
+    train = session.packer("train", chosen.tree, chosen.params)
+    stream = session.stream(train, "scores", scoring.pieces_along(work, "scores", result.solution))
     raw = chosen.problem.scores(stream, len(train), result.solution, "jvp")
     work.remove()
-    policy, dataset = RULES[rule].policy, bench.splits["train"]
+    policy, dataset = RULES[rule].policy, session.splits["train"]
     inputs = [inputs_of(dataset, np.asarray(own, np.float64)) for own in raw]
     return [coreset.select_rows(policy, own, Budget(num_examples=self.most)) for own in inputs]
 
@@ -100,7 +100,7 @@ class Chooser:
 
   def random(self, budget: float, seed: int, copies_last: bool = False) -> np.ndarray:
     """A random set; with `copies_last` no example a second time before every other has come."""
-    train = self.bench.splits["train"]
+    train = self.session.splits["train"]
     inputs = inputs_of(train)
     if not copies_last:
       return coreset.select_rows("random", inputs, Budget(num_examples=self.size(budget)), seed)
@@ -109,7 +109,7 @@ class Chooser:
 
   def longest(self, budget: float) -> np.ndarray:
     """The longest responses."""
-    inputs = inputs_of(self.bench.splits["train"])
+    inputs = inputs_of(self.session.splits["train"])
     return coreset.select_rows(LONGEST, inputs, Budget(num_examples=self.size(budget)))
 
   def matched(self, rows: np.ndarray, budget: float, seed: int) -> np.ndarray:
@@ -117,7 +117,7 @@ class Chooser:
     rng, size = np.random.default_rng((seed, 31)), self.size(budget)
     wanted = rng.permutation(rows)[:size]
     place = np.searchsorted(self.usable, wanted)
-    lengths = self.bench.splits["train"].num_response_tokens[self.usable]
+    lengths = self.session.splits["train"].num_response_tokens[self.usable]
     return self.usable[coreset.length_matched(place, lengths, seed)]
 
 

@@ -25,23 +25,23 @@ _GRADIENTS, _HIDDEN, _PRODUCT = 2.0, 0.6, 2.5
 _BYTES_A_SECOND = 5e9  # of memory
 
 
-def few_of(bench: Session, s: RecommendSettings) -> Session:
+def few_of(session: Session, s: RecommendSettings) -> Session:
   """A few examples of each part, drawn at random, with a response; all of a part that is not much larger."""
   rows = {}
   for part, wanted in (("train", max(2 * _FEW, 2 * s.batch_size)), ("eval", _FEW)):
-    answered = np.flatnonzero(bench.splits[part].num_response_tokens)
+    answered = np.flatnonzero(session.splits[part].num_response_tokens)
     drawn = np.random.default_rng((s.seed, 37)).permutation(answered)[:wanted]
     if len(drawn) < len(answered) / 2:
       rows[part] = np.sort(drawn)
-  few = bench.of_rows(**rows) if rows else bench
+  few = session.of_rows(**rows) if rows else session
   return _in_memory(few) if rows else few
 
 
-def _in_memory(bench: Session) -> Session:
+def _in_memory(session: Session) -> Session:
   """The same, but nothing of it is written."""
-  where = bench.hidden.where
+  where = session.hidden.where
   kept = where if where.how == "off" else Place("memory", 0.0, where.run_dir)
-  return dataclasses.replace(bench, hidden=dataclasses.replace(bench.hidden, where=kept))
+  return dataclasses.replace(session, hidden=dataclasses.replace(session.hidden, where=kept))
 
 
 def measured(
@@ -57,56 +57,58 @@ def measured(
     began: when the command began, of `time.monotonic`.
     trained: whether the training on all data is there.
   """
-  bench, seed = judge.bench, s.seed
-  few = judge.over(few_of(bench, s))
-  rows = np.arange(len(few.bench.splits["train"]))
-  rows = rows[few.bench.splits["train"].num_response_tokens > 0]
+  session, seed = judge.session, s.seed
+  few = judge.over(few_of(session, s))
+  rows = np.arange(len(few.session.splits["train"]))
+  rows = rows[few.session.splits["train"].num_response_tokens > 0]
   log.info("measuring the seconds of a step on a few examples")
   first = few.train(rows, seed, "compilation", 2)
   result = few.train(rows, seed, "timing", _TIMED)
   few.losses(result.sub, "eval")
   start = time.monotonic()
   few.losses(result.sub, "eval")
-  a_look, step = (time.monotonic() - start) / _looks(few.bench, "eval"), result.seconds / _TIMED
+  a_look, step = (time.monotonic() - start) / _looks(few.session, "eval"), result.seconds / _TIMED
   position, hidden = _second_of_a_position(few), dict.fromkeys(("train", "eval", "test"), 0.0)
   for part in hidden:
-    if not bench.hidden.holds(part, judge.chosen, bench.model.params):
-      hidden[part] = position * _positions(bench, part)
+    if not session.hidden.holds(part, judge.chosen, session.model.params):
+      hidden[part] = position * _positions(session, part)
   programs = sum(any(getattr(RULES[rule], what) for rule in rules) for what in ("gradients", "hidden", "solves"))
   compiling = programs * max(0.0, first.seconds - 2 * step)  # they are compiled too
   spent = time.monotonic() - began + hidden["eval"] + hidden["test"] + compiling
-  looks = [a_look * _looks(bench, part) for part in ("eval", "test")]
-  shared = step * _batches(bench, s) * _of_batches(rules)
-  usable = bench.splits["train"].num_response_tokens > 0
-  wholes = (not trained) + (not firsts(bench.splits["train"].records)[usable].all())
+  looks = [a_look * _looks(session, part) for part in ("eval", "test")]
+  shared = step * _batches(session, s) * _of_batches(rules)
+  usable = session.splits["train"].num_response_tokens > 0
+  wholes = (not trained) + (not firsts(session.splits["train"].records)[usable].all())
   return Pace(step, *looks, shared, _own(judge, s, rules, largest, step), spent, hidden["train"], wholes)
 
 
-def _looks(bench: Session, part: str) -> int:
+def _looks(session: Session, part: str) -> int:
   """Batches in which losses of a part are measured."""
-  return len(bench.packer(part).sequential_plan(bench.batching.batch_tokens))
+  return len(session.packer(part).sequential_plan(session.batching.batch_tokens))
 
 
-def _positions(bench: Session, part: str) -> int:
+def _positions(session: Session, part: str) -> int:
   """Token positions of the packed rows in which the hidden states of a part are made."""
-  plan = packed_rows.packed_plan(bench.splits[part].num_tokens, bench.batching.batch_tokens, bench.batching.groups)
+  plan = packed_rows.packed_plan(
+    session.splits[part].num_tokens, session.batching.batch_tokens, session.batching.groups
+  )
   return sum(length * height for length, height, _ in plan)
 
 
 def _second_of_a_position(few: Retrainer) -> float:
   """Seconds of a token position through the layers below the trained ones, by a second pass over the few examples."""
-  bench = _in_memory(few.bench)
-  if not bench.hidden.where.serves(few.chosen):
+  session = _in_memory(few.session)
+  if not session.hidden.where.serves(few.chosen):
     return 0.0
-  again = dataclasses.replace(bench.hidden, kept={}, embedded={}, rows={}, splits=bench.splits)
-  again.below("eval", few.chosen, bench.model.params)  # compiles what is not compiled yet
+  again = dataclasses.replace(session.hidden, kept={}, embedded={}, rows={}, splits=session.splits)
+  again.below("eval", few.chosen, session.model.params)  # compiles what is not compiled yet
   start = time.monotonic()
-  again.below("train", few.chosen, bench.model.params)
-  return (time.monotonic() - start) / _positions(bench, "train")
+  again.below("train", few.chosen, session.model.params)
+  return (time.monotonic() - start) / _positions(session, "train")
 
 
-def _batches(bench: Session, s: RecommendSettings) -> float:
-  return sum(len(bench.splits[part]) for part in ("train", "eval")) / s.batch_size
+def _batches(session: Session, s: RecommendSettings) -> float:
+  return sum(len(session.splits[part]) for part in ("train", "eval")) / s.batch_size
 
 
 def _of_batches(rules: Sequence[str]) -> float:
@@ -119,10 +121,10 @@ def _own(
   judge: Retrainer, s: RecommendSettings, rules: Sequence[str], largest: float, step: float
 ) -> Mapping[str, float]:
   """What each rule costs beyond that, for the folds of one seed."""
-  bench, size = judge.bench, len(judge.bench.splits["train"])
+  session, size = judge.session, len(judge.session.splits["train"])
   products = s.depth * min(s.curvature_examples, size) / s.batch_size * _PRODUCT
   # Greedy matching reads all gradients for every choice, at most 2,000 times; so many numbers has an example's.
   width = 7 * len(judge.chosen.layers) * s.sketch_size**2
   reads = 2 * min(2000, largest * size) * size * width * 4 / _BYTES_A_SECOND
-  price = {"matching": reads, "proponents": 2 * step * (products + _batches(bench, s) * 1.5)}
+  price = {"matching": reads, "proponents": 2 * step * (products + _batches(session, s) * 1.5)}
   return {rule: price.get(RULES[rule].policy, 0.0) + 0.1 * step for rule in rules}

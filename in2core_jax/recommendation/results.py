@@ -279,19 +279,19 @@ def train_line(s: Settings) -> str:
   return shlex.join(["./run.sh", "finetune", *data, f"--run_dir={folder}-trained", *flags])
 
 
-def write_held_out(run_dir: RunDir, bench: Session, rows: np.ndarray) -> None:
+def write_held_out(run_dir: RunDir, session: Session, rows: np.ndarray) -> None:
   """Evaluation and test examples as they were read, without copies of what was chosen."""
-  train = bench.splits["train"].records
+  train = session.splits["train"].records
   chosen = {train[row].content_key for row in rows}
   for part, file in HELD_OUT.items():
-    records = bench.splits[part].records
+    records = session.splits[part].records
     others = [row for row, record in enumerate(records) if record.content_key not in chosen]
     run_dir.write_text(file, raw_lines(records, others))
 
 
-def add_forms(run_dir: RunDir, bench: Session, s: RecommendSettings) -> None:
+def add_forms(run_dir: RunDir, session: Session, s: RecommendSettings) -> None:
   """What a finished run is asked for besides and does not have (--coreset_format)."""
-  train = bench.splits["train"]
+  train = session.splits["train"]
   lines = collections.Counter(run_dir.read_bytes("coreset.jsonl").decode("utf-8", "surrogateescape").splitlines())
   selected = np.zeros(len(train), bool)
   for row, record in enumerate(train.records):  # copies are alike in every form
@@ -302,14 +302,14 @@ def add_forms(run_dir: RunDir, bench: Session, s: RecommendSettings) -> None:
 
 def write(run_dir: RunDir, trainings: Trainings, outcome: Outcome, asked: dict) -> dict:
   """Everything; recommendation.json last, which marks the run as done."""
-  bench, s, rows = trainings.bench, as_trained(outcome), np.sort(outcome.closing.rows)
-  train, selected = bench.splits["train"], np.isin(np.arange(len(bench.splits["train"])), rows)
+  session, s, rows = trainings.session, as_trained(outcome), np.sort(outcome.closing.rows)
+  train, selected = session.splits["train"], np.isin(np.arange(len(session.splits["train"])), rows)
   found = as_json(outcome, asked) | {"train": train_line(s)}
   run_dir.write_text("coreset.jsonl", raw_lines(train.records, rows))
-  write_held_out(run_dir, bench, rows)
+  write_held_out(run_dir, session, rows)
   select_outputs.write_sources(run_dir, train, selected)
   select_outputs.write_forms(run_dir, train, {"selected": selected}, s)
-  write_train_with(run_dir, bench, s, rows, recipe_elsewhere(s, bench), ("recommend", found["train"]))
+  write_train_with(run_dir, session, s, rows, recipe_elsewhere(s, session), ("recommend", found["train"]))
   run_dir.write_text("recommendation.html", recommendation_page.page(found, ABOUT))
   run_dir.write_json(FILE, found)
   return found

@@ -40,13 +40,13 @@ _REFUSED = (
 _OF_THE_ANSWER = ("fraction", "num_examples", "token_budget", "policy")  # which trainings do not depend on
 
 
-def budgets_of(s: RecommendSettings, bench: Session) -> tuple[tuple[float, ...], float]:
+def budgets_of(s: RecommendSettings, session: Session) -> tuple[tuple[float, ...], float]:
   """(budgets to try as shares of the pool, growing; the most that the answer may have).
 
   Raises:
     UserError: a budget in tokens, or nothing to try.
   """
-  budget, size = budget_of(s), len(trainable_rows(bench))
+  budget, size = budget_of(s), len(trainable_rows(session))
   if budget.token_budget:
     raise UserError(f"{s.as_flag('budget')}: recommend takes a share such as 0.1, or a number of examples such as 500")
   most = budget.fraction or budget.limit(np.ones(size)) / size
@@ -76,24 +76,24 @@ def distinct_seeds(s: RecommendSettings) -> tuple[int, ...]:
   return tuple(dict.fromkeys(seeds_of(s)[0]))
 
 
-def wanted(s: RecommendSettings, bench: Session) -> plans.Plan:
+def wanted(s: RecommendSettings, session: Session) -> plans.Plan:
   """Everything that would be tried without a clock."""
-  seeds, (budgets, _) = distinct_seeds(s), budgets_of(s, bench)
+  seeds, (budgets, _) = distinct_seeds(s), budgets_of(s, session)
   if len(seeds) < plans.LEAST_SEEDS:
     raise UserError(
       f"{s.as_flag('seeds')}: intervals need {plans.LEAST_SEEDS} different seeds: give two or more, as 0,1,2"
     )
-  rules, size = tuple(listed(s.rules)), len(trainable_rows(bench))
+  rules, size = tuple(listed(s.rules)), len(trainable_rows(session))
   return plans.Plan(rules, budgets, len(seeds), min(plans.FINALISTS, len(rules) + 1), examples=size)
 
 
 def planned(judge: Retrainer, s: RecommendSettings, began: float, full: str = "") -> dict:
   """Measures how fast this machine is on a few examples, and what fits: {plan, pace}, as JSON values."""
-  bench = judge.bench
-  everything = wanted(s, bench)
+  session = judge.session
+  everything = wanted(s, session)
   trained = bool(full) and (pathlib.Path(full) / "finetune.json").exists()
   pace = measured(judge, s, everything.rules, everything.budgets[-1], began, trained)
-  found = plans.fitted(everything, pace, steps_of(bench, s), 60 * s.minutes)
+  found = plans.fitted(everything, pace, steps_of(session, s), 60 * s.minutes)
   log.info(
     "%.3g s a step, %.3g s to judge a model, %.3g s for the hidden states of all examples. What goes first: %s",
     *(pace.step, pace.judged, pace.hidden, plans.ORDER),
@@ -101,63 +101,65 @@ def planned(judge: Retrainer, s: RecommendSettings, began: float, full: str = ""
   return {"plan": found.as_json(), "pace": dataclasses.asdict(pace)}
 
 
-def steps_of(bench: Session, s: RecommendSettings) -> Callable[..., int]:
+def steps_of(session: Session, s: RecommendSettings) -> Callable[..., int]:
   """(share, part=1.0) -> optimiser steps of a training on a share of a part of the pool, before any set is known."""
-  usable = trainable_rows(bench)
+  usable = trainable_rows(session)
 
   def steps(share: float, part: float = 1.0) -> int:
     pool = usable[: max(1, round(part * len(usable)))]
-    of = bench if part == 1 else bench.with_train(pool)
+    of = session if part == 1 else session.with_train(pool)
     rows = usable if part == 1 else trainable_rows(of)
     return equal_steps(of, s, rows[: max(1, round(share * len(rows)))], s.equal)
 
   return steps
 
 
-def part_of(bench: Session, plan: plans.Plan) -> Session:
+def part_of(session: Session, plan: plans.Plan) -> Session:
   """The plan's part of the pool: examples with a response, drawn by a hash of their ids; a larger part holds it."""
   if plan.part == 1:
-    return bench
-  usable, ids = trainable_rows(bench), bench.splits["train"].ids
+    return session
+  usable, ids = trainable_rows(session), session.splits["train"].ids
   drawn = usable[spread_rows([ids[row] for row in usable], plan.pool)]
-  return bench.of_rows(train=np.sort(drawn))
+  return session.of_rows(train=np.sort(drawn))
 
 
 def run(
-  settings: RecommendSettings, bench: Session | None = None, full: str = "", judge: Retrainer | None = None
+  settings: RecommendSettings, session: Session | None = None, full: str = "", judge: Retrainer | None = None
 ) -> str:
   """Plans, tries, decides, checks once, writes; returns the run folder. Finished trainings are kept.
 
   Args:
     settings: the flags.
-    bench: data and model; read when None.
+    session: data and model; read when None.
     full: run folder of a training on all data, which may be there already; beside the run folder when empty.
     judge: of these examples (`judge_of`); made when None.
   """
   began, s = time.monotonic(), settings
   check(s)
   run_folder.RunDir.refuse_held(s.run_dir)
-  bench = bench or open_session(s)
-  judged = Judged.of(bench)
-  wanted(s, bench)
-  identity = bench.identity("recommend", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
+  session = session or open_session(s)
+  judged = Judged.of(session)
+  wanted(s, session)
+  identity = session.identity("recommend", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
   for name in _OF_THE_ANSWER:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   asked = {name: getattr(s, name) for name in ("minutes", "rules", "fractions", "budget", "equal", "seeds")}
   if run_dir.is_whole(results.FILE) and run_dir.read_json(results.FILE)["asked"] == asked:
     log.info("%s is finished already; more --minutes goes on in it", run_dir.path)
-    results.add_forms(run_dir, bench, s)
+    results.add_forms(run_dir, session, s)
     return str(run_dir.path)
-  bench.splits.write_skipped(run_dir)
+  session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
-  tell_size(bench.splits["test"])
-  judge = judge or judge_of(bench, s)
+  tell_size(session.splits["test"])
+  judge = judge or judge_of(session, s)
   kept = ResultCache(run_dir).get(lambda: planned(judge, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
-  clock = Clock(*plans.on_part(plan, pace, steps_of(bench, s)), asked, began + 60 * s.minutes, budgets_of(s, bench)[1])
-  trainings = Trainings(judge.over(part_of(bench, plan)), s, run_dir, judged, plan, full)
+  clock = Clock(
+    *plans.on_part(plan, pace, steps_of(session, s)), asked, began + 60 * s.minutes, budgets_of(s, session)[1]
+  )
+  trainings = Trainings(judge.over(part_of(session, plan)), s, run_dir, judged, plan, full)
   found = results.write(run_dir, trainings, tried(trainings, plan, clock), asked)
   tell(found, run_dir, (time.monotonic() - began) / 60)
   return str(run_dir.path)
@@ -255,12 +257,12 @@ def tell(found: dict, run_dir: run_folder.RunDir, minutes: float) -> None:
   )
 
 
-def dry_run(settings: RecommendSettings, bench: Session | None = None) -> plans.Plan:
+def dry_run(settings: RecommendSettings, session: Session | None = None) -> plans.Plan:
   """Measures a few steps and tells the plan, without a run folder."""
   began = time.monotonic()
   check(settings)
-  bench = bench or open_session(settings)
-  Judged.of(bench)
-  plan = plans.Plan.from_json(planned(judge_of(bench, settings), settings, began)["plan"])
+  session = session or open_session(settings)
+  Judged.of(session)
+  plan = plans.Plan.from_json(planned(judge_of(session, settings), settings, began)["plan"])
   log.info("%s", plan.told())
   return plan

@@ -50,13 +50,13 @@ class Judged:
   groups: np.ndarray
 
   @classmethod
-  def of(cls, bench: Session, part: str = "eval") -> "Judged":
+  def of(cls, session: Session, part: str = "eval") -> "Judged":
     """Of a part.
 
     Raises:
       UserError: too few different evaluation examples for two folds.
     """
-    dataset = bench.splits[part]
+    dataset = session.splits[part]
     rows, points = np.flatnonzero(dataset.num_response_tokens), test_examples(dataset)
     records = [dataset.records[row] for row in rows]
     texts = [" ".join(spoken(one) for one in record.messages if one["role"] != "system") for record in records]
@@ -64,7 +64,7 @@ class Judged:
     found, different = cls(rows, points.tokens, copies, points.groups), len(np.unique(copies))
     if part == "eval" and different < LEAST_QUERIES:
       without = len(dataset) - len(rows)
-      lost = f"; {without} more have none within --max_length={bench.settings.max_length}" if without else ""
+      lost = f"; {without} more have none within --max_length={session.settings.max_length}" if without else ""
       raise UserError(
         f"the evaluation set has {different} different examples with a response{lost}. Rules that see one half of them "
         f"are judged on the other: give {LEAST_QUERIES} or more (--eval_data, --eval_limit, --split)"
@@ -76,11 +76,11 @@ class Judged:
     return tries.folds_of(self.copies, seed)
 
 
-def judge_of(bench: Session, s: RecommendSettings) -> Retrainer:
+def judge_of(session: Session, s: RecommendSettings) -> Retrainer:
   """One start and few batch shapes for all sets; batches that fit in none of them get their own."""
-  usable = finetune.trainable_rows(bench)
-  longest = usable[np.argsort(-bench.splits["train"].num_tokens[usable], kind="stable")]
-  return Retrainer(bench, s, [usable, longest[: max(s.batch_size, len(usable) // 10)]])
+  usable = finetune.trainable_rows(session)
+  longest = usable[np.argsort(-session.splits["train"].num_tokens[usable], kind="stable")]
+  return Retrainer(session, s, [usable, longest[: max(s.batch_size, len(usable) // 10)]])
 
 
 class Trainings:
@@ -105,9 +105,9 @@ class Trainings:
       plan: what is tried; rules choose no more than its largest budget.
       full: run folder of the training on all data; beside `run_dir` when empty.
     """
-    self.retrainer, self.bench, self.settings, self.run_dir = retrainer, retrainer.bench, s, run_dir
+    self.retrainer, self.session, self.settings, self.run_dir = retrainer, retrainer.session, s, run_dir
     self.judged, self.largest = judged, plan.budgets[-1]
-    self.test_rows = np.flatnonzero(self.bench.splits["test"].num_response_tokens)
+    self.test_rows = np.flatnonzero(self.session.splits["test"].num_response_tokens)
     part = () if plan.part == 1 else (f"{plan.pool} examples",)  # names what is kept of a part of the pool
     self.cells = ResultCache(run_dir, *part)
     self._full = full or "-".join([f"{s.run_dir.rstrip('/')}-full", *(str(plan.pool) for _ in part)])
@@ -119,12 +119,12 @@ class Trainings:
   @functools.cached_property
   def chooser(self) -> Chooser:
     """The sets."""
-    size = len(finetune.trainable_rows(self.bench))
-    return Chooser(self.bench, self.settings, self.run_dir, max(1, round(self.largest * size)), self.cells)
+    size = len(finetune.trainable_rows(self.session))
+    return Chooser(self.session, self.settings, self.run_dir, max(1, round(self.largest * size)), self.cells)
 
   def steps(self, rows: np.ndarray) -> int:
     """Optimiser steps of a training on these rows."""
-    return equal_steps(self.bench, self.settings, rows, self.settings.equal)
+    return equal_steps(self.session, self.settings, rows, self.settings.equal)
 
   # ---- one training --------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Trainings:
   def full(self, seed: int) -> None:
     """Full data, by a run folder of its own, whose checkpoint rules may score at."""
     s = self.settings.replace(run_dir=self._full, seed=seed)
-    self.checkpoint = finetune.run(s, self.bench)
+    self.checkpoint = finetune.run(s, self.session)
     everyone, load = np.arange(len(self.judged.rows)), train_loop.load_sub
     measure = lambda: self._losses(load(self.checkpoint, self.retrainer.sub), everyone, True)  # noqa: E731
     found = self.cells.get(measure, "full", seed)
@@ -232,7 +232,7 @@ class Trainings:
   def test_trial(self) -> tries.Trial:
     """The same on the test set, where one comparison was named in advance: no correction."""
     stacked = {name: np.stack(list(own.values())) for name, own in self.tested.items()}
-    points = test_examples(self.bench.splits["test"])
+    points = test_examples(self.session.splits["test"])
     return tries.Trial(stacked, points.tokens, points.groups)
 
 

@@ -510,15 +510,15 @@ def test_date_is_that_of_the_flag_and_told(monkeypatch):
 
 def test_date_is_part_of_a_run_and_of_a_checkpoint_where_the_template_prints_it():
   record, s = _record(_user("Q"), _answer("A.")), Settings(template_date="2031-01-02")
-  benches = {}
+  sessions = {}
   for name, template in (("dated", templates.LLAMA32), ("plain", templates.CHATML)):
     splits = Splits({"train": tokenize([record], _bytes(template), 500, date=s.template_date)})
     model = LoadedModel("", "float32", None, None, sharding.make_mesh(""), lambda: ({}, "hash"))
-    benches[name] = make_session(s, splits, model)
-  flags = {name: bench.identity("x", s, ("data",), ("train",))["flags"] for name, bench in benches.items()}
+    sessions[name] = make_session(s, splits, model)
+  flags = {name: session.identity("x", s, ("data",), ("train",))["flags"] for name, session in sessions.items()}
   assert flags["dated"]["template_date"] == "2031-01-02" and "template_date" not in flags["plain"]
   assert "template_date" not in Settings().identity("data")  # older run folders go on
-  dates = {name: bench.splits.template_date for name, bench in benches.items()}
+  dates = {name: session.splits.template_date for name, session in sessions.items()}
   check_template_date("c", {"template_date": "2031-01-02"}, dates["dated"])
   check_template_date("c", {}, dates["plain"])
   with pytest.raises(UserError, match=r"prints 2024-07-26, not --template_date=2031-01-02: give --template_date=2024"):

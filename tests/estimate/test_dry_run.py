@@ -16,7 +16,8 @@ from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run, pricing, stage_phases
 from in2core_jax.estimate.pricing import Pricer
 from in2core_jax.model import weights
-from in2core_jax.pipeline import auto_batch, session, shapes, solver_inputs
+from in2core_jax.pipeline import auto_batch, shapes, solver_inputs
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
 
@@ -42,14 +43,14 @@ def described(folder):
 
 
 @pytest.fixture(scope="module")
-def bench(described):
+def session(described):
   return described.session
 
 
-def real_session(bench, **changes):
+def real_session(session, **changes):
   """As in a run, but for the weights."""
-  model = dataclasses.replace(bench.model, mesh=tiny.one_device())
-  return session.make_session(bench.settings.replace(**changes), bench.splits, model)
+  model = dataclasses.replace(session.model, mesh=tiny.one_device())
+  return sessions.make_session(session.settings.replace(**changes), session.splits, model)
 
 
 def named(phases, start):
@@ -60,15 +61,15 @@ def named(phases, start):
 # ---- the same numbers as in the run --------------------------------------------------
 
 
-def test_select_is_priced_by_the_batches_that_it_runs(bench, described):
-  real = real_session(bench)
-  phases = stage_phases.select_phases(bench, bench.settings)
-  sizes = Pricer(bench, "", *shapes.scored_shapes(bench.model.config, bench.settings)).sizes
+def test_select_is_priced_by_the_batches_that_it_runs(session, described):
+  real = real_session(session)
+  phases = stage_phases.select_phases(session, session.settings)
+  sizes = Pricer(session, "", *shapes.scored_shapes(session.model.config, session.settings)).sizes
   work = flop_counts.packed_work(real.packer("train").sequential_plan(480))
   assert named(phases, "losses and scores").flops == flop_counts.pass_flops(sizes, "jvp", work, True)
   work = flop_counts.packed_work(real.packer("eval").sequential_plan(480))
   assert named(phases, "query gradients").flops == flop_counts.pass_flops(sizes, "gradient", work, True)
-  rows = solver_inputs.curvature_rows(real, bench.settings)
+  rows = solver_inputs.curvature_rows(real, session.settings)
   packer = real.packer("train", rows=rows.fixed, shapes=[rows.shape])
   ((_, batch),) = packer.shuffled(rows.batch, 0, 0)
   product = flop_counts.pass_flops(
@@ -79,22 +80,22 @@ def test_select_is_priced_by_the_batches_that_it_runs(bench, described):
   )
   assert named(phases, "lissa").flops == (10 + 6 + 1) * product
   cache = named(phases, "hidden states below layer 2 (train)")
-  assert cache.host == int(bench.splits["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
-  on_disk = stage_phases.select_phases(described.varied(boundary_cache="disk").session, bench.settings)
+  assert cache.host == int(session.splits["train"].num_tokens.sum()) * 16 * 4 and cache.disk == 0
+  on_disk = stage_phases.select_phases(described.varied(boundary_cache="disk").session, session.settings)
   assert named(on_disk, "hidden states below layer 2 (train)").disk == cache.host
 
 
-def test_training_takes_the_steps_of_the_recipe(bench):
-  s = bench.settings
-  phases = stage_phases.finetune_phases(bench, s)
-  shape = packing.training_shape([bench.packer("train")], 8, [0])
-  price = Pricer(bench, "", *shapes.trained_shapes(bench.model.config, s))
+def test_training_takes_the_steps_of_the_recipe(session):
+  s = session.settings
+  phases = stage_phases.finetune_phases(session, s)
+  shape = packing.training_shape([session.packer("train")], 8, [0])
+  price = Pricer(session, "", *shapes.trained_shapes(session.model.config, s))
   steps = shapes.num_steps(s, 40)
   assert steps == 10
   work = stage_phases.shape_work(shape, 1, 8).times(steps)
   assert named(phases, "training").flops == flop_counts.pass_flops(price.sizes, "gradient", work, True)
   assert named(phases, "training").disk == 3 * 4 * price.sizes.subtree * 3  # two kept, one being written
-  lora = stage_phases.finetune_phases(bench, s.replace(trainable="lora", lora_rank=2))
+  lora = stage_phases.finetune_phases(session, s.replace(trainable="lora", lora_rank=2))
   assert named(lora, "training").disk < named(phases, "training").disk
 
 
@@ -107,9 +108,9 @@ def test_a_select_run_in_a_sweep_names_its_policy(tmp_path, policy, trainings):
   assert stage_phases.num_trainings(s.replace(fractions="")) == (4, 4)
 
 
-def test_a_demo_is_its_stages_without_what_they_share(bench):
-  s = bench.settings
-  demo = stage_phases.demo_phases(bench, s)
+def test_a_demo_is_its_stages_without_what_they_share(session):
+  s = session.settings
+  demo = stage_phases.demo_phases(session, s)
   names = [phase.name for phase in demo]
   assert len([name for name in names if name.startswith("hidden states")]) == 3  # train, eval, test: once each
   # full by fine-tuning; random twice and the selection once by evaluate
@@ -120,16 +121,16 @@ def test_a_demo_is_its_stages_without_what_they_share(bench):
   assert stage_phases.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
   # full once, each run once: runs have the fixed seeds, whatever they are called
   assert stage_phases.num_trainings(s.replace(policies="full", seeds="0,1", select_runs="random,b")) == (3, 3.0)
-  alone = stage_phases.evaluate_phases(bench, s)
+  alone = stage_phases.evaluate_phases(session, s)
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 
 
-def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
+def test_equal_epochs_of_a_smaller_set_are_fewer_steps(session, tmp_path):
   """Of as many examples as are kept, whichever flag or run says so."""
   run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
-  own = bench.settings.replace(policies="random", seeds="0", equal="epochs", budget=0.5)
-  tokens = bench.splits["train"].num_tokens
-  steps = named(stage_phases.evaluate_phases(bench, own.replace(equal="steps")), "1 trainings").flops
+  own = session.settings.replace(policies="random", seeds="0", equal="epochs", budget=0.5)
+  tokens = session.splits["train"].num_tokens
+  steps = named(stage_phases.evaluate_phases(session, own.replace(equal="steps")), "1 trainings").flops
   for share, changes in (
     (0.5, {}),
     (0.25, {"budget": 10}),
@@ -138,7 +139,9 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
   ):
     s = own.replace(**changes)
     assert stage_phases.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
-    assert named(stage_phases.evaluate_phases(bench, s), "1 trainings").flops == pytest.approx(share * steps, rel=0.01)
+    assert named(stage_phases.evaluate_phases(session, s), "1 trainings").flops == pytest.approx(
+      share * steps, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,9 +158,9 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(bench, tmp_path):
     ({"write": "self", "solver": "identity"}, "scores and norms"),
   ],
 )
-def test_other_ways_have_phases_of_their_own(bench, described, changes, phase):
+def test_other_ways_have_phases_of_their_own(session, described, changes, phase):
   found = named(
-    stage_phases.select_phases(described.varied(**changes).session, bench.settings.replace(**changes)), phase
+    stage_phases.select_phases(described.varied(**changes).session, session.settings.replace(**changes)), phase
   )
   assert found.flops > 0 and found.device["program"] > 0
 
@@ -179,7 +182,7 @@ def test_it_reads_no_weight_and_makes_no_folder(folder, monkeypatch, capsys):
     assert name in text
 
 
-def test_what_does_not_fit_is_told_with_the_flags_that_help(bench, described):
+def test_what_does_not_fit_is_told_with_the_flags_that_help(session, described):
   where = hardware.Hardware("small", 1, 60_000_000, (1e9, 2e9, 3e9))
   found = dry_run.estimate(described.varied(max_shapes=1), "select", where)
   (line, *_) = found.too_large()
@@ -192,14 +195,14 @@ def test_what_does_not_fit_is_told_with_the_flags_that_help(bench, described):
     assert not dry_run.estimate(described.varied(**changes), "select", where).too_large(), flag
   none = dry_run.estimate(described, "select", dataclasses.replace(where, memory=1000))
   assert none.too_large() and "choose fewer --layers or --modules." in dry_run.advice(described, "select", none)
-  full = dry_run.Estimate(stage_phases.finetune_phases(bench, bench.settings), where, disk_free=1e4)
+  full = dry_run.Estimate(stage_phases.finetune_phases(session, session.settings), where, disk_free=1e4)
   assert any(line.startswith("disk: ") and "finetune, training" in line for line in full.too_large())
 
 
-def test_more_devices_hold_less_each(bench):
-  s = bench.settings.replace(mesh="fsdp:8", dtype="bfloat16")
+def test_more_devices_hold_less_each(session):
+  s = session.settings.replace(mesh="fsdp:8", dtype="bfloat16")
   on = lambda s, name: pricing.described_session(  # noqa: E731
-    s, (bench.model.config, bench.model.tokenizer), bench.splits, hardware.on_paper(name, "bfloat16")
+    s, (session.model.config, session.model.tokenizer), session.splits, hardware.on_paper(name, "bfloat16")
   )
   eight, one = on(s, "v5e-8"), on(s.replace(mesh=""), "v5e-1")
   vectors = [named(stage_phases.select_phases(b, b.settings), "lissa").device["vectors"] for b in (eight, one)]
@@ -276,10 +279,10 @@ def test_dry_run_is_refused_where_work_would_begin(parse):
 # ---- the largest batch ---------------------------------------------------------------
 
 
-def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(bench, monkeypatch, caplog):
-  real = real_session(bench, batch_tokens="auto", max_length=48)
+def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(session, monkeypatch, caplog):
+  real = real_session(session, batch_tokens="auto", max_length=48)
   with caplog.at_level("INFO"):
-    assert real.batching.batch_tokens == min(2048, 2 ** (bench_tokens(bench) - 1).bit_length())
+    assert real.batching.batch_tokens == min(2048, 2 ** (session_tokens(session) - 1).bit_length())
   assert "compiled programs take" in caplog.text
   shapes_for = real.batching.packed_shapes_for
   work = auto_batch.Work.of(real.settings, real.model.config, real.splits, real.model.mesh, real.hidden.where.serves)
@@ -296,8 +299,8 @@ def test_auto_is_the_default_on_a_cpu_and_less_where_memory_is_short(bench, monk
     auto_batch.largest_batch(work, shapes_for)
 
 
-def bench_tokens(bench):
-  return sum(int(part.num_tokens.sum()) for part in bench.splits.values())
+def session_tokens(session):
+  return sum(int(part.num_tokens.sum()) for part in session.splits.values())
 
 
 # ---- the page ------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.influence import decompose
 from in2core_jax.influence.kernels import CompiledObjective
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import scoring, session, solver_inputs
+from in2core_jax.pipeline import scoring, solver_inputs
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
 
@@ -43,52 +44,52 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
 @pytest.fixture(scope="module")
-def finished(settings, bench):
+def finished(settings, session):
   """The folder of a finished ablation."""
-  return pathlib.Path(ablate_layers.run(settings, bench))
+  return pathlib.Path(ablate_layers.run(settings, session))
 
 
-def alone(bench, s, choice, solver, folder):
+def alone(session, s, choice, solver, folder):
   """Scores of a choice by the road of `select`, which knows no table."""
   own = s.replace(solver=solver, layers=choice.flag, modules=choice.modules, run_dir=str(folder))
-  chosen = session.choose(bench, bench.model.params, own.layers, own.modules)
+  chosen = sessions.choose(session, session.model.params, own.layers, own.modules)
   work = Work(run_folder.RunDir.open(str(folder), {"stage": "alone"}), 16)
-  return scoring.score(bench, own, chosen, work).influence
+  return scoring.score(session, own, chosen, work).influence
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("solver", ablate_layers.ADDITIVE)
-def test_sums_are_the_scores_of_the_choice_alone(settings, bench, finished, tmp_path, solver):
+def test_sums_are_the_scores_of_the_choice_alone(settings, session, finished, tmp_path, solver):
   run_dir = run_folder.RunDir.load(str(finished))
-  scores = ablate_layers.Ablation(bench, settings, run_dir).scores()[solver]
+  scores = ablate_layers.Ablation(session, settings, run_dir).scores()[solver]
   for name in ("last:1", "spread:2/mlp"):
     (choice,) = ablate_layers.named(name, scores, "ablate_retrain")
-    wanted = alone(bench, settings, choice, solver, tmp_path / name.replace("/", "-"))
+    wanted = alone(session, settings, choice, solver, tmp_path / name.replace("/", "-"))
     assert np.ptp(wanted) > 0
     np.testing.assert_allclose(scores[choice], wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
+def test_the_table_is_there_and_says_what_it_must(finished, session, settings):
   result = json.loads((finished / "ablate_layers.json").read_text())
   with open(finished / "ablate_layers.csv") as file:
     rows = {(row["solver"], row["choice"]): row for row in csv.DictReader(file)}
   names = [choice.name for choice in ablate_layers.choices_of(settings, 4)]
   assert len(names) == len(set(names)) == 2 + 4 * 2 * 2  # eight layers are more than there are
   assert set(rows) == {(solver, name) for solver in ablate_layers.ADDITIVE for name in names}
-  task = ablate_layers.Ablation(bench, settings, run_folder.RunDir.load(str(finished)))
+  task = ablate_layers.Ablation(session, settings, run_folder.RunDir.load(str(finished)))
   for solver, scores in task.scores().items():
     tops = {choice.name: set(task.top(values).tolist()) for choice, values in scores.items()}
     share = len(tops["all"] & tops["first:1"]) / len(tops["all"])
     assert float(rows[solver, "first:1"]["overlap"]) == pytest.approx(share)
-    few = ablate_layers.Ablation(bench, settings.replace(budget=3), run_folder.RunDir.load(str(finished)))
+    few = ablate_layers.Ablation(session, settings.replace(budget=3), run_folder.RunDir.load(str(finished)))
     values = ablate_layers.table_of(few, solver, scores)
     assert {3 * row["overlap"] for row in values} <= {0, 1, 2, 3} and len(values[0]["top"]) == 3
     whole = rows[solver, "all"]
@@ -111,19 +112,19 @@ def test_the_table_is_there_and_says_what_it_must(finished, bench, settings):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, finished, monkeypatch):
+def test_finished_cells_are_kept_and_other_choices_join_them(settings, session, finished, monkeypatch):
   before = (finished / "ablate_layers.csv").read_text()
   monkeypatch.setattr(decompose, "leaf_table", lambda *_: pytest.fail("the pass was run again"))
   monkeypatch.setattr(solver_inputs, "solve", lambda *_: pytest.fail("solved again"))
   monkeypatch.setattr(ablate_layers, "Retrainer", lambda *_: pytest.fail("trained again"))
-  ablate_layers.run(settings, bench)
+  ablate_layers.run(settings, session)
   assert (finished / "ablate_layers.csv").read_text() == before
   monkeypatch.undo()
   # Another module and a solver that does not add up, in the same folder.
   more = settings.replace(
     ablate_modules="mlp", ablate_counts="", ablate_positions="last", ablate_solvers="lissa", ablate_retrain=""
   )
-  ablate_layers.run(more, bench)
+  ablate_layers.run(more, session)
   result = json.loads((finished / "ablate_layers.json").read_text())
   assert [row["choice"] for row in result["rows"]] == ["all", "all/mlp"]
   assert {row["solver"] for row in result["rows"]} == {"lissa"} and result["rows"][0]["Spearman"] == 1
@@ -132,7 +133,7 @@ def test_finished_cells_are_kept_and_other_choices_join_them(settings, bench, fi
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_measured_costs_join_a_report_that_is_already_there(settings, bench, finished, monkeypatch, caplog):
+def test_measured_costs_join_a_report_that_is_already_there(settings, session, finished, monkeypatch, caplog):
   def start(s, *_):
     assert json.loads((finished / "ablate_layers.json").read_text())["rows"]  # written before it measures
     assert s.alone == "score" and s.train_limit == 24 and s.mesh == ""
@@ -144,7 +145,7 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
   asked = settings.replace(ablate_measure="last:1", ablate_modules="all", ablate_solvers="identity")
   monkeypatch.setattr(report, "enough", lambda rows: None)
   (finished / "ablate_layers.json").unlink()
-  ablate_layers.run(asked.replace(ablate_counts="1"), bench)
+  ablate_layers.run(asked.replace(ablate_counts="1"), session)
   with open(finished / "ablate_layers.csv") as file:
     seconds = {row["choice"]: row["score pass, s"] for row in csv.DictReader(file)}
   assert float(seconds.pop("all")) == 2.5 and set(seconds.values()) == {""}
@@ -152,19 +153,19 @@ def test_measured_costs_join_a_report_that_is_already_there(settings, bench, fin
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   monkeypatch.setattr(ablate_layers.isolated, "start", lambda *_: pytest.fail("the device is taken"))
   (finished / "ablate_layers.json").unlink()
-  ablate_layers.run(asked.replace(ablate_counts="1"), bench)
+  ablate_layers.run(asked.replace(ablate_counts="1"), session)
   assert "holds the tpu" in caplog.text and "experiments.benchmark --flagfile=" in caplog.text
   assert (finished / "ablate_layers.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_choice_is_measured_in_a_process_of_its_own(settings, bench, tmp_path, monkeypatch):
+def test_a_choice_is_measured_in_a_process_of_its_own(settings, session, tmp_path, monkeypatch):
   for name, value in tiny.child_environment(devices=2).items():
     monkeypatch.setenv(name, value)
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "ablate_layers"})
   small = settings.replace(ablate_examples=6, mesh="data:2")
-  ablation = ablate_layers.Ablation(bench, small, run_dir)
+  ablation = ablate_layers.Ablation(session, small, run_dir)
   found = ablation.measured(Choice("spread", "mlp", (0, 3)))
   assert found["examples"] == 6 and found["devices"] == 1
   assert found["seconds"] > 0 and found["peak memory"] > 50e6
@@ -174,7 +175,7 @@ class Retrained:
   """An ablation whose trainings give set numbers, and which notes what was trained on."""
 
   def __init__(self, perplexities):
-    self.choices, self.bench, self.settings = [Choice("all", "all", (0, 1))], None, None
+    self.choices, self.session, self.settings = [Choice("all", "all", (0, 1))], None, None
     self.perplexities, self.trained = perplexities, []
 
   def yardsticks(self, seeds):
@@ -325,9 +326,9 @@ def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
     ({"ablate_counts": "8", "ablate_modules": "all"}, "nothing is left to compare with all of the 4 layers"),
   ],
 )
-def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
+def test_what_means_nothing_is_refused(settings, session, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
-    ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    ablate_layers.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not (tmp_path / "run").exists()
 
 

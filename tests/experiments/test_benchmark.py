@@ -48,7 +48,7 @@ def settings(tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
   """The benchmark on one of the simulated devices: quick to compile."""
-  monkeypatch.setattr(benchmark, "open_bench", lambda s: passes.open_bench(s, 1))
+  monkeypatch.setattr(benchmark, "measured_session", lambda s: passes.measured_session(s, 1))
 
 
 # ---- timing --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 from experiments import check
 from experiments.settings import CheckFlags
 from in2core_jax.parallel import sharding
-from in2core_jax.pipeline import session
+from in2core_jax.pipeline import session as sessions
 
 pytestmark = pytest.mark.real  # a tokenizer, and a process of its own
 CONFIG = dataclasses.replace(
@@ -38,7 +38,7 @@ def two_devices():
   over all eight, in flight at once as here, wait for each other for ever."""
   with pytest.MonkeyPatch.context() as patch:
     make = sharding.make_mesh
-    patch.setattr(session.sharding, "make_mesh", lambda spec, devices=None: make("", devices or jax.devices()[:2]))
+    patch.setattr(sessions.sharding, "make_mesh", lambda spec, devices=None: make("", devices or jax.devices()[:2]))
     yield
 
 
@@ -64,9 +64,9 @@ def test_every_check_passes_on_a_sound_model(subject):
   rows = [row for one in check.CHECKS for row in one(subject)]
   assert {row.verdict for row in rows} == {"ok"}, check.table(rows)
   assert len(rows) == 10 and len({(row.check, row.measure) for row in rows}) == 10
-  assert subject.bench.batching.mesh.size > 1  # so the last row did compare
+  assert subject.session.batching.mesh.size > 1  # so the last row did compare
   assert any(row.error > 0 for row in rows)  # different roads, not the same numbers twice
-  assert subject.bench.splits["train"].num_response_tokens.min() > 0
+  assert subject.session.splits["train"].num_response_tokens.min() > 0
 
 
 def broken(subject, **changes):

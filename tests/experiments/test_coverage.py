@@ -17,7 +17,8 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.influence import normalize
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import hidden_states, scoring, session
+from in2core_jax.pipeline import hidden_states, scoring
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.selection.whitening import WhitenedMetric
 
 
@@ -141,19 +142,19 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
 @pytest.fixture(scope="module")
-def finished(settings, bench):
+def finished(settings, session):
   """The folder of a finished run."""
-  return pathlib.Path(experiment.run(settings, bench))
+  return pathlib.Path(experiment.run(settings, session))
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_tables_hold_every_signal(finished, bench):
+def test_the_tables_hold_every_signal(finished, session):
   result = json.loads((finished / "coverage.json").read_text())
   with open(finished / "coverage.csv") as file:
     rows = {row["signal"]: row for row in csv.DictReader(file)}
@@ -167,7 +168,7 @@ def test_the_tables_hold_every_signal(finished, bench):
   assert all(0 <= float(row["AUC"]) <= 1 for row in rows.values())
   folds = result["folds"]
   assert len(folds) == 2 and not set(folds[0]["topics"]) & set(folds[1]["topics"])
-  train, evals = bench.splits["train"], bench.splits["eval"]
+  train, evals = session.splits["train"], session.splits["eval"]
   for fold in folds:
     assert fold["training_examples"] == sum(topic not in fold["topics"] for topic in train.topics)
     assert fold["uncovered"] == sum(topic in fold["topics"] for topic in evals.topics) > 0
@@ -182,16 +183,16 @@ def test_the_tables_hold_every_signal(finished, bench):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
-  rows = np.flatnonzero(np.array(bench.splits["train"].topics) != "food")
-  fold = bench.with_train(rows)
+def test_a_fold_trains_and_scores_without_its_topics(settings, session, finished):
+  rows = np.flatnonzero(np.array(session.splits["train"].topics) != "food")
+  fold = session.with_train(rows)
   assert "food" not in fold.splits["train"].topics and len(fold.splits["train"]) == len(rows)
-  assert fold.splits["eval"] is bench.splits["eval"]
-  chosen = session.choose(fold, fold.model.params, settings.layers, settings.modules)
+  assert fold.splits["eval"] is session.splits["eval"]
+  chosen = sessions.choose(fold, fold.model.params, settings.layers, settings.modules)
   both = experiment.measured(fold, settings, chosen, scoring.NOTHING_KEPT)
   found, among = both["train"], both["eval"]
-  everything = session.choose(bench, bench.model.params, "last:1", "all")
-  whole = experiment.measured(bench, settings, everything, scoring.NOTHING_KEPT)["train"]
+  everything = sessions.choose(session, session.model.params, "last:1", "all")
+  whole = experiment.measured(session, settings, everything, scoring.NOTHING_KEPT)["train"]
   np.testing.assert_allclose(among.scores, among.scores.T, rtol=1e-4, atol=1e-5 * np.abs(among.scores).max())
   np.testing.assert_allclose(np.diag(normalize.cosine(among))[among.norms > 0], 1, atol=1e-4)
   np.testing.assert_allclose(found.scores, whole.scores[:, rows], rtol=1e-4, atol=1e-5 * np.abs(whole.scores).max())
@@ -202,12 +203,12 @@ def test_a_fold_trains_and_scores_without_its_topics(settings, bench, finished):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_projected_gradients_give_nearly_the_same_tables(settings, bench):
+def test_projected_gradients_give_nearly_the_same_tables(settings, session):
   both = {}
   for path in ("auto", "projected"):
     s = settings.replace(score_path=path, sketch_size=32)
-    both[path] = experiment.tables_of(bench, s, bench.model.params, scoring.NOTHING_KEPT)
-  size = (len(bench.splits["eval"]), sum(map(len, (bench.splits["train"], bench.splits["eval"]))))
+    both[path] = experiment.tables_of(session, s, session.model.params, scoring.NOTHING_KEPT)
+  size = (len(session.splits["eval"]), sum(map(len, (session.splits["train"], session.splits["eval"]))))
   assert both["auto"].shape == (2, *size) and both["projected"].shape == (3, *size)
   for exact, sketched in zip(both["auto"], both["projected"][:2], strict=True):
     assert np.corrcoef(exact.ravel(), sketched.ravel())[0, 1] > 0.97
@@ -224,8 +225,8 @@ def test_the_whitened_table_is_of_the_training_sets_metric():
   assert np.abs(whitened).mean() < np.abs(cosines).mean()  # what all share is gone
 
 
-def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
-  own = bench.with_splits(bench.splits).hidden
+def test_hidden_states_of_one_trained_model_stay(session, monkeypatch):
+  own = session.with_splits(session.splits).hidden
   monkeypatch.setattr(hidden_states, "_below_hash", lambda params, *_: params)
   monkeypatch.setattr(hidden_states.hidden_cache, "compute_boundary", lambda job, *_: [job])
   chosen = subtree.Subtree((1,), 2, ())
@@ -240,11 +241,11 @@ def test_hidden_states_of_one_trained_model_stay(bench, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
+def test_finished_folds_are_kept(settings, session, finished, monkeypatch):
   before = {name: (finished / name).read_bytes() for name in ("coverage.md", "coverage.csv", "points.csv")}
   monkeypatch.setattr(experiment, "Retrainer", lambda *_: pytest.fail("trained again"))
   monkeypatch.setattr(experiment, "measured", lambda *_: pytest.fail("scored again"))
-  experiment.run(settings, bench)
+  experiment.run(settings, session)
   assert before == {name: (finished / name).read_bytes() for name in before}
 
 
@@ -261,9 +262,9 @@ def test_finished_folds_are_kept(settings, bench, finished, monkeypatch):
     ({"score_path": "projected", "solver": "lissa"}, "coverage has no inverse of projected gradients"),
   ],
 )
-def test_what_means_nothing_is_refused(settings, bench, tmp_path, changes, message):
+def test_what_means_nothing_is_refused(settings, session, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
-    experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    experiment.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not (tmp_path / "run").exists()
 
 

@@ -50,30 +50,30 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
 @pytest.mark.real
-def test_scores_belong_to_the_losses_that_judge_them(settings, bench, tmp_path):
+def test_scores_belong_to_the_losses_that_judge_them(settings, session, tmp_path):
   """A small step along an example's gradient changes Retrainer's losses by the step times its identity scores."""
-  rows = np.arange(len(bench.splits["train"]))
-  judge = Retrainer(bench, settings, [rows])
-  chosen = choose(bench, bench.model.params, "last:1", "all")
+  rows = np.arange(len(session.splits["train"]))
+  judge = Retrainer(session, settings, [rows])
+  chosen = choose(session, session.model.params, "last:1", "all")
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
-  scores = query_scores(bench, settings.replace(solver="identity"), chosen, Work(run_dir))
+  scores = query_scores(session, settings.replace(solver="identity"), chosen, Work(run_dir))
   example, step = int(np.argmax(np.abs(scores).sum(axis=0))), 1e-2
-  batcher = bench.batcher("train", chosen.tree, chosen.params, [example])
-  gradient = chosen.problem.gradients(bench.stream(batcher), 1)
+  batcher = session.batcher("train", chosen.tree, chosen.params, [example])
+  gradient = chosen.problem.gradients(session.stream(batcher), 1)
   moved = [jax.tree.map(lambda x, g, t=t: x - t * g[0], judge.sub, gradient) for t in (step, -step)]
   change = (judge.losses(moved[1], "eval") - judge.losses(moved[0], "eval")) / (2 * step)
   np.testing.assert_allclose(change, scores[:, example], atol=0.02 * np.abs(scores[:, example]).max())
   assert np.abs(scores[:, example]).max() > 1e-3
 
 
-def test_copies_among_the_evaluation_examples_are_one_query(settings, bench, tmp_path):
-  evals = bench.splits["eval"].take(np.array([3, 1, 3, 2, 1]))
-  doubled = bench.with_splits(bench.splits.with_parts(eval=evals))
+def test_copies_among_the_evaluation_examples_are_one_query(settings, session, tmp_path):
+  evals = session.splits["eval"].take(np.array([3, 1, 3, 2, 1]))
+  doubled = session.with_splits(session.splits.with_parts(eval=evals))
   run_dir = run_folder.RunDir.open(str(tmp_path / "run"), {"stage": "test"})
   task = fidelity.Task(doubled, settings, run_dir)
   assert task.queries.tolist() == [0, 1, 3] and task.query_of.tolist() == [0, 1, 0, 2, 1]
@@ -83,11 +83,11 @@ def test_copies_among_the_evaluation_examples_are_one_query(settings, bench, tmp
   np.testing.assert_allclose(np.array(cell["scores"])[task.query_of], every, rtol=1e-4, atol=1e-6)
 
 
-def test_mean_loss_weighs_as_the_gradients_do(settings, bench):
-  tokens = bench.splits["eval"].num_response_tokens
+def test_mean_loss_weighs_as_the_gradients_do(settings, session):
+  tokens = session.splits["eval"].num_response_tokens
   losses = np.arange(1.0, len(tokens) + 1)
   losses[tokens == 0] = 0
-  assert fidelity.mean_loss(bench, "eval", losses) == pytest.approx(losses[tokens > 0].mean())
+  assert fidelity.mean_loss(session, "eval", losses) == pytest.approx(losses[tokens > 0].mean())
   by_sum = open_session(settings.replace(loss_reduction="sum"))
   assert fidelity.mean_loss(by_sum, "eval", losses) == pytest.approx((losses * tokens).sum() / tokens.sum())
 
@@ -137,9 +137,9 @@ def test_variants_change_one_thing_at_a_time(settings):
     ({"lds_layers": "last:1;last:9"}, "^--lds_layers=last:9: 9 is not between"),
   ],
 )
-def test_what_has_no_answer_is_refused_before_the_work(settings, bench, tmp_path, changes, message):
+def test_what_has_no_answer_is_refused_before_the_work(settings, session, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
-    fidelity.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    fidelity.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not (tmp_path / "run").exists()
 
 
@@ -159,8 +159,8 @@ def test_half_of_is_a_half_and_does_not_depend_on_the_others():
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, monkeypatch):
-  folder = pathlib.Path(fidelity.run(settings, bench))
+def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, session, monkeypatch):
+  folder = pathlib.Path(fidelity.run(settings, session))
   result = json.loads((folder / "fidelity.json").read_text())
   assert [(row["solver"], row["gradients at"]) for row in result["lds"]] == [
     *[("cg", "full"), ("cg", "full"), ("cg", "base"), ("identity", "full"), ("identity", "base")]
@@ -180,8 +180,8 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, mo
   names = ["fidelity.csv", "fidelity.tex", "curves.csv", "curves.tex", "plots/lds.svg", "plots/curve-eval.png"]
   assert all((folder / name).stat().st_size > 100 for name in names)
   # The cells hold what the table was made of: the first half, trained again by hand.
-  task = fidelity.Task(bench, settings, run_folder.RunDir.load(str(folder)))
-  judge = Retrainer(bench, settings, [task.rows, *task.halves])
+  task = fidelity.Task(session, settings, run_folder.RunDir.load(str(folder)))
+  judge = Retrainer(session, settings, [task.rows, *task.halves])
   again = judge.losses(judge.train(task.halves[0], 0, "again").sub, "eval")
   np.testing.assert_allclose(task.losses()[0][0], again, rtol=1e-6)
   assert not np.allclose(task.losses()[1][0], again, rtol=1e-6)  # the other seed
@@ -189,15 +189,15 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, bench, mo
   (folder / "fidelity.json").unlink()
   monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
   monkeypatch.setattr(fidelity, "query_scores", lambda *_: pytest.fail("finished scores were computed again"))
-  fidelity.run(settings, bench)
+  fidelity.run(settings, session)
   assert json.loads((folder / "fidelity.json").read_text()) == result and (folder / "fidelity.md").read_text() == text
   fewer = settings.replace(halves=5, lds_ratios="0.5", curve_solvers="")  # shows fewer of the same cells
-  fidelity.run(fewer, bench)
+  fidelity.run(fewer, session)
   assert json.loads((folder / "fidelity.json").read_text())["curves"] == []
   with pytest.raises(UserError, match="cg_steps is 4 there and 5 now"):
-    fidelity.run(settings.replace(cg_steps=5), bench)
+    fidelity.run(settings.replace(cg_steps=5), session)
   with pytest.raises(UserError, match="at most as many"):
-    fidelity.run(settings.replace(halves_again=7), bench)
+    fidelity.run(settings.replace(halves_again=7), session)
 
 
 # ---- intervals -----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from experiments.paper.steps import STEPS, Step
 from in2core_jax.data import tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import coverage
-from in2core_jax.pipeline import session
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.runs import run_folder, stopping
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -238,7 +238,7 @@ def test_commands_get_what_was_given_and_work_alone(tmp_path):
   # A default that was asked for undoes a flagfile.
   assert parsed(Job(step, full, ("dtype",)).command()[4:])["dtype"] == "float32"
   assert "--overwrite" in Job(step, s).command(anew=True) and "--overwrite" not in Job(step, s).shown()
-  assert set(HOW_FAST) < set(session._WHERE_AND_HOW_FAST)
+  assert set(HOW_FAST) < set(sessions._WHERE_AND_HOW_FAST)
 
 
 def test_the_full_preset_means_all_data_layers_and_modules():

@@ -42,7 +42,7 @@ def settings_of(folder, **changes):
 @pytest.mark.real
 def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch):
   settings = settings_of(tmp_path)
-  bench = tiny.open_session(settings)
+  session = tiny.open_session(settings)
   lissa, calls = ihvp.lissa, []
 
   def diverging(sampled, v, key, options, on_state=None):
@@ -52,7 +52,7 @@ def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch)
     return lissa(sampled, v, key, options, on_state)
 
   monkeypatch.setattr(ihvp, "lissa", diverging)
-  folder = pathlib.Path(solvers.run(settings, bench))
+  folder = pathlib.Path(solvers.run(settings, session))
   result = json.loads((folder / "solvers.json").read_text())
   rows = {(row["solver"], row["damping ratio"]): row for row in result["residuals"]}
   for ratio in (0.5, 0.05):
@@ -77,10 +77,10 @@ def test_solvers_are_compared_and_finished_cells_are_kept(tmp_path, monkeypatch)
   calls.clear()
   (folder / "solvers.json").unlink()
   monkeypatch.setattr(solvers.Comparison, "solve", lambda *_: pytest.fail("a finished cell was computed again"))
-  solvers.run(settings, bench)
+  solvers.run(settings, session)
   assert json.loads((folder / "solvers.json").read_text()) == result and (folder / "solvers.md").read_text() == text
   with pytest.raises(UserError, match="krylov is 3 there and 4 now"):
-    solvers.run(settings.replace(krylov=4), bench)
+    solvers.run(settings.replace(krylov=4), session)
 
 
 def test_answers_are_dealt_out_among_the_chosen_rows_only():

@@ -18,7 +18,8 @@ from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.influence import kernels
-from in2core_jax.pipeline import compared, evaluate, select, session
+from in2core_jax.pipeline import compared, evaluate, select
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.compared import plan_of
 from in2core_jax.pipeline.evaluate_results import report_names
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
@@ -35,7 +36,7 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
@@ -52,10 +53,10 @@ def no_training(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def sweep(settings, bench, tmp_path_factory):
+def sweep(settings, session, tmp_path_factory):
   """(flags, run folder) of a finished sweep."""
   folder = tmp_path_factory.mktemp("runs")
-  selected = select.run(settings.replace(run_dir=str(folder / "select")), bench)
+  selected = select.run(settings.replace(run_dir=str(folder / "select")), session)
   chosen = settings.replace(
     run_dir=str(folder / "sweep"),
     select_runs=selected,
@@ -63,7 +64,7 @@ def sweep(settings, bench, tmp_path_factory):
     equal="steps,epochs,tokens",
     policies="full,random,bm25,embedding",
   )
-  return chosen, evaluate.run(chosen, bench)
+  return chosen, evaluate.run(chosen, session)
 
 
 def test_a_sweep_has_every_policy_at_every_budget(sweep):
@@ -97,9 +98,9 @@ def test_a_sweep_has_every_policy_at_every_budget(sweep):
   assert sum(line.startswith("Measured on these ") for line in words) == 1
 
 
-def test_equal_tokens_are_equal_within_a_step(sweep, bench):
+def test_equal_tokens_are_equal_within_a_step(sweep, session):
   _, folder = sweep
-  responses = bench.splits["train"].num_response_tokens
+  responses = session.splits["train"].num_response_tokens
   full = 4 * 8 * responses.mean()
   for row in table_of(folder, "evaluation.csv"):
     if row["equal"] == "tokens":
@@ -107,7 +108,7 @@ def test_equal_tokens_are_equal_within_a_step(sweep, bench):
       assert abs(int(row["steps"]) * per_step - full) <= per_step / 2 + 8  # a random row is a mean of two sets
 
 
-def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
+def test_the_same_training_is_done_once(sweep, session, monkeypatch):
   chosen, folder = sweep
   files = list((pathlib.Path(folder) / "trainings").iterdir())
   kept = {json.loads(path.read_text())["policy"] for path in files}
@@ -115,19 +116,19 @@ def test_the_same_training_is_done_once(sweep, bench, monkeypatch):
   # Full data once, whatever is equal; of the others one for each number of steps.
   assert sum(json.loads(path.read_text())["policy"] == "full" for path in files) == 1
   no_training(monkeypatch)
-  evaluate.run(chosen, bench)
+  evaluate.run(chosen, session)
 
 
-def test_similar_texts_are_chosen(sweep, bench):
+def test_similar_texts_are_chosen(sweep, session):
   chosen, folder = sweep
-  inputs = ChoiceInputs(bench, chosen, bench.model.params).of({"bm25", "embedding"})
-  ids = np.array(bench.splits["train"].ids)
+  inputs = ChoiceInputs(session, chosen, session.model.params).of({"bm25", "embedding"})
+  ids = np.array(session.splits["train"].ids)
   for name in ("bm25", "embedding"):
     kept = {json.loads(line)["messages"][0]["content"] for line in coreset_lines(folder, f"{name}-0.25-0")}
     order = np.argsort(-inputs["similarities"][name].mean(axis=0), kind="stable")
     best = coreset.copies_last(order, inputs["alike"])[:8]
     assert len(kept) <= 8 and set(ids[best]) <= set(ids)
-    assert kept == {bench.splits["train"].records[row].messages[0]["content"] for row in best}
+    assert kept == {session.splits["train"].records[row].messages[0]["content"] for row in best}
 
 
 def coreset_lines(folder, name):
@@ -145,30 +146,30 @@ def coreset_lines(folder, name):
     ({"fractions": "0.5", "policies": "proponents"}, "proponents needs the scores of a select run"),
   ],
 )
-def test_sweeps_that_cannot_be_are_refused(settings, bench, tmp_path, changes, words):
+def test_sweeps_that_cannot_be_are_refused(settings, session, tmp_path, changes, words):
   with pytest.raises(UserError, match=words):
-    evaluate.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    evaluate.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not (tmp_path / "run").exists()
 
 
-def test_a_sweep_matches_as_its_select_run_did(settings, bench, tmp_path):
-  made = select.run(settings.replace(policy="matching", run_dir=str(tmp_path / "select")), bench)
+def test_a_sweep_matches_as_its_select_run_did(settings, session, tmp_path):
+  made = select.run(settings.replace(policy="matching", run_dir=str(tmp_path / "select")), session)
   sweep = settings.replace(fractions="0.5", policies="full", select_runs=made, run_dir=str(tmp_path / "run"))
-  assert plan_of(bench, sweep).policies == [("full", 0), ("matching", 0)]
+  assert plan_of(session, sweep).policies == [("full", 0), ("matching", 0)]
   for name, value in {"layers": "last:1", "matching_target": "tokens", "matching_shrink": False}.items():
     with pytest.raises(UserError, match=f"has --{name}=.* and not {value}: give evaluate the same"):
-      plan_of(bench, sweep.replace(**{name: value}))
-  model = dataclasses.replace(bench.model, load=lambda: (bench.model.params, "0" * 64))
-  other = dataclasses.replace(bench, model=model)
+      plan_of(session, sweep.replace(**{name: value}))
+  model = dataclasses.replace(session.model, load=lambda: (session.model.params, "0" * 64))
+  other = dataclasses.replace(session, model=model)
   with pytest.raises(UserError, match="another --model .* than hf:.*hash 000000000000.*: give evaluate the same"):
     plan_of(other, sweep)
 
 
-def test_selections_of_several_sizes_have_no_random_set_in_common(settings, bench, monkeypatch):
+def test_selections_of_several_sizes_have_no_random_set_in_common(settings, session, monkeypatch):
   chosen = {"a/run": ("matching", 12), "b/run": ("proponents", 16), "c": ("longest", 16)}
   columns = lambda count: {"selected": np.arange(32) < count}  # noqa: E731
   monkeypatch.setattr(compared, "read_selection", lambda folder, _: (chosen[folder][0], columns(chosen[folder][1])))
-  plan = lambda runs, policies: plan_of(bench, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
+  plan = lambda runs, policies: plan_of(session, settings.replace(select_runs=runs, policies=policies))  # noqa: E731
   with pytest.raises(UserError, match="have selected 12, 16 examples, and random of --policies would have one size"):
     plan("a/run,b/run", "full,random")
   assert len(plan("a/run,b/run", "full").runs) == len(plan("b/run,c", "full,random").runs) == 2
@@ -188,12 +189,12 @@ def test_the_flagfile_of_the_study_names_rules_that_there_are():
         assert variants.variants_of(StudySettings(variants=change.removeprefix("--variants=")))
 
 
-def test_evaluation_topics(settings, bench):
-  topics = set(bench.splits["eval"].topics) & set(bench.splits["test"].topics)
+def test_evaluation_topics(settings, session):
+  topics = set(session.splits["eval"].topics) & set(session.splits["test"].topics)
   topic = sorted(topics)[0]
-  some = open_session(settings.replace(eval_topics=topic, eval_limit=0, test_limit=0), bench.model)
+  some = open_session(settings.replace(eval_topics=topic, eval_limit=0, test_limit=0), session.model)
   assert set(some.splits["eval"].topics) == set(some.splits["test"].topics) == {topic}
-  assert some.splits["train"].ids == bench.splits["train"].ids
+  assert some.splits["train"].ids == session.splits["train"].ids
   with pytest.raises(UserError, match="the eval set has nothing of 'cars'; its topics: "):
     open_session(settings.replace(eval_topics=f"{topic},cars"))
 
@@ -201,12 +202,12 @@ def test_evaluation_topics(settings, bench):
 # ---- study ---------------------------------------------------------------------------
 
 
-def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_path, monkeypatch):
+def test_study_compares_rules_and_keeps_what_is_finished(settings, session, tmp_path, monkeypatch):
   names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 10 queries"
   every = variants.make_variant("matching", trained=True, queries=10)
   monkeypatch.setattr(variants, "VARIANTS", variants.VARIANTS | {"matching, 10 queries": every})
   chosen = settings.replace(run_dir=str(tmp_path / "study"), variants=names, eval_limit=10)
-  folder = study.run(chosen, bench)
+  folder = study.run(chosen, session)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
   assert list(rows) == ["full", "random", *[name.strip() for name in names.split(";")]]
   assert all(int(row["examples"]) == (32 if name == "full" else 16) for name, row in rows.items())
@@ -225,13 +226,13 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
     and "gradients of length 1" in rules["matching, unit gradients"]
   )
   no_training(monkeypatch)
-  study.run(chosen, bench)
+  study.run(chosen, session)
   longer = tmp_path / "study" / "plots" / "study-tokens.svg"
   longer.write_text("of an earlier --equal=steps,tokens")
-  study.run(chosen.replace(variants="matching"), bench)  # fewer rules: the same folder
+  study.run(chosen.replace(variants="matching"), session)  # fewer rules: the same folder
   assert not longer.exists() and longer.with_name("study-steps.svg").exists()
   with pytest.raises(UserError, match="unknown 'best'; use some of proponents; proponents, base model; "):
-    study.run(chosen.replace(variants="best"), bench)
+    study.run(chosen.replace(variants="best"), session)
   with pytest.raises(UserError, match="no rule 'proponents, cg, cut at 96': name 'proponents, cg', and change"):
     variants.variants_of(chosen.replace(variants="matching; proponents, cg, cut at 96"))
   with pytest.raises(UserError, match="--variants=; names no rule"):
@@ -239,20 +240,20 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, bench, tmp_pa
 
 
 @pytest.mark.slow
-def test_rules_can_score_examples_that_are_cut(settings, bench, tmp_path, monkeypatch):
+def test_rules_can_score_examples_that_are_cut(settings, session, tmp_path, monkeypatch):
   """The same examples and model, shorter; what no cut reaches is the rule itself, and is not trained again."""
-  length = int(max(part.num_tokens.max() for part in bench.splits.values()))
+  length = int(max(part.num_tokens.max() for part in session.splits.values()))
   short = length // 2
-  cut = bench.with_settings(max_length=short)
+  cut = session.with_settings(max_length=short)
   for part, dataset in cut.splits.items():
-    assert dataset.ids == bench.splits[part].ids
-    np.testing.assert_array_equal(dataset.num_tokens, np.minimum(bench.splits[part].num_tokens, short))
-  assert cut.model.params is bench.model.params and bench.splits["train"].num_tokens.max() > short
+    assert dataset.ids == session.splits[part].ids
+    np.testing.assert_array_equal(dataset.num_tokens, np.minimum(session.splits[part].num_tokens, short))
+  assert cut.model.params is session.model.params and session.splits["train"].num_tokens.max() > short
   rules = {"matching": variants.VARIANTS["matching"]}
   of_length = lambda n: variants.make_variant("matching", trained=True, max_length=n)  # noqa: E731
   rules |= {f"matching, cut at {n}": of_length(n) for n in (short, length)}
   monkeypatch.setattr(variants, "VARIANTS", rules)
-  folder = study.run(settings.replace(run_dir=str(tmp_path / "cut"), variants="; ".join(rules)), bench)
+  folder = study.run(settings.replace(run_dir=str(tmp_path / "cut"), variants="; ".join(rules)), session)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
   whole, half = rows[f"matching, cut at {length}"], rows[f"matching, cut at {short}"]
   assert whole["shared with its rule"] == "1.00" and whole["perplexity"] == rows["matching"]["perplexity"]
@@ -292,43 +293,45 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     ({"variants": "matching, cut at 2"}, "'matching, cut at 2': .* has a response token within max_length=2"),
   ],
 )
-def test_a_study_that_cannot_be_is_refused_before_the_work(settings, bench, tmp_path, monkeypatch, changes, words):
+def test_a_study_that_cannot_be_is_refused_before_the_work(settings, session, tmp_path, monkeypatch, changes, words):
   rules = variants.VARIANTS | {"matching, cut at 2": variants.make_variant("matching", trained=True, max_length=2)}
   monkeypatch.setattr(variants, "VARIANTS", rules)
   if not words:
-    assert study.check_variants(bench, settings.replace(**changes)) is None
+    assert study.check_variants(session, settings.replace(**changes)) is None
     return
   with pytest.raises(UserError, match=words):
-    study.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    study.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not list(tmp_path.iterdir())
 
 
-def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, bench):
-  evals = bench.splits["eval"]
-  few = bench.with_queries(4)
-  limited = open_session(settings.replace(eval_limit=4), bench.model)
+def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, session):
+  evals = session.splits["eval"]
+  few = session.with_queries(4)
+  limited = open_session(settings.replace(eval_limit=4), session.model)
   assert few.splits["eval"].ids == limited.splits["eval"].ids != evals.ids[:4]
-  assert bench.with_queries(0) is bench.with_queries(len(evals)) is bench and len(bench.splits["eval"]) == len(evals)
-  chosen = session.choose(bench, bench.model.params, settings.layers, settings.modules)
+  assert session.with_queries(0) is session.with_queries(len(evals)) is session and len(session.splits["eval"]) == len(
+    evals
+  )
+  chosen = sessions.choose(session, session.model.params, settings.layers, settings.modules)
   rows = [evals.ids.index(name) for name in few.splits["eval"].ids]
 
   def of(one, part):
     stream = one.stream(one.packer(part, chosen.tree, chosen.params))
     return chosen.problem.losses(stream, len(one.splits[part]))
 
-  np.testing.assert_allclose(of(few, "eval"), of(bench, "eval")[rows], rtol=1e-5)
-  np.testing.assert_allclose(of(few, "train"), of(bench, "train"))
+  np.testing.assert_allclose(of(few, "eval"), of(session, "eval")[rows], rtol=1e-5)
+  np.testing.assert_allclose(of(few, "train"), of(session, "train"))
 
 
-def test_copies_come_last(settings, bench, tmp_path, monkeypatch):
+def test_copies_come_last(settings, session, tmp_path, monkeypatch):
   monkeypatch.setattr(study, "distinct_points", lambda points: np.arange(len(points)) // 4 * 4)
   run_dir = run_folder.RunDir.open(str(tmp_path / "copies"), {})
-  judged = study.Study(bench, settings, "", run_dir)
+  judged = study.Study(session, settings, "", run_dir)
   chosen = [judged.rows(variants.VARIANTS["random, copies last"], seed) for seed in range(3)]
   for rows in chosen:  # half of 8 texts with 4 copies each: two of each text
     np.testing.assert_array_equal(np.bincount(rows // 4), np.full(8, 2))
   assert len({tuple(rows) for rows in chosen}) == 3
-  few = study.Study(bench, settings.replace(budget=0.25), "", run_dir)
+  few = study.Study(session, settings.replace(budget=0.25), "", run_dir)
   np.testing.assert_array_equal(few.rows(variants.VARIANTS["random, copies last"], 0) // 4, np.arange(8))
 
 
@@ -369,7 +372,7 @@ def test_shares_of_rules_that_change_another_by_hand():
 
 
 @pytest.mark.slow
-def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench, tmp_path, monkeypatch):
+def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, session, tmp_path, monkeypatch):
   def kill(*_):
     raise Killed
 
@@ -377,10 +380,10 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, bench
   folders = [str(tmp_path / name) for name in ("killed", "alone")]
   with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
     patch.setattr(kernels.CompiledObjective, "losses_and_scores", kill)
-    study.run(settings.replace(run_dir=folders[0], variants=names[0]), bench)
+    study.run(settings.replace(run_dir=folders[0], variants=names[0]), session)
   assert list((tmp_path / "killed" / "unfinished").rglob("*.shard"))
   for folder in folders:
-    study.run(settings.replace(run_dir=folder, variants=names[1]), bench)
+    study.run(settings.replace(run_dir=folder, variants=names[1]), session)
   cells = [
     [json.loads(path.read_text()) for path in sorted((pathlib.Path(folder) / "cells").glob("*.json"))]
     for folder in folders

@@ -45,21 +45,21 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(settings):
   """(folder, session with what the targets need) of a finished run."""
-  bench = open_session(settings)
-  return pathlib.Path(targets.run(settings, bench)), targets.with_targets(bench, settings)[0]
+  session = open_session(settings)
+  return pathlib.Path(targets.run(settings, session)), targets.with_targets(session, settings)[0]
 
 
 @pytest.mark.real
 def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, finished):
-  folder, bench = finished
+  folder, session = finished
   table = {row["rule"]: row for row in json.loads((folder / "targets.json").read_text())["recall"]}
   assert list(table) == ["random, expected", *(name.strip() for name in RULES.split(";"))]
-  train, evals = bench.splits["train"], bench.splits["eval"]
+  train, evals = session.splits["train"], session.splits["eval"]
   topics = np.array(train.topics)
   assert len(evals) == 12 and set(evals.topics) == {"sports", "movies", "humor"}  # 6 of each target, 3 of each topic
   size = int((topics == "sports").sum())
   asked = [row for row in range(len(evals)) if evals.topics[row] == "sports"]
-  chooser = targets.Chooser(bench, settings, "")
+  chooser = targets.Chooser(session, settings, "")
   target = targets.Target("sports", np.array(asked), np.arange(1), topics == "sports")
   order = chooser.order(VARIANTS["bm25"], target, 0)
   assert table["bm25"]["sports"] == f"{np.mean(topics[order[:size]] == 'sports'):.2f}"
@@ -68,7 +68,7 @@ def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, fin
 
 @pytest.mark.real
 def test_choices_are_judged_on_the_targets_own_test_examples(finished, settings):
-  folder, bench = finished
+  folder, session = finished
   result = json.loads((folder / "targets.json").read_text())
   titles = [f"{name}, 20 % of the pool, equal {word}" for word in ("epochs", "budget_tokens") for name in _names()]
   compared = [row["compared"] for row in result["overview"]]
@@ -139,7 +139,7 @@ def test_equal_ids_of_other_examples_are_other_choices():
 
 @pytest.mark.real
 def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypatch):
-  folder, bench = finished
+  folder, session = finished
   own = json.loads((folder / "targets.json").read_text())
   monkeypatch.setattr(
     retraining.Retrainer, "train", lambda *_: pytest.fail("trained again")
@@ -157,7 +157,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
       row for row in own["tables"][title] if row["rule"] in ("hybrid, base model", "bm25")
     ]
   chosen = own["choices"]["bm25"]["sports"]
-  assert len(chosen) == round(0.2 * len(bench.splits["train"])) and set(chosen) <= set(bench.splits["train"].ids)
+  assert len(chosen) == round(0.2 * len(session.splits["train"])) and set(chosen) <= set(session.splits["train"].ids)
   with pytest.raises(UserError, match="--choices_of=.*it chose [0-9]+ examples, [0-9]+ are needed"):
     targets.run(settings.replace(choices_of=str(folder), fractions="0.6"), open_session(settings))
 

@@ -16,7 +16,8 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder, weights
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import scoring, session
+from in2core_jax.pipeline import scoring
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import matching
@@ -45,13 +46,13 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
 @pytest.fixture(scope="module")
-def folder(settings, bench):
-  return pathlib.Path(transfer.run(settings, bench))
+def folder(settings, session):
+  return pathlib.Path(transfer.run(settings, session))
 
 
 @pytest.mark.slow
@@ -84,9 +85,9 @@ def test_the_same_model_by_another_name_chooses_the_same(settings, folder):
   assert all((folder / name).stat().st_size > 100 for name in names)
 
 
-def test_without_copies_there_are_no_random_sets_without_copies(settings, bench, tmp_path, monkeypatch):
+def test_without_copies_there_are_no_random_sets_without_copies(settings, session, tmp_path, monkeypatch):
   monkeypatch.setattr(transfer, "distinct_points", lambda points: np.arange(len(points.ids)))
-  task = transfer.Transfer(bench, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
+  task = transfer.Transfer(session, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
   names = [candidate.policy for candidate in task.candidates({"hf:x": np.arange(12)})]
   assert names == ["full", "random", "random", *[scorers.AS_LONG] * 2, scorers.LONGEST, "chosen by hf:x"]
   row = lambda policy, seed: statistics.RetrainRow(policy, seed, 2, 9, 4, 1, 4, 2.0, 2.0)  # noqa: E731
@@ -96,61 +97,61 @@ def test_without_copies_there_are_no_random_sets_without_copies(settings, bench,
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_scores_are_taken_after_the_fine_tuning(settings, bench, folder):
-  task = transfer.Transfer(bench, settings, run_folder.RunDir.load(str(folder)))
+def test_scores_are_taken_after_the_fine_tuning(settings, session, folder):
+  task = transfer.Transfer(session, settings, run_folder.RunDir.load(str(folder)))
   cell = task.scored(transfer.scorers_of(settings)[0])
-  judge = Retrainer(bench, settings, [np.arange(24)])
-  tuned = judge.train(np.flatnonzero(bench.splits["train"].num_response_tokens), 0, "again").sub
-  counted = bench.splits["eval"].num_response_tokens > 0
+  judge = Retrainer(session, settings, [np.arange(24)])
+  tuned = judge.train(np.flatnonzero(session.splits["train"].num_response_tokens), 0, "again").sub
+  counted = session.splits["eval"].num_response_tokens > 0
   losses, before = (judge.losses(sub, "eval")[counted].mean() for sub in (tuned, judge.sub))
   assert cell["eval loss as given"] == pytest.approx(before, rel=1e-6)
   assert cell["eval loss"] == pytest.approx(losses, rel=1e-6) and losses != pytest.approx(before, rel=1e-5)
-  chosen = session.choose(bench, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
+  chosen = sessions.choose(session, subtree.merge(tuned, judge.frozen, judge.chosen), "last:1", "all")
   wanted = scoring.score(
-    bench, settings, chosen, scoring.Work(run_folder.RunDir.open(str(folder) + "-w", {}))
+    session, settings, chosen, scoring.Work(run_folder.RunDir.open(str(folder) + "-w", {}))
   ).influence
-  found = [cell["influence"][example] for example in bench.splits["train"].ids]
+  found = [cell["influence"][example] for example in session.splits["train"].ids]
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-  assert [bench.splits["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
-    cell["selected"], key=bench.splits["train"].ids.index
+  assert [session.splits["train"].ids[row] for row in task.rows_of(cell["selected"])] == sorted(
+    cell["selected"], key=session.splits["train"].ids.index
   )
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_finished_cells_are_kept_and_other_flags_refused(settings, bench, folder, monkeypatch):
+def test_finished_cells_are_kept_and_other_flags_refused(settings, session, folder, monkeypatch):
   before = (folder / "transfer.md").read_bytes()
   (folder / "transfer.json").unlink()
   with monkeypatch.context() as patch:
     patch.setattr(Retrainer, "train", lambda *_: pytest.fail("a finished training was done again"))
     patch.setattr(transfer, "score", lambda *_: pytest.fail("finished scores were computed again"))
-    transfer.run(settings, bench)
+    transfer.run(settings, session)
   assert (folder / "transfer.md").read_bytes() == before and (folder / "transfer.json").exists()
   with pytest.raises(UserError, match="solver is 'identity' there and 'cg' now"):
-    transfer.run(settings.replace(solver="cg"), bench)
+    transfer.run(settings.replace(solver="cg"), session)
   with pytest.raises(UserError, match="leave it out"):
-    transfer.run(settings.replace(checkpoint=str(folder)), bench)
+    transfer.run(settings.replace(checkpoint=str(folder)), session)
   with pytest.raises(UserError, match="nothing is fine-tuned with --score_at=base"):
-    transfer.run(settings.replace(score_at="base", model_rates="1e-3"), bench)
+    transfer.run(settings.replace(score_at="base", model_rates="1e-3"), session)
   with pytest.raises(UserError, match="--score_path=projected: transfer .* has no store"):
-    transfer.run(settings.replace(score_path="projected"), bench)
+    transfer.run(settings.replace(score_path="projected"), session)
 
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_matching_selects_by_each_models_own_gradients(settings, bench, tmp_path):
+def test_matching_selects_by_each_models_own_gradients(settings, session, tmp_path):
   matching = settings.replace(policy="matching", score_at="base", run_dir=str(tmp_path / "run"))
-  found = json.loads((pathlib.Path(transfer.run(matching, bench)) / "transfer.json").read_text())["table"]
+  found = json.loads((pathlib.Path(transfer.run(matching, session)) / "transfer.json").read_text())["table"]
   assert found[1]["overlap of the choices"] == 1 and found[1]["Spearman"] == pytest.approx(1)
   assert 0 <= found[2]["overlap of the choices"] < 1
   assert not (tmp_path / "projected").exists()
 
 
 @pytest.mark.real
-def test_other_weights_under_the_same_word_are_scored_again(settings, bench, tmp_path, monkeypatch):
+def test_other_weights_under_the_same_word_are_scored_again(settings, session, tmp_path, monkeypatch):
   folders = []
   monkeypatch.setattr(transfer.Transfer, "score_anew", lambda *given: folders.append(given[-1]) or {"of": len(folders)})
-  task = transfer.Transfer(bench, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
+  task = transfer.Transfer(session, settings, run_folder.RunDir.open(str(tmp_path / "run"), {}))
   scorer = transfer.Scorer(write_model(tmp_path / "other", CONFIG), "last:1", "last:1", 1e-2)
   assert [task.scored(scorer)["of"] for _ in range(2)] == [1, 1]
   config, params, tokenizer, _ = weights.load_model(scorer.model)
@@ -212,11 +213,11 @@ def test_scorers_are_read_with_their_layers():
   ],
 )
 def test_what_a_later_model_cannot_do_is_refused_before_the_first_training(
-  settings, bench, tmp_path, monkeypatch, changes, words
+  settings, session, tmp_path, monkeypatch, changes, words
 ):
   monkeypatch.setattr(Retrainer, "train", lambda *_: pytest.fail("trained for what cannot be scored"))
   with pytest.raises(UserError, match=words):
-    transfer.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), bench)
+    transfer.run(settings.replace(run_dir=str(tmp_path / "run"), **changes), session)
   assert not (tmp_path / "run").exists()
 
 

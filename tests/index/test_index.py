@@ -21,7 +21,8 @@ from in2core_jax.model import decoder
 from in2core_jax.model.objective import losses_and_hidden_fn, make_objective
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import checks, index, select, session
+from in2core_jax.pipeline import checks, index, select
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.settings import Settings
@@ -93,8 +94,8 @@ def pieces_of(folder: str) -> dict[str, bytes]:
   return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.shard")}
 
 
-def rows_of(s: IndexSettings, bench):
-  train = bench.splits["train"]
+def rows_of(s: IndexSettings, session):
+  train = session.splits["train"]
   return store.IndexStore.load(s.run_dir).read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
 
 
@@ -102,23 +103,23 @@ def rows_of(s: IndexSettings, bench):
 def made(tmp_path_factory):
   """A finished index, its settings and its session."""
   s = settings(tmp_path_factory.mktemp("index"), index_size=8, batch_tokens=192)
-  bench = tiny.open_session(s)
-  index.run(s, bench)
-  return s, bench
+  session = tiny.open_session(s)
+  index.run(s, session)
+  return s, session
 
 
 @slow
 def test_rows_have_the_products_and_lengths_of_whole_sketched_gradients(tmp_path):
   s = settings(tmp_path)
-  bench = tiny.open_session(s)
-  index.run(s, bench)
-  rows = rows_of(s, bench)
+  session = tiny.open_session(s)
+  index.run(s, session)
+  rows = rows_of(s, session)
   block = rows.take(np.arange(len(rows)))
-  whole = Projection(bench, s, bench.model.params, s.seed).features("train")
+  whole = Projection(session, s, session.model.params, s.seed).features("train")
   exact = whole @ whole.T
   np.testing.assert_allclose(block.square, np.diag(exact), rtol=1e-5)
   np.testing.assert_allclose(block.gradients @ block.gradients.T, exact, atol=1e-2 * np.abs(exact).max())
-  hidden = np.stack([bench.hidden.pooled("train", pooling=view) for view in ("mean", "last")], axis=1)
+  hidden = np.stack([session.hidden.pooled("train", pooling=view) for view in ("mean", "last")], axis=1)
   basis = store.IndexStore.load(s.run_dir).read_basis()
   np.testing.assert_allclose(block.hidden_square, np.sum((hidden - basis.center) ** 2, axis=2), rtol=1e-4)
 
@@ -128,9 +129,9 @@ def test_two_devices_give_the_rows_of_one(tmp_path):
   found = []
   for count in (1, 2):
     s = settings(tmp_path / str(count), train_limit=20, eval_limit=4)
-    bench = session.open_session(s, sharding.make_mesh("", jax.devices()[:count]))
-    index.run(s, bench)
-    found.append(rows_of(s, bench).take(np.arange(len(bench.splits["train"]))))
+    session = sessions.open_session(s, sharding.make_mesh("", jax.devices()[:count]))
+    index.run(s, session)
+    found.append(rows_of(s, session).take(np.arange(len(session.splits["train"]))))
   one, two = found
   np.testing.assert_allclose(two.square, one.square, rtol=1e-5)
   np.testing.assert_allclose(two.hidden_square, one.hidden_square, rtol=1e-5)
@@ -140,7 +141,7 @@ def test_two_devices_give_the_rows_of_one(tmp_path):
 
 @slow
 def test_killed_anywhere_it_ends_in_the_same_bytes(made, tmp_path, monkeypatch):
-  s, bench = made
+  s, session = made
   other, writes = s.replace(run_dir=str(tmp_path / "index")), []
 
   write = ShardStore.write
@@ -155,7 +156,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(made, tmp_path, monkeypatch):
   kills = 0
   while True:
     try:
-      index.run(other, bench)
+      index.run(other, session)
       break
     except tiny.Killed:
       kills += 1
@@ -165,28 +166,28 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(made, tmp_path, monkeypatch):
 
 @slow
 def test_examples_are_added_and_none_is_computed_again(made, tmp_path, monkeypatch):
-  s, bench = made
-  smaller = bench.with_splits(bench.splits.with_parts(train=bench.splits["train"].take(range(22))))
+  s, session = made
+  smaller = session.with_splits(session.splits.with_parts(train=session.splits["train"].take(range(22))))
   own = s.replace(run_dir=str(tmp_path / "index"))
   index.run(own, smaller)
   before, passed = pieces_of(own.run_dir), []
   items = index.Pool._items
   note = lambda self, packer, plan, most: passed.extend(index.order_of(plan)) or items(self, packer, plan, most)  # noqa: E731
   monkeypatch.setattr(index.Pool, "_items", note)
-  index.run(own, bench)
-  distinct = [len({record.content_key for record in own.splits["train"].records}) for own in (bench, smaller)]
+  index.run(own, session)
+  distinct = [len({record.content_key for record in own.splits["train"].records}) for own in (session, smaller)]
   assert len(passed) == distinct[0] - distinct[1] > 0
   assert before.items() <= pieces_of(own.run_dir).items()
-  wanted, found = rows_of(s, bench), rows_of(own, bench)
+  wanted, found = rows_of(s, session), rows_of(own, session)
   np.testing.assert_allclose(found.values("square"), wanted.values("square"), rtol=1e-4)
   passed.clear()
-  index.run(own, bench)
+  index.run(own, session)
   assert not passed
   (pathlib.Path(own.run_dir) / "rows" / "000000.shard").write_bytes(b"damaged")
   with pytest.raises(UserError, match="missing or damaged"):
-    rows_of(own, bench)
-  index.run(own, bench)  # a shard of an older part
-  np.testing.assert_allclose(rows_of(own, bench).values("square"), wanted.values("square"), rtol=1e-4)
+    rows_of(own, session)
+  index.run(own, session)  # a shard of an older part
+  np.testing.assert_allclose(rows_of(own, session).values("square"), wanted.values("square"), rtol=1e-4)
   with pytest.raises(UserError, match="not in the index"):
     held = store.IndexStore.load(own.run_dir)
     held.read_rows(store.keys_of([np.arange(3)], [np.zeros(3, bool)]), ["new"])
@@ -196,13 +197,13 @@ def test_examples_are_added_and_none_is_computed_again(made, tmp_path, monkeypat
 @pytest.mark.parametrize("policy", ["hybrid", "matching", "proponents"])
 def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path, policy, monkeypatch):
   s = settings(tmp_path, policy=policy, budget="0.3", solver="identity")
-  bench = tiny.open_session(s)
-  index.run(s, bench)
+  session = tiny.open_session(s)
+  index.run(s, session)
   plain = s.replace(run_dir=str(tmp_path / "plain"))
   from_index = s.replace(run_dir=str(tmp_path / "chosen"), index=s.run_dir, write="query")
-  select.run(plain, bench)
+  select.run(plain, session)
   monkeypatch.setattr(index, "Pool", None)  # nothing is computed again, the queries neither
-  select.run(from_index, bench)
+  select.run(from_index, session)
   wanted, found = (read_parquet(pathlib.Path(own.run_dir) / "scores.parquet") for own in (plain, from_index))
   same = np.count_nonzero(wanted["selected"] & found["selected"]) / np.count_nonzero(wanted["selected"])
   assert same >= 0.8
@@ -211,7 +212,7 @@ def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path
   assert set(lists) == {"query", "rank", "example", "influence"} and lists["rank"].min() == 1
   names = lambda own: {path.name for path in pathlib.Path(own.run_dir).iterdir()}  # noqa: E731
   assert names(from_index) - names(plain) == {"query_top.parquet"} and names(plain) <= names(from_index)
-  select.run(from_index.replace(coreset_format="parquet"), bench)  # a finished run adds a form
+  select.run(from_index.replace(coreset_format="parquet"), session)  # a finished run adds a form
   assert "coreset.parquet" in names(from_index)
 
 
@@ -222,8 +223,8 @@ def test_the_cost_of_a_selection_from_an_index_is_not_told_as_that_of_a_pass():
 
 @slow
 def test_other_queries_are_computed_once_and_other_flags_are_refused(made, tmp_path):
-  s, bench = made
-  other = bench.with_splits(bench.splits.with_parts(eval=bench.splits["test"]))
+  s, session = made
+  other = session.with_splits(session.splits.with_parts(eval=session.splits["test"]))
   own = s.replace(index=s.run_dir, run_dir=str(tmp_path / "a"), policy="whitened_cosine", budget="5")
   select.run(own, other)
   assert len(list((tmp_path / "index_queries").iterdir())) == 1
@@ -237,7 +238,7 @@ def test_other_queries_are_computed_once_and_other_flags_are_refused(made, tmp_p
     ({"index": str(tmp_path)}, "not a run folder"),
   ):
     with pytest.raises(UserError, match=told):
-      select.run(own.replace(run_dir=str(tmp_path / "c"), **changes), bench)
+      select.run(own.replace(run_dir=str(tmp_path / "c"), **changes), session)
 
 
 @slow
@@ -254,12 +255,12 @@ def test_agreement_with_exact_products_is_whole_where_nothing_is_left_out(tmp_pa
 def test_exact_products_are_those_of_jvp(tmp_path, monkeypatch):
   monkeypatch.setattr(large_pools, "HELD", 4 * 10**5)  # few gradients at a time
   s = tiny.run_settings(tmp_path, kind=LargePoolsFlags, train_limit=20, eval_limit=4)
-  bench = tiny.open_session(s)
-  train, evals = (np.flatnonzero(bench.splits[part].num_response_tokens) for part in ("train", "eval"))
-  found = large_pools.exact_products(bench, s, train, evals)
-  chosen = session.choose(bench, bench.model.params, s.layers, "matrices")
-  v = chosen.problem.gradients(bench.stream(bench.batcher("eval", chosen.tree, chosen.params, evals)), len(evals))
-  stream = bench.stream(bench.packer("train", chosen.tree, chosen.params, train))
+  session = tiny.open_session(s)
+  train, evals = (np.flatnonzero(session.splits[part].num_response_tokens) for part in ("train", "eval"))
+  found = large_pools.exact_products(session, s, train, evals)
+  chosen = sessions.choose(session, session.model.params, s.layers, "matrices")
+  v = chosen.problem.gradients(session.stream(session.batcher("eval", chosen.tree, chosen.params, evals)), len(evals))
+  stream = session.stream(session.packer("train", chosen.tree, chosen.params, train))
   wanted = chosen.problem.scores(stream, len(train), v, "jvp")
   np.testing.assert_allclose(found[: len(evals), len(evals) :], wanted, atol=1e-5 * np.abs(wanted).max())
   np.testing.assert_allclose(found, found.T, atol=0)

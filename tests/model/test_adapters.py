@@ -258,12 +258,12 @@ def test_an_adapter_is_a_checkpoint_and_a_model(tmp_path):
   found = {}
   for name, changes in runs.items():
     own = settings.replace(run_dir=str(tmp_path / name), **changes)
-    bench = tiny.open_session(own)
+    session = tiny.open_session(own)
     if name == "factors":
       assert shapes.scored_shapes(config, own)[1].paths == subtree.make_subtree(params, "last:2", "lora").paths
       with pytest.raises(UserError, match="is an adapter, the end of a training alone"):
-        select.run(own.replace(trajectory="tracin"), bench)
-    found[name] = scores_of(select.run(own, bench))
+        select.run(own.replace(trajectory="tracin"), session)
+    found[name] = scores_of(select.run(own, session))
   np.testing.assert_allclose(found["weights"], found["merged"], rtol=2e-4, atol=1e-5 * np.abs(found["merged"]).max())
   assert np.abs(np.corrcoef(found["factors"], found["weights"])[0, 1]) < 0.9999
 

@@ -229,10 +229,10 @@ def test_flops_are_xlas_within_six_per_cent(kind, monkeypatch):
 def test_a_model_with_experts_is_trained_and_its_examples_are_scored(tmp_path):
   config = dataclasses.replace(tiny.CONFIG, num_experts=4, experts_per_token=2, norm_gates=True)
   s = tiny.run_settings(tmp_path, config, epochs=1.0, modules="experts", sketch_size=4)
-  bench = tiny.open_session(s)
-  assert bench.model.config.model_type == "mixtral"
-  checkpoint = finetune.run(s.replace(run_dir=str(tmp_path / "full")), bench)
-  select.run(s.replace(checkpoint=checkpoint, budget="0.25"), bench)
+  session = tiny.open_session(s)
+  assert session.model.config.model_type == "mixtral"
+  checkpoint = finetune.run(s.replace(run_dir=str(tmp_path / "full")), session)
+  select.run(s.replace(checkpoint=checkpoint, budget="0.25"), session)
   assert len((tmp_path / "run" / "coreset.jsonl").read_text().splitlines()) == 10
 
 

@@ -17,7 +17,8 @@ from experiments import flags as flags_lib
 from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
 from in2core_jax.parallel import processes, sharding
-from in2core_jax.pipeline import evaluate, finetune, select, session
+from in2core_jax.pipeline import evaluate, finetune, select
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.scoring import score
 from in2core_jax.pipeline.session import choose
 from in2core_jax.runs import files, run_folder
@@ -139,20 +140,20 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return tiny.open_session(settings)
 
 
-def on_mesh(bench, spec):
+def on_mesh(session, spec):
   """The same model and data on as many of the simulated devices as a --mesh says."""
   size = np.prod([int(part.split(":")[1]) for part in spec.split(",")])
-  model = bench.model.on(sharding.make_mesh(spec, jax.devices()[:size]))
-  return session.make_session(bench.settings.replace(mesh=spec), bench.splits, model)
+  model = session.model.on(sharding.make_mesh(spec, jax.devices()[:size]))
+  return sessions.make_session(session.settings.replace(mesh=spec), session.splits, model)
 
 
-def scored_on(bench, folder, **changes):
-  chosen = choose(bench, bench.model.params, bench.settings.layers, bench.settings.modules)
-  return chosen, score(bench, bench.settings.replace(**changes), chosen, Work(run_folder.RunDir.open(folder, {})))
+def scored_on(session, folder, **changes):
+  chosen = choose(session, session.model.params, session.settings.layers, session.settings.modules)
+  return chosen, score(session, session.settings.replace(**changes), chosen, Work(run_folder.RunDir.open(folder, {})))
 
 
 def bytes_on_first_device(tree):
@@ -162,16 +163,16 @@ def bytes_on_first_device(tree):
 
 
 @pytest.fixture(scope="module")
-def alone(bench, tmp_path_factory):
+def alone(session, tmp_path_factory):
   """Scores on one device."""
-  return scored_on(bench, tmp_path_factory.mktemp("alone"))[1]
+  return scored_on(session, tmp_path_factory.mktemp("alone"))[1]
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("spec", ["data:2,fsdp:2", "fsdp:8"])
-def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, monkeypatch):
-  wide = on_mesh(bench, spec)
+def test_any_mesh_gives_the_scores_of_one_device(session, alone, spec, tmp_path, monkeypatch):
+  wide = on_mesh(session, spec)
   to_arrays, states = solvers.state_to_arrays, []
   monkeypatch.setattr(solvers, "state_to_arrays", lambda state: states.append(state) or to_arrays(state))
   chosen, found = scored_on(wide, tmp_path)
@@ -189,10 +190,10 @@ def test_any_mesh_gives_the_scores_of_one_device(bench, alone, spec, tmp_path, m
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_cg_on_a_mesh_gives_the_scores_of_one_device(bench, tmp_path):
+def test_cg_on_a_mesh_gives_the_scores_of_one_device(session, tmp_path):
   """The default solver, to its residual; what it solves for is cut over fsdp."""
   default = {"solver": "cg", "damping_ratio": 0.01, "solver_tol": 1e-4, "depth": 40}
-  both = {"one": bench, "wide": on_mesh(bench, "data:2,fsdp:2")}
+  both = {"one": session, "wide": on_mesh(session, "data:2,fsdp:2")}
   (_, one), (_, found) = (scored_on(b, tmp_path / name, **default) for name, b in both.items())
   assert one.result.steps > 3 and np.max(found.result.residual) < 1e-4 and np.max(one.result.residual) < 1e-4
   scale = np.abs(one.influence).max()
@@ -206,7 +207,7 @@ def test_cg_on_a_mesh_gives_the_scores_of_one_device(bench, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path, caplog):
+def test_select_writes_to_an_object_store(settings, session, monkeypatch, tmp_path, caplog):
   """fsspec's store in memory stands for the one behind gs://; only what is read at random stays on the local disk."""
   memory = fsspec.get_filesystem_class("memory")
   for scheme in ("gs", "gcs"):
@@ -214,7 +215,7 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
   memory.store.clear()
   monkeypatch.setenv("IN2CORE_CACHE", str(tmp_path))
   remote = settings.replace(run_dir="gs://bucket/runs/a", boundary_cache="disk", solver="ekfac", policy="matching")
-  cloudy = session.make_session(remote.replace(sketch_size=4), bench.splits, bench.model)
+  cloudy = sessions.make_session(remote.replace(sketch_size=4), session.splits, session.model)
   with caplog.at_level("INFO"):
     folder = select.run(cloudy.settings, cloudy)
   assert folder == "gs://bucket/runs/a" and str(tmp_path / "boundary") in caplog.text
@@ -222,7 +223,7 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
   there = {path.split("bucket/runs/")[1].rsplit("/", 1)[0] for path in memory.store}
   stores = {path for path in there if path.startswith("projected/")}
   assert {"a", "a/plots", "ekfac"} <= there and stores and not [path for path in there if "boundary" in path]
-  assert len(run_folder.read_scores(f"{folder}/scores.parquet")["influence"]) == len(bench.splits["train"])
+  assert len(run_folder.read_scores(f"{folder}/scores.parquet")["influence"]) == len(session.splits["train"])
   written = dict(memory.store)
   select.run(cloudy.settings, cloudy)  # finished already
   assert memory.store.keys() == written.keys() and all(memory.store[path] is written[path] for path in written)
@@ -231,22 +232,22 @@ def test_select_writes_to_an_object_store(settings, bench, monkeypatch, tmp_path
 # ---- stages in two processes
 
 
-def stages(s, bench) -> None:
+def stages(s, session) -> None:
   """Select from the base model, a fine-tuning that is killed and goes on, a comparison; as one of the processes."""
   folder = Path(s.run_dir)
-  selected = select.run(s.replace(run_dir=str(folder / "select")), bench)
-  select.run(s.replace(run_dir=str(folder / "select-cg"), solver="cg", damping_ratio=0.01), bench)
+  selected = select.run(s.replace(run_dir=str(folder / "select")), session)
+  select.run(s.replace(run_dir=str(folder / "select-cg"), solver="cg", damping_ratio=0.01), session)
   training = s.replace(run_dir=str(folder / "finetune"))
   with tiny.killed_after_step(3):
-    finetune.run(training, bench)
-  tuned = bench.checkpoint_params(finetune.run(training, bench))
-  before, after = (jax.tree.leaves(processes.to_host(params)) for params in (bench.model.params, tuned))
+    finetune.run(training, session)
+  tuned = session.checkpoint_params(finetune.run(training, session))
+  before, after = (jax.tree.leaves(processes.to_host(params)) for params in (session.model.params, tuned))
   moved = [np.any(a != b) for a, b in zip(before, after, strict=True)]
   assert 0 < sum(moved) < len(moved)  # the chosen layer's leaves, and none of the embedding and the last norm
   judged = s.replace(
     run_dir=str(folder / "evaluate"), select_runs=selected, policies="random", seeds="0", fixed_seeds="0"
   )
-  evaluate.run(judged, bench)
+  evaluate.run(judged, session)
 
 
 def main(_) -> None:
@@ -261,7 +262,7 @@ def main(_) -> None:
 
     files.write_bytes = run_folder.write_bytes = only_shards
   s = flags_lib.read()
-  stages(s, session.open_session(s))
+  stages(s, sessions.open_session(s))
 
 
 def worker() -> None:
@@ -274,14 +275,14 @@ def worker() -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_two_processes_run_the_stages_as_one_does(settings, bench, tmp_path):
+def test_two_processes_run_the_stages_as_one_does(settings, session, tmp_path):
   job = settings.replace(run_dir=str(tmp_path / "two"), mesh="data:4,fsdp:2")
   flags_ = [*job.as_flags(), f"--coordinator=localhost:{tiny.free_port()}", "--num_processes=2"]
   program = "import test_processes; test_processes.worker()"
   done = tiny.run_processes(program, [[*flags_, "--process_id=0"], [*flags_, "--process_id=1"]])
   assert [code for code, _ in done] == [0, 0], "\n".join(output[-3000:] for _, output in done)
   assert "loading model" in done[0][1] and "loading model" not in done[1][1]
-  stages(settings.replace(run_dir=str(tmp_path / "one")), bench)
+  stages(settings.replace(run_dir=str(tmp_path / "one")), session)
   folders = {name: tmp_path / name for name in ("one", "two")}
   for name, tolerance in (("select", 1e-5), ("select-cg", 1e-4)):
     one, two = (run_folder.read_scores(folder / name / "scores.parquet") for folder in folders.values())

@@ -21,7 +21,8 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective, token_losses_fn
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import evaluate, evaluate_pairs, finetune, select, session
+from in2core_jax.pipeline import evaluate, evaluate_pairs, finetune, select
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.runs.run_folder import RunDir
 
@@ -255,11 +256,11 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
-  return session.open_session(settings, tiny.one_device(), pairs=True)
+def session(settings):
+  return sessions.open_session(settings, tiny.one_device(), pairs=True)
 
 
-def test_what_does_not_serve_pairs_is_refused_by_name(settings, bench):
+def test_what_does_not_serve_pairs_is_refused_by_name(settings, session):
   for changes, words in [
     ({"solver": "ekfac"}, "--solver=ekfac fits factors"),
     ({"precondition": "diagonal"}, "--precondition=diagonal fits factors"),
@@ -267,33 +268,33 @@ def test_what_does_not_serve_pairs_is_refused_by_name(settings, bench):
     ({"coreset_format": "tokens"}, "--coreset_format=tokens: the training set has preference pairs"),
   ]:
     with pytest.raises(UserError, match=words):
-      select.prepare(settings.replace(**changes), bench)
+      select.prepare(settings.replace(**changes), session)
   with pytest.raises(UserError, match=r"preference pairs \(.*pairs.jsonl:\d+\), which this command"):
     tiny.open_session(settings)
 
 
-def test_trainers_are_told_both_answers_and_the_dpo_loss(settings, bench, tmp_path):
+def test_trainers_are_told_both_answers_and_the_dpo_loss(settings, session, tmp_path):
   run_dir = RunDir.open(str(tmp_path / "run"), {})
-  write_train_with(run_dir, bench, settings, np.array([2, 0]), recipe_elsewhere(settings, bench))
+  write_train_with(run_dir, session, settings, np.array([2, 0]), recipe_elsewhere(settings, session))
   page = (run_dir.path / "train_with.md").read_text()
   assert "DPOConfig(" in page and "beta=0.5" in page and "SFT" not in page and "coreset_tokens" not in page
   lines = [json.loads(line) for line in (run_dir.path / "coreset_chat.jsonl").read_text().splitlines()]
-  for line, record in zip(lines, [bench.splits["train"].records[row] for row in (0, 2)], strict=True):
+  for line, record in zip(lines, [session.splits["train"].records[row] for row in (0, 2)], strict=True):
     assert set(line) == {"prompt", "chosen", "rejected"} and len(line["chosen"]) == len(line["rejected"]) == 1
     assert [*line["prompt"], *line["chosen"]] == list(record.messages)
     assert [*line["prompt"], *line["rejected"]] == list(record.rejected)
 
 
-def test_a_cut_side_and_a_mixed_part_are_told(settings, bench, tmp_path):
+def test_a_cut_side_and_a_mixed_part_are_told(settings, session, tmp_path):
   path = tmp_path / "mixed.jsonl"
   path.write_text("\n".join([*write_pairs(path, 8), json.dumps({"prompt": "a", "response": "b"})]) + "\n")
   records = tokenizing.load_records(f"jsonl:{path}")
   with pytest.raises(UserError, match=r"conversations \(.*:9\) and preference pairs \(.*:1\).*keep one kind"):
-    tokenizing.tokenize(records, bench.model.tokenizer, 48, "none")
-  whole = tokenizing.tokenize(records[:8], bench.model.tokenizer, 48, "none")
+    tokenizing.tokenize(records, session.model.tokenizer, 48, "none")
+  whole = tokenizing.tokenize(records[:8], session.model.tokenizer, 48, "none")
   starts = [np.flatnonzero(mask[at:])[0] for mask, at in zip(whole.response_mask, whole.second, strict=True)]
   most = int(min(starts)) + 1  # of the rejected answers
-  cut = tokenizing.tokenize(records[:8], bench.model.tokenizer, most, "none")
+  cut = tokenizing.tokenize(records[:8], session.model.tokenizer, most, "none")
   assert cut.truncated.all() and cut.longest == most
   there = cut.num_response_tokens > 0  # a pair counts where both of its answers begin before the cut
   assert there.tolist() == [start < most for start in starts] and there.any() and not there.all()
@@ -302,17 +303,17 @@ def test_a_cut_side_and_a_mixed_part_are_told(settings, bench, tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_are_chosen_trained_and_judged_by_the_dpo_loss(settings, bench, tmp_path):
+def test_pairs_are_chosen_trained_and_judged_by_the_dpo_loss(settings, session, tmp_path):
   """Losses of the base model are log 2; training lowers them; the selection is the original lines."""
-  tuned = finetune.run(settings.replace(run_dir=str(tmp_path / "finetune")), bench)
+  tuned = finetune.run(settings.replace(run_dir=str(tmp_path / "finetune")), session)
   report = json.loads((tmp_path / "finetune" / "finetune.json").read_text())
   lines = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
   assert abs(lines[0]["loss"] - np.log(2)) < 1e-5 and report["last_loss"] < 0.6
   chosen = settings.replace(run_dir=str(tmp_path / "select"), checkpoint=str(tuned), write="token,layer")
-  folder = pathlib.Path(select.run(chosen, bench))
+  folder = pathlib.Path(select.run(chosen, session))
   table = pq.read_table(folder / "scores.parquet").to_pydict()
   kept = (folder / "coreset.jsonl").read_text().splitlines()
-  assert kept == [r.raw for r, on in zip(bench.splits["train"].records, table["selected"], strict=True) if on]
+  assert kept == [r.raw for r, on in zip(session.splits["train"].records, table["selected"], strict=True) if on]
   assert set(kept) <= set(write_pairs(tmp_path / "again.jsonl", 60))
   scores = {name: np.zeros(len(table["influence"])) for name in ("token", "layer")}
   place = {name: row for row, name in enumerate(table["example_id"])}
@@ -325,7 +326,7 @@ def test_pairs_are_chosen_trained_and_judged_by_the_dpo_loss(settings, bench, tm
   reference = sorted((pathlib.Path(settings.run_dir).parent / "reference").iterdir())  # of the session's run folder
   assert [path.name.partition("-")[0] for path in reference] == ["eval", "train"]
   judged = evaluate.run(
-    settings.replace(run_dir=str(tmp_path / "evaluate"), select_runs=str(folder), policies="full,random"), bench
+    settings.replace(run_dir=str(tmp_path / "evaluate"), select_runs=str(folder), policies="full,random"), session
   )
   found = json.loads((pathlib.Path(judged) / "evaluation.json").read_text())
   rows = {row["policy"]: row for row in found["table"]}
@@ -341,7 +342,7 @@ def test_influence_of_pairs_on_conversations_and_the_other_way(settings, tmp_pat
   for number, changes in enumerate(({"train_data": "chatterbot:trivia"}, {"eval_data": "chatterbot:trivia"})):
     own = settings.replace(eval_data=settings.train_data).replace(**changes)
     own = own.replace(run_dir=str(tmp_path / f"run{number}"), policy="matching", write="query", batch_tokens="auto")
-    folder = pathlib.Path(select.run(own, session.open_session(own, tiny.one_device(), pairs=True)))
+    folder = pathlib.Path(select.run(own, sessions.open_session(own, tiny.one_device(), pairs=True)))
     table = pq.read_table(folder / "scores.parquet").to_pydict()
     queries = pq.read_table(folder / "query_scores.parquet").to_pydict()
     assert np.isfinite(table["influence"]).all() and sum(table["selected"]) == round(len(table["selected"]) / 4)

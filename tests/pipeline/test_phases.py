@@ -19,7 +19,7 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return tiny.open_session(settings)
 
 
@@ -82,43 +82,43 @@ def test_settings_decide_on_the_phases(changes, wanted):
   ],
   ids=lambda changes: next(iter(changes.values())) + " " + next(iter(changes)),
 )
-def test_a_run_enters_exactly_the_phases_of_the_dry_run(settings, bench, entered, tmp_path, changes):
+def test_a_run_enters_exactly_the_phases_of_the_dry_run(settings, session, entered, tmp_path, changes):
   s = settings.replace(run_dir=str(tmp_path / "run"), **changes)
-  tree = pricing.Pricer(bench, "select", *stage_phases.shapes.scored_shapes(bench.model.config, s))
+  tree = pricing.Pricer(session, "select", *stage_phases.shapes.scored_shapes(session.model.config, s))
   listed = phases.of_select(s, tree.boundary, 1)
-  priced = [phase.name for phase in stage_phases.select_phases(bench, s)]
+  priced = [phase.name for phase in stage_phases.select_phases(session, s)]
   assert names_of(priced, listed) == listed
-  bench.hidden.kept.clear(), bench.hidden.embedded.clear()
-  select.run(s, bench)
+  session.hidden.kept.clear(), session.hidden.embedded.clear()
+  select.run(s, session)
   assert names_of(entered, listed) == listed[:-1]  # of the files no progress is shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("basis", ["queries", "generic"])
-def test_an_index_enters_the_phases_of_its_dry_run_and_keeps_the_bytes(settings, bench, entered, tmp_path, basis):
+def test_an_index_enters_the_phases_of_its_dry_run_and_keeps_the_bytes(settings, session, entered, tmp_path, basis):
   s = IndexSettings.of(settings, run_dir=str(tmp_path / "index"), index_basis=basis, index_size=8, index_hidden=4)
-  listed, priced = phases.of_index(s), stage_phases.index_phases(bench, s)
+  listed, priced = phases.of_index(s), stage_phases.index_phases(session, s)
   assert [phase.name for phase in priced] == listed and all(phase.flops > 0 for phase in priced)
-  index.run(s, bench)
+  index.run(s, session)
   assert names_of(entered, listed) == listed
-  held, train = store.IndexStore.load(s.run_dir), bench.splits["train"]
+  held, train = store.IndexStore.load(s.run_dir), session.splits["train"]
   rows = held.read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
   kept = sum(array.nbytes for segment in rows.segments for array in segment.values())
   assert priced[-1].disk == kept + held.read_basis().gradients.nbytes
 
 
 @pytest.mark.slow
-def test_a_training_and_its_checkpoints_have_the_phases_of_the_dry_run(settings, bench, entered, tmp_path):
+def test_a_training_and_its_checkpoints_have_the_phases_of_the_dry_run(settings, session, entered, tmp_path):
   s = settings.replace(run_dir=str(tmp_path / "full"), keep_checkpoints=0)
   listed = [phases.hidden(2, "train"), phases.TRAINING]
-  assert names_of([phase.name for phase in stage_phases.finetune_phases(bench, s)], listed) == listed
-  bench.hidden.kept.clear()
-  checkpoint = finetune.run(s, bench)
+  assert names_of([phase.name for phase in stage_phases.finetune_phases(session, s)], listed) == listed
+  session.hidden.kept.clear()
+  checkpoint = finetune.run(s, session)
   assert names_of(entered, listed) == listed
   entered.clear()
   s = settings.replace(run_dir=str(tmp_path / "run"), checkpoint=checkpoint, solver="identity", trajectory="tracin")
   listed = phases.of_select(s, 2, 1)
-  assert names_of([phase.name for phase in stage_phases.select_phases(bench, s)], listed) == listed
-  bench.hidden.kept.clear()
-  select.run(s, bench)
+  assert names_of([phase.name for phase in stage_phases.select_phases(session, s)], listed) == listed
+  session.hidden.kept.clear()
+  select.run(s, session)
   assert names_of(entered, listed) == listed[:-1]

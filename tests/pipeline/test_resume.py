@@ -15,7 +15,8 @@ from tiny import Killed, quick_compile  # noqa: F401, an autouse fixture
 from experiments import kill_test
 from experiments.settings import KillTestFlags
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline import finetune, select, session
+from in2core_jax.pipeline import finetune, select
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.runs import resumable, run_folder, stopping, unfinished
 from in2core_jax.runs.progress import Progress
@@ -203,7 +204,7 @@ def counter(settings):
 
 
 @pytest.fixture(scope="module")
-def bench(counter):
+def session(counter):
   return counter.session
 
 
@@ -216,17 +217,17 @@ def commands_handler():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(settings, bench, counter, tmp_path_factory):
+def checkpoint(settings, session, counter, tmp_path_factory):
   """A training that SIGTERM has stopped at step 1 and that went on; and one that was left alone, to compare with."""
   root = tmp_path_factory.mktemp("trained")
-  alone = finetune.run(settings.replace(run_dir=str(root / "alone")), bench)
+  alone = finetune.run(settings.replace(run_dir=str(root / "alone")), session)
   chosen = settings.replace(run_dir=str(root / "stopped"))
   with pytest.raises(stopping.Terminated):
     finetune.run(chosen, counter.until(0, terminate))
   assert finetune_lib.kept_steps(f"{chosen.run_dir}/checkpoint") == [1]
   resumed = finetune.run(chosen, counter.until(None))
   assert counter.placed == 2 and finetune_lib.kept_steps(resumed) == [1, 2, 3]
-  ours, theirs = (jax.tree.leaves(bench.checkpoint_params(folder)) for folder in (resumed, alone))
+  ours, theirs = (jax.tree.leaves(session.checkpoint_params(folder)) for folder in (resumed, alone))
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   return resumed
@@ -275,7 +276,7 @@ def test_killed_anywhere_a_run_ends_in_the_same_bytes(settings, counter, alone, 
   assert {"scores.parquet", "coreset.jsonl", "report.md", "summary.json"} <= wanted.keys()
 
 
-def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, counter, alone, tmp_path, caplog):
+def test_a_run_killed_while_it_scores_solves_nothing_again(settings, session, counter, alone, tmp_path, caplog):
   wanted, batches = alone
   again, folder = settings.replace(run_dir=str(tmp_path / "run")), tmp_path / "run"
   with pytest.raises(Killed):
@@ -287,8 +288,8 @@ def test_a_run_killed_while_it_scores_solves_nothing_again(settings, bench, coun
   with caplog.at_level(logging.WARNING):
     select.run(again, counter.until(None))
   assert f"{shards[1].name}: damaged (its checksum does not fit); it is recomputed" in caplog.text
-  chosen = session.choose(bench, bench.model.params, "last:2", "all")
-  plan = bench.packer("train", chosen.tree, bench.model.params).sequential_plan(settings.batch_tokens)
+  chosen = sessions.choose(session, session.model.params, "last:2", "all")
+  plan = session.packer("train", chosen.tree, session.model.params).sequential_plan(settings.batch_tokens)
   assert counter.placed == len(plan) - 2 * (len(shards) - 1)  # the batches of the shards that are not there, no others
   assert kill_test.differences(wanted, kill_test.results_of(folder)) == []
 

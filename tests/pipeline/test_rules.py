@@ -27,57 +27,57 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(settings):
+def session(settings):
   return open_session(settings)
 
 
-def test_a_loss_drop_is_that_of_a_training_on_the_queries(bench, settings):
-  queries, train = np.arange(0, 10, 2), bench.splits["train"]
-  found = loss_drop(bench, settings, choose(bench, bench.model.params, "last:2", "all"), queries)
-  parts = bench.splits.with_parts(train=bench.splits["eval"].take(queries), eval=train)
-  judge = Retrainer(bench.with_splits(parts), settings.replace(trainable_layers="last:2"), [np.arange(5)])
+def test_a_loss_drop_is_that_of_a_training_on_the_queries(session, settings):
+  queries, train = np.arange(0, 10, 2), session.splits["train"]
+  found = loss_drop(session, settings, choose(session, session.model.params, "last:2", "all"), queries)
+  parts = session.splits.with_parts(train=session.splits["eval"].take(queries), eval=train)
+  judge = Retrainer(session.with_splits(parts), settings.replace(trainable_layers="last:2"), [np.arange(5)])
   trained = judge.train(np.arange(5), settings.seed, "queries")
   before, after = judge.losses(judge.sub, "eval"), judge.losses(trained.sub, "eval")
   assert found == pytest.approx((before - after) / before, rel=1e-4, abs=1e-5) and np.ptp(found) > 0
-  made = ChoiceInputs(bench, settings, bench.model.params)
+  made = ChoiceInputs(session, settings, session.model.params)
   inputs = inputs_of(train, **made.of({"loss_drop"}, queries))
   by_id = made._first_queries[np.isin(made._first_queries, queries)]
-  found = loss_drop(bench, settings, choose(bench, bench.model.params, "last:2", "all"), by_id)
+  found = loss_drop(session, settings, choose(session, session.model.params, "last:2", "all"), by_id)
   chosen = coreset.select_rows("loss_drop", inputs, Budget(num_examples=5))
   assert inputs.drop.tolist() == found.tolist() and set(chosen) == set(np.argsort(-found)[:5])
 
 
-def test_ranks_of_layers_are_those_of_projections_of_single_layers(bench, settings):
-  both = Projection(bench, settings.replace(layers="1,2"), bench.model.params, 0)
+def test_ranks_of_layers_are_those_of_projections_of_single_layers(session, settings):
+  both = Projection(session, settings.replace(layers="1,2"), session.model.params, 0)
   features, columns = both.features("train"), both.columns_of_layers()
   assert sorted(np.concatenate(columns)) == list(range(features.shape[1]))
   for layer, own in zip((1, 2), columns, strict=True):
-    alone = Projection(bench, settings.replace(layers=str(layer)), bench.model.params, 0).features("train")
+    alone = Projection(session, settings.replace(layers=str(layer)), session.model.params, 0).features("train")
     np.testing.assert_allclose(features[:, own], alone, rtol=1e-4, atol=1e-6)
-  made = ChoiceInputs(bench, settings.replace(layers="1,2"), bench.model.params)
+  made = ChoiceInputs(session, settings.replace(layers="1,2"), session.model.params)
   ranks = made.of({"layer_ranks"})["similarities"]["layer_ranks"]
   assert ranks.shape == (len(made._first_queries), len(features)) and 0 < ranks.min() < ranks.max() <= 1
   target, metric = both.features("eval")[made._first_queries][:, columns[0]], None
-  metric = WhitenedMetric.fit(features[:, columns[0]], ids=bench.splits["train"].ids, counted=made._counts)
+  metric = WhitenedMetric.fit(features[:, columns[0]], ids=session.splits["train"].ids, counted=made._counts)
   alone = made._of_layer(columns[0], made._first_queries)
   np.testing.assert_allclose(alone, metric.cosines(target, features[:, columns[0]]), rtol=1e-6)
 
 
-def test_rounds_choose_on_by_what_the_choice_so_far_has_taught(bench, settings):
-  train = bench.splits["train"]
-  inputs = inputs_of(train, **ChoiceInputs(bench, settings, bench.model.params).of({"matching"}))
+def test_rounds_choose_on_by_what_the_choice_so_far_has_taught(session, settings):
+  train = session.splits["train"]
+  inputs = inputs_of(train, **ChoiceInputs(session, settings, session.model.params).of({"matching"}))
   at_once = coreset.select_rows("matching", inputs, Budget(num_examples=12))
-  assert sequential.choose(bench, settings, "matching", 12, 1).tolist() == sorted(at_once)
-  half = sequential.choose(bench, settings, "matching", 6, 1)
-  found = sequential.choose(bench, settings, "matching", 12, 2)
+  assert sequential.choose(session, settings, "matching", 12, 1).tolist() == sorted(at_once)
+  half = sequential.choose(session, settings, "matching", 6, 1)
+  found = sequential.choose(session, settings, "matching", 12, 2)
   assert len(set(found)) == 12 and set(half) <= set(found) and set(found) != set(at_once)
-  assert sequential.choose(bench, settings, "matching", 12, 2).tolist() == found.tolist()
+  assert sequential.choose(session, settings, "matching", 12, 2).tolist() == found.tolist()
 
 
-def test_without_those_of_highest_metagradient_the_evaluation_loss_ends_higher(bench, settings):
-  found = metagradient(bench, settings)
-  assert np.all(found[bench.splits["train"].num_response_tokens == 0] == 0) and np.isfinite(found).all()
-  order, judge = np.argsort(-found), Retrainer(bench, settings, [np.arange(len(found))])
+def test_without_those_of_highest_metagradient_the_evaluation_loss_ends_higher(session, settings):
+  found = metagradient(session, settings)
+  assert np.all(found[session.splits["train"].num_response_tokens == 0] == 0) and np.isfinite(found).all()
+  order, judge = np.argsort(-found), Retrainer(session, settings, [np.arange(len(found))])
   after = {
     name: judge.losses(judge.train(np.sort(kept), settings.seed, name).sub, "eval").mean()
     for name, kept in (("without the best", order[8:]), ("without the worst", order[:-8]))

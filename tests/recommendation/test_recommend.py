@@ -22,7 +22,8 @@ from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
 from in2core_jax.parallel import sharding
-from in2core_jax.pipeline import finetune, session
+from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.recommendation import plan as plans
 from in2core_jax.recommendation import results, run, trial
@@ -65,11 +66,11 @@ def test_another_seed_deals_other_folds_and_too_few_examples_are_refused(monkeyp
   monkeypatch.setattr(
     trial, "test_examples", lambda _: types.SimpleNamespace(tokens=np.ones(2), groups=np.zeros(2, int))
   )
-  bench = types.SimpleNamespace(splits={"eval": few}, settings=types.SimpleNamespace(max_length=9))
+  session = types.SimpleNamespace(splits={"eval": few}, settings=types.SimpleNamespace(max_length=9))
   with pytest.raises(
     UserError, match="has 1 different examples with a response; 1 more have none within --max_length=9"
   ):
-    Judged.of(bench)
+    Judged.of(session)
 
 
 # ---- the correction, under a known truth -------------------------------------------------
@@ -273,9 +274,9 @@ def test_the_printed_training_never_looks_at_what_was_chosen(tmp_path):
   )
   assert "--test_data=jsonl:runs/x/test.jsonl --run_dir=runs/x-trained" in told and "--epochs=3.0" in told
   part = lambda *keys: types.SimpleNamespace(records=[types.SimpleNamespace(content_key=k, raw=f'"{k}"') for k in keys])  # noqa: E731
-  bench = types.SimpleNamespace(splits={"train": part("a", "b", "c"), "eval": part("d", "b", "a"), "test": part("c")})
+  session = types.SimpleNamespace(splits={"train": part("a", "b", "c"), "eval": part("d", "b", "a"), "test": part("c")})
   run_dir = RunDir.open(tmp_path / "run", {"stage": "recommend"})
-  results.write_held_out(run_dir, bench, np.array([1, 2]))
+  results.write_held_out(run_dir, session, np.array([1, 2]))
   assert (run_dir.path / "evaluation.jsonl").read_text() == '"d"\n"a"\n'
   assert (run_dir.path / "test.jsonl").read_text() == ""
 
@@ -332,11 +333,13 @@ def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path,
     (tmp_path / "recommendation.json").write_text('{"rule": "bm25"}')
     return str(tmp_path)
 
-  bench = types.SimpleNamespace(splits=())
-  pool = types.SimpleNamespace(name="pool", folder="runs/pool-0", bench=bench, settings=None, tasks=("dear", "cheap"))
-  pool.task, pool.is_done = lambda label: (label, bench), lambda: False
+  session = types.SimpleNamespace(splits=())
+  pool = types.SimpleNamespace(
+    name="pool", folder="runs/pool-0", session=session, settings=None, tasks=("dear", "cheap")
+  )
+  pool.task, pool.is_done = lambda label: (label, session), lambda: False
   monkeypatch.setattr(calibration.run, "run", answered)
-  monkeypatch.setattr(calibration, "judge_of", lambda *_: types.SimpleNamespace(over=lambda bench: bench))
+  monkeypatch.setattr(calibration, "judge_of", lambda *_: types.SimpleNamespace(over=lambda session: session))
   found = []
   with pytest.raises(UserError, match="1 pairs were refused: pool-0/dear; start the same command"):
     for pair in calibration.pairs([pool]):
@@ -360,13 +363,13 @@ def test_flags_that_contradict_it_are_refused_before_the_data_are_read(flags):
   ],
 )
 def test_budgets_and_seeds_are_checked_before_the_work(flags, message):
-  bench = types.SimpleNamespace(splits={"train": types.SimpleNamespace(num_response_tokens=np.ones(100, int))})
+  session = types.SimpleNamespace(splits={"train": types.SimpleNamespace(num_response_tokens=np.ones(100, int))})
   s = RecommendSettings(**flags)
   if message is None:
-    assert run.wanted(s, bench).budgets == (0.1,)
+    assert run.wanted(s, session).budgets == (0.1,)
   else:
     with pytest.raises(UserError, match=message):
-      run.wanted(s, bench)
+      run.wanted(s, session)
 
 
 def test_python_reads_of_parameters_and_settings_keep_what_they_set():
@@ -406,14 +409,14 @@ def settings(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.real
 def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
-  bench, trained, train = open_session(settings), [], Retrainer.train
+  session, trained, train = open_session(settings), [], Retrainer.train
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(run, "close", lambda *_: (_ for _ in ()).throw(Killed()))
-    run.run(settings, bench)
+    run.run(settings, session)
   gc.collect()  # the lock of the folder
   with monkeypatch.context() as patch:
     patch.setattr(Retrainer, "train", lambda self, *given: trained.append(given[2]) or train(self, *given))
-    folder = pathlib.Path(run.run(settings, bench))
+    folder = pathlib.Path(run.run(settings, session))
   assert trained and all(label.startswith(("test: ", TWIN)) for label in trained)  # the others were kept
   found = json.loads((folder / "recommendation.json").read_text())
   check_json(found)
@@ -428,9 +431,9 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
   assert (folder / "recommendation.html").read_text().count("<h1>") == 1
   assert i2c.load(folder).sentence == found["sentence"] in repr(i2c.load(folder))
   with pytest.raises(UserError, match="--minutes=0.001 is too short"):
-    run.dry_run(settings.replace(minutes=0.001), bench)
+    run.dry_run(settings.replace(minutes=0.001), session)
   monkeypatch.setattr("in2core_jax.recommendation.run.Trainings", None)  # a finished run trains nothing
-  assert run.run(settings.replace(coreset_format="tokens"), bench) == str(folder)
+  assert run.run(settings.replace(coreset_format="tokens"), session) == str(folder)
   assert (folder / "coreset_tokens" / "state.json").exists()
 
 
@@ -438,12 +441,12 @@ def test_the_command_tries_decides_checks_and_goes_on(settings, monkeypatch):
 @pytest.mark.real
 def test_the_demo_ends_in_a_recommendation_by_the_training_that_it_has(settings, tmp_path, monkeypatch):
   own = demo_flags.DemoFlags.of(settings, run_dir=str(tmp_path))
-  bench = open_session(own)
-  finetune.run(own.replace(run_dir=f"{tmp_path}/finetune"), bench)
+  session = open_session(own)
+  finetune.run(own.replace(run_dir=f"{tmp_path}/finetune"), session)
   monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("all of the data was trained on again"))
-  sentence = demo.recommended(own, bench, str(tmp_path))
+  sentence = demo.recommended(own, session, str(tmp_path))
   assert sentence.endswith(".") and sentence == i2c.load(tmp_path / "recommend").sentence
-  few = bench.of_rows(eval=np.arange(6))
+  few = session.of_rows(eval=np.arange(6))
   assert demo.recommended(own, few, str(tmp_path)).startswith("There is no recommendation: the evaluation set has ")
 
 
@@ -468,7 +471,7 @@ def test_a_real_slice_ends_in_a_sentence(tmp_path):
     run_dir=str(tmp_path / "run"),
   )
   alone = sharding.make_mesh("", jax.devices()[:1])  # eight simulated devices would hold the model eight times
-  folder = run.run(s, session.open_session(s, alone))
+  folder = run.run(s, sessions.open_session(s, alone))
   found = json.loads((pathlib.Path(folder) / "recommendation.json").read_text())
   check_json(found)
   assert found["checked"].startswith("On the test set")
