@@ -1,14 +1,15 @@
 """One experiment of `paper`: its command, its process, and the note beside its run folder."""
 
-import contextlib
 import dataclasses
 import datetime
 import logging
+import math
 import os
 import pathlib
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -104,8 +105,7 @@ class Job:
     process = subprocess.Popen(self.command(anew), env=subprocesses.environment())
     try:
       while code is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-          code = process.wait(_NOTE_SECONDS)
+        code = _ended(process, _NOTE_SECONDS)
         write_note(self.folder, note | {"seconds": time.monotonic() - began})
     finally:
       _stop(process)  # after Ctrl-C or SIGTERM it still runs
@@ -140,15 +140,32 @@ def _manifest(folder: pathlib.Path) -> bytes:
   return path.read_bytes() if path.exists() else b""
 
 
+def _ended(process: subprocess.Popen, seconds: float = math.inf) -> int | None:
+  """The exit code of a process that ends within so many seconds.
+
+  `Popen.wait` is no use where a signal's handler may raise: it can leave a lock taken that the next call waits for.
+  """
+  stop = time.monotonic() + seconds
+  while process.returncode is None and time.monotonic() < stop:
+    try:
+      pid, status = os.waitpid(process.pid, os.WNOHANG)
+    except ChildProcessError:  # it was waited for, and a handler raised before its code was kept
+      pid, status = process.pid, signal.SIGKILL
+    if pid:
+      process.returncode = os.waitstatus_to_exitcode(status)
+    else:
+      time.sleep(min(0.05, seconds))
+  return process.returncode
+
+
 def _stop(process: subprocess.Popen) -> None:
   """Ends an experiment, which saves what it can; a second signal in the meantime ends it at once."""
   try:
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(_PATIENCE)
+    _ended(process, _PATIENCE)
   finally:
     process.kill()
-    process.wait()
+    _ended(process)
 
 
 # ---- notes ---------------------------------------------------------------------------

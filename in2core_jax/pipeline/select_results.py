@@ -272,7 +272,7 @@ def _unit(s: Settings, pairs: bool = False) -> str:
   how = score_aggregate(s)
   if how == "topic_max":
     return "none: each evaluation topic's scores are divided by their root mean square, then the largest is taken"
-  if how in ("topic_quota", "round_robin"):
+  if how in ("topic_quota", "round_robin", "weighted_turns"):
     return "none: a priority, the number of examples for the first choice down to 1 for the last"
   if s.trajectory == "less":
     return "learning rate: a sum of cosines, each times the mean learning rate before its checkpoint"

@@ -32,6 +32,7 @@ def make_inputs(size=40, seed=0, width=6, **changes):
     "towards": rng.normal(size=size),
     "apart": Apart(0.05, 0.5, 0.005),
     "drop": rng.uniform(size=size),
+    "similar_tokens": rng.integers(1, 30, 5),
   }
   return PolicyInputs(**{**values, **changes})
 
@@ -138,12 +139,13 @@ def test_similarities_choose_by_their_mean_their_nearest_or_in_turns():
     wanted = {"mean": best(values.mean(axis=0)), "nearest": best(aggregation.nearest_mean(values))}
     for how, rows in wanted.items():
       assert select_rows(name, dataclasses.replace(inputs, aggregate=how), seven).tolist() == rows
-    turns = select_rows(name, dataclasses.replace(inputs, aggregate="round_robin"), seven).tolist()
-    for turn, row in enumerate(turns):  # the best of each query's that is left
-      left = [other for other in range(40) if other not in turns[:turn]]
-      assert row == left[int(np.argmax(values[turn % 5, left]))]
-    own = SIMILARITIES[name]
-    assert select_rows(name, inputs, seven).tolist() == (turns if own == "round_robin" else wanted[own])
+    shares = {"round_robin": np.ones(5), "weighted_turns": aggregation.turn_shares(inputs.similar_tokens, 5)}
+    for how, share in shares.items():
+      wanted[how] = turns = select_rows(name, dataclasses.replace(inputs, aggregate=how), seven).tolist()
+      for turn, row in zip(aggregation.turn_order(share, 7), turns, strict=True):  # the best of its own that is left
+        left = [other for other in range(40) if other not in turns[: turns.index(row)]]
+        assert row == left[int(np.argmax(values[turn, left]))]
+    assert select_rows(name, inputs, seven).tolist() == wanted[SIMILARITIES[name]]
     with pytest.raises(UserError, match=f"policy {name} needs {name}"):
       select_rows(name, make_inputs(similarities={}), seven)
 
@@ -537,10 +539,9 @@ def test_the_example_of_the_page_on_new_rules_is_a_rule(monkeypatch):
 @pytest.mark.parametrize("policy", REASONS)
 def test_every_choice_has_its_reason_in_words(policy):
   queries = [f"q{i}" for i in range(5)]
-  choice = coreset.select_by(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
-  np.testing.assert_array_equal(
-    choice.rows, select_rows(policy, make_inputs(similar_ids=queries), Budget(fraction=0.5), seed=3)
-  )
+  inputs = make_inputs(similar_ids=queries, similar_tokens=np.ones(5, int))
+  choice = coreset.select_by(policy, inputs, Budget(fraction=0.5), seed=3)
+  np.testing.assert_array_equal(choice.rows, select_rows(policy, inputs, Budget(fraction=0.5), seed=3))
   assert len(choice.reasons) == len(choice.rows) == 20
   for place, reason in enumerate(choice.reasons):
     wanted = REASONS[policy].format(n=place + 1, q=queries[place % 5], turn=place // 5 + 1)
