@@ -25,7 +25,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.index import basis as bases
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.metric import IndexMetric
-from in2core_jax.index.rows import BLOCK, NARROW, Block, Rows
+from in2core_jax.index.rows import BLOCK, NARROW, NUMBERS, Block, Rows
 from in2core_jax.parallel import processes
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import index, phases
@@ -96,7 +96,7 @@ class Drawn:
   def questions(self, count: int) -> rules.Questions:
     """Queries of the first clusters."""
     drawn = self._draw(10**6, count, OF_QUERIES)
-    block = Block(np.arange(count), *(drawn[name].astype(np.float32) for name in store.QUERY_NAMES))
+    block = Block(np.arange(count), *(drawn[name].astype(np.float32) for name in NUMBERS))
     ids = [f"query-{number}" for number in range(count)]
     return rules.Questions(block, np.arange(count), ids, ["" for _ in ids], np.full(count, 50))
 

@@ -58,13 +58,13 @@ def measured(work: Callable[[], np.ndarray]) -> Measured:
   return Measured(*taken, timing.peak_memory() / 1e9, values.tolist())
 
 
-def ours(bench: Session) -> dict[str, tuple[str, Callable[[], np.ndarray]]]:
+def ours(session: Session) -> dict[str, tuple[str, Callable[[], np.ndarray]]]:
   """Name -> (what, the pass)."""
-  rows, chosen = Rows(bench), Rows(bench).chosen("all", "matrices")
-  problem, size = chosen.problem, len(bench.splits["train"])
-  query = problem.gradients(bench.stream(bench.batcher("eval")), 1)
-  stream, forward = bench.stream(bench.packer("train")), rows.forward()
-  pool = index.Pool(bench, IndexSettings.of(bench.settings, layers="all", sketch_size=16))
+  rows, chosen = Rows(session), Rows(session).chosen("all", "matrices")
+  problem, size = chosen.problem, len(session.splits["train"])
+  query = problem.gradients(session.stream(session.batcher("eval")), 1)
+  stream, forward = session.stream(session.packer("train")), rows.forward()
+  pool = index.Pool(session, IndexSettings.of(session.settings, layers="all", sketch_size=16))
   store = lambda: pool.raw("train", np.arange(size), None, "store").loss * 0  # noqa: E731
   return {
     "forward": ("forward only", forward.work),
@@ -147,9 +147,9 @@ def peers_python(given: str) -> pathlib.Path:
   return python
 
 
-def run_all(bench: Session, other: Other, rounds: int) -> list[dict]:
+def run_all(session: Session, other: Other, rounds: int) -> list[dict]:
   """The table: every pass once a round, every second round backwards; the round before the first one warms up."""
-  own = ours(bench)
+  own = ours(session)
   works = {f"in2core_jax {name}": lambda work=work: measured(work) for name, (_, work) in own.items()}
   works |= {name: lambda name=name: other.run(name) for name in THEIRS}
   about = {f"in2core_jax {name}": ("in2core_jax", what) for name, (what, _) in own.items()} | THEIRS
@@ -170,13 +170,13 @@ def main() -> None:
   folder.mkdir(parents=True, exist_ok=True)
   python, limits = peers_python(given.python), {"train_limit": given.examples, "eval_limit": 1, "test_limit": 1}
   s = IndexSettings(train_data=given.data, max_length=256, run_dir=str(folder), **limits)
-  bench = open_session(s)
-  model, train = export.run(s.replace(overwrite=True), str(folder / "model")), bench.splits["train"]
-  job = {"model": str(model), "folder": str(folder), "batch_tokens": bench.batching.batch_tokens}
-  job |= {"train": [example(train, row) for row in range(len(train))], "query": example(bench.splits["eval"], 0)}
+  session = open_session(s)
+  model, train = export.run(s.replace(overwrite=True), str(folder / "model")), session.splits["train"]
+  job = {"model": str(model), "folder": str(folder), "batch_tokens": session.batching.batch_tokens}
+  job |= {"train": [example(train, row) for row in range(len(train))], "query": example(session.splits["eval"], 0)}
   (folder / "job.json").write_text(json.dumps(job))
   other = Other(python, folder / "job.json")
-  rows = run_all(bench, other, given.rounds)
+  rows = run_all(session, other, given.rounds)
   other.end()
   versions = ", ".join(f"{name} {version}" for name, version in (other.versions | {"jax": jax.__version__}).items())
   tokens = int(train.num_tokens.sum())

@@ -12,6 +12,7 @@ They are read by offset and not mapped, so that what was read is no memory of th
 from __future__ import annotations
 
 import json
+import operator
 import os
 import tempfile
 import weakref
@@ -90,7 +91,7 @@ class Texts(Sequence):
       yield from (text.decode("utf-8", "surrogatepass") for text in self._found[start : start + _BLOCK].to_pylist())
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+    return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
 
   def __hash__(self) -> int:
     return hash(tuple(self))
@@ -141,8 +142,12 @@ class _File:
 
 
 def _no_room(error: OSError) -> UserError:
+  try:
+    folder = tempfile.gettempdir()
+  except OSError:  # it looks for a folder that has room
+    folder = "no folder for temporary files"
   return UserError(
-    f"{tempfile.gettempdir()}: the records cannot be written there ({error.strerror or error}); set TMPDIR to a folder "
+    f"{folder}: the records cannot be written there ({error.strerror or error}); set TMPDIR to a folder "
     "with as much room as twice the data"
   )
 

@@ -30,7 +30,12 @@ def refuse_empty(parts: Mapping[str, list], given: Mapping[str, list], how: str,
       flag = judged_by if part != "train" else "--train_data"
       shared = [name for name in PARTS if given[name] is given[part] and parts[name]]
       others = ", ".join(f"{len(parts[name]):,} to {name}" for name in shared)
-      own = f"give --{part}_data, or another --split" if part != "train" else "give another --split"
+      if part == "train":
+        own = "give more records, or another --split"
+      elif judged_by == "--eval_data":  # it has two halves whatever --split is
+        own = "give more of them, or --eval_data and --test_data both"
+      else:
+        own = f"give --{part}_data, more records, or another --split"
       raise UserError(
         f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
         f"{own}"

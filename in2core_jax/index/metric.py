@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 
 from in2core_jax.errors import UserError
-from in2core_jax.index.rows import Block, Rows
+from in2core_jax.index.rows import NUMBERS, Block, Rows
 from in2core_jax.selection.hybrid import EMBEDDING_DAMPING, smoothed_by
 from in2core_jax.selection.whitening import DAMPING_RATIO
 
@@ -64,7 +64,10 @@ class Part:
 
 
 def _beyond_rounding(square: np.ndarray, inside: np.ndarray) -> np.ndarray:
-  """False where a difference of squares is what bfloat16 has rounded: its size means nothing."""
+  """False where a difference of squares is rounding in float32.
+
+  What bfloat16 has rounded of the numbers is larger and counts as outside: lengths err by a thousandth.
+  """
   return square - inside > 1e-6 * square
 
 
@@ -136,7 +139,7 @@ class IndexMetric:
 
   def asked(self, queries: Block) -> Asked:
     """Queries, for `similarity`."""
-    exact = Block(queries.rows, *(np.asarray(getattr(queries, name), np.float64) for name in _NUMBERS))
+    exact = Block(queries.rows, *(np.asarray(getattr(queries, name), np.float64) for name in NUMBERS))
     return Asked(tuple(image * scale[:, None] for image, scale in self.images(exact)))
 
   def similarity(self, asked: Asked, block: Block) -> np.ndarray:
@@ -145,9 +148,6 @@ class IndexMetric:
     for unit, (image, scale) in zip(asked.unit, self.images(block), strict=True):
       total += unit.astype(image.dtype) @ (image * scale[:, None]).T
     return total / total.dtype.type(len(asked.unit))
-
-
-_NUMBERS = ("gradients", "square", "hidden", "hidden_square")
 
 
 def smooth(asked: Asked) -> Asked:

@@ -21,6 +21,7 @@ BLOCK = 8192  # rows that are float32 at the same time: 16 MB at r = 512
 NARROW = np.dtype(ml_dtypes.bfloat16)
 
 Arrays = Mapping[str, np.ndarray]
+NUMBERS = ("gradients", "square", "hidden", "hidden_square")  # of a block, in the order of its fields
 
 
 def wide(numbers: np.ndarray) -> np.ndarray:
@@ -49,8 +50,7 @@ class Block:
   @classmethod
   def of(cls, rows: np.ndarray, arrays: Arrays, where: slice | np.ndarray) -> "Block":
     """The rows `where` of some arrays as they are stored."""
-    names = ("gradients", "square", "hidden", "hidden_square")
-    return cls(rows, *(wide(arrays[name][where]) for name in names))
+    return cls(rows, *(wide(arrays[name][where]) for name in NUMBERS))
 
   def take(self, where: np.ndarray) -> "Block":
     """Some of them, by mask or position."""
@@ -124,7 +124,7 @@ class Rows:
   def take(self, rows: np.ndarray) -> Block:
     """Some rows, in the order given."""
     rows = np.asarray(rows, np.int64)
-    return Block(rows, *(wide(self.stored(name, rows)) for name in ("gradients", "square", "hidden", "hidden_square")))
+    return Block(rows, *(wide(self.stored(name, rows)) for name in NUMBERS))
 
   def stored(self, name: str, rows: np.ndarray) -> np.ndarray:
     """One array of some rows, in the order given, as narrow as it is stored."""

@@ -20,7 +20,6 @@ MARK = "index.json"  # written last
 PARTS = "parts.json"
 _KEY = np.dtype("S32")
 _NARROWED = ("gradients", "hidden")
-QUERY_NAMES = ("gradients", "square", "hidden", "hidden_square")
 
 
 def keys_of(tokens: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> np.ndarray:
@@ -129,7 +128,8 @@ class IndexStore:
     if missing.size:
       raise UserError(
         f"{missing.size:,} of the {len(keys):,} training examples are not in the index {self.run_dir.path} (such as "
-        f"{ids[missing[0]]}): run `index` with this --train_data and --run_dir={self.run_dir.path}, it adds them"
+        f"{ids[missing[0]]}): run `index` with this --train_data and --run_dir={self.run_dir.path}, it adds them. "
+        "With another --max_length or --system_prompt than the index has, an example is another one"
       )
     return Rows(segments, position)
 

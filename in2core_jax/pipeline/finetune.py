@@ -49,9 +49,9 @@ def trainable_rows(session: Session):
   return session.splits["train"].num_response_tokens.nonzero()[0]
 
 
-def identity_of(session: Session, settings: Settings) -> dict:
-  """What a fine-tuned checkpoint depends on."""
-  return session.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",))
+def identity_of(session: Session, settings: Settings, own: bool = True) -> dict:
+  """What a fine-tuned checkpoint depends on; `own` as in `Session.identity`."""
+  return session.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",), own)
 
 
 @dataclasses.dataclass(frozen=True)

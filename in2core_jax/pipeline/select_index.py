@@ -16,7 +16,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.ihvp import solvers
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.basis import Raw
-from in2core_jax.index.rows import Block, Rows
+from in2core_jax.index.rows import NUMBERS, Block, Rows
 from in2core_jax.influence import projected
 from in2core_jax.influence.index_pass import OnDevice
 from in2core_jax.parallel import processes
@@ -211,7 +211,7 @@ def questions_of(task: Task) -> rules.Questions:
   if arrays is None:
     arrays = _computed(task, asked)
   copies = records.first_of(taken(evals.records, asked))
-  block = Block(np.arange(len(asked)), *(arrays[name] for name in store.QUERY_NAMES))
+  block = Block(np.arange(len(asked)), *(arrays[name] for name in NUMBERS))
   inside = np.sum(np.asarray(block.gradients, np.float64) ** 2, axis=1)
   outside = 1 - float(np.sum(inside) / max(np.sum(block.square, dtype=np.float64), np.finfo(np.float64).tiny))
   if outside > _OUTSIDE:
@@ -230,7 +230,7 @@ def _known(queries: dict[str, np.ndarray] | None, keys: np.ndarray) -> dict[str,
     return None
   order = np.argsort(queries["keys"], kind="stable")
   place = order[np.searchsorted(queries["keys"], keys, sorter=order)]
-  return {name: queries[name][place] for name in store.QUERY_NAMES}
+  return {name: queries[name][place] for name in NUMBERS}
 
 
 def _pool(task: Task) -> index.Pool:

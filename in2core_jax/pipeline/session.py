@@ -101,9 +101,15 @@ class Session:
 
   # ---- what results depend on ----------------------------------------------------------
 
-  def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
-    """What the results of a stage depend on; the run folder refuses another one. Arguments as in `check_folder`."""
-    return self.check_folder(stage, settings, groups, parts) | {"model_hash": self.model.hash}
+  def identity(
+    self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...], own: bool = True
+  ) -> dict:
+    """What the results of a stage depend on; the run folder refuses another one. Arguments as in `check_folder`.
+
+    `own`: whether they go into the run folder of `settings`; else it is that of another run, to compare with.
+    """
+    known = (self.check_folder if own else self._known)(stage, settings, groups, parts)
+    return known | {"model_hash": self.model.hash}
 
   def check_folder(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     """`identity` as far as it is known without weights; for before they are read. Collective.
@@ -117,15 +123,18 @@ class Session:
     Raises:
       UserError: the run folder holds results of other settings or data.
     """
+    known = self._known(stage, settings, groups, parts)
+    if not settings.overwrite:
+      run_folder.RunDir.refuse_other(settings.run_dir, known)
+    return known
+
+  def _known(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     flags_ = settings.identity(*groups)
     for name in _WHERE_AND_HOW_FAST:
       flags_.pop(name, None)
     if self.splits.template_date is None:
       flags_.pop("template_date", None)
-    known = {"stage": stage, "version": version, "flags": flags_, "data": self.splits.identity(*parts)}
-    if not settings.overwrite:
-      run_folder.RunDir.refuse_other(settings.run_dir, known)
-    return known
+    return {"stage": stage, "version": version, "flags": flags_, "data": self.splits.identity(*parts)}
 
   def checkpoint_params(self, folder: str, step: int | None = None) -> Any:
     """Parameters of `LoadedModel.at_checkpoint`; those of the base model when `folder` is empty."""

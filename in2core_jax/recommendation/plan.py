@@ -275,4 +275,6 @@ def _joined(dropped: Sequence[str]) -> list[str]:
 
 
 def _minutes(seconds: float) -> str:
-  return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+  if seconds < 90:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.1f} minutes" if seconds < 600 else f"{seconds / 60:.0f} minutes"

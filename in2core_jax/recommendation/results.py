@@ -7,7 +7,7 @@ import shlex
 
 import numpy as np
 
-from in2core_jax.data.records import raw_lines
+from in2core_jax.data.records import Raws, raw_lines
 from in2core_jax.evaluation import tries, verdict
 from in2core_jax.evaluation.paired import BY, Estimate
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
@@ -21,6 +21,7 @@ from in2core_jax.recommendation.rules import ABOUT, RULES
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Trainings
 from in2core_jax.report import recommendation_page
+from in2core_jax.runs import files
 from in2core_jax.runs.run_folder import RunDir
 
 FILE = "recommendation.json"
@@ -292,11 +293,11 @@ def write_held_out(run_dir: RunDir, session: Session, rows: np.ndarray) -> None:
 def add_forms(run_dir: RunDir, session: Session, s: RecommendSettings) -> None:
   """What a finished run is asked for besides and does not have (--coreset_format)."""
   train = session.splits["train"]
-  lines = collections.Counter(run_dir.read_bytes("coreset.jsonl").decode("utf-8", "surrogateescape").splitlines())
+  lines = collections.Counter(run_dir.read_bytes("coreset.jsonl").split(b"\n"))  # a text may hold other line breaks
   selected = np.zeros(len(train), bool)
-  for row, record in enumerate(train.records):  # copies are alike in every form
-    selected[row] = lines[record.raw] > 0
-    lines[record.raw] -= 1
+  for row, raw in enumerate(map(files.text_bytes, Raws(train.records))):  # copies are alike in every form
+    selected[row] = lines[raw] > 0
+    lines[raw] -= 1
   select_outputs.write_forms(run_dir, train, {"selected": selected}, s)
 
 

@@ -73,3 +73,16 @@ def test_a_full_disk_is_told_with_its_folder(monkeypatch):
   monkeypatch.setattr(record_file.os, "write", full)
   with pytest.raises(UserError, match=rf"{tempfile.gettempdir()}: .*No space left.*set TMPDIR"):
     written()
+
+  def none(*_, **__):
+    raise FileNotFoundError(2, "No usable temporary directory found")
+
+  monkeypatch.setattr(tempfile, "gettempdir", none)
+  monkeypatch.setattr(tempfile, "mkstemp", none)
+  with pytest.raises(UserError, match=r"No usable temporary directory.*set TMPDIR"):
+    written()
+
+
+def test_texts_equal_the_same_texts_and_nothing_else():
+  found = record_file.Texts.of(["a", "b"])
+  assert found == ("a", "b") and found == ["a", "b"] and found != ("a",) and found != ("a", "c") and found != (1, 2)

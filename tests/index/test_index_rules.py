@@ -12,7 +12,7 @@ from in2core_jax.index import basis as bases
 from in2core_jax.index import best, rules
 from in2core_jax.index import matching as block_matching
 from in2core_jax.index import rows as index_rows
-from in2core_jax.index.rows import NARROW, Block, Rows, wide
+from in2core_jax.index.rows import NARROW, NUMBERS, Block, Rows, wide
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.selection import aggregation, coreset, hybrid, matching
@@ -83,8 +83,7 @@ class Pool:
 
   def questions(self, basis=None) -> rules.Questions:
     arrays = self.arrays(self.asked, self.asked_hidden, basis or self.basis())
-    names = ("gradients", "square", "hidden", "hidden_square")
-    block = Block(np.arange(QUERIES), *(arrays[name] for name in names))
+    block = Block(np.arange(QUERIES), *(arrays[name] for name in NUMBERS))
     ids = [f"q{number}" for number in range(QUERIES)]
     return rules.Questions(block, np.arange(QUERIES), ids, self.query_topics, self.query_tokens)
 

@@ -30,6 +30,7 @@ from in2core_jax.recommendation import results, run, trial
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Judged
 from in2core_jax.report import recommendation_page
+from in2core_jax.runs import files
 from in2core_jax.runs.run_folder import RunDir
 
 RULES = ("hybrid", "bm25", "rds", "matching", "proponents")
@@ -404,6 +405,26 @@ def settings(tmp_path_factory):
     fractions="0.2,0.5",
     minutes=60.0,
   )
+
+
+@dataclasses.dataclass
+class Train:
+  """As much of a data set as `add_forms` looks at."""
+
+  records: list
+
+  def __len__(self):
+    return len(self.records)
+
+
+def test_a_form_that_is_added_later_has_the_same_examples_whatever_line_breaks_their_texts_hold(monkeypatch):
+  raws = ['{"text": "a"}', '{"text": "b\u2028b"}', '{"text": "c\x85"}', '{"text": "a"}', '{"text": "\ud83d"}']
+  train = Train([types.SimpleNamespace(raw=raw) for raw in raws])
+  written = files.text_bytes("".join(raws[row] + "\n" for row in (0, 1, 2, 4)))
+  run_dir, found = types.SimpleNamespace(read_bytes=lambda name: written), []
+  monkeypatch.setattr(results.select_outputs, "write_forms", lambda _, __, columns, ___: found.append(columns))
+  results.add_forms(run_dir, types.SimpleNamespace(splits={"train": train}), None)
+  assert found[0]["selected"].tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.slow
