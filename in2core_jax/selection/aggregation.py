@@ -16,7 +16,6 @@ Letters: N examples of the pool, Q queries, G evaluation topics.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from in2core_jax.errors import UserError
 
@@ -94,6 +93,8 @@ def mean_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:
 
   Ranks have no scale, so that no layer speaks louder than another (Borda's count).
   """
+  from scipy import stats  # settings read this module, and --help does not wait for scipy
+
   return np.mean([stats.rankdata(values, axis=1) / values.shape[1] for values in scores], axis=0)
 
 
