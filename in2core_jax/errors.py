@@ -1,6 +1,5 @@
 """The one error type that entry points turn into a single line and exit code 2, and text that a terminal can show."""
 
-import contextlib
 import re
 
 # Controls (C0 but the space, DEL, C1), line and paragraph separators, marks that turn the direction of a text, the
@@ -24,21 +23,3 @@ def printable(text: str) -> str:
 def one_line(error: BaseException, most: int = 300) -> str:
   """What a library's error says, in one line of at most so many characters; its class where it says nothing."""
   return " ".join(str(error).split())[:most] or type(error).__name__
-
-
-@contextlib.contextmanager
-def told_by_tokenizers(what: str):
-  """Turns what the tokenizers library raises into one line that begins with `what`.
-
-  It raises bare `Exception`s, and its panics are `BaseException`s, which nothing else would stop.
-  """
-  try:
-    yield
-  except BaseException as error:
-    # Its errors are of Python's own classes; what is derived from these has a reason of its own.
-    bare = type(error) in (Exception, ValueError, TypeError, KeyError, OSError, OverflowError)
-    if not bare and type(error).__name__ != "PanicException":
-      raise
-    raise UserError(
-      f"{what} ({one_line(error)}); save the tokenizer again, or take it from the model's own source"
-    ) from error

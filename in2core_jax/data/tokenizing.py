@@ -29,7 +29,8 @@ from in2core_jax.data.records import BadRecords, Record, content_keys, first_pai
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
-from in2core_jax.errors import UserError, told_by_tokenizers
+from in2core_jax.data.tokenizer_errors import told_by_tokenizers
+from in2core_jax.errors import UserError
 
 __all__ = [
   "Record",

@@ -13,7 +13,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers
 
-from in2core_jax.errors import UserError, told_by_tokenizers
+from in2core_jax.data.tokenizer_errors import told_by_tokenizers
+from in2core_jax.errors import UserError
 from in2core_jax.model.gguf_cuts import CUTS, Cut
 from in2core_jax.model.gguf_file import Place, read_gguf
 from in2core_jax.model.model_files import read_object
