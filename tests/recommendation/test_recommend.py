@@ -232,6 +232,12 @@ def outcome_of(rule="hybrid", budget=0.1, **settings):
   return results.Outcome(made, plan, (0, 1, 2), trial, trial_of(means), decision, closing, **facts)
 
 
+def test_a_training_that_gains_nothing_is_warned_of():
+  made = outcome_of()
+  told = [results.warnings(dataclasses.replace(made, worth=worth)) for worth in (math.nan, 0.9, 1.001)]
+  assert told[0] == told[1] == told[2][1:] and "1.001 times the perplexity of the model before it" in told[2][0]
+
+
 def check_json(found):
   """The interface of recommendation.json."""
   ratios = {"ratio_to_random", "ratio_to_length_matched", "ratio_to_full"}
