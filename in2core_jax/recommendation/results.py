@@ -282,7 +282,8 @@ def train_line(s: Settings) -> str:
   """The command that trains on the choice, with the recipe of the trial; it holds out what the trial held out."""
   folder = s.run_dir.rstrip("/")
   own = ("model", "data_fields", "max_length", "system_prompt", "trainable", "trainable_layers", "trainable_modules")
-  own += ("lora_rank", "learning_rate", "epochs", "batch_size")
+  own += ("lora_rank", "learning_rate", "epochs", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
+  own += ("loss_reduction", "template_date", "dtype", "seed")
   flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
   data = [f"--train_data=jsonl:{folder}/coreset.jsonl"]
   data += [f"--{part}_data=jsonl:{folder}/{file}" for part, file in HELD_OUT.items()]

@@ -280,6 +280,9 @@ def test_the_printed_training_never_looks_at_what_was_chosen(tmp_path):
     and "--train_data=jsonl:runs/x/coreset.jsonl --eval_data=jsonl:runs/x/evaluation.jsonl" in told
   )
   assert "--test_data=jsonl:runs/x/test.jsonl --run_dir=runs/x-trained" in told and "--epochs=3.0" in told
+  recipe = {"weight_decay": 0.1, "warmup_ratio": 0.3, "max_grad_norm": 5.0, "loss_reduction": "sum", "seed": 3}
+  own = RecommendSettings(train_data="jsonl:a.jsonl", **recipe)
+  assert all(own.as_flag(name) in results.train_line(own) and own.as_flag(name) not in told for name in recipe)
   part = lambda *keys: types.SimpleNamespace(records=[types.SimpleNamespace(content_key=k, raw=f'"{k}"') for k in keys])  # noqa: E731
   session = types.SimpleNamespace(splits={"train": part("a", "b", "c"), "eval": part("d", "b", "a"), "test": part("c")})
   run_dir = RunDir.open(tmp_path / "run", {"stage": "recommend"})
