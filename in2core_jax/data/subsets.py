@@ -52,8 +52,9 @@ def of_topics(records: Sequence, part: str, topics: list[str]) -> Sequence:
   known = set(found)
   missing = [topic for topic in topics if topic not in known]
   if missing:
-    there = ", ".join(sorted(known - {""})) or "none"
-    raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; its topics: {there}")
+    there = ", ".join(sorted(known - {""}))
+    there = f"its topics: {there}" if there else "its records have no topic, source or category"
+    raise UserError(f"--eval_topics: the {part} set has nothing of {missing[0]!r}; {there}")
   return taken(records, np.flatnonzero([topic in topics for topic in found]))
 
 

@@ -206,9 +206,9 @@ def split_sources(s: Settings) -> tuple[dict[str, list[tokenizing.Record]], BadR
   else:
     parts, how = dict(zip(PARTS, tokenizing.split_records(train, shares), strict=True)), f"--split={s.split}"
     given = dict.fromkeys(PARTS, train)
+  bad.raise_if_any()  # first: a part may be empty because of them
   if how:
     refuse_empty(parts, given, how, "--eval_data" if s.eval_data else "--train_data")
-  bad.raise_if_any()
   return parts, bad
 
 

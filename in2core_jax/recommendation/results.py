@@ -20,7 +20,7 @@ from in2core_jax.recommendation.plan import ORDER, Plan
 from in2core_jax.recommendation.rules import ABOUT, RULES
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import TWIN, Closing, Trainings
-from in2core_jax.report import recommendation_page
+from in2core_jax.report import findings, recommendation_page
 from in2core_jax.runs import files
 from in2core_jax.runs.run_folder import RunDir
 
@@ -43,6 +43,7 @@ class Outcome:
     sizes: (rule, budget) -> (examples, steps).
     seeds_of: (rule, budget) -> seeds that were trained.
     pool: examples with a response.
+    worth: perplexity by example after the training on all data over that before it; NaN: not known.
   """
 
   settings: RecommendSettings
@@ -55,13 +56,15 @@ class Outcome:
   sizes: dict
   seeds_of: dict
   pool: int
+  worth: float = math.nan
 
   @classmethod
   def of(cls, trainings: Trainings, plan: Plan, seeds: tuple[int, ...], decision, closing: Closing) -> "Outcome":
     """Of finished trainings."""
     seeds_of = {name: sorted(own) for name, own in trainings.losses.items()}
     pool, trials = len(trainings.chooser.usable), (trainings.trial(plan), trainings.test_trial())
-    return cls(trainings.settings, plan, seeds, *trials, decision, closing, trainings.sizes, seeds_of, pool)
+    found = trainings.sizes, seeds_of, pool, trainings.worth
+    return cls(trainings.settings, plan, seeds, *trials, decision, closing, *found)
 
 
 # ---- sentences -------------------------------------------------------------------------
@@ -159,6 +162,12 @@ def to_know_more(outcome: Outcome) -> dict:
 def warnings(outcome: Outcome) -> list[str]:
   """What to mind of the answer."""
   found = []
+  if outcome.worth > 1 - MARGIN:
+    found.append(
+      f"Training on all of the data leaves the evaluation examples at {outcome.worth:.3f} times the perplexity of the "
+      "model before it. Trainings that gain next to nothing cannot tell sets apart: give more --epochs, a higher "
+      "--learning_rate, or data that is closer to the evaluation set."
+    )
   if outcome.plan.dropped:
     found.append(f"Left out to keep {outcome.settings.minutes:g} minutes: {outcome.plan.left_out}.")
   if outcome.plan.part < 1:
@@ -273,7 +282,8 @@ def train_line(s: Settings) -> str:
   """The command that trains on the choice, with the recipe of the trial; it holds out what the trial held out."""
   folder = s.run_dir.rstrip("/")
   own = ("model", "data_fields", "max_length", "system_prompt", "trainable", "trainable_layers", "trainable_modules")
-  own += ("lora_rank", "learning_rate", "epochs", "batch_size")
+  own += ("lora_rank", "learning_rate", "epochs", "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
+  own += ("loss_reduction", "template_date", "dtype", "seed")
   flags = [s.as_flag(name) for name in own if s.is_set(name) or s.has_own_default(name)]
   data = [f"--train_data=jsonl:{folder}/coreset.jsonl"]
   data += [f"--{part}_data=jsonl:{folder}/{file}" for part, file in HELD_OUT.items()]
@@ -306,6 +316,7 @@ def write(run_dir: RunDir, trainings: Trainings, outcome: Outcome, asked: dict) 
   session, s, rows = trainings.session, as_trained(outcome), np.sort(outcome.closing.rows)
   train, selected = session.splits["train"], np.isin(np.arange(len(session.splits["train"])), rows)
   found = as_json(outcome, asked) | {"train": train_line(s)}
+  found["warnings"] = [*findings.overlap_warnings(session.splits.summary["overlap"]), *found["warnings"]]
   run_dir.write_text("coreset.jsonl", raw_lines(train.records, rows))
   write_held_out(run_dir, session, rows)
   select_outputs.write_sources(run_dir, train, selected)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline import advice
 from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import tell_size
@@ -26,6 +27,7 @@ from in2core_jax.recommendation import results
 from in2core_jax.recommendation.measuring import measured
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import Judged, Trainings, close, judge_of, run_rungs, run_seed
+from in2core_jax.report import findings
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection.whitening import spread_rows
@@ -152,6 +154,7 @@ def run(
   session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.recommend --flagfile=THIS"])
   tell_size(session.splits["test"])
+  advice.tell(findings.overlap_warnings(session.splits.summary["overlap"]))
   judge = judge or judge_of(session, s)
   kept = ResultCache(run_dir).get(lambda: planned(judge, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -115,6 +116,7 @@ class Trainings:
     self.losses: dict[tries.Name, dict[int, np.ndarray]] = {}  # of evaluation examples, by seed
     self.tested: dict[tries.Name, dict[int, np.ndarray]] = {}  # of test examples
     self.sizes: dict[tries.Name, tuple[int, int]] = {}  # examples, steps
+    self.worth = math.nan  # perplexity by example after the training on all data over that before it, once `full` ran
 
   @functools.cached_property
   def chooser(self) -> Chooser:
@@ -217,6 +219,8 @@ class Trainings:
     found = self.cells.get(measure, "full", seed)
     name = (FULL, 1.0)
     self._note(name, seed, self.chooser.usable, np.array(found["eval"]))
+    before = self.cells.get(lambda: self._losses(self.retrainer.sub, everyone, False), "before")
+    self.worth = math.exp(np.mean(found["eval"]) - np.mean(before["eval"]))
     self.tested.setdefault(name, {})[seed] = np.array(found["test"])
     distinct = self.chooser.distinct
     if len(distinct) < len(self.chooser.usable):

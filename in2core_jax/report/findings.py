@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -50,12 +51,17 @@ def fine(run: SelectRun) -> list[str]:
 
 
 def _measured(run: SelectRun) -> list[Finding]:
-  return [*_overlap(run), *_duplicates(run), *_solver(run), *_length(run), *_cut(run), *_influence(run)]
+  return [*_overlap(run.data["overlap"]), *_duplicates(run), *_solver(run), *_length(run), *_cut(run), *_influence(run)]
 
 
-def _overlap(run: SelectRun) -> list[Finding]:
+def overlap_warnings(overlap: Mapping[str, Mapping[str, int]]) -> list[str]:
+  """What of `data_summary`'s overlap of the parts is to be minded, where there is no select run."""
+  return [finding.text for finding in _overlap(overlap) if finding.mind]
+
+
+def _overlap(overlap: Mapping[str, Mapping[str, int]]) -> list[Finding]:
   found = []
-  for name, count in run.data["overlap"].items():
+  for name, count in overlap.items():
     first, second = (_PARTS.get(part, part) for part in name.split("/"))
     same, prompts = count["same_messages"], count["same_prompt"]
     if not same and not prompts:

@@ -43,7 +43,7 @@ class ResultCache:
       began = time.perf_counter()
       cell = make() | {"name": list(name)}
       self._run_dir.write_json(file, {"seconds": round(time.perf_counter() - began, 2)} | cell)
-      shown = ", ".join(word for word in map(str, name) if len(word) < 60)  # the rest are lists and settings
+      shown = ", ".join(word for word in map(str, name) if 0 < len(word) < 60)  # the rest are lists and settings
       log.info("%s: %.0f s", shown, time.perf_counter() - began)
     return self._run_dir.load_json(file)
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from experiments import demo, flags
-from in2core_jax.data import summaries
+from in2core_jax.data import subsets, summaries, tokenizing
 from in2core_jax.errors import UserError
 from in2core_jax.estimate import dry_run
 from in2core_jax.evaluation import statistics
@@ -603,6 +603,18 @@ def test_sources_are_split_as_documented(settings, tmp_path):
 def test_an_empty_evaluation_set_is_refused(settings, session):
   with pytest.raises(UserError, match="the eval set is empty"):
     tiny.open_session(settings.replace(split="0.9,0.0,0.1", train_limit=5), session.model)
+
+
+def test_an_empty_part_is_told_with_what_helps(settings, tmp_path):
+  one = tmp_path / "one.jsonl"
+  one.write_text('{"prompt": "a", "response": "b"}\n')
+  with pytest.raises(UserError, match="of --eval_data none .* give more of them, or --eval_data and --test_data both"):
+    split_sources(settings.replace(train_data="chatterbot:food", eval_data=f"jsonl:{one}"))
+  with pytest.raises(UserError, match="its records have no topic, source or category"):
+    subsets.of_topics(tokenizing.load_records(f"jsonl:{one}"), "eval", ["x"])
+  one.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp')
+  with pytest.raises(UserError, match="one.jsonl:2: broken JSON"):  # and not that a part is empty
+    split_sources(settings.replace(train_data=f"jsonl:{one}"))
 
 
 def test_blocks_of_limits_are_disjoint_and_make_up_the_whole(settings, session, tmp_path):

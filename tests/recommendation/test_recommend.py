@@ -232,6 +232,12 @@ def outcome_of(rule="hybrid", budget=0.1, **settings):
   return results.Outcome(made, plan, (0, 1, 2), trial, trial_of(means), decision, closing, **facts)
 
 
+def test_a_training_that_gains_nothing_is_warned_of():
+  made = outcome_of()
+  told = [results.warnings(dataclasses.replace(made, worth=worth)) for worth in (math.nan, 0.9, 1.001)]
+  assert told[0] == told[1] == told[2][1:] and "1.001 times the perplexity of the model before it" in told[2][0]
+
+
 def check_json(found):
   """The interface of recommendation.json."""
   ratios = {"ratio_to_random", "ratio_to_length_matched", "ratio_to_full"}
@@ -274,6 +280,9 @@ def test_the_printed_training_never_looks_at_what_was_chosen(tmp_path):
     and "--train_data=jsonl:runs/x/coreset.jsonl --eval_data=jsonl:runs/x/evaluation.jsonl" in told
   )
   assert "--test_data=jsonl:runs/x/test.jsonl --run_dir=runs/x-trained" in told and "--epochs=3.0" in told
+  recipe = {"weight_decay": 0.1, "warmup_ratio": 0.3, "max_grad_norm": 5.0, "loss_reduction": "sum", "seed": 3}
+  own = RecommendSettings(train_data="jsonl:a.jsonl", **recipe)
+  assert all(own.as_flag(name) in results.train_line(own) and own.as_flag(name) not in told for name in recipe)
   part = lambda *keys: types.SimpleNamespace(records=[types.SimpleNamespace(content_key=k, raw=f'"{k}"') for k in keys])  # noqa: E731
   session = types.SimpleNamespace(splits={"train": part("a", "b", "c"), "eval": part("d", "b", "a"), "test": part("c")})
   run_dir = RunDir.open(tmp_path / "run", {"stage": "recommend"})

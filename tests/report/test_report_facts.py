@@ -185,9 +185,10 @@ def test_each_trouble_is_said_with_its_numbers():
   ]
   made = fine_run()
   overlap = {"train/eval": {"same_messages": 2, "same_prompt": 3}}
-  assert findings.warnings(fine_run(data=made.data | {"overlap": overlap})) == [
-    "2 evaluation examples occur in the training set, and 3 have a prompt that occurs there."
-  ]
+  told = ["2 evaluation examples occur in the training set, and 3 have a prompt that occurs there."]
+  assert findings.warnings(fine_run(data=made.data | {"overlap": overlap})) == told
+  assert findings.overlap_warnings(overlap) == told
+  assert not findings.overlap_warnings({"train/test": {"same_messages": 0, "same_prompt": 0}})
   lengths = dict(made.columns) | {"num_response_tokens": 300 - made.columns["rank"]}
   by_choice, by_score = findings.warnings(fine_run(columns=lengths))
   assert (
