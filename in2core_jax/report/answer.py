@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from in2core_jax.evaluation.tries import LEAST_GAIN
 from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
 
@@ -121,8 +122,10 @@ def _shown(ratio: tuple[float, float, float]) -> str:
 
 
 def _sign(ratio: tuple[float, float, float]) -> int:
-  """-1 where the interval is below 1 (better), 1 where above, else 0."""
-  return -1 if ratio[2] < 1 else 1 if ratio[1] > 1 else 0
+  """-1 where the interval is below 1 (better) and `LEAST_GAIN` is gained, 1 where it is above, else 0."""
+  if ratio[1] > 1:
+    return 1
+  return -1 if ratio[2] < 1 and ratio[0] <= 1 - LEAST_GAIN else 0
 
 
 def _from_retraining(run: SelectRun) -> Answer:
@@ -158,7 +161,10 @@ def _one(row: Mapping, table: Sequence[Mapping]) -> Answer:
   lead = f"{on}, the test perplexity by token is {_shown(token)} than with random sets"
   more = [f"By example it is {_shown(example)}.", *_against_full(row), *_fewer_tokens(row, table)]
   if signs == {0}:
-    return Answer(word, f"{lead}. The interval includes 0: it may be chance.", tuple(more))
+    little = token[2] < 1 or example[2] < 1
+    no_reason = f"Less than {100 * LEAST_GAIN:g} % is no reason to prefer it"
+    why = no_reason if little else "The interval includes 0: it may be chance"
+    return Answer(word, f"{lead}. {why}.", tuple(more))
   if signs == {-1, 1}:
     return Answer(word, f"{lead}, but by example it is the other way round.", tuple(more))
   if _sign(token) == 0:  # the one by example has decided: it comes first
@@ -197,7 +203,9 @@ def _many(known: Sequence[Mapping], rows: Sequence[Mapping]) -> Answer:
   if worse and not better:
     return Answer(RANDOM, f"retrained on this set, models are worse in {len(worse)} of {count} and better in none.")
   if not better and not worse:
-    return Answer(UNCLEAR, f"none of {count} shows a difference beyond its interval.")
+    return Answer(
+      UNCLEAR, f"none of {count} shows a difference beyond its interval, or a gain of {100 * LEAST_GAIN:g} %."
+    )
   more = [f"{word}: {_listed(titles)}." for word, titles in (("Better", better), ("Worse", worse)) if titles]
   why = f"it depends. Models are better in {len(better)} of {count} and worse in {len(worse)}."
   return Answer(UNCLEAR, why, tuple(more))

@@ -98,7 +98,21 @@ def _cut(run: SelectRun) -> list[Finding]:
   return [
     Finding(text, cut > 0.05 * size),
     Finding(f"{empty:,} training examples have no response token: influence 0, never selected.", empty > 0),
+    *(Finding(line, True) for line in _without_response(run.data["parts"])),
   ]
+
+
+def _without_response(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
+  """What is lost of the evaluation and the test set, by their counts in `data_summary`."""
+  lines = []
+  for name, counts in parts.items():
+    if name != "train" and counts["empty_responses"]:
+      cut = " Some are truncated; a higher --max_length keeps more." if counts["truncated"] else ""
+      lines.append(
+        f"{counts['empty_responses']:,} of {counts['examples']:,} {_PARTS[name]} examples have no response token and "
+        f"count for nothing.{cut}"
+      )
+  return lines
 
 
 def _influence(run: SelectRun) -> list[Finding]:

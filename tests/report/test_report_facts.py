@@ -302,6 +302,8 @@ def test_an_open_answer_says_what_leaves_it_open():
   assert both.why.endswith("than with random sets, but by example it is the other way round.")
   none = answer.answer(judged_run(retrained("mine", SAME, example_to_random=SAME)))
   assert none.why.endswith("than with random sets. The interval includes 0: it may be chance.")
+  little = answer.answer(judged_run(retrained("mine", SAME, example_to_random=(0.9996, 0.9994, 0.9998))))
+  assert little.word == answer.UNCLEAR and little.why.endswith("Less than 0.5 % is no reason to prefer it.")
 
 
 def test_the_answer_tells_what_else_belongs_to_it():
@@ -325,7 +327,11 @@ def test_the_answer_tells_what_else_belongs_to_it():
   [
     ((BETTER, BETTER), answer.USE, "retrained on it, models are better in all 2 comparisons with random sets."),
     ((SAME, WORSE), answer.RANDOM, "retrained on this set, models are worse in 1 of 2 comparisons with random sets"),
-    ((SAME, SAME), answer.UNCLEAR, "none of 2 comparisons with random sets shows a difference beyond its interval."),
+    (
+      (SAME, SAME),
+      answer.UNCLEAR,
+      "none of 2 comparisons with random sets shows a difference beyond its interval",
+    ),
     ((BETTER, SAME), answer.UNCLEAR, "it depends. Models are better in 1 of 2 comparisons with random sets and worse"),
     ((BETTER, WORSE), answer.UNCLEAR, "it depends."),
   ],
