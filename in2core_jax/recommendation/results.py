@@ -73,6 +73,9 @@ class Outcome:
 def sentence(outcome: Outcome) -> str:
   """The answer: which examples, how many, and what they are worth; ratios are by example."""
   rule, trial, name = outcome.decision.rule, outcome.trial, outcome.closing.name
+  if _gains_nothing(outcome):
+    why = f"training on all of the data leaves {outcome.worth:.3f} times the perplexity of the model before it"
+    return f"Cannot tell: {why}. Take random examples, or try again with more --epochs or a higher --learning_rate."
   if rule in WHOLE:
     return _whole_sentence(outcome)
   count, tried = len(outcome.closing.rows), len(outcome.plan.tried)
@@ -85,6 +88,11 @@ def sentence(outcome: Outcome) -> str:
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
   return f"Train on {part}, {chosen}: their perplexity is {to_random} and {to_full}, so {lost}."
+
+
+def _gains_nothing(outcome: Outcome) -> bool:
+  """Whether training on all of the data leaves the evaluation examples where they were; False where nobody knows."""
+  return outcome.worth > 1 - MARGIN
 
 
 def _of_the_whole(outcome: Outcome) -> str:
@@ -162,7 +170,7 @@ def to_know_more(outcome: Outcome) -> dict:
 def warnings(outcome: Outcome) -> list[str]:
   """What to mind of the answer."""
   found = []
-  if outcome.worth > 1 - MARGIN:
+  if _gains_nothing(outcome):
     found.append(
       f"Training on all of the data leaves the evaluation examples at {outcome.worth:.3f} times the perplexity of the "
       "model before it. Trainings that gain next to nothing cannot tell sets apart: give more --epochs, a higher "

@@ -236,6 +236,8 @@ def test_a_training_that_gains_nothing_is_warned_of():
   made = outcome_of()
   told = [results.warnings(dataclasses.replace(made, worth=worth)) for worth in (math.nan, 0.9, 1.001)]
   assert told[0] == told[1] == told[2][1:] and "1.001 times the perplexity of the model before it" in told[2][0]
+  said = [results.sentence(dataclasses.replace(made, worth=worth)) for worth in (math.nan, 0.9, 1.001)]
+  assert said[0] == said[1] and said[2].startswith("Cannot tell: training on all of the data leaves 1.001 times")
 
 
 def check_json(found):
