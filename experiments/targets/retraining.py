@@ -122,8 +122,8 @@ def recommended(trial: Trial, chooser) -> dict[str, Answer]:
     session.packer(part, tree, session.model.params)
   for target in trial.targets:
     name = re.sub(r"\W+", "-", target.name)
-    session = session.of_rows(eval=target.queries, test=target.tests)
-    folder = recommend.run(given.replace(run_dir=f"{root}/{name}"), session, f"{root}/full")
+    of_target = session.of_rows(eval=target.queries, test=target.tests)
+    folder = recommend.run(given.replace(run_dir=f"{root}/{name}"), of_target, f"{root}/full")
     told = run_folder.RunDir.load(folder).load_json(results.FILE)
     found[target.name] = _answer(trial, chooser, target, told)
   return found

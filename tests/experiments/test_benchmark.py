@@ -276,7 +276,7 @@ def test_several_devices_score_like_one(settings, tmp_path):
     "fsdp": {"device_counts": "2", "mesh": "fsdp:2"},
   }.items():
     own = settings.replace(alone="score", run_dir=str(tmp_path / name), **changes)
-    isolated.run_alone(own)
+    isolated.run_alone(own, {"score": isolated.score_alone})
     found[name] = json.loads((tmp_path / name / "alone.json").read_text())
     scores[name] = np.array(json.loads((tmp_path / name / "scores.json").read_text()))
   assert scores["1"].shape == (1, 10) and np.ptp(scores["1"]) > 0
