@@ -70,7 +70,7 @@ usage: ./run.sh COMMAND [flags]
 
 $main
 
-  --help after a command lists its flags; these five take --dry_run, which tells what they would take.
+  --help after a command lists its flags; these five and index take --dry_run, which tells what they would take.
   Paths are relative to where you are.
 
 other commands and experiments (each is python -m experiments.NAME inside .venv):

@@ -201,9 +201,9 @@ def _how_for_all(outcome: Outcome) -> str:
   said = (
     f"coreset.jsonl has examples of the {plan.pool:,} that took part. --minutes={minutes} takes all {plan.examples:,}"
   )
-  if rule in RULES:
-    policy = RULES[rule].policy
-    said += f"; ./run.sh select --policy={policy} --budget={share:g}, with the same data, chooses from all of them now"
+  if rule in RULES and not RULES[rule].trained:  # a trained rule scores at a model of all of them, which nobody has
+    flags = f"--policy={RULES[rule].policy} --layers={outcome.settings.layers} --budget={share:g}"
+    said += f"; ./run.sh select {flags}, with the same data and model, chooses from all of them now"
   return f"{said}."
 
 
