@@ -75,7 +75,7 @@ def sentence(outcome: Outcome) -> str:
   rule, trial, name = outcome.decision.rule, outcome.trial, outcome.closing.name
   if _gains_nothing(outcome):
     why = f"training on all of the data leaves {outcome.worth:.3f} times the perplexity of the model before it"
-    return f"Cannot tell: {why}. Take random examples, or try again with more --epochs or a higher --learning_rate."
+    return f"Cannot tell: {why}. Take random examples, or try again with more epochs or a higher learning rate."
   if rule in WHOLE:
     return _whole_sentence(outcome)
   count, tried = len(outcome.closing.rows), len(outcome.plan.tried)
