@@ -296,7 +296,7 @@ def run(settings: AblateLayersSettings, session: Session | None = None) -> str:
   solvers = solvers_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   session = session or open_session(s)
-  identity = session.identity(
+  identity = session.own_identity(
     "ablate_layers", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )
   for name in ("layers", "modules", "solver"):  # each cell has its own

@@ -394,7 +394,7 @@ def run(settings: CoverageSettings, session: Session | None = None) -> str:
   params = session.model.params
   tree = subtree.make_subtree(params, s.layers, s.modules)
   check_size(s, subtree.size_of(params, tree), f"--solver={s.solver}")
-  identity = session.identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
+  identity = session.own_identity("coverage", s, ("data", "model", "finetune", "select", "run"), ("train", POINTS))
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)
   session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.coverage --flagfile=THIS"])

@@ -324,7 +324,7 @@ def run(settings: FidelitySettings, session: Session | None = None) -> str:
     size = subtree.size_of(session.model.params, tree)
     check_size(settings_of(s, variant), size, f"{given}, {variant.name}", depth="krylov")
   groups = ("data", "model", "finetune", "select", "fidelity", "run")
-  identity = session.identity("fidelity", s, groups, ("train", "eval", "test"))
+  identity = session.own_identity("fidelity", s, groups, ("train", "eval", "test"))
   for name in (*_NOT_IDENTITY, *_OF_VARIANTS):
     identity["flags"].pop(name)
   identity["flags"] |= {name: getattr(s, name) for name in ("cg_steps", "krylov")}

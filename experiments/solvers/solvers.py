@@ -358,7 +358,7 @@ def run(settings: SolversSettings, session: Session | None = None) -> str:
   session = session or open_session(s)
   if s.mislabelled:  # which comes last
     subtree.make_subtree(session.model.params, s.mislabelled_layers, named=("--mislabelled_layers", "--modules"))
-  identity = session.identity(
+  identity = session.own_identity(
     "solvers", s, ("data", "model", "finetune", "select", "solvers", "run"), ("train", "eval")
   )
   for name in ("compare_ratios", "agreement_ratios", "compare_bfloat16"):  # they say which cells are shown

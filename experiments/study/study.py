@@ -224,7 +224,7 @@ def run(settings: StudySettings, session: Session | None = None) -> str:
   session = session or open_session(s)
   s = with_enough_queries(session, s)
   check_variants(session, s)
-  identity = session.identity(
+  identity = session.own_identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
   )  # not the lists of variants and seeds: more of them go on in the same folder
   tell_size(session.splits["test"])

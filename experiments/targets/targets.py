@@ -201,7 +201,9 @@ def run(settings: TargetsSettings, session: Session | None = None) -> str:
   session, targets = with_targets(session or open_session(s), s)
   judged_targets = reported(targets, s)
   chosen_elsewhere = read_choices(s, session, judged_targets, max(budgets))
-  identity = session.identity("targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
+  identity = session.own_identity(
+    "targets", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
+  )
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])

@@ -248,7 +248,7 @@ def run(settings: TransferSettings, session: Session | None = None) -> str:
   check_budget(s, session.splits["train"])
   tell_size(session.splits["test"])
   groups = ("data", "model", "finetune", "select", "transfer", "run")
-  identity = session.identity("transfer", s, groups, ("train", "eval", "test"))
+  identity = session.own_identity("transfer", s, groups, ("train", "eval", "test"))
   for name in _OF_SCORERS:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, s.overwrite)

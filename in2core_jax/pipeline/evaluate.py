@@ -106,7 +106,7 @@ _OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
 
 def identity_of(session: Session, s: Settings, plan: Plan) -> dict:
   """What the results depend on."""
-  identity = session.identity(
+  identity = session.own_identity(
     "evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test")
   )
   chosen_by = s.identity("select")

@@ -49,9 +49,12 @@ def trainable_rows(session: Session):
   return session.splits["train"].num_response_tokens.nonzero()[0]
 
 
-def identity_of(session: Session, settings: Settings, own: bool = True) -> dict:
-  """What a fine-tuned checkpoint depends on; `own` as in `Session.identity`."""
-  return session.identity("finetune", settings, ("data", "model", "finetune", "run"), ("train",), own)
+_DEPENDS_ON = ("data", "model", "finetune", "run"), ("train",)  # groups of settings, parts of the data
+
+
+def identity_of(session: Session, settings: Settings) -> dict:
+  """What a fine-tuned checkpoint depends on."""
+  return session.identity("finetune", settings, *_DEPENDS_ON)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +82,10 @@ def run(settings: Settings, session: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
   session = session or open_session(settings, pairs=True)
-  identity = identity_of(session, settings)
+  session.check_folder("finetune", settings, *_DEPENDS_ON)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
   task = prepare(settings, session)
-  run_dir = run_folder.RunDir.open(settings.run_dir, identity, overwrite=settings.overwrite)
+  run_dir = run_folder.RunDir.open(settings.run_dir, identity_of(session, settings), overwrite=settings.overwrite)
   session.splits.write_skipped(run_dir)
   folder = run_dir.file(run_folder.CHECKPOINT)
   sub, frozen = subtree.split(task.params, task.tree)

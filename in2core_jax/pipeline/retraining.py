@@ -184,7 +184,7 @@ class Retrainer:
     """Whether --checkpoint was fine-tuned on this full training set with this recipe, start and seed."""
     if not self.settings.checkpoint:
       return False
-    identity = run_folder.hash_of(identity_of(self.session, self.settings, own=False))
+    identity = run_folder.hash_of(identity_of(self.session, self.settings))
     return train_loop.checkpoint_meta(self.settings.checkpoint)["identity"] == identity
 
   def row(self, candidate: TrainingSubset, sub, trained_response_tokens: int, steps: int) -> statistics.RetrainRow:

@@ -122,7 +122,7 @@ def _settled(s: Settings, made_with: dict[str, Any]) -> Settings:
 
 
 def _identity(task: Task) -> dict:
-  identity = task.session.identity("select", task.settings, ("data", "model", "select", "run"), ("train", "eval"))
+  identity = task.session.own_identity("select", task.settings, ("data", "model", "select", "run"), ("train", "eval"))
   for name in ("checkpoint", "index"):
     identity["flags"].pop(name)
   identity["checkpoint"] = train_loop.checkpoint_hash(task.settings.checkpoint)

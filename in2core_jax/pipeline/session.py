@@ -101,18 +101,17 @@ class Session:
 
   # ---- what results depend on ----------------------------------------------------------
 
-  def identity(
-    self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...], own: bool = True
-  ) -> dict:
-    """What the results of a stage depend on; the run folder refuses another one. Arguments as in `check_folder`.
+  def identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
+    """What the results of a stage depend on; the run folder refuses another one. Arguments as in `check_folder`."""
+    return self._known(stage, settings, groups, parts) | {"model_hash": self.model.hash}
 
-    `own`: whether they go into the run folder of `settings`; else it is that of another run, to compare with.
-    """
-    known = (self.check_folder if own else self._known)(stage, settings, groups, parts)
-    return known | {"model_hash": self.model.hash}
+  def own_identity(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
+    """`identity`, where `check_folder` refuses nothing, whose arguments these are."""
+    self.check_folder(stage, settings, groups, parts)
+    return self.identity(stage, settings, groups, parts)
 
-  def check_folder(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
-    """`identity` as far as it is known without weights; for before they are read. Collective.
+  def check_folder(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    """Holds the run folder against what of `identity` is known before weights are read. Collective.
 
     Args:
       stage: or command, whose results are in the run folder.
@@ -123,10 +122,8 @@ class Session:
     Raises:
       UserError: the run folder holds results of other settings or data.
     """
-    known = self._known(stage, settings, groups, parts)
     if not settings.overwrite:
-      run_folder.RunDir.refuse_other(settings.run_dir, known)
-    return known
+      run_folder.RunDir.refuse_other(settings.run_dir, self._known(stage, settings, groups, parts))
 
   def _known(self, stage: str, settings: Settings, groups: tuple[str, ...], parts: tuple[str, ...]) -> dict:
     flags_ = settings.identity(*groups)

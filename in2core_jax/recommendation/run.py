@@ -142,7 +142,9 @@ def run(
   session = session or open_session(s)
   judged = Judged.of(session)
   wanted(s, session)
-  identity = session.identity("recommend", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test"))
+  identity = session.own_identity(
+    "recommend", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
+  )
   for name in _OF_THE_ANSWER:
     identity["flags"].pop(name, None)
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
