@@ -3,7 +3,6 @@
 ./run.sh demo
 """
 
-import dataclasses
 import logging
 import time
 
@@ -59,12 +58,8 @@ def recommended(s: Settings, session: Session, root: str) -> str:
     The sentence in which the demo ends.
   """
   few = {part: np.arange(min(_FEW, len(session.splits[part]))) for part in ("eval", "test")}
-  own = {
-    field.name: getattr(s, field.name)
-    for field in dataclasses.fields(Settings)
-    if field.metadata["group"] in ("run", "data", "model", "finetune")
-  }
-  settings = RecommendSettings(**own | _TRIED | {"run_dir": f"{root}/recommend"})
+  own = _TRIED | {"run_dir": f"{root}/recommend"}
+  settings = RecommendSettings.of(s, "run", "data", "model", "finetune", **own)
   session = session.of_rows(**few)
   try:
     Judged.of(session)

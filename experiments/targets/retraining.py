@@ -17,7 +17,7 @@ from in2core_jax.evaluation.tries import MATCHED as MATCHED_ANSWER
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.retraining import Retrainer, TrainingSubset, equal_steps, retrain_row
 from in2core_jax.pipeline.session import Session
-from in2core_jax.pipeline.settings import Settings, seeds_of, words
+from in2core_jax.pipeline.settings import seeds_of, words
 from in2core_jax.recommendation import results
 from in2core_jax.recommendation import run as recommend
 from in2core_jax.recommendation.rules import RULES
@@ -109,14 +109,9 @@ def recommended(trial: Trial, chooser) -> dict[str, Answer]:
     chooser: of `targets`, for rules that are not among those of --retrained.
   """
   s, session = trial.settings, trial.session
-  own = {
-    field.name: getattr(s, field.name)
-    for field in dataclasses.fields(Settings)
-    if field.metadata["group"] in ("run", "data", "model", "finetune", "select")
-  }
-  own |= {"minutes": s.recommend_minutes, "rules": ",".join(rules_of(s)), "fractions": s.fractions}
+  own = {"minutes": s.recommend_minutes, "rules": ",".join(rules_of(s)), "fractions": s.fractions}
   own |= {"budget": str(max(trial.budgets)), "equal": trial.equal[0], "seeds": s.seeds}
-  given = RecommendSettings(**own)
+  given = RecommendSettings.of(s, "run", "data", "model", "finetune", "select", **own)
   root, found, tree = f"{s.run_dir.rstrip('/')}/recommend", {}, start_params(session, s)[1]
   for part in session.splits:  # once for all targets
     session.packer(part, tree, session.model.params)

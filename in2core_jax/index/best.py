@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 _SIGN = np.int64(0x7FFFFFFF)
-_NONE = np.iinfo(np.int64).min  # below every key
 MOST_KEPT = 2**24  # keys of all queries together: 128 MB
 
 # A pass over the pool: yields (rows int [n], values f32 [Q, n]).

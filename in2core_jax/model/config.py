@@ -147,11 +147,6 @@ class ModelConfig:
       return self.attention_multiplier
     return (self.query_scalar or self.head_dim) ** -0.5
 
-  @property
-  def active_experts(self) -> int:
-    """How many MLPs of a layer a token goes through."""
-    return self.experts_per_token if self.num_experts else 1
-
   def local_layers(self, first: int, count: int) -> np.ndarray | None:
     """bool [count], which of the layers from `first` on are local; None where all layers of the model are alike."""
     if self.local is not None:

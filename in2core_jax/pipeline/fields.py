@@ -86,9 +86,9 @@ class Checked:
     """Refuses values that contradict each other; raises UserError in the words of parameters."""
 
   @classmethod
-  def of(cls, other: "Checked", **changes) -> Self:
-    """These settings with the values that `other` has too, and changes."""
-    shared = {field.name for field in dataclasses.fields(other)}
+  def of(cls, other: "Checked", *groups: str, **changes) -> Self:
+    """These settings with the values that `other` has too, of some groups or of all, and changes."""
+    shared = {field.name for field in dataclasses.fields(other) if not groups or field.metadata["group"] in groups}
     values = {field.name: getattr(other, field.name) for field in dataclasses.fields(cls) if field.name in shared}
     return cls(**(values | changes))
 
