@@ -18,7 +18,7 @@ from experiments.benchmark import isolated, shapes
 from experiments.benchmark.passes import FORWARD, make_rows, measured_session
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Session
@@ -193,8 +193,9 @@ def markdown(found: Found, measured_on: dict, asked: list[dict]) -> str:
   jax_version = measured_on["versions"]["jax"]
   text = [
     "# Benchmark\n",
-    f"{measured_on['date']}, {where}, {measured_on['num_cores']} cores, load {measured_on['load'][0]} at the end, "
-    f"{measured_on['model'].rsplit('/', 1)[-1]} in {measured_on['dtype']}, jax {jax_version}.\n",
+    f"{measured_on['date']}, {where}, {how_many(measured_on['num_cores'], 'core')}, "
+    f"load {measured_on['load'][0]} at the end, {measured_on['model'].rsplit('/', 1)[-1]} in {measured_on['dtype']}, "
+    f"jax {jax_version}.\n",
   ]
   tables = {"Times": found.times, "Compilation": found.compile, "Memory": found.memory, "Devices": found.scaling}
   for title, table in tables.items():

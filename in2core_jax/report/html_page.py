@@ -26,7 +26,7 @@ import markupsafe
 import numpy as np
 
 from in2core_jax.data.records import Record, rejected_turns, spoken
-from in2core_jax.errors import printable
+from in2core_jax.errors import how_many, printable
 from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
 from in2core_jax.report.markdown import retrain_rows, topic_table
@@ -57,7 +57,11 @@ def select_page(run: SelectRun) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= {"cell": table_text.format_value, "percent": lambda share: f"{share:.1%}"}
+  environment.filters |= {
+    "cell": table_text.format_value,
+    "percent": lambda share: f"{share:.1%}",
+    "how_many": how_many,
+  }
   script, style = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
   listing = _Listing.of(run)
   page = environment.get_template("report.html.j2").render(

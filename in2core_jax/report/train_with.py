@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.report.html_page import TEMPLATES
 from in2core_jax.report.table_text import escape_markdown
 
@@ -78,6 +79,7 @@ def page(training: Training) -> str:
     lstrip_blocks=True,
     keep_trailing_newline=True,
   )
+  environment.filters["how_many"] = how_many
   t, rank = training, training.lora_rank
   config = f'LoraConfig(r={rank}, lora_alpha={rank}, target_modules="all-linear")'
   # YAML reads 1e-05 as a text.
@@ -89,7 +91,7 @@ def page(training: Training) -> str:
   return environment.get_template(name).render(
     told
     | {
-      "n": f"{t.examples:,}",
+      "n": t.examples,
       "model": t.model.replace("`", ""),
       "model_json": json.dumps(t.model, ensure_ascii=False),
       "about_model": t.about_model,
@@ -98,9 +100,9 @@ def page(training: Training) -> str:
       or f"in each conversation that has none: {escape_markdown(t.system_prompt)}",
       "about_loss": _LOSS[t.loss_reduction],
       "max_length": t.max_length,
-      "truncated": f"{t.truncated:,}",
-      "steps": f"{t.steps:,}",
-      "full_steps": f"{t.full_steps:,}",
+      "truncated": t.truncated,
+      "steps": t.steps,
+      "full_steps": t.full_steps,
       "epochs_whole": max(1, math.ceil(t.epochs)),
       "warmup_steps": round(t.recipe["warmup_ratio"] * t.steps),
       "lora_rank": rank,
