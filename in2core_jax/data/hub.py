@@ -137,4 +137,6 @@ def _check_shards(place: str, paths: Sequence[pathlib.PurePath]) -> None:
   found = [_SHARD.search(path.name.partition(".")[0]) for path in paths]
   counts = {int(shard["count"]) for shard in found if shard and shard["count"]}
   if counts and counts != {len(paths)}:
-    raise UserError(f"hub:{place}: {how_many(len(paths), f'of {max(counts)} files [is|are]')} in the Hub's cache; {_FETCH}")
+    raise UserError(
+      f"hub:{place}: {how_many(len(paths), f'of {max(counts)} files [is|are]')} in the Hub's cache; {_FETCH}"
+    )

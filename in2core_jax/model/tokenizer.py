@@ -118,8 +118,8 @@ def _check_vocabulary(path: Any, metadata: dict[str, Any], ranks: str) -> None:
       raise UserError(f"{path}: tokenizer.ggml.{key} holds {what}; the file is damaged, use another one")
     if key != "merges" and len(values) != len(lists["tokens"]):
       raise UserError(
-        f"{path}: tokenizer.ggml.{key} has {how_many(len(values), 'entr[y|ies]')} for {how_many(len(lists['tokens']), 'token')}; use another "
-        "file"
+        f"{path}: tokenizer.ggml.{key} has {how_many(len(values), 'entr[y|ies]')} for "
+        f"{how_many(len(lists['tokens']), 'token')}; use another file"
       )
   strange = set(lists["token_type"]) - _TOKEN_TYPES
   if strange:

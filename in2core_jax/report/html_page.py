@@ -30,6 +30,7 @@ from in2core_jax.errors import how_many, printable
 from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
 from in2core_jax.report.markdown import retrain_rows, topic_table
+from in2core_jax.runs.identities import by_flags
 
 TEMPLATES = Path(__file__).parent / "templates"
 LISTED = 60_000  # examples in the page; of more, the first choices and the strongest of both ends
@@ -322,6 +323,6 @@ def _settings(run: SelectRun) -> dict[str, Any]:
     "unit": summary["unit"],
     "version": identity["version"],
     "solver": solver,
-    "flags": dict(sorted(identity["flags"].items())),
+    "flags": dict(sorted(by_flags(identity["flags"]).items())),
     "hashes": hashes,
   }
