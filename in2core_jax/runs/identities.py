@@ -24,9 +24,14 @@ def difference(path: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any],
 
 
 def common(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(entries of one identity, of another one) that both have, under dotted keys."""
-  old, new = _flatten(old), _flatten(new)
-  return {key: old[key] for key in old if key in new}, {key: new[key] for key in new if key in old}
+  """(entries of one identity, of another one) that both have."""
+  there, now = {}, {}
+  for key in old.keys() & new.keys():
+    pair = old[key], new[key]
+    nested = [isinstance(value, Mapping) for value in pair]
+    if nested[0] == nested[1]:
+      there[key], now[key] = common(*pair) if all(nested) else pair
+  return there, now
 
 
 # Words of --write by the names under which identities keep them, so that older folders go on.

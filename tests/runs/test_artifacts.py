@@ -315,7 +315,7 @@ def test_repeated_texts_are_read_as_they_are_and_made_once(tmp_path):
   [
     ({"example_id": ["a"], "score": [1.0]}, "no column influence; it has example_id, score"),
     (SCORES | {"influence": np.array([0, np.nan, 1], np.float32)}, "b"),
-    (SCORES | {"example_id": ["a", "b", "a"]}, "occur twice, such as a"),
+    (SCORES | {"example_id": ["a", "b", "a"]}, "1 example id occurs twice, such as a"),
   ],
 )
 def test_bad_scores_are_refused(tmp_path, columns, seen):
