@@ -17,7 +17,7 @@ from experiments import flags
 from experiments.benchmark import isolated, shapes
 from experiments.benchmark.passes import FORWARD, make_rows, measured_session
 from experiments.benchmark.settings import BenchmarkSettings
-from in2core_jax.costs import timing
+from in2core_jax.costs import hardware, timing
 from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
@@ -167,18 +167,11 @@ def verdicts(figures: dict[str, float], platform: str) -> list[dict]:
   ]
 
 
-def processor() -> str:
-  """The processor's name where the system tells it."""
-  file = pathlib.Path("/proc/cpuinfo")
-  lines = file.read_text().splitlines() if file.exists() else []
-  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-
-
 def facts(s: BenchmarkSettings) -> dict:
   """Where and on what it was measured."""
   return {
     "date": datetime.date.today().isoformat(),
-    "processor": processor(),
+    "processor": hardware.processor(),
     "load": [round(load, 2) for load in os.getloadavg()],
     **run_folder.device_summary(),
     "model": s.model,

@@ -41,7 +41,7 @@ def choose(session: Session, s: Settings, policy: str, count: int, rounds: int) 
       continue
     if len(rows):
       judge = judge or Retrainer(session, s, [np.flatnonzero(train.num_response_tokens)])
-      label = f"round {number} of {rounds}: {how_many(len(rows), 'example')}"
+      label = f"training before round {number + 1} of {rounds}, on {how_many(len(rows), 'example')}"
       trained = judge.train(rows, s.seed, label, equal_steps(session, s, rows, "epochs"))
       params = session.model.place(subtree.merge(trained.sub, judge.frozen, judge.chosen))
     inputs = inputs_of(train, **ChoiceInputs(session, s, params, stored=False).of({policy}))
