@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import logging
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
