@@ -4,7 +4,8 @@
   nearest      s(i) = mean of the k largest S(q, i) over q: what serves some queries well
   round_robin  queries take turns; each takes its best example that is not taken yet, so that every query is served
   weighted_turns  the same, but queries with long responses have more turns: half of all turns are dealt out equally, as
-               perplexity by example counts, half by response tokens, as perplexity by token does
+               perplexity by example counts, half by response tokens, as perplexity by token does. The first turn of
+               every query comes before the second of any
   topic_max    mean inside each evaluation topic, divided by that topic's root mean square, then the largest over topics
   topic_quota  topics take turns
 
@@ -122,10 +123,10 @@ def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
 
 
 def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
-  """Whose turn it is, int [turns]: query q has its k-th turn at time k / share_q; ties go by position.
+  """Whose turn it is, int [turns]: query q has its k-th turn at time (k - 1) / share_q; ties go by position.
 
-  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . After any number of turns no query is ahead of another by more than
-  one turn of its own (stride scheduling).
+  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . Everyone has a turn before anyone has two, so that few turns leave
+  nobody out (Adams's apportionment); after that no query is ahead of its share by more than one turn.
 
   Raises:
     UserError: shares that are not positive and finite.
@@ -135,7 +136,7 @@ def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
     raise UserError("shares of turns must be positive and finite, one for each query")
   most = np.minimum(turns, np.ceil(turns * shares / shares.sum()).astype(np.int64) + 1)  # no query has more
   relative = shares / shares.max()  # equal ones are 1, so that their times are whole numbers and tie
-  times = np.concatenate([np.arange(1, count + 1) / share for count, share in zip(most, relative, strict=True)])
+  times = np.concatenate([np.arange(count) / share for count, share in zip(most, relative, strict=True)])
   whose = np.repeat(np.arange(len(shares)), most)
   return whose[np.lexsort((whose, times))[:turns]]
 

@@ -12,7 +12,9 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 from experiments.study.variants import VARIANTS
 from experiments.targets import retraining, targets
 from experiments.targets.settings import TargetsSettings
+from in2core_jax.data import records
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 
 RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
 
@@ -59,7 +61,7 @@ def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, fin
   assert len(evals) == 12 and set(evals.topics) == {"sports", "movies", "humor"}  # 6 of each target, 3 of each topic
   size = int((topics == "sports").sum())
   asked = [row for row in range(len(evals)) if evals.topics[row] == "sports"]
-  chooser = targets.Chooser(session, settings, "")
+  chooser = targets.Chooser(session, settings, {"base": ""})
   target = targets.Target("sports", np.array(asked), np.arange(1), topics == "sports")
   order = chooser.order(VARIANTS["bm25"], target, 0)
   assert table["bm25"]["sports"] == f"{np.mean(topics[order[:size]] == 'sports'):.2f}"
@@ -125,6 +127,30 @@ def test_a_target_outside_of_the_pool_has_random_sets_of_its_rules_lengths_and_r
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(retraining.Retrainer, "train", lambda *_: pytest.fail("trained again"))
     targets.run(own, open_session(own))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_similarities_at_several_models_are_averaged(settings, finished, tmp_path):
+  _, session = finished
+  own = settings.replace(run_dir=str(tmp_path / "run"), gradients_at="base,warm")
+  checkpoints = targets.checkpoints_of(session, own, {"warm"})
+  target = targets.Target("sports", np.arange(6), np.arange(1), np.zeros(len(session.splits["train"]), bool))
+  rule = VARIANTS["whitened cosine, mean"]
+  places = [checkpoints[name] for name in ("base", "warm")]
+  cosines = [
+    ChoiceInputs(session, own.replace(checkpoint=one), session.checkpoint_params(one), stored=False) for one in places
+  ]
+  base, warm = (one.of({"whitened_cosine"}, target.queries)["similarities"]["whitened_cosine"] for one in cosines)
+  assert not np.allclose(base, warm)
+  order = targets.Chooser(session, own, checkpoints).order(rule, target, 0)
+  firsts = order[: records.firsts(session.splits["train"].records).sum() // 2]  # near copies come last
+  values = (base + warm).mean(axis=0)[firsts]
+  assert (np.diff(values) <= 1e-9).all()
+  with pytest.raises(UserError, match="'matching, base model' has no similarities to average"):
+    targets.check(own.replace(variants="matching, base model"))
+  with pytest.raises(UserError, match="gradients_at=cold"):
+    targets.check(own.replace(gradients_at="cold"))
 
 
 def test_equal_ids_of_other_examples_are_other_choices():

@@ -333,9 +333,10 @@ def test_a_calibration_counts_what_is_right_safe_and_worse():
   assert row["right, by token"] and row["safe, by example"] and not row["worse, by token"]
   wrong = json.loads(json.dumps(found))
   wrong["test"]["ratio_to_random"]["token"] = {"estimate": 1.1, "low": 1.05, "high": 1.15}
-  told = calibration.summary([row, calibration.row_of("pool", "other", wrong)])
-  assert told[0].startswith("By token: of 2 recommendations 1 have") and "1 are worse beyond" in told[0]
-  assert "2 are at most 1 % worse" in told[1]
+  told = calibration.summary([row, calibration.row_of("pool", "other", wrong), row | {"rule": "random"}])
+  assert told[0].startswith("1 of 3 answers are a random set")
+  assert told[1].startswith("By token: of 2 choices 1 have") and "1 are worse beyond" in told[1]
+  assert "2 are at most 1 % worse" in told[2]
 
 
 def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path, monkeypatch):
