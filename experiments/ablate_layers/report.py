@@ -191,45 +191,61 @@ def figure(found: Mapping[str, Sequence[dict]], yardsticks: Mapping[str, statist
   FigureCanvasAgg(made)
   axes, names = made.subplots(len(found), 2, squeeze=False), []
   for (left, right), (solver, rows) in zip(axes, found.items(), strict=True):
-    modules = list(dict.fromkeys(row["modules"] for row in rows))
-    for row in rows:
-      style = {
-        "color": _COLORS[row["position"]],
-        "marker": _MARKERS[modules.index(row["modules"]) % len(_MARKERS)],
-        "linestyle": "",
-        "markersize": 6,
-        "alpha": 0.8,
-      }
-      left.plot(row["flops"], row["overlap"], **style)
-      if row["perplexity"] is not None:
-        place = row["flops"], row["perplexity"].mean
-        right.plot(*place, **style)
-        names.append(right.annotate(row["name"], place, (4, 4), textcoords="offset points", fontsize=7))
-    for position in _COLORS:
-      for name in modules:
-        line = [row for row in rows if row["position"] == position and row["modules"] == name]
-        left.plot([row["flops"] for row in line], [row["overlap"] for row in line], _COLORS[position], linewidth=0.7)
-    left.axhline(AGREES, color="grey", linestyle="--", linewidth=1)
     left.set(title=f"{solver}: agreement", ylabel="overlap of the selected sets")
     right.set(title=f"{solver}: retrained", ylabel="test perplexity")
-    whole = rows[0]["perplexity"]
-    for row in (row for row in rows if whole is not None and row["ratio"] is not None):
-      bounds = whole.mean * row["ratio"].low, whole.mean * row["ratio"].high
-      right.vlines(row["flops"], *bounds, color=_COLORS[row["position"]], linewidth=1.2)  # NaN draws nothing
-    for name, color in (("full", "black"), ("random", VERMILION)):
-      if name in yardsticks:
-        right.axhline(yardsticks[name].mean, color=color, linestyle=":", linewidth=1.2)
-        place = (0.01, yardsticks[name].mean)
-        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8, "color": color}
-        right.annotate(name, place, (0, 3), **style)
-    if whole is None:
-      right.text(0.5, 0.5, "nothing was retrained", ha="center", transform=right.transAxes)
+    names += _draw_points(left, right, rows)
+    _draw_lines(left, rows)
+    _draw_retrained(right, rows, yardsticks)
   for plot in axes.flat:
     plot.set(xlabel="FLOPs of a select run, share of all layers and modules", xlim=(0, 1.06))
     plot.grid(alpha=0.3)
   _legend(axes[0, 0], [row for rows in found.values() for row in rows])
   _part(made, names)
   return made
+
+
+def _draw_points(left, right, rows: Sequence[dict]) -> list[Annotation]:
+  """A point for each choice of layers and modules in both plots; returns the names in the right one."""
+  modules, names = list(dict.fromkeys(row["modules"] for row in rows)), []
+  for row in rows:
+    style = {
+      "color": _COLORS[row["position"]],
+      "marker": _MARKERS[modules.index(row["modules"]) % len(_MARKERS)],
+      "linestyle": "",
+      "markersize": 6,
+      "alpha": 0.8,
+    }
+    left.plot(row["flops"], row["overlap"], **style)
+    if row["perplexity"] is not None:
+      place = row["flops"], row["perplexity"].mean
+      right.plot(*place, **style)
+      names.append(right.annotate(row["name"], place, (4, 4), textcoords="offset points", fontsize=7))
+  return names
+
+
+def _draw_lines(left, rows: Sequence[dict]) -> None:
+  """Joins the points of a position and modules, and marks from where on choices agree."""
+  for position in _COLORS:
+    for name in dict.fromkeys(row["modules"] for row in rows):
+      line = [row for row in rows if row["position"] == position and row["modules"] == name]
+      left.plot([row["flops"] for row in line], [row["overlap"] for row in line], _COLORS[position], linewidth=0.7)
+  left.axhline(AGREES, color="grey", linestyle="--", linewidth=1)
+
+
+def _draw_retrained(right, rows: Sequence[dict], yardsticks: Mapping[str, statistics.Interval]) -> None:
+  """Intervals of ratios to all layers, and lines of full data and random sets."""
+  whole = rows[0]["perplexity"]
+  for row in (row for row in rows if whole is not None and row["ratio"] is not None):
+    bounds = whole.mean * row["ratio"].low, whole.mean * row["ratio"].high
+    right.vlines(row["flops"], *bounds, color=_COLORS[row["position"]], linewidth=1.2)  # NaN draws nothing
+  for name, color in (("full", "black"), ("random", VERMILION)):
+    if name in yardsticks:
+      right.axhline(yardsticks[name].mean, color=color, linestyle=":", linewidth=1.2)
+      place = (0.01, yardsticks[name].mean)
+      style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8, "color": color}
+      right.annotate(name, place, (0, 3), **style)
+  if whole is None:
+    right.text(0.5, 0.5, "nothing was retrained", ha="center", transform=right.transAxes)
 
 
 def _part(made: Figure, names: Sequence[Annotation]) -> None:

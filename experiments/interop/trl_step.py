@@ -13,10 +13,8 @@ import sys
 import tempfile
 
 
-def main(model: str, tokens: str, chat: str, out: str) -> None:
-  """Trains one step on the whole coreset as one batch."""
-  import datasets
-  import transformers
+def first_losses(model: str, examples) -> list[float]:
+  """The loss of each batch of one step on all examples: of a single one, where they are one batch."""
   import trl
 
   losses = []
@@ -29,7 +27,6 @@ def main(model: str, tokens: str, chat: str, out: str) -> None:
       losses.append(float(found[0] if isinstance(found, tuple) else found))
       return found
 
-  examples = datasets.load_from_disk(tokens)
   with tempfile.TemporaryDirectory() as scratch:
     config = trl.SFTConfig(
       output_dir=scratch,
@@ -45,8 +42,17 @@ def main(model: str, tokens: str, chat: str, out: str) -> None:
       report_to="none",
       disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=config, train_dataset=examples)
-    trainer.train()
+    Trainer(model=model, args=config, train_dataset=examples).train()
+  return losses
+
+
+def main(model: str, tokens: str, chat: str, out: str) -> None:
+  """Trains one step on the whole coreset as one batch."""
+  import datasets
+  import transformers
+
+  examples = datasets.load_from_disk(tokens)
+  losses = first_losses(model, examples)
   tokenizer = transformers.AutoTokenizer.from_pretrained(model)
   conversations = [json.loads(line) for line in pathlib.Path(chat).read_text(encoding="utf-8").splitlines()]
   made = [tokenizer.apply_chat_template(one["messages"], return_dict=True)["input_ids"] for one in conversations]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -205,9 +204,7 @@ def tokenize(
     for (row, record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
-          with told_by_tokenizers(_no_tokens(record)):
-            quote = functools.partial(render.encode_quoted, record, rendered.text)
-            ids, offsets = _of_beginning(rendered.text, max_length, lambda text, quote=quote: quote(len(text)))
+          ids, offsets = _quoted(render, record, rendered.text, max_length)
         except TemplateRefusal as refusal:
           _refuse(record, refusal, bad)
           continue
@@ -223,15 +220,28 @@ def tokenize(
   found = tokens.done()
   dataset = TokenizedDataset(name, there, found, masks.done(beside=found), np.array(truncated, bool), render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
-    raise UserError(
-      f"{name}: none of the {how_many(len(dataset), 'example')} has a response token within max_length={max_length} "
-      f"({int(dataset.truncated.sum()):,} truncated); raise max_length, or give data with responses"
-      + "".join(
-        f"; the chat template: {words} in {how_many(n, 'turn')}"
-        for words, n in render.told().get("changes", {}).items()
-      )
-    )
+    raise UserError(_nothing_to_learn(dataset, max_length))
   return dataset
+
+
+def _quoted(render: Renderer, record: Record, text: str, max_length: int) -> _Encoding:
+  """(ids, offsets) of a record that spells a control token, which stays the text that it is.
+
+  Raises:
+    TemplateRefusal: no tokens stand for that text.
+  """
+  with told_by_tokenizers(_no_tokens(record)):
+    return _of_beginning(text, max_length, lambda beginning: render.encode_quoted(record, text, len(beginning)))
+
+
+def _nothing_to_learn(dataset: TokenizedDataset, max_length: int) -> str:
+  """Why no example of a part has a response token, as far as it is known."""
+  changes = dataset.template.get("changes", {}).items()
+  return (
+    f"{dataset.name}: none of the {how_many(len(dataset), 'example')} has a response token within "
+    f"max_length={max_length} ({int(dataset.truncated.sum()):,} truncated); raise max_length, or give data with "
+    "responses" + "".join(f"; the chat template: {words} in {how_many(n, 'turn')}" for words, n in changes)
+  )
 
 
 def _pairs(

@@ -112,6 +112,12 @@ def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings,
     p, rz = _turn(np.where(active, fresh / np.where(rz > 0, rz, 1), 0), p, z), fresh
 
 
+def _from_guess(matvec: Matvec, unit: Tree, x: Tree, settings: CgSettings) -> _Run:
+  """The run of unit right-hand sides from a first guess on, which costs a product."""
+  r, sizes = _start_residual(matvec(x), x, unit, settings.damping)
+  return _Run(x, r, 0, [(0, np.asarray(sizes, np.float64))])
+
+
 def _first_steps(space: krylov.KrylovSpace, sizes: np.ndarray, settings: CgSettings) -> _Run:
   """The steps that a Krylov space already holds, in its coordinates: those that `_iterate` would have made, [k + 1, Q].
 
@@ -181,15 +187,15 @@ def cg(
     raise DivergenceError(
       "cg: the right-hand side holds NaN or infinity: look for NaN in the weights or in a query's loss"
     )
-  scale_in = np.where(np.asarray(empty), 0.0, 1 / np.asarray(norms, np.float64))
-  x = tree_math.zeros_like(unit) if start is None else tree_math.scaled(scale_in, tree_math.promote(start))
-  r, sizes = (unit, ~empty) if start is None else _start_residual(matvec(x), x, unit, settings.damping)
-  sizes = np.asarray(sizes, np.float64)
-  if space is None:
-    run = _Run(x, r, 0, [(0, sizes)])
+  if start is None:
+    sizes = np.asarray(~empty, np.float64)
+    run = (
+      _Run(tree_math.zeros_like(unit), unit, 0, [(0, sizes)]) if space is None else _first_steps(space, sizes, settings)
+    )
   else:
-    run = _first_steps(space, sizes, settings)
-    sizes = run.curve[-1][1]
+    scale = np.where(np.asarray(empty), 0.0, 1 / np.asarray(norms, np.float64))
+    run = _from_guess(matvec, unit, tree_math.scaled(scale, tree_math.promote(start)), settings)
+  sizes = run.curve[-1][1]
   while True:
     _iterate(matvec, run, sizes, settings, precondition)
     run.r, measured = _start_residual(matvec(run.x), run.x, unit, settings.damping)

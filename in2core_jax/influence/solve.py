@@ -106,11 +106,7 @@ def solve(
   if settings.solver == "identity":
     return solvers.identity(v)
   if settings.solver == "datainf":
-    options = solvers.DataInfSettings(damping=settings.damping, damping_ratio=settings.damping_ratio)
-    result = solvers.datainf(v, problem.example_gradients(resumable.without_rows(data.all)), options)
-    # Not relative to an eigenvalue, unlike the other solvers' damping_ratio: said in its own words.
-    rule = "absolute, the same in every block l" if settings.damping_ratio is None else _DATAINF_RULE
-    return dataclasses.replace(result, info=result.info | {"damping_rule": rule})
+    return _datainf(problem, v, settings, data)
   curvature = problem.curvature(settings.curvature)
   matvec = solvers.fixed_matvec(curvature, lambda: (batch for _, batch in data.fixed()))
   key = jax.random.key(settings.seed)
@@ -140,6 +136,14 @@ def solve(
   if settings.solver in ("exact", "low_rank"):  # better than the estimate that the damping is relative to
     facts["solver_lambda_max"] = result.info["lambda_max"]
   return dataclasses.replace(result, info=result.info | facts)
+
+
+def _datainf(problem: CompiledObjective, v: Tree, settings: SolverSettings, data: "CurvatureData"):
+  """DataInf, whose damping ratio is relative to no eigenvalue, unlike the other solvers': said in its own words."""
+  options = solvers.DataInfSettings(damping=settings.damping, damping_ratio=settings.damping_ratio)
+  result = solvers.datainf(v, problem.example_gradients(resumable.without_rows(data.all)), options)
+  rule = "absolute, the same in every block l" if settings.damping_ratio is None else _DATAINF_RULE
+  return dataclasses.replace(result, info=result.info | {"damping_rule": rule})
 
 
 def fit_ekfac(

@@ -94,19 +94,7 @@ _HARMLESS = {
 def gguf_config(file: GgufFile) -> ModelConfig:
   """The shape that a GGUF file of a known architecture states in its metadata."""
   values, origin = file.metadata, str(file.path)
-  architecture = values.get("general.architecture")
-  if values.get("general.type", "model") != "model":
-    raise UserError(f"{origin}: general.type is {shown(values['general.type'])}: an adapter or a part, not a model")
-  if values.get("split.count", 0) > 1:
-    raise UserError(
-      f"{origin}: is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
-    )
-  kind = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
-  if kind is None:
-    known = ", ".join(f"{name} ({one.known})" for name, one in ARCHITECTURES.items())
-    raise UserError(
-      f"{origin}: architecture {shown(architecture)} is not supported; known: {known}; or use the model's hf: folder"
-    )
+  architecture, kind = _architecture(values, origin)
   check(values, GGUF, origin, f"{architecture}.")
   embedding = file.tensors.get(_EMBEDDING)
   if embedding is None:
@@ -124,15 +112,6 @@ def gguf_config(file: GgufFile) -> ModelConfig:
   experts = _experts(get, kind, origin) if values.get(f"{architecture}.expert_count") else {}
   _refuse_others(values, architecture, {"expert_count", "expert_used_count"} if experts else set(), head_dim, origin)
   theta, scaling, rotary_dim = read_rope(file, get, head_dim, kind.partial_rotary)
-  traits = dict(FAMILIES[kind.model_type].traits) if kind.model_type else {}
-  if architecture == "gemma3":
-    traits |= _gemma3_traits(get, origin)
-  elif architecture == "smollm3":  # every fourth layer, as in llama.cpp
-    traits |= {"unrotated": tuple((layer + 1) % 4 == 0 for layer in range(get("block_count")))}
-  else:
-    traits |= {"sliding_window": values.get(f"{architecture}.attention.sliding_window")}
-  for field, tensor in (("attention_bias", "attn_q"), ("output_bias", "attn_output"), ("mlp_bias", "ffn_up")):
-    traits |= {field: True} if f"blk.0.{tensor}.bias" in file.tensors else {}
   return ModelConfig(
     vocab_size=embedding.shape[0],
     hidden_size=get("embedding_length"),
@@ -148,8 +127,44 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     rotary_dim=None if rotary_dim == head_dim else rotary_dim,
     carried=_carried(values, architecture),
     model_type=kind.model_type,
-    **(traits | experts),
+    **(_traits(file, architecture, kind, get) | experts),
   )
+
+
+def _architecture(values: dict[str, Any], origin: str) -> tuple[str, Architecture]:
+  """The name of the architecture and what is known of it.
+
+  Raises:
+    UserError: the file is no whole model, or of an architecture that is not known.
+  """
+  architecture = values.get("general.architecture")
+  if values.get("general.type", "model") != "model":
+    raise UserError(f"{origin}: general.type is {shown(values['general.type'])}: an adapter or a part, not a model")
+  if values.get("split.count", 0) > 1:
+    raise UserError(
+      f"{origin}: is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
+    )
+  kind = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+  if kind is None:
+    known = ", ".join(f"{name} ({one.known})" for name, one in ARCHITECTURES.items())
+    raise UserError(
+      f"{origin}: architecture {shown(architecture)} is not supported; known: {known}; or use the model's hf: folder"
+    )
+  return architecture, kind
+
+
+def _traits(file: GgufFile, architecture: str, kind: Architecture, get: Callable) -> dict[str, Any]:
+  """Fields of `ModelConfig` that tell the architecture, or this model of it, from others."""
+  traits = dict(FAMILIES[kind.model_type].traits) if kind.model_type else {}
+  if architecture == "gemma3":
+    traits |= _gemma3_traits(get, str(file.path))
+  elif architecture == "smollm3":  # every fourth layer, as in llama.cpp
+    traits |= {"unrotated": tuple((layer + 1) % 4 == 0 for layer in range(get("block_count")))}
+  else:
+    traits |= {"sliding_window": file.metadata.get(f"{architecture}.attention.sliding_window")}
+  for field, tensor in (("attention_bias", "attn_q"), ("output_bias", "attn_output"), ("mlp_bias", "ffn_up")):
+    traits |= {field: True} if f"blk.0.{tensor}.bias" in file.tensors else {}
+  return traits
 
 
 def _experts(get: Callable, kind: Architecture, origin: str) -> dict[str, Any]:

@@ -104,20 +104,10 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     UserError: unknown model type, missing keys, or options that the decoder does not have.
   """
   values, origin = _text_part(values, origin)
-  kind = values.get("model_type")
-  if not isinstance(kind, str) or kind not in FAMILIES:
-    raise UserError(
-      f"{origin}: model_type {shown(kind)} is not supported; known: {', '.join(FAMILIES)}{_hint(values, kind)}"
-    )
-  family = FAMILIES[kind]
-  given = values = hf_options.one_spelling(values, family, origin)
-  values = family.defaults | values
-  need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-  absent = [key for key in need if values.get(key) is None]
-  if absent:
-    raise UserError(f"{origin}: {', '.join(absent)} must be given as a whole number")
-  schema.check(values, schema.CONFIG, origin)
-  _refuse_others(values, kind, origin)
+  kind, family = _family(values, origin)
+  given = hf_options.one_spelling(values, family, origin)
+  values = family.defaults | given
+  _check_values(values, kind, origin)
   heads, shared, head_dim = _heads(values, origin)
   fields = {
     "intermediate_size": values["intermediate_size"],
@@ -147,6 +137,26 @@ def parse_config(values: dict[str, Any], origin: str) -> ModelConfig:
     model_type=kind,
     **(fields | more),
   )
+
+
+def _family(values: dict[str, Any], origin: str) -> tuple[str, Family]:
+  """The model type and what is known of it."""
+  kind = values.get("model_type")
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise UserError(
+      f"{origin}: model_type {shown(kind)} is not supported; known: {', '.join(FAMILIES)}{_hint(values, kind)}"
+    )
+  return kind, FAMILIES[kind]
+
+
+def _check_values(values: dict[str, Any], kind: str, origin: str) -> None:
+  """Refuses missing keys, values out of their range, and options that the decoder does not have."""
+  need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+  absent = [key for key in need if values.get(key) is None]
+  if absent:
+    raise UserError(f"{origin}: {', '.join(absent)} must be given as a whole number")
+  schema.check(values, schema.CONFIG, origin)
+  _refuse_others(values, kind, origin)
 
 
 def _heads(values: dict[str, Any], origin: str) -> tuple[int, int, int]:

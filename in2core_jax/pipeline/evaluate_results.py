@@ -53,24 +53,22 @@ def write_tables(run_dir, session: Session, s: Settings, groups: list[Group], ba
   base_perplexity = perplexity_on_test(session, base)
   tables = [group.table() for group in groups]
   verdicts = [verdict.verdict(group.rows) for group in groups]
-  compared = {group.title if len(groups) > 1 else "": group.rows for group in groups}
+  many = len(groups) > 1
+  titles = [group.title if many else "" for group in groups]
+  compared = dict(zip(titles, (group.rows for group in groups), strict=True))
   notes = [note for group in groups for note in many_passes(group.equal, group.rows, s.batch_size)]
   risky = [*run_dir.read_json("candidates.json")["warnings"], *too_small(test), *notes]
   notes += [*verdict.many_comparisons(compared), *verdict.sensitivity(list(compared.values()))]
   notes += filter(None, [test_examples(test).about])
   recipe = _recipe(session, s, base_perplexity)
-  many = len(groups) > 1
-  sections = {
-    group.title if many else "": (table, words) for group, table, words in zip(groups, tables, verdicts, strict=True)
-  }
   images = _write_plots(run_dir, groups, tables)
   every = [row for table in tables for row in table]
   printed = retrain_rows(every)
   run_dir.write_text("evaluation.csv", table_text.csv_table(every))
   run_dir.write_text("evaluation.tex", table_text.latex_table(printed))
   lines = [
-    f"{group.title}: {line}" if many else line
-    for group, words in zip(groups, verdicts, strict=True)
+    f"{title}: {line}" if many else line
+    for title, words in zip(titles, verdicts, strict=True)
     for line in words.splitlines()
   ]
   found = {"base_perplexity": base_perplexity, "table": every, "verdict": lines + notes, "recipe": recipe}
@@ -78,9 +76,9 @@ def write_tables(run_dir, session: Session, s: Settings, groups: list[Group], ba
   runs = _selections(session, s, found)
   told = _gathered(found["warnings"], runs)
   notes = [note for note in notes if findings.as_line(note) not in told]
-  page = retrain_report_markdown(
-    sections, recipe, images, notes=notes, overviews=overviews(groups, tables), warnings=told
-  )
+  sections = dict(zip(titles, zip(tables, verdicts, strict=True), strict=True))
+  sweep = overviews(groups, tables)
+  page = retrain_report_markdown(sections, recipe, images, notes=notes, overviews=sweep, warnings=told)
   run_dir.write_text("evaluation.md", page)
   if run_dir.writer:
     for name, run in runs.items():

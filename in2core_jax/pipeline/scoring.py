@@ -84,24 +84,22 @@ def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Sc
   announce(result)
   pieces = pieces_along(work, "scores", result.solution)
   way = phases.way_of(s, len(names))
-  if way == "trajectory":
-    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
-  elif way == "projected":
+  if way == "projected":
     raw, facts = projected_scores(session, s, chosen, result.solution)
     result = dataclasses.replace(result, info=result.info | facts)
-    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   elif way == "whitened":
     raw, names = ChoiceInputs(session, s, chosen.params).whitened_cosines()
-    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   elif way == "norms":
     found = measure(session, s, chosen, result, pieces)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
     itself = found.self_influence if s.writes("self") else None
-  else:
+  elif way != "trajectory":
     if way == "vmap":  # which needs a row for each example
       train = session.batcher("train", chosen.tree, chosen.params)
     stream = session.stream(train, phases.SCORES, pieces)
     loss, raw = chosen.problem.losses_and_scores(stream, len(train), result.solution, s.score_path)
+  if way in ("trajectory", "projected", "whitened"):  # whose scores bring no losses along
+    loss = chosen.problem.losses(session.stream(train, phases.LOSSES, pieces), len(train))
   if phases.aggregates_blocks(s):
     raw = query_scores(session, s, chosen, work, with_response)
     names = [""] * len(raw)

@@ -72,12 +72,6 @@ def write_results(
   summary = _summary(run_dir, session, s, scored, selected, warnings) | (told or {})
   summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
   select_outputs.write_forms(run_dir, train, columns, s)
-  known = {name: value for name, value in (told or {}).items() if value is not None}
-  sections = {
-    "Selection": {"policy": s.policy} | known,
-    "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
-    "Data": _flat(session.splits.summary),
-  }
   images = _write_plots(run_dir, s, scored, selected)
   found = facts.SelectRun(
     columns,
@@ -90,16 +84,28 @@ def write_results(
     scored.queries,
   )
   summary["warnings"] = findings.warnings(found)
-  texts, said = [shown(record) for record in train.records], answer.answer(found)
-  first = [said.word, said.why, *said.more]
-  page = select_report_markdown(columns, texts, sections, summary["warnings"], images, answer=first)
-  run_dir.write_text("report.md", page)
+  said = answer.answer(found)
+  known = {"policy": s.policy} | {name: value for name, value in (told or {}).items() if value is not None}
+  run_dir.write_text("report.md", _page(found, known, images, said))
   run_dir.write_text("report.html", html_page.select_page(found))
   for name, figure in facts.figures(found).items():
     run_dir.write_bytes(f"plots/{name}", figure_bytes(figure, "svg"))
   run_dir.write_json("summary.json", summary)
   tell(summary["warnings"], [*without_effect(s), *summaries.told_lines(session.splits.summary)])
   log.info("%s", " ".join([str(said), *said.more]))
+
+
+def _page(run: facts.SelectRun, selection: dict, images: dict[str, str], said: answer.Answer) -> str:
+  """report.md: the answer, the strongest examples, and what is known of the run."""
+  summary = run.summary
+  sections = {
+    "Selection": selection,
+    "Solver": summary["solver"] | {"steps": summary["solver_steps"], "residual": summary["solver_residual"]},
+    "Data": _flat(run.data),
+  }
+  first = [said.word, said.why, *said.more]
+  texts = [shown(record) for record in run.records]
+  return select_report_markdown(run.columns, texts, sections, summary["warnings"], images, answer=first)
 
 
 def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
