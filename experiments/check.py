@@ -1,6 +1,6 @@
 """Checks the machinery on your own model and data before a long run: the same numbers by different roads.
 
-    python -m experiments.check --train_data=jsonl:mine.jsonl --layers=last:8
+    ./run.sh check --train_data=jsonl:mine.jsonl --layers=last:8
 
 Takes a few training examples, from the shortest to those of median length, and the flags of the run to come. Exit
 code 1 if a check fails.

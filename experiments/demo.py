@@ -1,6 +1,8 @@
 """All stages in one process, on the embedded model and data: fine-tune, score, select, retrain, judge, recommend.
 
 ./run.sh demo
+
+Its flags are in experiments/flags/demo.flags; yours come after them. The defaults below are those of the stages.
 """
 
 import logging

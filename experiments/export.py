@@ -1,6 +1,6 @@
 """Writes a model, a fine-tuned checkpoint merged into it, as a Hugging Face folder that transformers and vLLM load.
 
-python -m experiments.export --checkpoint=runs/mine/finetune/checkpoint --to=exported
+./run.sh export --checkpoint=runs/mine/finetune/checkpoint --to=exported
 """
 
 from experiments import cli, flags

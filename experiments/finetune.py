@@ -1,6 +1,6 @@
-"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset).
+"""Fine-tunes the model on the training set: on all of it, or on the examples of a coreset.
 
-python -m experiments.finetune --run_dir=runs/full --trainable_layers=last:4
+./run.sh finetune --train_data=jsonl:mine.jsonl --trainable_layers=last:4 --run_dir=runs/mine/finetune
 """
 
 from experiments import stages

@@ -108,12 +108,13 @@ def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Fiel
   A class that does not say has its own group first, and all stages.
   """
   fields = dataclasses.fields(kind)
-  own = [group for group in GROUPS if group not in settings.GROUPS]
+  groups = {field.metadata["group"] for field in fields}
+  own = [group for group in GROUPS if group in groups and group not in settings.GROUPS]
   shown = getattr(kind, "shown", (*own, *settings.GROUPS))
   members: dict[str, list[dataclasses.Field]] = {}
   advanced: list[dataclasses.Field] = []
   for word in shown:
-    for field in (field for field in fields if word in (field.metadata["group"], field.name)):
+    for field in (field for field in fields if word == (field.metadata["group"] if word in groups else field.name)):
       if any(field in section for section in (*members.values(), advanced)):
         continue
       if field.metadata["advanced"] and word != field.name:

@@ -1,6 +1,6 @@
 """An index of a large pool: a few numbers for each example, from which `select --index` chooses in seconds.
 
-python -m experiments.index --train_data=pool.jsonl --eval_data=mine.jsonl --run_dir=runs/pool
+./run.sh index --train_data=pool.jsonl --eval_data=mine.jsonl --run_dir=runs/pool
 
 One pass over the pool. The same command goes on where it was stopped, and adds what is new in --train_data.
 """

@@ -1,7 +1,7 @@
 """Kills runs at random moments, starts them again and compares their results with those of a run left alone.
 
-python -m experiments.kill_test --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
-python -m experiments.kill_test --kill_command=evaluate --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
+./run.sh kill_test --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
+./run.sh kill_test --kill_command=evaluate --kills=10 --flagfile=mine.flags --run_dir=runs/kill_test
 
 Two runs are left alone: they must give the same bytes, and the second, which finds the programs compiled, says how long
 a run takes. The moments of the kills are spread evenly over that time, at random within each stretch, in random order.

@@ -1,7 +1,7 @@
 """What rules of selection take on an index of up to a million examples, and how close its scores are to exact ones.
 
-python -m experiments.large_pools --pool_sizes=10000,100000,1000000 --run_dir=runs/large_pools
-python -m experiments.large_pools --agreement --layers=last:4 --train_limit=300 --run_dir=runs/agreement
+./run.sh large_pools --pool_sizes=10000,100000,1000000 --run_dir=runs/large_pools
+./run.sh large_pools --agreement --layers=last:4 --train_limit=300 --run_dir=runs/agreement
 
 The first draws rows: clusters, of which the queries are of three, lengths with heavy tails, a tenth in copies of a
 topic. It selects 5 % by every rule; a stopped run goes

@@ -1,6 +1,6 @@
 """The old name of `solvers --dense=400`, for one more release.
 
-python -m experiments.oracle --run_dir=runs/oracle
+./run.sh oracle --run_dir=runs/oracle
 """
 
 import logging

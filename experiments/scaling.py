@@ -1,6 +1,6 @@
 """The table of docs/scaling.md: what `select` would take with an 8B model on machines that are not here, on paper.
 
-python -m experiments.scaling
+./run.sh scaling
 
 It runs no model: lengths of examples follow a formula, and every row is what `select --dry_run` says of such data.
 """

@@ -1,6 +1,6 @@
-"""Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows from it.
+"""Scores every training example by its influence on the evaluation set, and chooses the coreset.
 
-python -m experiments.select --train_data=jsonl:mine.jsonl --layers=last:8 --budget=0.5 --run_dir=runs/mine
+./run.sh select --train_data=jsonl:mine.jsonl --budget=0.5 --run_dir=runs/mine/select
 """
 
 from experiments import stages

@@ -1,6 +1,6 @@
 """How many layers are enough: agreement, retrained perplexity and cost of every choice of layers and modules.
 
-python -m experiments.ablate_layers --flagfile=experiments/flags/ablate_layers.flags
+./run.sh ablate_layers --flagfile=experiments/flags/ablate_layers.flags
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Seconds, memory and compilation of the passes that scores, solvers and training are made of, against a forward pass.
 
-python -m experiments.benchmark --flagfile=experiments/flags/benchmark.flags --train_data=jsonl:ALPACA.json
+./run.sh benchmark --flagfile=experiments/flags/benchmark.flags --train_data=jsonl:ALPACA.json
 """
 
 import dataclasses

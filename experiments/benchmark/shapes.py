@@ -1,6 +1,6 @@
 """Models of several shapes on the devices that are here: rates, share of the peak, memory, compilation, agreement.
 
-python -m experiments.benchmark --flagfile=experiments/flags/accelerator.flags
+./run.sh benchmark --flagfile=experiments/flags/accelerator.flags
 
 Every shape runs twice in processes of its own, from an empty compilation cache and from the one that the first has
 filled. What is finished stays in the run folder, so that the same command goes on. Scores of the first shape are

@@ -1,6 +1,6 @@
 """Which test points the training set does not cover: influence received, against topics held out of the training set.
 
-python -m experiments.coverage --flagfile=experiments/flags/coverage.flags
+./run.sh coverage --flagfile=experiments/flags/coverage.flags
 
 The test points are the evaluation examples. Each fold removes whole topics from the training set, whose test points are
 then known not to be covered. One more training set, the whole one, gives the lists of points.

@@ -1,6 +1,6 @@
 """Do the scores foretell what retraining gives? LDS of solvers, layers, damping on retrained halves; leave-out curves.
 
-python -m experiments.fidelity --flagfile=experiments/flags/fidelity.flags
+./run.sh fidelity --flagfile=experiments/flags/fidelity.flags
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Whether another trainer gets the same loss: one step of TRL's SFTTrainer on a model and a coreset that we wrote.
 
-python -m experiments.interop --run_dir=runs/interop
+./run.sh interop --run_dir=runs/interop
 """
 
 from experiments import cli, flags

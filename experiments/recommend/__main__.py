@@ -1,6 +1,6 @@
-"""Which part of the data to train on, how much of it, and whether that is as good: rules tried on the user's own data.
+"""Which part of the data to train on, how much of it, and whether that is as good: rules tried on your data.
 
-python -m experiments.recommend --train_data=jsonl:mine.jsonl --eval_data=jsonl:target.jsonl --minutes=20
+./run.sh recommend --train_data=jsonl:mine.jsonl --eval_data=jsonl:target.jsonl --minutes=20
 
 The evaluation set is cut in two halves. Rules see one half, and models that are trained on their choices are judged on
 the other, and the other way round. Random sets, length-matched ones, the longest examples and full data always take

@@ -1,6 +1,6 @@
 """`solvers --dense`: every solver against the dense inverse of each curvature, on a small transformer in float64.
 
-python -m experiments.solvers --dense=400 --run_dir=runs/solvers-dense
+./run.sh solvers --dense=400 --run_dir=runs/solvers-dense
 """
 
 import dataclasses

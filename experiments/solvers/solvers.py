@@ -1,7 +1,7 @@
 """Compares the solvers on one model: residual against work, agreement of scores, and who finds mislabelled examples.
 
-python -m experiments.solvers --flagfile=experiments/flags/solvers.flags
-python -m experiments.solvers --dense=400 --run_dir=runs/solvers-dense     against dense inverses, on a small model
+./run.sh solvers --flagfile=experiments/flags/solvers.flags
+./run.sh solvers --dense=400 --run_dir=runs/solvers-dense     against dense inverses, on a small model
 """
 
 import dataclasses

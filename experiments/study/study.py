@@ -1,6 +1,6 @@
 """Which rule of selection can be trusted: many of them on one pool, each retrained and held against random halves.
 
-python -m experiments.study --flagfile=experiments/flags/study.flags --run_dir=runs/study-chatterbot
+./run.sh study --flagfile=experiments/flags/study.flags --run_dir=runs/study-chatterbot
 
 Every variant changes one thing of a rule, or a few that belong together: the parameters at which gradients are taken,
 the solver with its damping, the layers, the length bias, quotas, the size of the evaluation set. All are trained by one

@@ -1,6 +1,6 @@
 """Which rule finds what a target needs in a mixed pool, and what training on its choice is worth: many targets at once.
 
-python -m experiments.targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --dedup \
+./run.sh targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --dedup \
   --targets="gsm8k; trivia; gsm8k, chatterbot" --run_dir=runs/targets
 
 A target is one or several sources or topics of the pool. Its queries are evaluation examples of these, its test

@@ -1,6 +1,6 @@
 """One model selects, another one is trained: does a small model's choice serve a larger one, or one of another family?
 
-python -m experiments.transfer --flagfile=experiments/flags/transfer.flags
+./run.sh transfer --flagfile=experiments/flags/transfer.flags
 """
 
 import dataclasses

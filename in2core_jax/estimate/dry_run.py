@@ -1,7 +1,7 @@
 """--dry_run: what a stage would take, told before any work: FLOPs, memory, disk, seconds, and what would not fit.
 
-python -m experiments.select --dry_run --layers=last:8
-python -m experiments.select --dry_run --hardware=v5p-32 --mesh=fsdp:16 --model=random:config.json
+./run.sh select --dry_run --layers=last:8
+./run.sh select --dry_run --hardware=v5p-32 --mesh=fsdp:16 --model=random:config.json
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Stage 5: retrains from the base model on each selection with one recipe and compares perplexities on the test set."""
+"""Retrains the base model on each selection by one recipe, and compares perplexities on the test set."""
 
 import dataclasses
 import functools

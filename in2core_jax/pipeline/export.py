@@ -1,6 +1,6 @@
 """Export: a model, with a fine-tuned checkpoint merged into it, as a folder that transformers and vLLM load.
 
-python -m experiments.export --checkpoint=runs/mine/finetune/checkpoint --to=exported
+./run.sh export --checkpoint=runs/mine/finetune/checkpoint --to=exported
 """
 
 import logging

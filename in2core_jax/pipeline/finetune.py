@@ -1,4 +1,4 @@
-"""Stage 3: fine-tunes the model on the training set (all of it, or the examples of a coreset)."""
+"""Fine-tunes the model on the training set: on all of it, or on the examples of a coreset."""
 
 import dataclasses
 import logging

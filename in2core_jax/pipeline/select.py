@@ -1,4 +1,4 @@
-"""Stage 4, the heart: influence of every training example on the evaluation set, and the coreset that follows."""
+"""Scores every training example by its influence on the evaluation set, and chooses the coreset."""
 
 import dataclasses
 import logging

@@ -390,6 +390,21 @@ def test_help_of_select_is_short_and_in_order(parser, monkeypatch):
   assert re.search(r"--loss_reduction=mean +How .* One of mean, sum\.", text) and "<mean" not in text
 
 
+@pytest.mark.parametrize(
+  ("kind", "first"),
+  [
+    (settings.DemoFlags, "data"),
+    (StudySettings, "rules of selection, retrained"),
+    (settings.IndexFlags, "index of a large pool"),
+  ],
+)
+def test_help_begins_with_a_commands_own_flags_then_data(kind, first, parser, monkeypatch):
+  text = shown(kind, parser, monkeypatch)
+  titles = re.findall(r"^(\w.*):$", text, re.M)
+  assert titles[0] == first and ("--index=" in text) == (kind is not settings.IndexFlags)
+  assert titles[titles.index("data") + 1 :][:1] == ["model"] and titles[-1] == "advanced"
+
+
 def test_help_of_everything_has_other_commands_and_old_names(parser, monkeypatch):
   text = shown(settings.SelectFlags, parser, monkeypatch, full=True)
   named = re.findall(r"^  --(\w+)", text, re.M)

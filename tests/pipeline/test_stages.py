@@ -7,7 +7,6 @@ import re
 import shutil
 
 import jax
-import markupsafe
 import numpy as np
 import pytest
 import tiny
@@ -27,7 +26,7 @@ from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import split_sources
-from in2core_jax.report import facts, html_page, table_text
+from in2core_jax.report import facts, html_page, table_text, templating
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset, matching
 from in2core_jax.training import train_loop as finetune_lib
@@ -201,7 +200,7 @@ def test_risky_settings_are_told(settings, session, tmp_path, caplog):
   said = [record.message for record in caplog.records if record.levelname == "WARNING"]
   for line in told:  # the same on the terminal, in report.md and on the page
     assert line in said and table_text.escape_markdown(line, 1000) in (folder / "report.md").read_text()
-    assert str(markupsafe.escape(line)) in page
+    assert templating.unbroken(line) in page
   assert risky_settings(risky.replace(policy="matching")) == []
   assert risky_settings(risky.replace(checkpoint="somewhere", solver="lissa")) == []
   momentum = risky.replace(solver="cg", acceleration="momentum", repeat=4)
