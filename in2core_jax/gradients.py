@@ -115,21 +115,16 @@ def with_adapter_gradients(losses: Callable[[Tree], tuple[jax.Array, Tree]], sub
   return found, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), widen(gradient))
 
 
-def jvp_scores(objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree) -> jax.Array:
-  """g_i . v for each example, [B], by one forward-mode pass: no gradient is ever formed.
+def losses_and_jvp_scores(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree
+) -> tuple[jax.Array, jax.Array]:
+  """(l_i, g_i . v) for each example, [B] each, by one forward-mode pass: no gradient is ever formed.
 
-  d/de l_i(sub + e v) at e = 0 (the scoring rule of google-research/jax-influence).
+  d/de l_i(sub + e v) at e = 0 (the scoring rule of google-research/jax-influence), which has the losses anyway.
 
   Args:
     direction: v, like `sub`, without a query axis.
   """
-  return losses_and_jvp_scores(objective, sub, frozen, batch, direction)[1]
-
-
-def losses_and_jvp_scores(
-  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, direction: Tree
-) -> tuple[jax.Array, jax.Array]:
-  """(l_i, g_i . v) for each example, [B] each: the forward-mode pass of `jvp_scores` has the losses anyway."""
   losses = lambda s: per_example_losses(objective, s, frozen, batch)  # noqa: E731
   return jax.jvp(losses, (sub,), (like(direction, sub),))
 

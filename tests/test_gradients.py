@@ -118,7 +118,7 @@ def test_any_microbatch_size_gives_the_closed_form(size, dtype):
     scores = jitted(gradients.vmap_scores, objective, microbatch=microbatch)(*args, directions)
     close(scores, v @ each.T)
   one = jax.tree.map(lambda leaf: leaf[0], directions)
-  close(jitted(gradients.jvp_scores, objective)(*args, one), each @ v[0])
+  close(jitted(tiny.jvp_scores, objective)(*args, one), each @ v[0])
   hessian = (rows * (np.exp(y * z) / (1 + np.exp(y * z)) ** 2)[:, None]).T @ rows
   for name, wanted in {
     "ggn": hessian,
@@ -139,7 +139,7 @@ def test_scores_are_the_same_by_every_path(dtype):
   def measure(sub, frozen, batch, v, one):
     args = (t.objective, sub, frozen, batch)
     leaves = gradients.leaf_scores(*args, v, microbatch=3)
-    paths = {"jvp": gradients.jvp_scores(*args, one)[None], "vmap": gradients.vmap_scores(*args, v)}
+    paths = {"jvp": tiny.jvp_scores(*args, one)[None], "vmap": gradients.vmap_scores(*args, v)}
     paths["layers"] = sum(subtree.layer_sums(leaves, t.subtree).values())
     total = gradients.tree_dot(gradients.sum_gradient(*args), one)
     return gradients.per_example_gradients(*args), leaves, paths, total
@@ -327,7 +327,7 @@ def test_bfloat16_weights_give_float32_results_near_those_of_float32():
       return {
         "losses": gradients.per_example_losses(*args),
         "gradients": gradients.per_example_gradients(*args),
-        "jvp": gradients.jvp_scores(*args, one),
+        "jvp": tiny.jvp_scores(*args, one),
         "vmap": gradients.vmap_scores(*args, v),
         "products": [product(*args, one) for product in PRODUCTS.values()],
       }
@@ -344,7 +344,7 @@ def test_bfloat16_weights_give_float32_results_near_those_of_float32():
 def test_a_second_call_with_the_same_shapes_compiles_nothing(caplog):
   t = tiny.make_tiny("3", "mlp")
   v = tiny.direction(t.sub)
-  step = jax.jit(gradients.jvp_scores, static_argnums=0)
+  step = jax.jit(tiny.jvp_scores, static_argnums=0)
 
   def compiled(objective, batch):
     caplog.clear()

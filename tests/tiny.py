@@ -42,6 +42,11 @@ NUM_TOKENS, NUM_RESPONSES = 13, 9
 SIZE = 8  # two padding rows
 
 
+def jvp_scores(*args) -> jax.Array:
+  """The scores of `gradients.losses_and_jvp_scores` alone, [B]."""
+  return gradients.losses_and_jvp_scores(*args)[1]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compile():
   """For a module that imports it: programs of microseconds are not worth an optimising compiler's seconds."""

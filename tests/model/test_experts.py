@@ -75,7 +75,7 @@ def test_gradients_scores_and_products_through_experts_are_the_dense_ones(x64):
   @jax.jit
   def ours(sub):
     args = t.objective, sub, t.frozen, batch
-    scores = gradients.jvp_scores(*args, v)
+    scores = tiny.jvp_scores(*args, v)
     products = gradients.ggn_product(*args, v), gradients.hessian_product(*args, v)
     return gradients.per_example_gradients(*args, microbatch=3), *products, scores
 

@@ -469,7 +469,7 @@ def test_flat_response_slots_change_nothing(layers, groups):
   plain = flat._replace(slots=None)
   v = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), sub)
   plain_ones = gradients.per_example_losses, gradients.sum_gradient, gradients.per_example_gradients
-  along = gradients.jvp_scores, gradients.ggn_product, gradients.fisher_product, gradients.hessian_product
+  along = tiny.jvp_scores, gradients.ggn_product, gradients.fisher_product, gradients.hessian_product
 
   @jax.jit
   def derivatives(sub, frozen, batch, v):

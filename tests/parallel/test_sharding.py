@@ -69,7 +69,7 @@ def everything_fn(objective):
     return {
       "losses": gradients.per_example_losses(*args),
       "gradient": gradients.sum_gradient(*args),
-      "jvp": gradients.jvp_scores(*args, one),
+      "jvp": tiny.jvp_scores(*args, one),
       "vmap": gradients.vmap_scores(*args, vectors),
       "ggn": gradients.ggn_product(*args, one),
     }
@@ -347,7 +347,7 @@ def work(coordinator, process_id, num_processes, out):
     )
     assert not placed[2].tokens.is_fully_addressable
     one = jax.tree.map(lambda leaf: leaf[0], placed[3])
-    score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v))
+    score = jax.jit(lambda s, f, b, v: tiny.jvp_scores(objective, s, f, b, v))
     results[spec] = processes.to_host(score(*placed[:3], one))
     back = processes.to_host(placed[0])
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (back, sub)), strict=True))
@@ -357,7 +357,7 @@ def work(coordinator, process_id, num_processes, out):
 def jvp_on_one_device():
   objective, sub, frozen, batch, vectors = make_problem("attention")
   one = jax.tree.map(lambda leaf: leaf[0], vectors)
-  score = jax.jit(lambda s, f, b, v: gradients.jvp_scores(objective, s, f, b, v))
+  score = jax.jit(lambda s, f, b, v: tiny.jvp_scores(objective, s, f, b, v))
   return np.asarray(score(sub, frozen, batch, one))
 
 
