@@ -24,7 +24,7 @@ from experiments.targets.settings import FULL as FULL_MODEL
 from experiments.targets.target import Target, labels_of, size_of
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import names_of
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.checks import budget_of
@@ -80,7 +80,9 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings
       drawn = {name: own[spread_rows([dataset.ids[row] for row in own], share or len(own))] for name, own in of.items()}
       rows[part] = np.unique(np.concatenate(list(drawn.values())))
     if len(rows["eval"]) < _LEAST:
-      raise UserError(f"--targets={s.targets}: {text!r} has {len(rows['eval'])} queries; a target needs {_LEAST}")
+      raise UserError(
+        f"--targets={s.targets}: {text!r} has {how_many(len(rows['eval']), 'quer[y|ies]')}; a target needs {_LEAST}"
+      )
     mine = np.zeros(len(parts["train"]), bool)
     mine[rows["train"]] = True
     if mine[answered["train"]].all():
@@ -318,7 +320,11 @@ def read_choices(
       if theirs not in (None, contents_of({name: {target.name: ids}}, session)[name][target.name]):
         raise UserError(f"--choices_of={s.choices_of}, {name!r}: its examples have changed; run it on the same data")
       if len(ids) < size or unknown:
-        why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
+        why = (
+          f"{unknown[0]!r} is not in this pool"
+          if unknown
+          else f"it chose {how_many(len(ids), 'example')}, {how_many(size, '[is|are] needed')}"
+        )
         raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")
       found.setdefault(f"{name}, chosen by {whose}", {})[target.name] = np.array([row_of[one] for one in ids])
   return found

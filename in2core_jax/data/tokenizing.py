@@ -30,7 +30,7 @@ from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
 from in2core_jax.data.tokenizer_errors import told_by_tokenizers
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 __all__ = [
   "Record",
@@ -224,9 +224,12 @@ def tokenize(
   dataset = TokenizedDataset(name, there, found, masks.done(beside=found), np.array(truncated, bool), render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
-      f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
-      f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
-      + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
+      f"{name}: none of the {how_many(len(dataset), 'example')} has a response token within max_length={max_length} "
+      f"({int(dataset.truncated.sum()):,} truncated); raise max_length, or give data with responses"
+      + "".join(
+        f"; the chat template: {words} in {how_many(n, 'turn')}"
+        for words, n in render.told().get("changes", {}).items()
+      )
     )
   return dataset
 

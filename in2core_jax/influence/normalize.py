@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax import gradients
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.gradients import Tree
 from in2core_jax.ihvp import ekfac, low_rank, tree_math
 from in2core_jax.ihvp.operators import check_damping
@@ -196,8 +196,8 @@ def _per_example(measures: Measures, lengths: np.ndarray) -> np.ndarray:
   bad = np.flatnonzero(there & ~(lengths > 0))
   if len(bad):
     raise UserError(
-      f"{len(bad)} examples have a gradient but no positive self-influence (first rows {bad[:5].tolist()}): "
-      "the inverse is not positive definite; use --curvature=ggn or a larger damping"
+      f"{how_many(len(bad), 'example[s] [has|have]')} a gradient but no positive self-influence (first rows "
+      f"{bad[:5].tolist()}): the inverse is not positive definite; use --curvature=ggn or a larger damping"
     )
   return np.where(there, measures.scores / np.where(there, lengths, 1), 0).astype(np.float32)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,7 +116,7 @@ class ModelConfig:
     for name in ("local", "unrotated"):
       listed = getattr(self, name)
       if listed is not None and len(listed) < self.num_layers:
-        raise UserError(f"model config: {name} names {len(listed)} layers of {self.num_layers}")
+        raise UserError(f"model config: {name} names {how_many(len(listed), 'layer')} of {self.num_layers}")
       kept = listed and tuple(listed[: self.num_layers])
       object.__setattr__(self, name, kept if kept and any(kept) else None)  # one way to write the same model
       if name == "local" and listed and not any(kept):

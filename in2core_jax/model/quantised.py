@@ -26,7 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import model_files
 from in2core_jax.model.schema import plain, shown
 
@@ -106,8 +106,8 @@ def opened(
   stored = sum(view.bytes_of(part) for parts in view.parts.values() for part in parts.values())
   size = {"float32": 4, "bfloat16": 2}[dtype]
   model_files.say(
-    f"{folder}: {len(view.parts)} matrices are stored by {_method(values)} in {stored / 1e9:.2f} GB and are "
-    f"dequantised: as {dtype} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
+    f"{folder}: {how_many(len(view.parts), 'matri[x is|ces are]')} stored by {_method(values)} in {stored / 1e9:.2f} "
+    f"GB, and dequantised: as {dtype} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
   )
   names = {name: where[next(iter(parts.values()))] for name, parts in view.parts.items()} | view.others
   return names, dict.fromkeys(handles, view)

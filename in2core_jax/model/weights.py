@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from in2core_jax.data import assets, hub
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import (
   decoder,
   hf_config,
@@ -134,7 +134,9 @@ def _parse_truncated(spec: str) -> tuple[str, int]:
 
 def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
   if not 0 < layers <= config.num_layers:
-    raise UserError(f"--model={spec}: the whole model has {config.num_layers} layers; keep 1 to {config.num_layers}")
+    raise UserError(
+      f"--model={spec}: the whole model has {how_many(config.num_layers, 'layer')}; keep 1 to {config.num_layers}"
+    )
   return dataclasses.replace(config, num_layers=layers)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from in2core_jax.data import packing
+from in2core_jax.errors import how_many
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline import phases
@@ -118,8 +119,9 @@ def packer_of(task: Task) -> packing.Packer:
 def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> train_loop.TrainResult:
   """Trains with checkpoints in the run folder; SIGTERM ends it after a step, which is kept."""
   s, session, recipe = task.settings, task.session, task.recipe
-  words = "training %s numbers in layers %s for %d steps of %d examples"
-  log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, recipe.steps, recipe.batch_size)
+  lasting = how_many(recipe.steps, "step"), how_many(recipe.batch_size, "example")
+  words = "training %s numbers in layers %s for %s of %s"
+  log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, *lasting)
   packer, meta = packer_of(task), meta_of(task, run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(session.model.config, task.tree)

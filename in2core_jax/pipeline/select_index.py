@@ -12,7 +12,7 @@ import numpy as np
 
 from in2core_jax.data import records
 from in2core_jax.data.ragged import taken
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.ihvp import solvers
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.basis import Raw
@@ -157,9 +157,9 @@ def _write(task: Task, work: Work, given: Settings) -> None:
     write_train_with(run_dir, session, s, outcome.choice.rows, recipe)
     select_results.write_results(run_dir, session, told_by, scored, outcome.choice, warnings, about)
   log.info(
-    "selected %d of %d examples%s by %s out of the index: %s",
+    "selected %d of %s%s by %s out of the index: %s",
     len(outcome.choice.rows),
-    len(inputs.ids),
+    how_many(len(inputs.ids), "example"),
     taking_no_part(inputs, session.splits["train"].truncated),
     s.policy,
     run_dir.path / "coreset.jsonl",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from in2core_jax.data import records, summaries, tokenizing
+from in2core_jax.errors import how_many
 from in2core_jax.pipeline import select_outputs
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
@@ -135,9 +136,9 @@ def tell_selected(
   """Logs how much was selected, and where it is."""
   tokens = inputs.num_response_tokens
   log.info(
-    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
+    "selected %d of %s%s by %s, %.0f %% of the response tokens: %s",
     len(rows),
-    len(inputs.ids),
+    how_many(len(inputs.ids), "example"),
     taking_no_part(inputs, train.truncated),
     s.policy,
     100 * tokens[rows].sum() / tokens.sum(),

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation.tries import LEAST_GAIN
 from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
@@ -197,7 +198,7 @@ def _many(known: Sequence[Mapping], rows: Sequence[Mapping]) -> Answer:
   }
   better = [title for title, signs in calls.items() if -1 in signs and 1 not in signs]
   worse = [title for title, signs in calls.items() if 1 in signs and -1 not in signs]
-  count = f"{len(calls)} comparisons with random sets"
+  count = f"{how_many(len(calls), 'comparison')} with random sets"
   if len(better) == len(calls):
     return Answer(USE, f"retrained on it, models are better in all {count}.")
   if worse and not better:
@@ -236,7 +237,8 @@ def _from_distance(run: SelectRun) -> Answer:
     return _other_kind(run, seen, check)
   few = summary.get("queries")
   if few is not None and few < ENOUGH_QUERIES:
-    why = f"{few:,} evaluation examples are too few to show whether they differ in kind from the training set ({seen})."
+    why = how_many(few, "evaluation example[s] [is|are] too few to show whether [it differs|they differ] in kind")
+    why += f" from the training set ({seen})."
     return Answer(UNCLEAR, why, (*own, check))
   why = (
     f"the evaluation set is of the same kind as the training set, as far as gradients and hidden states show ({seen}). "
@@ -272,11 +274,11 @@ def numbers(run: SelectRun) -> list[dict]:
   tokens, all_tokens = int(run.response_tokens[run.selected].sum()), int(run.response_tokens.sum())
   keys = [run.content_keys[row] for row in run.selected.nonzero()[0]]
   return [
-    {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {size:,} examples"},
+    {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {how_many(size, 'example')}"},
     {
       "value": f"{tokens:,}",
       "what": "tokens kept",
-      "note": f"{tokens / max(all_tokens, 1):.1%} of {all_tokens:,} response tokens",
+      "note": f"{tokens / max(all_tokens, 1):.1%} of {how_many(all_tokens, 'response token')}",
     },
     {
       "value": f"{len(keys) - len(set(keys)):,}",

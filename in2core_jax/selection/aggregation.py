@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 BY_TOPIC = ("topic_max", "topic_quota")
 BY_QUERY = ("nearest", "round_robin", "weighted_turns")  # which need the value for every single query
@@ -56,7 +56,9 @@ def aggregate(
     raise UserError(f"aggregate={how} is unknown; choose one of {', '.join(AGGREGATES)}")
   scores = np.asarray(scores, np.float64)
   if scores.ndim != 2 or not len(scores) or len(query_topics) != scores.shape[0]:
-    raise UserError(f"scores have shape {scores.shape} for {len(query_topics)} query topics; expected [Q, N]")
+    raise UserError(
+      f"scores have shape {scores.shape} for {how_many(len(query_topics), 'query topic')}; expected [Q, N]"
+    )
   finite(scores.T, "scores", f"aggregate={how}", ids)
   if how == "mean":
     return scores.mean(axis=0)
@@ -114,7 +116,9 @@ def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
   """
   tokens = np.asarray(0 if tokens is None else tokens, np.float64)
   if tokens.shape != (size,) or tokens.min() < 0 or not tokens.any():
-    raise UserError(f"weighted_turns needs the response tokens of {size} queries, got shape {tokens.shape}")
+    raise UserError(
+      f"weighted_turns needs the response tokens of {how_many(size, 'quer[y|ies]')}, got shape {tokens.shape}"
+    )
   return 0.5 / size + 0.5 * tokens / tokens.sum()
 
 

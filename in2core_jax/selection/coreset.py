@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.selection import density, matching, reasons
 from in2core_jax.selection.aggregation import aggregate, finite, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
@@ -356,7 +356,9 @@ def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) 
     raise UserError(f"policy={policy} is unknown; choose one of {', '.join(POLICIES)}")
   pool = inputs.pool()
   if pool.size == 0:
-    raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
+    raise UserError(
+      f"none of the {how_many(len(inputs.ids), 'example')} has response tokens; check the data fields and max length"
+    )
   task = _Task(inputs, pool, budget, seed, policy)
   budget.limit(task.tokens)  # a budget that cannot be met is told before the work
   order = _POLICIES[policy](task)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.selection import matching
 from in2core_jax.selection.two_samples import Apart
 
@@ -93,11 +93,15 @@ class Budget:
       return max(1, math.floor(self.fraction * size + 0.5))
     if self.num_examples is not None:
       if self.num_examples > size:
-        raise UserError(f"budget={self} is more than the {size} examples with response tokens; ask for fewer")
+        raise UserError(
+          f"budget={self} is more than the {how_many(size, 'example')} with response tokens; ask for fewer"
+        )
       return int(self.num_examples)
     fitting = int(np.sum(np.cumsum(np.sort(num_tokens)) <= self.token_budget))
     if fitting == 0:
-      raise UserError(f"budget={self} is less than the shortest example's {num_tokens.min()} tokens; raise it")
+      raise UserError(
+        f"budget={self} is less than the shortest example's {how_many(num_tokens.min(), 'token')}; raise it"
+      )
     return fitting
 
   def cut(self, order: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
@@ -106,7 +110,9 @@ class Budget:
       return order[: self.limit(num_tokens)]
     kept = order[: int(np.sum(np.cumsum(num_tokens[order]) <= self.token_budget))]
     if kept.size == 0:
-      raise UserError(f"budget={self} is less than the {num_tokens[order[0]]} tokens of the first choice; raise it")
+      raise UserError(
+        f"budget={self} is less than the {how_many(num_tokens[order[0]], 'token')} of the first choice; raise it"
+      )
     return kept
 
 
@@ -194,10 +200,14 @@ class PolicyInputs:
     for name in lengths:
       value = getattr(self, name)
       if value is not None and len(value) != size:
-        raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
+        raise UserError(
+          f"{name} has {how_many(len(value), 'entr[y|ies]')} for {how_many(size, 'example id')}; they must be as many"
+        )
     for name, values in self.similarities.items():
       if np.ndim(values) != 2 or np.shape(values)[1] != size:
-        raise UserError(f"{name} has the shape {np.shape(values)} for {size} example ids; need [queries, examples]")
+        raise UserError(
+          f"{name} has the shape {np.shape(values)} for {how_many(size, 'example id')}; need [queries, examples]"
+        )
     if self.scores is not None and self.scores.ndim != 1:
       raise UserError(f"scores have shape {self.scores.shape}; policies take [N], so call aggregate first")
     if self.features is not None:
@@ -285,7 +295,9 @@ def query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
     return np.ones(size)
   weights = np.asarray(0 if inputs.query_tokens is None else inputs.query_tokens)
   if weights.shape != (size,) or weights.min() < 0 or not weights.any():
-    raise UserError(f"query_tokens have shape {weights.shape} for {size} queries; need their response tokens")
+    raise UserError(
+      f"query_tokens have shape {weights.shape} for {how_many(size, 'quer[y|ies]')}; need their response tokens"
+    )
   return weights.astype(np.float64)
 
 

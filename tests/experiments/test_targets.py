@@ -205,7 +205,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
       {"variants": "length-matched random", "retrained": "length-matched random"},
       "name a rule besides, whose response lengths",
     ),
-    ({"source_limits": "3,4"}, "need 1 numbers of at least 0, one for each source .*: chatterbot"),
+    ({"source_limits": "3,4"}, "need 1 number of at least 0, one for each source .*: chatterbot"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, tmp_path, changes, words):

@@ -568,7 +568,7 @@ def test_states_and_checkpoints_that_do_not_fit_are_refused():
       Checkpoint(problem, weight)
   with pytest.raises(UserError, match="0 checkpoints, none with a positive weight"):
     trajectory.tracin([], make_stream(), N, eval_gradients)
-  with pytest.raises(UserError, match="1 checkpoints, none with a positive weight"):
+  with pytest.raises(UserError, match="1 checkpoint, none with a positive weight"):
     trajectory.less([Checkpoint(problem, 0.0, state)], make_stream(), N, eval_gradients)
   with pytest.raises(UserError, match="needs 0 <= b < 1"):
     AdamDirection(b1=1.0)

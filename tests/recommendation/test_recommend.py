@@ -69,7 +69,7 @@ def test_another_seed_deals_other_folds_and_too_few_examples_are_refused(monkeyp
   )
   session = types.SimpleNamespace(splits={"eval": few}, settings=types.SimpleNamespace(max_length=9))
   with pytest.raises(
-    UserError, match="has 1 different examples with a response; 1 more have none within --max_length=9"
+    UserError, match="has 1 different example with a response; 1 more have none within --max_length=9"
   ):
     Judged.of(session)
 
@@ -354,7 +354,7 @@ def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path,
   monkeypatch.setattr(calibration.run, "run", answered)
   monkeypatch.setattr(calibration, "judge_of", lambda *_: types.SimpleNamespace(over=lambda session: session))
   found = []
-  with pytest.raises(UserError, match="1 pairs were refused: pool-0/dear; start the same command"):
+  with pytest.raises(UserError, match="1 pair was refused: pool-0/dear; start the same command"):
     for pair in calibration.pairs([pool]):
       found.append(pair)
   assert found == [("pool", "cheap", {"rule": "bm25"})]
