@@ -26,7 +26,7 @@ from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.metagradient import metagradient
+from in2core_jax.pipeline.metagradient import check_trained, metagradient
 from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
   Retrainer,
@@ -164,8 +164,8 @@ def check_variants(session: Session, s: StudySettings) -> None:
         raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(session.model.params, own.layers, own.modules)
-      if variant.unrolled and own.trainable == "lora":
-        raise UserError("fresh LoRA factors have a gradient of 0, at which Adam has no slope: give --trainable=full")
+      if variant.unrolled:
+        check_trained(own)
       if variant.policy in coreset.SCORE_POLICIES and not variant.unrolled:
         solver_settings(own)
         check_size(own, subtree.size_of(session.model.params, tree), f"--solver={own.solver}")
