@@ -186,14 +186,16 @@ class Task:
 
   def scores(self, variant: Variant) -> dict:
     """The cell of a variant: scores [Q][N] of each distinct evaluation example with every training example; seconds."""
-    s = self.settings
-    work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(variant.cell())[:16]}")
+    s, name = self.settings, variant.cell()
+    if variant.solver == report.METAGRADIENT:
+      name = (*name, seeds_of(s)[0])
+    work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(name)[:16]}")
 
     def make() -> dict:
       if variant.solver == report.METAGRADIENT:
-        found, parameters = query_metagradients(self.session, s, self.queries, work), subtree.count(self.judge().sub)
+        found = query_metagradients(self.session, s, self.queries, seeds_of(s)[0], work)
         work.remove()
-        return {"scores": found.tolist(), "parameters": parameters}
+        return {"scores": found.tolist(), "parameters": subtree.count(self.judge().sub)}
       own = settings_of(s, variant)
       chosen = choose(
         self.session, self.full if variant.at == "full" else self.session.model.params, variant.layers, s.modules
@@ -202,7 +204,7 @@ class Task:
       work.remove()
       return {"scores": found.tolist(), "parameters": subtree.count(chosen.problem.sub)}
 
-    return self.cells.get(make, "scores", *variant.cell())
+    return self.cells.get(make, "scores", *name)
 
   def removals(self, scores: dict[str, np.ndarray]) -> list[Removal]:
     """What is left out: the top by each solver, the opponents of the first of them, random sets, nothing.

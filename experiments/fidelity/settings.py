@@ -27,7 +27,7 @@ class FidelitySettings(IterationSettings, Settings):
     "identity,datainf,ekfac,low_rank,cg,lissa",
     "Solvers to compare.",
     more="--solver is one of them. "
-    "metagradient: exact, through the training; costs a training for each evaluation example.",
+    "metagradient: exact, through trainings with --seeds; costs one of each seed for every evaluation example.",
   )
   lds_layers: str = _fidelity(
     "last:2;last:1", "Words of --layers to compare, by semicolons; the first is the default.", counts=True

@@ -164,6 +164,7 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     more += ["gradients of length 1"] if variant.unit else []
     more += [f"{variant.queries} evaluation examples"] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
+    more += ["weights of the losses"] if policy in coreset.WEIGHTED_POLICIES else []
     more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []
     more += ["through the training on all data"] if variant.unrolled else []
     line = {

@@ -85,6 +85,7 @@ VARIANTS = {
   "bm25, in turns": make_variant("bm25", aggregate="round_robin"),
   "matching per token, base model": make_variant("matching_per_token"),
   "matching in strata, base model": make_variant("matching_strata"),
+  "influence distillation, base model": make_variant("distillation"),
   "matching, base model, 4 rounds": make_variant("matching", rounds=4),
   "hybrid, 4 rounds": make_variant("hybrid", rounds=4),
   "layer ranks": make_variant("layer_ranks"),

@@ -168,9 +168,12 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
   if MATCHED in listed(s.retrained, ";"):
     rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit or variant.rounds > 1:
-      known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
-      raise UserError(f"--variants: {name!r} needs scores or trainings of each target; use some of {'; '.join(known)}")
+    weighs = variant.policy in coreset.WEIGHTED_POLICIES
+    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit or variant.rounds > 1:
+      which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES} - {*coreset.WEIGHTED_POLICIES}
+      known = [one for one, rule in VARIANTS.items() if rule.policy in which]
+      why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
+      raise UserError(f"--variants: {name!r} {why}; use some of {'; '.join(known)}")
   retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")
   if not set(retrained) - {MATCHED} and (retrained or s.recommend_minutes):
     raise UserError(f"--retrained={s.retrained}: name a rule besides, whose response lengths {MATCHED} takes")

@@ -1,5 +1,8 @@
 """Metagradients of the training set: through the whole training on it, from losses of the evaluation set."""
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 
 from in2core_jax.errors import UserError
@@ -48,6 +51,12 @@ class AllData:
     objective, self.steps = make_objective(session.model.config, judge.chosen), judge.recipe.steps
     self._unrolled = Unrolled(objective, judge.trainer, judge.frozen, packer, s.seed, self.steps)
 
+  def in_order_of(self, seed: int) -> "AllData":
+    """The same with the data in another order."""
+    other = copy.copy(self)
+    other._unrolled = self._unrolled.in_order_of(seed)
+    return other
+
   def metagradient(self, gradient_fn, on_step=lambda: None) -> np.ndarray:
     """f64 [Q, N], 0 for an example without response, which is not trained on; arguments as of `Unrolled`."""
     ones = np.ones(len(self.rows), np.float32)
@@ -70,31 +79,38 @@ def metagradient(session: Session, s: Settings) -> np.ndarray:
   return whole.metagradient(lambda sub: judge.problem.at(sub, judge.frozen).mean_gradient(session.stream(asked)))[0]
 
 
-def query_metagradients(session: Session, s: Settings, queries: np.ndarray, work: Work) -> np.ndarray:
+def query_metagradients(
+  session: Session, s: Settings, queries: np.ndarray, seeds: Sequence[int], work: Work
+) -> np.ndarray:
   """The same for single evaluation examples, float32 [Q, N], at most `--query_block` at a time.
+
+  A mean over orders of the data: with one order, an example counts by the learning rate of the steps that it came in.
 
   Args:
     session: data and model.
-    s: the recipe and its seed.
+    s: the recipe.
     queries: int [Q], rows of the evaluation set.
+    seeds: of the orders.
     work: keeps finished blocks.
   """
-  whole = AllData(session, s)
-  judge, size = whole.judge, len(queries)
+  whole, size = AllData(session, s), len(queries)
+  judge = whole.judge
   most = max(1, min(s.query_block, size, _BYTES // (12 * subtree.count(judge.sub))))
   block = -(-size // -(-size // most))  # blocks of about one size
-  store, found = work.pieces("metagradients").store("blocks", block=block, queries=queries.tolist()), []
-  starts = range(0, size, block)
+  store = work.pieces("metagradients").store("blocks", block=block, queries=queries.tolist(), seeds=list(seeds))
+  jobs = [(seed, start) for seed in seeds for start in range(0, size, block)]
+  found = np.zeros((size, whole.size), np.float32)
 
-  def of_block(rows: np.ndarray, progress: Progress) -> np.ndarray:
+  def of_block(seed: int, rows: np.ndarray, progress: Progress) -> np.ndarray:
     asked = session.batcher("eval", judge.chosen, session.model.params, rows)
     gradient_fn = lambda sub: judge.problem.at(sub, judge.frozen).gradients(session.stream(asked), len(rows))  # noqa: E731
-    return whole.metagradient(gradient_fn, lambda: progress.update(1)).astype(np.float32)
+    return whole.in_order_of(seed).metagradient(gradient_fn, lambda: progress.update(1)).astype(np.float32)
 
-  with Progress(len(starts) * whole.steps, "metagradients", "steps") as progress:
-    for number, start in enumerate(starts):
+  with Progress(len(jobs) * whole.steps, "metagradients", "steps") as progress:
+    for number, (seed, start) in enumerate(jobs):
       rows = queries[np.minimum(np.arange(start, start + block), size - 1)]  # a filled last block compiles nothing new
-      compute = lambda rows=rows: {"scores": of_block(rows, progress)}  # noqa: E731
-      found.append(resumable.kept(store, number, compute)["scores"][: size - start])
+      compute = lambda seed=seed, rows=rows: {"scores": of_block(seed, rows, progress)}  # noqa: E731
+      of_rows = resumable.kept(store, number, compute)["scores"]
+      found[start : start + block] += of_rows[: size - start] / np.float32(len(seeds))
       progress.skip((number + 1) * whole.steps - progress.count)  # what an earlier run has done
-  return np.concatenate(found)
+  return found

@@ -38,12 +38,20 @@ class TrainingSubset:
     seed: of the order of the data, and of a random policy.
     rows: of the training set.
     fraction: budget of a sweep; None where there is one budget.
+    weights: f64 [rows], of the examples' losses; None: all alike.
   """
 
   policy: str
   seed: int
   rows: np.ndarray
   fraction: float | None = None
+  weights: np.ndarray | None = None
+
+  @property
+  def key(self) -> tuple:
+    """Names what is trained on."""
+    weights = () if self.weights is None else (np.asarray(self.weights).tolist(),)
+    return (self.rows.tolist(), *weights)
 
   @property
   def name(self) -> tuple[str, int, float | None]:
@@ -154,7 +162,9 @@ class Retrainer:
     by_sum = self.session.settings.loss_reduction == "sum" and dataset.second is None
     return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found
 
-  def train(self, rows: np.ndarray, seed: int, label: str, steps: int = 0) -> train_loop.TrainResult:
+  def train(
+    self, rows: np.ndarray, seed: int, label: str, steps: int = 0, weights: np.ndarray | None = None
+  ) -> train_loop.TrainResult:
     """Trains from the base model on some rows.
 
     Args:
@@ -162,9 +172,10 @@ class Retrainer:
       seed: of the order of the data.
       label: names the training in a progress display.
       steps: of the optimiser; the recipe's when 0.
+      weights: f64 [rows], of the examples' losses; None: all alike.
     """
     steps = steps or self.recipe.steps
-    packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes)
+    packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes, weights)
     with Progress(steps, label, "steps") as progress:
       on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
@@ -177,7 +188,7 @@ class Retrainer:
       sub = train_loop.load_sub(self.settings.checkpoint, self.sub)
       stored = run_folder.RunDir.load(files.absolute(self.settings.checkpoint).parent).load_json("finetune.json")
       return self.row(candidate, sub, stored["trained_response_tokens"], self.recipe.steps)
-    result = self.train(candidate.rows, candidate.seed, label, steps)
+    result = self.train(candidate.rows, candidate.seed, label, steps, candidate.weights)
     return self.row(candidate, result.sub, result.trained_response_tokens, steps or self.recipe.steps)
 
   def _checkpoint_is_full(self) -> bool:

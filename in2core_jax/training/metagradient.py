@@ -9,6 +9,7 @@ not divided by N. What an influence function approximates near an optimum, this 
 Kept are the states of every sqrt(T)-th step, and of one such stretch at a time, which is walked through again.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -60,14 +61,23 @@ class Unrolled:
 
   def __init__(self, objective: Objective, trainer: Trainer, frozen: Tree, packer: Packer, seed: int, steps: int):
     """Lays out the batches of `Trainer.train` with the same arguments; trains nothing yet."""
-    recipe = dataclasses.replace(trainer.recipe, steps=steps)
-    rates = np.asarray(jax.vmap(make_schedule(recipe))(np.arange(steps)), np.float32)
-    batches = itertools.islice(stream(packer, recipe, seed), steps)
-    self.steps: list[Step] = [(np.asarray(places), batch, rate) for (places, batch), rate in zip(batches, rates)]  # noqa: B905
-    self.size, self._trainer, self._frozen = len(packer), trainer, frozen
+    self._recipe = recipe = dataclasses.replace(trainer.recipe, steps=steps)
+    self._packer, self._trainer, self._frozen = packer, trainer, frozen
+    self.size, self.steps = len(packer), self._laid_out(seed)
     plain = functools.partial(weighted_step, objective, recipe)
     self._forward = jax.jit(plain)
     self._backward = jax.jit(functools.partial(_pulled_back, plain), donate_argnums=5)
+
+  def _laid_out(self, seed: int) -> list[Step]:
+    rates = np.asarray(jax.vmap(make_schedule(self._recipe))(np.arange(self._recipe.steps)), np.float32)
+    batches = itertools.islice(stream(self._packer, self._recipe, seed), self._recipe.steps)
+    return [(np.asarray(places), batch, rate) for (places, batch), rate in zip(batches, rates)]  # noqa: B905
+
+  def in_order_of(self, seed: int) -> "Unrolled":
+    """The training with the data in another order; nothing is compiled again."""
+    other = copy.copy(self)
+    other.steps = self._laid_out(seed)
+    return other
 
   def _weights(self, weights: np.ndarray, step: Step) -> np.ndarray:
     places = step[0]
