@@ -1,5 +1,6 @@
 """Retrains on sets of examples with one recipe and measures the result: what every table of perplexities rests on."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -128,7 +129,7 @@ class Retrainer:
       s: the recipe; its steps are those of the full training set.
       row_sets: every set that will be trained on.
     """
-    self.session, self.settings = session, s
+    self.session, self.settings, self.shown = session, s, True
     self.params, self.chosen = start_params(session, s)
     self.sub, self.frozen = subtree.split(self.params, self.chosen)
     self.recipe = recipe_of(s, len(trainable_rows(session)))
@@ -140,9 +141,15 @@ class Retrainer:
     objective = make_objective(session.model.config, self.chosen)
     self.trainer = train_loop.Trainer(objective, self.recipe, session.batching.place, session.model.place)
 
-  def over(self, session: Session) -> "Retrainer":
-    """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
+  def over(self, session: Session, shown: bool = True) -> "Retrainer":
+    """The same start and programs over other examples that the same batches hold (`Session.of_rows`).
+
+    Args:
+      session: with the examples.
+      shown: whether each training has a progress display.
+    """
     other = copy.copy(self)
+    other.shown = shown
     other.session, other._packer = session, functools.cache(functools.partial(Retrainer._packer, other))
     return other
 
@@ -176,8 +183,8 @@ class Retrainer:
     """
     steps = steps or self.recipe.steps
     packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes, weights)
-    with Progress(steps, label, "steps") as progress:
-      on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
+    with Progress(steps, label, "steps") if self.shown else contextlib.nullcontext() as progress:
+      on_step = lambda step, steps, loss, rate: progress and progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
   def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
