@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from experiments.study.settings import StudySettings
-from experiments.study.variants import rules_of, settings_of, variants_of
+from experiments.study.variants import Variant, rules_of, settings_of, variants_of
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
@@ -170,7 +170,7 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     line = {
       "rule": name,
       "policy": policy,
-      "gradients at": ("the fine-tuned model" if variant.trained else "the base model") if scored or compared else "",
+      "gradients at": _where(variant) if scored or compared else "",
       "layers": own.layers if scored or compared else "",
       "solver": own.solver if scored else "",
       "damping ratio": f"{own.damping_ratio:g}" if damped else "",
@@ -179,6 +179,13 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     }
     found.append(line)
   return found
+
+
+def _where(variant: Variant) -> str:
+  """Where a rule's gradients are taken, in words."""
+  if variant.warm_up:
+    return f"{variant.warm_up} checkpoints of a warm-up"
+  return "the fine-tuned model" if variant.trained else "the base model"
 
 
 def _curvature_of(s: StudySettings, usable: int) -> str:

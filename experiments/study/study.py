@@ -23,6 +23,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import finetune, sequential
+from in2core_jax.pipeline.along_training import along
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
@@ -103,7 +104,8 @@ class Study:
       influence = metagradient(session, s)
     elif policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(session, s.replace(policy="proponents"), params)
-    more = ChoiceInputs(session, s, params).of({policy})
+    of_policy = ChoiceInputs(session, s, params).of
+    more = along(session, s, variant.warm_up) if variant.warm_up else of_policy({policy})
     if variant.unit:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
     return inputs_of(session.splits["train"], influence, loss, **more)

@@ -158,6 +158,11 @@ class Chooser:
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
 
+def _trains(variant: Variant) -> bool:
+  """Whether a rule is more than its policy: gradients of one length, or trainings while it chooses."""
+  return variant.unit or variant.rounds > 1 or variant.warm_up > 0
+
+
 def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
   """(rules, names of those that are retrained, budgets).
 
@@ -169,7 +174,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
     rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
     weighs = variant.policy in coreset.WEIGHTED_POLICIES
-    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit or variant.rounds > 1:
+    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant):
       which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES} - {*coreset.WEIGHTED_POLICIES}
       known = [one for one, rule in VARIANTS.items() if rule.policy in which]
       why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
