@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from in2core_jax.errors import UserError
 
-LEARNT, PAIR, UNREAD = 1, 2, 4  # flags of a head: see `Written`
+LEARNT, PAIR, UNREAD, WEIGHTED = 1, 2, 4, 8  # flags of a head: see `Written`
 _TOGETHER = 1 << 20  # bytes that are written at once
 _BLOCK = 8192  # records of which the heads are read at once
 _HEAD = np.dtype(
@@ -44,7 +44,7 @@ class Written(NamedTuple):
     content, prompt: SHA-256 of all that is rendered, and of what comes before the first response.
     source, origin, name, topic: texts that many records have in common.
     flags: LEARNT: it has a response that is learnt; PAIR: it is a preference pair; UNREAD: it has keys that nobody
-      reads.
+      reads; WEIGHTED: its loss counts more or less than others'.
   """
 
   said: Any

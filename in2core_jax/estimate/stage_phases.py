@@ -12,7 +12,7 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
-from in2core_jax.data.records import Raws
+from in2core_jax.data.records import Raws, firsts
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import how_many
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
@@ -24,6 +24,9 @@ from in2core_jax.pipeline.scoring import topic_rows
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
 from in2core_jax.pipeline.shapes import num_steps, num_summed, trained_shapes
+from in2core_jax.recommendation import plan as plans
+from in2core_jax.recommendation import run as recommend
+from in2core_jax.recommendation.settings import FEW, in_little
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
@@ -323,7 +326,7 @@ def evaluate_phases(session: Session, s: Settings, known: int = 0) -> list[Phase
 
 
 def demo_phases(session: Session, s: Settings) -> list[Phase]:
-  """All three; a boundary cache that serves several of them is filled once."""
+  """All three and the recommendation; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.
   known = int("full" in listed(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
@@ -331,11 +334,27 @@ def demo_phases(session: Session, s: Settings) -> list[Phase]:
     *finetune_phases(session, s),
     *select_phases(session, s),
     *evaluate_phases(session, s.replace(select_runs=s.policy), known),
+    recommendation_phase(session, s),
   ]
   for phase in stages:
     shared = phase.name.startswith(("hidden states", "reference model"))
     found.setdefault((phase.name, "" if shared else phase.stage), phase)
   return list(found.values())
+
+
+def recommendation_phase(session: Session, s: Settings) -> Phase:
+  """What the demo ends in: short trainings on small sets, by the plan of the run with FLOPs for seconds."""
+  own = in_little(s, s.run_dir)
+  price, train = Pricer(session, "recommend", *trained_shapes(session.model.config, s)), session.splits["train"]
+  rows = train.num_response_tokens.nonzero()[0]
+  step = training(price, s, rows, 1)
+  few = {part: np.arange(min(FEW, len(session.splits[part]))) for part in ("eval", "test")}
+  judged = [price.packed_pass("", "losses", price.packed(part, own_rows)).flops for part, own_rows in few.items()]
+  copies = not firsts(train.records)[rows].all()  # then all of the data is trained on with each text once, too
+  pace = plans.Pace(step.flops, *judged, 0.0, {}, 0.0, 0.0, int(copies))
+  flops = plans.seconds_of(recommend.wanted(own, session), pace, recommend.steps_of(session, own))
+  name = f"{phases.RECOMMENDATION}, about {flops / step.flops:.0f} steps of {s.batch_size} examples"
+  return dataclasses.replace(step, name=name, flops=flops, gathered=step.gathered * flops / step.flops)
 
 
 STAGES = {

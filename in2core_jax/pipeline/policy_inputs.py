@@ -21,8 +21,11 @@ NEAR = 0.8  # of the shingles: what two examples share beside a long instruction
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
+OF_PAIRS = (*coreset.PAIR_POLICIES, *coreset.WEIGHTED_POLICIES)  # policies that hold so many
+
+
 def check_pairs(session: Session) -> None:
-  """Refuses `PAIR_POLICIES` for more examples than all pairs of can be compared.
+  """Refuses `OF_PAIRS` for more examples than all pairs of can be compared.
 
   Raises:
     UserError: there are more.
@@ -30,8 +33,8 @@ def check_pairs(session: Session) -> None:
   size = len(session.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
-      f"policies {' and '.join(coreset.PAIR_POLICIES)} compare all pairs of the {size:,} training examples, at most "
-      f"{MOST_PAIRS:,}: take hybrid or matching"
+      f"policies {', '.join(OF_PAIRS)} compare all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: "
+      "take hybrid or matching"
     )
 
 

@@ -67,10 +67,10 @@ def write_results(
   selected = np.zeros(len(train), bool)
   selected[choice.rows] = True
   columns = score_columns(train, scored, selected) | choice_columns(choice, len(train))
-  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
+  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows), columns.get("weight")))
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, session, s, scored, selected, warnings) | (told or {})
-  summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
+  summary["sources"] = select_outputs.write_sources(run_dir, train, selected, columns.get("weight"))
   select_outputs.write_forms(run_dir, train, columns, s)
   known = {name: value for name, value in (told or {}).items() if value is not None}
   sections = {
@@ -191,6 +191,8 @@ def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
 def choice_columns(choice: coreset.Choice, size: int) -> dict[str, np.ndarray]:
   """The columns of scores.parquet about the choice: its order (1 first, 0 left out) and the reason of each.
 
+  Of a policy that gives weights also these, 0 where left out.
+
   Args:
     choice: S rows.
     size: N examples.
@@ -198,7 +200,11 @@ def choice_columns(choice: coreset.Choice, size: int) -> dict[str, np.ndarray]:
   place, reason = np.zeros(size, np.int64), np.full(size, "", dtype=object)
   place[choice.rows] = np.arange(1, len(choice.rows) + 1)
   reason[choice.rows] = choice.reasons
-  return {"choice": place, "reason": reason}
+  found = {"choice": place, "reason": reason}
+  if choice.weights is not None:
+    found["weight"] = np.zeros(size)
+    found["weight"][choice.rows] = choice.weights
+  return found
 
 
 def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:

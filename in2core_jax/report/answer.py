@@ -20,6 +20,8 @@ _DRAWN = ("random", "random without copies", "length_matched_random")  # rules t
 # Evaluation examples from which on "of the same kind" is more than "too few to see": of a source that is 43 % of a
 # pool, 40 differed from it in 15 of 20 draws, 20 in none.
 ENOUGH_QUERIES = 40
+# Squared distance beyond which no evaluation set was whose kind is in the pool: eight of them had 0.36 at most.
+FAR = 0.4
 _MEASURED_SHARE = 0.1  # of a pool: the largest choice whose worth was measured for such sets (docs/selection.md)
 _NAMED = 6  # comparisons that a sentence lists
 _MOST_ROWS = 8  # comparisons in the picture
@@ -234,7 +236,7 @@ def _from_distance(run: SelectRun) -> Answer:
     f"squared distance {table_text.format_value(apart['distance'], 2)}, p = {table_text.format_value(apart['p'], 2)}"
   )
   if other_kind:
-    return _other_kind(run, seen, check)
+    return _nothing_like_it(seen, check) if apart["distance"] > FAR else _other_kind(run, seen, check)
   few = summary.get("queries")
   if few is not None and few < ENOUGH_QUERIES:
     why = how_many(few, "evaluation example[s] [is|are] too few to show whether [it differs|they differ] in kind")
@@ -245,6 +247,14 @@ def _from_distance(run: SelectRun) -> Answer:
     "For such sets no rule was reliably better than random examples."
   )
   return Answer(RANDOM, why, (*own, check))
+
+
+def _nothing_like_it(seen: str, check: str) -> Answer:
+  why = (
+    f"nothing in the training set seems to be like the evaluation set ({seen}). Where there was, the squared distance "
+    f"was below {FAR:g}. The set has what is nearest to it, which may be of no use."
+  )
+  return Answer(UNCLEAR, why, ("Add training data of the evaluation set's kind, or look at the examples below.", check))
 
 
 def _other_kind(run: SelectRun, seen: str, check: str) -> Answer:
