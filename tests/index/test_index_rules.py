@@ -157,6 +157,21 @@ def test_the_order_of_reading_does_not_matter():
   assert names[0] == names[1]
 
 
+def test_matching_skips_rows_that_cannot_be_chosen_and_chooses_the_same(monkeypatch):
+  rng = np.random.default_rng(0)
+  features = ((rng.standard_normal((3000, 6)) + [2, 0, 0, 0, 0, 0]) * rng.lognormal(0, 1, (3000, 1))).astype(np.float32)
+  features[1::50] = features[::50]  # exact copies: ties
+  rows, target = Rows.in_memory(gradients=features, square=np.sum(features**2, axis=1)), -np.eye(6)[1]
+  places, read_all, times = rng.permutation(3000), block_matching._Least._read_all, []
+  places[::7] = -1  # take no part
+  choose = lambda: block_matching.greedy_matching(rows, target, 800, places, block_matching.Pace(64, 16))  # noqa: E731
+  monkeypatch.setattr(block_matching._Least, "_read_all", lambda self: times.append(1) or read_all(self))
+  found, skipped = choose(), len(times)
+  monkeypatch.setattr(block_matching, "_MANY", -1)  # reads all rows for all choices
+  np.testing.assert_array_equal(choose(), found)
+  assert np.all(places[found] >= 0) and skipped < 0.5 * (len(times) - skipped)
+
+
 def test_matching_in_blocks_comes_as_close_as_step_by_step():
   rng = np.random.default_rng(3)
   features = (rng.standard_normal((4000, 24)) * rng.lognormal(0, 0.5, (4000, 1))).astype(np.float32)
