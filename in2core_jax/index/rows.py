@@ -40,6 +40,7 @@ class Block:
     rows: int64 [n], which examples of the pool.
     gradients: f32 [n, r]. square: f32 [n].
     hidden: f32 [n, V, h]. hidden_square: f32 [n, V].
+    rounded: whether numbers, but not squares, were bfloat16.
   """
 
   rows: np.ndarray
@@ -47,15 +48,17 @@ class Block:
   square: np.ndarray
   hidden: np.ndarray
   hidden_square: np.ndarray
+  rounded: bool = False
 
   @classmethod
   def of(cls, rows: np.ndarray, arrays: Arrays, where: slice | np.ndarray) -> "Block":
     """The rows `where` of some arrays as they are stored."""
-    return cls(rows, *(wide(arrays[name][where]) for name in NUMBERS))
+    numbers = (wide(arrays[name][where]) for name in NUMBERS)
+    return cls(rows, *numbers, arrays["gradients"].dtype == NARROW)
 
   def take(self, where: np.ndarray) -> "Block":
     """Some of them, by mask or position."""
-    return Block(*(getattr(self, field.name)[where] for field in dataclasses.fields(self)))
+    return Block(*(getattr(self, name)[where] for name in ("rows", *NUMBERS)), self.rounded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +128,8 @@ class Rows:
   def take(self, rows: np.ndarray) -> Block:
     """Some rows, in the order given."""
     rows = np.asarray(rows, np.int64)
-    return Block(rows, *(wide(self.stored(name, rows)) for name in NUMBERS))
+    numbers = (wide(self.stored(name, rows)) for name in NUMBERS)
+    return Block(rows, *numbers, self.segments[0]["gradients"].dtype == NARROW)
 
   def stored(self, name: str, rows: np.ndarray) -> np.ndarray:
     """One array of some rows, in the order given, as narrow as it is stored."""

@@ -9,7 +9,7 @@ from experiments import large_pools
 from experiments.settings import LargePoolsFlags
 from in2core_jax.errors import UserError
 from in2core_jax.index import basis as bases
-from in2core_jax.index import best, rules
+from in2core_jax.index import best, metric, rules
 from in2core_jax.index import matching as block_matching
 from in2core_jax.index import rows as index_rows
 from in2core_jax.index.rows import NARROW, NUMBERS, Block, Rows, wide
@@ -206,6 +206,21 @@ def test_a_key_orders_by_value_then_place_and_gives_both_back():
 def test_bfloat16_is_widened_exactly():
   numbers = np.array([[1.0, -2.5], [3e38, 1e-40]], np.float32).astype(NARROW)
   np.testing.assert_array_equal(wide(numbers), numbers.astype(np.float32))
+
+
+@pytest.mark.parametrize("concentrated", [False, True])
+def test_rounding_to_bfloat16_is_not_taken_for_what_lies_outside(concentrated):
+  rng = np.random.default_rng(0)
+  exact = (rng.standard_normal((400, 64)) * (np.geomspace(1, 1e-3, 64) if concentrated else 1)).astype(np.float32)
+  square, narrow = np.sum(exact**2, axis=1), wide(exact.astype(NARROW))
+  part = metric.Part.of(exact.T @ exact / 400, 0.01)
+  image, scale = part.images(narrow, square, rounded=True)
+  inside = 1 / np.linalg.norm(image, axis=1)
+  taken = np.count_nonzero(np.abs(scale / inside - 1) > 1e-5)  # of four standard deviations few are beyond
+  assert taken <= 4 < np.count_nonzero(np.abs(part.images(narrow, square)[1] / inside - 1) > 1e-5)
+  outside = 0.02 * square
+  wanted = 1 / np.sqrt(np.sum(part.images(exact, square)[0] ** 2, axis=1) + outside / part.damping)
+  np.testing.assert_allclose(part.images(narrow, square + outside, rounded=True)[1], wanted, rtol=0.1)
 
 
 def test_a_smaller_basis_keeps_products_with_the_queries_and_knows_what_is_outside():
