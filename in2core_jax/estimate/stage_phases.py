@@ -17,7 +17,7 @@ from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import how_many
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
-from in2core_jax.params import adapters, subtree
+from in2core_jax.params import adapters, moment_probes, subtree
 from in2core_jax.pipeline import auto_batch, index, phases, shapes, solver_inputs
 from in2core_jax.pipeline.index_settings import NONZEROS, IndexSettings
 from in2core_jax.pipeline.scoring import topic_rows
@@ -154,6 +154,10 @@ def score_prices(
   losses = lambda name: price.packed_pass(name, "losses", train)  # noqa: E731
 
   def norms() -> list[Phase]:
+    if moment_probes.beside_all(price.sub):
+      rows = price.by_row("train", every_slot=False)
+      flops = flop_counts.measures_flops(sizes, rows, queries, s.solver == "ekfac", price.cached)
+      return [price.phase(phases.NORMS, flops, price.device(row_bytes(price), held), 2.0 * rows.batches)]
     rows = price.by_row("train")
     a_row = flop_counts.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
     more = rows.examples * a_row + flop_counts.contraction_flops(sizes, rows.examples, queries + 2)
