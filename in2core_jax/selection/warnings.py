@@ -31,7 +31,7 @@ def selection_warnings(
   if inputs.features is not None and inputs.target is not None and rows.size < pool.size:
     found += _poor_coverage(rows, inputs, pool, seed)
   if copies and inputs.content_keys is not None:
-    repeats = rows.size - len({inputs.content_keys[r] for r in rows})
+    repeats = rows.size - len(np.unique(np.asarray(inputs.content_keys)[rows]))
     if repeats:
       found.append(
         f"{repeats:,} of the {rows.size:,} selected examples are duplicates of another selected one. To leave them "
