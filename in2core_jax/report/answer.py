@@ -10,6 +10,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from in2core_jax.errors import how_many
 from in2core_jax.evaluation.tries import LEAST_GAIN
 from in2core_jax.report import table_text
@@ -282,7 +284,7 @@ def numbers(run: SelectRun) -> list[dict]:
   """Kept, tokens and duplicates: dicts of value, what, note."""
   size, kept = len(run.records), int(run.selected.sum())
   tokens, all_tokens = int(run.response_tokens[run.selected].sum()), int(run.response_tokens.sum())
-  keys = [run.content_keys[row] for row in run.selected.nonzero()[0]]
+  same = run.copies[run.selected]
   return [
     {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {how_many(size, 'example')}"},
     {
@@ -291,8 +293,8 @@ def numbers(run: SelectRun) -> list[dict]:
       "note": f"{tokens / max(all_tokens, 1):.1%} of {how_many(all_tokens, 'response token')}",
     },
     {
-      "value": f"{len(keys) - len(set(keys)):,}",
+      "value": f"{len(same) - len(np.unique(same)):,}",
       "what": "duplicates",
-      "note": f"kept; {size - len(set(run.content_keys)):,} in the training set",
+      "note": f"kept; {size - len(np.unique(run.copies)):,} in the training set",
     },
   ]
