@@ -400,6 +400,9 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
       "Perplexity by example over random sets' of the same size. In brackets: 95 % intervals that hold for new test "
       "examples and for new trainings.",
       table_text.markdown_table(found["overview"]).rstrip(),
+      "The same by token:",
+      table_text.markdown_table(found["by_token"]).rstrip(),
+      *_first_parts(found),
       *_matched_parts(found),
       *(table_text.escape_markdown(note, 4000) for note in found["notes"]),
     ]
@@ -409,6 +412,12 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
   run_dir.write_text("targets.csv", table_text.csv_table(found["recall"]))
   run_dir.write_text("targets.tex", table_text.latex_table(found["recall"]))
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
+
+
+def _first_parts(found: dict) -> list[str]:
+  """The first rule over each other one, where there are others."""
+  told = "The first rule's perplexity over that of each other rule:"
+  return [told, table_text.markdown_table(found["first"]).rstrip()] if found["first"] else []
 
 
 def _matched_parts(found: dict) -> list[str]:
