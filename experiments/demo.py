@@ -22,15 +22,12 @@ from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import Settings, refuse, seeds_of
 from in2core_jax.recommendation import results
 from in2core_jax.recommendation import run as recommend
-from in2core_jax.recommendation.settings import RecommendSettings
+from in2core_jax.recommendation.settings import FEW, in_little
 from in2core_jax.recommendation.trial import Judged
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import coreset
 
 log = logging.getLogger(__name__)
-
-_FEW = 60  # evaluation, and test examples of the recommendation
-_TRIED = {"rules": "bm25", "fractions": "0.05", "seeds": "0,1", "minutes": 1e6}  # so little that no clock is needed
 
 
 def settled(s: Settings) -> Settings:
@@ -59,9 +56,8 @@ def recommended(s: Settings, session: Session, root: str) -> str:
   Returns:
     The sentence in which the demo ends.
   """
-  few = {part: np.arange(min(_FEW, len(session.splits[part]))) for part in ("eval", "test")}
-  own = _TRIED | {"run_dir": f"{root}/recommend"}
-  settings = RecommendSettings.of(s, "run", "data", "model", "finetune", **own)
+  few = {part: np.arange(min(FEW, len(session.splits[part]))) for part in ("eval", "test")}
+  settings = in_little(s, f"{root}/recommend")
   session = session.of_rows(**few)
   try:
     Judged.of(session)

@@ -23,6 +23,7 @@ from in2core_jax.params import subtree
 from in2core_jax.pipeline.checks import check_size, check_solvers
 from in2core_jax.pipeline.finetune import recipe_of, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
+from in2core_jax.pipeline.metagradient import check_trained, query_metagradients
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import Session, choose, open_session
@@ -66,7 +67,7 @@ class Variant:
     solver: of the inverse.
     layers: word of --layers.
     ratio: of the damping; NaN for identity, which has none.
-    at: full (trained on the full set) or base, where gradients are taken.
+    at: full (trained on the full set) or base, where gradients are taken; training: along that on the full set.
   """
 
   solver: str
@@ -95,12 +96,14 @@ class Variant:
 def variants_of(s: FidelitySettings) -> list[Variant]:
   """Every solver at the default layers, damping and place, and each of these changed alone; the default comes first.
 
-  With --lds_every=false they are changed for --solver and the baselines, which is what conclusions are drawn from.
+  With --lds_every=false they are changed for --solver and the baselines, which is what conclusions are drawn from. The
+  metagradient is of what is trained, along the training; nothing of it can be changed.
 
   Raises:
     UserError: a list that is empty or has unknown words, or --solver not among --lds_solvers.
   """
-  solvers = words(s.lds_solvers, "lds_solvers", SOLVERS)
+  named = words(s.lds_solvers, "lds_solvers", (*SOLVERS, report.METAGRADIENT))
+  solvers = [name for name in named if name != report.METAGRADIENT]
   layers, at = words(s.lds_layers, "lds_layers", separator=";"), words(s.lds_at, "lds_at", AT)
   dampings = ratios(s.lds_ratios, "lds_ratios")
   if not layers or not at:
@@ -115,6 +118,8 @@ def variants_of(s: FidelitySettings) -> list[Variant]:
       found += [Variant(solver, layers[0], ratio, at[0]) for ratio in damping[1:]]
       found += [Variant(solver, other, damping[0], at[0]) for other in layers[1:]]
       found += [Variant(solver, layers[0], damping[0], other) for other in at[1:]]
+  if report.METAGRADIENT in named:
+    found.append(Variant(report.METAGRADIENT, s.trainable_layers, math.nan, "training"))
   return found
 
 
@@ -181,18 +186,25 @@ class Task:
 
   def scores(self, variant: Variant) -> dict:
     """The cell of a variant: scores [Q][N] of each distinct evaluation example with every training example; seconds."""
-    s, own = self.settings, settings_of(self.settings, variant)
+    s, name = self.settings, variant.cell()
+    if variant.solver == report.METAGRADIENT:
+      name = (*name, seeds_of(s)[0])
+    work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(name)[:16]}")
 
     def make() -> dict:
+      if variant.solver == report.METAGRADIENT:
+        found = query_metagradients(self.session, s, self.queries, seeds_of(s)[0], work)
+        work.remove()
+        return {"scores": found.tolist(), "parameters": subtree.count(self.judge().sub)}
+      own = settings_of(s, variant)
       chosen = choose(
         self.session, self.full if variant.at == "full" else self.session.model.params, variant.layers, s.modules
       )
-      work = Work(self.run_dir, s.shard_batches, f"unfinished/{run_folder.hash_of(variant.cell())[:16]}")
       found = query_scores(self.session, own, chosen, work, self.queries)
       work.remove()
       return {"scores": found.tolist(), "parameters": subtree.count(chosen.problem.sub)}
 
-    return self.cells.get(make, "scores", *variant.cell())
+    return self.cells.get(make, "scores", *name)
 
   def removals(self, scores: dict[str, np.ndarray]) -> list[Removal]:
     """What is left out: the top by each solver, the opponents of the first of them, random sets, nothing.
@@ -312,14 +324,17 @@ def run(settings: FidelitySettings, session: Session | None = None) -> str:
   refuse(s, _REFUSED, _DOES)
   variants = variants_of(s)
   given = f"--lds_solvers={s.lds_solvers}"
-  check_solvers(given, (settings_of(s, variant) for variant in variants))  # as the rest, before hours of training
+  solved = [variant for variant in variants if variant.solver != report.METAGRADIENT]
+  check_solvers(given, (settings_of(s, variant) for variant in solved))  # as the rest, before hours of training
+  if len(solved) < len(variants):
+    check_trained(s, given)
   curve_solvers = words(s.curve_solvers, "curve_solvers", tuple({variant.solver for variant in variants}))
   check_halves(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   session = session or open_session(s)
   if curve_solvers:
     check_left_out(s, len(trainable_rows(session)))
-  for variant in variants:
+  for variant in solved:
     tree = subtree.make_subtree(session.model.params, variant.layers, s.modules, ("--lds_layers", "--modules"))
     size = subtree.size_of(session.model.params, tree)
     check_size(settings_of(s, variant), size, f"{given}, {variant.name}", depth="krylov")

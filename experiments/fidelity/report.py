@@ -18,6 +18,7 @@ from in2core_jax.runs import run_folder
 log = logging.getLogger(__name__)
 
 BASELINES = ("identity", "datainf")
+METAGRADIENT = "metagradient"  # exact, through the training: what solvers are held against, not one of them
 JUDGED = ("eval", "test")  # parts whose losses the leave-out curves show
 _COLORS = (
   BLUE,
@@ -176,6 +177,13 @@ def conclusions(measured: dict) -> list[str]:
       group = {v: lds for v, lds in group.items() if math.isnan(v.ratio) or v.ratio == ratio}
     if len(group) > 1:
       lines.append(f"{title}: {_sentence(group, default, factor)}")
+  exact = next((variant for variant in measured if variant.solver == METAGRADIENT), None)
+  if exact is not None:
+    gap = shown(measured[exact].minus(measured[default]).both)
+    lines.append(
+      f"Metagradient: exact through the training on all data, it has an LDS of {shown(measured[exact].both)}; minus "
+      f"that of {default.name}: {gap}."
+    )
   return lines
 
 

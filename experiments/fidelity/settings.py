@@ -24,7 +24,10 @@ class FidelitySettings(IterationSettings, Settings):
     more="They give the noise ceiling.",
   )
   lds_solvers: str = _fidelity(
-    "identity,datainf,ekfac,low_rank,cg,lissa", "Solvers to compare.", more="--solver is one of them."
+    "identity,datainf,ekfac,low_rank,cg,lissa",
+    "Solvers to compare.",
+    more="--solver is one of them. "
+    "metagradient: exact, through trainings with --seeds; costs one of each seed for every evaluation example.",
   )
   lds_layers: str = _fidelity(
     "last:2;last:1", "Words of --layers to compare, by semicolons; the first is the default.", counts=True

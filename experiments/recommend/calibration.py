@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import cli, flags
 from experiments.recommend.settings import CalibrationSettings
-from experiments.targets.target import labels_of
+from experiments.targets.target import label_of, labels_of
 from in2core_jax.data.records import firsts
 from in2core_jax.data.sources import names_of
 from in2core_jax.errors import UserError, how_many
@@ -118,7 +118,7 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
     tasks = {
       label: {part: np.searchsorted(used[part], own) for part, own in rows.items()} for label, rows in tasks.items()
     }
-    sources = "+".join(dict.fromkeys(names_of(session.splits["train"].records)))
+    sources = "+".join(dict.fromkeys(map(label_of, names_of(session.splits["train"].records))))
     found.append(Pool(sources, folder, session.of_rows(**used), tasks, settings))
   if not found:
     raise UserError(f"--tasks={s.tasks}: no pool has {2 * LEAST_QUERIES} evaluation and test examples of one of them")

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from experiments.study.settings import StudySettings
-from experiments.study.variants import rules_of, settings_of, variants_of
+from experiments.study.variants import Variant, rules_of, settings_of, variants_of
 from in2core_jax.errors import how_many
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline.evaluate_results import Group
@@ -165,12 +165,13 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     more += ["gradients of length 1"] if variant.unit else []
     more += [how_many(variant.queries, "evaluation example")] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
+    more += ["weights of the losses"] if policy in coreset.WEIGHTED_POLICIES else []
     more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []
     more += ["through the training on all data"] if variant.unrolled else []
     line = {
       "rule": name,
       "policy": policy,
-      "gradients at": ("the fine-tuned model" if variant.trained else "the base model") if scored or compared else "",
+      "gradients at": _where(variant) if scored or compared else "",
       "layers": own.layers if scored or compared else "",
       "solver": own.solver if scored else "",
       "damping ratio": f"{own.damping_ratio:g}" if damped else "",
@@ -179,6 +180,13 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     }
     found.append(line)
   return found
+
+
+def _where(variant: Variant) -> str:
+  """Where a rule's gradients are taken, in words."""
+  if variant.warm_up:
+    return f"{variant.warm_up} checkpoints of a warm-up"
+  return "the fine-tuned model" if variant.trained else "the base model"
 
 
 def _curvature_of(s: StudySettings, usable: int) -> str:

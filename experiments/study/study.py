@@ -8,6 +8,7 @@ recipe; a selection's seeds change the order of its data, a random set's the set
 """
 
 import dataclasses
+import functools
 import logging
 
 import numpy as np
@@ -22,12 +23,13 @@ from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import finetune, sequential
+from in2core_jax.pipeline.along_training import along
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.judging import judged, tell_size
-from in2core_jax.pipeline.metagradient import metagradient
-from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, ChoiceInputs
+from in2core_jax.pipeline.metagradient import check_trained, metagradient
+from in2core_jax.pipeline.policy_inputs import MOST_PAIRS, OF_PAIRS, ChoiceInputs
 from in2core_jax.pipeline.retraining import (
   Retrainer,
   TrainingSubset,
@@ -76,18 +78,22 @@ class Study:
 
   def rows(self, variant: Variant, seed: int) -> np.ndarray:
     """The rows that a variant chooses, int64 [S], sorted."""
+    return self.chosen(variant, seed)[0]
+
+  def chosen(self, variant: Variant, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """These, and the weights that the variant gives them, f64 [S], or None."""
     s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
     session = session_of(self.session, s).with_queries(variant.queries)
     whole = self.session.splits["train"]
     budget = budget_for(s, variant, whole, session.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
     if variant.rounds > 1:
-      return sequential.choose(session, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds)
+      return sequential.choose(session, s, variant.policy, budget.limit(whole.num_tokens), variant.rounds), None
     inputs = dataclasses.replace(self._inputs(session, s, variant), num_tokens=whole.num_tokens)
     if not variant.copies_last:
-      return np.sort(coreset.select_rows(variant.policy, inputs, budget, seed))
+      return coreset.select_by(variant.policy, inputs, budget, seed).in_source_order
     first_of = distinct_points(session.splits["train"])
-    return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed))
+    return np.sort(coreset.select_copies_last(variant.policy, inputs, budget, first_of, seed)), None
 
   def _inputs(self, session: Session, s: StudySettings, variant: Variant) -> PolicyInputs:
     """What the variant chooses from."""
@@ -98,7 +104,8 @@ class Study:
       influence = metagradient(session, s)
     elif policy in coreset.SCORE_POLICIES:
       influence, loss = self._scores(session, s.replace(policy="proponents"), params)
-    more = ChoiceInputs(session, s, params).of({policy})
+    of_policy = ChoiceInputs(session, s, params).of
+    more = along(session, s, variant.warm_up) if variant.warm_up else of_policy({policy})
     if variant.unit:
       more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
     return inputs_of(session.splits["train"], influence, loss, **more)
@@ -168,8 +175,8 @@ def check_variants(session: Session, s: StudySettings) -> None:
         )
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(session.model.params, own.layers, own.modules)
-      if variant.unrolled and own.trainable == "lora":
-        raise UserError("fresh LoRA factors have a gradient of 0, at which Adam has no slope: give --trainable=full")
+      if variant.unrolled:
+        check_trained(own)
       if variant.policy in coreset.SCORE_POLICIES and not variant.unrolled:
         solver_settings(own)
         check_size(own, subtree.size_of(session.model.params, tree), f"--solver={own.solver}")
@@ -187,7 +194,7 @@ def with_enough_queries(session: Session, s: StudySettings) -> StudySettings:
   if left_out:
     log.warning("left out with %s: %s", how_many(queries, "evaluation example"), "; ".join(left_out))
   if len(session.splits["train"]) > MOST_PAIRS:
-    large = [name for name, variant in VARIANTS.items() if variant.policy in coreset.PAIR_POLICIES]
+    large = [name for name, variant in VARIANTS.items() if variant.policy in OF_PAIRS]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
     left_out += large
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
@@ -202,10 +209,16 @@ def candidates(study: Study, s: StudySettings, cells: ResultCache) -> list[Train
     seeded = variant.policy in coreset.SEEDED_POLICIES
     for seed in seeds if seeded else fixed:
       drawn = seed if seeded else 0
-      choose_rows = lambda variant=variant, drawn=drawn: {"rows": study.rows(variant, drawn).tolist()}  # noqa: E731
-      kept = cells.get(choose_rows, "rows", name, variant.key, drawn)
-      found.append(TrainingSubset(name, seed, np.array(kept["rows"], np.int64)))
+      kept = cells.get(functools.partial(_kept, study, variant, drawn), "rows", name, variant.key, drawn)
+      weights = np.array(kept["weights"]) if "weights" in kept else None
+      found.append(TrainingSubset(name, seed, np.array(kept["rows"], np.int64), weights=weights))
   return found
+
+
+def _kept(study: Study, variant: Variant, seed: int) -> dict:
+  """The cell of a choice."""
+  rows, weights = study.chosen(variant, seed)
+  return {"rows": rows.tolist()} | ({} if weights is None else {"weights": weights.tolist()})
 
 
 def retrained(
@@ -213,7 +226,7 @@ def retrained(
 ) -> statistics.RetrainRow:
   """The candidate's training, done now unless it was; the same rows, order and steps are trained once."""
   train = lambda: judge.retrain(candidate, label, steps).as_json()  # noqa: E731
-  stored = cells.get(train, "training", candidate.rows.tolist(), candidate.seed, steps)
+  stored = cells.get(train, "training", *candidate.key, candidate.seed, steps)
   return judged(judge.session.splits["test"], statistics.RetrainRow.from_json(stored | {"policy": candidate.policy}))
 
 

@@ -20,6 +20,7 @@ class Variant:
     copies_last: no example a second time while there is another text.
     rounds: of choosing a part and training on what is chosen so far, whose model chooses on.
     unrolled: scores are metagradients, through the training on all data.
+    warm_up: gradients at so many checkpoints of a short training on a random part (matching); 0: not.
   """
 
   policy: str
@@ -30,11 +31,13 @@ class Variant:
   copies_last: bool = False
   rounds: int = 1
   unrolled: bool = False
+  warm_up: int = 0
 
   @property
   def key(self) -> tuple:
     """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
     more = (self.rounds,) if self.rounds > 1 else ("unrolled",) if self.unrolled else ()
+    more += ("warm-up", self.warm_up) if self.warm_up else ()
     return (self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last, *more)
 
 
@@ -85,6 +88,8 @@ VARIANTS = {
   "bm25, in turns": make_variant("bm25", aggregate="round_robin"),
   "matching per token, base model": make_variant("matching_per_token"),
   "matching in strata, base model": make_variant("matching_strata"),
+  "matching, along a warm-up": make_variant("matching", warm_up=3),
+  "influence distillation, base model": make_variant("distillation"),
   "matching, base model, 4 rounds": make_variant("matching", rounds=4),
   "hybrid, 4 rounds": make_variant("hybrid", rounds=4),
   "layer ranks": make_variant("layer_ranks"),

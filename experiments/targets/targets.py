@@ -192,6 +192,11 @@ def checkpoints_of(session: Session, s: TargetsSettings, models: set[str]) -> di
   return found
 
 
+def _trains(variant: Variant) -> bool:
+  """Whether a rule is more than its policy: gradients of one length, or trainings while it chooses."""
+  return variant.unit or variant.rounds > 1 or variant.warm_up > 0
+
+
 def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
   """(rules, names of those that are retrained, budgets).
 
@@ -202,9 +207,12 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
   if MATCHED in listed(s.retrained, ";"):
     rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
-    if variant.policy in coreset.SCORE_POLICIES or variant.queries or variant.unit or variant.rounds > 1:
-      known = [one for one, rule in VARIANTS.items() if rule.policy in (*coreset.GRADIENT_POLICIES, *SIMILARITIES)]
-      raise UserError(f"--variants: {name!r} needs scores or trainings of each target; use some of {'; '.join(known)}")
+    weighs = variant.policy in coreset.WEIGHTED_POLICIES
+    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant):
+      which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES} - {*coreset.WEIGHTED_POLICIES}
+      known = [one for one, rule in VARIANTS.items() if rule.policy in which]
+      why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
+      raise UserError(f"--variants: {name!r} {why}; use some of {'; '.join(known)}")
     if variant.policy not in SIMILARITIES and len(models_of(s, variant)) > 1:
       raise UserError(f"--gradients_at={s.gradients_at}: {name!r} has no similarities to average: give one model")
   retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")
@@ -392,6 +400,9 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
       "Perplexity by example over random sets' of the same size. In brackets: 95 % intervals that hold for new test "
       "examples and for new trainings.",
       table_text.markdown_table(found["overview"]).rstrip(),
+      "The same by token:",
+      table_text.markdown_table(found["by_token"]).rstrip(),
+      *_first_parts(found),
       *_matched_parts(found),
       *(table_text.escape_markdown(note, 4000) for note in found["notes"]),
     ]
@@ -401,6 +412,12 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
   run_dir.write_text("targets.csv", table_text.csv_table(found["recall"]))
   run_dir.write_text("targets.tex", table_text.latex_table(found["recall"]))
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
+
+
+def _first_parts(found: dict) -> list[str]:
+  """The first rule over each other one, where there are others."""
+  told = "The first rule's perplexity over that of each other rule:"
+  return [told, table_text.markdown_table(found["first"]).rstrip()] if found["first"] else []
 
 
 def _matched_parts(found: dict) -> list[str]:

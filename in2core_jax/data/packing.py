@@ -78,6 +78,7 @@ class Packer:
     groups: int = 1,
     shapes: Sequence[PackedShape] = (),
     pairs: PairTerms | None = None,
+    weights: np.ndarray | None = None,
   ):
     """Prepares the packer.
 
@@ -89,7 +90,14 @@ class Packer:
       shapes: sizes that batches take when they fit (`shapes_of`), so that several packers run the same compiled
         programs; a batch that fits in none gets its own.
       pairs: of a data set of preference pairs; without it they can be planned, but no batch of them be built.
+      weights: f64 [N], above 0: how much the loss of each example counts, divided by their mean; None: all alike.
+
+    Raises:
+      UserError: weights of preference pairs.
     """
+    if weights is not None and rejected_starts(dataset) is not None:
+      raise UserError("preference pairs have no weights: their DPO loss is no sum over tokens; remove the key 'weight'")
+    self._scale = None if weights is None else weights / np.mean(weights)
     self.dataset, self.reduction, self.hidden, self.groups = dataset, reduction, hidden, groups
     self.shapes = tuple(sorted(shapes))
     self.pairs, self._second = pairs, rejected_starts(dataset)
@@ -252,7 +260,8 @@ class Packer:
         position[place, : len(answered)] = laid.places[item] - group * area + answered - 1
         target[place, : len(answered)] = ids[answered]
         if self._second is None:
-          weight[place, : len(answered)] = slot_weight(len(answered), self.reduction)
+          own = 1.0 if self._scale is None else self._scale[example]
+          weight[place, : len(answered)] = slot_weight(len(answered), self.reduction) * own
         else:
           weight[place, : len(answered)] = self.pairs.weights(answered, self._second[example])
       filled = np.flatnonzero(weight[group * shape.size : (group + 1) * shape.size].reshape(-1))

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from in2core_jax.errors import UserError
 
-LEARNT, PAIR, UNREAD = 1, 2, 4  # flags of a head: see `Written`
+LEARNT, PAIR, UNREAD, WEIGHTED = 1, 2, 4, 8  # flags of a head: see `Written`
 _TOGETHER = 1 << 20  # bytes that are written at once
 _BLOCK = 8192  # records of which the heads are read at once
 _HEAD = np.dtype(
@@ -44,7 +45,7 @@ class Written(NamedTuple):
     content, prompt: SHA-256 of all that is rendered, and of what comes before the first response.
     source, origin, name, topic: texts that many records have in common.
     flags: LEARNT: it has a response that is learnt; PAIR: it is a preference pair; UNREAD: it has keys that nobody
-      reads.
+      reads; WEIGHTED: its loss counts more or less than others'.
   """
 
   said: Any
@@ -74,6 +75,10 @@ class Texts(Sequence):
   def take(self, rows: np.ndarray) -> Texts:
     """Some of them."""
     return Texts(self._found.take(pa.array(rows)))
+
+  def order(self) -> np.ndarray:
+    """int64 [n], which text comes first, second ... by code points, equal ones as they stand."""
+    return pc.sort_indices(self._found).to_numpy().astype(np.int64)  # UTF-8 sorts as its code points do
 
   def __len__(self) -> int:
     return len(self._found)

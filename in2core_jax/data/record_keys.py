@@ -117,8 +117,13 @@ def check_record_key(key: str, value: Any) -> bool:
     return True
   if name in _SETTLED:
     return _settles(out, key, value)
+  if weighs(key, value):
+    return True
   if name in SAMPLE_WEIGHTS and (isinstance(value, list) or (_is_number(value) and flag is None)):
-    raise UserError(f"{out}, but all examples weigh the same here; remove the key, or such records")
+    raise UserError(
+      f"{out}, but all examples weigh the same here unless 'weight' is a number above 0 and up to a million; remove "
+      "the key, or such records"
+    )
   if DETAILS.fullmatch(name) or (_about_loss(name) and isinstance(value, list)):
     raise UserError(f"{key!r} says which parts of the record are learnt, which cannot be followed; {_WRITE_TRAIN}")
   if name in LEARNT | NOT_LEARNT and flag is not None:
@@ -128,6 +133,11 @@ def check_record_key(key: str, value: Any) -> bool:
   if _about_loss(name) and isinstance(value, bool):
     raise UserError(f"{out}, and it is not clear whether that takes the record out of the loss; remove the key")
   return False
+
+
+def weighs(key: str, value: Any) -> bool:
+  """Whether a key of a record says how much its loss counts in a training, as coreset.jsonl has it; 1 says nothing."""
+  return key == "weight" and not isinstance(value, str) and _is_number(value) and value != 1 and 0 < value <= 1e6
 
 
 def is_switch(value: Any) -> bool:

@@ -46,6 +46,7 @@ class Conversation:
     unread: names of keys that nobody reads and that are not known to be without meaning.
     given_id, topic: as the record names them; None and "" where it does not.
     rejected: of a preference pair, the conversation with the rejected answer; `messages` is that with the chosen one.
+    weight: how much its loss counts in a training.
   """
 
   messages: Messages
@@ -54,6 +55,7 @@ class Conversation:
   given_id: str | None
   topic: str
   rejected: Messages = ()
+  weight: float = 1.0
 
 
 def is_learnt(message: Message) -> bool:
@@ -105,7 +107,9 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   unread += [*reader.unread, *(f"{word}{media.IN_A_TEXT}" for word in placeholders)]
   ended = _end_at_last_response(messages)
   other = _end_at_last_response(rejected) if rejected else ()
-  return Conversation(ended, tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic, other)
+  own = value.get("weight")
+  weight = float(own) if not named and record_keys.weighs("weight", own) else 1.0
+  return Conversation(ended, tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic, other, weight)
 
 
 def _is_rendering(key: str, value: Any, messages: Sequence[Message]) -> bool:

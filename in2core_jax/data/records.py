@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from in2core_jax.data import ragged, record_file
 from in2core_jax.data.bad_records import BadRecords, shorten
-from in2core_jax.data.record_file import LEARNT, PAIR, UNREAD, Records
+from in2core_jax.data.record_file import LEARNT, PAIR, UNREAD, WEIGHTED, Records
 from in2core_jax.data.record_shapes import Conversation, Messages, is_learnt, read_record
 from in2core_jax.data.turns import Message, type_name
 from in2core_jax.errors import UserError
@@ -40,6 +40,7 @@ class Record:
     unread: names of keys that nobody renders and that are not known to be without meaning.
     origin: the source of the pool that it is of, which may be many files; "": `source` itself.
     rejected: of a preference pair, the conversation with the rejected answer; `messages` is that with the chosen one.
+    weight: how much its loss counts in a training, beside others'.
   """
 
   example_id: str
@@ -52,6 +53,7 @@ class Record:
   unread: tuple[str, ...] = ()
   origin: str = ""
   rejected: Messages = ()
+  weight: float = 1.0
 
   @property
   def content_key(self) -> str:
@@ -160,9 +162,13 @@ def prompt_digests(records: Sequence[Record]) -> np.ndarray:
   return np.array([bytes.fromhex(record.prompt_key) for record in records], "S32")
 
 
-def content_keys(records: Sequence[Record]) -> list[str]:
-  """`Record.content_key` of each."""
-  return [digest.ljust(32, b"\0").hex() for digest in content_digests(records).tolist()]
+def content_keys(records: Sequence[Record]) -> Iterator[str]:
+  """`Record.content_key` of each, one after the other."""
+  return (_hex(digest) for digest in content_digests(records))
+
+
+def _hex(digest: bytes) -> str:
+  return digest.ljust(32, b"\0").hex()  # NumPy takes zeros at the end off
 
 
 def ids_of(records: Sequence[Record]) -> Sequence[str]:
@@ -191,6 +197,18 @@ def first_plain(records: Sequence[Record]) -> Record | None:
     rows = np.flatnonzero(records.column("flags") & PAIR == 0)
     return records[int(rows[0])] if len(rows) else None
   return next((record for record in records if not record.rejected), None)
+
+
+def first_weighted(records: Sequence[Record]) -> Record | None:
+  """The first whose loss counts more or less than others'; None where there is none."""
+  return _first(records, WEIGHTED, lambda record: record.weight != 1)
+
+
+def weights_of(records: Sequence[Record]) -> np.ndarray | None:
+  """How much the loss of each counts, f64 [N]; None where all count alike."""
+  if first_weighted(records) is None:
+    return None
+  return np.array([record.weight for record in records])
 
 
 def has_response(records: Sequence[Record]) -> bool:
@@ -232,11 +250,12 @@ def drawn_share(records: Sequence[Record], share: float) -> np.ndarray:
     records: of one source.
     share: above 0; at least one conversation is kept.
   """
-  order = lambda key: hashlib.sha256(f"share/{key}".encode()).digest()  # noqa: E731
-  keys = content_keys(records)
-  distinct = sorted(set(keys), key=order)
-  kept = set(distinct[: max(1, round(share * len(distinct)))])
-  return np.flatnonzero([key in kept for key in keys])
+  distinct, number = np.unique(content_digests(records), return_inverse=True)
+  hashes = (hashlib.sha256(f"share/{_hex(digest)}".encode()).digest() for digest in distinct)
+  order = np.argsort(np.fromiter(hashes, "S32", len(distinct)), kind="stable")
+  kept = np.zeros(len(distinct), bool)
+  kept[order[: max(1, round(share * len(distinct)))]] = True
+  return np.flatnonzero(kept[number.reshape(-1)])
 
 
 def rejected_turns(record: Record) -> Messages:
@@ -246,10 +265,11 @@ def rejected_turns(record: Record) -> Messages:
 
 
 class Raws(Sequence):
-  """The records exactly as they were read, each when it is asked for."""
+  """The records exactly as they were read, each when it is asked for; with weights, these are put into them."""
 
-  def __init__(self, records: Sequence[Record]):
-    self._records = records
+  def __init__(self, records: Sequence[Record], weights: np.ndarray | None = None):
+    """Of records; weights: f64, one for each, or None."""
+    self._records, self._weights = records, weights
 
   def __len__(self) -> int:
     return len(self._records)
@@ -257,12 +277,27 @@ class Raws(Sequence):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
-    return self._records.raw(index) if isinstance(self._records, Records) else self._records[index].raw
+    raw = self._records.raw(index) if isinstance(self._records, Records) else self._records[index].raw
+    return raw if self._weights is None else with_weight(raw, float(self._weights[index]))
 
 
-def raw_lines(records: Sequence[Record], rows: Iterable[int]) -> str:
-  """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`."""
-  return "".join(raw + "\n" for raw in Raws(ragged.taken(records, np.fromiter(rows, np.int64))))
+def with_weight(raw: str, weight: float) -> str:
+  """A record with how much its loss counts, to six digits; all else of it as it was read."""
+  if '"weight"' in raw:  # perhaps a key of the record: one of the two counts
+    return json.dumps(json.loads(raw) | {"weight": float(f"{weight:.6g}")}, ensure_ascii=False)
+  return f'{raw.rstrip()[:-1].rstrip()}, "weight": {weight:.6g}}}'
+
+
+def raw_lines(records: Sequence[Record], rows: Iterable[int], weights: np.ndarray | None = None) -> str:
+  """Some of the records exactly as they were read, one a line: the text of a `coreset.jsonl`.
+
+  Args:
+    records: N records.
+    rows: of them.
+    weights: f64 [N], put into them; None: none.
+  """
+  taken = np.fromiter(rows, np.int64)
+  return "".join(raw + "\n" for raw in Raws(ragged.taken(records, taken), None if weights is None else weights[taken]))
 
 
 def to_records(items: Iterable[Item], bad: BadRecords) -> Records:
@@ -297,16 +332,18 @@ def _written(item: Item, found: Conversation) -> record_file.Written:
   """What is kept of a record."""
   bare = Record("", found.messages, found.topic, "", item.source, item.line, found.tools, rejected=found.rejected)
   flags = LEARNT * bare.has_response | PAIR * bool(found.rejected) | UNREAD * bool(found.unread)
+  flags |= WEIGHTED * (found.weight != 1)
   digests = bytes.fromhex(bare.content_key), bytes.fromhex(bare.prompt_key)
-  said = found.messages, found.tools, found.unread, found.rejected
+  said = found.messages, found.tools, found.unread, found.rejected, found.weight
   return record_file.Written(
     said, item.raw, item.line, *digests, item.source, item.origin, item.name, found.topic, flags
   )
 
 
 def _record(name: str, said: list[Any], raw: str, line: int, source: str, origin: str, topic: str) -> Record:
-  messages, tools, unread, rejected = map(tuple, said)
-  return Record(name, messages, topic, raw, source, line, tools, unread, origin, rejected)
+  *lists, weight = said
+  messages, tools, unread, rejected = map(tuple, lists)
+  return Record(name, messages, topic, raw, source, line, tools, unread, origin, rejected, weight)
 
 
 def _told_apart(records: Records, given: list[str | None], bad: BadRecords) -> tuple[np.ndarray, list[str | None]]:

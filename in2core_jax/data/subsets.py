@@ -81,13 +81,13 @@ def limited_rows(records: Sequence, part: str, limit: int, block: int) -> np.nda
     )
   if not limit or len(records) <= limit:
     return np.arange(len(records))
-  digests = [hashlib.sha256(f"limit/{name}".encode()).digest() for name in ids_of(records)]
-  order = sorted(range(len(records)), key=digests.__getitem__)
-  kept = np.array(sorted(order[block * limit : (block + 1) * limit]), np.int64)
+  digests = (hashlib.sha256(f"limit/{name}".encode()).digest() for name in ids_of(records))
+  order = np.argsort(np.fromiter(digests, "S32", len(records)), kind="stable")
+  kept = np.sort(order[block * limit : (block + 1) * limit])
   if not block:
     return kept
   # A copy of one of those before has an id of its own.
-  before, content = np.array(order[: block * limit], np.int64), content_digests(records)
+  before, content = order[: block * limit], content_digests(records)
   return kept[~np.isin(content[kept], content[before])]
 
 

@@ -24,7 +24,16 @@ import numpy as np
 
 from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.records import BadRecords, Record, content_keys, first_pair, first_plain, ids_of, topics_of
+from in2core_jax.data.records import (
+  BadRecords,
+  Record,
+  content_keys,
+  first_of,
+  first_pair,
+  first_plain,
+  ids_of,
+  topics_of,
+)
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
@@ -94,9 +103,9 @@ class TokenizedDataset:
     return topics_of(self.records)
 
   @property
-  def content_keys(self) -> list[str]:
-    """`Record.content_key` of each example."""
-    return content_keys(self.records)
+  def copies(self) -> np.ndarray:
+    """int64 [N], equal for examples whose records say the same (`first_of`)."""
+    return first_of(self.records)
 
   @property
   def num_tokens(self) -> np.ndarray:

@@ -205,7 +205,8 @@ class Pricer:
   def reference(self, *parts: str) -> list[Phase]:
     """Log probabilities of preference pairs at the reference model, which runs as a whole."""
     session, found = self.session, []
-    params = shapes.param_shapes(session.model.config, session.settings.dtype)
+    s = session.settings
+    params = shapes.param_shapes(session.model.config, s.dtype, 0, s.frozen_weights)
     for part in (part for part in parts if session.splits[part].second is not None):
       whole = Pricer(session, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
       whole.cached = False

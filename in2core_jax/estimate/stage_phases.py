@@ -12,18 +12,21 @@ from etils import epath
 
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
-from in2core_jax.data.records import Raws
+from in2core_jax.data.records import Raws, firsts
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import how_many
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
-from in2core_jax.params import adapters, subtree
+from in2core_jax.params import adapters, moment_probes, subtree
 from in2core_jax.pipeline import auto_batch, index, phases, shapes, solver_inputs
 from in2core_jax.pipeline.index_settings import NONZEROS, IndexSettings
 from in2core_jax.pipeline.scoring import topic_rows
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings, integers, listed, seeds_of, shares
 from in2core_jax.pipeline.shapes import num_steps, num_summed, trained_shapes
+from in2core_jax.recommendation import plan as plans
+from in2core_jax.recommendation import run as recommend
+from in2core_jax.recommendation.settings import FEW, in_little
 from in2core_jax.runs import run_folder
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import Budget
@@ -151,6 +154,10 @@ def score_prices(
   losses = lambda name: price.packed_pass(name, "losses", train)  # noqa: E731
 
   def norms() -> list[Phase]:
+    if moment_probes.beside_all(price.sub):
+      rows = price.by_row("train", every_slot=False)
+      flops = flop_counts.measures_flops(sizes, rows, queries, s.solver == "ekfac", price.cached)
+      return [price.phase(phases.NORMS, flops, price.device(row_bytes(price), held), 2.0 * rows.batches)]
     rows = price.by_row("train")
     a_row = flop_counts.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
     more = rows.examples * a_row + flop_counts.contraction_flops(sizes, rows.examples, queries + 2)
@@ -232,7 +239,7 @@ def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
 
 def sketched(session: Session, stage: str, s: Settings) -> Pricer:
   """Prices passes whose gradients are in the cores of a sketch."""
-  base = shapes.param_shapes(session.model.config, session.settings.dtype)
+  base = shapes.param_shapes(session.model.config, session.settings.dtype, 0, session.settings.frozen_weights)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
   return Pricer(session, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
 
@@ -323,7 +330,7 @@ def evaluate_phases(session: Session, s: Settings, known: int = 0) -> list[Phase
 
 
 def demo_phases(session: Session, s: Settings) -> list[Phase]:
-  """All three; a boundary cache that serves several of them is filled once."""
+  """All three and the recommendation; a boundary cache that serves several of them is filled once."""
   found: dict[tuple, Phase] = {}
   # Fine-tuning is the training on the full set with --seed; evaluate takes its checkpoint.
   known = int("full" in listed(s.policies) and s.seed in integers(s.fixed_seeds or s.seeds, "seeds"))
@@ -331,11 +338,27 @@ def demo_phases(session: Session, s: Settings) -> list[Phase]:
     *finetune_phases(session, s),
     *select_phases(session, s),
     *evaluate_phases(session, s.replace(select_runs=s.policy), known),
+    recommendation_phase(session, s),
   ]
   for phase in stages:
     shared = phase.name.startswith(("hidden states", "reference model"))
     found.setdefault((phase.name, "" if shared else phase.stage), phase)
   return list(found.values())
+
+
+def recommendation_phase(session: Session, s: Settings) -> Phase:
+  """What the demo ends in: short trainings on small sets, by the plan of the run with FLOPs for seconds."""
+  own = in_little(s, s.run_dir)
+  price, train = Pricer(session, "recommend", *trained_shapes(session.model.config, s)), session.splits["train"]
+  rows = train.num_response_tokens.nonzero()[0]
+  step = training(price, s, rows, 1)
+  few = {part: np.arange(min(FEW, len(session.splits[part]))) for part in ("eval", "test")}
+  judged = [price.packed_pass("", "losses", price.packed(part, own_rows)).flops for part, own_rows in few.items()]
+  copies = not firsts(train.records)[rows].all()  # then all of the data is trained on with each text once, too
+  pace = plans.Pace(step.flops, *judged, 0.0, {}, 0.0, 0.0, int(copies))
+  flops = plans.seconds_of(recommend.wanted(own, session), pace, recommend.steps_of(session, own))
+  name = f"{phases.RECOMMENDATION}, about {flops / step.flops:.0f} steps of {s.batch_size} examples"
+  return dataclasses.replace(step, name=name, flops=flops, gathered=step.gathered * flops / step.flops)
 
 
 STAGES = {

@@ -175,3 +175,9 @@ def causal_mask(config: ModelConfig, length: int, local: bool = False) -> jax.Ar
   if config.sliding_window is None or not (all_alike or local):
     return mask
   return mask & (row - column < config.sliding_window)
+
+
+def packed_mask(offsets: jax.Array, mask: jax.Array) -> jax.Array:
+  """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
+  example = jnp.cumsum(offsets == 0, axis=1)
+  return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]

@@ -35,15 +35,16 @@ BATCH_AXES = ("data", "fsdp")
 _P = PartitionSpec
 _INTO = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"  # D -> inner width
 _OUT_OF = r"(o_proj|down_proj)"  # inner width -> D
+_KEPT = r"(/(codes|scale|parts/.*))?"  # of a matrix in few bits (`quantisation`), whose codes and scales have its axes
 
 # regex found in the leaf's path -> spec of the leaf. Axis 0 of a layer leaf is the stack of layers, which the scan
 # slices: cut along the mesh, each step would have to fetch its layer from one owner, so it is never sharded.
 PARTITION_RULES: Rules = (
-  (rf"layers/.*{_INTO}/kernel$", _P(None, "fsdp", "tensor")),
-  (rf"layers/.*{_OUT_OF}/kernel$", _P(None, "tensor", "fsdp")),
+  (rf"layers/.*{_INTO}/kernel{_KEPT}$", _P(None, "fsdp", "tensor")),
+  (rf"layers/.*{_OUT_OF}/kernel{_KEPT}$", _P(None, "tensor", "fsdp")),
   # Experts keep their own axis whole, and a device computes its part of every expert.
-  (rf"layers/.*{_INTO}/experts$", _P(None, None, "fsdp", "tensor")),
-  (rf"layers/.*{_OUT_OF}/experts$", _P(None, None, "tensor", "fsdp")),
+  (rf"layers/.*{_INTO}/experts{_KEPT}$", _P(None, None, "fsdp", "tensor")),
+  (rf"layers/.*{_OUT_OF}/experts{_KEPT}$", _P(None, None, "tensor", "fsdp")),
   (rf"layers/.*{_INTO}/expert_bias$", _P(None, None, "tensor")),
   (r"layers/mlp/\w*router/(kernel|lora_a|left)$", _P(None, "fsdp", None)),
   (r"layers/.*(expert_bias|router/\w+|attention/sinks)$", _P()),

@@ -10,7 +10,7 @@ from in2core_jax.influence import projected
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import shapes
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
-from in2core_jax.pipeline.policy_inputs import check_pairs
+from in2core_jax.pipeline.policy_inputs import OF_PAIRS, check_pairs
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import SelectSettings, Settings, seeds_of, words
 from in2core_jax.pipeline.solver_inputs import solver_settings
@@ -46,7 +46,7 @@ def check_policies(session: Session, policies: set[str]) -> None:
       f"policy {views[0]} compares hidden states of conversations, and the {pairs[0]} set has preference pairs: take "
       "proponents, matching or whitened_cosine (--policy, or --policies of evaluate)"
     )
-  if policies & set(coreset.PAIR_POLICIES):
+  if policies & set(OF_PAIRS):
     check_pairs(session)
 
 

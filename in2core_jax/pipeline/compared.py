@@ -39,7 +39,7 @@ def read_selection(folder: str, session: Session) -> tuple[str, dict[str, np.nda
     raise UserError(f"--select_runs: {folder} scored other training examples: give evaluate the same data flags")
   # Equal ids do not make equal examples: what was selected must be what stands there now.
   train, rows = session.splits["train"], np.flatnonzero(columns["selected"])
-  kept = raw_lines(train.records, rows).encode("utf-8", errors="backslashreplace")
+  kept = raw_lines(train.records, rows, columns.get("weight")).encode("utf-8", errors="backslashreplace")
   if chosen.read_bytes("coreset.jsonl") != kept:
     raise UserError(
       f"--select_runs: {folder}/coreset.jsonl is not what it selected from --train_data: the data changed"
@@ -167,14 +167,16 @@ def candidates(session: Session, s: Settings, plan: Plan) -> tuple[list[Training
       found.append(TrainingSubset(policy, seed, trainable_rows(session)))
       continue
     for fraction, budget in budgets:
-      rows = np.sort(coreset.select_rows(policy, inputs, budget, seed))
-      found.append(TrainingSubset(policy, seed, rows, fraction))
+      rows, weights = coreset.select_by(policy, inputs, budget, seed).in_source_order
+      found.append(TrainingSubset(policy, seed, rows, fraction, weights))
       if policy in coreset.GRADIENT_POLICIES:
         where = policy if fraction is None else f"{policy}, {fraction:.0%}"
         warnings += [f"{where}: {warning}" for warning in selection_warnings(rows, inputs, seed)]
   if not plan.fractions:
     for name, columns in plan.runs:
-      found += [TrainingSubset(name, seed, np.flatnonzero(columns["selected"])) for seed in plan.seeds]
+      rows = np.flatnonzero(columns["selected"])
+      weights = columns["weight"][rows] if "weight" in columns else None
+      found += [TrainingSubset(name, seed, rows, weights=weights) for seed in plan.seeds]
   return found, warnings
 
 
@@ -194,7 +196,18 @@ def kept_candidates(run_dir: run_folder.RunDir, session: Session, s: Settings, p
     found, warnings = candidates(session, s, plan)
     for warning in warnings:  # before the trainings; write_tables says them again
       log.warning("%s", warning)
-    rows = [dataclasses.asdict(candidate) | {"rows": candidate.rows.tolist()} for candidate in found]
+    rows = [_as_json(candidate) for candidate in found]
     run_dir.write_json("candidates.json", {"candidates": rows, "warnings": warnings})
   kept = run_dir.read_json("candidates.json")["candidates"]
-  return [TrainingSubset(**item | {"rows": np.array(item["rows"], np.int64)}) for item in kept]
+  read = lambda item: {name: np.array(item[name], dtype) for name, dtype in _ARRAYS.items() if name in item}  # noqa: E731
+  return [TrainingSubset(**item | read(item)) for item in kept]
+
+
+_ARRAYS = {"rows": np.int64, "weights": np.float64}
+
+
+def _as_json(candidate: TrainingSubset) -> dict:
+  """A candidate as `candidates.json` keeps it; without weights where all examples count alike."""
+  arrays = {name: getattr(candidate, name) for name in _ARRAYS}
+  plain = {name: value for name, value in vars(candidate).items() if name not in arrays}
+  return plain | {name: values.tolist() for name, values in arrays.items() if values is not None}

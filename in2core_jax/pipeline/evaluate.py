@@ -56,7 +56,7 @@ class Trainings:
     """The candidate's training over so many steps, done now unless it was."""
     name = [candidate.policy, candidate.seed, candidate.fraction, steps]
     file = f"trainings/{run_folder.hash_of(name)[:12]}.json"
-    rows = run_folder.hash_of(candidate.rows.tolist())
+    rows = run_folder.hash_of(candidate.rows.tolist() if candidate.weights is None else candidate.key)
     if not self.run_dir.holds(file) or self.run_dir.read_json(file).get("rows_sha256", rows) != rows:
       row = self.judge.retrain(candidate, label, steps)
       self.run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
@@ -135,4 +135,8 @@ def open_folder(session: Session, s: Settings, plan: Plan) -> run_folder.RunDir:
 def write_coresets(run_dir: run_folder.RunDir, records: Sequence[Record], chosen: list[TrainingSubset]) -> None:
   """The records of every candidate, for other trainers."""
   for candidate in chosen:
-    run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(records, candidate.rows))
+    weights = None
+    if candidate.weights is not None:
+      weights = np.zeros(len(records))
+      weights[candidate.rows] = candidate.weights
+    run_dir.write_text(f"coresets/{candidate.file_name}.jsonl", raw_lines(records, candidate.rows, weights))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from in2core_jax.data import packing
+from in2core_jax.data.records import weights_of
 from in2core_jax.errors import how_many
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
@@ -82,7 +83,7 @@ class Task:
 def run(settings: Settings, session: Session | None = None) -> str:
   """Fine-tunes on the full training set; returns the checkpoint folder. Resumes, or returns at once when it is done."""
   run_folder.RunDir.refuse_held(settings.run_dir)  # before the work that comes before the folder is opened
-  session = session or open_session(settings, pairs=True)
+  session = session or open_session(settings, pairs=True, weighted=True)
   session.check_folder("finetune", settings, *_DEPENDS_ON)
   # Wrong flags are told before there is a folder of theirs, which the corrected command could not use.
   task = prepare(settings, session)
@@ -113,7 +114,13 @@ def packer_of(task: Task) -> packing.Packer:
   session, recipe, rows = task.session, task.recipe, task.rows
   shape = packing.training_shape([session.packer("train", rows=rows)], recipe.batch_size, [recipe.seed])
   # Hidden states of the base model: fresh LoRA factors change none.
-  return session.packer("train", task.tree, session.model.params, rows, [shape])
+  return session.packer("train", task.tree, session.model.params, rows, [shape], weights_of_rows(session, rows))
+
+
+def weights_of_rows(session: Session, rows: np.ndarray) -> np.ndarray | None:
+  """How much the losses of some training examples count, f64 [rows], as the records say; None: all alike."""
+  every = weights_of(session.splits["train"].records)
+  return None if every is None else every[rows]
 
 
 def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> train_loop.TrainResult:
@@ -123,6 +130,10 @@ def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> trai
   words = "training %s numbers in layers %s for %s of %s"
   log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, *lasting)
   packer, meta = packer_of(task), meta_of(task, run_dir)
+  weights = weights_of_rows(session, task.rows)
+  if weights is not None:
+    low, high = (bound / weights.mean() for bound in (weights.min(), weights.max()))
+    log.info("training examples have weights, %.3g to %.3g where their mean is 1; others' losses have none", low, high)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.finetune --flagfile=THIS"])
   folder, objective = run_dir.file(run_folder.CHECKPOINT), make_objective(session.model.config, task.tree)
   trainer = train_loop.Trainer(objective, recipe, session.batching.place, session.model.place)

@@ -22,6 +22,7 @@ LAYERS, TOKENS, BLOCKS = "scores by layer", "scores by token", "scores of evalua
 RESULTS = "scores and coreset"  # files only: shows no progress
 TRAINING, TRAININGS, TEST = "training", "trainings", "test losses"
 DROP = "training on evaluation examples"
+RECOMMENDATION = "recommendation"  # of the demo
 SAMPLE, ASKED, INDEX = "a sample of the pool", "evaluation gradients", "index"
 
 WHITENED = "whitened_cosine"  # a word of --normalize that measures in a metric of its own (`whitening`)

@@ -21,8 +21,11 @@ NEAR = 0.8  # of the shingles: what two examples share beside a long instruction
 MOST_PAIRS = 8192  # examples whose similarities with each other are held: 0.5 GB
 
 
+OF_PAIRS = (*coreset.PAIR_POLICIES, *coreset.WEIGHTED_POLICIES)  # policies that hold so many
+
+
 def check_pairs(session: Session) -> None:
-  """Refuses `PAIR_POLICIES` for more examples than all pairs of can be compared.
+  """Refuses `OF_PAIRS` for more examples than all pairs of can be compared.
 
   Raises:
     UserError: there are more.
@@ -30,8 +33,8 @@ def check_pairs(session: Session) -> None:
   size = len(session.splits["train"])
   if size > MOST_PAIRS:
     raise UserError(
-      f"policies {' and '.join(coreset.PAIR_POLICIES)} compare all pairs of the {size:,} training examples, at most "
-      f"{MOST_PAIRS:,}: take hybrid or matching"
+      f"policies {', '.join(OF_PAIRS)} compare all pairs of the {size:,} training examples, at most {MOST_PAIRS:,}: "
+      "take hybrid or matching"
     )
 
 
@@ -160,8 +163,8 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = records.content_keys(self.session.splits["train"].records)
-    return near_duplicates.alike(self._texts["train"], keys, NEAR)
+    copies = records.first_of(self.session.splits["train"].records)
+    return near_duplicates.alike(self._texts["train"], copies, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""

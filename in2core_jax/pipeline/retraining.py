@@ -1,5 +1,6 @@
 """Retrains on sets of examples with one recipe and measures the result: what every table of perplexities rests on."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -38,12 +39,20 @@ class TrainingSubset:
     seed: of the order of the data, and of a random policy.
     rows: of the training set.
     fraction: budget of a sweep; None where there is one budget.
+    weights: f64 [rows], of the examples' losses; None: all alike.
   """
 
   policy: str
   seed: int
   rows: np.ndarray
   fraction: float | None = None
+  weights: np.ndarray | None = None
+
+  @property
+  def key(self) -> tuple:
+    """Names what is trained on."""
+    weights = () if self.weights is None else (np.asarray(self.weights).tolist(),)
+    return (self.rows.tolist(), *weights)
 
   @property
   def name(self) -> tuple[str, int, float | None]:
@@ -120,7 +129,7 @@ class Retrainer:
       s: the recipe; its steps are those of the full training set.
       row_sets: every set that will be trained on.
     """
-    self.session, self.settings = session, s
+    self.session, self.settings, self.shown = session, s, True
     self.params, self.chosen = start_params(session, s)
     self.sub, self.frozen = subtree.split(self.params, self.chosen)
     self.recipe = recipe_of(s, len(trainable_rows(session)))
@@ -132,9 +141,15 @@ class Retrainer:
     objective = make_objective(session.model.config, self.chosen)
     self.trainer = train_loop.Trainer(objective, self.recipe, session.batching.place, session.model.place)
 
-  def over(self, session: Session) -> "Retrainer":
-    """The same start and programs over other examples that the same batches hold (`Session.of_rows`)."""
+  def over(self, session: Session, shown: bool = True) -> "Retrainer":
+    """The same start and programs over other examples that the same batches hold (`Session.of_rows`).
+
+    Args:
+      session: with the examples.
+      shown: whether each training has a progress display.
+    """
     other = copy.copy(self)
+    other.shown = shown
     other.session, other._packer = session, functools.cache(functools.partial(Retrainer._packer, other))
     return other
 
@@ -154,7 +169,9 @@ class Retrainer:
     by_sum = self.session.settings.loss_reduction == "sum" and dataset.second is None
     return found / np.maximum(dataset.num_response_tokens, 1) if by_sum else found
 
-  def train(self, rows: np.ndarray, seed: int, label: str, steps: int = 0) -> train_loop.TrainResult:
+  def train(
+    self, rows: np.ndarray, seed: int, label: str, steps: int = 0, weights: np.ndarray | None = None
+  ) -> train_loop.TrainResult:
     """Trains from the base model on some rows.
 
     Args:
@@ -162,11 +179,12 @@ class Retrainer:
       seed: of the order of the data.
       label: names the training in a progress display.
       steps: of the optimiser; the recipe's when 0.
+      weights: f64 [rows], of the examples' losses; None: all alike.
     """
     steps = steps or self.recipe.steps
-    packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes)
-    with Progress(steps, label, "steps") as progress:
-      on_step = lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3))  # noqa: E731
+    packer = self.session.packer("train", self.chosen, self.session.model.params, rows, self.shapes, weights)
+    with Progress(steps, label, "steps") if self.shown else contextlib.nullcontext() as progress:
+      on_step = lambda step, steps, loss, rate: progress and progress.update(1, loss=round(loss, 3))  # noqa: E731
       return self.trainer.train(self.sub, self.frozen, packer, seed, train_loop.TrainLog(on_step=on_step), steps)
 
   def retrain(self, candidate: TrainingSubset, label: str, steps: int = 0) -> statistics.RetrainRow:
@@ -177,7 +195,7 @@ class Retrainer:
       sub = train_loop.load_sub(self.settings.checkpoint, self.sub)
       stored = run_folder.RunDir.load(files.absolute(self.settings.checkpoint).parent).load_json("finetune.json")
       return self.row(candidate, sub, stored["trained_response_tokens"], self.recipe.steps)
-    result = self.train(candidate.rows, candidate.seed, label, steps)
+    result = self.train(candidate.rows, candidate.seed, label, steps, candidate.weights)
     return self.row(candidate, result.sub, result.trained_response_tokens, steps or self.recipe.steps)
 
   def _checkpoint_is_full(self) -> bool:

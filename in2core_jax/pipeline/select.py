@@ -131,7 +131,7 @@ def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir
   warnings = of_selection(s, inputs, chosen.rows, choice.aim, session.splits["eval"], rule)
   recipe = recipe_elsewhere(s, session)  # from a checkpoint, which all processes open together
   if run_dir.writer:
-    write_train_with(run_dir, session, s, chosen.rows, recipe)
+    write_train_with(run_dir, session, s, chosen.rows, recipe, weighted=chosen.weights is not None)
     write_results(run_dir, session, s, scored, chosen, warnings, told(s, inputs, choice.aim))
   tell_selected(s, session.splits["train"], inputs, chosen.rows, run_dir)
 

@@ -190,12 +190,12 @@ def _inputs(task: Task, scored: scoring.Scored) -> tuple[PolicyInputs, np.ndarra
   first = records.firsts(train.records)
   more: dict[str, Any] = {}
   if s.policy in rules.SIMILAR:
-    keys = records.content_keys(train.records)
+    copies = records.first_of(train.records)
     if len(train) <= NEAR_COPIES_UP_TO:
-      more["alike"] = near_duplicates.alike([shown(record) for record in train.records], keys, NEAR)
+      more["alike"] = near_duplicates.alike([shown(record) for record in train.records], copies, NEAR)
     else:
       log.info("more than %s examples: only copies come last, near copies do not", f"{NEAR_COPIES_UP_TO:,}")
-      more["alike"] = np.unique(np.array(keys), return_inverse=True)[1]
+      more["alike"] = copies
   return inputs_of(train, scored.influence, scored.loss, **more), (train.num_response_tokens > 0) & first
 
 
@@ -259,7 +259,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
 def top_lists(task: Task, questions: rules.Questions, count: int = TOP) -> dict[str, np.ndarray]:
   """The examples with the highest products with each query, as columns of query_top.parquet; never all products."""
   train = task.session.splits["train"]
-  order = np.argsort(np.array(train.ids, np.str_), kind="stable")
+  order = aggregation.id_order(train.ids)
   places = np.empty(len(order), np.int64)
   places[order] = np.arange(len(order))
   along = np.asarray(questions.block.gradients, np.float32)

@@ -86,14 +86,23 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
   return found
 
 
-def write_sources(run_dir: RunDir, train: TokenizedDataset, selected: np.ndarray) -> list[dict[str, Any]]:
-  """mixture.json and, of several sources, a file for each; returns the rows of the mixture."""
+def write_sources(
+  run_dir: RunDir, train: TokenizedDataset, selected: np.ndarray, weights: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+  """mixture.json and, of several sources, a file for each; returns the rows of the mixture.
+
+  Args:
+    run_dir: of the run.
+    train: N examples.
+    selected: bool [N].
+    weights: f64 [N], of the selected; None: they have none.
+  """
   names = sources.names_of(train.records)
   rows = mixture(names, selected, train.num_response_tokens)
   if len(rows) > 1:
     for name, file in file_names([row["source"] for row in rows]).items():
       own = [row for row in np.flatnonzero(selected) if names[row] == name]
-      run_dir.write_text(file, raw_lines(train.records, own))
+      run_dir.write_text(file, raw_lines(train.records, own, weights))
       next(row for row in rows if row["source"] == name)["file"] = file
   else:
     rows[0]["file"] = "coreset.jsonl"
@@ -120,7 +129,8 @@ def write_forms(run_dir: RunDir, train: TokenizedDataset, columns: Mapping[str, 
     s: --coreset_format, --write.
   """
   rows = np.flatnonzero(columns["selected"])
-  lines = lambda: Raws(taken(train.records, rows))  # noqa: E731
+  weights = columns.get("weight")
+  lines = lambda: Raws(taken(train.records, rows), None if weights is None else weights[rows])  # noqa: E731
   make: dict[str, Callable[[], None]] = {
     "parquet": lambda: _write_parquet(run_dir, FORMS["parquet"], Table.of(lines())),
     "hf": lambda: _write_table_hf(run_dir, "coreset_hf", Table.of(lines())),

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from in2core_jax.report import answer, facts, findings, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
 from in2core_jax.runs import run_folder
-from in2core_jax.selection import coreset, matching, two_samples
+from in2core_jax.selection import aggregation, coreset, matching, two_samples
 from in2core_jax.selection.inputs import PolicyInputs, taking_no_part
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ def write_query_scores(run_dir, splits: Splits, scores: np.ndarray) -> None:
   )
 
 
-def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray, ids: Sequence[str]) -> np.ndarray:
   """1 for the highest influence; ties by `example_id`, as in the selection."""
-  order = np.lexsort((ids, -np.asarray(values, np.float64)))
+  by_id = aggregation.id_order(ids)
+  order = by_id[np.argsort(-np.asarray(values, np.float64)[by_id], kind="stable")]
   rank = np.empty(len(values), np.int64)
   rank[order] = np.arange(1, len(values) + 1)
   return rank
@@ -67,10 +69,10 @@ def write_results(
   selected = np.zeros(len(train), bool)
   selected[choice.rows] = True
   columns = score_columns(train, scored, selected) | choice_columns(choice, len(train))
-  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows)))
+  run_dir.write_text("coreset.jsonl", records.raw_lines(train.records, np.sort(choice.rows), columns.get("weight")))
   run_dir.write_parquet("scores.parquet", columns)
   summary = _summary(run_dir, session, s, scored, selected, warnings) | (told or {})
-  summary["sources"] = select_outputs.write_sources(run_dir, train, selected)
+  summary["sources"] = select_outputs.write_sources(run_dir, train, selected, columns.get("weight"))
   select_outputs.write_forms(run_dir, train, columns, s)
   images = _write_plots(run_dir, s, scored, selected)
   found = facts.SelectRun(
@@ -197,6 +199,8 @@ def chosen_by(policy: str, apart: two_samples.Apart | None) -> str:
 def choice_columns(choice: coreset.Choice, size: int) -> dict[str, np.ndarray]:
   """The columns of scores.parquet about the choice: its order (1 first, 0 left out) and the reason of each.
 
+  Of a policy that gives weights also these, 0 where left out.
+
   Args:
     choice: S rows.
     size: N examples.
@@ -204,7 +208,11 @@ def choice_columns(choice: coreset.Choice, size: int) -> dict[str, np.ndarray]:
   place, reason = np.zeros(size, np.int64), np.full(size, "", dtype=object)
   place[choice.rows] = np.arange(1, len(choice.rows) + 1)
   reason[choice.rows] = choice.reasons
-  return {"choice": place, "reason": reason}
+  found = {"choice": place, "reason": reason}
+  if choice.weights is not None:
+    found["weight"] = np.zeros(size)
+    found["weight"][choice.rows] = choice.weights
+  return found
 
 
 def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: np.ndarray) -> dict[str, np.ndarray]:
@@ -218,7 +226,7 @@ def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: 
   columns = {
     "example_id": np.array(train.ids, dtype=object),
     "influence": np.asarray(scored.influence, np.float32),
-    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
+    "rank": ranks(scored.influence, train.ids),
     "selected": selected,
     "loss": np.asarray(scored.loss, np.float32),
     "num_tokens": train.num_tokens,

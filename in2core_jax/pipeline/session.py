@@ -21,7 +21,7 @@ from in2core_jax.pipeline.hidden_states import HiddenCache, Place
 from in2core_jax.pipeline.loaded_model import LoadedModel, open_model
 from in2core_jax.pipeline.reference_model import ReferenceModel
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.pipeline.splits import Splits, read_records, refuse_pairs, tokenized_splits
+from in2core_jax.pipeline.splits import Splits, read_records, refuse_pairs, refuse_weights, tokenized_splits
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.progress import Progress, track
 
@@ -164,7 +164,7 @@ class Session:
     )
 
   def packer(
-    self, part: str, chosen: subtree.Subtree | None = None, params=None, rows=None, shapes=None
+    self, part: str, chosen: subtree.Subtree | None = None, params=None, rows=None, shapes=None, weights=None
   ) -> packing.Packer:
     """Packed rows of a part, for all that needs no row for each example; arguments as in `batcher`.
 
@@ -174,11 +174,12 @@ class Session:
       params: parameters that the layers below the boundary have.
       rows: only these examples.
       shapes: sizes of the batches; those of scoring any of the parts when None.
+      weights: of the losses in a training, f64 [rows]; None: all alike.
     """
     shapes = self.batching.packed_shapes if shapes is None else shapes
     dataset, hidden = self._examples(part, chosen, params, rows)
     pairs = self._pairs(part, rows)
-    return packing.Packer(dataset, self.settings.loss_reduction, hidden, self.batching.groups, shapes, pairs)
+    return packing.Packer(dataset, self.settings.loss_reduction, hidden, self.batching.groups, shapes, pairs, weights)
 
   def _pairs(self, part: str, rows) -> batches.PairTerms | None:
     """What the loss of preference pairs needs; arguments as in `batcher`."""
@@ -219,7 +220,9 @@ class Session:
     return self.compiled[chosen]
 
 
-def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None, pairs: bool = False) -> Session:
+def open_session(
+  s: Settings, mesh: Any = None, model: LoadedModel | None = None, pairs: bool = False, weighted: bool = False
+) -> Session:
   """Reads the data; the model's weights are read when they are first needed, so that wrong data is told before.
 
   Args:
@@ -227,18 +230,19 @@ def open_session(s: Settings, mesh: Any = None, model: LoadedModel | None = None
     mesh: the devices; those of --mesh when None.
     model: one that there is already, with its devices; that of --model when None.
     pairs: whether the caller can do with preference pairs.
+    weighted: whether the caller trains by the weights of training examples.
 
   Raises:
     UserError: whatever is wrong with the data, the devices, or the model as far as it is described.
   """
-  described, splits = read_described(s, model, pairs)
+  described, splits = read_described(s, model, pairs, weighted)
   if model is None:
     model = open_model(s, described, sharding.make_mesh(s.mesh) if mesh is None else mesh)
   return make_session(s, splits, model)
 
 
 def read_described(
-  s: Settings, model: LoadedModel | None = None, pairs: bool = True
+  s: Settings, model: LoadedModel | None = None, pairs: bool = True, weighted: bool = True
 ) -> tuple[tuple[ModelConfig, Any], Splits]:
   """((config, tokenizer), examples): all that can be told without weights; wrong records are told first.
 
@@ -246,10 +250,13 @@ def read_described(
     s: the settings of the groups data and model.
     model: one that there is already; that of --model when None.
     pairs: whether the caller can do with preference pairs.
+    weighted: whether the caller trains by the weights of training examples.
   """
   records, bad = read_records(s)
   if not pairs:
     refuse_pairs(records)
+  if not weighted:
+    refuse_weights(records)
   described = (model.config, model.tokenizer) if model else weights.describe_model(s.model)
   return described, tokenized_splits(s, *described, records, bad)
 

@@ -207,6 +207,9 @@ class ModelSettings(Checked):
     "smollm2", "smollm2, gemma3, hf:DIR, hub:ORG/NAME, gguf:FILE, random:JSON or truncated:MODEL:LAYERS."
   )
   dtype: str = _model("float32", "Of the weights; sums are float32 at least.", choices=("float32", "bfloat16"))
+  frozen_weights: str = _model(
+    "full", "Matrices of layers: full, or int8 or nf4.", choices=("full", "int8", "nf4"), advanced=True, added=True
+  )
 
 
 _finetune = functools.partial(setting, "finetune")

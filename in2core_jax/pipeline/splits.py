@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from in2core_jax.data import sources, summaries, tokenizing
-from in2core_jax.data.records import BadRecords, Raws, first_pair
+from in2core_jax.data.records import BadRecords, Raws, first_pair, first_weighted
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
 from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import hidden_cache, rotary
@@ -129,6 +129,20 @@ def refuse_pairs(records: Mapping[str, list[tokenizing.Record]]) -> None:
         f"the {part} set has preference pairs ({pair.place}), which this command has no measure for: run finetune, "
         "select and evaluate, or name one answer with --data_fields, for example messages=chosen"
       )
+
+
+def refuse_weights(records: Mapping[str, list[tokenizing.Record]]) -> None:
+  """Refuses weights of training examples, for commands that would pass them over.
+
+  Raises:
+    UserError: names the first example with a weight.
+  """
+  found = first_weighted(records["train"])
+  if found is not None:
+    raise UserError(
+      f"the train set has weights ({found.place} has 'weight': {found.weight:g}), which only finetune follows: remove "
+      "the key, or fine-tune on it"
+    )
 
 
 def tokenized_splits(

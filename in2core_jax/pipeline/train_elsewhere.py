@@ -22,6 +22,12 @@ _OF_FLAGS = ("batch_size", "learning_rate", "warmup_ratio", "weight_decay", "max
 CHAT = "coreset_chat.jsonl"  # there only where coreset.jsonl says something else
 
 
+_WEIGHTED = (
+  "- coreset.jsonl says in `weight` how much each example's loss counts. `./run.sh finetune` follows it. Trainers that "
+  "do not know the key train on the same examples alike; coreset_chat.jsonl has no weights."
+)
+
+
 def write_train_with(
   run_dir: RunDir,
   session: Session,
@@ -29,6 +35,7 @@ def write_train_with(
   rows: np.ndarray,
   recipe: tuple[dict[str, Any], int],
   here: tuple[str, str] = ("select", ""),
+  weighted: bool = False,
 ) -> None:
   """Writes train_with.md and, where coreset.jsonl does not hold conversations, coreset_chat.jsonl.
 
@@ -39,6 +46,7 @@ def write_train_with(
     rows: int [S], the coreset.
     recipe: of `recipe_elsewhere`.
     here: the command that chose, and the line that trains on it with this project, or "".
+    weighted: whether coreset.jsonl has weights.
   """
   train = session.splits["train"]
   few, usable = train.take(np.sort(rows)), _usable(session)
@@ -59,7 +67,7 @@ def write_train_with(
     recipe={name: value for name, value in recipe.items() if name != "steps"},
     lora_rank=rank,
     sources=len(set(names_of(train.records))),
-    notes=tuple(_notes(few, s)),
+    notes=(*_notes(few, s), *([_WEIGHTED] if weighted else [])),
     beta=None if train.second is None else s.beta,
     command=here[0],
     line=here[1],

@@ -58,7 +58,7 @@ def measured(
     trained: whether the training on all data is there.
   """
   session, seed = judge.session, s.seed
-  few = judge.over(few_of(session, s))
+  few = judge.over(few_of(session, s), shown=False)
   rows = np.arange(len(few.session.splits["train"]))
   rows = rows[few.session.splits["train"].num_response_tokens > 0]
   log.info("measuring the seconds of a step on a few examples")

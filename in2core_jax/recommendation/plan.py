@@ -19,8 +19,9 @@ from in2core_jax.evaluation.tries import LONGEST, MATCHED
 LEAST_SEEDS, LEAST_RULES, FINALISTS = 2, 1, 2
 LEAST_POOL = 200  # examples: of a smaller part nobody would believe what it says of the whole
 ORDER = (
-  "seeds beyond 3, the second finalist, budgets beyond 2 (the largest first), halves of the pool; then the other "
-  "budget, rules (the last first), the third seed"
+  "seeds beyond 3, the second finalist, budgets beyond 2 (the largest first). Then the pool is halved, where all of "
+  "these are tried again, and so on. If that is not enough, the same once more, from the whole pool on, also without "
+  "the second budget, rules (the last first), the third seed"
 )
 _ALWAYS = (MATCHED, LONGEST)  # beside random sets and full data
 _ROOM = 1.1  # seconds asked for over seconds expected

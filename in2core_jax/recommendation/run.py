@@ -29,11 +29,13 @@ from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import Judged, Trainings, close, judge_of, run_rungs, run_seed
 from in2core_jax.report import findings
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.progress import Progress
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection.whitening import spread_rows
 
 log = logging.getLogger(__name__)
 
+_LINES = 8  # that a log gets of the progress of all trainings
 _DOES = "recommend's rules say themselves how they choose, and it fine-tunes by itself"
 _REFUSED = (
   *("checkpoint", "select_runs", "normalize", "write", "trajectory", "score_path=projected", "fixed_seeds"),
@@ -158,14 +160,17 @@ def run(
   tell_size(session.splits["test"])
   advice.tell(findings.overlap_warnings(session.splits.summary["overlap"]))
   judge = judge or judge_of(session, s)
-  kept = ResultCache(run_dir).get(lambda: planned(judge, s, began, full), "plan", asked)
+  kept = ResultCache(run_dir, told=False).get(lambda: planned(judge, s, began, full), "plan", asked)
   plan, pace = plans.Plan.from_json(kept["plan"]), plans.Pace(**kept["pace"])
   log.info("%s", plan.told())
   clock = Clock(
     *plans.on_part(plan, pace, steps_of(session, s)), asked, began + 60 * s.minutes, budgets_of(s, session)[1]
   )
   trainings = Trainings(judge.over(part_of(session, plan)), s, run_dir, judged, plan, full)
-  found = results.write(run_dir, trainings, tried(trainings, plan, clock), asked)
+  every = max(10.0, min(60 * s.minutes, plan.seconds) / _LINES)
+  with Progress(None, "rules tried", "trainings", every=every) as trainings.progress:
+    outcome = tried(trainings, plan, clock)
+  found = results.write(run_dir, trainings, outcome, asked)
   tell(found, run_dir, (time.monotonic() - began) / 60)
   return str(run_dir.path)
 

@@ -20,6 +20,10 @@ def _here(name: str, default: str, text: str, more: str = ""):
   return dataclasses.field(default=default, metadata=known | {"help": text, "more": more})
 
 
+FEW = 60  # evaluation, and test examples of `in_little`
+_IN_LITTLE = {"rules": "bm25", "fractions": "0.05", "seeds": "0,1", "minutes": 1e6}  # so little that no clock is needed
+
+
 @dataclasses.dataclass(frozen=True)
 class RecommendSettings(Settings):
   """Rules tried on the user's own data."""
@@ -54,3 +58,13 @@ class RecommendSettings(Settings):
     super().check()
     if not words(self.rules, "rules", RULES):
       raise UserError(f"rules= is empty: name one or several of {', '.join(RULES)}")
+
+
+def in_little(s: Settings, run_dir: str) -> RecommendSettings:
+  """What the demo ends in: one rule, one small budget, trainings of a few steps.
+
+  Args:
+    s: the flags of the demo.
+    run_dir: of the recommendation.
+  """
+  return RecommendSettings.of(s, "run", "data", "model", "finetune", **_IN_LITTLE | {"run_dir": run_dir})

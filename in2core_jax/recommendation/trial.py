@@ -23,6 +23,7 @@ from in2core_jax.recommendation.rules import RULES
 from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.report import near_duplicates
 from in2core_jax.runs import run_folder
+from in2core_jax.runs.progress import Progress
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.training import train_loop
 
@@ -106,11 +107,14 @@ class Trainings:
       plan: what is tried; rules choose no more than its largest budget.
       full: run folder of the training on all data; beside `run_dir` when empty.
     """
-    self.retrainer, self.session, self.settings, self.run_dir = retrainer, retrainer.session, s, run_dir
+    # One display for all trainings: most take seconds, and a line for each would bury the answer.
+    self.retrainer = retrainer.over(retrainer.session, shown=False)
+    self.session, self.settings, self.run_dir = retrainer.session, s, run_dir
+    self.progress: Progress | None = None
     self.judged, self.largest = judged, plan.budgets[-1]
     self.test_rows = np.flatnonzero(self.session.splits["test"].num_response_tokens)
     part = () if plan.part == 1 else (f"{plan.pool} examples",)  # names what is kept of a part of the pool
-    self.cells = ResultCache(run_dir, *part)
+    self.cells = ResultCache(run_dir, *part, told=False)
     self._full = full or "-".join([f"{s.run_dir.rstrip('/')}-full", *(str(plan.pool) for _ in part)])
     self.checkpoint = ""  # of the training on all data, once `full` was called
     self.losses: dict[tries.Name, dict[int, np.ndarray]] = {}  # of evaluation examples, by seed
@@ -137,6 +141,8 @@ class Trainings:
 
     def train() -> dict:
       trained = self.retrainer.train(np.sort(rows), seed, label, steps)
+      if self.progress is not None:
+        self.progress.update(1, last=label)
       return self._losses(trained.sub, places, test) | {"trained_tokens": trained.trained_response_tokens}
 
     return self.cells.get(train, "training", asked, seed, steps, "test" if test else "eval")
@@ -248,7 +254,7 @@ def run_rungs(trainings: Trainings, plan: Plan, seeds: Sequence[int]) -> list[st
     for rule in (RANDOM, *left):
       trainings.candidate((rule, plan.screening), seeds[place], plan.rules[0])
     left = trainings.trial(plan).ranked(left, plan.screening)
-    log.info("rung %d: %s", place + 1, ", ".join(left))
+    log.info("%d of %d seeds at %.3g %%, best first: %s", place + 1, plan.seeds, 100 * plan.screening, ", ".join(left))
   return left[: plan.finalists]
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from in2core_jax.errors import how_many
 from in2core_jax.evaluation.tries import LEAST_GAIN
 from in2core_jax.report import table_text
@@ -20,6 +22,8 @@ _DRAWN = ("random", "random without copies", "length_matched_random")  # rules t
 # Evaluation examples from which on "of the same kind" is more than "too few to see": of a source that is 43 % of a
 # pool, 40 differed from it in 15 of 20 draws, 20 in none.
 ENOUGH_QUERIES = 40
+# Squared distance beyond which no evaluation set was whose kind is in the pool: eight of them had 0.36 at most.
+FAR = 0.4
 _MEASURED_SHARE = 0.1  # of a pool: the largest choice whose worth was measured for such sets (docs/selection.md)
 _NAMED = 6  # comparisons that a sentence lists
 _MOST_ROWS = 8  # comparisons in the picture
@@ -234,7 +238,7 @@ def _from_distance(run: SelectRun) -> Answer:
     f"squared distance {table_text.format_value(apart['distance'], 2)}, p = {table_text.format_value(apart['p'], 2)}"
   )
   if other_kind:
-    return _other_kind(run, seen, check)
+    return _nothing_like_it(seen, check) if apart["distance"] > FAR else _other_kind(run, seen, check)
   few = summary.get("queries")
   if few is not None and few < ENOUGH_QUERIES:
     why = how_many(few, "evaluation example[s] [is|are] too few to show whether [it differs|they differ] in kind")
@@ -245,6 +249,14 @@ def _from_distance(run: SelectRun) -> Answer:
     "For such sets no rule was reliably better than random examples."
   )
   return Answer(RANDOM, why, (*own, check))
+
+
+def _nothing_like_it(seen: str, check: str) -> Answer:
+  why = (
+    f"nothing in the training set seems to be like the evaluation set ({seen}). Where there was, the squared distance "
+    f"was below {FAR:g}. The set has what is nearest to it, which may be of no use."
+  )
+  return Answer(UNCLEAR, why, ("Add training data of the evaluation set's kind, or look at the examples below.", check))
 
 
 def _other_kind(run: SelectRun, seen: str, check: str) -> Answer:
@@ -272,7 +284,7 @@ def numbers(run: SelectRun) -> list[dict]:
   """Kept, tokens and duplicates: dicts of value, what, note."""
   size, kept = len(run.records), int(run.selected.sum())
   tokens, all_tokens = int(run.response_tokens[run.selected].sum()), int(run.response_tokens.sum())
-  keys = [run.content_keys[row] for row in run.selected.nonzero()[0]]
+  same = run.copies[run.selected]
   return [
     {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {how_many(size, 'example')}"},
     {
@@ -281,8 +293,8 @@ def numbers(run: SelectRun) -> list[dict]:
       "note": f"{tokens / max(all_tokens, 1):.1%} of {how_many(all_tokens, 'response token')}",
     },
     {
-      "value": f"{len(keys) - len(set(keys)):,}",
+      "value": f"{len(same) - len(np.unique(same)):,}",
       "what": "duplicates",
-      "note": f"kept; {size - len(set(run.content_keys)):,} in the training set",
+      "note": f"kept; {size - len(np.unique(run.copies)):,} in the training set",
     },
   ]

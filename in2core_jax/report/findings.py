@@ -76,8 +76,8 @@ def _overlap(overlap: Mapping[str, Mapping[str, int]]) -> list[Finding]:
 
 def _duplicates(run: SelectRun) -> list[Finding]:
   size, chosen = len(run.records), run.selected
-  copies = size - len(set(run.content_keys))
-  kept = int(chosen.sum()) - len({run.content_keys[row] for row in np.flatnonzero(chosen)})
+  copies = size - len(np.unique(run.copies))
+  kept = int(chosen.sum()) - len(np.unique(run.copies[chosen]))
   close, top = sum(len(group.rows) for group in run.top_copies), len(run.searched)
   mind = kept > 0 or copies > _MANY_COPIES * size
   are = "[is a duplicate|are duplicates] of"

@@ -29,16 +29,17 @@ class Progress:
   the end. The rate counts only what this run did, not what it found done.
   """
 
-  def __init__(self, total: int | None, what: str, unit: str = "examples", initial: int = 0):
+  def __init__(self, total: int | None, what: str, unit: str = "examples", initial: int = 0, every: float = 0.0):
     """
     Args:
       total: how many units the whole loop has; None when not known.
       what: what the loop computes, in a word or two.
       unit: what is counted, plural.
       initial: units that an earlier run has done.
+      every: seconds between two lines in a log; 0: ten.
     """
     self.total, self.what, self.unit, self.count = total, printable(what), unit, initial
-    self._initial = initial
+    self._initial, self._every = initial, every
     self._start = self._last_line = time.monotonic()
     self._shown: dict[str, object] = {}
     self._last_count: int | None = None
@@ -55,7 +56,7 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(_figures(self._shown), refresh=False)
       self._bar.update(count)
-    elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+    elif time.monotonic() - self._last_line >= (self._every or SECONDS_BETWEEN_LINES):
       self._last_line, self._last_count = time.monotonic(), self.count
       log.info("%s", self.line())
 

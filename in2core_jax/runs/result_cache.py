@@ -20,9 +20,15 @@ class ResultCache:
   itself. Commands that use it say `cli.run(main, alone=True)`.
   """
 
-  def __init__(self, run_dir: run_folder.RunDir, *about):
-    """Of a run folder; `about`: what all cells depend on beyond its identity."""
-    self._run_dir, self._about = run_dir, about
+  def __init__(self, run_dir: run_folder.RunDir, *about, told: bool = True):
+    """Of a run folder.
+
+    Args:
+      run_dir: keeps the cells.
+      about: what all cells depend on beyond its identity.
+      told: whether a line says how long each took; False where many short ones are made.
+    """
+    self._run_dir, self._about, self._level = run_dir, about, logging.INFO if told else logging.DEBUG
     run_dir.folder(_FOLDER)
 
   def _files(self, *name) -> tuple[str, str]:
@@ -44,7 +50,7 @@ class ResultCache:
       cell = make() | {"name": list(name)}
       self._run_dir.write_json(file, {"seconds": round(time.perf_counter() - began, 2)} | cell)
       shown = ", ".join(word for word in map(str, name) if 0 < len(word) < 60)  # the rest are lists and settings
-      log.info("%s: %.0f s", shown, time.perf_counter() - began)
+      log.log(self._level, "%s: %.0f s", shown, time.perf_counter() - began)
     return self._run_dir.load_json(file)
 
   def write_array(self, array: np.ndarray, *name) -> None:

@@ -144,7 +144,7 @@ def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
 def _turns(scores: np.ndarray, ids: Sequence[str] | None, shares: np.ndarray | None = None) -> np.ndarray:
   """Priorities N..1 from rows of scores that take turns."""
   size = scores.shape[1]
-  by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+  by_id = np.arange(size) if ids is None else id_order(ids)
   best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")]
   place, priority = np.zeros(len(scores), np.int64), np.zeros(size)
   for turn, mine in enumerate(turn_order(np.ones(len(scores)) if shares is None else shares, size)):
@@ -152,6 +152,16 @@ def _turns(scores: np.ndarray, ids: Sequence[str] | None, shares: np.ndarray | N
       place[mine] += 1
     priority[best_first[mine, place[mine]]] = size - turn
   return priority
+
+
+def id_order(ids: Sequence[str]) -> np.ndarray:
+  """int64 [N], the rows in the order of their ids; equal ids as they stand."""
+  return ids.order() if hasattr(ids, "order") else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+
+
+def ids_of(ids: Sequence[str], rows: np.ndarray) -> Sequence[str]:
+  """The ids of some rows, without an object for each where they are kept in columns."""
+  return ids.take(rows) if hasattr(ids, "take") else [ids[row] for row in rows]
 
 
 def finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from in2core_jax.errors import UserError, how_many
-from in2core_jax.selection import density, matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, turn_order, turn_shares
+from in2core_jax.selection import density, distillation, matching, reasons
+from in2core_jax.selection.aggregation import aggregate, finite, ids_of, turn_order, turn_shares
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
@@ -117,10 +117,18 @@ class Choice:
   Attributes:
     rows: int64 [S], row numbers of the inputs in order of choice, each once.
     reasons_fn: makes `reasons`; most callers want none.
+    weights: f64 [S], of each row's loss in a training, above 0, mean 1; None: all alike.
   """
 
   rows: np.ndarray
   reasons_fn: Callable[[], list[str]]
+  weights: np.ndarray | None = None
+
+  @property
+  def in_source_order(self) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows in growing order, and their weights."""
+    order = np.argsort(self.rows)
+    return self.rows[order], None if self.weights is None else self.weights[order]
 
   @functools.cached_property
   def reasons(self) -> list[str]:
@@ -130,10 +138,14 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-  """Pool positions in a policy's order, best first, and why each stands where it does."""
+  """Pool positions in a policy's order, best first, and why each stands where it does.
+
+  `weigh`, of a policy that gives weights: of the positions that the budget keeps.
+  """
 
   positions: np.ndarray
   reasons: reasons.Reasons
+  weigh: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +161,7 @@ class _Task:
   def values(self, name: str) -> np.ndarray:
     """The pool's part of a per-example array; NaN matters only where it could be chosen."""
     part = getattr(self.inputs, name)
-    ids = [self.inputs.ids[row] for row in self.pool]
+    ids = ids_of(self.inputs.ids, self.pool)
     return finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
 
   @property
@@ -191,7 +203,7 @@ def _by_similarity(task: _Task, name: str) -> _Order:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  ids = [inputs.ids[row] for row in task.pool]
+  ids = ids_of(inputs.ids, task.pool)
   value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens)
   order = proponents(value)
   return _copies_last(task, _Order(order, _similar(inputs, how, value, topics)))
@@ -251,6 +263,20 @@ def _density(task: _Task) -> _Order:
   return _Order(order, reasons.ranked(order, "by what the evaluation examples send to it, shared with its like"))
 
 
+def _distillation(task: _Task) -> _Order:
+  inputs = task.inputs
+  features = finite(inputs.features, "features", f"policy {task.policy}", inputs.ids)[task.pool]
+  finite(inputs.target, "target", f"policy {task.policy}", None)
+  gram = matching.products_of_pairs(features)
+  towards = (features @ matching_target(inputs).astype(features.dtype)).astype(np.float64)
+  order, strength = distillation.order(gram, towards, task.budget.limit(task.tokens))
+
+  def weigh(kept: np.ndarray) -> np.ndarray:
+    return distillation.weights(gram[np.ix_(kept, kept)], towards[kept], strength)
+
+  return _Order(order, reasons.ranked(order, "by its weight in the step towards the evaluation set"), weigh)
+
+
 def _auto(task: _Task) -> _Order:
   if aims(task.inputs):
     return _by_similarity(task, "hybrid")
@@ -299,6 +325,7 @@ _POLICIES: dict[str, Callable[[_Task], _Order]] = {
   "matching_hybrid": _matching_hybrid,
   "matching_per_token": functools.partial(_matching, per_token=True),
   "matching_strata": functools.partial(_matching, in_strata=True),
+  "distillation": _distillation,
   "density": _density,
   "loss_drop": _by(lambda task: proponents(task.values("drop")), "by the loss that the evaluation examples take off"),
 }
@@ -308,7 +335,8 @@ POLICIES = tuple(_POLICIES)
 SHRUNK_POLICIES = ("matching",)  # whose one target may be drawn towards the pool's mean
 PAIR_POLICIES = ("matching_hybrid", "density")  # which compare all pairs of examples
 HYBRID_POLICIES = ("auto", "hybrid", *PAIR_POLICIES)  # which compare gradients and hidden states
-FEATURE_POLICIES = ("matching", "matching_per_token", "matching_strata")
+WEIGHTED_POLICIES = ("distillation",)  # which say how much each example's loss counts in a training
+FEATURE_POLICIES = ("matching", "matching_per_token", "matching_strata", *WEIGHTED_POLICIES)
 GRADIENT_POLICIES = (
   *FEATURE_POLICIES,
   *HYBRID_POLICIES,
@@ -339,7 +367,8 @@ def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) 
       topic keeping the same fraction. matching: greedy gradient matching to `matching_target`.
       matching_hybrid: the same in the kernel of gradients and hidden states, to the queries' mean. matching_per_token:
       by the decrease of the distance for a response token. matching_strata: every stratum of response length keeps its
-      share. density: what queries send to their nearest, divided among those that are alike. loss_drop: the largest
+      share. distillation: the largest weights of a mean gradient that is close to it, which are kept. density: what
+      queries send to their nearest, divided among those that are alike. loss_drop: the largest
       share of its loss taken off by a training on the queries. layer_ranks: whitened_cosine in every layer, ranks
       averaged.
     inputs: what to choose from.
@@ -363,7 +392,8 @@ def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) 
   budget.limit(task.tokens)  # a budget that cannot be met is told before the work
   order = _POLICIES[policy](task)
   kept = budget.cut(order.positions, task.tokens)
-  return Choice(pool[kept].astype(np.int64), lambda: order.reasons(kept))
+  weights = None if order.weigh is None else order.weigh(kept)
+  return Choice(pool[kept].astype(np.int64), lambda: order.reasons(kept), weights)
 
 
 def select_copies_last(

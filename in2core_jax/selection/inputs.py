@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from in2core_jax.errors import UserError, how_many
-from in2core_jax.selection import matching
+from in2core_jax.selection import aggregation, matching
 from in2core_jax.selection.two_samples import Apart
 
 TARGETS = ("both", "tokens", "examples")
@@ -148,7 +148,7 @@ class PolicyInputs:
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
       before every other example is in.
     drop: f64 [N], share of an example's loss that a training on the queries takes off, for `loss_drop`.
-    content_keys: N names, equal for copies (`Record.content_key`); no policy looks at them, `selection_warnings` does.
+    content_keys: N names or numbers, equal for copies; no policy looks at them, `selection_warnings` does.
 
   Raises:
     UserError: lengths or shapes differ, or there are no examples.
@@ -176,7 +176,7 @@ class PolicyInputs:
   shrink: bool = False
   token_weights: np.ndarray | None = None
   drop: np.ndarray | None = None
-  content_keys: Sequence[str] | None = None
+  content_keys: Sequence[str] | np.ndarray | None = None
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
@@ -236,7 +236,7 @@ class PolicyInputs:
 
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
-    by_id = np.argsort(np.asarray(self.ids, dtype=np.str_), kind="stable")
+    by_id = aggregation.id_order(self.ids)
     return by_id[self.num_response_tokens[by_id] > 0]
 
 
@@ -250,7 +250,7 @@ def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None
     more: other fields of `PolicyInputs`.
   """
   sizes = dataset.num_tokens, dataset.num_response_tokens
-  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=dataset.content_keys, **more)
+  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=dataset.copies, **more)
 
 
 def taking_no_part(inputs: PolicyInputs, truncated: np.ndarray | None = None) -> str:

@@ -152,14 +152,20 @@ def _products_fn(features: np.ndarray, hold: bool) -> Callable[[list[int]], np.n
 
   Otherwise the rows are added and multiplied in the dtype of the features, and the result alone is float64.
   """
-  size, width = features.shape
   if not hold:
     return lambda rows: (features @ features[rows].sum(axis=0)).astype(np.float64)
+  gram = products_of_pairs(features)
+  return lambda rows: gram[rows].sum(axis=0)
+
+
+def products_of_pairs(features: np.ndarray) -> np.ndarray:
+  """F F^T, f64 [N, N], in blocks of columns so that no f64 copy of the features exists."""
+  size, width = features.shape
   gram = np.zeros((size, size))
   for start in range(0, width, 4096):
     block = features[:, start : start + 4096].astype(np.float64)
     gram += block @ block.T
-  return lambda rows: gram[rows].sum(axis=0)
+  return gram
 
 
 class Shrunk(NamedTuple):

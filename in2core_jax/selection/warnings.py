@@ -32,7 +32,7 @@ def selection_warnings(
   if inputs.features is not None and inputs.target is not None and rows.size < pool.size:
     found += _poor_coverage(rows, inputs, pool, seed)
   if copies and inputs.content_keys is not None:
-    repeats = rows.size - len({inputs.content_keys[r] for r in rows})
+    repeats = rows.size - len(np.unique(np.asarray(inputs.content_keys)[rows]))
     if repeats:
       said = how_many(repeats, f"of the {rows.size:,} selected examples [is a duplicate|are duplicates]")
       found.append(

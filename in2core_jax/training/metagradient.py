@@ -9,6 +9,7 @@ not divided by N. What an influence function approximates near an optimum, this 
 Kept are the states of every sqrt(T)-th step, and of one such stretch at a time, which is walked through again.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -60,13 +61,23 @@ class Unrolled:
 
   def __init__(self, objective: Objective, trainer: Trainer, frozen: Tree, packer: Packer, seed: int, steps: int):
     """Lays out the batches of `Trainer.train` with the same arguments; trains nothing yet."""
-    recipe = dataclasses.replace(trainer.recipe, steps=steps)
-    rates = np.asarray(jax.vmap(make_schedule(recipe))(np.arange(steps)), np.float32)
-    batches = itertools.islice(stream(packer, recipe, seed), steps)
-    self.steps: list[Step] = [(np.asarray(places), batch, rate) for (places, batch), rate in zip(batches, rates)]  # noqa: B905
-    self.size, self._trainer, self._frozen = len(packer), trainer, frozen
+    self._recipe = recipe = dataclasses.replace(trainer.recipe, steps=steps)
+    self._packer, self._trainer, self._frozen = packer, trainer, frozen
+    self.size, self.steps = len(packer), self._laid_out(seed)
     plain = functools.partial(weighted_step, objective, recipe)
-    self._forward, self._backward = jax.jit(plain), jax.jit(functools.partial(_pulled_back, plain))
+    self._forward = jax.jit(plain)
+    self._backward = jax.jit(functools.partial(_pulled_back, plain), donate_argnums=5)
+
+  def _laid_out(self, seed: int) -> list[Step]:
+    rates = np.asarray(jax.vmap(make_schedule(self._recipe))(np.arange(self._recipe.steps)), np.float32)
+    batches = itertools.islice(stream(self._packer, self._recipe, seed), self._recipe.steps)
+    return [(np.asarray(places), batch, rate) for (places, batch), rate in zip(batches, rates)]  # noqa: B905
+
+  def in_order_of(self, seed: int) -> "Unrolled":
+    """The training with the data in another order; nothing is compiled again."""
+    other = copy.copy(self)
+    other.steps = self._laid_out(seed)
+    return other
 
   def _weights(self, weights: np.ndarray, step: Step) -> np.ndarray:
     places = step[0]
@@ -83,13 +94,23 @@ class Unrolled:
     """The trained parameters where every example's loss has a weight, [N]."""
     return self._walk(self._trainer.init(sub), weights, self.steps)[0]
 
-  def metagradient(self, sub: Tree, gradient_fn: Callable[[Tree], Tree], weights: np.ndarray) -> np.ndarray:
-    """m_i of every training example, f64 [N].
+  def metagradient(
+    self,
+    sub: Tree,
+    gradient_fn: Callable[[Tree], Tree],
+    weights: np.ndarray,
+    on_step: Callable[[], None] = lambda: None,
+  ) -> np.ndarray:
+    """m_i of every training example for each of Q losses, f64 [Q, N].
 
     Args:
       sub: start.
-      gradient_fn: gradient of the loss L at the trained parameters, like them.
+      gradient_fn: gradients of the losses L at the trained parameters, leaves [Q, ...] like them.
       weights: [N], at which it is taken; ones for a plain training.
+      on_step: called after every step that was walked back.
+
+    Returns:
+      3 Q P numbers are held on the way: cotangents of the parameters and of both moments.
 
     Raises:
       UserError: it is not finite.
@@ -100,10 +121,11 @@ class Unrolled:
     for start in starts:
       kept.append(jax.device_get(carry))
       carry = self._walk(carry, weights, self.steps[start : start + length])
-    floats, _ = _parted(carry)
-    back = [jnp.zeros_like(leaf) for leaf in floats]
-    back[: len(jax.tree.leaves(carry[0]))] = jax.tree.leaves(gradient_fn(carry[0]))  # the parameters come first
-    found = np.zeros(self.size)
+    (floats, _), asked = _parted(carry), jax.tree.leaves(gradient_fn(carry[0]))
+    queries = len(asked[0])
+    back = [jnp.asarray(own, leaf.dtype) for own, leaf in zip(asked, floats, strict=False)]  # parameters come first
+    back += [jnp.zeros((queries, *leaf.shape), leaf.dtype) for leaf in floats[len(asked) :]]
+    found = np.zeros((queries, self.size))
     for start, first in zip(reversed(starts), reversed(kept), strict=True):
       stretch = self.steps[start : start + length]
       carries = [first]
@@ -114,7 +136,8 @@ class Unrolled:
         own = self._weights(weights, step)
         back, of_weights = self._backward(before, own, self._frozen, self._trainer.place(batch), rate, back)
         there = places >= 0
-        np.add.at(found, places[there], -np.asarray(of_weights, np.float64)[there])
+        found[:, places[there]] -= np.asarray(of_weights, np.float64)[:, there]  # no example is twice in a step
+        on_step()
     if not np.isfinite(found).all():
       raise UserError(
         "the metagradient is not finite: Adam's square root has no slope where a gradient is exactly 0, as that of "
@@ -136,8 +159,8 @@ def _parted(carry: Tree) -> tuple[list, Callable[[list], Tree]]:
 
 
 def _pulled_back(step_fn, carry: Tree, weights, frozen: Tree, batch, rate, back: list) -> tuple[list, jax.Array]:
-  """(cotangents of the state before a step, of its weights) from those of the state after it."""
+  """(cotangents of the state before a step, of its weights) from those of the state after it, leaves [Q, ...]."""
   floats, whole = _parted(carry)
   after = lambda floats, weights: _parted(step_fn(whole(floats), weights, frozen, batch, rate))[0]  # noqa: E731
   _, pull = jax.vjp(after, floats, weights)
-  return pull(back)
+  return jax.lax.map(pull, back)  # one after the other: the vocabulary's cotangents of a step exist once

@@ -136,11 +136,13 @@ def test_cells_that_are_no_texts(tmp_path):
   assert [m["content"] for m in record.messages] == ["Q", "1"] and not record.unread
   for column, cell, message in (
     ("weight", "0", "takes the record out of the loss"),
-    ("weight", "0.3", "all examples weigh the same"),
+    ("weight", "-0.3", "all examples weigh the same"),
     ("label", "False", "not to be learnt"),
   ):
     with pytest.raises(UserError, match=message):
       load_records(written(tmp_path / "d.csv", f"instruction,output,{column}\nQ,1,{cell}\n".encode()))
+  (record,) = load_records(written(tmp_path / "d.csv", b"instruction,output,weight\nQ,1,0.3\n"))
+  assert record.weight == 0.3
   turns = json.dumps(CHATS[0]["messages"]).replace('"', '""')
   (record,) = load_records(written(tmp_path / "d.csv", f'messages,\n"{turns}",0\n'.encode()))
   assert record.messages[1]["content"] == "A" and json.loads(record.raw)["Unnamed: 1"] == "0"

@@ -7,7 +7,7 @@ import os
 import pytest
 from tiny import make_tokenizer
 
-from in2core_jax.data.records import BadRecords, Item, content_key, to_records
+from in2core_jax.data.records import BadRecords, Item, content_key, to_records, weights_of, with_weight
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.summaries import data_summary, format_summary, told_lines
 from in2core_jax.data.tokenizing import tokenize
@@ -207,7 +207,8 @@ def test_plain_turns_keep_the_hash_that_they_had():
     (chat(U, A, rejected="B"), "without the other answer: a preference pair has"),
     (chat(U, A, label=False), "an answer that is not to be learnt"),
     (chat(U, A, weight=0), "takes the record out of the loss"),
-    (chat(U, A, weight=2.5), "all examples weigh the same"),
+    (chat(U, A, weight=-2.5), "all examples weigh the same"),
+    (chat(U, A, loss_weight=2.5), "all examples weigh the same"),
     (chat(U, A, train_on_inputs=True), "asks for other turns in the loss"),
     (chat(U, A, tools="not json"), "tools"),
     (chat(U, turn("assistant", "", tool_calls="x")), "is a tool call"),
@@ -217,6 +218,17 @@ def test_plain_turns_keep_the_hash_that_they_had():
 def test_what_would_be_another_conversation_is_refused(value, message):
   with pytest.raises(UserError, match=message):
     read(value)
+
+
+@pytest.mark.parametrize("weight", [2.5, 0.001, 1, 1e6])
+def test_the_weight_of_a_record_is_read_and_written_beside_what_it_was(weight):
+  raw = json.dumps(chat(U, A), ensure_ascii=False)
+  weighted = with_weight(raw, weight)
+  assert weighted.startswith(raw[:-1]) and json.loads(weighted) == chat(U, A, weight=weight)
+  assert json.loads(with_weight(weighted, 0.25)) == chat(U, A, weight=0.25)
+  record = read(json.loads(weighted))
+  assert record.weight == weight and record.messages == read(chat(U, A)).messages and not record.unread
+  assert weights_of([read(chat(U, A)), record]) is None if weight == 1 else weights_of([record]).tolist() == [weight]
 
 
 # --- keys that nobody reads

@@ -121,6 +121,9 @@ def test_a_demo_is_its_stages_without_what_they_share(session):
   assert stage_phases.num_trainings(sweep) == (1 + 2 * 2 * 3, 1 + 2 * 3 + 0.75 * 3)
   # full once, each run once: runs have the fixed seeds, whatever they are called
   assert stage_phases.num_trainings(s.replace(policies="full", seeds="0,1", select_runs="random,b")) == (3, 3.0)
+  last, one = demo[-1], named(demo, "training, 10 steps").flops / 10
+  # On 5 % of 40 examples, a step each: three rules with one seed and all with two, what the answer needs; judging them.
+  assert last.name.startswith("recommendation, about ") and last.stage == "recommend" and 20 < last.flops / one < 80
   alone = stage_phases.evaluate_phases(session, s)
   assert named(alone, "3 trainings").flops == named(demo, "3 trainings").flops
 

@@ -13,6 +13,7 @@ from experiments.fidelity import fidelity, report
 from experiments.fidelity.settings import FidelitySettings
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import datamodeling, statistics
+from in2core_jax.pipeline.metagradient import metagradient, query_metagradients
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.scoring import query_scores
 from in2core_jax.pipeline.session import choose
@@ -105,6 +106,8 @@ def test_variants_change_one_thing_at_a_time(settings):
   some = settings.replace(lds_solvers="identity,cg,ekfac", lds_every=False)
   assert [v.name for v in fidelity.variants_of(some) if v.solver == "ekfac"] == ["ekfac, last:1, damping 0.5, full"]
   assert fidelity.variants_of(some)[:-1] == fidelity.variants_of(settings)
+  exact = fidelity.variants_of(settings.replace(lds_solvers="metagradient,identity,cg"))
+  assert exact[:-1] == fidelity.variants_of(settings) and exact[-1].name == "metagradient, last:1, training"
   for changes, text in (
     ({"lds_solvers": "identity"}, "lacks it"),
     ({"lds_solvers": "cg,newton"}, "unknown 'newton'"),
@@ -133,6 +136,7 @@ def test_variants_change_one_thing_at_a_time(settings):
       {"lds_solvers": "cg,exact", "lds_layers": "all"},
       "^--lds_solvers=cg,exact, exact, all, .* 4,672 parameters, more",
     ),
+    ({"lds_solvers": "cg,metagradient", "trainable": "lora"}, "^--lds_solvers=cg,meta.*, metagradient: fresh LoRA"),
     ({"lds_solvers": "cg,low_rank", "krylov": 9999}, "^--lds_solvers=cg,low_rank, .*: lower --krylov"),
     ({"lds_layers": "last:1;last:9"}, "^--lds_layers=last:9: 9 is not between"),
   ],
@@ -198,6 +202,24 @@ def test_fidelity_writes_its_tables_and_keeps_finished_cells(settings, session, 
     fidelity.run(settings.replace(cg_steps=5), session)
   with pytest.raises(UserError, match="at most as many"):
     fidelity.run(settings.replace(halves_again=7), session)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_metagradients_foretell_the_losses_of_retrained_halves(settings, session, tmp_path):
+  s = settings.replace(run_dir=str(tmp_path / "run"), lds_solvers="cg,metagradient", halves=24, halves_again=0)
+  s = s.replace(lds_ratios="0.5", lds_at="full", curve_solvers="", learning_rate=3e-3, query_block=3)
+  folder = pathlib.Path(fidelity.run(s, session))
+  rows = {row["solver"]: row for row in json.loads((folder / "fidelity.json").read_text())["lds"]}
+  assert (rows["metagradient"]["gradients at"], rows["metagradient"]["damping ratio"]) == ("training", None)
+  print({name: (row["LDS"], row["both low"]) for name, row in rows.items()})
+  assert rows["metagradient"]["both low"] > 0
+  assert "Metagradient: exact through the training" in (folder / "fidelity.md").read_text()
+  # Blocks of queries are not seen in the numbers: their mean is the metagradient of the mean loss.
+  run_dir = run_folder.RunDir.open(str(tmp_path / "other"), {"stage": "test"})
+  queries = np.arange(len(session.splits["eval"]))
+  found = query_metagradients(session, s, queries, (s.seed,), Work(run_dir))
+  np.testing.assert_allclose(found.mean(axis=0), metagradient(session, s), rtol=1e-3, atol=1e-4 * np.abs(found).max())
 
 
 # ---- intervals -----------------------------------------------------------------------

@@ -74,6 +74,15 @@ def test_choices_are_judged_on_the_targets_own_test_examples(finished, settings)
   result = json.loads((folder / "targets.json").read_text())
   titles = [f"{name}, 20 % of the pool, equal {word}" for word in ("epochs", "budget_tokens") for name in _names()]
   compared = [row["compared"] for row in result["overview"]]
+  assert compared == [row["compared"] for row in result["by_token"]]
+  for row in result["first"]:  # the same numbers, held against another rule
+    ours, theirs = (
+      next(one for one in result["tables"][row["compared"]] if one["rule"] == name)
+      for name in ("hybrid, base model", "bm25")
+    )
+    for by, cell in (("token", "perplexity"), ("example", "by example")):
+      ratio = float(row[f"bm25, by {by}"].split()[0])
+      assert ratio == pytest.approx(float(ours[cell]) / float(theirs[cell]), rel=5e-3)
   assert list(result["tables"]) == titles and compared == [*titles, "geometric mean"]
   for title in titles:
     rows = {row["rule"]: row for row in result["tables"][title]}

@@ -164,10 +164,12 @@ def test_measures_of_the_decoder_are_a_loop_of_grad(x64):
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
   without = t.batch._replace(slots=None)
   dense = make_dense(problem, lambda: iter([(None, without)]), size)
-  found = normalize.measure(problem, stream, size, dense.directions, with_matrix(dense.inverse))
-  assert_measures(found, dense, dense.inverse)
-  for values in (found.losses, found.norms, found.self_influence, normalize.cosine(found)[0]):
-    assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
+  assert normalize.observes(problem) and not normalize.observes(problem, with_matrix(dense.inverse))
+  for inverse, matrix in ((with_matrix(dense.inverse), dense.inverse), (normalize.IDENTITY, np.eye(dense.g.shape[1]))):
+    found = normalize.measure(problem, stream, size, dense.directions, inverse)
+    assert_measures(found, dense, matrix)
+    for values in (found.losses, found.norms, found.self_influence, normalize.cosine(found)[0]):
+      assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
 
 
 def self_influence(problem, stream, size, inverse=normalize.IDENTITY):

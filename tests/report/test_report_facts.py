@@ -358,6 +358,11 @@ APART = {"distance": 0.034, "share": 0.5, "p": 0.005}
       "the evaluation set is of an",
     ),
     (
+      {"rule": "hybrid", "apart": APART | {"distance": 0.62}, "another_kind": True, "queries": 60},
+      answer.UNCLEAR,
+      "nothing in the training set seems to be like the evaluation set (squared distance 0.62, p =",
+    ),
+    (
       {"rule": "matching_hybrid", "apart": APART, "another_kind": True},
       answer.UNCLEAR,
       "the evaluation set is of anoth",
