@@ -17,7 +17,7 @@ import numpy as np
 from experiments.interop import environment
 from experiments.settings import InteropFlags
 from in2core_jax.data.assets import asset_path
-from in2core_jax.errors import UserError, one_line
+from in2core_jax.errors import UserError, how_many, one_line
 from in2core_jax.model import decoder, weights
 from in2core_jax.model.tokenizer import tokenizer_from_gguf
 from in2core_jax.pipeline import export, select
@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
     {"what": "chat template and tokenizer make the same ids", "value": "yes" if theirs["same_ids"] else "NO"},
   ]
   verdict = "the same" if result["same"] else "NOT THE SAME"
-  return f"{markdown_table(rows)}\n{theirs['examples']} examples in one batch: {verdict}\n"
+  return f"{markdown_table(rows)}\n{how_many(theirs['examples'], 'example')} in one batch: {verdict}\n"
 
 
 def _is_interop(folder: str) -> bool:

@@ -194,10 +194,10 @@ def _curvature_of(s: StudySettings, usable: int) -> str:
   if s.solver == "datainf" or s.solver == "ekfac" and not s.ekfac_examples:
     return "all examples"
   if s.solver == "ekfac":
-    return f"{min(s.ekfac_examples, usable)} examples"
+    return how_many(min(s.ekfac_examples, usable), "example")
   if s.solver == "lissa":
     return f"{s.depth} minibatches of {min(s.curvature_batch, usable)}"
-  return f"{num_curvature_examples(s, usable)} examples"
+  return how_many(num_curvature_examples(s, usable), "example")
 
 
 def _sources(s: StudySettings) -> str:

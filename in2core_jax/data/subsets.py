@@ -115,11 +115,8 @@ def limit_sources(records: Sequence, limits: Sequence[int]) -> Sequence:
 def without_copies(records: Sequence) -> Sequence:
   """The first record of each set of messages, in source order; tells how many others there were."""
   distinct = taken(records, np.flatnonzero(firsts(records)))
-  log.info(
-    "--dedup: %s of the %s training examples repeat an earlier one and are left out",
-    f"{len(records) - len(distinct):,}",
-    f"{len(records):,}",
-  )
+  less = how_many(len(records) - len(distinct), f"of the {len(records):,} training examples [repeats|repeat]")
+  log.info("--dedup leaves out what is there twice: %s an earlier one", less)
   return distinct
 
 

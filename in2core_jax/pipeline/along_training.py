@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.finetune import trainable_rows
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
@@ -62,7 +63,7 @@ def warm_up(session: Session, s: Settings, checkpoints: int) -> list[tuple[float
   judge, steps = Retrainer(session, s, [usable]), equal_steps(session, s, rows, "epochs")
   wanted = sorted({max(1, round(steps * (number + 1) / checkpoints)) for number in range(checkpoints)})
   packer = session.packer("train", judge.chosen, session.model.params, rows, judge.shapes)
-  with Progress(steps, f"warm-up on {len(rows)} examples", "steps") as progress:
+  with Progress(steps, f"warm-up on {how_many(len(rows), 'example')}", "steps") as progress:
     log = _Snapshots(on_step=lambda step, steps, loss, rate: progress.update(1, loss=round(loss, 3)), wanted=(*wanted,))
     judge.trainer.train(judge.sub, judge.frozen, packer, s.seed, log, steps)
   rates = train_loop.step_weights(dataclasses.asdict(judge.recipe) | {"steps": steps}, wanted)
