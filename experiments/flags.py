@@ -5,6 +5,7 @@ one flagfile drives the whole chain. Old names are read, told, and become the ne
 """
 
 import dataclasses
+import difflib
 import logging
 import os
 import re
@@ -127,7 +128,7 @@ def _sections(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Fiel
 
 
 class _Words(flags.EnumParser):
-  """The words that a flag may be; of those that it could be once it says what to use instead."""
+  """The words that a flag may be; says which one is like a wrong one, and what to use in place of one that is gone."""
 
   def __init__(self, words: list[str], gone: Mapping[str, str]):
     super().__init__(words)
@@ -137,6 +138,9 @@ class _Words(flags.EnumParser):
     """The word; ValueError for any other."""
     if argument in self._gone:
       raise ValueError(f"it is gone: use {self._gone[argument]}")
+    near = difflib.get_close_matches(argument, self.enum_values, 1, 0.65)
+    if near and argument not in self.enum_values:
+      raise ValueError(f"did you mean {near[0]}? It is one of {', '.join(self.enum_values)}")
     return super().parse(argument)
 
 

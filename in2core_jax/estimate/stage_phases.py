@@ -357,7 +357,8 @@ def recommendation_phase(session: Session, s: Settings) -> Phase:
   copies = not firsts(train.records)[rows].all()  # then all of the data is trained on with each text once, too
   pace = plans.Pace(step.flops, *judged, 0.0, {}, 0.0, 0.0, int(copies))
   flops = plans.seconds_of(recommend.wanted(own, session), pace, recommend.steps_of(session, own))
-  name = f"{phases.RECOMMENDATION}, about {how_many(round(flops / step.flops), 'step')} of {how_many(s.batch_size, 'example')}"
+  steps = how_many(round(flops / step.flops), "step")
+  name = f"{phases.RECOMMENDATION}, about {steps} of {how_many(s.batch_size, 'example')}"
   return dataclasses.replace(step, name=name, flops=flops, gathered=step.gathered * flops / step.flops)
 
 

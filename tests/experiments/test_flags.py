@@ -361,6 +361,8 @@ def test_a_policy_that_is_gone_names_the_one_to_take(parser):
     Settings(policy="matching_quota")
   with pytest.raises(absl_flags.Error, match="policy=matching_topic: it is gone: use matching"):
     parser(settings.SelectFlags)("--policy=matching_topic")
+  with pytest.raises(absl_flags.Error, match="policy=matching_tok: did you mean matching"):
+    parser(settings.SelectFlags)("--policy=matching_tok")
   with pytest.raises(UserError, match="--policies=full,matching_quota: matching_quota is gone: use matching"):
     checks.policies_of(Settings(policies="full,matching_quota"))
   assert not set(coreset.GONE) & set(coreset.POLICIES) and set(coreset.GONE.values()) <= set(coreset.POLICIES)
