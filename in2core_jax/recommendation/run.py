@@ -39,7 +39,7 @@ _LINES = 8  # that a log gets of the progress of all trainings
 _DOES = "recommend's rules say themselves how they choose, and it fine-tunes by itself"
 _REFUSED = (
   *("checkpoint", "select_runs", "normalize", "write", "trajectory", "score_path=projected", "fixed_seeds"),
-  *("hardware", *OTHER_POLICIES),
+  *("hardware", "eval_weights", *OTHER_POLICIES),
 )
 _OF_THE_ANSWER = ("fraction", "num_examples", "token_budget", "policy")  # which trainings do not depend on
 
