@@ -23,6 +23,7 @@ from experiments import cli, flags
 from experiments.settings import CheckFlags
 from in2core_jax import gradients
 from in2core_jax.data import batches
+from in2core_jax.errors import how_many
 from in2core_jax.gradients import Tree, tree_dot
 from in2core_jax.parallel import processes, sharding
 from in2core_jax.params import subtree
@@ -333,8 +334,9 @@ def run(settings: CheckFlags) -> list[Row]:
   subject = Subject(sample(settings))
   tree, tokens = subject.chosen.tree, subject.session.splits["train"].num_tokens
   log.info(
-    "checking %d examples of %d to %d tokens; %s numbers in layers %s; products in %s",
-    subject.size, tokens.min(), tokens.max(), f"{subtree.count(subject.at[0]):,}", tree.layers, subject.precision,
+    "checking %s of %d to %d tokens; %s numbers in layers %s; products in %s",
+    how_many(subject.size, "example"), tokens.min(), tokens.max(),
+    f"{subtree.count(subject.at[0]):,}", tree.layers, subject.precision,
   )  # fmt: skip
   rows = []
   for check in CHECKS:
@@ -342,9 +344,11 @@ def run(settings: CheckFlags) -> list[Row]:
     log.info("%s: %s (%.0f s)", rows[-1].check, rows[-1].verdict, time.perf_counter() - began)
   failed, skipped = sum(row.failed for row in rows), sum(bool(row.skipped) for row in rows)
   done = len(rows) - skipped
-  verdict = f"all {done} checks passed" + (f", {skipped} skipped" if skipped else "")
+  verdict = f"{how_many(done, 'check')} passed" + (f", {skipped} skipped" if skipped else "")
   if failed:
-    verdict = f"{failed} of {done} checks failed: scores of this model, data and device are not to be trusted"
+    verdict = (
+      f"{failed} of {how_many(done, 'check')} failed: scores of this model, data and device are not to be trusted"
+    )
   if processes.is_writer():
     print(f"{table(rows)}\n{verdict}")
   return rows

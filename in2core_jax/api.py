@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.pipeline import evaluate as stage_evaluate
 from in2core_jax.pipeline import finetune as stage_finetune
 from in2core_jax.pipeline import select as stage_select
@@ -122,7 +122,7 @@ class Selected(_Result):
 
   def _facts(self) -> dict[str, Any]:
     kept, size = self.summary["selected"], self.scores.num_rows
-    return {"policy": self.summary["policy"], "selected": f"{kept} of {size} examples"}
+    return {"policy": self.summary["policy"], "selected": f"{kept:,} of {how_many(size, 'example')}"}
 
   def _rows(self) -> list[dict]:
     names = ("choice", "example_id", "reason", "influence", "loss")

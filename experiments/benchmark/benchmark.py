@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import logging
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -17,8 +16,8 @@ from experiments import flags
 from experiments.benchmark import isolated, shapes
 from experiments.benchmark.passes import FORWARD, make_rows, measured_session
 from experiments.benchmark.settings import BenchmarkSettings
-from in2core_jax.costs import timing
-from in2core_jax.errors import UserError
+from in2core_jax.costs import hardware, timing
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.session import Session
@@ -167,18 +166,11 @@ def verdicts(figures: dict[str, float], platform: str) -> list[dict]:
   ]
 
 
-def processor() -> str:
-  """The processor's name where the system tells it."""
-  file = pathlib.Path("/proc/cpuinfo")
-  lines = file.read_text().splitlines() if file.exists() else []
-  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
-
-
 def facts(s: BenchmarkSettings) -> dict:
   """Where and on what it was measured."""
   return {
     "date": datetime.date.today().isoformat(),
-    "processor": processor(),
+    "processor": hardware.processor(),
     "load": [round(load, 2) for load in os.getloadavg()],
     **run_folder.device_summary(),
     "model": s.model,
@@ -193,8 +185,9 @@ def markdown(found: Found, measured_on: dict, asked: list[dict]) -> str:
   jax_version = measured_on["versions"]["jax"]
   text = [
     "# Benchmark\n",
-    f"{measured_on['date']}, {where}, {measured_on['num_cores']} cores, load {measured_on['load'][0]} at the end, "
-    f"{measured_on['model'].rsplit('/', 1)[-1]} in {measured_on['dtype']}, jax {jax_version}.\n",
+    f"{measured_on['date']}, {where}, {how_many(measured_on['num_cores'], 'core')}, "
+    f"load {measured_on['load'][0]} at the end, {measured_on['model'].rsplit('/', 1)[-1]} in {measured_on['dtype']}, "
+    f"jax {jax_version}.\n",
   ]
   tables = {"Times": found.times, "Compilation": found.compile, "Memory": found.memory, "Devices": found.scaling}
   for title, table in tables.items():

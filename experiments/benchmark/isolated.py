@@ -17,7 +17,7 @@ from experiments import subprocesses
 from experiments.benchmark.passes import measured_session
 from experiments.benchmark.settings import BenchmarkSettings
 from in2core_jax.costs import timing
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.pipeline import scoring, select
 from in2core_jax.pipeline.session import choose
 from in2core_jax.runs import run_folder
@@ -124,7 +124,9 @@ def measure_memory(s: BenchmarkSettings, layers: str, counts: list[int]) -> list
       own = s.replace(alone="score", layers=layers, modules="all", train_limit=count, limit_block=0, device_counts="1")
       found.append(start(own, pathlib.Path(temporary) / str(count), {}))
       if found[-1]["examples"] < count:
-        raise UserError(f"--memory_examples={count}, but --train_data has {found[-1]['examples']} training examples")
+        raise UserError(
+          f"--memory_examples={count}, but --train_data has {how_many(found[-1]['examples'], 'training example')}"
+        )
   return [{**row, "growth, %": 100 * (row["peak memory"] / found[0]["peak memory"] - 1)} for row in found]
 
 
@@ -145,5 +147,7 @@ def measure_scaling(s: BenchmarkSettings, layers: str, counts: list[int]) -> lis
       difference = float(np.abs(scores - reference).max() / np.abs(reference).max())
       found.append(row | {"largest difference": difference})
   if not found:
-    raise UserError(f"--device_counts={s.device_counts}: this machine has {row['devices']} devices, fewer than that")
+    raise UserError(
+      f"--device_counts={s.device_counts}: this machine has {how_many(row['devices'], 'device')}, fewer than that"
+    )
   return found

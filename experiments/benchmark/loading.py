@@ -2,9 +2,10 @@
 
 python -m experiments.benchmark.loading FOLDER GIGABYTES
 
-writes a synthetic bfloat16 model of so many gigabytes (as float32) into FOLDER, where it is not there yet, and loads it
-in processes of their own: stacked on the host and placed afterwards, and tensor by tensor onto the devices. On a CPU
-the devices' copy counts as what stays; on an accelerator the first way holds all of it on the host in addition.
+writes a synthetic bfloat16 model of so many gigabytes into FOLDER, where it is not there yet, and loads it in processes
+of their own: stacked on the host and placed afterwards, tensor by tensor onto the devices, and with the matrices of
+layers in 8 and 4 bits. On a CPU the devices' copy counts as what stays; on an accelerator the first way holds all of it
+on the host in addition.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -25,15 +27,22 @@ from in2core_jax.model.tensors import HF_NAMES
 from in2core_jax.parallel import sharding
 
 _SHARD = 500_000_000  # bytes
+# Way -> (tensor by tensor, --frozen_weights)
+_WAYS = {
+  "stacked on the host": (False, "full"),
+  "tensor by tensor": (True, "full"),
+  "matrices in int8": (False, "int8"),
+  "matrices in nf4": (False, "nf4"),
+}
 
 
 def synthetic(gigabytes: float) -> ModelConfig:
-  """A decoder of about so many gigabytes as float32."""
+  """A decoder of about so many gigabytes as bfloat16."""
   shape = ModelConfig(32768, 2048, 5632, 1, 16, 16, 128, model_type="llama", tie_embeddings=False)
   sizes = peft_folder.shapes_of(shape)
   layer = sum(int(np.prod(size)) for leaf, size in sizes.items() if leaf.startswith("layers/"))
   outside = sum(int(np.prod(size)) for size in sizes.values()) - layer
-  layers = max(1, round((gigabytes * 1e9 / 4 - outside) / layer))
+  layers = max(1, round((gigabytes * 1e9 / 2 - outside) / layer))
   return ModelConfig(32768, 2048, 5632, layers, 16, 16, 128, model_type="llama", tie_embeddings=False)
 
 
@@ -75,21 +84,23 @@ def anonymous() -> int:
   return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
 
 
-def load(folder: str, streamed: str) -> None:
-  """Loads the folder; prints what was held, as JSON."""
+def load(folder: str, way: str) -> None:
+  """Loads the folder in bfloat16; prints what was held, as JSON."""
+  streamed, kind = _WAYS[way]
   mesh = sharding.make_mesh("")
-  stacks.has_own_memory = lambda mesh: streamed == "yes"  # so that a CPU measures what accelerators do
+  stacks.has_own_memory = lambda mesh: streamed  # so that a CPU measures what accelerators do
   before, peak, began = anonymous(), Peak(), time.perf_counter()
   peak.start()
-  config, params = weights.load_hf_dir(folder, "float32", mesh)
+  config, params = weights.load_hf_dir(folder, "bfloat16", mesh, kind)
   params = sharding.place_params(params, mesh)
   seconds = time.perf_counter() - began
   peak.running = False
   peak.join()
-  leaves = list(weights.traverse_util.flatten_dict(params, sep="/").items())
-  tensors = [leaf.nbytes // (leaf.shape[0] if path.startswith("layers/") else 1) for path, leaf in leaves]
-  found = {"stays": sum(leaf.nbytes for _, leaf in leaves), "largest": max(tensors), "seconds": round(seconds, 1)}
-  print(json.dumps(found | {"peak": peak.most - before, "layers": config.num_layers}))
+  sizes = peft_folder.shapes_of(config)
+  tensors = [2 * int(np.prod(size[path.startswith("layers/") :])) for path, size in sizes.items()]
+  stays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  found = {"stays": stays, "largest": max(tensors), "seconds": round(seconds, 1), "peak": peak.most - before}
+  print(json.dumps(found | {"layers": config.num_layers}))
 
 
 def main(folder: str, gigabytes: str) -> None:
@@ -97,15 +108,15 @@ def main(folder: str, gigabytes: str) -> None:
   place = pathlib.Path(folder)
   if not (place / "config.json").exists():
     write(place, synthetic(float(gigabytes)))
-  for streamed in ("no", "yes"):
-    command = [sys.executable, "-m", "experiments.benchmark.loading", folder, "--load", streamed]
+  for way in _WAYS:
+    command = [sys.executable, "-m", "experiments.benchmark.loading", folder, "--load", way]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     found = json.loads(done.stdout.splitlines()[-1])
     above = found["peak"] - found["stays"]
     print(
-      f"{'tensor by tensor' if streamed == 'yes' else 'stacked on the host'}: {found['stays'] / 1e9:.2f} GB stay, "
-      f"{above / 1e9:.2f} GB more at the peak ({above / found['largest']:.1f} times the largest tensor), "
-      f"{found['seconds']} s"
+      f"{way}: {found['stays'] / 1e9:.2f} GB stay, {above / 1e9:.2f} GB more at the peak "
+      f"({above / found['largest']:.1f} times the largest tensor), {found['seconds']} s",
+      flush=True,
     )
 
 

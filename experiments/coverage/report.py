@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.coverage.settings import CoverageSettings
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import coverage, statistics
 from in2core_jax.pipeline.session import Session
 from in2core_jax.report import table_text
@@ -167,7 +168,7 @@ def write(
 def markdown(s: CoverageSettings, session: Session, found: Findings, points: Sequence[dict]) -> str:
   """The report but for its last sentence."""
   shown = ["topic", s.coverage_signal, "embedding, maximum", "loss before", "loss after", "text"]
-  held = "; ".join(f"{', '.join(one.topics)} ({len(one.rows)} examples left)" for one in found.observed)
+  held = "; ".join(f"{', '.join(one.topics)} ({how_many(len(one.rows), 'example')} left)" for one in found.observed)
   return "\n".join(
     [
       "# Coverage\n",

@@ -16,7 +16,7 @@ from experiments.fidelity import report
 from experiments.fidelity.settings import FidelitySettings
 from experiments.solvers.solvers import ratios
 from in2core_jax.data.subsets import distinct_points
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import datamodeling
 from in2core_jax.influence.solver_names import SOLVERS
 from in2core_jax.params import subtree
@@ -315,7 +315,7 @@ def check_left_out(s: FidelitySettings, examples: int) -> None:
     count = math.floor(share * examples + 0.5)  # as `inputs.Budget` rounds
     if not 0 < count < examples:
       what = "nothing to train on" if count else "nothing out"
-      raise UserError(f"--left_out={s.left_out}: {share:g} of {examples} training examples leaves {what}")
+      raise UserError(f"--left_out={s.left_out}: {share:g} of {how_many(examples, 'training example')} leaves {what}")
 
 
 def run(settings: FidelitySettings, session: Session | None = None) -> str:

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import pathlib
-import platform
 import re
 import shlex
 import signal
@@ -17,7 +16,8 @@ import time
 from experiments import subprocesses
 from experiments.paper.settings import HOW_FAST, PASSED, PaperSettings
 from experiments.paper.steps import Step
-from in2core_jax.errors import UserError
+from in2core_jax.costs import hardware
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import weights
 from in2core_jax.pipeline.settings import listed
 from in2core_jax.runs import files, run_folder
@@ -194,9 +194,7 @@ def commit() -> str:
 
 def machine() -> str:
   """Processor and cores, with no name of the machine."""
-  info = pathlib.Path("/proc/cpuinfo")
-  named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-  return f"{os.cpu_count()} cores of {named[1] if named else platform.machine()}"
+  return f"{how_many(os.cpu_count() or 1, 'core')} of {hardware.processor()}"
 
 
 def devices(folder: pathlib.Path) -> str:

@@ -21,10 +21,12 @@ import numpy as np
 
 from experiments import cli, flags
 from experiments.recommend.settings import CalibrationSettings
-from experiments.targets.target import labels_of
+from experiments.targets.target import label_of, labels_of
 from in2core_jax.data.records import firsts
-from in2core_jax.errors import UserError
+from in2core_jax.data.sources import names_of
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation.paired import BY
+from in2core_jax.evaluation.statistics import RANDOM
 from in2core_jax.evaluation.tries import MARGIN
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import listed
@@ -70,7 +72,7 @@ class Pool:
   """A pool and its tasks.
 
   Attributes:
-    name: as --train_data.
+    name: of its sources, joined by +.
     folder: of its run folders.
     session: its examples; of evaluation and test set those of the tasks alone.
     tasks: label -> part -> rows of `session`.
@@ -116,7 +118,8 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
     tasks = {
       label: {part: np.searchsorted(used[part], own) for part, own in rows.items()} for label, rows in tasks.items()
     }
-    found.append(Pool(name, folder, session.of_rows(**used), tasks, settings))
+    sources = "+".join(dict.fromkeys(map(label_of, names_of(session.splits["train"].records))))
+    found.append(Pool(sources, folder, session.of_rows(**used), tasks, settings))
   if not found:
     raise UserError(f"--tasks={s.tasks}: no pool has {2 * LEAST_QUERIES} evaluation and test examples of one of them")
   return found
@@ -125,10 +128,12 @@ def pools_of(s: CalibrationSettings) -> list[Pool]:
 def told(pools: list[Pool], s: CalibrationSettings) -> str:
   """What is to be done, before any of it."""
   count = sum(len(pool.tasks) for pool in pools)
-  lines = [f"{pool.name}: {len(pool.session.splits['train']):,} examples; {', '.join(pool.tasks)}" for pool in pools]
+  lines = [
+    f"{pool.name}: {how_many(len(pool.session.splits['train']), 'example')}; {', '.join(pool.tasks)}" for pool in pools
+  ]
   lines.append(
-    f"{count} recommendations of at most {s.minutes:g} minutes each: {count * s.minutes:.0f} minutes, and for each of "
-    f"{len(pools)} pools its hidden states and a training on all of it"
+    f"{how_many(count, 'recommendation')} of at most {s.minutes:g} minutes each: {count * s.minutes:.0f} minutes, and "
+    f"for each of {how_many(len(pools), 'pool')} its hidden states and a training on all of it"
   )
   return "\n".join(lines)
 
@@ -174,8 +179,8 @@ def pairs(pools: list[Pool]) -> Iterator[tuple[str, str, dict]]:
       yield pool.name, label, json.loads((pathlib.Path(folder) / results.FILE).read_text())
   if refused:
     raise UserError(
-      f"{len(refused)} pairs were refused: {', '.join(refused)}; start the same command on an idle machine, or give "
-      "more --minutes: the others are kept"
+      f"{how_many(len(refused), 'pair[s] [was|were]')} refused: {', '.join(refused)}; start the same command on an "
+      "idle machine, or give more --minutes: the others are kept"
     )
 
 
@@ -193,12 +198,17 @@ def row_of(pool: str, task: str, found: dict) -> dict:
 
 def summary(rows: list[dict]) -> list[str]:
   """How often it was right, in sentences."""
-  found, size = [], len(rows)
+  chosen = [row for row in rows if row["rule"] != RANDOM]
+  found = [
+    f"{len(rows) - len(chosen)} of {len(rows)} answers are a random set, which no test set can show to be wrong: its "
+    f"ratio to random sets is 1. The other {len(chosen)} are judged here."
+  ]
   for by in BY:
-    right, safe, worse = (sum(row[f"{word}, by {by}"] for row in rows) for word in ("right", "safe", "worse"))
+    right, safe, worse = (sum(row[f"{word}, by {by}"] for row in chosen) for word in ("right", "safe", "worse"))
     found.append(
-      f"By {by}: of {size} recommendations {right} have the test ratio inside their predicted interval, {safe} are at "
-      f"most {100 * MARGIN:g} % worse than random sets on the test set, and {worse} are worse beyond their interval."
+      f"By {by}: of {how_many(len(chosen), 'choice')} {right} have the test ratio inside their predicted interval, "
+      f"{safe} are at most {100 * MARGIN:g} % worse than random sets on the test set, and {worse} are worse beyond "
+      "their interval."
     )
   return found
 

@@ -116,6 +116,17 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
   }
 
 
+def in_words(refused: str) -> str:
+  """Why a row has no error, for its cell: what `measure` keeps of an exception without the names of classes and flags.
+
+  The other `UserError` is EK-FAC's, whose factors cannot be those of an indefinite Hessian.
+  """
+  kind, _, said = refused.partition(": ")
+  if kind == "DivergenceError":
+    return said.removeprefix("LiSSA ")
+  return {"NegativeCurvatureError": "met negative curvature", "UserError": "not for this curvature"}.get(kind, refused)
+
+
 def start(s: SolversSettings) -> str:
   """`run` in a process that computes in float64 from here on."""
   jax.config.update("jax_enable_x64", True)
@@ -156,7 +167,7 @@ def write(run_dir: run_folder.RunDir, size: int, spectra: dict, rows: list[dict]
   number = lambda value: f"{value:.2g}" if isinstance(value, float) else value  # noqa: E731
   table = [
     {
-      column: number(row.get(column, row.get("refused", "") if column == "error" else ""))
+      column: number(row.get(column, in_words(row.get("refused", "")) if column == "error" else ""))
       for column in ("curvature", "damping ratio", "solver", "error", "cosine", "residual", "steps", "seconds")
     }
     for row in rows

@@ -19,7 +19,7 @@ from experiments.solvers import dense
 from experiments.solvers.settings import SolversSettings
 from in2core_jax.data import packing, tokenizing
 from in2core_jax.data.record_shapes import is_learnt
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import ekfac, solvers, tree_math
 from in2core_jax.influence import normalize
@@ -125,7 +125,7 @@ class Comparison:
     """Scores of the training examples along several solutions at once, float32 [Q, N]."""
     train = self.session.batcher("train", self.chosen.tree, self.chosen.params)
     directions = tree_math.concatenate(solutions)
-    stream = self.session.stream(train, f"scores of {len(solutions)} estimators")
+    stream = self.session.stream(train, f"scores of {how_many(len(solutions), 'estimator')}")
     return self.problem.scores(stream, len(train), directions, "vmap")
 
 
@@ -434,9 +434,8 @@ def page(rows: list[dict], curves: dict, agreements: list[str], narrow: dict | N
     text.append(f"## bfloat16 weights\n\n{table_text.markdown_table(lines)}\n")
   if found:
     lines = [{"signal": name, "ROC AUC": show(value)} for name, value in found["auc"].items()]
-    what = (
-      f"{found['wrong']} of {found['examples']} examples have another's answer; {found['steps']} steps of training."
-    )
+    wrong = how_many(found["wrong"], f"of {found['examples']} examples [has|have] another's answer")
+    what = f"{wrong}; {how_many(found['steps'], 'step')} of training."
     text.append(f"## Mislabelled examples\n\n{what}\n\n{table_text.markdown_table(lines)}\n")
   return "\n".join(text)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.study.settings import StudySettings
 from experiments.study.variants import Variant, rules_of, settings_of, variants_of
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import statistics, verdict
 from in2core_jax.pipeline.evaluate_results import Group
 from in2core_jax.pipeline.finetune import trainable_rows
@@ -162,7 +163,7 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     shown = ("solver", "damping_ratio", "layers")
     more = [f"--{flag}={str(getattr(own, flag)).lower()}" for flag, _ in variant.changes if flag not in shown]
     more += ["gradients of length 1"] if variant.unit else []
-    more += [f"{variant.queries} evaluation examples"] if variant.queries else []
+    more += [how_many(variant.queries, "evaluation example")] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
     more += ["weights of the losses"] if policy in coreset.WEIGHTED_POLICIES else []
     more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []

@@ -19,7 +19,7 @@ from experiments.study.settings import StudySettings
 from experiments.study.variants import VARIANTS, Variant, make_variant, settings_of, variants_of
 from in2core_jax.data import tokenizing
 from in2core_jax.data.subsets import distinct_points
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import finetune, sequential, target_weights
@@ -152,7 +152,9 @@ def budget_for(
   count = budget.limit(whole.num_tokens[whole.num_response_tokens > 0])
   left = np.count_nonzero(cut.num_response_tokens)
   if left < count:
-    raise UserError(f"it is to choose {count} examples, but only {left} have a response within {s.max_length} tokens")
+    raise UserError(
+      f"it is to choose {how_many(count, 'example')}, but only {left} have a response within {s.max_length} tokens"
+    )
   return Budget(num_examples=count)
 
 
@@ -171,7 +173,9 @@ def check_variants(session: Session, s: StudySettings) -> None:
       if variant.unrolled and own.eval_weights:
         raise UserError(f"--eval_weights={own.eval_weights}: it is of the mean evaluation loss")
       if queries < variant.queries:
-        raise UserError(f"it draws {variant.queries} of {queries} evaluation examples (--eval_data, --eval_limit)")
+        raise UserError(
+          f"it draws {variant.queries} of {how_many(queries, 'evaluation example')} (--eval_data, --eval_limit)"
+        )
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(session.model.params, own.layers, own.modules)
       if variant.unrolled:
@@ -191,7 +195,7 @@ def with_enough_queries(session: Session, s: StudySettings) -> StudySettings:
   queries = len(session.splits["eval"])
   left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
   if left_out:
-    log.warning("left out with %d evaluation examples: %s", queries, "; ".join(left_out))
+    log.warning("left out with %s: %s", how_many(queries, "evaluation example"), "; ".join(left_out))
   if len(session.splits["train"]) > MOST_PAIRS:
     large = [name for name, variant in VARIANTS.items() if variant.policy in OF_PAIRS]
     log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))

@@ -12,6 +12,7 @@ from experiments.study.variants import Variant, make_variant
 from experiments.targets.settings import TargetsSettings
 from experiments.targets.target import Target, size_of
 from in2core_jax.evaluation import statistics, verdict
+from in2core_jax.evaluation.paired import BY
 from in2core_jax.evaluation.tries import LONGEST
 from in2core_jax.evaluation.tries import MATCHED as MATCHED_ANSWER
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
@@ -166,7 +167,8 @@ def retrain(trial: Trial, answers: Mapping[str, Answer]) -> dict:
   """Trains on every choice, on random sets and on all data; one training serves all targets that it is right for.
 
   Returns:
-    {"tables": {title: rows}, "overview": rows, "notes": sentences}, with length-matched sets also "over_matched".
+    {"tables": {title: rows}, "overview": rows, "by_token": rows, "first": rows, "notes": sentences}, with
+    length-matched sets also "over_matched".
   """
   sets = {
     (target.name, budget): candidates(trial, target, budget, answers)
@@ -184,7 +186,9 @@ def retrain(trial: Trial, answers: Mapping[str, Answer]) -> dict:
         log.info("%s\n%s", title, table_text.markdown_table(tables[title]))
   names = list(dict.fromkeys(candidate.policy for own in sets.values() for candidate in own))
   notes = verdict.many_comparisons(every) + verdict.sensitivity(list(every.values()))
-  found = {"tables": tables, "overview": overview(every, [name for name in names if name != RANDOM]), "notes": notes}
+  rules = [name for name in names if name != RANDOM]
+  found = {"tables": tables, "overview": overview(every, rules), "by_token": overview(every, rules, by="token")}
+  found |= {"first": first_to_others(every, list(trial.orders)), "notes": notes}
   if trial.matched:
     found["over_matched"] = overview(every, [name for name in names if name not in (RANDOM, MATCHED)], MATCHED)
   return found
@@ -233,13 +237,27 @@ def _of_target(target: Target, own: list[TrainingSubset]) -> dict[str, float]:
   return {name: float(np.mean(found)) for name, found in shares.items()}
 
 
-def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str], other: str = RANDOM) -> list[dict]:
-  """A row for each comparison: every rule's perplexity by example over that of others, and which is told apart.
+def first_to_others(every: dict[str, list[statistics.RetrainRow]], rules: list[str]) -> list[dict]:
+  """A row for each comparison: the first rule's perplexity over that of each other rule, by token and by example."""
+  first, *others = rules
+  found = []
+  for title, rows in every.items():
+    compared = verdict.Comparison(rows)
+    ratio = lambda name, by, compared=compared: verdict.shown(compared.difference(first, name, by).ratio())  # noqa: E731
+    found.append({"compared": title} | {f"{name}, by {by}": ratio(name, by) for name in others for by in BY})
+  return found if others else []
+
+
+def overview(
+  every: dict[str, list[statistics.RetrainRow]], names: list[str], other: str = RANDOM, by: str = "example"
+) -> list[dict]:
+  """A row for each comparison: every rule's perplexity over that of others, and which is told apart.
 
   Args:
     every: title -> trainings.
     names: of the rules.
     other: what they are held against.
+    by: a word of `paired.BY`.
 
   Returns:
     The rows; where there are several, the last one has their geometric means.
@@ -249,7 +267,7 @@ def overview(every: dict[str, list[statistics.RetrainRow]], names: list[str], ot
     compared = verdict.Comparison(rows)
     line = {"compared": title}
     for name in names:
-      difference = compared.difference(name, other, "example")
+      difference = compared.difference(name, other, by)
       means[name].append(difference.mean)
       line[name] = verdict.shown(difference.ratio())
     found.append(line)

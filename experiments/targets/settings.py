@@ -8,6 +8,8 @@ from in2core_jax.pipeline.fields import changed, setting
 from in2core_jax.pipeline.ranges import COUNT, Range
 from in2core_jax.pipeline.settings import Settings
 
+BASE, WARM, FULL = MODELS = ("base", "warm", "full")
+
 _targets = functools.partial(setting, "targets")
 
 
@@ -33,6 +35,11 @@ class TargetsSettings(RuleSettings, Settings):
   )
   recommend_minutes: float = _targets(
     0.0, "Minutes of recommend for each target; 0: no row of its choices.", within=Range(0, 1e6)
+  )
+  gradients_at: str = _targets(
+    BASE,
+    f"Where rules take gradients in place of the base model: some of {', '.join(MODELS)}.",
+    more="warm: trained on a random 5 % for four epochs; full: on all of the pool. Several: the mean similarity.",
   )
   choices_of: str = _targets(
     "", "Finished targets run of another model on the same pool.", more="What it chose is trained on and judged, too."

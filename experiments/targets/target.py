@@ -28,7 +28,12 @@ class Target:
 
 def labels_of(record: tokenizing.Record) -> set[str]:
   """The names by which a target may ask for a record: its topic, and its source without folder and ending."""
-  return {record.topic, pathlib.PurePath(name_of(record)).name.partition(".")[0]} - {""}
+  return {record.topic, label_of(name_of(record))} - {""}
+
+
+def label_of(source: str) -> str:
+  """A source's name, of a file without folder and ending."""
+  return pathlib.PurePath(source).name.partition(".")[0]
 
 
 def size_of(budget: float, examples: int) -> int:

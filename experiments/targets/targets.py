@@ -19,11 +19,12 @@ from experiments import flags
 from experiments.study.study import session_of
 from experiments.study.variants import VARIANTS, Variant, settings_of, variants_of
 from experiments.targets.retraining import MATCHED, Trial, recommended, retrain
-from experiments.targets.settings import TargetsSettings
+from experiments.targets.settings import BASE, MODELS, WARM, TargetsSettings
+from experiments.targets.settings import FULL as FULL_MODEL
 from experiments.targets.target import Target, labels_of, size_of
 from in2core_jax.data import records, tokenizing
 from in2core_jax.data.sources import names_of
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import finetune
 from in2core_jax.pipeline.checks import budget_of
@@ -49,6 +50,7 @@ _REFUSED = (
 )
 FULL, RANDOM = statistics.FULL, statistics.RANDOM
 _LEAST = 5  # queries of a target
+_WARM_SHARE, _WARM_EPOCHS = 0.05, 4.0
 
 
 def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings) -> list[Target]:
@@ -78,7 +80,9 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings
       drawn = {name: own[spread_rows([dataset.ids[row] for row in own], share or len(own))] for name, own in of.items()}
       rows[part] = np.unique(np.concatenate(list(drawn.values())))
     if len(rows["eval"]) < _LEAST:
-      raise UserError(f"--targets={s.targets}: {text!r} has {len(rows['eval'])} queries; a target needs {_LEAST}")
+      raise UserError(
+        f"--targets={s.targets}: {text!r} has {how_many(len(rows['eval']), 'quer[y|ies]')}; a target needs {_LEAST}"
+      )
     mine = np.zeros(len(parts["train"]), bool)
     mine[rows["train"]] = True
     if mine[answered["train"]].all():
@@ -131,31 +135,61 @@ def with_targets(session: Session, s: TargetsSettings) -> tuple[Session, list[Ta
 class Chooser:
   """The rows that rules choose for targets; what they choose from is computed once for each place of gradients."""
 
-  def __init__(self, session: Session, s: TargetsSettings, checkpoint: str, trains: bool = False):
+  def __init__(self, session: Session, s: TargetsSettings, checkpoints: dict[str, str], trains: bool = False):
     """Computes nothing yet.
 
     Args:
       session: data and model.
       s: the flags that rules change.
-      checkpoint: of the training on all examples; empty where no rule takes gradients there.
+      checkpoints: of the models where rules take gradients.
       trains: whether trainings follow, whose hidden states serve pooled ones too, if they are made first.
     """
-    self.session, self.settings, self._checkpoint, self._trains = session, s, checkpoint, trains
+    self.session, self.settings, self._checkpoints, self._trains = session, s, checkpoints, trains
     self._made: dict[str, ChoiceInputs] = {}
 
   def order(self, variant: Variant, target: Target, seed: int) -> np.ndarray:
     """All rows of the pool, best first."""
-    s = settings_of(self.settings, variant).replace(checkpoint=self._checkpoint if variant.trained else "")
-    session = session_of(self.session, s)
+    s = settings_of(self.settings, variant)
+    session, models = session_of(self.session, s), models_of(self.settings, variant)
+    keys = [self._key(session, s.replace(checkpoint=self._checkpoints[model]), len(models)) for model in models]
+    found = [self._made[key].of({variant.policy}, target.queries, s.aggregate) for key in keys]
+    if len(found) > 1:
+      found[0]["similarities"] = {variant.policy: np.mean([f["similarities"][variant.policy] for f in found], axis=0)}
+    inputs = inputs_of(session.splits["train"], **found[0])
+    return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
+
+  def _key(self, session: Session, s: TargetsSettings, kept: int) -> str:
+    """Of what is made for these flags; of `kept` models at a time, because projected gradients are large."""
     key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
       if self._trains:
         self.session.packer("train", start_params(self.session, self.settings)[1], self.session.model.params)
-      self._made.clear()  # of one place at a time: projected gradients are large
+      while len(self._made) >= kept:
+        self._made.pop(next(iter(self._made)))
       self._made[key] = ChoiceInputs(session, s, session.checkpoint_params(s.checkpoint))
-    more = self._made[key].of({variant.policy}, target.queries, s.aggregate)
-    inputs = inputs_of(session.splits["train"], **more)
-    return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
+    return key
+
+
+def models_of(s: TargetsSettings, variant: Variant) -> list[str]:
+  """Where a rule takes gradients.
+
+  Raises:
+    UserError: an unknown word in --gradients_at.
+  """
+  return [FULL_MODEL] if variant.trained else words(s.gradients_at, "gradients_at", MODELS) or [BASE]
+
+
+def checkpoints_of(session: Session, s: TargetsSettings, models: set[str]) -> dict[str, str]:
+  """The checkpoint of each model that is wanted, trained now unless it was."""
+  root, found = s.run_dir.rstrip("/"), {BASE: ""}
+  if FULL_MODEL in models:
+    found[FULL_MODEL] = finetune.run(s.replace(run_dir=f"{root}-full"), session)
+  if WARM in models:  # as LESS does (arXiv 2402.04333)
+    usable = trainable_rows(session)
+    drawn = np.random.default_rng((s.seed, 5)).permutation(usable)[: size_of(_WARM_SHARE, len(usable))]
+    few = session.of_rows(train=np.sort(drawn))
+    found[WARM] = finetune.run(s.replace(run_dir=f"{root}-warm", epochs=_WARM_EPOCHS), few)
+  return found
 
 
 def _trains(variant: Variant) -> bool:
@@ -179,6 +213,8 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
       known = [one for one, rule in VARIANTS.items() if rule.policy in which]
       why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
       raise UserError(f"--variants: {name!r} {why}; use some of {'; '.join(known)}")
+    if variant.policy not in SIMILARITIES and len(models_of(s, variant)) > 1:
+      raise UserError(f"--gradients_at={s.gradients_at}: {name!r} has no similarities to average: give one model")
   retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")
   if not set(retrained) - {MATCHED} and (retrained or s.recommend_minutes):
     raise UserError(f"--retrained={s.retrained}: name a rule besides, whose response lengths {MATCHED} takes")
@@ -215,10 +251,8 @@ def run(settings: TargetsSettings, session: Session | None = None) -> str:
   run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
   session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.targets --flagfile=THIS"])
-  checkpoint = ""
-  if any(variant.trained for variant in rules.values()):
-    checkpoint = finetune.run(s.replace(run_dir=f"{s.run_dir.rstrip('/')}-full"), session)
-  cells, chooser = ResultCache(run_dir), Chooser(session, s, checkpoint, trains=bool(retrained))
+  checkpoints = checkpoints_of(session, s, {model for rule in rules.values() for model in models_of(s, rule)})
+  cells, chooser = ResultCache(run_dir), Chooser(session, s, checkpoints, trains=bool(retrained))
   orders = orders_of(cells, chooser, rules, targets)
   found = {"recall": recall_table(targets, orders, budgets), "choices": choices_of(orders, session, max(budgets))}
   found["contents"] = contents_of(found["choices"], session)
@@ -242,7 +276,9 @@ def orders_of(
   for name, variant in rules.items():
     for target in targets:
       choose = lambda variant=variant, target=target: {"rows": chooser.order(variant, target, 0).tolist()}  # noqa: E731
-      kept = cells.get(choose, "order", name, dataclasses.astuple(variant), target.name, target.queries.tolist())
+      what = name, dataclasses.astuple(variant), target.name, target.queries.tolist()
+      models = models_of(chooser.settings, variant)
+      kept = cells.get(choose, "order", *what, *([] if variant.trained or models == [BASE] else models))
       found.setdefault(name, {})[target.name] = np.array(kept["rows"], np.int64)
   return found
 
@@ -292,7 +328,11 @@ def read_choices(
       if theirs not in (None, contents_of({name: {target.name: ids}}, session)[name][target.name]):
         raise UserError(f"--choices_of={s.choices_of}, {name!r}: its examples have changed; run it on the same data")
       if len(ids) < size or unknown:
-        why = f"{unknown[0]!r} is not in this pool" if unknown else f"it chose {len(ids)} examples, {size} are needed"
+        why = (
+          f"{unknown[0]!r} is not in this pool"
+          if unknown
+          else f"it chose {how_many(len(ids), 'example')}, {how_many(size, '[is|are] needed')}"
+        )
         raise UserError(f"--choices_of={s.choices_of}, {name!r} for {target.name}: {why}; run it on the same data")
       found.setdefault(f"{name}, chosen by {whose}", {})[target.name] = np.array([row_of[one] for one in ids])
   return found
@@ -360,6 +400,9 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
       "Perplexity by example over random sets' of the same size. In brackets: 95 % intervals that hold for new test "
       "examples and for new trainings.",
       table_text.markdown_table(found["overview"]).rstrip(),
+      "The same by token:",
+      table_text.markdown_table(found["by_token"]).rstrip(),
+      *_first_parts(found),
       *_matched_parts(found),
       *(table_text.escape_markdown(note, 4000) for note in found["notes"]),
     ]
@@ -369,6 +412,12 @@ def write_tables(run_dir, session: Session, s: TargetsSettings, targets: list[Ta
   run_dir.write_text("targets.csv", table_text.csv_table(found["recall"]))
   run_dir.write_text("targets.tex", table_text.latex_table(found["recall"]))
   run_dir.write_json("targets.json", found | {"sizes": sizes, "devices": run_folder.device_summary()})
+
+
+def _first_parts(found: dict) -> list[str]:
+  """The first rule over each other one, where there are others."""
+  told = "The first rule's perplexity over that of each other rule:"
+  return [told, table_text.markdown_table(found["first"]).rstrip()] if found["first"] else []
 
 
 def _matched_parts(found: dict) -> list[str]:

@@ -15,7 +15,7 @@ from experiments.transfer.scorers import AS_LONG, COPIES_LAST, LONGEST, Scorer
 from experiments.transfer.settings import TransferSettings
 from in2core_jax.data import tokenizing
 from in2core_jax.data.subsets import distinct_points
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.model import weights
 from in2core_jax.params import subtree
@@ -64,7 +64,8 @@ def scorers_of(s: TransferSettings) -> list[Scorer]:
     words = words * len(models) if len(words) == 1 else words
     if len(words) != len(models):
       raise UserError(
-        f"--{name}={getattr(s, name)} has {len(words)} words for {len(models)} models: give one, or as many"
+        f"--{name}={getattr(s, name)} has {how_many(len(words), 'word')} for {how_many(len(models), 'model')}: give "
+        "one, or as many"
       )
     lists[name] = words
   rates = [float(word) for word in lists["model_rates"]]

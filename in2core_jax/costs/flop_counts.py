@@ -354,5 +354,31 @@ def datainf_flops(sizes: Sizes, inverse: Inverse, rows: Work, cached: bool) -> f
   return main + (backward + once if inverse.relative else 0.0)
 
 
+def measures_flops(sizes: Sizes, rows: Work, queries: int, basis: bool, cached: bool) -> float:
+  """FLOPs of norms, products and self-influence out of inputs and output gradients (`normalize.measure`).
+
+    2 pairs (in + out) and 2 Q tokens in out a matrix, where that takes no gradient: in rows shorter than
+    in out / (in + out), with at most one query; else 2 tokens in out and 2 Q examples in out, in a basis also
+    2 tokens (in^2 + out^2)
+
+  Args:
+    sizes: of the model and the subtree.
+    rows: a row for each example.
+    queries: Q.
+    basis: with EK-FAC's inverse.
+    cached: as in `pass_flops`.
+  """
+  total, length = pass_flops(sizes, "probes", rows, cached), rows.pairs / max(rows.tokens, 1)
+  for inputs, outputs in sizes.matrices:
+    numbers = inputs * outputs
+    if not basis and queries <= 1 and length * (inputs + outputs) < numbers:
+      total += 2 * (rows.pairs * (inputs + outputs) + queries * rows.tokens * numbers)
+    else:
+      total += 2 * (rows.tokens + queries * rows.examples) * numbers
+    if basis:
+      total += 2 * rows.tokens * (inputs**2 + outputs**2) + 2 * rows.batches * queries * numbers * (inputs + outputs)
+  return total
+
+
 def _count(leaf: Any) -> int:
   return int(np.prod(leaf.shape, dtype=np.int64))

@@ -1,6 +1,8 @@
 """What a dry run compares with: the devices that are here, measured in seconds, or others by their data sheets."""
 
 import dataclasses
+import pathlib
+import platform
 import re
 import time
 
@@ -81,6 +83,13 @@ def on_paper(name: str, dtype: str) -> Hardware:
 
 
 # ---- here ----------------------------------------------------------------------------
+
+
+def processor() -> str:
+  """The processor's name where the system tells it; else its kind, such as aarch64."""
+  file = pathlib.Path("/proc/cpuinfo")
+  lines = file.read_text().splitlines() if file.is_file() else []
+  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def here(config: decoder.ModelConfig, dtype: str, rows: int, length: int) -> Hardware:

@@ -23,6 +23,7 @@ from in2core_jax.costs.flop_counts import Inverse, Sizes
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import head_chunk
 from in2core_jax.parallel import sharding
+from in2core_jax.params import quantisation
 from in2core_jax.params.subtree import Subtree
 
 # Vectors of P numbers in float32 that a solver holds at its peak, for each query: query, iterates and their copies at
@@ -56,11 +57,21 @@ def tree_bytes(tree: Any, mesh: Any, dtype: Any = None, rules: sharding.Rules = 
 
 
 def copied_bytes(params: Any, tree: Subtree, mesh: Any) -> int:
-  """Bytes that `subtree.split` copies: the chosen leaves, cut in chosen and other layers; none when all are chosen."""
-  if not 0 < len(tree.layers) < tree.num_layers:
-    return 0
+  """Bytes that `subtree.split` copies: the chosen leaves, cut in chosen and other layers; none when all are chosen.
+
+  Chosen matrices in few bits become full ones besides.
+  """
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
-  return tree_bytes({"layers": traverse_util.unflatten_dict({path: flat[path] for path in tree.paths}, sep="/")}, mesh)
+  chosen = {path: flat[path] for path in tree.paths}
+  nested = lambda leaves: {"layers": traverse_util.unflatten_dict(leaves, sep="/")}  # noqa: E731
+  size = len(tree.layers)
+  made = {
+    path: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+    for path, leaf in chosen.items()
+    if quantisation.is_leaf(leaf)
+  }
+  copied = tree_bytes(nested(chosen), mesh) if 0 < size < tree.num_layers else 0
+  return copied + (tree_bytes(nested(made), mesh) if made else 0)
 
 
 def gathered_bytes(config: decoder.ModelConfig, params: Any, mesh: Any) -> int:

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from in2core_jax.errors import UserError, printable
+from in2core_jax.errors import UserError, how_many, printable
 
 
 class BadRecords:
@@ -65,13 +65,13 @@ class BadRecords:
 
   def _all(self) -> str:
     if self.looked_at is not None and len(self) <= self.looked_at < self.read:
-      return f"the {self.looked_at:,} records that limits, topics or --dedup leave of {self.read:,}"
-    return f"{self.read:,} records" if self.read >= len(self) else "the records"
+      return f"the {how_many(self.looked_at, 'record')} that limits, topics or --dedup leave of {self.read:,}"
+    return how_many(self.read, "record") if self.read >= len(self) else "the records"
 
   def _told_kinds(self, most: int = 3) -> str:
     told = [f"{count:,} x {kind}" for kind, count in self.kinds.most_common(most)]
     more = len(self.kinds) - len(told)
-    return "; ".join(told) + (f"; and {more} more kinds" if more else "")
+    return "; ".join(told) + (f"; and {how_many(more, 'more kind')}" if more else "")
 
   def summary(self) -> dict[str, Any]:
     """What data_summary.json says: `count`, and `reasons`, how many of each kind."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from in2core_jax.data import ragged
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 REDUCTIONS = ("mean", "sum")
 
@@ -253,8 +253,9 @@ class Batcher:
     if np.any(index < 0):
       row = int(np.argmax(index < 0))
       raise UserError(
-        f"example {self.dataset.ids[row]!r} has {self._lengths[row]} tokens and {self._responses[row]} response tokens "
-        f"and fits in none of the shapes {[tuple(s) for s in self.shapes]}; plan the shapes with this data set included"
+        f"example {self.dataset.ids[row]!r} has {how_many(self._lengths[row], 'token')} and "
+        f"{how_many(self._responses[row], 'response token')} and fits in none of the shapes "
+        f"{[tuple(s) for s in self.shapes]}; plan the shapes with this data set included"
       )
     return index
 
@@ -293,8 +294,8 @@ class Batcher:
       ids, where = self.dataset.tokens[row], np.flatnonzero(self.dataset.response_mask[row])
       if len(ids) > num_tokens or len(where) > width:
         raise UserError(
-          f"example {self.dataset.ids[row]!r} has {len(ids)} tokens and {len(where)} response tokens, "
-          f"more than the shape {tuple(shape)} holds"
+          f"example {self.dataset.ids[row]!r} has {how_many(len(ids), 'token')} and "
+          f"{how_many(len(where), 'response token')}, more than the shape {tuple(shape)} holds"
         )
       if len(where) and where[0] == 0:
         raise UserError(f"example {self.dataset.ids[row]!r} has a response token at t = 0: nothing can predict it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import glob
 import json
@@ -12,14 +13,17 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from in2core_jax.data.file_kinds import CODEC_SUFFIXES, DataFile, check_data_file
-from in2core_jax.errors import UserError, printable
+from in2core_jax.errors import UserError, how_many, printable
 
 log = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 _STDIN = "standard input"
+_MOST_OTHERS = 20  # files that are no data beside the data: a README, a licence, scripts; more are another folder
+_MOST_NAMED = 4
 # JSON files that tell about a data set and are none of it.
 _ABOUT = frozenset(
   ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "features.json", "metadata.json"]
@@ -53,6 +57,7 @@ def data_files(path: pathlib.Path) -> list[DataFile]:
     if not files:
       raise UserError(f"{path}: no file fits this pattern; it is looked for in {pathlib.Path.cwd()}")
     _check_splits(str(path), [file.path for file in files], path.parent)
+    _tell(str(path), [str(file.path) for file in files], [])
     return files
   return [check_data_file(path)]
 
@@ -85,21 +90,42 @@ def _of_folder(path: pathlib.Path) -> list[DataFile]:
   _refuse_folder(path, names)
   found, others = found_in(path)
   if not found:
-    kinds = sorted({other.suffix for other in others} - {""})[:4]
-    inside = f"{len(others):,} other files" + (f" ({', '.join(kinds)})" if kinds else "")
-    seen = f"a folder with {inside} and no data file" if others else "an empty folder"
+    seen = f"a folder with {_kinds(others, 'other file')} and no data file" if others else "an empty folder"
     raise UserError(f"{path} is {seen}; data files end in {', '.join(_SUFFIXES)}")
+  if len(others) > max(_MOST_OTHERS, len(found)):
+    raise UserError(
+      f"{path} holds {_kinds(found, 'data file')}, such as {found[0].relative_to(path)}, among "
+      f"{_kinds(others, 'other file')}, so it is no folder of data; give the folder or the file itself, or a pattern "
+      f"such as '{path / '**' / f'*{found[0].suffix}'}'"
+    )
   _check_splits(str(path), found, path)
-  if others:
-    named = ", ".join(other.name for other in others[:3]) + (", ..." if len(others) > 3 else "")
-    log.info("%s", printable(f"{path}: {len(found):,} files are read; {len(others):,} are no data: {named}"))
+  _tell(str(path), [str(file.relative_to(path)) for file in found], others)
   return [check_data_file(file) for file in found]
+
+
+def _kinds(files: Sequence[str | pathlib.Path], noun: str) -> str:
+  """How many files, and of which kinds: `3 data files (2 .jsonl, 1 .csv)`."""
+  counts = collections.Counter(pathlib.Path(file).suffix or "without ending" for file in files).most_common()
+  told = ", ".join(f"{count:,} {kind}" for kind, count in counts[:_MOST_NAMED])
+  return f"{how_many(len(files), noun)} ({told}{', ...' if len(counts) > _MOST_NAMED else ''})"
+
+
+def _tell(shown: str, found: list[str], others: list[pathlib.Path]) -> None:
+  """One line: what is read of a folder or by a pattern, and what is not."""
+  names = ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
+  line = f"{shown}: reads {_kinds(found, 'data file')}: {names}"
+  line += f"; skips {_kinds(others, 'other file')}" if others else ""
+  log.info("%s", printable(line))
+
+
+def _unreadable(error: OSError) -> None:
+  raise UserError(f"{error.filename} cannot be read ({error.strerror}); give the files by a pattern") from error
 
 
 def found_in(path: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
   """(files of data, other files) of a folder and the folders in it; hidden ones and those about the data in neither."""
   found, others = [], []
-  for folder, inner, files in os.walk(path):
+  for folder, inner, files in os.walk(path, onerror=_unreadable):
     inner[:] = [name for name in inner if not name.startswith((".", "_"))]
     for name in files:
       if not name.startswith((".", "_")) and name not in _ABOUT:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from in2core_jax.data.file_kinds import DataFile, check_data_file
 from in2core_jax.data.folders import DATA_PATTERNS, found_in, split_of, words_of_split
-from in2core_jax.errors import UserError, one_line, printable
+from in2core_jax.errors import UserError, how_many, one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -137,4 +137,6 @@ def _check_shards(place: str, paths: Sequence[pathlib.PurePath]) -> None:
   found = [_SHARD.search(path.name.partition(".")[0]) for path in paths]
   counts = {int(shard["count"]) for shard in found if shard and shard["count"]}
   if counts and counts != {len(paths)}:
-    raise UserError(f"hub:{place}: {len(paths)} of {max(counts)} files are in the Hub's cache; {_FETCH}")
+    raise UserError(
+      f"hub:{place}: {how_many(len(paths), f'of {max(counts)} files [is|are]')} in the Hub's cache; {_FETCH}"
+    )

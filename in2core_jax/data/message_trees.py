@@ -16,7 +16,7 @@ from typing import Any
 
 from in2core_jax.data.records import BadRecords, Item, shorten
 from in2core_jax.data.turns import type_name
-from in2core_jax.errors import printable
+from in2core_jax.errors import how_many, printable
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ class _Messages:
         parent = shorten(repr(item.value["parent_id"]))
         self._refuse(item, f"its parent {parent} is not in the file, or is left out; add it, or remove this message")
     for reason, count in self._left_out.items():
-      log.info("%s", printable(f"{item.source}: {count:,} messages are left out, with their replies: {reason}"))
+      log.info(
+        "%s", printable(f"{item.source}: {how_many(count, 'message[s] [is|are]')} left out, with all replies: {reason}")
+      )
 
   def _refuse(self, item: Item, reason: str) -> None:
     self._bad.read += 1

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from in2core_jax.errors import UserError
 
@@ -74,6 +75,10 @@ class Texts(Sequence):
   def take(self, rows: np.ndarray) -> Texts:
     """Some of them."""
     return Texts(self._found.take(pa.array(rows)))
+
+  def order(self) -> np.ndarray:
+    """int64 [n], which text comes first, second ... by code points, equal ones as they stand."""
+    return pc.sort_indices(self._found).to_numpy().astype(np.int64)  # UTF-8 sorts as its code points do
 
   def __len__(self) -> int:
     return len(self._found)

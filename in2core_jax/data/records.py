@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,9 +162,13 @@ def prompt_digests(records: Sequence[Record]) -> np.ndarray:
   return np.array([bytes.fromhex(record.prompt_key) for record in records], "S32")
 
 
-def content_keys(records: Sequence[Record]) -> list[str]:
-  """`Record.content_key` of each."""
-  return [digest.ljust(32, b"\0").hex() for digest in content_digests(records).tolist()]
+def content_keys(records: Sequence[Record]) -> Iterator[str]:
+  """`Record.content_key` of each, one after the other."""
+  return (_hex(digest) for digest in content_digests(records))
+
+
+def _hex(digest: bytes) -> str:
+  return digest.ljust(32, b"\0").hex()  # NumPy takes zeros at the end off
 
 
 def ids_of(records: Sequence[Record]) -> Sequence[str]:
@@ -246,11 +250,12 @@ def drawn_share(records: Sequence[Record], share: float) -> np.ndarray:
     records: of one source.
     share: above 0; at least one conversation is kept.
   """
-  order = lambda key: hashlib.sha256(f"share/{key}".encode()).digest()  # noqa: E731
-  keys = content_keys(records)
-  distinct = sorted(set(keys), key=order)
-  kept = set(distinct[: max(1, round(share * len(distinct)))])
-  return np.flatnonzero([key in kept for key in keys])
+  distinct, number = np.unique(content_digests(records), return_inverse=True)
+  hashes = (hashlib.sha256(f"share/{_hex(digest)}".encode()).digest() for digest in distinct)
+  order = np.argsort(np.fromiter(hashes, "S32", len(distinct)), kind="stable")
+  kept = np.zeros(len(distinct), bool)
+  kept[order[: max(1, round(share * len(distinct)))]] = True
+  return np.flatnonzero(kept[number.reshape(-1)])
 
 
 def rejected_turns(record: Record) -> Messages:

@@ -27,7 +27,7 @@ from in2core_jax.data.record_shapes import ROLES
 from in2core_jax.data.records import BadRecords, Item, Record, drawn_share, has_response, shorten, to_records
 from in2core_jax.data.source_specs import Source, sources_of
 from in2core_jax.data.tables import table_items, to_plain
-from in2core_jax.errors import UserError, printable
+from in2core_jax.errors import UserError, how_many, printable
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +91,17 @@ def load_records(spec: str, data_fields: str | None = None, bad: BadRecords | No
   if len(collected) > before and not records:
     count, shown = len(collected) - before, collected.kept[-1]
     raise UserError(
-      printable(f"{spec}: none of its {count:,} records can be used; one is {shown['place']}: {shown['reason']}")
+      printable(
+        f"{spec}: none of its {how_many(count, 'record')} can be used; one is {shown['place']}: {shown['reason']}"
+      )
     )
   if not records:
     raise UserError(f"{spec} holds no record; give a source with at least one conversation")
   if not has_response(records):
     raise UserError(
-      f"{spec}: none of the {len(records)} records has a response (a non-empty assistant turn that is not taken out of "
-      f"the loss), so there is nothing to learn from; the first is {records[0].place} {shorten(records[0].raw)}"
+      f"{spec}: none of the {how_many(len(records), 'record')} has a response (a non-empty assistant turn that is not "
+      f"taken out of the loss), so there is nothing to learn from; the first is {records[0].place} "
+      f"{shorten(records[0].raw)}"
     )
   return records
 
@@ -143,7 +146,7 @@ def _drawn(records: Records, parts: list[Source]) -> Records:
     if not len(own):
       continue
     drawn = own[drawn_share(records.take(own), share)]
-    told = f"{origin}: {len(drawn):,} of its {len(own):,} records are drawn, a share of {share:g}"
+    told = f"{origin}: a share of {share:g} is drawn, {len(drawn):,} of its {how_many(len(own), 'record')}"
     log.info("%s", printable(told))
     kept[own] = False
     kept[drawn] = True

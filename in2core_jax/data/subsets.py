@@ -9,7 +9,7 @@ import numpy as np
 from in2core_jax.data import sources, tokenizing
 from in2core_jax.data.ragged import taken
 from in2core_jax.data.records import content_digests, firsts, ids_of, topics_of
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def refuse_empty(parts: Mapping[str, list], given: Mapping[str, list], how: str,
       else:
         own = f"give --{part}_data, more records, or another --split"
       raise UserError(
-        f"the {part} set is empty: of the {len(given[part]):,} records of {flag} none went to it by {how} ({others}); "
-        f"{own}"
+        f"the {part} set is empty: of the {how_many(len(given[part]), 'record')} of {flag} none went to it by {how} "
+        f"({others}); {own}"
       )
 
 
@@ -76,18 +76,18 @@ def limited_rows(records: Sequence, part: str, limit: int, block: int) -> np.nda
     raise UserError(f"--limit_block={block} goes with --{part}_limit, how many examples a block has")
   if block and len(records) <= block * limit:
     raise UserError(
-      f"--limit_block={block}: the {part} set has {len(records)} examples, which the blocks of --{part}_limit={limit} "
-      f"before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
+      f"--limit_block={block}: the {part} set has {how_many(len(records), 'example')}, which the blocks of "
+      f"--{part}_limit={limit} before it use up; the last block is {max(0, (len(records) - 1) // limit)}"
     )
   if not limit or len(records) <= limit:
     return np.arange(len(records))
-  digests = [hashlib.sha256(f"limit/{name}".encode()).digest() for name in ids_of(records)]
-  order = sorted(range(len(records)), key=digests.__getitem__)
-  kept = np.array(sorted(order[block * limit : (block + 1) * limit]), np.int64)
+  digests = (hashlib.sha256(f"limit/{name}".encode()).digest() for name in ids_of(records))
+  order = np.argsort(np.fromiter(digests, "S32", len(records)), kind="stable")
+  kept = np.sort(order[block * limit : (block + 1) * limit])
   if not block:
     return kept
   # A copy of one of those before has an id of its own.
-  before, content = np.array(order[: block * limit], np.int64), content_digests(records)
+  before, content = order[: block * limit], content_digests(records)
   return kept[~np.isin(content[kept], content[before])]
 
 
@@ -102,8 +102,8 @@ def limit_sources(records: Sequence, limits: Sequence[int]) -> Sequence:
   if len(limits) != len(names) or min(limits) < 0:
     given = ",".join(map(str, limits))
     raise UserError(
-      f"--source_limits={given}: need {len(names)} numbers of at least 0, one for each source that training examples "
-      f"come from: {', '.join(names)}"
+      f"--source_limits={given}: need {how_many(len(names), 'number')} of at least 0, one for each source that "
+      f"training examples come from: {', '.join(names)}"
     )
   kept = []
   for name, limit in zip(names, limits, strict=True):

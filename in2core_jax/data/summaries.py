@@ -11,7 +11,7 @@ import numpy as np
 from in2core_jax.data import media
 from in2core_jax.data.hub import commits_of
 from in2core_jax.data.records import content_digests, prompt_digests, shorten, sources_of, with_unread
-from in2core_jax.errors import printable
+from in2core_jax.errors import how_many, printable
 
 _MOST_KEYS = 30  # that nobody reads, named one by one: a record whose keys are data may have thousands
 
@@ -75,21 +75,26 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
   if "skipped_records" in summary:
     skipped = summary["skipped_records"]
     reasons = "; ".join(f"{count:,} x {reason}" for reason, count in list(skipped["reasons"].items())[:3])
-    lines.append(f"{skipped['count']:,} records are left out by --skip_bad_records ({reasons}): skipped_records.jsonl")
+    lines.append(
+      f"{how_many(skipped['count'], 'record[s] [is|are]')} left out by --skip_bad_records ({reasons}): "
+      "skipped_records.jsonl"
+    )
   unread = summary.get("unread_keys", {})
   for key, found in list(unread.items())[:_MOST_KEYS]:
     if key.endswith(media.IN_A_TEXT):
       lines.append(
-        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {found['count']:,} records, the first at "
+        f"{key.removesuffix(media.IN_A_TEXT)!r} stands in texts of {how_many(found['count'], 'record')}, the first at "
         f"{found['first']}, and is learnt as plain text: images, audio and video cannot be read"
       )
       continue
     lines.append(
-      f"the key {key[:120]!r} is not read: {found['count']:,} records have it, the first at {found['first']}; what it "
-      "says is no part of the conversation"
+      f"the key {key[:120]!r} is not read: {how_many(found['count'], 'record[s] [has|have]')} it, the first at "
+      f"{found['first']}; what it says is no part of the conversation"
     )
   if len(unread) > _MOST_KEYS:
-    lines.append(f"and {len(unread) - _MOST_KEYS:,} more keys are not read: data_summary.json names all of them")
+    lines.append(
+      f"and {how_many(len(unread) - _MOST_KEYS, 'more key[s] [is|are]')} not read: data_summary.json names all of them"
+    )
   lines += [
     f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
   ]
@@ -99,7 +104,9 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
     lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")
   for name, count in template.get("alike", {}).items():
-    lines.append(f"{name}: {count:,} examples that differ become equal to another one by this")
+    lines.append(
+      f"{name}: {how_many(count, 'example[s] that [differs becomes|differ become]')} equal to another one by this"
+    )
   return lines
 
 

@@ -23,7 +23,7 @@ from in2core_jax.data.file_kinds import DataFile
 from in2core_jax.data.json_files import numbered_lines
 from in2core_jax.data.record_keys import column_type
 from in2core_jax.data.records import BadRecords, Item, shorten
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.parallel.host import available_bytes
 
 _ROWS = 1024  # that are in memory as Python objects at once
@@ -184,7 +184,9 @@ def _csv_items(file: DataFile, fields: Mapping[str, str], bad: BadRecords) -> It
   for number, cells in rows:
     if not_utf8 or len(cells) != len(names):
       bad.read += 1
-      reason = f"it has {len(cells)} cells, and the header has {len(names)}; put cells with separators into quotes"
+      reason = (
+        f"it has {how_many(len(cells), 'cell')}, and the header has {len(names)}; put cells with separators into quotes"
+      )
       place, shown = f"{file.shown}:{number}", shorten(",".join(cells), 2000)
       bad.refuse(place, shown, f"line {not_utf8[0]} is not UTF-8; save the file as UTF-8" if not_utf8 else reason)
       not_utf8.clear()

@@ -25,12 +25,21 @@ import numpy as np
 
 from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
-from in2core_jax.data.records import BadRecords, Record, content_keys, first_pair, first_plain, ids_of, topics_of
+from in2core_jax.data.records import (
+  BadRecords,
+  Record,
+  content_keys,
+  first_of,
+  first_pair,
+  first_plain,
+  ids_of,
+  topics_of,
+)
 from in2core_jax.data.responses import Rendered
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.template_program import TemplateRefusal
 from in2core_jax.data.tokenizer_errors import told_by_tokenizers
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 __all__ = [
   "Record",
@@ -95,9 +104,9 @@ class TokenizedDataset:
     return topics_of(self.records)
 
   @property
-  def content_keys(self) -> list[str]:
-    """`Record.content_key` of each example."""
-    return content_keys(self.records)
+  def copies(self) -> np.ndarray:
+    """int64 [N], equal for examples whose records say the same (`first_of`)."""
+    return first_of(self.records)
 
   @property
   def num_tokens(self) -> np.ndarray:
@@ -224,9 +233,12 @@ def tokenize(
   dataset = TokenizedDataset(name, there, found, masks.done(beside=found), np.array(truncated, bool), render.told())
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(
-      f"{name}: none of the {len(dataset)} examples has a response token within max_length={max_length} "
-      f"({int(dataset.truncated.sum())} were truncated); raise max_length, or give data with responses"
-      + "".join(f"; the chat template: {words} in {n:,} turns" for words, n in render.told().get("changes", {}).items())
+      f"{name}: none of the {how_many(len(dataset), 'example')} has a response token within max_length={max_length} "
+      f"({int(dataset.truncated.sum()):,} truncated); raise max_length, or give data with responses"
+      + "".join(
+        f"; the chat template: {words} in {how_many(n, 'turn')}"
+        for words, n in render.told().get("changes", {}).items()
+      )
     )
   return dataset
 

@@ -11,6 +11,7 @@ import shutil
 
 from in2core_jax.costs import hardware
 from in2core_jax.costs.hardware import Hardware
+from in2core_jax.errors import how_many
 from in2core_jax.estimate import pricing, stage_phases
 from in2core_jax.estimate.pricing import Described, Phase
 from in2core_jax.parallel.host import host_bytes
@@ -177,9 +178,11 @@ def facts(session: Session, stage: str, where: Hardware) -> list[str]:
       params, tree = described(session.model.config, s)
       size = subtree.size_of(params, tree)
       layers = f"layers {tree.layers[0]} to {tree.layers[-1]}" if tree.layers else "no layer"
-      lines.append(f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {len(tree.layers)} layers ({layers})")
+      lines.append(
+        f"{name}: {size:,} parameters, {100 * size / every:.2f} %, {how_many(len(tree.layers), 'layer')} ({layers})"
+      )
   counts = ", ".join(
-    f"{part} {len(dataset):,} examples of {int(dataset.num_tokens.sum()):,} tokens"
+    f"{part} {how_many(len(dataset), 'example')} of {int(dataset.num_tokens.sum()):,} tokens"
     for part, dataset in session.splits.items()
   )
   rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in session.batching.packed_shapes)

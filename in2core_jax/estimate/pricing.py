@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from in2core_jax.costs import device_memory, flop_counts, memory
 from in2core_jax.costs.hardware import Hardware
 from in2core_jax.data import packed_rows, packing
+from in2core_jax.errors import how_many
 from in2core_jax.model import embeddings, experts, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
@@ -96,7 +97,7 @@ def _mesh(s: Settings, elsewhere: Hardware | None) -> Any:
   """By `--mesh`, of devices here or on paper."""
   if elsewhere is None:
     return sharding.make_mesh(s.mesh)
-  found = f"{elsewhere.count} devices ({elsewhere.name})"
+  found = f"{how_many(elsewhere.count, 'device')} ({elsewhere.name})"
   return AbstractMesh(sharding.mesh_shape(s.mesh, elsewhere.count, found), sharding.AXES)
 
 
@@ -204,7 +205,8 @@ class Pricer:
   def reference(self, *parts: str) -> list[Phase]:
     """Log probabilities of preference pairs at the reference model, which runs as a whole."""
     session, found = self.session, []
-    params = shapes.param_shapes(session.model.config, session.settings.dtype)
+    s = session.settings
+    params = shapes.param_shapes(session.model.config, s.dtype, 0, s.frozen_weights)
     for part in (part for part in parts if session.splits[part].second is not None):
       whole = Pricer(session, self.stage, params, subtree.make_subtree(params, "last:1", "all"))
       whole.cached = False

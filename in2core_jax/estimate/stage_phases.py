@@ -14,9 +14,10 @@ from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packing
 from in2core_jax.data.records import Raws, firsts
 from in2core_jax.data.subsets import PARTS
+from in2core_jax.errors import how_many
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
 from in2core_jax.influence import kernels
-from in2core_jax.params import adapters, subtree
+from in2core_jax.params import adapters, moment_probes, subtree
 from in2core_jax.pipeline import auto_batch, index, phases, shapes, solver_inputs
 from in2core_jax.pipeline.index_settings import NONZEROS, IndexSettings
 from in2core_jax.pipeline.scoring import topic_rows
@@ -58,7 +59,9 @@ def training(price: Pricer, s: Settings, rows: np.ndarray, steps: int) -> Phase:
   flops = steps * flop_counts.pass_flops(price.sizes, "gradient", step, price.cached)
   # Weights in float32, two moments, the gradient and the update.
   device = price.device(price.program("gradient", (shape,)), 5)
-  return price.phase(f"{phases.TRAINING}, {steps} steps of {s.batch_size} examples", flops, device, 2.0 * steps)
+  return price.phase(
+    f"{phases.TRAINING}, {how_many(steps, 'step')} of {how_many(s.batch_size, 'example')}", flops, device, 2.0 * steps
+  )
 
 
 def select_phases(session: Session, s: Settings) -> list[Phase]:
@@ -124,14 +127,14 @@ def products(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
   # Until the run is finished: the queries' gradients, the solution, and LiSSA's state (its iterate and three sums).
   disk = FLOAT * sizes.subtree * inverse.queries * (2 + (4 if inverse.solver == "lissa" else 0))
   most = "at most " if inverse.solver == "cg" else ""  # it stops at --solver_tol
-  name = f"{inverse.solver}, {most}{count} products of {curvature.batch} examples"
+  name = f"{inverse.solver}, {most}{how_many(count, 'product')} of {how_many(curvature.batch, 'example')}"
   return price.phase(name, flops, device, 3.0 * count, disk=disk)
 
 
 def factors(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> Phase:
   """What the solver or its preconditioner is fitted to first: EK-FAC, or a diagonal out of one pass."""
   curvature = solver_inputs.curvature_rows(price.session, s)
-  name = f"{phases.FACTORS} of {len(curvature.factors)} examples"
+  name = f"{phases.FACTORS} of {how_many(len(curvature.factors), 'example')}"
   every = price.by_row("train", curvature.factors)
   if s.precondition == "diagonal":
     return price.mapped_pass(name, every, 0.0, 1 + inverse.queries)
@@ -151,6 +154,10 @@ def score_prices(
   losses = lambda name: price.packed_pass(name, "losses", train)  # noqa: E731
 
   def norms() -> list[Phase]:
+    if moment_probes.beside_all(price.sub):
+      rows = price.by_row("train", every_slot=False)
+      flops = flop_counts.measures_flops(sizes, rows, queries, s.solver == "ekfac", price.cached)
+      return [price.phase(phases.NORMS, flops, price.device(row_bytes(price), held), 2.0 * rows.batches)]
     rows = price.by_row("train")
     a_row = flop_counts.ekfac_apply_flops(sizes, 1) if s.solver == "ekfac" else 0.0
     more = rows.examples * a_row + flop_counts.contraction_flops(sizes, rows.examples, queries + 2)
@@ -168,7 +175,7 @@ def score_prices(
     return found if found[0].name.startswith(f"{phases.SCORES}, jvp") else [losses(f"{phases.SCORES}, losses"), *found]
 
   return {
-    phases.AT_STEPS: lambda: plain(f"{phases.AT_STEPS} {times} checkpoints"),
+    phases.AT_STEPS: lambda: plain(f"{phases.AT_STEPS} {how_many(times, 'checkpoint')}"),
     phases.LOSSES: lambda: [losses(phases.LOSSES)],
     phases.NORMS: norms,
     phases.SCORES: scores,
@@ -190,7 +197,7 @@ def block_phases(price: Pricer, s: Settings, inverse: flop_counts.Inverse) -> li
   )
   scores += flop_counts.contraction_flops(price.sizes, rows.examples, block)
   more = blocks * scores
-  found = [price.mapped_pass(f"{phases.BLOCKS}, {blocks} blocks", evals, more, 3 * block, True)]
+  found = [price.mapped_pass(f"{phases.BLOCKS}, {how_many(blocks, 'block')}", evals, more, 3 * block, True)]
   if inverse.solver == "identity":
     return found
   # Factors are made for the aggregated query, and read back.
@@ -232,7 +239,7 @@ def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
 
 def sketched(session: Session, stage: str, s: Settings) -> Pricer:
   """Prices passes whose gradients are in the cores of a sketch."""
-  base = shapes.param_shapes(session.model.config, session.settings.dtype)
+  base = shapes.param_shapes(session.model.config, session.settings.dtype, 0, session.settings.frozen_weights)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
   return Pricer(session, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
 
@@ -311,7 +318,7 @@ def evaluate_phases(session: Session, s: Settings, known: int = 0) -> list[Phase
   one = training(price, s, rows, num_steps(s, len(rows)))
   count, whole = num_trainings(s, share_kept(s, session.splits["train"].num_tokens[rows]))
   count, whole = count - known, whole - known
-  name = f"{count} {phases.TRAININGS}: {one.name.removeprefix(f'{phases.TRAINING}, ')}"
+  name = f"{how_many(count, phases.TRAINING)}: {one.name.removeprefix(f'{phases.TRAINING}, ')}"
   every = dataclasses.replace(one, name=name, flops=whole * one.flops, gathered=whole * one.gathered)
   named = {*listed(s.policies), *(map(_policy_of_run, listed(s.select_runs)) if s.fractions else ())}
   prices = hidden_prices(price) | choice_prices(price, s)

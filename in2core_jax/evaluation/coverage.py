@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation.statistics import Interval, roc_auc
 
 
@@ -85,7 +85,7 @@ def deal_topics(topics: Sequence[str], size: int, folds: int, seed: int) -> list
   """
   names = sorted(set(topics))
   if size < 1 or folds < 1:
-    raise UserError(f"{folds} folds of {size} held-out topics: both must be at least 1")
+    raise UserError(f"{how_many(folds, 'fold')} of {how_many(size, 'held-out topic')}: both must be at least 1")
   if len(names) < 2:
     raise UserError(
       f"coverage holds topics out, and the data has {names or 'none'}: give every record a column topic, source or "
@@ -93,8 +93,8 @@ def deal_topics(topics: Sequence[str], size: int, folds: int, seed: int) -> list
     )
   if size * folds > len(names) or size >= len(names):
     raise UserError(
-      f"{folds} folds of {size} held-out topics need {folds * size} topics, and one more than a fold has to train on; "
-      f"there are {len(names)} with training examples and test points: {', '.join(names)}"
+      f"{how_many(folds, 'fold')} of {how_many(size, 'held-out topic')} need {how_many(folds * size, 'topic')}, and "
+      f"one more than a fold has to train on; topics with training examples and test points: {', '.join(names)}"
     )
   mixed = [names[i] for i in np.random.default_rng((seed, 31)).permutation(len(names))]
   return [tuple(sorted(mixed[start : start + size])) for start in range(0, size * folds, size)]

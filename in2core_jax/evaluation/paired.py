@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation.statistics import Interval, check_level
 
 BY = ("token", "example")
@@ -149,10 +149,14 @@ class Paired:
     size = tokens.size
     groups = np.arange(size) if groups is None else np.asarray(groups)
     if size == 0 or tokens.min() < 1 or groups.shape != (size,):
-      raise UserError(f"{size} test examples in {groups.size} groups: each needs response tokens and a group")
+      raise UserError(
+        f"{how_many(size, 'test example')} in {how_many(groups.size, 'group')}: each needs response tokens and a group"
+      )
     for name, own in self._losses.items():
       if own.shape[1] != size:
-        raise UserError(f"{name} was judged on {own.shape[1]} test examples and not on {size}: evaluate all anew")
+        raise UserError(
+          f"{name} was judged on {how_many(own.shape[1], 'test example')} and not on {size}: evaluate all anew"
+        )
       if not np.isfinite(own).all():
         raise UserError(f"{name}: losses of test examples are NaN or infinite; training may have diverged")
     self._groups = np.unique(groups, return_inverse=True)[1]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 import numpy as np
 from scipy import stats
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 RANDOM, FULL = "random", "full"  # the two policies that the others are judged against
 
@@ -52,7 +52,9 @@ def _values(values, name: str) -> np.ndarray:
 def _pair(a, b, name: str) -> tuple[np.ndarray, np.ndarray]:
   a, b = _values(a, name), _values(b, name)
   if a.size != b.size:
-    raise UserError(f"{name}: {a.size} values against {b.size}; both must be of the same examples in the same order")
+    raise UserError(
+      f"{name}: {how_many(a.size, 'value')} against {b.size}; both must be of the same examples in the same order"
+    )
   return a, b
 
 
@@ -78,7 +80,7 @@ def _with_tokens(nll_sum, tokens) -> tuple[np.ndarray, np.ndarray]:
   nll_sum, tokens = _pair(nll_sum, tokens, "nll_sum and tokens")
   if (tokens < 0).any() or tokens.sum() == 0:
     raise UserError(
-      f"tokens: {tokens.sum():.0f} response tokens in {tokens.size} examples; the test set needs responses"
+      f"tokens: {tokens.sum():.0f} response tokens in {how_many(tokens.size, 'example')}; the test set needs responses"
     )
   return nll_sum[tokens > 0], tokens[tokens > 0]
 
@@ -165,7 +167,7 @@ def roc_auc(signal: np.ndarray, positive: np.ndarray, level: float = 0.95) -> In
   positive = positive.astype(bool)
   plus, minus = signal[positive], signal[~positive]
   if plus.size == 0 or minus.size == 0:
-    raise UserError(f"AUC needs both classes: {plus.size} positives and {minus.size} negatives")
+    raise UserError(f"AUC needs both classes: {how_many(plus.size, 'positive')} and {how_many(minus.size, 'negative')}")
   ranks = stats.rankdata(signal)
   above = (ranks[positive] - stats.rankdata(plus)) / minus.size
   below = 1 - (ranks[~positive] - stats.rankdata(minus)) / plus.size
@@ -199,7 +201,8 @@ def lds(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray, level: float 
     raise UserError(f"lds: scores {scores.shape}, masks {masks.shape}, losses {losses.shape}; need [Q,N], [M,N], [M,Q]")
   if len(masks) < 3:
     raise UserError(
-      f"lds: {len(masks)} retrained subsets are too few for a rank correlation; use at least 3, better 64"
+      f"lds: {how_many(len(masks), 'retrained subset[s] [is|are]')} too few for a rank correlation; use at least 3, "
+      "better 64"
     )
   predicted = masks @ scores.T
   by_query = np.array([spearman(predicted[:, q], -losses[:, q]) for q in range(len(scores))])
@@ -208,7 +211,7 @@ def lds(scores: np.ndarray, masks: np.ndarray, losses: np.ndarray, level: float 
     raise UserError("lds: for every query the losses or the summed scores are constant; nothing can be correlated")
   interval = confidence_interval(known, level)
   if known.size < by_query.size:
-    note = f"{by_query.size - known.size} queries without an order left out"
+    note = f"{how_many(by_query.size - known.size, 'quer[y|ies]')} without an order left out"
     interval = Interval(interval.mean, interval.low, interval.high, known.size, level, note)
   return interval, by_query
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import optimize
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation.paired import BY, POWER, SEEN, Estimate, Paired
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
 
@@ -57,7 +57,9 @@ def folds_of(groups: np.ndarray, seed: int, count: int = 2) -> np.ndarray:
   """
   _, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
   if len(sizes) < count:
-    raise UserError(f"{len(codes)} evaluation examples are {len(sizes)} different ones; {count} folds need {count}")
+    raise UserError(
+      f"{how_many(len(codes), 'evaluation example')}, {len(sizes):,} different; {count} folds need {count}"
+    )
   order = np.random.default_rng((seed, 29)).permutation(len(sizes))
   order = order[np.argsort(-sizes[order], kind="stable")]  # the largest groups first, so that the folds end up alike
   held, fold = np.zeros(count, np.int64), np.empty(len(sizes), np.int64)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation.paired import BY, SEEN, Estimate, Paired, by_chance
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval, RetrainRow, by_policy
 
@@ -242,7 +243,7 @@ def seen_sentence(estimates: Sequence[Estimate]) -> list[str]:
   size, count = middle(one.examples_for() for one in known), known[0].count
   said = (
     f"Measured on these {count:,} test examples: a difference of {percent(seen)} by token is seen in four of five "
-    f"cases, a smaller one less often (median of {len(known)} comparisons)"
+    f"cases, a smaller one less often (median of {how_many(len(known), 'comparison')})"
   )
   if seen <= SEEN:
     return [f"{said}."]

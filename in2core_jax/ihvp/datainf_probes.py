@@ -6,7 +6,6 @@ which meet in the backward pass (`moment_probes.observe`). So one pass over a ba
 large matrix products, where `vmap` of `grad` forms P numbers an example.
 """
 
-import re
 from collections.abc import Sequence
 
 import jax
@@ -17,12 +16,10 @@ from in2core_jax import gradients
 from in2core_jax.gradients import Objective, Tree
 from in2core_jax.params import moment_probes
 
-LEAVES = r"layers/.*/(kernel|lora_a|lora_b|scale|bias)"
-
 
 def serves(objective: Objective, sub: Tree) -> bool:
   """Whether the model reads a probe beside every chosen leaf: no experts, nothing outside of the layers."""
-  return objective.reads_probes and all(re.fullmatch(LEAVES, path) for path in traverse_util.flatten_dict(sub, sep="/"))
+  return objective.reads_probes and moment_probes.beside_all(sub)
 
 
 def observed(
@@ -37,24 +34,35 @@ def observed(
     v: right-hand sides, leaves [Q, k, ...]; None: only norms.
     damping: per leaf [k].
   """
-  objective.separate(batch)  # refuses rows that hold several examples
   flat, size = traverse_util.flatten_dict(sub, sep="/"), batch.valid.shape[0]
   sides = {} if v is None else traverse_util.flatten_dict(v, sep="/")
   strengths = dict(zip(sorted(flat), damping, strict=True)) if damping is not None else {}
   probes = {}
   for path, leaf in flat.items():
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    own = moment_probes.block_probe(sides.get(path), strengths.get(path), leaf.shape[0], size, wide)
-    probes |= {f"{path}_probe/{name}": value for name, value in own.items()}
-  asked = {path: probes.pop(path) for path in list(probes) if path.endswith(("/norms", "/sums"))}
-
-  def total(asked):
-    whole = traverse_util.unflatten_dict(flat | probes | asked, sep="/")
-    return jnp.sum(gradients.per_example_losses(objective, whole, frozen, batch))
-
-  found = jax.grad(total)(asked)
-  norms = [found[f"{path}_probe/norms"].T for path in sorted(flat)]
+    probes[path] = moment_probes.block_probe(sides.get(path), strengths.get(path), leaf.shape[0], size, wide)
+  found, _ = gradient_in_probes(objective, sub, frozen, batch, probes, ("norms", "sums"))
+  norms = [found[path]["norms"].T for path in sorted(flat)]
   if v is None:
     return None, norms
-  sums = {path: jnp.swapaxes(found[f"{path}_probe/sums"], 0, 1) for path in flat}
+  sums = {path: jnp.swapaxes(found[path]["sums"], 0, 1) for path in flat}
   return traverse_util.unflatten_dict(sums, sep="/"), norms
+
+
+def gradient_in_probes(
+  objective: Objective, sub: Tree, frozen: Tree, batch: Tree, probes: dict[str, dict[str, jax.Array]], asked
+) -> tuple[dict[str, dict[str, jax.Array]], jax.Array]:
+  """(leaf path -> name -> what the probes beside the leaves observe of a batch, of the names `asked`; losses [B])."""
+  objective.separate(batch)  # refuses rows that hold several examples
+  flat = traverse_util.flatten_dict(sub, sep="/")
+  whole = {f"{path}_probe/{name}": value for path, probe in probes.items() for name, value in probe.items()}
+  zeros = {path: whole.pop(path) for path in list(whole) if path.rpartition("/")[2] in asked}
+
+  def total(zeros):
+    with_probes = traverse_util.unflatten_dict(flat | whole | zeros, sep="/")
+    losses = gradients.per_example_losses(objective, with_probes, frozen, batch)
+    return jnp.sum(losses), losses
+
+  found, losses = jax.grad(total, has_aux=True)(zeros)
+  names = {path: [name for name in probe if name in asked] for path, probe in probes.items()}
+  return {path: {name: found[f"{path}_probe/{name}"] for name in own} for path, own in names.items()}, losses

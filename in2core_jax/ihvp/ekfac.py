@@ -266,6 +266,21 @@ def _apply(factors, diagonals, v, damping):
   return turned
 
 
+def diagonal_parts(fitted: Ekfac, damping: float | jax.Array, leaves: dict[str, jax.Array]) -> dict[str, dict]:
+  """The inverse as `moment_probes.measure_probe` takes it: leaf path -> values, damping, and a basis where it has one.
+
+  Raises:
+    UserError: leaves of another subtree than was fitted.
+  """
+  _check_like({path: leaf[None] for path, leaf in leaves.items()}, fitted)
+  damping = jnp.asarray(damping)
+  turned = {
+    path: {"values": factor.values, "left": factor.left, "right": factor.right, "damping": damping}
+    for path, factor in fitted.factors.items()
+  }
+  return turned | {path: {"values": leaf, "damping": damping} for path, leaf in fitted.diagonals.items()}
+
+
 def _check_like(flat: dict, fitted: Ekfac) -> None:
   known = {path: factor.values.shape for path, factor in fitted.factors.items()}
   known |= {path: values.shape for path, values in fitted.diagonals.items()}

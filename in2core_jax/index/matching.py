@@ -3,7 +3,8 @@
 The rule is that of `selection.matching`: step m + 1 takes argmin_j 2 f_j.s + |f_j|^2 - 2 (m + 1) f_j.t, s the sum of
 the m rows taken. |f_j|^2 is the whole squared length; f_j.s and f_j.t are those inside of the basis. A pass finds the
 candidates that are best at the present sum; among them the rule is followed step by step, by their products with each
-other; then comes the next pass. With all examples as candidates it is the rule itself.
+other; then comes the next pass, which reads only the rows that can have become candidates. With all examples as
+candidates it is the rule itself.
 
 Letters: N examples, r numbers of a row, c candidates, S chosen rows.
 """
@@ -13,10 +14,13 @@ import dataclasses
 import numpy as np
 
 from in2core_jax.index.best import keys_of
-from in2core_jax.index.rows import Rows, wide
+from in2core_jax.index.rows import BLOCK, SMALL, Rows, wide
 
 CANDIDATES = 4096  # of a pass: their products with each other are 67 MB
 STEPS = 512  # choices of a pass
+_MANY = 0.4  # of all rows: so many are read faster as they lie than one by one
+_LONGER = 1.01  # a row inside of the basis, rounded to bfloat16, over its whole length: at most
+_ROUNDING = 1e-5  # of products in float32, over the lengths of both factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +57,11 @@ def greedy_matching(
   """
   pace = pace or Pace()
   square, free = rows.values("square"), places >= 0
+  least = _Least(rows, square)
   total, chosen, done = np.zeros(rows.width), np.empty(count, np.int64), 0
   while done < count:
     steps = min(pace.steps, count - done)
-    distance = _distances(rows, 2 * (total - (done + 1) * target)) + square
-    left = np.flatnonzero(free)
-    found = _best(distance, places, left, pace.candidates)
+    found = least.of(2 * (total - (done + 1) * target), np.flatnonzero(free), places, pace.candidates)
     found = found[np.argsort(places[found])]
     numbers = wide(rows.stored("gradients", found)).astype(np.float64 if len(rows) <= CANDIDATES else np.float32)
     picked = _among(numbers, square[found], (total, target), done, steps)
@@ -68,12 +71,56 @@ def greedy_matching(
   return chosen
 
 
-def _distances(rows: Rows, along: np.ndarray) -> np.ndarray:
-  """Products of all rows with one vector, f32 [N]: the one pass over the pool."""
-  found, along = np.empty(len(rows), np.float32), along.astype(np.float32)
-  for own, numbers in rows.gradients():
-    found[own] = numbers @ along
-  return found
+class _Least:
+  """The rows of the least distances d_j(u) = a_j.u + |f_j|^2, for one direction u after the other.
+
+  From u to w no distance falls by more than |a_j| |u - w|. So a row whose distance was large is not read again until it
+  can have become one of the least: what is found is the same, up to rounding, as if all rows were read each time.
+  """
+
+  def __init__(self, rows: Rows, square: np.ndarray):
+    """Nothing is read yet."""
+    self._rows, self._square = rows, square
+    self._length = _LONGER * np.sqrt(square)
+    self._seen = np.empty(len(rows), np.float32)  # each row's distance when it was last read
+    self._when = np.zeros(len(rows), np.int32)  # at which of these directions
+    self._directions: list[np.ndarray] = []
+
+  def of(self, along: np.ndarray, left: np.ndarray, places: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` rows of `left`, ties by place, in any order; `along` is u, f64 [r]."""
+    if most >= len(left):
+      return left
+    self._directions.append(along)
+    if len(self._directions) == 1:
+      self._read_all()
+      return _best(self._seen, places, left, most)
+    moved = np.linalg.norm(np.stack(self._directions) - along, axis=1).astype(np.float32)
+    slack = np.float32(_ROUNDING * np.linalg.norm(along))
+    low = self._seen[left] - self._length[left] * (moved[self._when[left]] + slack)
+    near = left[np.argpartition(low, most)[:most]]
+    self._read(near, along)
+    cut = self._seen[near].max()  # the least distances are no larger than this
+    may = left[low <= cut]
+    self._read(may[self._when[may] != len(self._directions) - 1], along)
+    return _best(self._seen, places, left[low <= cut], most)
+
+  def _read(self, some: np.ndarray, along: np.ndarray) -> None:
+    """Distances of some rows, or of all where these are many: those are read in the order in which they lie."""
+    if len(some) > _MANY * len(self._rows):
+      return self._read_all()
+    along = along.astype(np.float32)
+    for first in range(0, len(some), BLOCK):
+      part = some[first : first + BLOCK]
+      self._seen[part] = wide(self._rows.stored("gradients", part)) @ along + self._square[part]
+    self._when[some] = len(self._directions) - 1
+    return None
+
+  def _read_all(self) -> None:
+    along = self._directions[-1].astype(np.float32)
+    for own, numbers in self._rows.gradients(SMALL):
+      self._seen[own] = numbers @ along
+    self._seen += self._square
+    self._when[:] = len(self._directions) - 1
 
 
 def _best(distance: np.ndarray, places: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:

@@ -20,6 +20,8 @@ from in2core_jax.index.rows import NUMBERS, Block, Rows
 from in2core_jax.selection.hybrid import EMBEDDING_DAMPING, smoothed_by
 from in2core_jax.selection.whitening import DAMPING_RATIO
 
+_MOST_ROUNDED = 2.0**-7 * 1.01
+_ROUNDED = 4 * 0.0033  # four standard deviations
 KINDS = {"hybrid": (True, True), "whitened_cosine": (True, False), "whitened_embedding": (False, True)}
 
 
@@ -48,27 +50,34 @@ class Part:
     damping = ratio * largest
     return cls(center, directions / np.sqrt(np.maximum(values, 0) + damping), damping)
 
-  def images(self, numbers: np.ndarray, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def images(self, numbers: np.ndarray, square: np.ndarray, rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Rows -> (images [n, d], 1 / length of each, 0 where it has none); in the dtype of the rows.
 
     Args:
       numbers: [n, d]. square: [n], whole squared lengths.
+      rounded: whether the numbers were bfloat16.
     """
     if not self.damping:
       return np.zeros_like(numbers), np.zeros(len(numbers), numbers.dtype)
     inside = np.einsum("nd,nd->n", numbers, numbers)
     image = (numbers - self.center.astype(numbers.dtype)) @ self.root.astype(numbers.dtype)
-    outside = np.maximum(square - inside, 0) * _beyond_rounding(square, inside)
+    outside = np.maximum(square - inside, 0) * _beyond_rounding(numbers, square, inside, rounded)
     whole = np.einsum("nd,nd->n", image, image) + outside / numbers.dtype.type(self.damping)
     return image, np.divide(1, np.sqrt(whole), out=np.zeros_like(whole), where=whole > 0)
 
 
-def _beyond_rounding(square: np.ndarray, inside: np.ndarray) -> np.ndarray:
-  """False where a difference of squares is rounding in float32.
+def _beyond_rounding(numbers: np.ndarray, square: np.ndarray, inside: np.ndarray, rounded: bool) -> np.ndarray:
+  """False where a difference of squares is rounding: of float32, and of numbers that were bfloat16.
 
-  What bfloat16 has rounded of the numbers is larger and counts as outside: lengths err by a thousandth.
+  A number x rounded to bfloat16 errs by 0.0017 |x| (one standard deviation), so |a|^2 by 0.0033 sqrt(sum x^4), and by
+  2^-7 |a|^2 at most.
   """
-  return square - inside > 1e-6 * square
+  apart = square - inside
+  beyond = apart > 1e-6 * square
+  if rounded:
+    unsure = np.flatnonzero(beyond & (apart <= _MOST_ROUNDED * square))
+    beyond[unsure] = apart[unsure] > _ROUNDED * np.sqrt(np.sum(numbers[unsure] ** 4, axis=1))
+  return beyond
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,11 +144,12 @@ class IndexMetric:
     gradients, hidden = KINDS[self.kind]
     pairs = [(block.gradients, block.square)] if gradients else []
     pairs += [(block.hidden[:, v], block.hidden_square[:, v]) for v in range(block.hidden.shape[1])] if hidden else []
-    return [part.images(*pair) for part, pair in zip(self.parts, pairs, strict=True)]
+    return [part.images(*pair, block.rounded) for part, pair in zip(self.parts, pairs, strict=True)]
 
   def asked(self, queries: Block) -> Asked:
     """Queries, for `similarity`."""
-    exact = Block(queries.rows, *(np.asarray(getattr(queries, name), np.float64) for name in NUMBERS))
+    numbers = (np.asarray(getattr(queries, name), np.float64) for name in NUMBERS)
+    exact = Block(queries.rows, *numbers, queries.rounded)
     return Asked(tuple(image * scale[:, None] for image, scale in self.images(exact)))
 
   def similarity(self, asked: Asked, block: Block) -> np.ndarray:

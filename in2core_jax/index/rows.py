@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 BLOCK = 8192  # rows that are float32 at the same time: 16 MB at r = 512
+SMALL = 512  # the same where each is multiplied with one vector: they stay in a core's cache
 NARROW = np.dtype(ml_dtypes.bfloat16)
 
 Arrays = Mapping[str, np.ndarray]
@@ -39,6 +40,7 @@ class Block:
     rows: int64 [n], which examples of the pool.
     gradients: f32 [n, r]. square: f32 [n].
     hidden: f32 [n, V, h]. hidden_square: f32 [n, V].
+    rounded: whether numbers, but not squares, were bfloat16.
   """
 
   rows: np.ndarray
@@ -46,15 +48,17 @@ class Block:
   square: np.ndarray
   hidden: np.ndarray
   hidden_square: np.ndarray
+  rounded: bool = False
 
   @classmethod
   def of(cls, rows: np.ndarray, arrays: Arrays, where: slice | np.ndarray) -> "Block":
     """The rows `where` of some arrays as they are stored."""
-    return cls(rows, *(wide(arrays[name][where]) for name in NUMBERS))
+    numbers = (wide(arrays[name][where]) for name in NUMBERS)
+    return cls(rows, *numbers, arrays["gradients"].dtype == NARROW)
 
   def take(self, where: np.ndarray) -> "Block":
     """Some of them, by mask or position."""
-    return Block(*(getattr(self, field.name)[where] for field in dataclasses.fields(self)))
+    return Block(*(getattr(self, name)[where] for name in ("rows", *NUMBERS)), self.rounded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,9 +98,9 @@ class Rows:
     for rows, segment, where in self._pieces():
       yield Block.of(rows, segment, where)
 
-  def gradients(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, f32 [n, r]) of all of them: for rules that read nothing else, many times."""
-    for rows, segment, where in self._pieces():
+  def gradients(self, most: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, f32 [n, r]) of all of them, at most so many at a time: for rules that read nothing else, many times."""
+    for rows, segment, where in self._pieces(most):
       yield rows, wide(segment["gradients"][where])
 
   def values(self, name: str) -> np.ndarray:
@@ -109,13 +113,13 @@ class Rows:
     order = np.argsort(self.position, kind="stable")
     return order, self.position[order]
 
-  def _pieces(self) -> Iterator[tuple[np.ndarray, Arrays, slice | np.ndarray]]:
+  def _pieces(self, most: int = BLOCK) -> Iterator[tuple[np.ndarray, Arrays, slice | np.ndarray]]:
     (order, lying), start = self._lying, 0
     for segment in self.segments:
       size = len(segment["square"])
       low, high = np.searchsorted(lying, [start, start + size])
-      for first in range(low, high, BLOCK):
-        rows = order[first : min(first + BLOCK, high)]
+      for first in range(low, high, most):
+        rows = order[first : min(first + most, high)]
         where = self.position[rows] - start
         straight = where[-1] - where[0] + 1 == len(where) and np.all(np.diff(where) == 1)
         yield rows, segment, slice(where[0], where[-1] + 1) if straight else where
@@ -124,7 +128,8 @@ class Rows:
   def take(self, rows: np.ndarray) -> Block:
     """Some rows, in the order given."""
     rows = np.asarray(rows, np.int64)
-    return Block(rows, *(wide(self.stored(name, rows)) for name in NUMBERS))
+    numbers = (wide(self.stored(name, rows)) for name in NUMBERS)
+    return Block(rows, *numbers, self.segments[0]["gradients"].dtype == NARROW)
 
   def stored(self, name: str, rows: np.ndarray) -> np.ndarray:
     """One array of some rows, in the order given, as narrow as it is stored."""

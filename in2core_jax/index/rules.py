@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.index import best
 from in2core_jax.index import matching as block_matching
 from in2core_jax.index.metric import KINDS, Asked, IndexMetric, smooth
@@ -110,7 +110,9 @@ def choose(
     return Outcome(coreset.select_by(policy, inputs, budget, how.seed))
   pool = inputs.pool()
   if not pool.size:
-    raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
+    raise UserError(
+      f"none of the {how_many(len(inputs.ids), 'example')} has response tokens; check the data fields and max length"
+    )
   limit = budget.limit(inputs.num_tokens[pool])
   places = np.full(len(inputs.ids), -1, np.int64)
   places[pool] = np.arange(len(pool))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.index.basis import Basis
 from in2core_jax.index.rows import NARROW, Rows
 from in2core_jax.runs.run_folder import RunDir
@@ -117,8 +117,8 @@ class IndexStore:
     damaged = [number for number, segment in zip(numbers, segments, strict=True) if segment is None]
     if damaged:
       raise UserError(
-        f"{self._rows.file(damaged[0])}: missing or damaged, {len(damaged)} shards in all: start the `index` command "
-        "once more, it computes these again"
+        f"{self._rows.file(damaged[0])}: missing or damaged, {how_many(len(damaged), 'shard')} in all: start the "
+        "`index` command once more, it computes these again"
       )
     known = _of_bytes(np.concatenate([segment["keys"] for segment in segments]))
     order = np.argsort(known, kind="stable")
@@ -127,9 +127,10 @@ class IndexStore:
     missing = np.flatnonzero(known[position] != keys)
     if missing.size:
       raise UserError(
-        f"{missing.size:,} of the {len(keys):,} training examples are not in the index {self.run_dir.path} (such as "
-        f"{ids[missing[0]]}): run `index` with this --train_data and --run_dir={self.run_dir.path}, it adds them. "
-        "With another --max_length or --system_prompt than the index has, an example is another one"
+        f"{how_many(missing.size, f'of the {len(keys):,} training examples [is|are]')} not in the index "
+        f"{self.run_dir.path} (such as {ids[missing[0]]}): run `index` with this --train_data and "
+        f"--run_dir={self.run_dir.path}, it adds them. With another --max_length or --system_prompt than the index "
+        "has, an example is another one"
       )
     return Rows(segments, position)
 
@@ -161,6 +162,6 @@ def check_finite(arrays: Mapping[str, np.ndarray], number: int) -> None:
     good &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
   if not good.all():
     raise UserError(
-      f"{np.count_nonzero(~good)} examples of shard {number} have gradients or losses that are not finite: look for "
-      "NaN in the weights, or at their losses"
+      f"gradients or losses of {how_many(np.count_nonzero(~good), 'example')} of shard {number} are not finite: look "
+      "for NaN in the weights, or at their losses"
     )

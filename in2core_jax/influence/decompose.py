@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from in2core_jax import gradients
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.gradients import Tree
 from in2core_jax.influence.kernels import CompiledObjective, Stream
 from in2core_jax.params import subtree
@@ -250,8 +250,9 @@ def token_columns(dataset: Any, scores: TokenScores, piece: Callable[[int], str]
   counts = np.array([len(each) for each in where], np.int64)
   if not np.array_equal(counts, scores.counts):
     raise UserError(
-      f"token scores of {len(scores.counts)} examples with {scores.counts.sum()} response tokens in all, for a data "
-      f"set of {len(counts)} examples with {counts.sum()}: these are the scores of other examples"
+      f"token scores of {how_many(len(scores.counts), 'example')} with "
+      f"{how_many(scores.counts.sum(), 'response token')} in all, for a data set of "
+      f"{how_many(len(counts), 'example')} with {counts.sum():,}: these are the scores of other examples"
     )
   nothing = np.zeros(0, np.int32)
   ids = np.concatenate([nothing, *(tokens[each] for tokens, each in zip(dataset.tokens, where, strict=True))])
@@ -268,6 +269,6 @@ def _refuse_infinite(values: np.ndarray, rows: np.ndarray) -> None:
   bad = np.unique(rows[~np.all(np.isfinite(values), axis=0)])
   if bad.size:
     raise UserError(
-      f"contributions to the scores of {bad.size} examples are not finite (first rows {bad[:5].tolist()}): "
+      f"contributions to the scores of {how_many(bad.size, 'example')} are not finite (first rows {bad[:5].tolist()}): "
       "look at their losses"
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax import gradients
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.gradients import Tree
 from in2core_jax.ihvp import datainf_probes, solvers
 from in2core_jax.parallel import processes
@@ -195,7 +195,9 @@ def _finite(scores: np.ndarray) -> np.ndarray:
   if not np.all(np.isfinite(scores)):
     bad = np.flatnonzero(~np.all(np.isfinite(scores), axis=0))
     first, size = bad[:5].tolist(), scores.shape[1]
-    raise UserError(f"{len(bad)} of {size} scores are not finite (first rows {first}): look at their losses")
+    raise UserError(
+      f"{how_many(len(bad), f'of {size:,} scores [is|are]')} not finite (first rows {first}): look at their losses"
+    )
   return scores
 
 

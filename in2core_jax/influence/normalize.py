@@ -5,9 +5,11 @@
   theta_relatif    g_i.r_q / |M g_i|
   self_influence   g_i.M g_i                      large for mislabelled examples
 
-Positive = proponent in all of them, as in `influence`. One kernel serves all: it walks over a stream once, makes each
-example's gradient in microbatches and reduces it at once, so nothing of size N * P ever exists. Normalisations are
-NumPy functions of what it measured: solvers and curvatures change the directions and the inverse, not the walk.
+Positive = proponent in all of them, as in `influence`. One walk over a stream serves all, and nothing of size N * P
+ever exists. Without an inverse and with EK-FAC's, all is taken out of inputs and output gradients in the backward pass
+of a batch (`moment_probes.measure_probe`) where the model reads probes beside all chosen leaves; else each example's
+gradient is made in microbatches and reduced at once. Normalisations are NumPy functions of what was measured: solvers
+and curvatures change the directions and the inverse, not the walk.
 
 Letters: B batch, N training examples, Q queries, P size of the subtree, M an inverse.
 """
@@ -19,13 +21,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from in2core_jax import gradients
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.gradients import Tree
-from in2core_jax.ihvp import ekfac, low_rank, tree_math
+from in2core_jax.ihvp import datainf_probes, ekfac, low_rank, tree_math
 from in2core_jax.ihvp.operators import check_damping
 from in2core_jax.influence.kernels import CompiledObjective, Stream
+from in2core_jax.params import moment_probes
 from in2core_jax.runs import resumable
 
 
@@ -83,7 +87,8 @@ def measure(
   """Scores, losses, norms and self-influence of every example in one pass over the stream.
 
   Examples whose gradient is 0 (without response) have 0 everywhere, whatever the feature makes of a gradient of 0.
-  Memory: 3 to 6 times P numbers for each of `problem.microbatch` examples.
+  Memory: out of inputs and output gradients that of the gradient of a batch, and of four gradients in one matrix at a
+  time; else 3 to 6 times P numbers for each of `problem.microbatch` examples.
 
   Args:
     problem: where gradients are taken.
@@ -99,8 +104,11 @@ def measure(
   Raises:
     UserError: no example, or one with a loss, gradient or score that is not finite.
   """
-  maps, contexts = (feature.function, inverse.function), (feature.context, inverse.context)
-  compiled = partial(_kernel, problem.objective, maps, problem.microbatch, contexts)
+  if feature is IDENTITY and observes(problem, inverse):
+    compiled = partial(_observed, problem.objective, inverse.context)
+  else:
+    maps, contexts = (feature.function, inverse.function), (feature.context, inverse.context)
+    compiled = partial(_kernel, problem.objective, maps, problem.microbatch, contexts)
   found = _gather(stream, size, lambda batch: compiled(problem.sub, problem.frozen, batch, directions))
   norms = found["norm"]
   measures = Measures(
@@ -143,6 +151,41 @@ def _kernel(objective, maps, microbatch, contexts, sub, frozen, batch, direction
     return found
 
   return gradients.map_examples(one_example, objective.separate(batch), microbatch)
+
+
+def observes(problem: CompiledObjective, inverse: GradientMap = IDENTITY) -> bool:
+  """Whether `measure` forms no gradient of P numbers: no inverse or EK-FAC's, probes beside all leaves."""
+  return inverse.function in (_unchanged, _apply_ekfac) and datainf_probes.serves(problem.objective, problem.sub)
+
+
+@partial(jax.jit, static_argnums=0)
+def _observed(objective, inverse, sub, frozen, batch, directions):
+  """What `_kernel` gives, out of inputs and output gradients; `inverse` is EK-FAC's context, or empty."""
+  flat, size = traverse_util.flatten_dict(sub, sep="/"), batch.valid.shape[0]
+  r = {} if directions is None else traverse_util.flatten_dict(directions, sep="/")
+  parts = ekfac.diagonal_parts(_ekfac_of(inverse), inverse[2], flat) if inverse else {}
+  probes = {
+    path: moment_probes.measure_probe(
+      r.get(path), parts.get(path), leaf.shape[0], size, jnp.promote_types(leaf.dtype, jnp.float32)
+    )
+    for path, leaf in flat.items()
+  }
+  found, losses = datainf_probes.gradient_in_probes(objective, sub, frozen, batch, probes, moment_probes.MEASURED)
+  join = lambda name: jnp.concatenate([found[path][name] for path in sorted(flat)])  # noqa: E731
+  peak, norm = join("peak"), join("norm")
+  length = lambda x: tree_math.norm(x.T)  # noqa: E731, over all leaves and layers
+  total = length(peak * norm)
+  share = peak / jnp.where(total == 0, jnp.inf, total)  # of the unit vector
+  own, mapped = (join("own"), join("mapped")) if inverse else (norm, norm)
+  measured = {
+    "loss": losses,
+    "norm": total,
+    "quotient": jnp.sum((own * share) ** 2, axis=0),
+    "inverse_norm": length(mapped * share),
+  }
+  if directions is not None:
+    measured["along"] = jnp.sum(join("along") * share[..., None], axis=0)
+  return measured
 
 
 def _gather(stream: Stream, size: int, kernel) -> dict[str, np.ndarray]:
@@ -196,8 +239,8 @@ def _per_example(measures: Measures, lengths: np.ndarray) -> np.ndarray:
   bad = np.flatnonzero(there & ~(lengths > 0))
   if len(bad):
     raise UserError(
-      f"{len(bad)} examples have a gradient but no positive self-influence (first rows {bad[:5].tolist()}): "
-      "the inverse is not positive definite; use --curvature=ggn or a larger damping"
+      f"{how_many(len(bad), 'example[s] [has|have]')} a gradient but no positive self-influence (first rows "
+      f"{bad[:5].tolist()}): the inverse is not positive definite; use --curvature=ggn or a larger damping"
     )
   return np.where(there, measures.scores / np.where(there, lengths, 1), 0).astype(np.float32)
 
@@ -249,5 +292,9 @@ def inverse_map(
 
 
 def _apply_ekfac(context: Tree, g: Tree) -> Tree:
-  factors, diagonals, damping = context
-  return ekfac.apply_inverse(ekfac.Ekfac(factors, diagonals, {}), damping, g)
+  return ekfac.apply_inverse(_ekfac_of(context), context[2], g)
+
+
+def _ekfac_of(context: Tree) -> ekfac.Ekfac:
+  factors, diagonals, _ = context
+  return ekfac.Ekfac(factors, diagonals, {})

@@ -33,7 +33,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.gradients import HIGHEST, Tree, widen
 from in2core_jax.parallel import processes
@@ -285,8 +285,8 @@ class ProjectedStore:
       bad = np.flatnonzero(~np.all(np.isfinite(found), axis=1))
       if bad.size:
         raise UserError(
-          f"projected gradients of {bad.size} examples are not finite (first rows {rows[bad[:5]].tolist()}): "
-          "look at their losses"
+          f"projected gradients of {how_many(bad.size, 'example')} are not finite (first rows "
+          f"{rows[bad[:5]].tolist()}): look at their losses"
         )
       resumable.write(self._shards, index, {"features": found.astype(self._dtype)})
       computed += 1

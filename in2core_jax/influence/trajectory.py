@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.gradients import Tree
 from in2core_jax.influence import normalize
 from in2core_jax.influence.kernels import CompiledObjective, Stream
@@ -108,8 +108,8 @@ def find_adam_state(optimizer_state: Any, sub: Tree) -> optax.ScaleByAdamState:
   found = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_adam) if is_adam(node)]
   if len(found) != 1:
     raise UserError(
-      f"the optimiser's state holds {len(found)} Adam states, LESS needs exactly one: give the optax state of a "
-      "training with adam or adamw"
+      f"the optimiser's state holds {how_many(len(found), 'Adam state')}, LESS needs exactly one: give the optax state "
+      "of a training with adam or adamw"
     )
   shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
   if not shapes(found[0].mu) == shapes(found[0].nu) == shapes(sub):
@@ -158,5 +158,7 @@ def less(
 
 def _sum_over(checkpoints: Sequence[Checkpoint], scores: Callable[[Checkpoint], np.ndarray]) -> np.ndarray:
   if not any(at.weight > 0 for at in checkpoints):
-    raise UserError(f"{len(checkpoints)} checkpoints, none with a positive weight: there is nothing to add up")
+    raise UserError(
+      f"{how_many(len(checkpoints), 'checkpoint')}, none with a positive weight: there is nothing to add up"
+    )
   return sum(at.weight * scores(at).astype(np.float64) for at in checkpoints).astype(np.float32)

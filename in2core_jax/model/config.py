@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,7 +116,7 @@ class ModelConfig:
     for name in ("local", "unrotated"):
       listed = getattr(self, name)
       if listed is not None and len(listed) < self.num_layers:
-        raise UserError(f"model config: {name} names {len(listed)} layers of {self.num_layers}")
+        raise UserError(f"model config: {name} names {how_many(len(listed), 'layer')} of {self.num_layers}")
       kept = listed and tuple(listed[: self.num_layers])
       object.__setattr__(self, name, kept if kept and any(kept) else None)  # one way to write the same model
       if name == "local" and listed and not any(kept):
@@ -175,3 +175,9 @@ def causal_mask(config: ModelConfig, length: int, local: bool = False) -> jax.Ar
   if config.sliding_window is None or not (all_alike or local):
     return mask
   return mask & (row - column < config.sliding_window)
+
+
+def packed_mask(offsets: jax.Array, mask: jax.Array) -> jax.Array:
+  """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
+  example = jnp.cumsum(offsets == 0, axis=1)
+  return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from in2core_jax.model import experts
-from in2core_jax.model.config import ModelConfig, causal_mask
-from in2core_jax.model.rotary import rotary_tables
-from in2core_jax.params import moment_probes
+from in2core_jax.model.config import ModelConfig, causal_mask, packed_mask
+from in2core_jax.model.rotary import rotary_tables, rotate
+from in2core_jax.params import moment_probes, quantisation
 from in2core_jax.params import subtree as subtree_lib
 
 # Each run of queries looks only at the keys up to its own end: what the causal mask would throw away is mostly not
@@ -72,7 +72,7 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+    kernel = _matrices(self, "kernel", (x.shape[-1], self.features))
     y = self._times(x, "kernel", kernel)
     if self.use_bias:
       # Added in the wide dtype, because the gradient in the bias is a plain sum over positions.
@@ -95,15 +95,24 @@ class Projection(nn.Module):
     return y
 
   def _times(self, x, name, matrix):
-    matrix = matrix.astype(x.dtype)
-    if matrix.ndim == 2 and x.ndim > 2:
-      # As one plain matrix product over all positions: its transposes, the backward pass, are a third faster on CPU.
-      y = (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
-    else:
-      y = x @ matrix  # a matrix for each example (`gradients.adapter_gradients`)
+    y = quantisation.applied(_product, x, matrix)
     if self.has_variable("params", f"{name}_probe"):
       y = moment_probes.observe(x, y, self.get_variable("params", f"{name}_probe"))
     return y
+
+
+def _matrices(module: nn.Module, name: str, shape: tuple[int, ...]):
+  """A parameter of a module, also where it is kept in few bits, which `nn.Module.param` would refuse for its shape."""
+  there = module.get_variable("params", name) if module.has_variable("params", name) else None
+  return there if quantisation.is_leaf(there) else module.param(name, nn.initializers.normal(0.02), shape)
+
+
+def _product(x, matrix):
+  matrix = matrix.astype(x.dtype)
+  if matrix.ndim == 2 and x.ndim > 2:
+    # As one plain matrix product over all positions: its transposes, the backward pass, are a third faster on CPU.
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+  return x @ matrix  # a matrix for each example (`gradients.adapter_gradients`)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -152,8 +161,8 @@ class Attention(nn.Module):
     q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
     if c.query_key_norms and not c.wide_query_key_norms:
       q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
-    q = _rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-    k = _rotate(k, rotary)
+    q = rotate(q, rotary).reshape(batch, length, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+    k = rotate(k, rotary)
     sinks = None
     if c.attention_sinks:
       sinks = self.param("sinks", nn.initializers.normal(0.02), (c.num_heads,)).astype(accumulation_dtype(x.dtype))
@@ -209,7 +218,7 @@ class ExpertProjection(nn.Module):
   @nn.compact
   def __call__(self, width, x=None):
     """The outputs; without x the matrices and biases, of inputs [..., width]."""
-    matrices = self.param("experts", nn.initializers.normal(0.02), (self.experts, width, self.features))
+    matrices = _matrices(self, "experts", (self.experts, width, self.features))
     if x is None:
       return matrices, self.get_variable("params", "expert_bias") if self.use_bias else None
     y = self._times(x, matrices)
@@ -232,7 +241,8 @@ class ExpertProjection(nn.Module):
     return y
 
   def _times(self, x, matrices):
-    return jnp.einsum("btd,edo->beto" if x.ndim == 3 else "betd,edo->beto", x, matrices.astype(x.dtype))
+    how = "btd,edo->beto" if x.ndim == 3 else "betd,edo->beto"
+    return quantisation.applied(lambda x, own: jnp.einsum(how, x, own.astype(x.dtype)), x, matrices)
 
 
 def route(config: ModelConfig, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -294,7 +304,7 @@ def _expert_mlp(config: ModelConfig, weights, x):
 
   def project(name, x):
     matrices, bias = weights[name]
-    y = x @ matrices.astype(x.dtype)
+    y = quantisation.applied(lambda x, own: x @ own.astype(x.dtype), x, matrices)
     wide = accumulation_dtype(x.dtype)
     return y if bias is None else (y.astype(wide) + bias[:, None].astype(wide)).astype(x.dtype)
 
@@ -321,27 +331,12 @@ class Block(nn.Module):
     return h
 
 
-def _rotate(x, rotary):
-  cos, sin = (table[..., :, None, :] for table in rotary)  # [T, 1, half], or [B, T, 1, half] in packed rows
-  rotated = 2 * cos.shape[-1]
-  if rotated < x.shape[-1]:
-    return jnp.concatenate([_rotate(x[..., :rotated], rotary), x[..., rotated:]], axis=-1)
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _packed_mask(offsets, mask):
-  """[B,1,1,T,T]: whether a position may look at another one of the same example (`packing`)."""
-  example = jnp.cumsum(offsets == 0, axis=1)
-  return (mask & (example[:, :, None] == example[:, None, :]))[:, None, None]
-
-
 def _surroundings(config: ModelConfig, h, offsets, local: bool):
   """(rotary tables, mask) of a layer over h [B,T,D]: what it knows of positions."""
   rotary = rotary_tables(config, h.shape[1], accumulation_dtype(h.dtype), local)
   mask = causal_mask(config, h.shape[1], local)
   if offsets is not None:
-    rotary, mask = tuple(table[offsets] for table in rotary), _packed_mask(offsets, mask)
+    rotary, mask = tuple(table[offsets] for table in rotary), packed_mask(offsets, mask)
   return rotary, mask
 
 
@@ -358,7 +353,7 @@ def run_layers(
       example a row.
     first: which layer of the model the first one is; it matters where local and global layers take turns.
   """
-  count = jax.tree.leaves(layer_params)[0].shape[0]
+  count = quantisation.num_layers(layer_params)
   everywhere = _surroundings(config, h, offsets, local=False)
   is_local, is_unrotated = config.local_layers(first, count), config.unrotated_layers(first, count)
   nearby = None if is_local is None else _surroundings(config, h, offsets, local=True)
@@ -373,7 +368,10 @@ def run_layers(
       around = (jnp.where(unrotated, 1, cos), jnp.where(unrotated, 0, sin)), mask
     return Block(config).apply({"params": params}, carry, *around), None
 
-  return jax.lax.scan(body, h, (layer_params, is_local, is_unrotated))[0]
+  for start, stop, leaves in quantisation.runs(layer_params):
+    kinds = (kind if kind is None else kind[start:stop] for kind in (is_local, is_unrotated))
+    h = jax.lax.scan(body, h, (leaves, *kinds))[0]
+  return h
 
 
 def embed(config: ModelConfig, params, tokens: jax.Array) -> jax.Array:

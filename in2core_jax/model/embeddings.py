@@ -21,6 +21,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import decoder
 from in2core_jax.model.hidden_cache import BoundaryCache, BoundaryJob
 from in2core_jax.parallel import processes
+from in2core_jax.params import quantisation
 from in2core_jax.params.subtree import Subtree
 
 
@@ -83,6 +84,6 @@ def _last_hidden(config, subtree, params, tokens, offsets):
 @partial(jax.jit, static_argnums=(0, 1))
 def _last_from(config, first, params, hidden, offsets):
   """[W,T,D] from the hidden states that enter layer `first`."""
-  above = jax.tree.map(lambda leaf: leaf[first:], params["layers"])
+  above = quantisation.tree_map(lambda leaf: leaf[first:], params["layers"])
   h = hidden.astype(params["embed"]["embedding"].dtype)  # a cache may be narrower than the weights
   return decoder.final_norm(config, params, decoder.run_layers(config, above, h, offsets, first))

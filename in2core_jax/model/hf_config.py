@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import hf_options, model_files, quantised, schema
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES, GEMMA3, TEXT_PARTS, Family
@@ -242,7 +242,7 @@ def _check_kind(values: dict[str, Any], kind: str, origin: str) -> None:
     )
   layers = values.get("layer_types")
   if layers is not None and len(layers) != values["num_hidden_layers"]:
-    raise UserError(f"{origin}: layer_types names {len(layers)} layers of {values['num_hidden_layers']}")
+    raise UserError(f"{origin}: layer_types names {how_many(len(layers), 'layer')} of {values['num_hidden_layers']}")
   if family.window in ("none", "all") and layers:
     if len(set(layers)) > 1:
       raise UserError(f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must attend alike")
@@ -276,7 +276,7 @@ def _layers(values: dict[str, Any], kind: str, origin: str) -> tuple[dict[str, A
     every, listed = values["no_rope_layer_interval"], values.get("no_rope_layers")
     unrotated = [(layer + 1) % every == 0 for layer in range(count)] if listed is None else [not one for one in listed]
     if len(unrotated) < count:
-      raise UserError(f"{origin}: no_rope_layers names {len(unrotated)} layers of {count}")
+      raise UserError(f"{origin}: no_rope_layers names {how_many(len(unrotated), 'layer')} of {count}")
     fields["unrotated"] = tuple(unrotated)
   kinds = values.get("layer_types")
   if kinds is not None:

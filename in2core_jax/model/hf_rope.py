@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import schema
 from in2core_jax.model.families import Family
 from in2core_jax.model.rotary import KINDS as ROPE_KINDS
@@ -81,7 +81,10 @@ def _scaling(kind: str, given: dict[str, Any], values: dict[str, Any], rotated: 
     raise UserError(f"{origin}: rotary scaling llama3 needs a low_freq_factor below its high_freq_factor")
   for key in ("short_factor", "long_factor"):
     if kind == "longrope" and len(given[key]) != rotated // 2:
-      raise UserError(f"{origin}: {key} has {len(given[key])} numbers; {rotated // 2} pairs of a head are rotated")
+      raise UserError(
+        f"{origin}: {key} has {how_many(len(given[key]), 'number')}; "
+        f"{how_many(rotated // 2, 'pair[s] of a head [is|are] rotated')}"
+      )
   if kind == "default":
     return None
   kept = [(key, given[key]) for key in dict.fromkeys((*need, *may)) if key in given]

@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model.schema import plain, shown
 
 log = logging.getLogger(__name__)
@@ -177,8 +177,8 @@ def _sharded(folder: pathlib.Path, index: pathlib.Path) -> dict[str, pathlib.Pat
   absent = [file for file in files if not (folder / file).is_file()]
   if absent:
     raise UserError(
-      f"{folder}: {len(absent)} shards named in {index.name} are missing: {', '.join(map(plain, absent[:5]))}; "
-      "fetch them"
+      f"{folder}: {how_many(len(absent), f'shard[s] named in {index.name} [is|are] missing')}: "
+      f"{', '.join(map(plain, absent[:5]))}; fetch them"
     )
   for file in files:
     held = set(open_safetensors(folder / file).keys())
@@ -205,8 +205,8 @@ def _tell_others(folder: pathlib.Path, read: set[pathlib.Path]) -> None:
   shards = [name for name in others if re.match(r"model.*\.safetensors$", name)]
   if shards:
     raise UserError(
-      f"{folder}: {len(shards)} weight files belong to no index, such as {plain(shards[0])}: parts of another model? "
-      "fetch the folder again, or remove them"
+      f"{folder}: {how_many(len(shards), 'weight file[s] [belongs|belong]')} to no index, such as {plain(shards[0])}: "
+      "parts of another model? fetch the folder again, or remove them"
     )
   if others:
     say(f"{folder}: not read: {', '.join(map(plain, others[:5]))}; the model is what its safetensors hold")

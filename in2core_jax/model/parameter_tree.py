@@ -15,6 +15,8 @@ from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.schema import plain
 from in2core_jax.model.tensors import HF_NAMES, is_matrix, places
 from in2core_jax.parallel.host import host_bytes
+from in2core_jax.params import quantisation
+from in2core_jax.params.quantisation import FULL
 
 _QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
 _STRANGE = {
@@ -25,16 +27,18 @@ _STRANGE = {
 }
 
 
-def check_memory(config: ModelConfig, dtype: np.dtype, origin: str) -> None:
+def check_memory(config: ModelConfig, dtype: np.dtype, origin: str, kind: str = FULL) -> None:
   """Refuses a model whose matrices alone are more than this machine's memory, before any is made."""
   heads, width = config.head_dim * (config.num_heads + config.num_kv_heads), config.hidden_size
   mlps = max(1, config.num_experts) * (3 if config.gated_mlp else 2)
   layer = 2 * heads * width + mlps * width * config.intermediate_size + 3 * width * config.shared_size
-  count = config.num_layers * layer + config.vocab_size * width * (1 if config.tie_embeddings else 2)
-  need, there = count * dtype.itemsize, host_bytes()
+  inside, outside = config.num_layers * layer, config.vocab_size * width * (1 if config.tie_embeddings else 2)
+  count, a_number = inside + outside, dtype.itemsize if kind == FULL else quantisation.bits(kind) / 8
+  need, there = inside * a_number + outside * dtype.itemsize, host_bytes()
   if need > there:
+    word = dtype.name if kind == FULL else kind
     raise UserError(
-      f"{origin}: its {count:,} parameters take {need / 1e9:,.0f} GB as {dtype.name}, and this machine has "
+      f"{origin}: its {count:,} parameters take {need / 1e9:,.0f} GB as {word}, and this machine has "
       f"{there / 1e9:,.0f} GB of memory: use a smaller model or a larger machine"
     )
 
@@ -47,12 +51,13 @@ def assemble(
   dtype,
   origin: str,
   mesh: Any = None,
+  kind: str = FULL,
 ) -> dict:
   """Fills the parameter tree of `config` from `read(name, leaf)`, which returns [out, in] arrays or their rows.
 
-  Names and shapes, `stored`, are compared before anything is allocated.
+  Names and shapes, `stored`, are compared before anything is allocated. Matrices of layers are kept as `kind` says.
   """
-  check_memory(config, dtype, origin)
+  check_memory(config, dtype, origin, kind)
   shapes = shapes_of(config)
   strange = sorted(leaf for leaf in shapes if leaf not in names)
   if strange:
@@ -73,7 +78,8 @@ def assemble(
         )
   params, placed = {}, stacks.shardings_of(shapes, dtype, mesh)
   for leaf, shape in shapes.items():
-    stack = stacks.stack_of(shape, dtype, placed.get(leaf))
+    few_bits = kind != FULL and quantisation.fits(leaf, shape, kind)
+    stack = stacks.stack_of(shape, dtype, placed.get(leaf), kind if few_bits else "")
     for index, name in wanted[leaf]:
       if not stack.put(index, read(name, leaf), is_matrix(leaf)):
         raise UserError(

@@ -25,6 +25,7 @@ from in2core_jax.model.config import ModelConfig
 from in2core_jax.model.families import FAMILIES
 from in2core_jax.model.schema import plain, shown
 from in2core_jax.model.tensors import HF_NAMES, hf_names, pairs_apart, rotated_heads, text_names
+from in2core_jax.params import quantisation
 from in2core_jax.runs import adapter_folder
 
 _LAYER = "model.layers.{i}."
@@ -117,7 +118,11 @@ class Adapter:
 
 
 def _with_row(array, place, row: np.ndarray):
-  """The array, NumPy or JAX, with something else in one place."""
+  """The array, NumPy, JAX or in few bits, with something else in one place."""
+  if quantisation.is_leaf(array):
+    order = np.arange(array.shape[0])
+    order[place] = len(order)
+    return quantisation.joined([array, row[None].astype(array.dtype)], order)
   if isinstance(array, jax.Array):
     return array.at[place].set(row.astype(array.dtype))
   array = np.array(array)

@@ -26,9 +26,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import model_files
 from in2core_jax.model.schema import plain, shown
+from in2core_jax.params import quantisation
+from in2core_jax.params.quantisation import FULL
 
 FLOATS = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16}
 _DTYPES = FLOATS | {"I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "F8_E4M3": ml_dtypes.float8_e4m3fn}
@@ -83,7 +85,7 @@ def _method(found: Mapping[str, Any]) -> Any:
 
 
 def opened(
-  folder: pathlib.Path, where: dict[str, pathlib.Path], handles: Mapping[pathlib.Path, Any], dtype: str
+  folder: pathlib.Path, where: dict[str, pathlib.Path], handles: Mapping[pathlib.Path, Any], dtype: str, few: str = FULL
 ) -> tuple[dict[str, pathlib.Path], Mapping[pathlib.Path, Any]]:
   """(tensor name -> file, file -> handle) as of a folder with plain weights; what was given where nothing is quantised.
 
@@ -92,6 +94,7 @@ def opened(
     where: tensor name -> file, of what is stored.
     handles: file -> open file.
     dtype: of the weights in memory, to tell what they take.
+    few: `quantisation`'s word for how matrices of layers are kept.
 
   Raises:
     UserError: parts of a quantised tensor are missing, or do not fit each other.
@@ -104,10 +107,18 @@ def opened(
     return where, handles
   count = sum(math.prod(view.shape(name)) for name in view.parts)
   stored = sum(view.bytes_of(part) for parts in view.parts.values() for part in parts.values())
-  size = {"float32": 4, "bfloat16": 2}[dtype]
+  size = {"float32": 4, "bfloat16": 2}[dtype] if few == FULL else quantisation.bits(few) / 8
+  same = values.get("bnb_4bit_quant_type") if values.get("load_in_4bit") else values.get("load_in_8bit") and "int8"
+  how = (
+    f"dequantised: as {dtype}"
+    if few == FULL
+    else "kept: as they are"
+    if same == few
+    else f"rounded once more: as {few}"
+  )
   model_files.say(
-    f"{folder}: {len(view.parts)} matrices are stored by {_method(values)} in {stored / 1e9:.2f} GB and are "
-    f"dequantised: as {dtype} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
+    f"{folder}: {how_many(len(view.parts), 'matri[x is|ces are]')} stored by {_method(values)} in {stored / 1e9:.2f} "
+    f"GB, {how} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
   )
   names = {name: where[next(iter(parts.values()))] for name, parts in view.parts.items()} | view.others
   return names, dict.fromkeys(handles, view)

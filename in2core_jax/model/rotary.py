@@ -129,3 +129,13 @@ def _yarn_share(scaling: Mapping[str, Any], rotated: int, theta: float) -> np.nd
   low, high = max(bounds[0], 0), min(bounds[1], rotated - 1)
   high += 0.001 if low == high else 0
   return 1 - np.clip((np.arange(rotated // 2) - low) / (high - low), 0, 1)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Heads [B,T,heads,head_dim] turned by their positions' angles; `rotary` is of `rotary_tables`."""
+  cos, sin = (table[..., :, None, :] for table in rotary)  # [T, 1, half], or [B, T, 1, half] in packed rows
+  rotated = 2 * cos.shape[-1]
+  if rotated < x.shape[-1]:
+    return jnp.concatenate([rotate(x[..., :rotated], rotary), x[..., rotated:]], axis=-1)
+  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

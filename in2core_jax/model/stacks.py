@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from in2core_jax.parallel import sharding
+from in2core_jax.params import quantisation
 
 # A model of less is stacked on the host: compiling a program for each shape would take longer than is gained.
 STREAMED_BYTES = 1 << 30
@@ -67,8 +68,12 @@ def blocks(shape: tuple[int, ...]) -> list[slice]:
   return [slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size)]
 
 
-def stack_of(shape: tuple[int, ...], dtype: np.dtype, placed: NamedSharding | None) -> "HostStack | DeviceStack":
-  """An empty leaf."""
+def stack_of(
+  shape: tuple[int, ...], dtype: np.dtype, placed: NamedSharding | None, kind: str = ""
+) -> "HostStack | DeviceStack | QuantisedStack":
+  """An empty leaf; of a `kind` of `quantisation` where that is given."""
+  if kind:
+    return QuantisedStack(shape, dtype, kind)
   return HostStack(shape, dtype) if placed is None else DeviceStack(shape, dtype, placed)
 
 
@@ -118,4 +123,23 @@ class DeviceStack:
       starts[-1 if turned and not lead else len(index)] += rows.start
       self.array = self._write(self.array, placed, [np.int32(start) for start in starts])
       jax.block_until_ready(self.array)  # or blocks of several tensors would wait in the host's memory
+    return True
+
+
+class QuantisedStack:
+  """A leaf of matrices in 8 or 4 bits, on the host: its whole takes less than a layer or two in full precision."""
+
+  def __init__(self, shape: tuple[int, ...], dtype: np.dtype, kind: str):
+    self.kind, self.array = kind, quantisation.empty(shape, kind, np.dtype(dtype).name)
+
+  def put(self, index: tuple[int, ...], tensor: Any, turned: bool = False) -> bool:
+    """Rounds and writes one tensor, block by block; returns whether it is finite; arguments as of `HostStack`."""
+    room = self.array[index]
+    for rows in blocks(tensor.shape):
+      block = np.asarray(tensor[rows], np.float32)
+      if not np.isfinite(block).all():
+        return False
+      made = quantisation.quantise(block.swapaxes(-1, -2) if turned else block, self.kind)
+      place = (..., rows) if turned and block.ndim == 2 else rows  # rows of [out, in] are columns here
+      room.codes[place], room.scale[place] = made.codes, made.scale
     return True

@@ -14,7 +14,7 @@ import transformers
 from tokenizers import decoders, models, normalizers
 
 from in2core_jax.data.tokenizer_errors import told_by_tokenizers
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model.gguf_cuts import CUTS, Cut
 from in2core_jax.model.gguf_file import Place, read_gguf
 from in2core_jax.model.model_files import read_object
@@ -118,8 +118,8 @@ def _check_vocabulary(path: Any, metadata: dict[str, Any], ranks: str) -> None:
       raise UserError(f"{path}: tokenizer.ggml.{key} holds {what}; the file is damaged, use another one")
     if key != "merges" and len(values) != len(lists["tokens"]):
       raise UserError(
-        f"{path}: tokenizer.ggml.{key} has {len(values):,} entries for {len(lists['tokens']):,} tokens; use another "
-        "file"
+        f"{path}: tokenizer.ggml.{key} has {how_many(len(values), 'entr[y|ies]')} for "
+        f"{how_many(len(lists['tokens']), 'token')}; use another file"
       )
   strange = set(lists["token_type"]) - _TOKEN_TYPES
   if strange:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from in2core_jax.data import assets, hub
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import (
   decoder,
   hf_config,
@@ -52,6 +52,8 @@ from in2core_jax.model.tensors import (
   rotated_heads,
   text_names,
 )
+from in2core_jax.params import quantisation
+from in2core_jax.params.quantisation import FULL
 from in2core_jax.runs import adapter_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -60,7 +62,9 @@ EMBEDDED_MODELS = {"smollm2": EMBEDDED_MODEL, "gemma3": "gemma-3-270m-q4_k_m"}  
 SPECS = "smollm2, gemma3, hf:DIR, gguf:FILE, hub:ORG/NAME, random:CONFIG.json or truncated:MODEL:LAYERS"
 
 
-def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = None) -> tuple[ModelConfig, Any, Any, str]:
+def load_model(
+  spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = None, kind: str = FULL
+) -> tuple[ModelConfig, Any, Any, str]:
   """Model, tokenizer and a hash of the weights for what `--model` says.
 
   Args:
@@ -70,19 +74,30 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = Non
     seed: of the weights of `random:`; unused otherwise.
     mesh: devices onto which the weights of a large file go tensor by tensor, with no copy of all on the host
       (`stacks`); without, or where they are small, in parts or merged, they are NumPy or JAX arrays to be placed.
+    kind: of matrices of layers: full, or a word of `quantisation.KINDS`.
 
   Returns:
     (config, params, tokenizer, model_hash). The hash names the file contents, not `dtype`: SHA-256 of a GGUF file;
-    `hf_hash` of a folder; configuration and seed of random weights; whole model and layers of a truncated one.
+    `hf_hash` of a folder; configuration and seed of random weights; whole model and layers of a truncated one; of
+    matrices in few bits which these are.
 
   Raises:
     UserError: unknown form, or whatever the readers find wrong.
   """
+  config, params, tokenizer, digest = _load(spec, dtype, seed, mesh, kind)
+  if kind == FULL:
+    return config, params, tokenizer, digest
+  params = quantisation.quantise_tree(params, kind)  # what its reader could not make so
+  return config, params, tokenizer, hashlib.sha256(f"{digest} as {kind}".encode()).hexdigest()
+
+
+def _load(spec: str, dtype: str, seed: int, mesh: Any, few: str) -> tuple[ModelConfig, Any, Any, str]:
+  """`load_model`, where the hash is that of what is read; merged and random weights are still full."""
   if spec.startswith("truncated:"):
-    return _load_truncated(spec, dtype, seed)
+    return _load_truncated(spec, dtype, seed, few)
   kind, path = _parse_spec(spec)
   if kind == "gguf":
-    config, params = load_gguf(path, _dtype(dtype), mesh)
+    config, params = load_gguf(path, _dtype(dtype), mesh, few)
     return config, params, tokenizer_lib.tokenizer_from_gguf(path), _file_hash(path)
   if kind == "adapter":
     config, params, tokenizer, digest = load_model(adapter_folder.base_of(path), dtype, seed)
@@ -90,7 +105,7 @@ def load_model(spec: str, dtype: str = "float32", seed: int = 0, mesh: Any = Non
     digest = hashlib.sha256(f"adapter {adapter_folder.sha256(path)} on {digest}".encode()).hexdigest()
     return config, params, _adapter_tokenizer(path, tokenizer), digest
   if kind == "hf":
-    config, params = load_hf_dir(path, _dtype(dtype), mesh)
+    config, params = load_hf_dir(path, _dtype(dtype), mesh, few)
     return config, params, tokenizer_lib.tokenizer_from_dir(path), hf_hash(path)
   config, params = load_random(path, seed, _dtype(dtype))
   digest = hashlib.sha256(f"random {config} seed {seed}".encode()).hexdigest()
@@ -115,12 +130,12 @@ def describe_model(spec: str) -> tuple[ModelConfig, Any]:
   return config, _embedded_tokenizer(path, config)
 
 
-def _load_truncated(spec: str, dtype: str, seed: int) -> tuple[ModelConfig, Any, Any, str]:
-  """The first layers of another model below its own final norm and vocabulary; as `load_model`."""
+def _load_truncated(spec: str, dtype: str, seed: int, few: str) -> tuple[ModelConfig, Any, Any, str]:
+  """The first layers of another model below its own final norm and vocabulary; as `_load`."""
   whole, layers = _parse_truncated(spec)
-  config, params, tokenizer, digest = load_model(whole, dtype, seed)
+  config, params, tokenizer, digest = _load(whole, dtype, seed, None, few)
   config = _fewer_layers(spec, config, layers)
-  params = params | {"layers": jax.tree.map(lambda leaf: leaf[:layers], params["layers"])}
+  params = params | {"layers": quantisation.tree_map(lambda leaf: leaf[:layers], params["layers"])}
   return config, params, tokenizer, hashlib.sha256(f"truncated {digest} layers {layers}".encode()).hexdigest()
 
 
@@ -134,7 +149,9 @@ def _parse_truncated(spec: str) -> tuple[str, int]:
 
 def _fewer_layers(spec: str, config: ModelConfig, layers: int) -> ModelConfig:
   if not 0 < layers <= config.num_layers:
-    raise UserError(f"--model={spec}: the whole model has {config.num_layers} layers; keep 1 to {config.num_layers}")
+    raise UserError(
+      f"--model={spec}: the whole model has {how_many(config.num_layers, 'layer')}; keep 1 to {config.num_layers}"
+    )
   return dataclasses.replace(config, num_layers=layers)
 
 
@@ -180,7 +197,7 @@ def _embedded_tokenizer(path: pathlib.Path, config: ModelConfig) -> Any:
   return tokenizer
 
 
-def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
+def load_gguf(place: Place, dtype=np.float32, mesh=None, few: str = FULL) -> tuple[ModelConfig, dict]:
   """Reads a GGUF file of one of `gguf_config.ARCHITECTURES`, dequantised.
 
   Of some architectures the format stores query and key rows permuted for interleaved rotary pairs (2j, 2j + 1). This
@@ -191,6 +208,7 @@ def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, d
   Args:
     place: the .gguf file.
     dtype: float32 or bfloat16, of the returned arrays.
+    mesh, few: as `load_model` takes mesh and kind.
 
   Returns:
     The configuration and the parameters as NumPy arrays.
@@ -212,15 +230,16 @@ def load_gguf(place: Place, dtype=np.float32, mesh=None) -> tuple[ModelConfig, d
     return pairs_apart(array, heads) if heads else array
 
   names = GGUF_NAMES | {leaf: f"blk.{{i}}.{end}" for leaf, end in piece_names(kind.fused).items()}
-  return config, parameter_tree.assemble(config, names, stored, read, dtype, str(file.path), mesh)
+  return config, parameter_tree.assemble(config, names, stored, read, dtype, str(file.path), mesh, few)
 
 
-def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[ModelConfig, dict]:
+def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None, few: str = FULL) -> tuple[ModelConfig, dict]:
   """Reads config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
   Args:
     path: the folder.
     dtype: float32 or bfloat16, of the returned arrays; the files may hold float64, float32, float16 or bfloat16.
+    mesh, few: as `load_model` takes mesh and kind.
 
   Returns:
     The configuration and the parameters as NumPy arrays.
@@ -232,7 +251,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
   dtype, folder = _dtype(dtype), pathlib.Path(path)
   config, where = _hf_config(folder), model_files.weight_files(folder)
   handles = {file: model_files.open_safetensors(file) for file in sorted(set(where.values()))}
-  where, handles = quantised.opened(folder, where, handles, dtype.name)
+  where, handles = quantised.opened(folder, where, handles, dtype.name, few)
 
   text, stored = text_names(where), {}
   if config.tie_embeddings:  # equal to the embedding: some exports write the tied matrix twice
@@ -260,7 +279,7 @@ def load_hf_dir(path: str | pathlib.Path, dtype=np.float32, mesh=None) -> tuple[
     array = piece.of(handle.get_tensor(place), leaf) if piece else handle.get_tensor(place)
     return pairs_apart(array, heads) if heads else array
 
-  return config, parameter_tree.assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh)
+  return config, parameter_tree.assemble(config, hf_names(config), stored, read, dtype, str(folder), mesh, few)
 
 
 def _hf_config(folder: pathlib.Path) -> ModelConfig:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 Tree = Any
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -35,15 +35,16 @@ BATCH_AXES = ("data", "fsdp")
 _P = PartitionSpec
 _INTO = r"(q_proj|k_proj|v_proj|gate_proj|up_proj)"  # D -> inner width
 _OUT_OF = r"(o_proj|down_proj)"  # inner width -> D
+_KEPT = r"(/(codes|scale|parts/.*))?"  # of a matrix in few bits (`quantisation`), whose codes and scales have its axes
 
 # regex found in the leaf's path -> spec of the leaf. Axis 0 of a layer leaf is the stack of layers, which the scan
 # slices: cut along the mesh, each step would have to fetch its layer from one owner, so it is never sharded.
 PARTITION_RULES: Rules = (
-  (rf"layers/.*{_INTO}/kernel$", _P(None, "fsdp", "tensor")),
-  (rf"layers/.*{_OUT_OF}/kernel$", _P(None, "tensor", "fsdp")),
+  (rf"layers/.*{_INTO}/kernel{_KEPT}$", _P(None, "fsdp", "tensor")),
+  (rf"layers/.*{_OUT_OF}/kernel{_KEPT}$", _P(None, "tensor", "fsdp")),
   # Experts keep their own axis whole, and a device computes its part of every expert.
-  (rf"layers/.*{_INTO}/experts$", _P(None, None, "fsdp", "tensor")),
-  (rf"layers/.*{_OUT_OF}/experts$", _P(None, None, "tensor", "fsdp")),
+  (rf"layers/.*{_INTO}/experts{_KEPT}$", _P(None, None, "fsdp", "tensor")),
+  (rf"layers/.*{_OUT_OF}/experts{_KEPT}$", _P(None, None, "tensor", "fsdp")),
   (rf"layers/.*{_INTO}/expert_bias$", _P(None, None, "tensor")),
   (r"layers/mlp/\w*router/(kernel|lora_a|left)$", _P(None, "fsdp", None)),
   (r"layers/.*(expert_bias|router/\w+|attention/sinks)$", _P()),
@@ -79,7 +80,7 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
   """
   devices = list(jax.devices() if devices is None else devices)
   processes = len({device.process_index for device in devices})
-  found = f"{len(devices)} {devices[0].platform} devices in {processes} process(es)"
+  found = f"{how_many(len(devices), f'{devices[0].platform} device')} in {how_many(processes, 'process[es]')}"
   shape = mesh_shape(spec, len(devices), found)
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -92,9 +93,10 @@ def mesh_shape(spec: str, num_devices: int, found: str) -> tuple[int, ...]:
   if rest and num_devices % given == 0:
     sizes[rest[0]] = num_devices // given
   elif rest or given != num_devices:
-    asked = f"a multiple of {given} devices" if rest else f"{given} devices"
+    asked = f"a multiple of {how_many(given, 'device')}" if rest else how_many(given, "device")
     raise UserError(
-      f"--mesh={spec} needs {asked}, but there are {found}; use for example --mesh={_fitting_spec(sizes, num_devices)}"
+      f"--mesh={spec} needs {asked}, and this job has {found}; use for example "
+      f"--mesh={_fitting_spec(sizes, num_devices)}"
     )
   return tuple(sizes[axis] for axis in AXES)
 
@@ -181,7 +183,9 @@ def shardings(specs: Tree, mesh: Mesh) -> Tree:
 
 def _report(notes: Sequence[str], strict: bool):
   if notes and strict:
-    raise UserError(f"{len(notes)} dimensions do not divide: {'; '.join(notes)}; choose other --mesh sizes")
+    raise UserError(
+      f"{how_many(len(notes), 'dimension[s] [does|do]')} not divide: {'; '.join(notes)}; choose other --mesh sizes"
+    )
   for note in notes:
     logging.getLogger(__name__).info("%s", note)
 
@@ -201,7 +205,8 @@ def _specs(tree: Tree, mesh: Mesh, rules: Rules, first: int) -> tuple[Tree, list
     notes.extend(reasons)
   if uncovered:
     raise UserError(
-      f"no partition rule covers {len(uncovered)} leaves: {', '.join(uncovered)}; add a (regex, PartitionSpec) rule"
+      f"no partition rule covers {how_many(len(uncovered), 'lea[f|ves]')}: {', '.join(uncovered)}; add a (regex, "
+      "PartitionSpec) rule"
     )
   return jax.tree_util.tree_unflatten(structure, specs), notes
 
@@ -209,7 +214,7 @@ def _specs(tree: Tree, mesh: Mesh, rules: Rules, first: int) -> tuple[Tree, list
 def _fit(rule: PartitionSpec, path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[list, list[str]]:
   """The entries of `rule` that `mesh` has and `shape` can follow, and a note for each one that it cannot."""
   if len(rule) > len(shape):
-    raise UserError(f"partition rule {rule} has {len(rule)} dimensions, but {path} has shape {list(shape)}")
+    raise UserError(f"partition rule {rule} has {how_many(len(rule), 'dimension')}, but {path} has shape {list(shape)}")
   entries, notes = [], []
   for size, names in zip(shape, rule, strict=False):
     kept, parts = [], 1
@@ -288,8 +293,8 @@ def place_batch(batch: Tree, mesh: Mesh, per_process: bool = False) -> Tree:
     size *= len({device.process_index for device in mesh.devices.flat})
   if size % shards:
     raise UserError(
-      f"a batch of {size} examples cannot be cut over {shards} devices ({'x'.join(BATCH_AXES)} of the mesh): "
-      f"pad it to a multiple of {shards} (Batcher(multiple_of=sharding.batch_multiple(mesh)) does)"
+      f"a batch of {how_many(size, 'example')} cannot be cut over {shards} devices ({'x'.join(BATCH_AXES)} of the "
+      f"mesh): pad it to a multiple of {shards} (Batcher(multiple_of=sharding.batch_multiple(mesh)) does)"
     )
   if per_process:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)

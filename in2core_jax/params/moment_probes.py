@@ -10,16 +10,24 @@ Letters: B batch, T tokens (or nothing), a_t input [in] of a token, g_t gradient
 losses in the token's output, so that of its own example's loss. G_i = sum_t a_t g_t^T is example i's gradient in W.
 """
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 # A token counts when its gradient exceeds this many roundings of its example's largest one. Zeros by cancellation (the
 # query of the first token, which sees only itself) come out as zero or as rounding, depending on the batch's shape.
 ROUNDING = 64
 # Examples whose rotated gradients [in, out] exist at the same time.
 EXAMPLES_AT_ONCE = 4
+LEAVES = r"layers/.*/(kernel|lora_a|lora_b|scale|bias)"  # beside which the decoder reads probes of single examples
+
+
+def beside_all(sub: Any) -> bool:
+  """Whether every leaf of a subtree, arrays or shapes, is one of `LEAVES`."""
+  return all(re.fullmatch(LEAVES, path) for path in traverse_util.flatten_dict(sub, sep="/"))
 
 
 def covariance_probe(leaf: jax.Array) -> dict[str, jax.Array]:
@@ -65,7 +73,9 @@ def _backward(kept, cotangent):
   size = x.shape[0]
   a = x.astype(wide).reshape(size, -1, x.shape[-1])
   g = cotangent.astype(wide).reshape(size, -1, cotangent.shape[-1])
-  if "norms" in probe:
+  if "peak" in probe:
+    seen = _measures_of_matrix(a, g, probe)
+  elif "norms" in probe:
     seen = _blocks(a, g, probe)
   else:
     seen = _squares(a, g, probe) if "squares" in probe else _covariances(a, g)
@@ -124,8 +134,7 @@ def _blocks(a, g, probe) -> dict[str, jax.Array | None]:
     pairs = jnp.einsum("bti,bsi->bts", a, a, precision="highest")
     norms = jnp.sum(pairs * jnp.einsum("bto,bso->bts", g, g, precision="highest"), axis=(1, 2))
   else:
-    one = lambda pair: jnp.sum(jnp.einsum("ti,to->io", *pair, precision="highest") ** 2)  # noqa: E731
-    norms = jax.lax.map(one, (a, g), batch_size=EXAMPLES_AT_ONCE)
+    norms = _one_by_one(lambda a, g: jnp.sum(jnp.matmul(a.T, g, precision="highest") ** 2), a, g)
   if "sums" not in probe:
     return {"norms": norms}
 
@@ -153,8 +162,11 @@ def observe_rows(factor: jax.Array, y: jax.Array, probe: dict[str, jax.Array]) -
 
 def _rows_backward(kept, cotangent):
   factor, probe = kept
-  each = (cotangent.astype(probe["norms"].dtype) * factor).reshape(cotangent.shape[0], -1, cotangent.shape[-1])
+  wide = jax.tree.leaves(probe)[0].dtype
+  each = (cotangent.astype(wide) * factor).reshape(cotangent.shape[0], -1, cotangent.shape[-1])
   gradients = jnp.sum(each, axis=1)
+  if "peak" in probe:
+    return None, cotangent, _measures_of_rows(gradients, probe)
   norms = jnp.sum(gradients**2, axis=1)
   seen = {"norms": norms}
   if "sums" in probe:
@@ -164,6 +176,100 @@ def _rows_backward(kept, cotangent):
 
 
 observe_rows.defvjp(lambda factor, y, probe: (y, (factor, probe)), _rows_backward)
+
+
+# ---- lengths, products and self-influence --------------------------------------------
+
+
+def measure_probe(
+  r: jax.Array | None, inverse: dict[str, jax.Array] | None, layers: int, size: int, dtype
+) -> dict[str, jax.Array]:
+  """Zeros to hold what `normalize` measures of the examples' gradients G_i in a leaf; see `observe`, `observe_rows`.
+
+    peak_i, the size of the output gradients, and over it: norm = |G_i|, along = G_i . r_q, and with an inverse M
+    own = sqrt(G_i . M G_i), mapped = |M G_i|: so that nothing underflows where gradients are small
+
+  M is diagonal, or diagonal in a basis: M G = left ((left^T G right) / (values + damping)) right^T.
+
+  Args:
+    r: directions [Q, k, ...] of the leaf; None: no products.
+    inverse: values [k, ...] like the leaf and damping [], in a basis also left [k, in, in] and right [k, out, out];
+      None: the identity.
+    layers: k. size: B. dtype: of what is measured.
+  """
+  zeros = jnp.zeros((layers, size), dtype)
+  probe = {"peak": zeros, "norm": zeros}
+  if r is not None:
+    probe |= {"r": jnp.swapaxes(r, 0, 1).astype(dtype), "along": jnp.zeros((layers, size, r.shape[0]), dtype)}
+  if inverse is not None:
+    wide = {name: leaf.astype(dtype) for name, leaf in inverse.items()}
+    wide["damping"] = jnp.broadcast_to(wide["damping"], (layers,))
+    probe |= wide | {"own": zeros, "mapped": zeros}
+  return probe
+
+
+MEASURED = ("peak", "norm", "along", "own", "mapped")  # what comes out; the other parts of a probe are given
+
+
+def _measures_of_matrix(a, g, probe) -> dict[str, jax.Array | None]:
+  """Of a matrix: inputs a [B, n, in], output gradients g [B, n, out]; no more gradients than `EXAMPLES_AT_ONCE`."""
+  g, peak = _over_peak(g)
+  r, length, (inputs, outputs) = probe.get("r"), a.shape[1], (a.shape[2], g.shape[2])
+  times = lambda x, y: jnp.matmul(x, y, precision="highest")  # noqa: E731
+  queries = 0 if r is None else len(r)
+  if "values" not in probe and queries <= 1 and length * (inputs + outputs) < inputs * outputs:
+    pairs = times(a, a.mT) * times(g, g.mT)
+    found = {"norm": jnp.sqrt(jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 0))}
+    if queries:
+      along = times(a.reshape(-1, inputs), r[0]).reshape(g.shape)
+      found["along"] = jnp.sum(along * g, axis=(1, 2))[:, None]
+  else:
+    if "left" in probe:
+      left, right = probe["left"], probe["right"]
+      a, g, r = times(a, left), times(g, right), None if r is None else times(times(left.T, r), right)
+    found = _one_by_one(lambda a, g: _measures(times(a.T, g), r, probe), a, g)
+  return dict.fromkeys(probe) | found | {"peak": peak}
+
+
+def _measures_of_rows(gradients, probe) -> dict[str, jax.Array | None]:
+  """Of a leaf [d] whose gradients [B, d] are there."""
+  gradients, peak = _over_peak(gradients)
+  found = jax.vmap(lambda g: _measures(g, probe.get("r"), probe))(gradients)
+  return dict.fromkeys(probe) | found | {"peak": peak}
+
+
+def _measures(gradient, r, probe) -> dict[str, jax.Array]:
+  """Of one gradient, in the basis in which the inverse is diagonal."""
+  found = {"norm": jnp.sqrt(jnp.sum(gradient**2))}
+  if r is not None:
+    found["along"] = jnp.matmul(r.reshape(len(r), -1), gradient.ravel(), precision="highest")
+  if "values" in probe:
+    inverse = 1 / (probe["values"] + probe["damping"])
+    largest = jnp.max(inverse)
+    share = inverse / largest  # its squares stay numbers
+    found["own"] = jnp.sqrt(largest * jnp.sum(gradient**2 * share))
+    found["mapped"] = largest * jnp.sqrt(jnp.sum((gradient * share) ** 2))
+  return found
+
+
+def _over_peak(g):
+  """(g [B, ...] over its largest number, that number [B]); where it is 0 or not finite, g itself and 1 for it."""
+  peak = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
+  peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+  return g / peak.reshape(-1, *(1,) * (g.ndim - 1)), peak
+
+
+def _one_by_one(fn, *arrays):
+  """Stacks fn of each example's part of arrays [B, ...], `EXAMPLES_AT_ONCE` together, as `gradients.map_examples`."""
+  size = arrays[0].shape[0]
+  count = -(-size // EXAMPLES_AT_ONCE)
+
+  def cut(z):
+    filled = jnp.pad(z, ((0, count * EXAMPLES_AT_ONCE - size), *((0, 0),) * (z.ndim - 1)))
+    return jnp.swapaxes(filled.reshape(EXAMPLES_AT_ONCE, count, *z.shape[1:]), 0, 1)
+
+  found = jax.lax.map(lambda parts: jax.vmap(fn)(*parts), tuple(map(cut, arrays)))
+  return jax.tree.map(lambda z: jnp.swapaxes(z, 0, 1).reshape(-1, *z.shape[2:])[:size], found)
 
 
 # ---- projected gradients of single examples ------------------------------------------

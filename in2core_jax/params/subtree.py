@@ -7,6 +7,7 @@ layers and some leaf paths inside them. `split` cuts the tree into
   frozen  everything else, and of the chosen leaves the rows of the other layers: constants.
 
 No number is in both, so nothing is stored twice and a gradient can only be that of the chosen subtree.
+Chosen matrices that are kept in few bits (`quantisation`) become arrays, and stay arrays when they are merged.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from in2core_jax.errors import UserError
+from in2core_jax.params import quantisation
 
 Params = Mapping[str, Any]
 
@@ -173,11 +175,11 @@ def make_subtree(
 
 
 def split(params: Params, subtree: Subtree) -> tuple[dict, dict]:
-  """Cuts `params` into (sub, frozen); see the module's docstring. Inverse of `merge`, bit for bit."""
+  """Cuts `params` into (sub, frozen); see the module's docstring. Inverse of `merge`, bit for bit, of arrays."""
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
   rows = np.asarray(subtree.layers, np.int32)
   others = np.setdiff1d(np.arange(subtree.num_layers), rows)
-  sub_layers = {path: _take_rows(flat[path], rows) for path in subtree.paths}
+  sub_layers = {path: quantisation.full(_take_rows(flat[path], rows)) for path in subtree.paths}
   frozen_layers = {path: leaf for path, leaf in flat.items() if path not in sub_layers}
   if len(others):
     frozen_layers |= {path: _take_rows(flat[path], others) for path in subtree.paths}
@@ -196,6 +198,9 @@ def merge(sub: Params, frozen: Params, subtree: Subtree) -> dict:
   flat = traverse_util.flatten_dict(frozen["layers"], sep="/")
   for path, leaf in traverse_util.flatten_dict(sub.get("layers", {}), sep="/").items():
     pieces = [leaf, flat[path]] if path in flat else [leaf]
+    if any(map(quantisation.is_leaf, pieces)):
+      flat[path] = quantisation.joined(pieces, order)
+      continue
     flat[path] = _take_rows(jnp.concatenate([jnp.asarray(piece, leaf.dtype) for piece in pieces]), order)
   params = {name: leaf for name, leaf in frozen.items() if name != "layers"}
   params |= {name: sub[name] for name in subtree.extras}
@@ -204,7 +209,7 @@ def merge(sub: Params, frozen: Params, subtree: Subtree) -> dict:
 
 def below_params(frozen: Params, subtree: Subtree) -> dict:
   """Stacked parameters of the layers under the boundary: the first rows of every frozen leaf."""
-  return jax.tree.map(lambda leaf: leaf[: subtree.boundary], frozen["layers"])
+  return quantisation.tree_map(lambda leaf: leaf[: subtree.boundary], frozen["layers"])
 
 
 def segment_params(sub: Params, frozen: Params, subtree: Subtree, start: int, stop: int) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.errors import how_many
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import findings
 from in2core_jax.report.answer import ENOUGH_QUERIES
@@ -99,8 +100,9 @@ def too_few_to_aim(s: Settings, inputs: PolicyInputs) -> list[str]:
   if s.policy != "auto" or coreset.aims(inputs) or (size := inputs.asked) >= ENOUGH_QUERIES:
     return []
   return [
-    f"{size:,} distinct evaluation examples are too few to show whether they differ in kind from the training set. Use "
-    f"{ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or --policy=hybrid where you know that they differ."
+    f"{how_many(size, 'distinct evaluation example[s] [is|are] too few to show whether [it differs|they differ]')} "
+    f"in kind from the training set. Use {ENOUGH_QUERIES} or more (--eval_data, --eval_limit), or "
+    "--policy=hybrid where you know that they differ."
   ]
 
 
@@ -115,6 +117,7 @@ def few_queries(s: Settings, aim: matching.Shrunk | None, size: int) -> list[str
   if aim is None or not s.matching_shrink or aim.kept >= _HARDLY_MATCHED:
     return []
   return [
-    f"The {size:,} evaluation examples are too few: their mean gradient is mostly noise ({100 * aim.kept:.0f} % kept), "
-    "so this selection reflects the training set. Use about ten times as many (--eval_data, --eval_limit)."
+    f"The {how_many(size, 'evaluation example[s] [is|are]')} too few: their mean gradient is mostly noise "
+    f"({100 * aim.kept:.0f} % kept), so this selection reflects the training set. Use about ten times as many "
+    "(--eval_data, --eval_limit)."
   ]

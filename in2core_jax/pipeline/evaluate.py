@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from in2core_jax.data.records import Record, raw_lines
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import evaluate_pairs, target_weights
 from in2core_jax.pipeline.checks import check_budget, check_policies
@@ -59,10 +60,10 @@ class Trainings:
     if not self.run_dir.holds(file) or self.run_dir.read_json(file).get("rows_sha256", rows) != rows:
       row = self.judge.retrain(candidate, label, steps)
       self.run_dir.write_json(file, row.as_json() | {"rows_sha256": rows})
-      words = "%s, %d steps: test perplexity %.3f"
+      words = "%s, %s: test perplexity %.3f"
       if self.session.splits["test"].second is not None:
-        words = "%s, %d steps: exp of the mean DPO loss on the test set %.3f"
-      log.info(words, candidate, steps, row.perplexity)
+        words = "%s, %s: exp of the mean DPO loss on the test set %.3f"
+      log.info(words, candidate, how_many(steps, "step"), row.perplexity)
     return judged(self.session.splits["test"], statistics.RetrainRow.from_json(self.run_dir.read_json(file)))
 
   def compared(self, plan: Plan) -> list[Group]:

@@ -175,7 +175,7 @@ def in_parameters(message: str, kind: type[Checked]) -> str:
   fields = {field.name: field.metadata["kind"] for field in dataclasses.fields(kind)}
 
   def said(match: re.Match) -> str:
-    flag, equals = match[1], match[2]
-    return f"{flag}=True" if fields[flag] is bool and not equals else f"{flag}{equals}"
+    flag, value = match[1], match[2]  # "--dedup is False there" has its value
+    return f"{flag}=True" if fields[flag] is bool and not value else f"{flag}{value}"
 
-  return re.sub(rf"(?<![\w\-])--({'|'.join(fields)})\b(=?)", said, message)
+  return re.sub(rf"(?<![\w\-])--({'|'.join(fields)})\b(=| is |)", said, message)

@@ -9,6 +9,7 @@ import numpy as np
 
 from in2core_jax.data import packing
 from in2core_jax.data.records import weights_of
+from in2core_jax.errors import how_many
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline import phases
@@ -125,8 +126,9 @@ def weights_of_rows(session: Session, rows: np.ndarray) -> np.ndarray | None:
 def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> train_loop.TrainResult:
   """Trains with checkpoints in the run folder; SIGTERM ends it after a step, which is kept."""
   s, session, recipe = task.settings, task.session, task.recipe
-  words = "training %s numbers in layers %s for %d steps of %d examples"
-  log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, recipe.steps, recipe.batch_size)
+  lasting = how_many(recipe.steps, "step"), how_many(recipe.batch_size, "example")
+  words = "training %s numbers in layers %s for %s of %s"
+  log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, *lasting)
   packer, meta = packer_of(task), meta_of(task, run_dir)
   weights = weights_of_rows(session, task.rows)
   if weights is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from in2core_jax import __version__ as version
 from in2core_jax.model import embeddings, hidden_cache
 from in2core_jax.parallel import sharding
-from in2core_jax.params import subtree
+from in2core_jax.params import quantisation, subtree
 from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.loaded_model import LoadedModel
@@ -193,7 +193,8 @@ def _below_hash(params: Any, tree: subtree.Subtree, base: Any) -> str:
   """Names the weights under the boundary: "base" when they are the base model's, else their hash."""
   if params is base:
     return "base"
-  below = lambda whole: [whole["embed"], jax.tree.map(lambda leaf: leaf[: tree.boundary], whole["layers"])]  # noqa: E731
+  first = lambda layers: quantisation.tree_map(lambda leaf: leaf[: tree.boundary], layers)  # noqa: E731
+  below = lambda whole: [whole["embed"], first(whole["layers"])]  # noqa: E731
   ours, theirs = jax.tree.leaves(below(params)), jax.tree.leaves(below(base))
   if len(ours) == len(theirs) and all(bool(jnp.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True)):
     return "base"

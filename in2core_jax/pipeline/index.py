@@ -12,6 +12,7 @@ import numpy as np
 from in2core_jax.data import packing, records, spots
 from in2core_jax.data.subsets import by_id
 from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.errors import how_many
 from in2core_jax.index import basis as bases
 from in2core_jax.index import store
 from in2core_jax.index.rows import NARROW
@@ -167,7 +168,7 @@ def run(s: IndexSettings, session: Session | None = None) -> str:
   parts = list(run_dir.read_json(store.PARTS)) if run_dir.holds(store.PARTS) else []
   known = index.keys(index.shards(parts))
   if run_dir.holds(store.MARK) and np.isin(keys, known).all():
-    log.info("%s has all %s examples already", run_dir.path, f"{len(keys):,}")
+    log.info("%s has all of %s already", run_dir.path, how_many(len(keys), "example"))
     return str(run_dir.path)
   session.splits.write_skipped(run_dir)
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.index --flagfile=THIS"])
@@ -325,4 +326,4 @@ def _finish(pool: Pool, s: IndexSettings, index: store.IndexStore, parts: list, 
     "seconds": clock.seconds,
   }
   index.run_dir.write_json(store.MARK, facts)
-  log.info("index of %s examples: %s", f"{len(known):,}", index.run_dir.path)
+  log.info("index of %s: %s", how_many(len(known), "example"), index.run_dir.path)

@@ -10,6 +10,7 @@ from scipy import sparse
 from in2core_jax.data import tokenizing
 from in2core_jax.data.records import spoken
 from in2core_jax.data.sources import names_of
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import paired, verdict
 from in2core_jax.evaluation.statistics import RetrainRow
 from in2core_jax.report import near_duplicates
@@ -62,7 +63,8 @@ def _grouped(
   enough = known > 1 and min(_effective(joined, tokens), _effective(joined, np.ones(size))) >= ENOUGH_TOPICS
   groups = joined if enough else copies
   less = size - len(np.unique(copies))
-  said = f"{less:,} of the {size:,} test examples are duplicates or near-duplicates of others and count with them"
+  alike = "[is a duplicate or near-duplicate of another|are duplicates or near-duplicates of others]"
+  said = how_many(less, f"of the {size:,} test examples {alike} and [counts with it|count with them]")
   parts = [said] if less else []
   if enough:
     parts.append(f"test examples of one topic are drawn together ({known:,} topics), so intervals hold for new topics")
@@ -109,7 +111,7 @@ def too_small(test: tokenizing.TokenizedDataset) -> list[str]:
   found = paired.before(points.tokens, points.groups)
   if found.seen <= paired.SEEN:
     return []
-  groups = "" if found.groups == found.count else f" in {found.groups:,} groups of duplicates or topics"
+  groups = "" if found.groups == found.count else f" in {how_many(found.groups, 'group')} of duplicates or topics"
   return [
     f"The {found.count:,} test examples{groups} are too few to see a difference of 1 %. With them, a perplexity must "
     f"differ by about {verdict.percent(found.seen)} to be seen in four of five cases. To see 1 %, use about "

@@ -81,7 +81,8 @@ class LoadedModel:
     if meta["model_hash"] != self.hash:
       raise UserError(
         f"--checkpoint={folder} was trained from model {meta['model']} (hash {meta['model_hash'][:12]}), but --model="
-        f"{self.name} has hash {self.hash[:12]}: give the model that the checkpoint started from"
+        f"{self.name} has hash {self.hash[:12]}: give the model that the checkpoint started from, with the same "
+        "--frozen_weights"
       )
     if meta["step"] < meta["steps"]:
       done = f"{meta['step']} of {meta['steps']}"
@@ -102,14 +103,14 @@ def open_model(s: Settings, described: tuple[ModelConfig, Any], mesh: Any) -> Lo
   """The model of --model, whose weights are read when they are first asked for.
 
   Args:
-    s: --model, --dtype, --seed.
+    s: --model, --dtype, --seed, --frozen_weights.
     described: its (config, tokenizer), of `weights.describe_model`.
     mesh: the devices.
   """
 
   def load() -> tuple[Any, str]:
     log.info("loading model %s", s.model)
-    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed, mesh)
+    _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed, mesh, s.frozen_weights)
     return params, digest
 
   return LoadedModel(s.model, s.dtype, *described, mesh, load)

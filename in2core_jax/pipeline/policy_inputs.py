@@ -169,8 +169,8 @@ class ChoiceInputs:
 
   @functools.cached_property
   def _alike(self) -> np.ndarray:
-    keys = records.content_keys(self.session.splits["train"].records)
-    return near_duplicates.alike(self._texts["train"], keys, NEAR)
+    copies = records.first_of(self.session.splits["train"].records)
+    return near_duplicates.alike(self._texts["train"], copies, NEAR)
 
   def _similar(self, wanted: set[str], queries: np.ndarray, how: str) -> dict:
     """Similarities of queries and examples, and how policies use them."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from in2core_jax.data import records
 from in2core_jax.data.ragged import taken
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.ihvp import solvers
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.basis import Raw
@@ -159,9 +159,9 @@ def _write(task: Task, work: Work, given: Settings) -> None:
     write_train_with(run_dir, session, s, outcome.choice.rows, recipe)
     select_results.write_results(run_dir, session, told_by, scored, outcome.choice, warnings, about)
   log.info(
-    "selected %d of %d examples%s by %s out of the index: %s",
+    "selected %d of %s%s by %s out of the index: %s",
     len(outcome.choice.rows),
-    len(inputs.ids),
+    how_many(len(inputs.ids), "example"),
     taking_no_part(inputs, session.splits["train"].truncated),
     s.policy,
     run_dir.path / "coreset.jsonl",
@@ -192,12 +192,12 @@ def _inputs(task: Task, scored: scoring.Scored) -> tuple[PolicyInputs, np.ndarra
   first = records.firsts(train.records)
   more: dict[str, Any] = {}
   if s.policy in rules.SIMILAR:
-    keys = records.content_keys(train.records)
+    copies = records.first_of(train.records)
     if len(train) <= NEAR_COPIES_UP_TO:
-      more["alike"] = near_duplicates.alike([shown(record) for record in train.records], keys, NEAR)
+      more["alike"] = near_duplicates.alike([shown(record) for record in train.records], copies, NEAR)
     else:
       log.info("more than %s examples: only copies come last, near copies do not", f"{NEAR_COPIES_UP_TO:,}")
-      more["alike"] = np.unique(np.array(keys), return_inverse=True)[1]
+      more["alike"] = copies
   return inputs_of(train, scored.influence, scored.loss, **more), (train.num_response_tokens > 0) & first
 
 
@@ -261,7 +261,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
 def top_lists(task: Task, questions: rules.Questions, count: int = TOP) -> dict[str, np.ndarray]:
   """The examples with the highest products with each query, as columns of query_top.parquet; never all products."""
   train = task.session.splits["train"]
-  order = np.argsort(np.array(train.ids, np.str_), kind="stable")
+  order = aggregation.id_order(train.ids)
   places = np.empty(len(order), np.int64)
   places[order] = np.arange(len(order))
   along = np.asarray(questions.block.gradients, np.float32)

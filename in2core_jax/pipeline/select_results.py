@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from in2core_jax.data import records, summaries, tokenizing
+from in2core_jax.errors import how_many
 from in2core_jax.pipeline import select_outputs
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
@@ -20,7 +22,7 @@ from in2core_jax.report import answer, facts, findings, html_page
 from in2core_jax.report.markdown import select_report_markdown
 from in2core_jax.report.plots import figure_bytes, residual_plot, score_histogram_plot
 from in2core_jax.runs import run_folder
-from in2core_jax.selection import coreset, matching, two_samples
+from in2core_jax.selection import aggregation, coreset, matching, two_samples
 from in2core_jax.selection.inputs import PolicyInputs, taking_no_part
 
 log = logging.getLogger(__name__)
@@ -41,9 +43,10 @@ def write_query_scores(run_dir, splits: Splits, scores: np.ndarray) -> None:
   )
 
 
-def ranks(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray, ids: Sequence[str]) -> np.ndarray:
   """1 for the highest influence; ties by `example_id`, as in the selection."""
-  order = np.lexsort((ids, -np.asarray(values, np.float64)))
+  by_id = aggregation.id_order(ids)
+  order = by_id[np.argsort(-np.asarray(values, np.float64)[by_id], kind="stable")]
   rank = np.empty(len(values), np.int64)
   rank[order] = np.arange(1, len(values) + 1)
   return rank
@@ -135,9 +138,9 @@ def tell_selected(
   """Logs how much was selected, and where it is."""
   tokens = inputs.num_response_tokens
   log.info(
-    "selected %d of %d examples%s by %s, %.0f %% of the response tokens: %s",
+    "selected %d of %s%s by %s, %.0f %% of the response tokens: %s",
     len(rows),
-    len(inputs.ids),
+    how_many(len(inputs.ids), "example"),
     taking_no_part(inputs, train.truncated),
     s.policy,
     100 * tokens[rows].sum() / tokens.sum(),
@@ -217,7 +220,7 @@ def score_columns(train: tokenizing.TokenizedDataset, scored: Scored, selected: 
   columns = {
     "example_id": np.array(train.ids, dtype=object),
     "influence": np.asarray(scored.influence, np.float32),
-    "rank": ranks(scored.influence, np.array(train.ids, dtype=np.str_)),
+    "rank": ranks(scored.influence, train.ids),
     "selected": selected,
     "loss": np.asarray(scored.loss, np.float32),
     "num_tokens": train.num_tokens,

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.params import subtree
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.retraining import Retrainer, equal_steps
@@ -40,7 +41,7 @@ def choose(session: Session, s: Settings, policy: str, count: int, rounds: int) 
       continue
     if len(rows):
       judge = judge or Retrainer(session, s, [np.flatnonzero(train.num_response_tokens)])
-      label = f"round {number} of {rounds}: {len(rows)} examples"
+      label = f"training before round {number + 1} of {rounds}, on {how_many(len(rows), 'example')}"
       trained = judge.train(rows, s.seed, label, equal_steps(session, s, rows, "epochs"))
       params = session.model.place(subtree.merge(trained.sub, judge.frozen, judge.chosen))
     inputs = inputs_of(train, **ChoiceInputs(session, s, params, stored=False).of({policy}))

@@ -17,6 +17,7 @@ from in2core_jax.pipeline.lists import shares as shares
 from in2core_jax.pipeline.lists import some_of
 from in2core_jax.pipeline.lists import words as words
 from in2core_jax.pipeline.ranges import COUNT, LIMIT, POSITIVE, SEED, SEEDS, SHARE, STEPS, Each, Range
+from in2core_jax.runs.identities import OLD_WRITES as OLD_WRITES
 from in2core_jax.selection import aggregation, coreset
 from in2core_jax.selection.inputs import TARGETS, Budget
 
@@ -206,6 +207,9 @@ class ModelSettings(Checked):
     "smollm2", "smollm2, gemma3, hf:DIR, hub:ORG/NAME, gguf:FILE, random:JSON or truncated:MODEL:LAYERS."
   )
   dtype: str = _model("float32", "Of the weights; sums are float32 at least.", choices=("float32", "bfloat16"))
+  frozen_weights: str = _model(
+    "full", "Matrices of layers: full, or int8 or nf4.", choices=("full", "int8", "nf4"), advanced=True, added=True
+  )
 
 
 _finetune = functools.partial(setting, "finetune")
@@ -247,7 +251,6 @@ class FinetuneSettings(Checked):
 
 _select = functools.partial(setting, "select")
 WRITES = ("query", "layer", "token", "self", "pool")
-OLD_WRITES = dict(zip(WRITES, ("per_query", "per_layer", "per_token", "self_influence"), strict=False))
 CORESET_FORMATS = ("jsonl", "parquet", "hf", "tokens")
 OLD_BUDGETS = {"fraction": 0.5, "num_examples": 0, "token_budget": 0}  # with their defaults
 

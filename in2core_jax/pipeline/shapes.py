@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax.model import decoder, peft_folder
-from in2core_jax.params import adapters, subtree
+from in2core_jax.params import adapters, quantisation, subtree
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import adapter_folder
 from in2core_jax.training import train_loop
@@ -19,22 +19,30 @@ from in2core_jax.training.recipe import steps_for
 
 
 @functools.cache
-def param_shapes(config: decoder.ModelConfig, dtype: str, lora_rank: int = 0) -> Any:
-  """Shapes of the parameters, with LoRA factors beside the kernels when the rank is above 0."""
+def param_shapes(config: decoder.ModelConfig, dtype: str, lora_rank: int = 0, kind: str = quantisation.FULL) -> Any:
+  """Shapes of the parameters, with LoRA factors beside the kernels when the rank is above 0.
+
+  Args:
+    config: the model's shape.
+    dtype: of the weights.
+    lora_rank: of the factors.
+    kind: of matrices of layers, as --frozen_weights says it.
+  """
 
   def make(key):
     params = decoder.init_params(config, key, jnp.dtype(dtype))
     return adapters.add_lora(params, lora_rank, key) if lora_rank else params
 
-  return jax.eval_shape(make, jax.random.key(0))
+  found = jax.eval_shape(make, jax.random.key(0))
+  return found if kind == quantisation.FULL else quantisation.quantise_tree(found, kind)
 
 
 def scored_params(config: decoder.ModelConfig, s: Settings) -> Any:
   """Shapes of the scored parameters; the checkpoint says whether there are LoRA factors."""
   if adapter_folder.is_adapter(s.checkpoint):
-    return peft_folder.read_adapter(s.checkpoint, config).shapes(param_shapes(config, s.dtype))
+    return peft_folder.read_adapter(s.checkpoint, config).shapes(param_shapes(config, s.dtype, 0, s.frozen_weights))
   rank = train_loop.checkpoint_meta(s.checkpoint)["lora_rank"] if s.checkpoint else 0
-  return param_shapes(config, s.dtype, rank)
+  return param_shapes(config, s.dtype, rank, s.frozen_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +75,7 @@ class ScoredPart:
 def scored_shapes(config: decoder.ModelConfig, s: Settings) -> tuple[Any, subtree.Subtree]:
   """(shapes of the scored parameters, chosen subtree); without a checkpoint the LoRA factors of a demo to come."""
   to_come = s.trainable == "lora" and not s.checkpoint and "lora" in s.modules.split(",")
-  params = param_shapes(config, s.dtype, s.lora_rank) if to_come else scored_params(config, s)
+  params = param_shapes(config, s.dtype, s.lora_rank, s.frozen_weights) if to_come else scored_params(config, s)
   return params, subtree.make_subtree(params, s.layers, s.modules)
 
 
@@ -76,7 +84,7 @@ def trained_shapes(
 ) -> tuple[Any, subtree.Subtree]:
   """(shapes of the trained model's parameters, what is trained), as `finetune.start_params`."""
   lora = s.trainable == "lora"
-  params = param_shapes(config, s.dtype, s.lora_rank if lora else 0)
+  params = param_shapes(config, s.dtype, s.lora_rank if lora else 0, s.frozen_weights)
   modules = "lora" if lora else s.trainable_modules
   return params, subtree.make_subtree(params, s.trainable_layers, modules, named)
 

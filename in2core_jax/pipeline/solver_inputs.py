@@ -11,6 +11,7 @@ import numpy as np
 from in2core_jax import __version__ as version
 from in2core_jax.costs import flop_counts
 from in2core_jax.data import packing
+from in2core_jax.errors import how_many
 from in2core_jax.ihvp import ekfac_store, solvers
 from in2core_jax.influence.solve import CurvatureData, SolverSettings, even_draw, even_rows
 from in2core_jax.influence.solve import solve as solve_on
@@ -119,7 +120,7 @@ def ekfac_source(
 ):
   """(stream of the training rows that EK-FAC is fitted to, function that fits or takes an earlier fit from disk)."""
   batcher = session.batcher("train", chosen.tree, chosen.params, rows)
-  stream = session.stream(batcher, f"{phases.FACTORS} of {len(rows)} examples", pieces)
+  stream = session.stream(batcher, f"{phases.FACTORS} of {how_many(len(rows), 'example')}", pieces)
   made_of = {
     "config": session.model.config.stated(),
     "subtree": train_loop.subtree_meta(chosen.tree),
@@ -221,7 +222,7 @@ def announce(result: solvers.SolveResult) -> None:
   facts = {k: (f"{v:.4g}" if isinstance(v, float) else v) for k, v in result.info.items()}
   log.info("solver: %s", ", ".join(f"{name}={value}" for name, value in facts.items()))
   if np.all(np.isfinite(result.residual)):
-    log.info("solver: relative residual %.3g after %d steps", float(np.max(result.residual)), result.steps)
+    log.info("solver: relative residual %.3g after %s", float(np.max(result.residual)), how_many(result.steps, "step"))
   else:
     log.info("solver: residual not measured")
   if "warning" in result.info:

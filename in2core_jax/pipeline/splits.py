@@ -13,7 +13,7 @@ import numpy as np
 from in2core_jax.data import sources, summaries, tokenizing
 from in2core_jax.data.records import BadRecords, Raws, first_pair, first_weighted
 from in2core_jax.data.subsets import PARTS, limit_sources, limited, of_topics, refuse_empty, without_copies
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.model import hidden_cache, rotary
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.pipeline.lists import in_order
@@ -237,7 +237,7 @@ def _split_shares(s: Settings) -> tuple[float, ...]:
   except ValueError:
     raise UserError(f"--split={s.split} is not a list of three shares such as 0.7,0.15,0.15") from None
   if len(shares) != 3:
-    raise UserError(f"--split={s.split} has {len(shares)} shares, not three (train, eval, test)")
+    raise UserError(f"--split={s.split} has {how_many(len(shares), 'share')}, not three (train, eval, test)")
   if not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
     raise UserError(f"--split={s.split}: the three shares must be at least 0 and add up to 1, such as 0.7,0.15,0.15")
   return shares

@@ -10,6 +10,7 @@ import numpy as np
 from in2core_jax.data.record_tables import chat_line, is_chat_line
 from in2core_jax.data.sources import names_of
 from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.errors import how_many
 from in2core_jax.model import weights
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
@@ -123,8 +124,8 @@ def _notes(few: TokenizedDataset, s: Settings) -> Iterator[str]:
   left_out = sum(not message.get("train", True) for record in few.records for message in record.messages)
   if left_out:
     yield (
-      f"- {left_out:,} responses of the conversations are out of the loss (`train: false`). Axolotl knows the key; "
-      "other trainers would learn them: take the token ids."
+      f"- {how_many(left_out, 'response[s] of the conversations [is|are]')} out of the loss (`train: false`). Axolotl "
+      "knows the key; other trainers would learn them: take the token ids."
     )
   layers, modules = s.trainable_layers, s.trainable_modules
   if (layers, modules) != ("all", "all"):

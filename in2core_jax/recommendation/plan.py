@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation.tries import LONGEST, MATCHED
 
 LEAST_SEEDS, LEAST_RULES, FINALISTS = 2, 1, 2
@@ -121,11 +121,13 @@ class Plan:
     """The plan in a sentence or two."""
     shares = ", ".join(f"{100 * budget:g} %" for budget in self.budgets)
     finalists = f"the best {self.finalists}" if self.finalists > 1 else "the best one"
-    pool = f"{self.pool:,} examples" if self.part == 1 else f"{self.pool:,} of {self.examples:,} examples, at random"
+    pool = (
+      how_many(self.pool, "example") if self.part == 1 else f"{self.pool:,} of {self.examples:,} examples, at random"
+    )
     said = (
-      f"plan: {len(self.tried)} rules ({', '.join(self.tried)}) at {100 * self.screening:g} % of {pool}, then "
-      f"{finalists} at {shares} with {self.seeds} seeds, beside random sets and full data: {self.tries} tries, "
-      f"about {_minutes(self.seconds)}"
+      f"plan: {how_many(len(self.tried), 'rule')} ({', '.join(self.tried)}) at {100 * self.screening:g} % of {pool}, "
+      f"then {finalists} at {shares} with {how_many(self.seeds, 'seed')}, beside random sets and full data: "
+      f"{how_many(self.tries, 'tr[y|ies]')}, about {_minutes(self.seconds)}"
     )
     left = f" Left out to keep the time: {self.left_out}." if self.dropped else ""
     more = f" On all examples the same takes --minutes={math.ceil(self.all_minutes)}." if self.all_minutes else ""

@@ -8,6 +8,7 @@ import shlex
 import numpy as np
 
 from in2core_jax.data.records import Raws, raw_lines
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import tries, verdict
 from in2core_jax.evaluation.paired import BY, Estimate
 from in2core_jax.evaluation.statistics import FULL, RANDOM, Interval
@@ -83,7 +84,7 @@ def sentence(outcome: Outcome) -> str:
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
   lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
   if rule == RANDOM:
-    none = f"none of {tried} rules surely beats random sets of that size"
+    none = f"none of {how_many(tried, 'rule')} surely beats random sets of that size"
     return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}, so {lost}."
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
@@ -104,9 +105,9 @@ def _whole_sentence(outcome: Outcome) -> str:
   rule, trial, decision = outcome.decision.rule, outcome.trial, outcome.decision
   count, largest = len(outcome.closing.rows), max(decision.winners)
   best = (decision.winners[largest], largest)
-  said = f"Use all {count:,} examples{_of_the_whole(outcome)}"
+  said = f"Use all {how_many(count, 'example')}{_of_the_whole(outcome)}"
   if rule == DISTINCT:
-    said += f", each once, for the other {outcome.pool - count:,} are duplicates"
+    said += f", each once, for the other {how_many(outcome.pool - count, '[is a duplicate|are duplicates]')}"
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
   said += (
     f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "

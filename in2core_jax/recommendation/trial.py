@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from in2core_jax.data.records import spoken
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import tries
 from in2core_jax.evaluation.statistics import FULL, RANDOM
 from in2core_jax.evaluation.tries import DISTINCT, LONGEST, MATCHED, WHOLE
@@ -68,8 +68,8 @@ class Judged:
       without = len(dataset) - len(rows)
       lost = f"; {without} more have none within --max_length={session.settings.max_length}" if without else ""
       raise UserError(
-        f"the evaluation set has {different} different examples with a response{lost}. Rules that see one half of them "
-        f"are judged on the other: give {LEAST_QUERIES} or more (--eval_data, --eval_limit, --split)"
+        f"the evaluation set has {how_many(different, 'different example')} with a response{lost}. Rules that see one "
+        f"half of them are judged on the other: give {LEAST_QUERIES} or more (--eval_data, --eval_limit, --split)"
       )
     return found
 

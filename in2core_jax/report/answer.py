@@ -10,6 +10,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation.tries import LEAST_GAIN
 from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
@@ -199,7 +202,7 @@ def _many(known: Sequence[Mapping], rows: Sequence[Mapping]) -> Answer:
   }
   better = [title for title, signs in calls.items() if -1 in signs and 1 not in signs]
   worse = [title for title, signs in calls.items() if 1 in signs and -1 not in signs]
-  count = f"{len(calls)} comparisons with random sets"
+  count = f"{how_many(len(calls), 'comparison')} with random sets"
   if len(better) == len(calls):
     return Answer(USE, f"retrained on it, models are better in all {count}.")
   if worse and not better:
@@ -238,7 +241,8 @@ def _from_distance(run: SelectRun) -> Answer:
     return _nothing_like_it(seen, check) if apart["distance"] > FAR else _other_kind(run, seen, check)
   few = summary.get("queries")
   if few is not None and few < ENOUGH_QUERIES:
-    why = f"{few:,} evaluation examples are too few to show whether they differ in kind from the training set ({seen})."
+    why = how_many(few, "evaluation example[s] [is|are] too few to show whether [it differs|they differ] in kind")
+    why += f" from the training set ({seen})."
     return Answer(UNCLEAR, why, (*own, check))
   why = (
     f"the evaluation set is of the same kind as the training set, as far as gradients and hidden states show ({seen}). "
@@ -280,17 +284,17 @@ def numbers(run: SelectRun) -> list[dict]:
   """Kept, tokens and duplicates: dicts of value, what, note."""
   size, kept = len(run.records), int(run.selected.sum())
   tokens, all_tokens = int(run.response_tokens[run.selected].sum()), int(run.response_tokens.sum())
-  keys = [run.content_keys[row] for row in run.selected.nonzero()[0]]
+  same = run.copies[run.selected]
   return [
-    {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {size:,} examples"},
+    {"value": f"{kept:,}", "what": "examples kept", "note": f"{kept / size:.1%} of {how_many(size, 'example')}"},
     {
       "value": f"{tokens:,}",
       "what": "tokens kept",
-      "note": f"{tokens / max(all_tokens, 1):.1%} of {all_tokens:,} response tokens",
+      "note": f"{tokens / max(all_tokens, 1):.1%} of {how_many(all_tokens, 'response token')}",
     },
     {
-      "value": f"{len(keys) - len(set(keys)):,}",
+      "value": f"{len(same) - len(np.unique(same)):,}",
       "what": "duplicates",
-      "note": f"kept; {size - len(set(run.content_keys)):,} in the training set",
+      "note": f"kept; {size - len(np.unique(run.copies)):,} in the training set",
     },
   ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from in2core_jax.data.records import Record, content_keys, spoken
+from in2core_jax.data.records import Record, first_of, spoken
 from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.report import near_duplicates
@@ -130,9 +130,9 @@ class SelectRun:
     return np.asarray(self.columns["num_response_tokens"], np.int64)
 
   @functools.cached_property
-  def content_keys(self) -> list[str]:
-    """N hashes, equal for duplicates."""
-    return content_keys(self.records)
+  def copies(self) -> np.ndarray:
+    """int64 [N], equal for duplicates."""
+    return first_of(self.records)
 
   @functools.cached_property
   def curve(self) -> tuple[list[int], np.ndarray] | None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from in2core_jax.data import summaries
+from in2core_jax.errors import how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.report import table_text
 from in2core_jax.report.facts import SelectRun
@@ -67,37 +68,39 @@ def _overlap(overlap: Mapping[str, Mapping[str, int]]) -> list[Finding]:
     if not same and not prompts:
       found.append(Finding(f"No {second} example and no {second} prompt occurs in the {first} set.", False))
       continue
-    text = f"{same:,} {second} examples occur in the {first} set, and {prompts:,} have a prompt that occurs there."
+    occur = how_many(same, f"{second} example[s] [occurs|occur]")
+    text = f"{occur} in the {first} set, and {how_many(prompts, '[has|have]')} a prompt that occurs there."
     found.append(Finding(text, True))
   return found
 
 
 def _duplicates(run: SelectRun) -> list[Finding]:
   size, chosen = len(run.records), run.selected
-  copies = size - len(set(run.content_keys))
-  kept = int(chosen.sum()) - len({run.content_keys[row] for row in np.flatnonzero(chosen)})
+  copies = size - len(np.unique(run.copies))
+  kept = int(chosen.sum()) - len(np.unique(run.copies[chosen]))
   close, top = sum(len(group.rows) for group in run.top_copies), len(run.searched)
   mind = kept > 0 or copies > _MANY_COPIES * size
-  text = (
-    f"{copies:,} of the {size:,} training examples are duplicates of an earlier one; {kept:,} of the selected are "
-    "duplicates of another selected one."
-  )
+  are = "[is a duplicate|are duplicates] of"
+  text = f"{how_many(copies, f'of the {size:,} training examples {are}')} an earlier one; "
+  text += f"{how_many(kept, f'of the selected {are}')} another selected one."
   if mind:
     text += " To leave them out, use --dedup in finetune, select and evaluate alike."
   what = "first choices" if "choice" in run.columns else "strongest proponents"
-  near = f"{close:,} of the {top:,} {what} are near-duplicates of another one."
+  near = how_many(close, f"of the {top:,} {what} [is a near-duplicate|are near-duplicates] of another one.")
   return [Finding(text, mind), Finding(near, close > 0.1 * top)]
 
 
 def _cut(run: SelectRun) -> list[Finding]:
   size, truncated = len(run.records), np.asarray(run.truncated, bool)
   cut, kept, empty = int(truncated.sum()), int((truncated & run.selected).sum()), int((run.response_tokens == 0).sum())
-  text = f"{cut:,} training examples ({cut / size:.1%}) are truncated; {kept:,} of them are selected."
+  text = how_many(cut, f"training example[s] ({cut / size:.1%}) [is|are] truncated; ")
+  text += how_many(kept, "of them [is|are] selected.")
   if cut > 0.05 * size:
     text += " What was cut off does not count; a higher --max_length keeps it."
+  without = how_many(empty, "training example[s] [has|have] no response token: influence 0, never selected.")
   return [
     Finding(text, cut > 0.05 * size),
-    Finding(f"{empty:,} training examples have no response token: influence 0, never selected.", empty > 0),
+    Finding(without, empty > 0),
     *(Finding(line, True) for line in _without_response(run.data["parts"])),
   ]
 
@@ -108,10 +111,9 @@ def _without_response(parts: Mapping[str, Mapping[str, int]]) -> list[str]:
   for name, counts in parts.items():
     if name != "train" and counts["empty_responses"]:
       cut = " Some are truncated; a higher --max_length keeps more." if counts["truncated"] else ""
-      lines.append(
-        f"{counts['empty_responses']:,} of {counts['examples']:,} {_PARTS[name]} examples have no response token and "
-        f"count for nothing.{cut}"
-      )
+      those = f"of {counts['examples']:,} {_PARTS[name]} examples"
+      said = f"{those} [has no response token and counts|have no response token and count] for nothing."
+      lines.append(how_many(counts["empty_responses"], said) + cut)
   return lines
 
 
@@ -158,8 +160,8 @@ def _solver(run: SelectRun) -> list[Finding]:
     return [Finding(f"The residual of {name} was not measured.", name != "identity")]
   shown = table_text.format_value(residual)
   if solver.get("converged") is False:  # some solvers know no tolerance
-    return [Finding(_unsolved(run, name, f"{shown} after {steps} steps", residual), True)]
-  text = f"{name}: relative residual {shown} after {steps} steps"
+    return [Finding(_unsolved(run, name, f"{shown} after {how_many(steps, 'step')}", residual), True)]
+  text = f"{name}: relative residual {shown} after {how_many(steps, 'step')}"
   worse = residual > 1
   return [Finding(f"{text}, worse than no answer, whose residual is 1." if worse else f"{text}.", worse)]
 

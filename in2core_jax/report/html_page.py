@@ -10,18 +10,14 @@ The same run gives the same bytes: no times, no host names.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 import numpy as np
 
@@ -30,8 +26,9 @@ from in2core_jax.errors import printable
 from in2core_jax.report import answer, charts, facts, findings, table_text
 from in2core_jax.report.facts import SelectRun
 from in2core_jax.report.markdown import retrain_rows, topic_table
+from in2core_jax.report.templating import carried, environment
+from in2core_jax.runs.identities import by_flags
 
-TEMPLATES = Path(__file__).parent / "templates"
 LISTED = 60_000  # examples in the page; of more, the first choices and the strongest of both ends
 TEXT_BUDGET = 8_000_000  # characters of all listed texts together
 CUTS = (200_000, 40_000, 8_000, 2_000, 800, 160)  # characters of one example: the largest that keeps the budget
@@ -50,31 +47,23 @@ _ROLES = {"system": "s", "user": "u", "assistant": "r", "tool": "t"}
 
 def select_page(run: SelectRun) -> str:
   """The page of one `select` run, as HTML. Texts of the data stay texts, whatever they hold."""
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters |= {"cell": table_text.format_value, "percent": lambda share: f"{share:.1%}"}
-  script, style = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
+  (script, script_hash), (style, style_hash) = carried("report.js"), carried("report.css")
   listing = _Listing.of(run)
-  page = environment.get_template("report.html.j2").render(
-    script=markupsafe.Markup(script),
-    script_hash=_csp_hash(script),
-    style=markupsafe.Markup(style),
-    style_hash=_csp_hash(style),
-    data=embed_json(_payload(run, listing)),
-    listing=listing,
-    **_overview(run),
-    **_settings(run),
+  page = (
+    environment()
+    .get_template("report.html.j2")
+    .render(
+      script=script,
+      script_hash=script_hash,
+      style=style,
+      style_hash=style_hash,
+      data=embed_json(_payload(run, listing)),
+      listing=listing,
+      **_overview(run),
+      **_settings(run),
+    )
   )
   return _SURROGATES.sub("\ufffd", page)  # which UTF-8 has no form for; in the JSON they are escaped
-
-
-def _csp_hash(text: str) -> str:
-  return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 # ----------------------------------------------------------------------------------------------- JSON in HTML
@@ -318,6 +307,6 @@ def _settings(run: SelectRun) -> dict[str, Any]:
     "unit": summary["unit"],
     "version": identity["version"],
     "solver": solver,
-    "flags": dict(sorted(identity["flags"].items())),
+    "flags": dict(sorted(by_flags(identity["flags"]).items())),
     "hashes": hashes,
   }

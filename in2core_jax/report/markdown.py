@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.report.plots import score_edges
 from in2core_jax.report.table_text import escape_markdown, format_value, markdown_table, plain_line
 
@@ -108,7 +108,7 @@ def select_report_markdown(
   parts += ["## Strongest opponents", _examples_table(scores, texts, order[::-1][:count])]
   topics = topic_table(scores["topic"], selected, scores["num_response_tokens"])
   parts += ["## Topics, most dropped first", markdown_table(topics[:_TOPICS]).rstrip()]
-  parts += [f"{len(topics) - _TOPICS:,} more topics keep more."] if len(topics) > _TOPICS else []
+  parts += [f"{how_many(len(topics) - _TOPICS, 'more topic[s] [keeps|keep]')} more."] if len(topics) > _TOPICS else []
   for title, values in summary.items():
     rows = [{"name": name, "value": format_value(value)} for name, value in values.items()]
     parts += [f"## {escape_markdown(title)}", markdown_table(rows, ["name", "value"]).rstrip()]
@@ -120,9 +120,9 @@ def _headline(scores: Mapping[str, Sequence], selected: np.ndarray) -> str:
   influence = np.asarray(scores["influence"], np.float64)
   share = tokens[selected].sum() / max(tokens.sum(), 1)
   return (
-    f"{selected.sum():,} of {selected.size:,} examples are selected ({selected.mean():.1%}), with {share:.1%} of the "
-    f"response tokens. {np.mean(influence > 0):.1%} of all examples are proponents (positive influence: more weight on "
-    f"them lowers the evaluation loss)."
+    f"{how_many(selected.sum(), f'of {selected.size:,} examples [is|are]')} selected ({selected.mean():.1%}), with "
+    f"{share:.1%} of the response tokens. {np.mean(influence > 0):.1%} of all examples are proponents (positive "
+    "influence: more weight on them lowers the evaluation loss)."
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.report.table_text import plain_line
 from in2core_jax.runs import run_folder
 
@@ -156,7 +156,7 @@ def perplexity_plot(table: Sequence[Mapping], level: float = 0.95) -> Figure:
       f"{row['perplexity']:.2f}", (row["perplexity"], place), (0, 6), textcoords="offset points", ha="center"
     )
     if row["policy"] == "random":
-      label = f"range of {row['seeds']} random sets"
+      label = f"range of {how_many(row['seeds'], 'random set')}"
       axes.axvspan(row["perplexity_min"], row["perplexity_max"], color=VERMILION, alpha=0.15, linewidth=0, label=label)
       axes.axvline(row["perplexity"], color=VERMILION, linestyle=":", linewidth=1)
       axes.legend(frameon=False, loc="upper right")

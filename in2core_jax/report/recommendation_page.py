@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
+from in2core_jax.report import charts
+from in2core_jax.report.templating import carried, environment
 
-from in2core_jax.report import charts, table_text
-
-_TEMPLATES = Path(__file__).parent / "templates"
 _BY = ("token", "example")
 _AGAINST = {"random": "random sets", "length_matched": "random sets of its lengths", "full": "all of the data"}
 _SHOWN = 10  # candidates in the picture, the best ones
@@ -27,23 +21,18 @@ def page(found: Mapping[str, Any], about: Mapping[str, str]) -> str:
     found: what recommendation.json holds.
     about: rule -> what it takes, in words.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_TEMPLATES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters |= {"cell": table_text.format_value}
-  style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-  digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-  text = environment.get_template("recommendation.html.j2").render(
-    style=markupsafe.Markup(style),
-    style_hash=f"sha256-{digest}",
-    found=found,
-    numbers=numbers(found),
-    gain=charts.intervals(gains(found), "corrected interval"),
-    rows=rows(found, about),
+  style, style_hash = carried("report.css")
+  text = (
+    environment()
+    .get_template("recommendation.html.j2")
+    .render(
+      style=style,
+      style_hash=style_hash,
+      found=found,
+      numbers=numbers(found),
+      gain=charts.intervals(gains(found), "corrected interval"),
+      rows=rows(found, about),
+    )
   )
   return text.encode("utf-8", "replace").decode()  # a lone surrogate has no form in UTF-8
 

@@ -5,11 +5,10 @@ import json
 import math
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from in2core_jax.report.html_page import TEMPLATES
 from in2core_jax.report.table_text import escape_markdown
+from in2core_jax.report.templating import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +69,6 @@ _LOSS = {
 
 def page(training: Training) -> str:
   """The text of train_with.md."""
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES),
-    autoescape=False,  # noqa: S701, it is no HTML
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-  )
   t, rank = training, training.lora_rank
   config = f'LoraConfig(r={rank}, lora_alpha={rank}, target_modules="all-linear")'
   # YAML reads 1e-05 as a text.
@@ -86,31 +77,35 @@ def page(training: Training) -> str:
     for name, value in (t.recipe | {"epochs": float(t.epochs)}).items()
   }
   name = "train_with.md.j2" if t.beta is None else "train_with_pairs.md.j2"
-  return environment.get_template(name).render(
-    told
-    | {
-      "n": f"{t.examples:,}",
-      "model": t.model.replace("`", ""),
-      "model_json": json.dumps(t.model, ensure_ascii=False),
-      "about_model": t.about_model,
-      "template_date": t.template_date,
-      "system": _SYSTEM.get(t.system_prompt)
-      or f"in each conversation that has none: {escape_markdown(t.system_prompt)}",
-      "about_loss": _LOSS[t.loss_reduction],
-      "max_length": t.max_length,
-      "truncated": f"{t.truncated:,}",
-      "steps": f"{t.steps:,}",
-      "full_steps": f"{t.full_steps:,}",
-      "epochs_whole": max(1, math.ceil(t.epochs)),
-      "warmup_steps": round(t.recipe["warmup_ratio"] * t.steps),
-      "lora_rank": rank,
-      "beta": t.beta,
-      "chat": t.chat,
-      "chat_json": json.dumps(t.chat),
-      "notes": t.notes,
-      "command": t.command,
-      "line": t.line,
-      "several": t.sources > 1,
-      "trl_lora": f", peft_config={config}" if rank else "",
-    }
+  return (
+    environment(html=False)
+    .get_template(name)
+    .render(
+      told
+      | {
+        "n": t.examples,
+        "model": t.model.replace("`", ""),
+        "model_json": json.dumps(t.model, ensure_ascii=False),
+        "about_model": t.about_model,
+        "template_date": t.template_date,
+        "system": _SYSTEM.get(t.system_prompt)
+        or f"in each conversation that has none: {escape_markdown(t.system_prompt)}",
+        "about_loss": _LOSS[t.loss_reduction],
+        "max_length": t.max_length,
+        "truncated": t.truncated,
+        "steps": t.steps,
+        "full_steps": t.full_steps,
+        "epochs_whole": max(1, math.ceil(t.epochs)),
+        "warmup_steps": round(t.recipe["warmup_ratio"] * t.steps),
+        "lora_rank": rank,
+        "beta": t.beta,
+        "chat": t.chat,
+        "chat_json": json.dumps(t.chat),
+        "notes": t.notes,
+        "command": t.command,
+        "line": t.line,
+        "several": t.sources > 1,
+        "trl_lora": f", peft_config={config}" if rank else "",
+      }
+    )
   )

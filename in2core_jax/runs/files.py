@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from in2core_jax.errors import UserError, one_line
+from in2core_jax.errors import UserError, how_many, one_line
 from in2core_jax.runs import locks
 
 TEMPORARY = ".in2core-tmp"  # ends the names of files that are being written
@@ -363,10 +363,14 @@ def checked_scores(scores: dict[str, np.ndarray], path: epath.PathLike) -> dict[
   bad = np.flatnonzero(~np.isfinite(scores["influence"]))
   if bad.size:
     names = ", ".join(map(str, scores["example_id"][bad[:3]]))
-    raise UserError(f"{path}: the influence of {bad.size} examples is not finite ({names}); compute the scores again")
+    raise UserError(
+      f"{path}: the influence of {how_many(bad.size, 'example')} is not finite ({names}); compute the scores again"
+    )
   ids, counts = np.unique(scores["example_id"].astype(str), return_counts=True)
   if (counts > 1).any():
-    raise UserError(f"{path}: {(counts > 1).sum()} example ids occur twice, such as {ids[counts > 1][0]}")
+    raise UserError(
+      f"{path}: {how_many((counts > 1).sum(), 'example id[s] [occurs|occur]')} twice, such as {ids[counts > 1][0]}"
+    )
   return scores
 
 

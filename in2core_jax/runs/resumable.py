@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.parallel import processes
 from in2core_jax.runs import files
 from in2core_jax.runs.progress import Progress
@@ -245,7 +246,7 @@ def total(stream: Callable[[], Iterator[Any]], name: str, step: Callable[[Tree, 
 
 def _tell(stream: ResumableStream, name: str, done: int) -> None:
   if done:
-    log.info("%s: %d of %d shards are kept from an earlier run", name, done, len(stream.shards))
+    log.info("%s: kept from an earlier run: %d of %s", name, done, how_many(len(stream.shards), "shard"))
 
 
 def leaves(tree: Tree) -> Arrays:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.parallel import processes
 from in2core_jax.runs import files, locks
 
@@ -232,7 +232,9 @@ class RunDir:
     names = list(files_below(self.path, self.entries))
     self.checksums = {name: file_sha256(self.path / name) for name in names}
     self._write_manifest()
-    log.warning("%s: of an older version, without checksums: its %d files are taken as they are", self.path, len(names))
+    log.warning(
+      "%s: of an older version, without checksums: taken as they are: %s", self.path, how_many(len(names), "file")
+    )
 
   def _remove_entries(self) -> None:
     """Removes what the manifest names, but not the manifest: a kill in between leaves a run folder."""
@@ -434,6 +436,6 @@ def _refuse_foreign(path: epath.Path) -> None:
   if names:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     raise UserError(
-      f"{path}: holds {len(names)} files ({shown}) and no {MANIFEST}, so it is not a run folder; "
+      f"{path}: holds {how_many(len(names), 'file')} ({shown}) and no {MANIFEST}, so it is not a run folder; "
       "choose an empty or new --run_dir"
     )

@@ -4,7 +4,8 @@
   nearest      s(i) = mean of the k largest S(q, i) over q: what serves some queries well
   round_robin  queries take turns; each takes its best example that is not taken yet, so that every query is served
   weighted_turns  the same, but queries with long responses have more turns: half of all turns are dealt out equally, as
-               perplexity by example counts, half by response tokens, as perplexity by token does
+               perplexity by example counts, half by response tokens, as perplexity by token does. The first turn of
+               every query comes before the second of any
   topic_max    mean inside each evaluation topic, divided by that topic's root mean square, then the largest over topics
   topic_quota  topics take turns
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 BY_TOPIC = ("topic_max", "topic_quota")
 BY_QUERY = ("nearest", "round_robin", "weighted_turns")  # which need the value for every single query
@@ -81,7 +82,9 @@ def aggregate(
     raise UserError(f"aggregate={how} is unknown; choose one of {', '.join(AGGREGATES)}")
   scores = np.asarray(scores, np.float64)
   if scores.ndim != 2 or not len(scores) or len(query_topics) != scores.shape[0]:
-    raise UserError(f"scores have shape {scores.shape} for {len(query_topics)} query topics; expected [Q, N]")
+    raise UserError(
+      f"scores have shape {scores.shape} for {how_many(len(query_topics), 'query topic')}; expected [Q, N]"
+    )
   finite(scores.T, "scores", f"aggregate={how}", ids)
   if sources is not None and how not in WEIGHED:
     raise UserError(f"aggregate={how} has no weights of sources; use {', '.join(WEIGHED)}")
@@ -145,7 +148,9 @@ def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
   """
   tokens = np.asarray(0 if tokens is None else tokens, np.float64)
   if tokens.shape != (size,) or tokens.min() < 0 or not tokens.any():
-    raise UserError(f"weighted_turns needs the response tokens of {size} queries, got shape {tokens.shape}")
+    raise UserError(
+      f"weighted_turns needs the response tokens of {how_many(size, 'quer[y|ies]')}, got shape {tokens.shape}"
+    )
   return 0.5 / size + 0.5 * tokens / tokens.sum()
 
 
@@ -169,10 +174,10 @@ def whose_turns(
 
 
 def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
-  """Whose turn it is, int [turns]: query q has its k-th turn at time k / share_q; ties go by position.
+  """Whose turn it is, int [turns]: query q has its k-th turn at time (k - 1) / share_q; ties go by position.
 
-  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . After any number of turns no query is ahead of another by more than
-  one turn of its own (stride scheduling).
+  Equal shares give 0, 1, ..., Q - 1, 0, 1, ... . Everyone has a turn before anyone has two, so that few turns leave
+  nobody out (Adams's apportionment); after that no query is ahead of its share by more than one turn.
 
   Raises:
     UserError: shares that are not positive and finite.
@@ -182,7 +187,7 @@ def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
     raise UserError("shares of turns must be positive and finite, one for each query")
   most = np.minimum(turns, np.ceil(turns * shares / shares.sum()).astype(np.int64) + 1)  # no query has more
   relative = shares / shares.max()  # equal ones are 1, so that their times are whole numbers and tie
-  times = np.concatenate([np.arange(1, count + 1) / share for count, share in zip(most, relative, strict=True)])
+  times = np.concatenate([np.arange(count) / share for count, share in zip(most, relative, strict=True)])
   whose = np.repeat(np.arange(len(shares)), most)
   return whose[np.lexsort((whose, times))[:turns]]
 
@@ -190,7 +195,7 @@ def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
 def _turns(scores: np.ndarray, ids: Sequence[str] | None, whose: np.ndarray | None = None) -> np.ndarray:
   """Priorities N..1 from rows of scores that take turns; `whose` turn it is, int [N], else one after the other."""
   size = scores.shape[1]
-  by_id = np.arange(size) if ids is None else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+  by_id = np.arange(size) if ids is None else id_order(ids)
   best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")]
   place, priority = np.zeros(len(scores), np.int64), np.zeros(size)
   for turn, mine in enumerate(turn_order(np.ones(len(scores)), size) if whose is None else whose):
@@ -198,6 +203,16 @@ def _turns(scores: np.ndarray, ids: Sequence[str] | None, whose: np.ndarray | No
       place[mine] += 1
     priority[best_first[mine, place[mine]]] = size - turn
   return priority
+
+
+def id_order(ids: Sequence[str]) -> np.ndarray:
+  """int64 [N], the rows in the order of their ids; equal ids as they stand."""
+  return ids.order() if hasattr(ids, "order") else np.argsort(np.asarray(ids, dtype=np.str_), kind="stable")
+
+
+def ids_of(ids: Sequence[str], rows: np.ndarray) -> Sequence[str]:
+  """The ids of some rows, without an object for each where they are kept in columns."""
+  return ids.take(rows) if hasattr(ids, "take") else [ids[row] for row in rows]
 
 
 def finite(values: np.ndarray | None, name: str, what: str, ids: Sequence[str] | None) -> np.ndarray:

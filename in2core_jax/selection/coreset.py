@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.selection import density, distillation, matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, turn_order, whose_turns
+from in2core_jax.selection.aggregation import aggregate, finite, ids_of, turn_order, whose_turns
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
@@ -161,7 +161,7 @@ class _Task:
   def values(self, name: str) -> np.ndarray:
     """The pool's part of a per-example array; NaN matters only where it could be chosen."""
     part = getattr(self.inputs, name)
-    ids = [self.inputs.ids[row] for row in self.pool]
+    ids = ids_of(self.inputs.ids, self.pool)
     return finite(None if part is None else part[self.pool], name, f"policy {self.policy}", ids)
 
   @property
@@ -203,7 +203,7 @@ def _by_similarity(task: _Task, name: str) -> _Order:
     raise UserError(f"policy {task.policy} needs {name}, which were not given; compute them or choose another policy")
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
-  ids = [inputs.ids[row] for row in task.pool]
+  ids = ids_of(inputs.ids, task.pool)
   value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens, inputs.similar_sources)
   order = proponents(value)
   return _copies_last(task, _Order(order, _similar(inputs, how, value, topics)))
@@ -384,7 +384,9 @@ def select_by(policy: str, inputs: PolicyInputs, budget: Budget, seed: int = 0) 
     raise UserError(f"policy={policy} is unknown; choose one of {', '.join(POLICIES)}")
   pool = inputs.pool()
   if pool.size == 0:
-    raise UserError(f"none of the {len(inputs.ids)} examples has response tokens; check the data fields and max length")
+    raise UserError(
+      f"none of the {how_many(len(inputs.ids), 'example')} has response tokens; check the data fields and max length"
+    )
   task = _Task(inputs, pool, budget, seed, policy)
   budget.limit(task.tokens)  # a budget that cannot be met is told before the work
   order = _POLICIES[policy](task)

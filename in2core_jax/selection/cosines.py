@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 
 def cosine_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -50,7 +50,9 @@ def whitening(vectors: np.ndarray, damping_ratio: float) -> Callable[[np.ndarray
   center = vectors.mean(axis=0)
   values, directions = np.linalg.eigh(np.cov(vectors.T, bias=True))
   if not damping_ratio > 0 or not values[-1] > 0:
-    raise UserError(f"whitening of {len(vectors)} embeddings with ratio {damping_ratio}: need different ones, above 0")
+    raise UserError(
+      f"whitening of {how_many(len(vectors), 'embedding')} with ratio {damping_ratio}: need different ones, above 0"
+    )
   scale = 1 / np.sqrt(np.maximum(values, 0) + damping_ratio * values[-1])
   return lambda x: (np.asarray(x, np.float64) - center) @ directions * scale
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from in2core_jax.errors import UserError
-from in2core_jax.selection import matching
-from in2core_jax.selection.aggregation import Sources
+from in2core_jax.errors import UserError, how_many
+from in2core_jax.selection import aggregation, matching
 from in2core_jax.selection.two_samples import Apart
 
 TARGETS = ("both", "tokens", "examples")
@@ -94,11 +93,15 @@ class Budget:
       return max(1, math.floor(self.fraction * size + 0.5))
     if self.num_examples is not None:
       if self.num_examples > size:
-        raise UserError(f"budget={self} is more than the {size} examples with response tokens; ask for fewer")
+        raise UserError(
+          f"budget={self} is more than the {how_many(size, 'example')} with response tokens; ask for fewer"
+        )
       return int(self.num_examples)
     fitting = int(np.sum(np.cumsum(np.sort(num_tokens)) <= self.token_budget))
     if fitting == 0:
-      raise UserError(f"budget={self} is less than the shortest example's {num_tokens.min()} tokens; raise it")
+      raise UserError(
+        f"budget={self} is less than the shortest example's {how_many(num_tokens.min(), 'token')}; raise it"
+      )
     return fitting
 
   def cut(self, order: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
@@ -107,7 +110,9 @@ class Budget:
       return order[: self.limit(num_tokens)]
     kept = order[: int(np.sum(np.cumsum(num_tokens[order]) <= self.token_budget))]
     if kept.size == 0:
-      raise UserError(f"budget={self} is less than the {num_tokens[order[0]]} tokens of the first choice; raise it")
+      raise UserError(
+        f"budget={self} is less than the {how_many(num_tokens[order[0]], 'token')} of the first choice; raise it"
+      )
     return kept
 
 
@@ -145,7 +150,7 @@ class PolicyInputs:
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
       before every other example is in.
     drop: f64 [N], share of an example's loss that a training on the queries takes off, for `loss_drop`.
-    content_keys: N names, equal for copies (`Record.content_key`); no policy looks at them, `selection_warnings` does.
+    content_keys: N names or numbers, equal for copies; no policy looks at them, `selection_warnings` does.
 
   Raises:
     UserError: lengths or shapes differ, or there are no examples.
@@ -166,8 +171,8 @@ class PolicyInputs:
   similar_topics: Sequence[str] | None = None
   similar_ids: Sequence[str] | None = None
   similar_tokens: np.ndarray | None = None
-  similar_sources: Sources | None = None
-  target_sources: Sources | None = None
+  similar_sources: aggregation.Sources | None = None
+  target_sources: aggregation.Sources | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
   query_tokens: np.ndarray | None = None
@@ -175,7 +180,7 @@ class PolicyInputs:
   shrink: bool = False
   token_weights: np.ndarray | None = None
   drop: np.ndarray | None = None
-  content_keys: Sequence[str] | None = None
+  content_keys: Sequence[str] | np.ndarray | None = None
 
   def __post_init__(self):
     types = {"scores": np.float64, "loss": np.float64, "num_tokens": np.int64, "num_response_tokens": np.int64}
@@ -199,10 +204,14 @@ class PolicyInputs:
     for name in lengths:
       value = getattr(self, name)
       if value is not None and len(value) != size:
-        raise UserError(f"{name} has {len(value)} entries for {size} example ids; they must be as many")
+        raise UserError(
+          f"{name} has {how_many(len(value), 'entr[y|ies]')} for {how_many(size, 'example id')}; they must be as many"
+        )
     for name, values in self.similarities.items():
       if np.ndim(values) != 2 or np.shape(values)[1] != size:
-        raise UserError(f"{name} has the shape {np.shape(values)} for {size} example ids; need [queries, examples]")
+        raise UserError(
+          f"{name} has the shape {np.shape(values)} for {how_many(size, 'example id')}; need [queries, examples]"
+        )
     if self.scores is not None and self.scores.ndim != 1:
       raise UserError(f"scores have shape {self.scores.shape}; policies take [N], so call aggregate first")
     if self.features is not None:
@@ -231,7 +240,7 @@ class PolicyInputs:
 
   def pool(self) -> np.ndarray:
     """Rows with response tokens, in order of their ids (equal ids: in order of the rows)."""
-    by_id = np.argsort(np.asarray(self.ids, dtype=np.str_), kind="stable")
+    by_id = aggregation.id_order(self.ids)
     return by_id[self.num_response_tokens[by_id] > 0]
 
 
@@ -245,7 +254,7 @@ def inputs_of(dataset, scores: np.ndarray | None = None, loss: np.ndarray | None
     more: other fields of `PolicyInputs`.
   """
   sizes = dataset.num_tokens, dataset.num_response_tokens
-  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=dataset.content_keys, **more)
+  return PolicyInputs(scores, loss, *sizes, dataset.topics, dataset.ids, content_keys=dataset.copies, **more)
 
 
 def taking_no_part(inputs: PolicyInputs, truncated: np.ndarray | None = None) -> str:
@@ -295,7 +304,9 @@ def _plain_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
     return np.ones(size)
   weights = np.asarray(0 if inputs.query_tokens is None else inputs.query_tokens)
   if weights.shape != (size,) or weights.min() < 0 or not weights.any():
-    raise UserError(f"query_tokens have shape {weights.shape} for {size} queries; need their response tokens")
+    raise UserError(
+      f"query_tokens have shape {weights.shape} for {how_many(size, 'quer[y|ies]')}; need their response tokens"
+    )
   return weights.astype(np.float64)
 
 

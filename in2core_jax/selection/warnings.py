@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from in2core_jax.errors import how_many
 from in2core_jax.selection.inputs import PolicyInputs, matching_target
 
 
@@ -24,18 +25,18 @@ def selection_warnings(
   tokens, total = (int(inputs.num_response_tokens[r].sum()) for r in (rows, pool))
   if topics and tokens < 0.8 * share * total:
     found.append(
-      f"The selection has {tokens:,} response tokens, {tokens / (share * total):.0%} of what {rows.size:,} average "
-      f"examples would have ({share * total:,.0f}): it prefers short responses. "
+      f"The selection has {tokens:,} response tokens, {tokens / (share * total):.0%} of what "
+      f"{how_many(rows.size, 'average example')} would have ({share * total:,.0f}): it prefers short responses. "
       f"Use the policy matching, or a token budget."
     )
   if inputs.features is not None and inputs.target is not None and rows.size < pool.size:
     found += _poor_coverage(rows, inputs, pool, seed)
   if copies and inputs.content_keys is not None:
-    repeats = rows.size - len({inputs.content_keys[r] for r in rows})
+    repeats = rows.size - len(np.unique(np.asarray(inputs.content_keys)[rows]))
     if repeats:
+      said = how_many(repeats, f"of the {rows.size:,} selected examples [is a duplicate|are duplicates]")
       found.append(
-        f"{repeats:,} of the {rows.size:,} selected examples are duplicates of another selected one. To leave them "
-        "out, use --dedup in finetune, select and evaluate alike."
+        f"{said} of another selected one. To leave them out, use --dedup in finetune, select and evaluate alike."
       )
   return found
 
@@ -50,8 +51,8 @@ def _dropped_topics(rows: np.ndarray, inputs: PolicyInputs, pool: np.ndarray) ->
     named = topic or "(none)"
     if share >= 1 and kept < 0.2 * share:
       found.append(
-        f"Topic '{named}' is almost dropped: {kept} of its {size} examples with a response are selected "
-        f"where an even share would be {share:.0f}. Use the policy topic_quota or matching."
+        f"Topic '{named}' is almost dropped: {how_many(kept, f'of its {size} examples with a response [is|are]')} "
+        f"selected where an even share would be {share:.0f}. Use the policy topic_quota or matching."
       )
   return found
 

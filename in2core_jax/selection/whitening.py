@@ -22,7 +22,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 MOST_ROWS = 4096  # behind C: their products with each other are 134 MB, and more rows hardly move C
 DAMPING_RATIO = 0.1
@@ -107,8 +107,8 @@ class WhitenedMetric:
     kept = np.flatnonzero(size > 0 if counted is None else (size > 0) & counted)
     if not 0 < damping_ratio < np.inf or not kept.size:
       raise UserError(
-        f"whitened metric of {kept.size} gradients that are not 0, damping ratio {damping_ratio}: it needs at least "
-        "one gradient, and a ratio above 0"
+        f"whitened metric of {how_many(kept.size, 'gradient')} other than 0, damping ratio {damping_ratio}: it needs "
+        "at least one gradient, and a ratio above 0"
       )
     width = features.shape[1]
     over_rows = min(len(kept), MOST_ROWS) < width
@@ -159,7 +159,7 @@ def check_gradients(rows: np.ndarray, name: str) -> None:
   """
   bad = np.count_nonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
   if bad:
-    raise UserError(f"projected gradients of {bad} {name} examples are not finite: look at their losses")
+    raise UserError(f"projected gradients of {how_many(bad, f'{name} example')} are not finite: look at their losses")
 
 
 def spread_rows(ids: Sequence[str], count: int) -> np.ndarray:

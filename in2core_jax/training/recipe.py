@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,9 @@ def steps_for(num_examples: int, batch_size: int, epochs: float) -> int:
   """
   steps = max(1, round(epochs * -(-num_examples // batch_size)))
   if steps > _MOST_STEPS:
-    raise UserError(f"--epochs={epochs} of {num_examples:,} examples are {steps:,} steps, more than {_MOST_STEPS:,}")
+    raise UserError(
+      f"--epochs={epochs} of {how_many(num_examples, 'example')} are {steps:,} steps, more than {_MOST_STEPS:,}"
+    )
   return steps
 
 

@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import traverse_util
 
 from in2core_jax import gradients
 from in2core_jax.costs import flop_counts, memory
 from in2core_jax.data import packed_rows, packing
 from in2core_jax.data.batches import Batcher, Shape
-from in2core_jax.ihvp import solvers
+from in2core_jax.ihvp import ekfac, solvers
+from in2core_jax.influence import normalize
 from in2core_jax.model import decoder
 from in2core_jax.model.objective import make_objective
 from in2core_jax.parallel import sharding
-from in2core_jax.params import subtree
+from in2core_jax.params import moment_probes, subtree
 
 quick_compile = tiny.quick_compile
 # Wide enough for matrices to matter, every chosen layer a run of its own: XLA counts the body of a loop once, and a
@@ -103,6 +105,25 @@ def test_per_example_gradients_and_their_contraction_are_counted():
     case.sizes, 8, queries
   )
   assert 0.9 < counted / ours < 1.1
+
+
+@pytest.mark.parametrize(("length", "queries", "basis"), [(16, 1, False), (48, 1, False), (16, 2, True)])
+def test_measures_out_of_inputs_and_output_gradients_are_counted(length, queries, basis):
+  case, size = Case(modules="mlp"), moment_probes.EXAMPLES_AT_ONCE  # no loop over examples
+  shape = Shape(length, length // 2 + 1)
+  batch = jax.eval_shape(lambda b: b, Batcher(make_dataset(size, length), (shape,)).batch(np.arange(size), shape, size))
+  directions = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((queries, *leaf.shape), leaf.dtype), case.sub)
+  inverse = ()
+  if basis:
+    leaves = traverse_util.flatten_dict(case.sub, sep="/").items()
+    square = lambda leaf, n: jax.ShapeDtypeStruct((1, n, n), leaf.dtype)  # noqa: E731
+    factors = {p: ekfac.Factor(square(w, w.shape[1]), square(w, w.shape[2]), w, w, w) for p, w in leaves if w.ndim == 3}
+    inverse = (factors, {p: w for p, w in leaves if w.ndim == 2}, 0.1)
+  objective = make_objective(CONFIG, case.tree)
+  program = normalize._observed.lower(objective, inverse, case.sub, case.frozen, batch, directions)
+  work = flop_counts.row_work([(np.arange(size), shape, size)])
+  ours = flop_counts.measures_flops(case.sizes, work, queries, basis, False)
+  assert 0.9 < program.compile().cost_analysis()["flops"] / ours < 1.1
 
 
 def test_a_chosen_head_is_differentiated_too():

@@ -410,7 +410,7 @@ def test_answers_outside_of_generation_marks_are_told(template, count):
   if count == 1:
     assert _learnt(template, *messages) == (["B.<|im_end|>"], {told: 1})
   else:
-    with pytest.raises(UserError, match=f"none of the 1 examples has a response token.*{told} in 2 turns"):
+    with pytest.raises(UserError, match=f"none of the 1 example has a response token.*{told} in 2 turns"):
       _learnt(template, *messages)
 
 

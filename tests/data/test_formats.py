@@ -319,6 +319,18 @@ def test_a_folder_is_all_of_its_data_in_order(tmp_path):
   assert len(load_records(f"{tmp_path}/data/[ab]*+{tmp_path}/data/c*")) == 3
 
 
+def test_what_is_read_of_a_folder_and_what_is_not_is_told(tmp_path, caplog):
+  for name in ("b.jsonl", "a.jsonl"):
+    written(tmp_path / name, json_lines(PAIRS[:1]))
+  for name in ("README.md", "LICENSE"):
+    (tmp_path / name).write_text("{}")
+  with caplog.at_level("INFO"):
+    load_records(str(tmp_path))
+    load_records(f"{tmp_path}/a.json*")
+  told = f"{tmp_path}: reads 2 data files (2 .jsonl): a.jsonl, b.jsonl; skips 2 other files (1 without ending, 1 .md)"
+  assert caplog.messages == [told, f"{tmp_path}/a.json*: reads 1 data file (1 .jsonl): {tmp_path}/a.jsonl"]
+
+
 def test_splits_are_not_mixed_without_a_word(tmp_path):
   for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
     written(tmp_path / f"{name}.jsonl", json_lines(PAIRS[:1]))
@@ -331,7 +343,11 @@ def test_splits_are_not_mixed_without_a_word(tmp_path):
   ("files", "message"),
   [
     ({}, "is an empty folder; data files end in .jsonl"),
-    ({"a.png": b"", "b.txt": b""}, r"2 other files \(.png, .txt\) and no data file"),
+    ({"a.png": b"", "b.txt": b""}, r"2 other files \(1 .png, 1 .txt\) and no data file"),
+    (
+      {"a.json": b"", "b.csv": b""} | {f"{number}.log": b"" for number in range(21)},
+      r"holds 2 data files \(1 .json, 1 .csv\), such as a.json, among 21 other files \(21 .log\), so it is no folder",
+    ),
     ({"adapter_config.json": b"{}"}, "a folder with an adapter"),
     ({"config.json": b"{}", "model.safetensors": b""}, "with a model, which goes into --model=hf:FOLDER"),
     ({"manifest.json": b"{}", "coreset.jsonl": b""}, "of a select run; its selection is coreset.jsonl"),

@@ -116,7 +116,7 @@ def test_a_revision_is_kept_to(cache):
     ("hub:org/sft/train", "several sets of files: data/train_gen, data/train_sft"),
     ("hub:org/shards/dev", "has no files of dev; it has data/test, data/train"),
     ("hub:org/script", "has no data files; no code of a data set is run"),
-    ("hub:org/part", "hub:org/part: 1 of 2 files are in the Hub's cache; HF_HUB_OFFLINE=0"),
+    ("hub:org/part", "hub:org/part: 1 of 2 files is in the Hub's cache; HF_HUB_OFFLINE=0"),
     ("hub:org/nothing", r"hub:org/nothing is not in the Hub's cache \(.*\); HF_HUB_OFFLINE=0"),
     ("hub:org/shards@v9", "is not in the Hub's cache"),
     ("hub:one", "is no name on the Hub; write hub:ORG/NAME"),

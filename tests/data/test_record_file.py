@@ -10,6 +10,7 @@ from in2core_jax.data import record_file, records
 from in2core_jax.data.ragged import taken
 from in2core_jax.data.records import BadRecords, Item, Raws, to_records
 from in2core_jax.errors import UserError
+from in2core_jax.selection import aggregation
 
 CALL = {
   "role": "assistant",
@@ -44,12 +45,20 @@ def test_records_are_what_was_read_and_columns_are_theirs():
   assert found[1].rejected[-1]["content"] == "bad" and isinstance(found[0].messages, tuple)
   assert found.ids == tuple(record.example_id for record in found) and found.ids[-1] == f"{found[3].example_id}-2"
   for of in (found, [*found]):  # by column, and record by record
-    assert records.content_keys(of) == [record.content_key for record in found]
+    assert [*records.content_keys(of)] == [record.content_key for record in found]
     assert records.prompt_digests(of)[3] == records.prompt_digests(of)[4] != records.prompt_digests(of)[0]
     assert records.topics_of(of) == ("", "pairs", "empty", "pairs", "") and tuple(records.ids_of(of)) == found.ids
     assert records.first_of(of).tolist() == [0, 1, 2, 3, 3] and records.has_response(of)
     assert records.first_pair(of).line == 2 and records.first_plain(of).line == 1
     assert [record.line for record in records.with_unread(of)] == [1]
+
+
+def test_ids_in_columns_have_the_order_of_their_code_points_and_equal_ones_stay():
+  names = ["b", "a", "", "\U0001f642", "\uffff", "\udcff", "b", "a\ue000", "ab", "é", "Z", "a"] * 9
+  ids = record_file.Texts.of(names)
+  wanted = sorted(range(len(names)), key=names.__getitem__)
+  assert aggregation.id_order(ids).tolist() == wanted == aggregation.id_order(np.array(names)).tolist()
+  assert aggregation.ids_of(ids, np.array([3, 0])) == aggregation.ids_of(names, [3, 0]) == ["\U0001f642", "b"]
 
 
 def test_some_records_come_in_the_order_asked_for_across_blocks(monkeypatch):

@@ -133,7 +133,7 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(session, tmp_path):
   run_folder.RunDir.open(tmp_path, {}).write_json("summary.json", {"policy": "matching", "selected": 4})
   own = session.settings.replace(policies="random", seeds="0", equal="epochs", budget=0.5)
   tokens = session.splits["train"].num_tokens
-  steps = named(stage_phases.evaluate_phases(session, own.replace(equal="steps")), "1 trainings").flops
+  steps = named(stage_phases.evaluate_phases(session, own.replace(equal="steps")), "1 training:").flops
   for share, changes in (
     (0.5, {}),
     (0.25, {"budget": 10}),
@@ -142,7 +142,7 @@ def test_equal_epochs_of_a_smaller_set_are_fewer_steps(session, tmp_path):
   ):
     s = own.replace(**changes)
     assert stage_phases.share_kept(s, tokens) == pytest.approx(share, rel=0.01)
-    assert named(stage_phases.evaluate_phases(session, s), "1 trainings").flops == pytest.approx(
+    assert named(stage_phases.evaluate_phases(session, s), "1 training:").flops == pytest.approx(
       share * steps, rel=0.01
     )
 

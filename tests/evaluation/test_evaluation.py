@@ -122,7 +122,7 @@ def test_lds():
   assert 0.3 < interval.low < interval.mean < interval.high < 1
   noisy[:, 2] = 1.0
   interval, by_query = ev.lds(scores, masks, noisy)
-  assert math.isnan(by_query[2]) and interval.count == 4 and interval.note == "1 queries without an order left out"
+  assert math.isnan(by_query[2]) and interval.count == 4 and interval.note == "1 query without an order left out"
 
 
 def test_lds_refuses():

@@ -55,7 +55,7 @@ def test_folds_are_whole_topics_each_once():
   for size, count in ((2, 4), (6, 1)):
     with pytest.raises(UserError, match="there are 6 with training examples and test points: a, b"):
       coverage.deal_topics(topics, size, count, seed=0)
-  with pytest.raises(UserError, match="1 folds of 0 held-out topics: both must be at least 1"):
+  with pytest.raises(UserError, match="1 fold of 0 held-out topics: both must be at least 1"):
     coverage.deal_topics(topics, 0, 1, seed=0)
   with pytest.raises(UserError, match="the data has none: give every record a column topic"):
     coverage.deal_topics([], 3, 1, seed=0)

@@ -182,8 +182,10 @@ def test_python_reads_of_parameters_and_the_command_line_of_flags(values, words)
 
 def test_a_message_of_the_pipeline_in_words_of_parameters():
   told = "--layers=last:9: 9 is not between 1 and 2; give --dedup, or --layers and --dedup=false, see --help; x--seed=1"
+  told += "; --dedup is False there and True now"
   assert fields.in_parameters(told, Settings) == (
     "layers=last:9: 9 is not between 1 and 2; give dedup=True, or layers and dedup=false, see --help; x--seed=1"
+    "; dedup is False there and True now"
   )
 
 

@@ -47,5 +47,18 @@ def test_a_model_of_the_users_is_refused(tmp_path):
     dense.run(SolversSettings(run_dir=str(tmp_path), dense=400, model="gemma3"))
 
 
+@pytest.mark.parametrize(
+  ("refused", "cell"),
+  [
+    ("DivergenceError: LiSSA diverged at step 20 of run 0", "diverged at step 20 of run 0"),
+    ("NegativeCurvatureError: low rank", "met negative curvature"),
+    ("UserError: --solver=ekfac with --curvature=hessian", "not for this curvature"),
+    ("", ""),
+  ],
+)
+def test_a_row_without_an_error_says_why_in_plain_words(refused, cell):
+  assert dense.in_words(refused) == cell
+
+
 def test_older_folders_of_solvers_go_on():
   assert "dense" not in SolversSettings().identity("solvers")

@@ -12,7 +12,9 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 from experiments.study.variants import VARIANTS
 from experiments.targets import retraining, targets
 from experiments.targets.settings import TargetsSettings
+from in2core_jax.data import records
 from in2core_jax.errors import UserError
+from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 
 RULES = "hybrid, base model; auto, base model; whitened cosine, base model; bm25; rds; matching, base model"
 
@@ -59,7 +61,7 @@ def test_recall_is_the_share_of_the_target_in_a_choice_of_its_size(settings, fin
   assert len(evals) == 12 and set(evals.topics) == {"sports", "movies", "humor"}  # 6 of each target, 3 of each topic
   size = int((topics == "sports").sum())
   asked = [row for row in range(len(evals)) if evals.topics[row] == "sports"]
-  chooser = targets.Chooser(session, settings, "")
+  chooser = targets.Chooser(session, settings, {"base": ""})
   target = targets.Target("sports", np.array(asked), np.arange(1), topics == "sports")
   order = chooser.order(VARIANTS["bm25"], target, 0)
   assert table["bm25"]["sports"] == f"{np.mean(topics[order[:size]] == 'sports'):.2f}"
@@ -72,6 +74,15 @@ def test_choices_are_judged_on_the_targets_own_test_examples(finished, settings)
   result = json.loads((folder / "targets.json").read_text())
   titles = [f"{name}, 20 % of the pool, equal {word}" for word in ("epochs", "budget_tokens") for name in _names()]
   compared = [row["compared"] for row in result["overview"]]
+  assert compared == [row["compared"] for row in result["by_token"]]
+  for row in result["first"]:  # the same numbers, held against another rule
+    ours, theirs = (
+      next(one for one in result["tables"][row["compared"]] if one["rule"] == name)
+      for name in ("hybrid, base model", "bm25")
+    )
+    for by, cell in (("token", "perplexity"), ("example", "by example")):
+      ratio = float(row[f"bm25, by {by}"].split()[0])
+      assert ratio == pytest.approx(float(ours[cell]) / float(theirs[cell]), rel=5e-3)
   assert list(result["tables"]) == titles and compared == [*titles, "geometric mean"]
   for title in titles:
     rows = {row["rule"]: row for row in result["tables"][title]}
@@ -127,6 +138,30 @@ def test_a_target_outside_of_the_pool_has_random_sets_of_its_rules_lengths_and_r
     targets.run(own, open_session(own))
 
 
+@pytest.mark.real
+@pytest.mark.slow
+def test_similarities_at_several_models_are_averaged(settings, finished, tmp_path):
+  _, session = finished
+  own = settings.replace(run_dir=str(tmp_path / "run"), gradients_at="base,warm")
+  checkpoints = targets.checkpoints_of(session, own, {"warm"})
+  target = targets.Target("sports", np.arange(6), np.arange(1), np.zeros(len(session.splits["train"]), bool))
+  rule = VARIANTS["whitened cosine, mean"]
+  places = [checkpoints[name] for name in ("base", "warm")]
+  cosines = [
+    ChoiceInputs(session, own.replace(checkpoint=one), session.checkpoint_params(one), stored=False) for one in places
+  ]
+  base, warm = (one.of({"whitened_cosine"}, target.queries)["similarities"]["whitened_cosine"] for one in cosines)
+  assert not np.allclose(base, warm)
+  order = targets.Chooser(session, own, checkpoints).order(rule, target, 0)
+  firsts = order[: records.firsts(session.splits["train"].records).sum() // 2]  # near copies come last
+  values = (base + warm).mean(axis=0)[firsts]
+  assert (np.diff(values) <= 1e-9).all()
+  with pytest.raises(UserError, match="'matching, base model' has no similarities to average"):
+    targets.check(own.replace(variants="matching, base model"))
+  with pytest.raises(UserError, match="gradients_at=cold"):
+    targets.check(own.replace(gradients_at="cold"))
+
+
 def test_equal_ids_of_other_examples_are_other_choices():
   choices = {"rule": {"target": ["a", "b"]}}
 
@@ -179,7 +214,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
       {"variants": "length-matched random", "retrained": "length-matched random"},
       "name a rule besides, whose response lengths",
     ),
-    ({"source_limits": "3,4"}, "need 1 numbers of at least 0, one for each source .*: chatterbot"),
+    ({"source_limits": "3,4"}, "need 1 number of at least 0, one for each source .*: chatterbot"),
   ],
 )
 def test_what_means_nothing_is_refused(settings, tmp_path, changes, words):

@@ -9,7 +9,7 @@ from experiments import large_pools
 from experiments.settings import LargePoolsFlags
 from in2core_jax.errors import UserError
 from in2core_jax.index import basis as bases
-from in2core_jax.index import best, rules
+from in2core_jax.index import best, metric, rules
 from in2core_jax.index import matching as block_matching
 from in2core_jax.index import rows as index_rows
 from in2core_jax.index.rows import NARROW, NUMBERS, Block, Rows, wide
@@ -157,6 +157,21 @@ def test_the_order_of_reading_does_not_matter():
   assert names[0] == names[1]
 
 
+def test_matching_skips_rows_that_cannot_be_chosen_and_chooses_the_same(monkeypatch):
+  rng = np.random.default_rng(0)
+  features = ((rng.standard_normal((3000, 6)) + [2, 0, 0, 0, 0, 0]) * rng.lognormal(0, 1, (3000, 1))).astype(np.float32)
+  features[1::50] = features[::50]  # exact copies: ties
+  rows, target = Rows.in_memory(gradients=features, square=np.sum(features**2, axis=1)), -np.eye(6)[1]
+  places, read_all, times = rng.permutation(3000), block_matching._Least._read_all, []
+  places[::7] = -1  # take no part
+  choose = lambda: block_matching.greedy_matching(rows, target, 800, places, block_matching.Pace(64, 16))  # noqa: E731
+  monkeypatch.setattr(block_matching._Least, "_read_all", lambda self: times.append(1) or read_all(self))
+  found, skipped = choose(), len(times)
+  monkeypatch.setattr(block_matching, "_MANY", -1)  # reads all rows for all choices
+  np.testing.assert_array_equal(choose(), found)
+  assert np.all(places[found] >= 0) and skipped < 0.5 * (len(times) - skipped)
+
+
 def test_matching_in_blocks_comes_as_close_as_step_by_step():
   rng = np.random.default_rng(3)
   features = (rng.standard_normal((4000, 24)) * rng.lognormal(0, 0.5, (4000, 1))).astype(np.float32)
@@ -191,6 +206,21 @@ def test_a_key_orders_by_value_then_place_and_gives_both_back():
 def test_bfloat16_is_widened_exactly():
   numbers = np.array([[1.0, -2.5], [3e38, 1e-40]], np.float32).astype(NARROW)
   np.testing.assert_array_equal(wide(numbers), numbers.astype(np.float32))
+
+
+@pytest.mark.parametrize("concentrated", [False, True])
+def test_rounding_to_bfloat16_is_not_taken_for_what_lies_outside(concentrated):
+  rng = np.random.default_rng(0)
+  exact = (rng.standard_normal((400, 64)) * (np.geomspace(1, 1e-3, 64) if concentrated else 1)).astype(np.float32)
+  square, narrow = np.sum(exact**2, axis=1), wide(exact.astype(NARROW))
+  part = metric.Part.of(exact.T @ exact / 400, 0.01)
+  image, scale = part.images(narrow, square, rounded=True)
+  inside = 1 / np.linalg.norm(image, axis=1)
+  taken = np.count_nonzero(np.abs(scale / inside - 1) > 1e-5)  # of four standard deviations few are beyond
+  assert taken <= 4 < np.count_nonzero(np.abs(part.images(narrow, square)[1] / inside - 1) > 1e-5)
+  outside = 0.02 * square
+  wanted = 1 / np.sqrt(np.sum(part.images(exact, square)[0] ** 2, axis=1) + outside / part.damping)
+  np.testing.assert_allclose(part.images(narrow, square + outside, rounded=True)[1], wanted, rtol=0.1)
 
 
 def test_a_smaller_basis_keeps_products_with_the_queries_and_knows_what_is_outside():

@@ -362,7 +362,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
     found[rows == 4] = np.nan
     return found
 
-  with pytest.raises(UserError, match=r"of 1 examples are not finite \(first rows \[4\]\)"):
+  with pytest.raises(UserError, match=r"of 1 example are not finite \(first rows \[4\]\)"):
     store.fill(broken)
   assert list(shard_bytes(tmp_path / "s")) == ["000000.shard"]
   fill(store)

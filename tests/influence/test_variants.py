@@ -164,10 +164,12 @@ def test_measures_of_the_decoder_are_a_loop_of_grad(x64):
   stream = lambda: iter([(np.arange(size), t.batch)])  # noqa: E731
   without = t.batch._replace(slots=None)
   dense = make_dense(problem, lambda: iter([(None, without)]), size)
-  found = normalize.measure(problem, stream, size, dense.directions, with_matrix(dense.inverse))
-  assert_measures(found, dense, dense.inverse)
-  for values in (found.losses, found.norms, found.self_influence, normalize.cosine(found)[0]):
-    assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
+  assert normalize.observes(problem) and not normalize.observes(problem, with_matrix(dense.inverse))
+  for inverse, matrix in ((with_matrix(dense.inverse), dense.inverse), (normalize.IDENTITY, np.eye(dense.g.shape[1]))):
+    found = normalize.measure(problem, stream, size, dense.directions, inverse)
+    assert_measures(found, dense, matrix)
+    for values in (found.losses, found.norms, found.self_influence, normalize.cosine(found)[0]):
+      assert values[tiny.NO_RESPONSE] == 0 and np.count_nonzero(values) == size - 1
 
 
 def self_influence(problem, stream, size, inverse=normalize.IDENTITY):
@@ -568,7 +570,7 @@ def test_states_and_checkpoints_that_do_not_fit_are_refused():
       Checkpoint(problem, weight)
   with pytest.raises(UserError, match="0 checkpoints, none with a positive weight"):
     trajectory.tracin([], make_stream(), N, eval_gradients)
-  with pytest.raises(UserError, match="1 checkpoints, none with a positive weight"):
+  with pytest.raises(UserError, match="1 checkpoint, none with a positive weight"):
     trajectory.less([Checkpoint(problem, 0.0, state)], make_stream(), N, eval_gradients)
   with pytest.raises(UserError, match="needs 0 <= b < 1"):
     AdamDirection(b1=1.0)

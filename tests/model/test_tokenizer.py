@@ -248,7 +248,7 @@ def test_embedded_tokenizer():
     ("tokens", ["a", "a"], "2 tokens|entries for 2"),
     ("tokens", "abc", "no tokenizer.ggml.tokens"),
     ("tokens", [1, 2], "tokens holds 1"),
-    ("token_type", [3], "token_type has 1 entries"),
+    ("token_type", [3], "token_type has 1 entry"),
     ("token_type", ["x"], "token_type holds 'x'"),
     ("merges", [7], "merges holds 7"),
     ("merges", ["no space at all nowhere"], "cannot be made"),

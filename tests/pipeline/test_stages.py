@@ -177,7 +177,7 @@ def test_a_folder_of_other_settings_is_refused_before_weights_are_read(settings,
   s = settings.replace(run_dir=str(tmp_path / "run"), policies="full,random")
   name = stage.__name__.rpartition(".")[2]
   run_folder.RunDir.open(s.run_dir, {"stage": name, "flags": {"max_length": 7}})
-  with pytest.raises(UserError, match="flags.max_length is 7 there and 48 now. Give another --run_dir"):
+  with pytest.raises(UserError, match="--max_length is 7 there and 48 now. Give another --run_dir"):
     stage.run(s, other)
 
 

@@ -69,7 +69,7 @@ def test_another_seed_deals_other_folds_and_too_few_examples_are_refused(monkeyp
   )
   session = types.SimpleNamespace(splits={"eval": few}, settings=types.SimpleNamespace(max_length=9))
   with pytest.raises(
-    UserError, match="has 1 different examples with a response; 1 more have none within --max_length=9"
+    UserError, match="has 1 different example with a response; 1 more have none within --max_length=9"
   ):
     Judged.of(session)
 
@@ -333,9 +333,10 @@ def test_a_calibration_counts_what_is_right_safe_and_worse():
   assert row["right, by token"] and row["safe, by example"] and not row["worse, by token"]
   wrong = json.loads(json.dumps(found))
   wrong["test"]["ratio_to_random"]["token"] = {"estimate": 1.1, "low": 1.05, "high": 1.15}
-  told = calibration.summary([row, calibration.row_of("pool", "other", wrong)])
-  assert told[0].startswith("By token: of 2 recommendations 1 have") and "1 are worse beyond" in told[0]
-  assert "2 are at most 1 % worse" in told[1]
+  told = calibration.summary([row, calibration.row_of("pool", "other", wrong), row | {"rule": "random"}])
+  assert told[0].startswith("1 of 3 answers are a random set")
+  assert told[1].startswith("By token: of 2 choices 1 have") and "1 are worse beyond" in told[1]
+  assert "2 are at most 1 % worse" in told[2]
 
 
 def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path, monkeypatch):
@@ -353,7 +354,7 @@ def test_a_pair_that_is_refused_stops_no_other_and_is_named_at_the_end(tmp_path,
   monkeypatch.setattr(calibration.run, "run", answered)
   monkeypatch.setattr(calibration, "judge_of", lambda *_: types.SimpleNamespace(over=lambda session: session))
   found = []
-  with pytest.raises(UserError, match="1 pairs were refused: pool-0/dear; start the same command"):
+  with pytest.raises(UserError, match="1 pair was refused: pool-0/dear; start the same command"):
     for pair in calibration.pairs([pool]):
       found.append(pair)
   assert found == [("pool", "cheap", {"rule": "bm25"})]

@@ -168,7 +168,7 @@ def test_each_trouble_is_said_with_its_numbers():
   same = records[order[0]].messages
   records[order[1]] = make_record(order[1], same[0]["content"], same[1]["content"])
   assert findings.warnings(fine_run(records)) == [
-    "1 of the 200 training examples are duplicates of an earlier one; 1 of the selected are duplicates of another "
+    "1 of the 200 training examples is a duplicate of an earlier one; 1 of the selected is a duplicate of another "
     "selected one. To leave them out, use --dedup in finetune, select and evaluate alike."
   ]
   every = [make_record(i, f"p{i % 190}", f"r{i % 190} " * (1 + (i % 190 * 7) % 5)) for i in range(200)]
@@ -181,7 +181,7 @@ def test_each_trouble_is_said_with_its_numbers():
   records = list(fine_run().records)
   records[3] = make_record(3, "p", "")
   assert findings.warnings(fine_run(records)) == [
-    "1 training examples have no response token: influence 0, never selected."
+    "1 training example has no response token: influence 0, never selected."
   ]
   made = fine_run()
   overlap = {"train/eval": {"same_messages": 2, "same_prompt": 3}}

@@ -14,7 +14,7 @@ from made_run import make_record, make_records, make_run, make_summary
 
 from in2core_jax.data.records import Record
 from in2core_jax.errors import printable
-from in2core_jax.report import findings, html_page
+from in2core_jax.report import findings, html_page, templating
 
 ATTACK = "document.title='hacked';document.documentElement.setAttribute('data-hacked','1')"
 HOSTILE = (
@@ -184,7 +184,7 @@ def test_same_run_same_bytes_and_nothing_of_the_machine():
 def test_nothing_is_loaded_and_no_text_becomes_markup():
   page = html_page.select_page(make_run(make_records(5), 3))
   assert not re.search(r"(src|href|action)=[\"']?(?![\"'#])", page) and "@import" not in page and "url(" not in page
-  script = (html_page.TEMPLATES / "report.js").read_text()
+  script = (templating.TEMPLATES / "report.js").read_text()
   for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "fetch", "XMLHttp"):
     assert word not in script
   assert "textContent" in script and "</" not in script
@@ -247,7 +247,7 @@ def luminance(colour):
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_letters_stand_out_from_their_ground(theme):
   """WCAG 2.1, 1.4.3: at least 4.5 to 1."""
-  style = (html_page.TEMPLATES / "report.css").read_text()
+  style = (templating.TEMPLATES / "report.css").read_text()
   colours = dict(re.findall(r"--(\w+): (#\w{6});", style.split(":root {")[1 + theme].split("}")[0]))
   for ground in ("paper", "panel", "response"):
     for ink in ("ink", "soft", "link", "mind", "fine"):

@@ -71,6 +71,19 @@ def test_other_identity_is_refused_and_named(tmp_path):
   assert (tmp_path / "report.md").exists()
 
 
+def test_settings_that_differ_are_told_by_the_names_of_flags(tmp_path):
+  old = {"fraction": 0.5, "num_examples": 0, "token_budget": 0, "per_query": False, "per_layer": True}
+  old |= {"drop_copies": False, "layers": "last:8"}
+  RunDir.open(tmp_path, {"flags": old})
+  new = old | {"num_examples": 100, "per_query": True, "drop_copies": True}
+  with pytest.raises(UserError) as caught:
+    RunDir.open(tmp_path, {"flags": new})
+  assert (
+    "--budget is '0.5' there and '100' now; --dedup is False there and True now; "
+    "--write is 'layer' there and 'query,layer' now. Give"
+  ) in str(caught.value)
+
+
 def test_a_folder_is_refused_by_what_is_known_of_the_identity(tmp_path):
   run_folder.RunDir.open(
     tmp_path / "run", {"flags": {"seed": 0, "mesh": ""}, "data": {"train": "a"}, "model_hash": "m"}
@@ -79,7 +92,7 @@ def test_a_folder_is_refused_by_what_is_known_of_the_identity(tmp_path):
   for known in ({"flags": {"seed": 0}}, {"flags": {"seed": 0, "newer": 1}, "data": {"train": "a"}}, {}):
     refuse(tmp_path / "run", known)
   refuse(tmp_path / "elsewhere", {"flags": {"seed": 1}})
-  with pytest.raises(UserError, match="flags.seed is 0 there and 1 now. Give"):
+  with pytest.raises(UserError, match="--seed is 0 there and 1 now. Give"):
     refuse(tmp_path / "run", {"flags": {"seed": 1}, "data": {"train": "a"}})
   with pytest.raises(UserError, match="data.train is 'a' there and 'b' now"):
     refuse(tmp_path / "run", {"flags": {"seed": 0}, "data": {"train": "b"}})
@@ -303,7 +316,7 @@ def test_repeated_texts_are_read_as_they_are_and_made_once(tmp_path):
   [
     ({"example_id": ["a"], "score": [1.0]}, "no column influence; it has example_id, score"),
     (SCORES | {"influence": np.array([0, np.nan, 1], np.float32)}, "b"),
-    (SCORES | {"example_id": ["a", "b", "a"]}, "occur twice, such as a"),
+    (SCORES | {"example_id": ["a", "b", "a"]}, "1 example id occurs twice, such as a"),
   ],
 )
 def test_bad_scores_are_refused(tmp_path, columns, seen):

@@ -68,6 +68,7 @@ def test_turns_go_by_share_and_no_query_waits_longer_than_its_own_turn():
   counts = (order[:, None] == np.arange(9)).cumsum(axis=0)
   fair = np.arange(1, 501)[:, None] * shares / shares.sum()
   assert np.abs(counts - fair).max() <= 2 and len(order) == 500
+  assert sorted(order[:9]) == list(range(9))  # nobody has a second turn before all have had one
   for bad in ([0.0, 1.0], [-1.0, 1.0], [np.nan, 1.0], [[1.0]]):
     with pytest.raises(UserError, match="shares of turns must be positive"):
       turn_order(np.array(bad), 4)

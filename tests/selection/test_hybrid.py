@@ -107,7 +107,7 @@ def test_the_order_of_the_pool_changes_nothing(monkeypatch):
 def test_gradients_that_are_not_finite_are_refused():
   pool, asked = pools(), queries(1, 6)
   asked[0][2, 3] = np.inf
-  with pytest.raises(UserError, match="1 evaluation examples are not finite"):
+  with pytest.raises(UserError, match="1 evaluation example are not finite"):
     found_for(asked, pool)
 
 

@@ -93,5 +93,5 @@ def test_rows_that_are_measured_once_give_the_same_cosines():
 def test_gradients_that_are_not_finite_are_refused():
   features = pool(40, 90)
   features[3, 2] = np.nan
-  with pytest.raises(UserError, match="1 training examples are not finite"):
+  with pytest.raises(UserError, match="1 training example are not finite"):
     whitening.check_gradients(features, "training")
