@@ -49,7 +49,7 @@ _DOES = "ablate_layers compares plain influence of the mean query, and what --po
 _REFUSED = (
   *("normalize", "write", "aggregate", "trajectory"),
   *("score_path=projected", "fractions"),
-  *OTHER_POLICIES,
+  *("eval_weights", *OTHER_POLICIES),
 )
 # The cheapest choices that agree with all layers are retrained until one is enough, at most so many of them.
 _TRIED = 3

@@ -42,7 +42,7 @@ POINTS = report.POINTS
 _DOES = "coverage fine-tunes without the held-out topics itself; scores are of single test points, and choose nothing"
 _REFUSED = (
   *("checkpoint", "normalize", "write=self", "write=layer", "write=token", "aggregate", "trajectory"),
-  *OTHER_POLICIES,
+  *("eval_weights", *OTHER_POLICIES),
 )
 _CELLS = "train and points"  # columns of the arrays in cells
 AGGREGATES = ("mean", "maximum", "positive mass", "relative maximum")

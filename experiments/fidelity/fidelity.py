@@ -53,7 +53,7 @@ _DOES = "fidelity compares plain influence (--lds_solvers, --lds_ratios), trains
 _REFUSED = (
   *("checkpoint", "damping", "normalize", "write=self", "write=layer", "write=token", "aggregate"),
   *("score_path=projected", "trajectory"),
-  *OTHER_POLICIES,
+  *("eval_weights", *OTHER_POLICIES),
 )
 _LEAST_HALVES = 3  # that have a rank correlation with an interval
 _OF_VARIANTS = ("solver", "layers", "damping", "damping_ratio", "per_query", "checkpoint")

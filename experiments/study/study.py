@@ -22,7 +22,7 @@ from in2core_jax.data.subsets import distinct_points
 from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import finetune, sequential
+from in2core_jax.pipeline import finetune, sequential, target_weights
 from in2core_jax.pipeline.along_training import along
 from in2core_jax.pipeline.checks import budget_of, check_policies, check_size
 from in2core_jax.pipeline.evaluate_results import Group
@@ -169,6 +169,9 @@ def check_variants(session: Session, s: StudySettings) -> None:
     own = settings_of(s, variant)
     try:
       check_policies(session, {variant.policy})
+      target_weights.check(session, own, {variant.policy})
+      if variant.unrolled and own.eval_weights:
+        raise UserError(f"--eval_weights={own.eval_weights}: it is of the mean evaluation loss")
       if queries < variant.queries:
         raise UserError(
           f"it draws {variant.queries} of {how_many(queries, 'evaluation example')} (--eval_data, --eval_limit)"

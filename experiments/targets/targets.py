@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _DOES = "targets' rules say themselves how they choose, by gradients at the base or the fine-tuned model"
 _REFUSED = (
   *("checkpoint", "normalize", "write", "trajectory"),
-  *("score_path=projected", *OTHER_POLICIES),
+  *("score_path=projected", "eval_weights", *OTHER_POLICIES),
 )
 FULL, RANDOM = statistics.FULL, statistics.RANDOM
 _LEAST = 5  # queries of a target

@@ -43,7 +43,7 @@ _DOES = (
 )
 _REFUSED = (
   *("checkpoint", "trajectory", "score_path=projected", "write"),
-  "fractions",
+  *("fractions", "eval_weights"),
 )
 _OF_SCORERS = ("score_models", "model_layers", "model_trains", "model_rates", "layers")  # in the names of the cells
 

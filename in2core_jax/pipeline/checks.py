@@ -8,7 +8,7 @@ from in2core_jax.evaluation import statistics
 from in2core_jax.ihvp import solvers
 from in2core_jax.influence import projected
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import shapes
+from in2core_jax.pipeline import shapes, target_weights
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import OF_PAIRS, check_pairs
 from in2core_jax.pipeline.session import Session
@@ -201,6 +201,7 @@ def check_kinds(session: Session, s: Settings) -> None:
   """What `select` refuses because of the kind or number of examples, before any weight is read."""
   check_pair_solver(session, s)
   check_policies(session, {s.policy})
+  target_weights.check(session, s, {s.policy})
   if s.writes("tokens") and session.splits["train"].second is not None:
     raise UserError(
       "--coreset_format=tokens: the training set has preference pairs, and a row of ids is one conversation: take "
@@ -236,6 +237,7 @@ def check_demo(session: Session, s: Settings) -> None:
 def check_evaluate(session: Session, s: Settings) -> None:
   """What `evaluate` refuses by flags and data alone; select runs need not be there yet."""
   check_policies(session, set(policies_of(s)))
+  target_weights.check(session, s, policies_of(s))
   seeds_of(s)
   check_budget(s, session.splits["train"])
 

@@ -126,10 +126,11 @@ def _check_same_rule(folder: str, session: Session, s: Settings) -> None:
     )
   policy = run["flags"].get("policy")
   names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
-  names += ("matching_target", "matching_shrink") if policy in coreset.FEATURE_POLICIES else ()
-  names += ("aggregate",) if policy in (*SIMILARITIES, "auto") else ()
+  names += ("matching_target", "matching_shrink", "eval_weights") if policy in coreset.FEATURE_POLICIES else ()
+  names += ("aggregate", "eval_weights") if policy in (*SIMILARITIES, "auto") else ()
   for name in names:
-    theirs, ours = run["flags"].get(name), getattr(s, name)
+    default = Settings.__dataclass_fields__[name].default  # of a flag that older runs did not know
+    theirs, ours = run["flags"].get(name, default), getattr(s, name)
     if theirs != ours:
       raise UserError(
         f"--fractions chooses anew by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "

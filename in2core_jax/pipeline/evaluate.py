@@ -10,7 +10,7 @@ import numpy as np
 from in2core_jax.data.records import Record, raw_lines
 from in2core_jax.errors import how_many
 from in2core_jax.evaluation import statistics
-from in2core_jax.pipeline import evaluate_pairs
+from in2core_jax.pipeline import evaluate_pairs, target_weights
 from in2core_jax.pipeline.checks import check_budget, check_policies
 from in2core_jax.pipeline.compared import Plan, fractions_of, kept_candidates, plan_of
 from in2core_jax.pipeline.evaluate_results import Group, write_tables
@@ -88,6 +88,7 @@ def run(settings: Settings, session: Session | None = None) -> str:
   session = session or open_session(settings, pairs=True)
   plan = plan_of(session, settings)
   check_policies(session, {policy for policy, _ in plan.policies})
+  target_weights.check(session, settings, {policy for policy, _ in plan.policies})
   run_dir = open_folder(session, settings, plan)
   chosen = kept_candidates(run_dir, session, settings, plan)
   write_coresets(run_dir, session.splits["train"].records, chosen)
@@ -102,7 +103,7 @@ def run(settings: Settings, session: Session | None = None) -> str:
 
 # Flags of select by which policies choose here.
 _OF_POLICIES = ("fraction", "num_examples", "token_budget", "layers", "sketch_size")
-_OF_POLICIES += ("aggregate", "matching_target", "matching_shrink")
+_OF_POLICIES += ("aggregate", "eval_weights", "matching_target", "matching_shrink")
 
 
 def identity_of(session: Session, s: Settings, plan: Plan) -> dict:
@@ -111,7 +112,7 @@ def identity_of(session: Session, s: Settings, plan: Plan) -> dict:
     "evaluate", s, ("data", "model", "finetune", "evaluate", "run"), ("train", "eval", "test")
   )
   chosen_by = s.identity("select")
-  identity["flags"] |= {name: chosen_by[name] for name in _OF_POLICIES}
+  identity["flags"] |= {name: chosen_by[name] for name in _OF_POLICIES if name in chosen_by}
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {

@@ -12,6 +12,7 @@ from in2core_jax.pipeline.loss_drop import loss_drop
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.session import Session, choose
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.target_weights import sources_of
 from in2core_jax.report import near_duplicates
 from in2core_jax.selection import aggregation, bm25, coreset, cosines, hybrid
 from in2core_jax.selection.inputs import SIMILARITIES
@@ -94,6 +95,10 @@ class ChoiceInputs:
     train = self.session.splits["train"]
     return (train.num_response_tokens > 0) & records.firsts(train.records)
 
+  def _sources_of(self, queries: np.ndarray) -> aggregation.Sources | None:
+    every = sources_of(self.session, self.settings)
+    return None if every is None else every.take(queries)
+
   # ---- gradients ---------------------------------------------------------------------
 
   @functools.cached_property
@@ -137,6 +142,7 @@ class ChoiceInputs:
       "features": self._features,
       "target": self._eval_features[queries],
       "query_tokens": evals.num_response_tokens[queries],
+      "target_sources": self._sources_of(queries),
       # Gradients of summed losses weigh tokens by themselves.
       "target_mean": s.matching_target if s.loss_reduction == "mean" else "examples",
       "shrink": s.matching_shrink,
@@ -172,6 +178,7 @@ class ChoiceInputs:
     found: dict = {"aggregate": None if how == "auto" else how, "alike": self._alike}
     found["similar_topics"] = [topics[row] for row in queries]
     found["similar_ids"] = [self.session.splits["eval"].ids[row] for row in queries]
+    found["similar_sources"] = sources = self._sources_of(queries)
     found["similar_tokens"] = self.session.splits["eval"].num_response_tokens[queries]
     plain = sorted(wanted & {*SIMILARITIES} - {"hybrid"})
     found["similarities"] = {name: self._similarity(name, queries) for name in plain}
@@ -181,7 +188,7 @@ class ChoiceInputs:
       found["similarities"]["hybrid"] = self._hybrid.smoothed(asked, similarity)
       found["apart"] = self._hybrid.apart(asked)
       if wanted & {*coreset.PAIR_POLICIES}:
-        found |= {"kernel": self._kernel, "towards": similarity.mean(axis=0)}
+        found |= {"kernel": self._kernel, "towards": aggregation.source_mean(similarity, sources)}
     return found
 
   def _similarity(self, name: str, queries: np.ndarray) -> np.ndarray:

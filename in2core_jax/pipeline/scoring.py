@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax.data.subsets import by_id
@@ -20,6 +22,7 @@ from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.solver_inputs import announce, curvature_data, solve, solver_settings
+from in2core_jax.pipeline.target_weights import sources_of
 from in2core_jax.runs import resumable, run_folder
 from in2core_jax.runs.unfinished import NOTHING_KEPT, Work
 from in2core_jax.selection import aggregation
@@ -104,7 +107,11 @@ def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Sc
     raw = query_scores(session, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  total = aggregation.aggregate(raw, names, phases.score_aggregate(s), session.splits["train"].ids)
+  how, sources = phases.score_aggregate(s), None
+  if how in aggregation.BY_QUERY:  # in a mean they have counted already
+    every = sources_of(session, s)
+    sources = every and every.take(with_response)
+  total = aggregation.aggregate(raw, names, how, session.splits["train"].ids, sources=sources)
   return Scored(total, loss, result, clock.seconds, itself)
 
 
@@ -203,12 +210,28 @@ def queries(
     name: another one at other parameters.
     groups: name -> rows of each query; those of --aggregate when None.
   """
+  sources = sources_of(session, s) if groups is None or list(groups) == ["all"] else None
+  if sources is not None:
+    return _weighted_query(session, chosen, work, name, sources), ["all"]
   gradients, groups = [], topic_rows(session, s) if groups is None else groups
   for number, (topic, rows) in enumerate(groups.items()):
     pieces = work.pieces(f"{name}-{number:04d}", topic=topic)
     stream = session.stream(session.packer("eval", chosen.tree, chosen.params, rows), phases.QUERIES, pieces)
     gradients.append(chosen.problem.mean_gradient(stream))
   return tree_math.concatenate(gradients), list(groups)
+
+
+def _weighted_query(session: Session, chosen: BoundSubtree, work: Work, name: str, sources: aggregation.Sources):
+  """The mean of the sources' mean gradients, each with its share; leaves [1, ...]."""
+  answered, total = session.splits["eval"].num_response_tokens > 0, None
+  shares = sources.shares * np.bincount(sources.codes[answered], minlength=len(sources.shares)).clip(0, 1)
+  for number in np.flatnonzero(shares):
+    rows = np.flatnonzero(answered & (sources.codes == number))
+    pieces = work.pieces(f"{name}-{number:04d}", source=int(number))
+    stream = session.stream(session.packer("eval", chosen.tree, chosen.params, rows), phases.QUERIES, pieces)
+    own = jax.tree.map(lambda leaf, n=number: leaf * (shares[n] / shares.sum()), chosen.problem.mean_gradient(stream))
+    total = own if total is None else jax.tree.map(jnp.add, total, own)
+  return total
 
 
 # ---- projected store -----------------------------------------------------------------

@@ -95,6 +95,8 @@ def _check(s: Settings) -> None:
     raise UserError(
       f"--policy={s.policy} is not served by an index: take {', '.join(rules.POLICIES)}, or leave --index out"
     )
+  if s.is_set("eval_weights"):
+    raise UserError(f"{s.as_flag('eval_weights')}: an index is asked by all evaluation examples alike; leave one out")
   for name in ("normalize", "trajectory"):
     if s.is_set(name):
       raise UserError(f"{s.as_flag(name)} needs gradients that an index does not hold: leave it or --index out")

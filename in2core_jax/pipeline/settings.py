@@ -329,6 +329,13 @@ class SelectSettings(Checked):
     more="auto: round_robin for hybrid and rds, nearest for parts of hybrid, mean for all others. nearest: that of the "
     "nearest example. weighted_turns: longer responses have more turns.",
   )
+  eval_weights: str = _select(
+    "",
+    "Weights of the sources of evaluation examples, as 0.7,0.3.",
+    advanced=True,
+    added=True,
+    more="In the order of --eval_data: their shares of the mean, or of the turns. Empty: every example counts alike.",
+  )
   precondition: str = _select("none", "Preconditioner of CG.", choices=PRECONDITIONERS, advanced=True)
   ekfac_examples: int = _select(0, "Training examples to fit EK-FAC to; 0: all.", within=LIMIT, advanced=True)
   curvature: str = _select("ggn", "Curvature matrix.", choices=("ggn", "fisher", "hessian"), advanced=True)

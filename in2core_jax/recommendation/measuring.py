@@ -1,7 +1,6 @@
 """How fast this machine is, measured on a few examples before anything is made of all of them."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +14,6 @@ from in2core_jax.pipeline.session import Session
 from in2core_jax.recommendation.plan import Pace
 from in2core_jax.recommendation.rules import RULES
 from in2core_jax.recommendation.settings import RecommendSettings
-
-log = logging.getLogger(__name__)
 
 _FEW = 16  # evaluation examples; of the training set at least twice as many, and enough for a few steps
 _TIMED = 4  # steps whose seconds are measured
@@ -58,10 +55,9 @@ def measured(
     trained: whether the training on all data is there.
   """
   session, seed = judge.session, s.seed
-  few = judge.over(few_of(session, s), shown=False)
+  few = judge.over(few_of(session, s))
   rows = np.arange(len(few.session.splits["train"]))
   rows = rows[few.session.splits["train"].num_response_tokens > 0]
-  log.info("measuring the seconds of a step on a few examples")
   first = few.train(rows, seed, "compilation", 2)
   result = few.train(rows, seed, "timing", _TIMED)
   few.losses(result.sub, "eval")

@@ -29,7 +29,7 @@ from in2core_jax.recommendation.settings import RecommendSettings
 from in2core_jax.recommendation.trial import Judged, Trainings, close, judge_of, run_rungs, run_seed
 from in2core_jax.report import findings
 from in2core_jax.runs import run_folder
-from in2core_jax.runs.progress import Progress
+from in2core_jax.runs.progress import Progress, silent
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection.whitening import spread_rows
 
@@ -39,7 +39,7 @@ _LINES = 8  # that a log gets of the progress of all trainings
 _DOES = "recommend's rules say themselves how they choose, and it fine-tunes by itself"
 _REFUSED = (
   *("checkpoint", "select_runs", "normalize", "write", "trajectory", "score_path=projected", "fixed_seeds"),
-  *("hardware", *OTHER_POLICIES),
+  *("hardware", "eval_weights", *OTHER_POLICIES),
 )
 _OF_THE_ANSWER = ("fraction", "num_examples", "token_budget", "policy")  # which trainings do not depend on
 
@@ -96,7 +96,9 @@ def planned(judge: Retrainer, s: RecommendSettings, began: float, full: str = ""
   session = judge.session
   everything = wanted(s, session)
   trained = bool(full) and (pathlib.Path(full) / "finetune.json").exists()
-  pace = measured(judge, s, everything.rules, everything.budgets[-1], began, trained)
+  log.info("measuring the seconds of a step on a few examples")
+  with silent():
+    pace = measured(judge, s, everything.rules, everything.budgets[-1], began, trained)
   found = plans.fitted(everything, pace, steps_of(session, s), 60 * s.minutes)
   log.info(
     "%.3g s a step, %.3g s to judge a model, %.3g s for the hidden states of all examples. What goes first: %s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import sys
 import time
@@ -15,6 +17,17 @@ from in2core_jax.errors import printable
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+_silent = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+  """Inside of it no loop shows progress: for what takes seconds and has a line of its own."""
+  token = _silent.set(True)
+  try:
+    yield
+  finally:
+    _silent.reset(token)
 
 
 class Progress:
@@ -43,8 +56,8 @@ class Progress:
     self._start = self._last_line = time.monotonic()
     self._shown: dict[str, object] = {}
     self._last_count: int | None = None
-    self._bar = None
-    if sys.stderr.isatty():
+    self._bar, self._silent = None, _silent.get()
+    if sys.stderr.isatty() and not self._silent:
       self._bar = tqdm(
         total=total, desc=self.what, unit=f" {unit}", initial=initial, dynamic_ncols=True, file=sys.stderr
       )
@@ -56,7 +69,7 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(_figures(self._shown), refresh=False)
       self._bar.update(count)
-    elif time.monotonic() - self._last_line >= (self._every or SECONDS_BETWEEN_LINES):
+    elif not self._silent and time.monotonic() - self._last_line >= (self._every or SECONDS_BETWEEN_LINES):
       self._last_line, self._last_count = time.monotonic(), self.count
       log.info("%s", self.line())
 
@@ -86,7 +99,7 @@ class Progress:
     """Ends the bar, or logs the last line."""
     if self._bar is not None:
       self._bar.close()
-    elif self._last_count != self.count:  # the last update may have said it all
+    elif not self._silent and self._last_count != self.count:  # the last update may have said it all
       log.info("%s", self.line())
 
   def __enter__(self) -> Progress:

@@ -15,6 +15,7 @@ Letters: N examples of the pool, Q queries, G evaluation topics.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,8 +23,31 @@ from in2core_jax.errors import UserError, how_many
 
 BY_TOPIC = ("topic_max", "topic_quota")
 BY_QUERY = ("nearest", "round_robin", "weighted_turns")  # which need the value for every single query
+WEIGHED = ("mean", "round_robin", "weighted_turns")  # in which sources of queries can have weights
 AGGREGATES = ("mean", *BY_QUERY, *BY_TOPIC)
 NEAREST = 10  # queries: of 1, 3, 5, 10, 20 the one that found most of the sources (docs/selection.md)
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+  """Where queries come from, and how much each source counts.
+
+  Attributes:
+    codes: int [Q], number of each query's source.
+    shares: f64 [S], of each source, above 0.
+  """
+
+  codes: np.ndarray
+  shares: np.ndarray
+
+  def take(self, rows: np.ndarray) -> "Sources":
+    """Of some queries."""
+    return Sources(self.codes[rows], self.shares)
+
+  def spread(self, weights: np.ndarray) -> np.ndarray:
+    """Weights of queries, [Q], brought to a sum of each source that is its share; f64 [Q]."""
+    totals = np.bincount(self.codes, weights, len(self.shares))[self.codes]
+    return np.divide(weights * self.shares[self.codes], totals, out=np.zeros(len(totals)), where=totals > 0)
 
 
 def aggregate(
@@ -32,6 +56,7 @@ def aggregate(
   how: str = "mean",
   ids: Sequence[str] | None = None,
   tokens: np.ndarray | None = None,
+  sources: Sources | None = None,
 ) -> np.ndarray:
   """Per-query scores -> one value per example.
 
@@ -45,6 +70,7 @@ def aggregate(
     how: a word of `AGGREGATES`.
     ids: N example ids, for the ties of those that take turns; without them ties go by row.
     tokens: [Q], response tokens of the queries, for weighted_turns.
+    sources: of the queries, whose shares of the mean or of the turns are theirs; None: all queries count alike.
 
   Returns:
     f64 [N].
@@ -60,19 +86,25 @@ def aggregate(
       f"scores have shape {scores.shape} for {how_many(len(query_topics), 'query topic')}; expected [Q, N]"
     )
   finite(scores.T, "scores", f"aggregate={how}", ids)
+  if sources is not None and how not in WEIGHED:
+    raise UserError(f"aggregate={how} has no weights of sources; use {', '.join(WEIGHED)}")
   if how == "mean":
-    return scores.mean(axis=0)
+    return scores.mean(axis=0) if sources is None else source_mean(scores, sources)
   if how == "nearest":
     return nearest_mean(scores)
-  if how == "round_robin":
-    return _turns(scores, ids)
-  if how == "weighted_turns":
-    return _turns(scores, ids, turn_shares(tokens, len(scores)))
+  if how in ("round_robin", "weighted_turns"):
+    return _turns(scores, ids, whose_turns(how, *scores.shape, tokens, sources))
   by_topic = topic_means(scores, query_topics)
   if how == "topic_max":
     rms = np.sqrt(np.mean(by_topic**2, axis=1, keepdims=True))
     return np.max(by_topic / np.where(rms > 0, rms, 1.0), axis=0)
   return _turns(by_topic, ids)
+
+
+def source_mean(values: np.ndarray, sources: Sources | None) -> np.ndarray:
+  """Mean of rows [Q, ...], each source with its share of it."""
+  weights = None if sources is None else sources.spread(np.ones(len(values)))
+  return np.average(values, axis=0, weights=weights)
 
 
 def nearest_mean(scores: np.ndarray, count: int = NEAREST) -> np.ndarray:
@@ -122,6 +154,25 @@ def turn_shares(tokens: np.ndarray | None, size: int) -> np.ndarray:
   return 0.5 / size + 0.5 * tokens / tokens.sum()
 
 
+def whose_turns(
+  how: str, size: int, turns: int, tokens: np.ndarray | None = None, sources: Sources | None = None
+) -> np.ndarray:
+  """Whose turn it is where `aggregate` lets `size` queries take turns, int [turns]; other arguments as there.
+
+  Sources take turns by their shares, and in each its queries do, so that every beginning has the sources' shares.
+  """
+  shares = turn_shares(tokens, size) if how == "weighted_turns" else np.ones(size)
+  if sources is None:
+    return turn_order(shares, turns)
+  there, codes = np.unique(sources.codes, return_inverse=True)
+  whose = np.empty(turns, np.int64)
+  of_sources = turn_order(sources.shares[there], turns)
+  for number in range(len(there)):
+    own, mine = np.flatnonzero(codes == number), of_sources == number
+    whose[mine] = own[turn_order(shares[own], np.count_nonzero(mine))]
+  return whose
+
+
 def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
   """Whose turn it is, int [turns]: query q has its k-th turn at time (k - 1) / share_q; ties go by position.
 
@@ -141,13 +192,13 @@ def turn_order(shares: np.ndarray, turns: int) -> np.ndarray:
   return whose[np.lexsort((whose, times))[:turns]]
 
 
-def _turns(scores: np.ndarray, ids: Sequence[str] | None, shares: np.ndarray | None = None) -> np.ndarray:
-  """Priorities N..1 from rows of scores that take turns."""
+def _turns(scores: np.ndarray, ids: Sequence[str] | None, whose: np.ndarray | None = None) -> np.ndarray:
+  """Priorities N..1 from rows of scores that take turns; `whose` turn it is, int [N], else one after the other."""
   size = scores.shape[1]
   by_id = np.arange(size) if ids is None else id_order(ids)
   best_first = by_id[np.argsort(-scores[:, by_id], axis=1, kind="stable")]
   place, priority = np.zeros(len(scores), np.int64), np.zeros(size)
-  for turn, mine in enumerate(turn_order(np.ones(len(scores)) if shares is None else shares, size)):
+  for turn, mine in enumerate(turn_order(np.ones(len(scores)), size) if whose is None else whose):
     while priority[best_first[mine, place[mine]]]:
       place[mine] += 1
     priority[best_first[mine, place[mine]]] = size - turn

@@ -21,7 +21,7 @@ import numpy as np
 
 from in2core_jax.errors import UserError, how_many
 from in2core_jax.selection import density, distillation, matching, reasons
-from in2core_jax.selection.aggregation import aggregate, finite, ids_of, turn_order, turn_shares
+from in2core_jax.selection.aggregation import aggregate, finite, ids_of, turn_order, whose_turns
 from in2core_jax.selection.inputs import (
   SIMILARITIES,
   Budget,
@@ -204,7 +204,7 @@ def _by_similarity(task: _Task, name: str) -> _Order:
   how = inputs.aggregate or SIMILARITIES[name]
   topics = [""] * len(values) if inputs.similar_topics is None else inputs.similar_topics
   ids = ids_of(inputs.ids, task.pool)
-  value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens)
+  value = aggregate(values[:, task.pool], topics, how, ids, inputs.similar_tokens, inputs.similar_sources)
   order = proponents(value)
   return _copies_last(task, _Order(order, _similar(inputs, how, value, topics)))
 
@@ -213,10 +213,9 @@ def _similar(inputs: PolicyInputs, how: str, value: np.ndarray, topics: Sequence
   """Why a policy by similarity takes an example: its turn, or its rank."""
   size, queries = len(topics), inputs.similar_ids
   names = list(range(1, size + 1) if queries is None else queries)
-  if how == "round_robin":
-    return reasons.in_turn(value, turn_order(np.ones(size), len(value)), names, "query")
-  if how == "weighted_turns":
-    return reasons.in_turn(value, turn_order(turn_shares(inputs.similar_tokens, size), len(value)), names, "query")
+  if how in ("round_robin", "weighted_turns"):
+    whose = whose_turns(how, size, len(value), inputs.similar_tokens, inputs.similar_sources)
+    return reasons.in_turn(value, whose, names, "query")
   if how == "topic_quota":
     names = sorted(set(map(str, topics)))
     return reasons.in_turn(value, turn_order(np.ones(len(names)), len(value)), names, "evaluation topic")

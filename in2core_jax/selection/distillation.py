@@ -4,7 +4,7 @@
 
 First order: the step along m lowers the loss of the target by m.t. Second order: with a curvature that is the same in
 all directions, so that with the first it is |m - t|^2 / 2 but for a constant. The last term spreads the weights; s is
-the mean |f_i|^2 (after arXiv 2505.19051). NumPy only.
+the mean |f_i|^2 (after arXiv 2505.19051). So a choice of fewer is no beginning of a choice of more. NumPy only.
 
 Letters: P examples of the pool, d features, n chosen, v = w / n on the simplex.
 """

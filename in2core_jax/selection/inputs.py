@@ -143,6 +143,8 @@ class PolicyInputs:
     similar_topics: topics of the queries of `similarities`, for an aggregate by topic.
     similar_ids: ids of the queries of `similarities`, for the reasons of a choice.
     similar_tokens: int [Q], their response tokens, for weighted turns.
+    similar_sources: of the queries of `similarities`, where sources have weights.
+    target_sources: of the queries of `target`, likewise.
     aggregate: how the similarity of a policy of `SIMILARITIES` with single queries becomes one order, a word of
       `aggregation.AGGREGATES`; None: the policy's own.
     alike: int [N], the same number for copies and near copies: a policy of `SIMILARITIES` takes none a second time
@@ -169,6 +171,8 @@ class PolicyInputs:
   similar_topics: Sequence[str] | None = None
   similar_ids: Sequence[str] | None = None
   similar_tokens: np.ndarray | None = None
+  similar_sources: aggregation.Sources | None = None
+  target_sources: aggregation.Sources | None = None
   aggregate: str | None = None
   alike: np.ndarray | None = None
   query_tokens: np.ndarray | None = None
@@ -290,6 +294,11 @@ def means(inputs: PolicyInputs) -> list[bool]:
 
 def query_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
   """Weight of each query in the mean, f64 [Q]."""
+  weights = _plain_weights(inputs, by_token)
+  return weights if inputs.target_sources is None else inputs.target_sources.spread(weights)
+
+
+def _plain_weights(inputs: PolicyInputs, by_token: bool) -> np.ndarray:
   size = len(inputs.target)
   if not by_token:
     return np.ones(size)

@@ -1,5 +1,6 @@
 """The run folder: identity, refusals, atomic and reproducible files, shards that are never trusted blindly."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from fsspec.registry import _registry as fsspec_registry
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
 from in2core_jax.runs import files, locks, run_folder
-from in2core_jax.runs.progress import Progress
+from in2core_jax.runs.progress import Progress, silent
 from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.runs.shards import ShardStore
 
@@ -463,6 +464,19 @@ def test_progress_logs_lines_without_a_terminal(caplog, monkeypatch):
   assert 2 <= len(lines) < 6  # not one for each update
   assert lines[0].startswith("scores: ") and " left, loss 1.235" in lines[0]
   assert lines[-1].startswith("scores: 40/40 examples, ") and "took " in lines[-1]
+
+
+def test_progress_that_is_silent_or_rare_logs_less(caplog, monkeypatch):
+  clock = iter(range(0, 1000, 6))
+  monkeypatch.setattr("in2core_jax.runs.progress.time.monotonic", lambda: float(next(clock)))
+  counts = []
+  for every, quiet in ((0.0, contextlib.nullcontext), (60.0, contextlib.nullcontext), (0.0, silent)):
+    caplog.clear()
+    with caplog.at_level(logging.INFO), quiet(), Progress(None, "rules", "trainings", every=every) as progress:
+      for _ in range(12):
+        progress.update(1)
+    counts.append(len(caplog.records))
+  assert counts[0] > 2 * counts[1] > 0 and counts[2] == 0
 
 
 def test_progress_counts_the_rate_from_where_it_began(monkeypatch):

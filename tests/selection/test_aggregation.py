@@ -80,3 +80,39 @@ def test_a_query_with_three_shares_has_three_turns_in_four():
   with pytest.raises(UserError, match="weighted_turns needs the response tokens of 2 queries"):
     aggregate(scores, ["", ""], "weighted_turns")
   assert sorted(np.argsort(-priority)[:8]) == [0, 1, 14, 15, 16, 17, 18, 19]
+
+
+# ---------------------------------------------------------------------------------------- sources with weights
+
+
+def test_each_source_has_its_share_of_the_mean_and_of_the_turns():
+  rng = np.random.default_rng(0)
+  scores, codes = rng.normal(size=(6, 40)), np.array([0, 0, 0, 0, 1, 1])
+  sources = aggregation.Sources(codes, np.array([0.3, 0.7]))
+  wanted = 0.3 * scores[:4].mean(axis=0) + 0.7 * scores[4:].mean(axis=0)
+  np.testing.assert_allclose(aggregate(scores, [""] * 6, "mean", sources=sources), wanted)
+  turns = aggregation.whose_turns("round_robin", 6, 40, sources=sources)
+  for size in (3, 10, 40):  # every beginning has the shares, to within a turn
+    assert abs(np.count_nonzero(codes[turns[:size]] == 0) - 0.3 * size) <= 1
+  assert np.bincount(turns).tolist() == [3, 3, 3, 3, 14, 14]
+  by_token = aggregation.whose_turns("weighted_turns", 6, 40, np.array([1, 1, 1, 9, 5, 5]), sources)
+  assert np.bincount(by_token)[3] > np.bincount(by_token)[0] and np.count_nonzero(codes[by_token] == 0) == 12
+  with pytest.raises(UserError, match="aggregate=nearest has no weights of sources"):
+    aggregate(scores, [""] * 6, "nearest", sources=sources)
+
+
+@pytest.mark.parametrize("how", aggregation.WEIGHED)
+def test_sources_that_weigh_as_many_examples_as_they_have_leave_all_queries_alike(how):
+  rng = np.random.default_rng(1)
+  scores, tokens = rng.normal(size=(6, 20)), np.full(6, 4)
+  sources = aggregation.Sources(np.array([0, 1, 0, 1, 1, 1]), np.array([2.0, 4.0]))
+  if how == "mean":
+    np.testing.assert_allclose(aggregate(scores, [""] * 6, how, sources=sources), scores.mean(axis=0))
+  else:
+    assert np.bincount(aggregation.whose_turns(how, 6, 12, tokens, sources)).tolist() == [2] * 6
+
+
+def test_a_source_without_a_query_here_leaves_the_turns_to_the_others():
+  sources = aggregation.Sources(np.array([0, 2, 1]), np.array([0.2, 0.3, 0.5])).take(np.array([0, 1]))
+  assert sources.spread(np.ones(2)).tolist() == [0.2, 0.5]
+  assert np.bincount(aggregation.whose_turns("round_robin", 2, 7, sources=sources)).tolist() == [2, 5]
