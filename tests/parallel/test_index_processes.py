@@ -18,7 +18,7 @@ quick_compile = tiny.quick_compile
 
 
 def worker(dies_after: int) -> None:
-  """`index` as one of the processes, which tells what rows it writes; process 1 dies after so many shards of them."""
+  """`index` as one of the processes, which tells what rows it writes; process 1 dies after so many of them."""
   write, written = ShardStore.write, []
 
   def tell_or_die(self, number, arrays):
@@ -41,7 +41,7 @@ def written_by(output: str) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.real
 def test_two_processes_make_the_index_of_one_and_a_dead_one_costs_its_shard(tmp_path):
-  small = {"index_size": 64, "index_hidden": 4, "shard_batches": 1, "batch_tokens": 192}
+  small = {"index_size": 8, "index_hidden": 4, "shard_batches": 1, "batch_tokens": 192}
   s = tiny.run_settings(tmp_path, kind=IndexFlags, run_dir=str(tmp_path / "one"), **small)
   session = tiny.open_session(s)
   index.run(s, session)
@@ -52,7 +52,7 @@ def test_two_processes_make_the_index_of_one_and_a_dead_one_costs_its_shard(tmp_
     program = f"import test_index_processes; test_index_processes.worker({dies_after})"
     return tiny.run_processes(program, [[*own, f"--process_id={number}"] for number in (0, 1)], mortal=1)
 
-  killed = run(dies_after=1)
+  killed = run(dies_after=0)
   assert killed[1][0] == 9 and killed[0][0] != 0, killed[1][1][-3000:]
   there = {number for number in range(99) if (tmp_path / f"two/rows/{number:06d}.shard").exists()}
   done = run(dies_after=-1)
