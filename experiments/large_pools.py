@@ -1,7 +1,7 @@
 """What rules of selection take on an index of up to a million examples, and how close its scores are to exact ones.
 
 ./run.sh large_pools --pool_sizes=10000,100000,1000000 --run_dir=runs/large_pools
-./run.sh large_pools --agreement --layers=last:4 --train_limit=300 --run_dir=runs/agreement
+./run.sh large_pools --agreement --layers=last:4 --train_limit=160 --run_dir=runs/agreement
 
 The first draws rows: clusters, of which the queries are of three, lengths with heavy tails, a tenth in copies of a
 topic. It selects 5 % by every rule; a stopped run goes
@@ -26,7 +26,7 @@ from in2core_jax.index import basis as bases
 from in2core_jax.index import best, rules, store
 from in2core_jax.index.metric import IndexMetric
 from in2core_jax.index.rows import BLOCK, NARROW, NUMBERS, Block, Rows
-from in2core_jax.parallel import processes
+from in2core_jax.parallel import host, processes
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import index, phases
 from in2core_jax.pipeline.session import Session, choose, open_session
@@ -47,7 +47,7 @@ MEASURED = ("seconds", "CPU seconds", "peak memory, GB")
 CLUSTERS, SOURCES, OF_QUERIES = 64, 8, 3
 SHARE = 0.05
 SHARD = 20_000  # rows
-HELD = 4 * 10**9  # bytes of whole gradients in memory at once, where scores are compared with exact ones
+HELD = 4 * 10**9  # bytes of whole gradients in memory at once, at least, where scores are compared with exact ones
 
 
 # ---- drawn rows ----------------------------------------------------------------------
@@ -230,15 +230,20 @@ def measure_agreement(s: LargePoolsFlags) -> list[dict]:
   return found
 
 
+def held_bytes() -> int:
+  """How much may be held: the more, the fewer gradients are taken again."""
+  return max(HELD, host.available_bytes() // 2)
+
+
 def exact_products(session: Session, s: LargePoolsFlags, train: np.ndarray, evals: np.ndarray) -> np.ndarray:
   """g_i . g_j of whole gradients of the kernels, all pairs of queries, which come first, and examples: f64 [Q+N, Q+N].
 
   Gradients of some rows are held, those of all later ones come by: nothing is projected, no pair is left out, and no
-  more than `HELD` bytes of gradients are in memory, beside those of a batch.
+  more than `held_bytes` of gradients are in memory, beside those of a batch.
   """
   chosen = choose(session, session.checkpoint_params(s.checkpoint), s.layers, "matrices")
   width, size = subtree.count(chosen.problem.sub), len(evals) + len(train)
-  together = max(1, HELD // (4 * width))
+  together = max(1, held_bytes() // (4 * width))
   total = np.zeros((size, size))
 
   def leaves(rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:

@@ -307,10 +307,11 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def run_processes(program: str, arguments: list[list[str]]) -> list[tuple[int, str]]:
+def run_processes(program: str, arguments: list[list[str]], mortal: int = 0) -> list[tuple[int, str]]:
   """Runs a Python program, which may import test modules, once for each list of arguments, side by side.
 
-  Each process has four devices. Returns (exit code, output) of each.
+  Each process has four devices. When the `mortal` one fails, the others are killed, as a scheduler does. Returns
+  (exit code, output) of each.
   """
   variables = child_environment(devices=4)
   tests = pathlib.Path(__file__).parent
@@ -319,8 +320,12 @@ def run_processes(program: str, arguments: list[list[str]]) -> list[tuple[int, s
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": variables}
   started = [subprocess.Popen([sys.executable, "-c", program, *own], **pipes) for own in arguments]
   try:
-    outputs = [process.communicate(timeout=1500)[0] for process in started]
+    outputs = {mortal: started[mortal].communicate(timeout=1500)[0]}
+    for number, process in enumerate(started):
+      if started[mortal].returncode:
+        process.kill()
+      outputs.setdefault(number, "" if number in outputs else process.communicate(timeout=1500)[0])
   finally:
     for process in started:
       process.kill()
-  return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+  return [(process.returncode, outputs[number]) for number, process in enumerate(started)]

@@ -1,6 +1,6 @@
 """bergson and kronfluence beside us: the same model, tokens and machine, pass by pass in turns.
 
-python -m benchmarks.peers.peers --data=jsonl:ALPACA.json --examples=32 --rounds=2 --folder=runs/peers
+python -m benchmarks.peers.peers --data=jsonl:ALPACA.json --examples=12 --rounds=2 --folder=runs/peers
 
 The peers run in an environment of their own, which the first call makes (requirements.txt). All matrices of all layers,
 float32, gradients of the mean loss of an example. CPU seconds count: a machine may be shared. No part of the tests.
@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
   """What was given."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--data", required=True)
-  parser.add_argument("--examples", type=int, default=32)
+  parser.add_argument("--examples", type=int, default=12)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--folder", default="runs/peers")
   parser.add_argument("--python", default="", help="of an environment that has requirements.txt already")
