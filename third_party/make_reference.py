@@ -213,6 +213,17 @@ FAMILY_CONFIGS = {
   | {"model_type": "granitemoeshared", "attention_bias": True, "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
   | {"logits_scaling": 0.5, "attention_multiplier": 0.2, "num_local_experts": 4, "num_experts_per_tok": 2}
   | {"intermediate_size": 12, "shared_intermediate_size": 20},
+  # Half of the heads' entries rotated; experts chosen by corrected sigmoids, of two of three groups.
+  "minimax m2": _SIZES
+  | {"model_type": "minimax_m2", "head_dim": 16, "partial_rotary_factor": 0.5, "num_local_experts": 6}
+  | {"num_experts_per_tok": 3, "intermediate_size": 12},
+  "solar open": _SIZES
+  | {"model_type": "solar_open", "head_dim": 16, "attention_bias": True, "n_routed_experts": 6, "n_group": 3}
+  | {"topk_group": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "n_shared_experts": 2}
+  | {"norm_topk_prob": True, "routed_scaling_factor": 1.7, "rope_scaling": _YARN},
+  "solar open free": _SIZES
+  | {"model_type": "solar_open", "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+  | {"moe_intermediate_size": 12, "n_shared_experts": 1, "norm_topk_prob": False},
   "gpt oss": _SIZES
   | {"model_type": "gpt_oss", "head_dim": 16, "attention_bias": True, "sliding_window": 7, "num_local_experts": 4}
   | {"num_experts_per_tok": 2, "intermediate_size": 12, "swiglu_limit": 0.8, "swiglu_alpha": 1.3}
@@ -562,6 +573,9 @@ def make_family(folder: pathlib.Path, values: dict) -> tuple[dict, dict]:
     losses = nll.mean(-1)
     losses.mean().backward()
   slopes = {key: parameter.grad for key, parameter in model.named_parameters()}
+  slopes |= {
+    key: torch.zeros_like(value) for key, value in model.state_dict().items() if key not in slopes
+  }  # constants
   gradients = stored(folder / "gradients", model, slopes)
   assert gradients.keys() == shapes.keys()
   arrays = {"logits": logits[:, -LAST:].detach().numpy().astype(np.float32)}

@@ -119,12 +119,31 @@ class FlatPlan(Sequence):
 
   def __getitem__(self, index):
     if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
+      return PlanPart(self, range(len(self))[index])
     index = range(len(self))[index]
     number = int(np.searchsorted(self._ends, index, side="right"))
     part, first = self._parts[number], index - (int(self._ends[number - 1]) if number else 0)
     cells = [part.cell(first * self._groups + group) for group in range(self._groups)]
     return (part.length if self._shapes is None else self._shapes[index]), cells
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Sequence) and [*self] == [*other]
+
+  __hash__ = None
+
+
+class PlanPart(Sequence):
+  """Some batches of a plan, made when they are asked for: shards of a large plan hold no object for an example."""
+
+  def __init__(self, plan: FlatPlan, batches: range):
+    self._plan, self._batches = plan, batches
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, index):
+    found = self._batches[index]
+    return PlanPart(self._plan, found) if isinstance(found, range) else self._plan[found]
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, Sequence) and [*self] == [*other]

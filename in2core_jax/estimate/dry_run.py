@@ -168,7 +168,8 @@ def facts(session: Session, stage: str, where: Hardware) -> list[str]:
   """What was chosen, and on what it would run."""
   s = session.settings
   every = subtree.count(shapes.param_shapes(session.model.config, s.dtype))
-  lines = [f"model: {every:,} parameters, {s.dtype}"]
+  kept = "" if s.frozen_weights == "full" else f", matrices of layers in {s.frozen_weights}"
+  lines = [f"model: {every:,} parameters, {s.dtype}{kept}"]
   for name, stages, described in (
     ("trained", ("finetune", "evaluate", "demo"), shapes.trained_shapes),
     ("scored", ("select", "demo"), shapes.scored_shapes),

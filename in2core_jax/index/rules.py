@@ -137,7 +137,7 @@ def _some(counted: np.ndarray, ids: Sequence[str]) -> np.ndarray:
   if len(named) <= MOST_COUNTED:
     return counted
   kept = np.zeros_like(counted)
-  kept[named[spread_rows([ids[row] for row in named], MOST_COUNTED)]] = True
+  kept[named[spread_rows(aggregation.ids_of(ids, named), MOST_COUNTED)]] = True
   return kept
 
 
@@ -154,7 +154,7 @@ class _Similar:
   def apart(self, counted: np.ndarray) -> Apart | None:
     """How far the queries are from the pool as a whole, by some examples of it."""
     named = np.flatnonzero(counted)
-    some = named[spread_rows([self.inputs.ids[row] for row in named], _PAIRS)]
+    some = named[spread_rows(aggregation.ids_of(self.inputs.ids, named), _PAIRS)]
     if min(len(self.asked), len(some)) < 2:
       return None
     sample = self.metric.asked(self.rows.take(some))

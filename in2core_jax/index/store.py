@@ -24,12 +24,13 @@ _NARROWED = ("gradients", "hidden")
 
 def keys_of(tokens: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> np.ndarray:
   """Names examples by what a row depends on: a hash of token ids and response mask, S32 [N]."""
-  names = []
-  for ids, mask in zip(tokens, masks, strict=True):
+
+  def name(ids: np.ndarray, mask: np.ndarray) -> bytes:
     digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=16)
     digest.update(np.packbits(mask).tobytes())
-    names.append(digest.hexdigest().encode())
-  return np.array(names, _KEY)
+    return digest.hexdigest().encode()
+
+  return np.fromiter((name(*both) for both in zip(tokens, masks, strict=True)), _KEY)
 
 
 def firsts(keys: np.ndarray) -> np.ndarray:

@@ -51,6 +51,11 @@ class ModelConfig:
     shared_size: inner width of one more MLP beside the experts, which every token goes through; 0: there is none.
     shared_gate: its output is multiplied by a sigmoid of a score of its own.
     qkv_clip: queries, keys and values are clipped to its magnitude; None: they are not.
+    sigmoid_gates: gates are sigmoids of the router's scores (with `norm_gates` over their sum), and a correction of its
+      own for each expert is added to them for the choice alone.
+    expert_groups, groups_per_token: experts are chosen within the groups of which the two best experts have the largest
+      sums.
+    gate_scale: gates are multiplied by it.
   """
 
   vocab_size: int
@@ -101,6 +106,10 @@ class ModelConfig:
   qkv_clip: float | None = None
   shared_size: int = 0
   shared_gate: bool = False
+  sigmoid_gates: bool = False
+  expert_groups: int = 1
+  groups_per_token: int = 1
+  gate_scale: float = 1.0
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -111,6 +120,16 @@ class ModelConfig:
       raise UserError(f"model config: rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
     if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
       raise UserError(f"model config: a token cannot go through {self.experts_per_token} of {self.num_experts} experts")
+    if self.num_experts % self.expert_groups or not 1 <= self.groups_per_token <= self.expert_groups:
+      raise UserError(
+        f"model config: {self.num_experts} experts cannot be in {self.expert_groups} groups of which a token takes "
+        f"{self.groups_per_token}"
+      )
+    if self.experts_per_token > self.groups_per_token * (self.num_experts // self.expert_groups):
+      raise UserError(
+        f"model config: {self.groups_per_token} of {self.expert_groups} groups have fewer than the "
+        f"{self.experts_per_token} experts of a token"
+      )
     if (self.global_every or self.local) and not self.sliding_window:
       raise UserError("model config: local layers need a sliding_window")
     for name in ("local", "unrotated"):

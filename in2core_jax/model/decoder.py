@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from in2core_jax.model import experts
 from in2core_jax.model.config import ModelConfig, causal_mask, packed_mask
 from in2core_jax.model.rotary import rotary_tables, rotate
+from in2core_jax.model.routing import route
 from in2core_jax.params import moment_probes, quantisation
 from in2core_jax.params import subtree as subtree_lib
 
@@ -245,19 +246,6 @@ class ExpertProjection(nn.Module):
     return quantisation.applied(lambda x, own: jnp.einsum(how, x, own.astype(x.dtype)), x, matrices)
 
 
-def route(config: ModelConfig, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(gates [..., E] of a token's experts, 0 for the others; which they are, int32 [..., K]) from the router's scores.
-
-  Which experts these are is a constant, the router's choice at the present weights: gates have a derivative in the
-  scores, the choice has none. Nothing is dropped, so what a token gets depends on no other token.
-  """
-  order = jax.lax.top_k(jax.lax.stop_gradient(scores), config.experts_per_token)[1]
-  chosen = jnp.sum(jax.nn.one_hot(order, config.num_experts, dtype=scores.dtype), axis=-2) > 0
-  if config.norm_gates:
-    scores = jnp.where(chosen, scores, jnp.finfo(scores.dtype).min)
-  return jnp.where(chosen, jax.nn.softmax(scores, axis=-1), 0), order
-
-
 class Mixture(nn.Module):
   """Mixture of experts: sum over a token's experts of gate_e down_e(act(gate_e(x)) * up_e(x)), as `route` chooses.
 
@@ -275,7 +263,10 @@ class Mixture(nn.Module):
     of = {name: ExpertProjection(size[1], c.num_experts, c.expert_bias, name=name) for name, size in sizes.items()}
     project = lambda name, *x: of[name](sizes[name][0], *x)  # noqa: E731
     scores = Projection(c.num_experts, c.router_bias, name="router")(x)
-    gates, chosen = route(c, scores.astype(accumulation_dtype(x.dtype)))
+    scores, correction = scores.astype(accumulation_dtype(x.dtype)), None
+    if c.sigmoid_gates:
+      correction = self.param("correction", nn.initializers.zeros, (c.num_experts,)).astype(scores.dtype)
+    gates, chosen = route(c, scores, correction)
     gates = gates.astype(x.dtype)
     cut = experts.blocks(*x.shape[:2], c.experts_per_token, c.num_experts)
     there = self.variables.get("params", {})

@@ -6,7 +6,7 @@ for each block:
     pairs, sorted by expert     0 0 0 0 0 2 2 3 3 3
     blocks of m = 4             0 0 0 0 | 0 . . . | 2 2 . . | 3 3 3 .
 
-Which pairs there are is a constant, as in `decoder.route`; all else is gathers and matrix products, whose derivatives
+Which pairs there are is a constant, as in `routing.route`; all else is gathers and matrix products, whose derivatives
 of every order JAX knows. Sizes do not depend on the routing: there are blocks for the worst case.
 
 Letters: G groups of tokens that are sorted by themselves, N tokens of a group, K experts of a token, E experts.

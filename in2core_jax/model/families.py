@@ -71,6 +71,12 @@ _CAPS = {"final_logit_softcapping": ("logit_cap",), "attn_logit_softcapping": ("
 _GATE_UP = ("layers/mlp/gate_proj/experts", "layers/mlp/up_proj/experts")
 _DOWN = "layers/mlp/down_proj/experts"
 _SHARED = tuple(f"layers/mlp/shared_{name}_proj/kernel" for name in ("gate", "up", "down"))
+_MIXTRAL = {
+  "layers/mlp/router/kernel": "block_sparse_moe.gate.weight",
+  "layers/mlp/gate_proj/experts": "block_sparse_moe.experts.{e}.w1.weight",
+  "layers/mlp/up_proj/experts": "block_sparse_moe.experts.{e}.w3.weight",
+  "layers/mlp/down_proj/experts": "block_sparse_moe.experts.{e}.w2.weight",
+}
 _PER_TOKEN = {"num_experts_per_tok": ("experts_per_token",)}
 _EXPERTS = _PER_TOKEN | {"num_experts": ("num_experts",)}
 _LOCAL_EXPERTS = _PER_TOKEN | {"num_local_experts": ("num_experts",)}
@@ -217,12 +223,7 @@ FAMILIES: dict[str, Family] = {
     {"norm_gates": True},
     _LOCAL_EXPERTS,
     window="all",
-    names={
-      "layers/mlp/router/kernel": "block_sparse_moe.gate.weight",
-      "layers/mlp/gate_proj/experts": "block_sparse_moe.experts.{e}.w1.weight",
-      "layers/mlp/up_proj/experts": "block_sparse_moe.experts.{e}.w3.weight",
-      "layers/mlp/down_proj/experts": "block_sparse_moe.experts.{e}.w2.weight",
-    },
+    names=_MIXTRAL,
   ),
   "qwen2_moe": Family(
     "Qwen2MoeForCausalLM",
@@ -279,6 +280,29 @@ FAMILIES: dict[str, Family] = {
       _SHARED[2]: "shared_mlp.output_linear.weight",
     },
     fused={"block_sparse_moe.input_linear.weight": _GATE_UP, "shared_mlp.input_linear.weight": _SHARED[:2]},
+  ),
+  "minimax_m2": Family(
+    "MiniMaxM2ForCausalLM",
+    _EPS
+    | {"num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5000000.0, "use_qk_norm": True}
+    | {"num_local_experts": 256, "num_experts_per_tok": 8},
+    {"wide_query_key_norms": True, "norm_gates": True, "sigmoid_gates": True},
+    _LOCAL_EXPERTS | {"use_qk_norm": ("query_key_norms",)},
+    partial_rotary=True,
+    rope_kinds=("default",),
+    names=_MIXTRAL | {"layers/mlp/correction": "block_sparse_moe.e_score_correction_bias"},
+  ),
+  "solar_open": Family(
+    "SolarOpenForCausalLM",
+    {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1000000.0}
+    | {"intermediate_size": 10240, "moe_intermediate_size": 1280, "n_shared_experts": 1, "n_routed_experts": 128}
+    | {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    {"sigmoid_gates": True},
+    _PER_TOKEN
+    | {"attention_bias": ("attention_bias",), "n_routed_experts": ("num_experts",), "norm_topk_prob": ("norm_gates",)}
+    | {"n_group": ("expert_groups",), "topk_group": ("groups_per_token",), "routed_scaling_factor": ("gate_scale",)}
+    | {"moe_intermediate_size": ("intermediate_size",), "n_shared_experts": ("shared_size",)},
+    names={leaf: f"mlp.shared_experts.{leaf.split('_')[1]}_proj.weight" for leaf in _SHARED},
   ),
   "gpt_oss": Family(
     "GptOssForCausalLM",

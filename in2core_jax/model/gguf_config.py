@@ -45,6 +45,7 @@ ARCHITECTURES = {
   "qwen2": Architecture("Qwen 2 and 2.5", "qwen2"),
   "qwen3": Architecture("Qwen 3", "qwen3"),
   "qwen3moe": Architecture("Qwen 3 with experts", "qwen3_moe", experts={"norm_gates": True}),
+  "qwen2moe": Architecture("Qwen 2 with experts", "qwen2_moe", experts={"norm_gates": False}),
   "gemma3": Architecture("Gemma 3"),
   "phi3": Architecture(
     "Phi-3, Phi-4",
@@ -57,6 +58,7 @@ ARCHITECTURES = {
   ),
   "smollm3": Architecture("SmolLM3", "smollm3", paired=True),
 }
+_SHARED = "expert_shared_feed_forward_length"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Key of the architecture -> the only values under which this decoder computes the same as the model.
 _ONLY: dict[str, tuple] = {
@@ -110,7 +112,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
   heads = get("attention.head_count")
   head_dim = get("attention.key_length", get("embedding_length") // heads)
   experts = _experts(get, kind, origin) if values.get(f"{architecture}.expert_count") else {}
-  _refuse_others(values, architecture, {"expert_count", "expert_used_count"} if experts else set(), head_dim, origin)
+  read = {"expert_count", "expert_used_count", *([_SHARED] if "shared_size" in experts else [])} if experts else set()
+  _refuse_others(values, architecture, read, head_dim, origin)
   theta, scaling, rotary_dim = read_rope(file, get, head_dim, kind.partial_rotary)
   return ModelConfig(
     vocab_size=embedding.shape[0],
@@ -171,7 +174,8 @@ def _experts(get: Callable, kind: Architecture, origin: str) -> dict[str, Any]:
   """Fields of `ModelConfig` of a model with experts."""
   if kind.experts is None:
     raise UserError(f"{origin}: a mixture of experts of this architecture is not supported; use the model's hf: folder")
-  return {"num_experts": get("expert_count"), "experts_per_token": get("expert_used_count"), **kind.experts}
+  found = {"num_experts": get("expert_count"), "experts_per_token": get("expert_used_count"), **kind.experts}
+  return found | ({"shared_size": get(_SHARED)} if kind.model_type == "qwen2_moe" else {})
 
 
 def _refuse_others(values: dict[str, Any], architecture: str, read: set[str], head_dim: int, origin: str) -> None:

@@ -32,6 +32,9 @@ ONLY = {
   "num_experts": (0, None),
   "num_local_experts": (0, None),
   "n_routed_experts": (0, None),
+  "n_shared_experts": (0, None),
+  "first_k_dense_replace": (0, None),
+  "scoring_func": ("softmax", None),
   "num_experts_per_tok": (0, None),
   "mlp_only_layers": ([], None),
   "decoder_sparse_step": (1, None),
@@ -197,6 +200,8 @@ def _hint(values: dict[str, Any], kind: Any) -> str:
   if isinstance(kind, str) and re.search("moe|deepseek|llama4|dbrx|minimax|dots1|bailing|grok", kind):
     near = [name for name, family in FAMILIES.items() if "num_experts_per_tok" in family.options]
     closest = difflib.get_close_matches(kind, near, n=1, cutoff=0)[0]
+    if re.search("glm4_moe|dots1|ernie4_5_moe|afmoe|exaone_moe", kind):
+      return "; its first layers have no experts, and here all layers are alike: the closest that works is solar_open"
     return f"; of its mixture of experts this decoder lacks an option, and the closest that works is {closest}"
   near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5) if isinstance(kind, str) else []
   return f"; the closest that works is {near[0]}" if near else ""
@@ -211,6 +216,8 @@ def _refuse_others(values: dict[str, Any], kind: str, origin: str) -> None:
   read = {*family.options, *(["partial_rotary_factor"] if family.partial_rotary else [])}
   read |= {"use_sliding_window"} if _may_use_window(family) else set()
   read |= {"no_rope_layers", "no_rope_layer_interval"} if family.window == "unrotated" else set()
+  if family.traits.get("sigmoid_gates"):
+    only |= {"scoring_func": ("sigmoid", None), "use_routing_bias": (True, None)}
   only = {key: allowed for key, allowed in only.items() if key not in read}
   for key, allowed in only.items():
     value = values.get(key)

@@ -21,6 +21,11 @@ def one_spelling(values: dict[str, Any], family: Family, origin: str) -> dict[st
     if values.get(key, values[other]) != values[other]:
       raise UserError(f"{origin}: {key} and {other} say different things; remove one of them")
     values = {name: value for name, value in values.items() if name != other} | {key: values[other]}
+  if family.partial_rotary and values.get("rotary_dim") and values.get("head_dim"):
+    part = values["rotary_dim"] / values["head_dim"]
+    if values.get("partial_rotary_factor", part) != part:
+      raise UserError(f"{origin}: rotary_dim and partial_rotary_factor say different things; remove one of them")
+    values = {name: value for name, value in values.items() if name != "rotary_dim"} | {"partial_rotary_factor": part}
   return values
 
 
@@ -32,6 +37,8 @@ def read_options(values: dict[str, Any], family: Family) -> dict[str, Any]:
     if value is not None:
       kept = isinstance(value, bool) or names[0] in _WHOLE
       fields |= dict.fromkeys(names, value if kept else float(value))
+  if "n_shared_experts" in family.options:  # so many times the width of one
+    fields["shared_size"] = (values["n_shared_experts"] or 0) * fields["intermediate_size"]
   return fields
 
 
@@ -44,6 +51,8 @@ def write_options(config: ModelConfig, family: Family) -> dict[str, Any]:
   plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
   found = {key: getattr(config, names[0]) for key, names in family.options.items()}
   found = {key: v for key, v in found.items() if v != plain[family.options[key][0]] or key in family.defaults}
+  if "n_shared_experts" in found:
+    found["n_shared_experts"] = config.shared_size // config.intermediate_size
   if found.get("attention_multiplier", 1) is None:
     found["attention_multiplier"] = config.score_scale
   scalar = found.get("query_pre_attn_scalar", 1) or config.head_dim

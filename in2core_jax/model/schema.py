@@ -111,6 +111,13 @@ CONFIG: dict[str, Kind] = {
   "shared_intermediate_size": whole(0, _VOCABULARY),
   "moe_intermediate_size": whole(1, _VOCABULARY),
   "norm_topk_prob": or_null(TRUTH),
+  "n_routed_experts": or_null(whole(0, _HEADS)),
+  "n_shared_experts": or_null(whole(0, _HEADS)),
+  "n_group": or_null(whole(1, _HEADS)),
+  "topk_group": or_null(whole(1, _HEADS)),
+  "routed_scaling_factor": or_null(_MULTIPLIER),
+  "rotary_dim": or_null(whole(2, _HEADS)),
+  "use_qk_norm": or_null(TRUTH),
   "clip_qkv": or_null(_MULTIPLIER),
   "swiglu_limit": or_null(_MULTIPLIER),
   "swiglu_alpha": or_null(_MULTIPLIER),
@@ -178,6 +185,7 @@ GGUF: dict[str, Kind] = {
   "expert_count": whole(0, _HEADS),
   "expert_used_count": whole(0, _HEADS),
   "expert_feed_forward_length": whole(1, _VOCABULARY),
+  "expert_shared_feed_forward_length": whole(1, _VOCABULARY),
 }
 _TEXTS = list_of(TEXT, "a list of texts")
 _TOKEN = whole(0, _VOCABULARY)

@@ -37,6 +37,10 @@ GGUF_NAMES = {
   "layers/mlp/gate_proj/experts": "blk.{i}.ffn_gate_exps.weight",
   "layers/mlp/up_proj/experts": "blk.{i}.ffn_up_exps.weight",
   "layers/mlp/down_proj/experts": "blk.{i}.ffn_down_exps.weight",
+  "layers/mlp/shared_gate_proj/kernel": "blk.{i}.ffn_gate_shexp.weight",
+  "layers/mlp/shared_up_proj/kernel": "blk.{i}.ffn_up_shexp.weight",
+  "layers/mlp/shared_down_proj/kernel": "blk.{i}.ffn_down_shexp.weight",
+  "layers/mlp/shared_router/kernel": "blk.{i}.ffn_gate_inp_shexp.weight",
   "layers/attention_post_norm/scale": "blk.{i}.post_attention_norm.weight",
   "layers/mlp_post_norm/scale": "blk.{i}.post_ffw_norm.weight",
 }
@@ -64,6 +68,7 @@ HF_NAMES = {
   "layers/attention/k_norm/scale": "model.layers.{i}.self_attn.k_norm.weight",
   "layers/attention/sinks": "model.layers.{i}.self_attn.sinks",
   "layers/mlp/router/kernel": "model.layers.{i}.mlp.gate.weight",
+  "layers/mlp/correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
   "layers/mlp/gate_proj/experts": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
   "layers/mlp/up_proj/experts": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
   "layers/mlp/down_proj/experts": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",

@@ -220,10 +220,12 @@ def load_gguf(place: Place, dtype=np.float32, mesh=None, few: str = FULL) -> tup
   file = read_gguf(place)
   config, kind = gguf_config(file), ARCHITECTURES[file.metadata["general.architecture"]]
   stored = {name: tensor.shape for name, tensor in file.tensors.items() if name not in FACTOR_TENSORS}
+  stored |= {name: (1, *stored[name]) for name in stored if name.endswith("_shexp.weight") and len(stored[name]) == 1}
   pieces = fused_pieces(kind.fused, stored, parameter_tree.shapes_of(config), prefix="blk.{i}.")
 
   def read(name: str, leaf: str) -> np.ndarray:
     array = pieces[name].of(file.read(pieces[name].whole), leaf) if name in pieces else file.read(name)
+    array = array[None] if array.ndim == 1 and is_matrix(leaf) else array  # of one output
     if leaf.endswith("_norm/scale"):
       return array - np.float32(config.norm_offset)
     heads = rotated_heads(config, leaf) if kind.paired else 0

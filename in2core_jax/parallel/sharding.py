@@ -47,7 +47,7 @@ PARTITION_RULES: Rules = (
   (rf"layers/.*{_OUT_OF}/experts{_KEPT}$", _P(None, None, "tensor", "fsdp")),
   (rf"layers/.*{_INTO}/expert_bias$", _P(None, None, "tensor")),
   (r"layers/mlp/\w*router/(kernel|lora_a|left)$", _P(None, "fsdp", None)),
-  (r"layers/.*(expert_bias|router/\w+|attention/sinks)$", _P()),
+  (r"layers/.*(expert_bias|router/\w+|attention/sinks|mlp/correction)$", _P()),
   (rf"layers/.*{_INTO}/(lora_a|left)$", _P(None, "fsdp", None)),
   (rf"layers/.*{_INTO}/(lora_b|right)$", _P(None, None, ("tensor", "fsdp"))),
   (rf"layers/.*{_OUT_OF}/(lora_a|left)$", _P(None, ("tensor", "fsdp"), None)),

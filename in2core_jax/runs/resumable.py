@@ -99,7 +99,11 @@ class ResumableStream:
 
   @functools.cached_property
   def _plan_sha256(self) -> str:
-    return files.hash_of(self.shards)
+    digest = hashlib.sha256(b"[")  # of `files.hash_of(self.shards)`, without the text of all of them
+    for number, shard in enumerate(self.shards):
+      digest.update(("," if number else "").encode() + files.canonical_json([*shard]).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
   def store(self, name: str) -> ShardStore:
     """Where a pass over this stream keeps its shards."""

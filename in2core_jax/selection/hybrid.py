@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from in2core_jax.selection import cosines
+from in2core_jax.selection import aggregation, cosines
 from in2core_jax.selection.two_samples import Apart, apart
 from in2core_jax.selection.whitening import Measured, WhitenedMetric, check_gradients, spread_rows
 
@@ -136,7 +136,7 @@ class HybridMetric:
     """
     check_gradients(features, "training")
     counted, metric = np.flatnonzero(counts), WhitenedMetric.fit(features, ids=ids, counted=counts)
-    some = counted[spread_rows([ids[row] for row in counted], _PAIRS)]
+    some = counted[spread_rows(aggregation.ids_of(ids, counted), _PAIRS)]
     return cls(metric, Texts.fit(hidden[counted]), Examples(metric.measured(features), hidden), some)
 
   def asked(self, target: np.ndarray, hidden: np.ndarray) -> Examples:

@@ -23,6 +23,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 
 from in2core_jax.errors import UserError, how_many
+from in2core_jax.selection import aggregation
 
 MOST_ROWS = 4096  # behind C: their products with each other are 134 MB, and more rows hardly move C
 DAMPING_RATIO = 0.1
@@ -113,7 +114,8 @@ class WhitenedMetric:
     width = features.shape[1]
     over_rows = min(len(kept), MOST_ROWS) < width
     if over_rows and len(kept) > MOST_ROWS:
-      kept = kept[spread_rows([str(row) if ids is None else ids[row] for row in kept], MOST_ROWS)]
+      named = [str(row) for row in kept] if ids is None else aggregation.ids_of(ids, kept)
+      kept = kept[spread_rows(named, MOST_ROWS)]
     if over_rows:
       rows = (features[kept] / size[kept, None]).astype(features.dtype)
       matrix = products(rows, rows) / len(rows)
@@ -169,7 +171,8 @@ def spread_rows(ids: Sequence[str], count: int) -> np.ndarray:
     ids: one a row.
     count: how many.
   """
-  return np.sort(np.argsort([_hash(name) for name in ids], kind="stable")[:count])
+  hashes = np.fromiter(map(_hash, ids), "S32", len(ids))
+  return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
 def _hash(name: str) -> bytes:

@@ -57,5 +57,6 @@ def test_a_plan_in_flat_arrays_is_that_of_lists(groups):
   plan, expected = packer.sequential_plan(300), plain_plan(packer, 300)
   assert [(shape.num_tokens, cells) for shape, cells in plan] == expected and len(plan) == len(expected)
   assert plan[-1][1] == expected[-1][1] and [cells for _, cells in plan[1:3]] == [cells for _, cells in expected[1:3]]
+  assert [cells for _, cells in plan[1:][1:]] == [cells for _, cells in expected[2:]] and len(plan[-2:]) == 2
   with pytest.raises(IndexError):
     plan[len(plan)]

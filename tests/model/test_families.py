@@ -71,6 +71,7 @@ def losses_and_logits(config, params, tokens):
 
 # What these have beyond the models of one router alone, others have too.
 SLOW = ("qwen3 moe", "granite moe shared", "olmoe", "olmoe softmax", "flex olmo", "granite moe")
+SLOW += ("minimax m2", "solar open", "solar open free")
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -198,6 +199,13 @@ REFUSED = [
     {"model_type": "qwen3_vl_moe"},
     "mixture of experts .* lacks an option, .* closest that works is qwen3_moe",
   ),
+  ("solar open", {"model_type": "glm4_moe"}, "first layers have no experts, .* closest that works is solar_open"),
+  ("solar open", {"first_k_dense_replace": 1}, "first_k_dense_replace 1 is not supported"),
+  ("solar open", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; .* 'sigmoid' only"),
+  ("solar open", {"n_group": 4}, "6 experts cannot be in 4 groups of which a token takes 2"),
+  ("solar open", {"topk_group": 1}, "1 of 3 groups have fewer than the 3 experts of a token"),
+  ("minimax m2", {"rotary_dim": 4}, "rotary_dim and partial_rotary_factor say different things"),
+  ("mixtral", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported"),
   ("qwen3 moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
   ("qwen3 moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
   ("qwen3 moe", {"num_experts_per_tok": 7}, "cannot go through 7 of 6 experts"),
@@ -222,6 +230,14 @@ REFUSED = [
 def test_configurations_that_do_not_map_are_refused(name, changes, message):
   with pytest.raises(UserError, match=message):
     hf_config.parse_config(MODELS[name]["config"] | changes, "config.json")
+
+
+def test_the_keys_of_released_minimax_m2_folders_are_read():
+  released = MODELS["minimax m2"]["config"] | {"rotary_dim": 8, "use_qk_norm": True, "scoring_func": "sigmoid"}
+  released |= {"use_routing_bias": True, "qk_norm_type": "per_layer", "shared_intermediate_size": 0, "use_mtp": True}
+  del released["partial_rotary_factor"]
+  read = hf_config.parse_config(released, "config.json")
+  assert read == hf_config.parse_config(MODELS["minimax m2"]["config"], "config.json") and read.rotary_dim == 8
 
 
 def test_fused_matrices_of_other_sizes_are_refused(tmp_path):

@@ -29,6 +29,7 @@ CASES = [
   ("qwen2 sliding yarn", "qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}} | _PLAIN),
   ("qwen3", "qwen3", _PLAIN),
   ("qwen3 moe", "qwen3moe", _PLAIN),
+  ("qwen2 moe", "qwen2moe", {"norm_topk_prob": False}),
   ("phi3", "phi3", {}),
   ("phi4 mini", "phi3", {}),
   ("smollm3", "smollm3", {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4} | _PLAIN),
@@ -70,7 +71,7 @@ def converted(architecture, values, tensors) -> dict[str, np.ndarray]:
     if one:
       experts.setdefault(f"{one[1]}.{one[3]}.weight", []).append(value)
     else:
-      found[table.get_name(name, try_suffixes=(".weight", ".bias"))] = value
+      found[table.get_name(name, try_suffixes=(".weight", ".bias"))] = value.squeeze()
   for name, each in experts.items():
     found[table.get_name(name, try_suffixes=(".weight",))] = np.stack(each)
   assert None not in found
@@ -118,6 +119,8 @@ def write(path, architecture, values, tensors, change=lambda writer: None):
     writer.add_expert_used_count(values["num_experts_per_tok"])
   if "moe_intermediate_size" in values:
     writer.add_expert_feed_forward_length(values["moe_intermediate_size"])
+  if "shared_expert_intermediate_size" in values:
+    writer.add_expert_shared_feed_forward_length(values["shared_expert_intermediate_size"])
   tensors, scaling = converted(architecture, values, tensors), values.get("rope_scaling") or {}
   kind = scaling.get("rope_type", scaling.get("type"))
   if kind == "yarn":

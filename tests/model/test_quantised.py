@@ -10,12 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 from test_families import REFERENCE
 from test_families import write as write_family
 from test_weights import CONFIG, edit_config, make_params
 
 from in2core_jax.errors import UserError
 from in2core_jax.model import model_files, quantised, weights
+from in2core_jax.params import quantisation
 
 SAVED = {"float8_e4m3fn": "F8_E4M3", "int32": "I32", "int8": "I8", "uint8": "U8", "int64": "I64", "float32": "F32"}
 SAVED |= {"float16": "F16", "bfloat16": "BF16"}
@@ -59,6 +61,16 @@ def test_packed_tensors_are_what_the_library_makes_of_them(case, tmp_path):
   assert view.get_slice("x.weight").get_shape() == list(wanted.shape)
   np.testing.assert_allclose(view.get_slice("x.weight")[1:3], wanted[1:3], rtol=1e-6)
   np.testing.assert_allclose(view.get_tensor("x.weight"), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("nf4", "nf4"), ("nf4 double", "nf4"), ("int8", "int8")])
+def test_codes_of_bitsandbytes_stay_as_they_are_in_frozen_weights(case, kind, tmp_path):
+  with np.load(REFERENCE / "quantised.npz") as stored:
+    tensors = {key.removeprefix(f"{case}/"): stored[key] for key in stored.files if key.startswith(f"{case}/")}
+  wanted = tensors.pop("=")
+  kept = quantisation.quantise(view_of(tmp_path, CONFIGS[case], tensors).get_tensor("x.weight").T, kind)
+  np.testing.assert_array_equal(kept.codes.T, tensors["weight"].reshape(len(wanted), -1))
+  np.testing.assert_allclose(np.asarray(kept).T, wanted, rtol=5e-3 if "double" in case else 1e-6)  # in bfloat16
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
@@ -165,6 +177,21 @@ def test_a_quantised_folder_is_the_folder_of_its_matrices(case, plain, tmp_path,
   written = safetensors.numpy.load_file(tmp_path / "plain/model.safetensors")
   for name, tensor in (tensors | matrices).items():
     np.testing.assert_allclose(written[name], tensor, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", quantisation.KINDS)
+def test_frozen_weights_are_rounded_while_they_are_read(kind, plain, tmp_path, caplog):
+  config, params = weights.load_hf_dir(plain)
+  wanted = quantisation.quantise_tree(params, kind)
+  tiny.assert_trees_equal(weights.load_hf_dir(plain, "float32", None, kind)[1], wanted)
+  assert config == weights.load_hf_dir(plain, "bfloat16", None, kind)[0]
+  few = [leaf for leaf in jax.tree.leaves(wanted, is_leaf=quantisation.is_leaf) if quantisation.is_leaf(leaf)]
+  assert len(few) == 7
+  shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+  quantise(tmp_path, safetensors.numpy.load_file(plain / "model.safetensors"), BY_HAND["fp8"])
+  with caplog.at_level(logging.WARNING):
+    weights.load_hf_dir(tmp_path, "float32", None, kind)
+  assert f"are rounded once more: as {kind} they take 0.00 GB" in caplog.text
 
 
 def test_fused_matrices_are_dequantised_and_split(tmp_path):

@@ -133,6 +133,7 @@ def test_trained_layers_stay_full_among_those_in_few_bits(layers):
   tiny.assert_trees_close(as_arrays(below), jax.tree.map(lambda leaf: leaf[:2], wanted["layers"]), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_no_dequantised_weights():
   config = tiny.make_config(**(SIZES | {"hidden_size": 64, "intermediate_size": 256, "num_layers": 24}))
   plain = adapters.add_lora(tiny.make_params(config), 1, jax.random.key(0))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import fsspec
@@ -18,7 +19,7 @@ from fsspec.registry import _registry as fsspec_registry
 
 from in2core_jax.errors import UserError
 from in2core_jax.parallel import processes
-from in2core_jax.runs import files, locks, run_folder
+from in2core_jax.runs import files, locks, resumable, run_folder
 from in2core_jax.runs.progress import Progress, silent
 from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.runs.shards import ShardStore
@@ -488,3 +489,9 @@ def test_progress_counts_the_rate_from_where_it_began(monkeypatch):
   assert progress.line() == "scores: 60/100 examples, 2 examples/s, 0:20 left"
   now[0] = 40.0
   assert progress.line() == "scores: 60/100 examples, 4 s each, 2:40 left"
+
+
+def test_the_hash_of_a_plan_is_that_of_its_shards_together():
+  plan = [[(1, 2), [[number]]] for number in range(7)]
+  stream = resumable.ResumableStream(plan, iter, types.SimpleNamespace(shard_batches=3), None)
+  assert stream._plan_sha256 == files.hash_of([plan[:3], plan[3:6], plan[6:]])
