@@ -6,8 +6,6 @@
 
 import dataclasses
 import itertools
-import pathlib
-import shutil
 
 from in2core_jax.costs import hardware
 from in2core_jax.costs.hardware import Hardware
@@ -73,16 +71,8 @@ class Estimate:
 def estimate(described: Described, stage: str, where: Hardware) -> Estimate:
   """Prices a stage under the settings of the session."""
   s = described.session.settings
-  free = float("inf") if described.elsewhere or files.is_remote(s.run_dir) else disk_free(s.run_dir)
+  free = float("inf") if described.elsewhere or files.is_remote(s.run_dir) else files.disk_free(s.run_dir)
   return Estimate(stage_phases.STAGES[stage](described.session, s), where, free)
-
-
-def disk_free(folder: str) -> float:
-  """Free bytes where a folder is, or would be made."""
-  path = pathlib.Path(folder).expanduser().absolute()
-  while not path.exists():
-    path = path.parent
-  return float(shutil.disk_usage(path).free)
 
 
 # ---- what would help -----------------------------------------------------------------

@@ -18,10 +18,13 @@ from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.loaded_model import LoadedModel
 from in2core_jax.pipeline.splits import Splits
-from in2core_jax.runs import cache_folder, resumable, run_folder
+from in2core_jax.runs import cache_folder, files, resumable, run_folder
 from in2core_jax.runs.progress import track
 
 log = logging.getLogger(__name__)
+
+_WORTH_KEEPING = 1 << 24  # bytes: what is less is computed in seconds
+_SHARE_OF_DISK = 0.1  # of what is free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Place:
 
   Attributes:
     how: word of --boundary_cache.
-    gigabytes: auto: in memory up to so many, beyond that on disk.
+    gigabytes: auto: so many are in memory where the disk has no room, more are on disk.
     run_dir: the run folder beside which files lie.
   """
 
@@ -42,9 +45,22 @@ class Place:
     """Whether hidden states below a subtree are kept."""
     return self.how != "off" and "embed" not in tree.extras
 
-  def on_disk(self, size: int) -> bool:
-    """Whether so many bytes go to disk."""
-    return self.how == "disk" or (self.how == "auto" and size > self.gigabytes * 1e9)
+  def on_disk(self, size: int, base: bool = True) -> bool:
+    """Whether so many bytes go to disk.
+
+    Args:
+      size: bytes.
+      base: whether the layers below are the base model's, so that other commands can use them.
+    """
+    if self.how != "auto":
+      return self.how == "disk"
+    return size > self.gigabytes * 1e9 or (base and self._serves_others(size))
+
+  def _serves_others(self, size: int) -> bool:
+    """Whether hidden states are worth keeping for the next command, and a small part of the free disk takes them."""
+    if size < _WORTH_KEEPING or run_folder.is_remote(self.run_dir) or jax.process_count() > 1:
+      return False
+    return size <= _SHARE_OF_DISK * files.disk_free(self.run_dir)
 
   def file(self, name: str) -> pathlib.Path:
     """Where this process keeps hidden states: beside the run folder, or on the local disk when that is gs://.
@@ -144,9 +160,11 @@ class HiddenCache:
     dataset, dtype = self.splits[part], self.model.dtype
     size = hidden_cache.cache_bytes(dataset.num_tokens, self.model.config.hidden_size, jnp.dtype(dtype))
     file = None
-    if self.where.on_disk(size):
+    if self.where.on_disk(size, key[2] == "base"):
       name = run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype, version])[:16]
       file = self.where.file(f"{part}-{name}")
+      told = "read from" if file.exists() else "kept for the next command in"
+      log.info("hidden states (%s): %.2f GB, %s %s", part, size / 1e9, told, file.parent)
     # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
     above = subtree.Subtree(tuple(range(boundary, tree.num_layers)), tree.num_layers, ())
     job = self._job(above, params, phases.hidden(boundary, part))

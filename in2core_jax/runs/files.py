@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -189,6 +190,14 @@ def temporary_beside(path: Path) -> Path:
   The last rename wins. What is never renamed is for `remove_leftovers`, which knows such names.
   """
   return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def disk_free(folder: str) -> float:
+  """Free bytes where a folder is, or would be made."""
+  path = Path(folder).expanduser().absolute()
+  while not path.exists():
+    path = path.parent
+  return float(shutil.disk_usage(path).free)
 
 
 def reserve(path: Path, size: int) -> None:
