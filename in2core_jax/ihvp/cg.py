@@ -1,6 +1,8 @@
 """Conjugate gradients for (H + damping I) x = v on a fixed set of examples, all queries at once."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +89,7 @@ def _check_curvature(curvature, squared, active, step, damping) -> None:
     )
 
 
-def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings, precondition) -> None:
+def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings, precondition, on_step) -> None:
   """Runs until every query is below the tolerance by the recursive residual, or the steps are used up."""
   z = precondition(run.r)
   p, rz, run.p = z if run.p is None else run.p, _dot(run.r, z), None
@@ -106,6 +108,8 @@ def _iterate(matvec: Matvec, run: _Run, sizes: np.ndarray, settings: CgSettings,
     run.x, run.r, measured = _move(alpha, run.x, run.r, p, ap)
     sizes = np.where(active, np.asarray(measured, np.float64), sizes)
     run.curve.append((run.steps, sizes.copy()))
+    if on_step is not None:
+      on_step(run.curve)
     active = active & (sizes > tol)
     z = precondition(run.r)
     fresh = np.asarray(_dot(run.r, z), np.float64)
@@ -152,6 +156,7 @@ def cg(
   start: Tree | None = None,
   precondition=None,
   space: krylov.KrylovSpace | None = None,
+  on_step: Callable[[list[tuple[int, np.ndarray]]], Any] | None = None,
 ) -> SolveResult:
   """Preconditioned conjugate gradients, one Krylov space per query (Hestenes and Stiefel 1952; method.md section 3).
 
@@ -167,6 +172,7 @@ def cg(
     precondition: r -> M^-1 r, symmetric positive definite, close to the inverse of H + damping I.
     space: of `krylov.explore` with the same matvec and v: its steps count and are not made again. Without `start` and
       `precondition`, whose spaces are others.
+    on_step: gets the curve so far after every step that is made here.
 
   Returns:
     SolveResult; residual is recomputed at the end with one more product; curve holds the recursive residual.
@@ -197,7 +203,7 @@ def cg(
     run = _from_guess(matvec, unit, tree_math.scaled(scale, tree_math.promote(start)), settings)
   sizes = run.curve[-1][1]
   while True:
-    _iterate(matvec, run, sizes, settings, precondition)
+    _iterate(matvec, run, sizes, settings, precondition, on_step)
     run.r, measured = _start_residual(matvec(run.x), run.x, unit, settings.damping)
     before, sizes = sizes, np.asarray(measured, np.float64)
     late = sizes > settings.tol

@@ -47,6 +47,26 @@ class SolveResult:
   info: dict[str, Any]
 
 
+def steps_left(curve: Sequence[tuple[int, np.ndarray]], tol: float, most: int) -> int:
+  """Steps until every query is below the tolerance, at the mean rate of the later half of what was measured.
+
+  Args:
+    curve: (step, residual [Q]) so far, in order, as in `SolveResult`.
+    tol: relative residual at which a query stops.
+    most: steps that are left at most; the answer where nothing has shrunk.
+  """
+  if not curve:
+    return most
+  (first, before), (last, now) = curve[len(curve) // 2 if len(curve) > 2 else 0], curve[-1]
+  late = now > tol
+  if not late.any() or last == first or tol <= 0:
+    return 0 if not late.any() else most
+  rates = np.log(before[late] / now[late]) / (last - first)
+  if (rates <= 0).any():
+    return most
+  return int(min(most, np.ceil(np.max(np.log(now[late] / tol) / rates))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Curvature:
   """H of one batch, pure and jit-able. Weights belong into `context`: captured ones become constants of the program.

@@ -53,6 +53,7 @@ from in2core_jax.ihvp.operators import (
   power_iteration,
   relative_residual,
   resolve_damping,
+  steps_left,
 )
 from in2core_jax.ihvp.tree_math import Tree
 
@@ -91,6 +92,7 @@ __all__ = [
   "resolve_damping",
   "state_from_arrays",
   "state_to_arrays",
+  "steps_left",
 ]
 
 

@@ -83,6 +83,7 @@ def solve(
   data: "CurvatureData",
   on_state: Callable[[solvers.LissaState], Any] | None = None,
   resume_from: solvers.LissaState | None = None,
+  on_step: Callable[[list[tuple[int, np.ndarray]]], Any] | None = None,
 ) -> solvers.SolveResult:
   """(H + damping I)^-1 v by the chosen solver.
 
@@ -93,6 +94,7 @@ def solve(
     data: where the curvature's examples come from.
     on_state: called now and then with a state that `resume_from` takes; only LiSSA has states.
     resume_from: a state of a LiSSA solve with the same arguments; the result has the bytes of an uninterrupted one.
+    on_step: gets CG's residuals so far after each of its steps.
 
   Returns:
     SolveResult; `info` has what was decided (damping, scale, largest eigenvalue) and is printable.
@@ -116,7 +118,8 @@ def solve(
     result = solvers.exact(matvec, v, damping)
   elif settings.solver == "cg":
     options = solvers.CgSettings(damping=damping, tol=settings.tol, max_steps=settings.depth)
-    result = solvers.cg(matvec, v, options, precondition=_preconditioner(problem, settings, data, damping), space=space)
+    inverse = _preconditioner(problem, settings, data, damping)
+    result = solvers.cg(matvec, v, options, precondition=inverse, space=space, on_step=on_step)
     result = dataclasses.replace(result, info=result.info | {"precondition": settings.precondition})
   elif settings.solver == "ekfac":
     result = ekfac.ekfac(v, fit_ekfac(problem, settings, data), damping, matvec=matvec)

@@ -172,7 +172,13 @@ def _solve(session: Session, s: Settings, chosen: BoundSubtree, v, pieces: resum
 
     counted = dataclasses.replace(source, fixed=fixed, draw=draw)
     if s.solver != "lissa":
-      return solve_on(chosen.problem, v, settings, counted)
+
+      def on_step(curve: list[tuple[int, np.ndarray]]) -> None:
+        left = solvers.steps_left(curve, s.solver_tol, s.depth - curve[-1][0])
+        progress.expect(progress.count + (left + 1) * rows.num_fixed)  # one more measures the residual
+        progress.update(0, residual=float(np.max(curve[-1][1])))
+
+      return solve_on(chosen.problem, v, settings, counted, on_step=on_step)
     snapshot = resumable.Snapshot(pieces.store("lissa"))
     state = _saved_state(snapshot, v, session.batching.mesh)
     if state is not None:
@@ -182,6 +188,9 @@ def _solve(session: Session, s: Settings, chosen: BoundSubtree, v, pieces: resum
     with pieces.hold() as stop_requested:
 
       def on_state(state: solvers.LissaState) -> None:
+        mine = [entry for entry in state.curve if entry[0] > state.done]  # of this repeat
+        left = solvers.steps_left(mine, s.solver_tol, s.depth - state.step)
+        progress.expect(count(state.step + left, s.repeat))
         progress.update(0, step=state.done + state.step, residual=float(np.max(state.curve[-1][1])))
         stop = stop_requested()
         snapshot.save(lambda: solvers.state_to_arrays(state), now=stop)

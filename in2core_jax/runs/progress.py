@@ -73,6 +73,13 @@ class Progress:
       self._last_line, self._last_count = time.monotonic(), self.count
       log.info("%s", self.line())
 
+  def expect(self, total: int) -> None:
+    """Another total, as it has become known: the time that is left follows from it."""
+    self.total = max(total, self.count)
+    if self._bar is not None:
+      self._bar.total = self.total
+      self._bar.refresh()
+
   def skip(self, count: int) -> None:
     """Counts units that an earlier run has done: they are none of this run's rate."""
     self.count += count

@@ -895,3 +895,17 @@ def test_low_rank_refuses_what_it_cannot_invert(x64):
     solvers.low_rank(v, fitted, 0.0)
   with pytest.raises(UserError, match="at most 12"):
     solvers.fit_low_rank(matrix_matvec(h), v, KEY, solvers.LowRankSettings(13))
+
+
+def test_the_steps_that_are_left_follow_from_the_residuals():
+  curve = [(step, np.array([0.5**step, 0.0])) for step in range(5)]  # the second query is done
+  assert solvers.steps_left(curve, 0.5**9, 100) == 5 and solvers.steps_left(curve, 0.5**9, 3) == 3
+  assert solvers.steps_left(curve, 0.1, 100) == 0
+  standing = [(step, np.array([0.5])) for step in range(5)]
+  for unknown in ([], curve[:1], standing):
+    assert solvers.steps_left(unknown, 1e-3, 17) == 17
+  matrix, seen = jnp.asarray(spectrum_matrix(np.geomspace(1e-2, 1, SIZE))), []
+  result = solvers.cg(
+    lambda v: cut(join(v) @ matrix), queries(dtype=np.float32), solvers.CgSettings(0.1, 1e-6, 50), on_step=lambda c: seen.append(c[-1])
+  )
+  assert [step for step, _ in seen] == list(range(1, result.steps + 1))

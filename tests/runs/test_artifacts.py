@@ -489,6 +489,8 @@ def test_progress_counts_the_rate_from_where_it_began(monkeypatch):
   assert progress.line() == "scores: 60/100 examples, 2 examples/s, 0:20 left"
   now[0] = 40.0
   assert progress.line() == "scores: 60/100 examples, 4 s each, 2:40 left"
+  progress.expect(70)
+  assert progress.line() == "scores: 60/70 examples, 4 s each, 0:40 left"
 
 
 def test_the_hash_of_a_plan_is_that_of_its_shards_together():
