@@ -905,7 +905,6 @@ def test_the_steps_that_are_left_follow_from_the_residuals():
   for unknown in ([], curve[:1], standing):
     assert solvers.steps_left(unknown, 1e-3, 17) == 17
   matrix, seen = jnp.asarray(spectrum_matrix(np.geomspace(1e-2, 1, SIZE))), []
-  result = solvers.cg(
-    lambda v: cut(join(v) @ matrix), queries(dtype=np.float32), solvers.CgSettings(0.1, 1e-6, 50), on_step=lambda c: seen.append(c[-1])
-  )
+  v, settings = queries(dtype=np.float32), solvers.CgSettings(0.1, 1e-6, 50)
+  result = solvers.cg(lambda p: cut(join(p) @ matrix), v, settings, on_step=lambda curve: seen.append(curve[-1]))
   assert [step for step, _ in seen] == list(range(1, result.steps + 1))
