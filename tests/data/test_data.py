@@ -506,7 +506,7 @@ def test_truncation_keeps_the_front(chatml):
   assert cut.num_response_tokens.tolist() == [4, 0]
   exact = tokenize(records[:1], chatml, int(full.num_tokens[0]), "none")
   assert not exact.truncated[0]
-  with pytest.raises(UserError, match="none of the 2 examples has a response token within max_length=3 .2 were trunc"):
+  with pytest.raises(UserError, match="none of the 2 examples has a response token within max_length=3 .2 truncated"):
     tokenize(records, chatml, 3)
   with pytest.raises(UserError, match="max_length=1"):
     tokenize(records, chatml, 1)

@@ -262,7 +262,7 @@ def test_losses_gradients_and_products_are_those_of_a_row_each(x64, groups, cach
   def derivatives(sub, frozen, batch, v):
     args = t.objective, sub, frozen, batch
     products = [product(*args, v) for product in gradients.CURVATURE_PRODUCTS.values()]
-    return gradients.per_example_losses(*args), products, gradients.jvp_scores(*args, v)
+    return gradients.per_example_losses(*args), products, tiny.jvp_scores(*args, v)
 
   (losses, found, scores), (expected, wanted, wanted_scores) = (
     derivatives(t.sub, t.frozen, each, v) for each in (batch, alone)

@@ -168,7 +168,7 @@ def test_a_scorer_weighs_its_gradients_by_its_own_tokens():
     num_response_tokens=np.array(responses),
     topics=[""] * 3,
     ids=ids,
-    content_keys=ids,
+    copies=np.arange(3),
   )
   ours, theirs = part(4, 4, 4), part(9, 3, 0)
   queries = {"target": np.array([[1.0, 0.0], [0.9, 0.3], [1.1, -0.2]]), "query_tokens": np.array([2, 1, 1])}
