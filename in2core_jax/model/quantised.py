@@ -118,7 +118,7 @@ def opened(
   )
   model_files.say(
     f"{folder}: {how_many(len(view.parts), 'matri[x is|ces are]')} stored by {_method(values)} in {stored / 1e9:.2f} "
-    f"GB, {how} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
+    f"GB, and {how} they take {count * size / 1e9:.2f} GB; what was rounded stays so"
   )
   names = {name: where[next(iter(parts.values()))] for name, parts in view.parts.items()} | view.others
   return names, dict.fromkeys(handles, view)

@@ -191,7 +191,7 @@ def test_frozen_weights_are_rounded_while_they_are_read(kind, plain, tmp_path, c
   quantise(tmp_path, safetensors.numpy.load_file(plain / "model.safetensors"), BY_HAND["fp8"])
   with caplog.at_level(logging.WARNING):
     weights.load_hf_dir(tmp_path, "float32", None, kind)
-  assert f"are rounded once more: as {kind} they take 0.00 GB" in caplog.text
+  assert f"and rounded once more: as {kind} they take 0.00 GB" in caplog.text
 
 
 def test_fused_matrices_are_dequantised_and_split(tmp_path):

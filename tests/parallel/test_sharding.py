@@ -156,7 +156,7 @@ def test_make_mesh_of_some_devices():
 @pytest.mark.parametrize(
   "spec, words",
   [
-    ("data:3", ["needs 3 devices", "there are 8 cpu", "--mesh=data:8"]),
+    ("data:3", ["needs 3 devices", "this job has 8 cpu devices", "--mesh=data:8"]),
     ("data:4,fsdp:4", ["needs 16 devices", "--mesh=data:2,fsdp:4"]),
     ("data:-1,fsdp:3", ["multiple of 3", "--mesh=data:8"]),
     ("data:-1,fsdp:-1", ["only one axis"]),

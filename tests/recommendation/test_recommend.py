@@ -59,7 +59,7 @@ class FewExamples:
 def test_another_seed_deals_other_folds_and_too_few_examples_are_refused(monkeypatch):
   assert np.any(tries.folds_of(np.arange(40), 0) != tries.folds_of(np.arange(40), 1))
   assert np.all(tries.folds_of(np.arange(40), 3) == tries.folds_of(np.arange(40), 3))
-  with pytest.raises(UserError, match="5 evaluation examples are 1 different"):
+  with pytest.raises(UserError, match="5 evaluation examples, 1 different"):
     tries.folds_of(np.zeros(5), 0)
   said = [{"role": "assistant", "content": "yes"}]
   record = types.SimpleNamespace(messages=said, content_key="a")
