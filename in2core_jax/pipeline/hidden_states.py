@@ -1,7 +1,10 @@
 """The hidden states that a session keeps, by part and boundary: what enters the chosen layers is computed once."""
 
 import dataclasses
+import functools
+import hashlib
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax import __version__ as version
-from in2core_jax.model import embeddings, hidden_cache
+from in2core_jax.model import decoder, embeddings, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import quantisation, subtree
 from in2core_jax.pipeline import phases
@@ -60,15 +63,28 @@ class Place:
     """Whether hidden states are worth keeping for the next command, and a small part of the free disk takes them."""
     if size < _WORTH_KEEPING or run_folder.is_remote(self.run_dir) or jax.process_count() > 1:
       return False
-    return size <= _SHARE_OF_DISK * files.disk_free(self.run_dir)
+    # Where they would lie: a run folder may be a disk of its own, and the folder above it somebody else's.
+    there = nearest = self._folder
+    while not nearest.exists():
+      nearest = nearest.parent
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+      log.info("hidden states are not kept for the next command: %s cannot be written", there)
+      return False
+    return size <= _SHARE_OF_DISK * files.disk_free(str(there))
+
+  @property
+  def _folder(self) -> pathlib.Path:
+    """Beside a local run folder."""
+    return pathlib.Path(os.fspath(run_folder.beside(self.run_dir, "boundary")))
 
   def file(self, name: str) -> pathlib.Path:
     """Where this process keeps hidden states: beside the run folder, or on the local disk when that is gs://.
 
     They are memory-mapped, and every process of a job has a file of its own, with all examples.
     """
-    folder = pathlib.Path(self.run_dir).parent / "boundary"
-    if run_folder.is_remote(self.run_dir):
+    if not run_folder.is_remote(self.run_dir):
+      folder = self._folder
+    else:
       folder = cache_folder.cache_folder() / "boundary"
       log.info("hidden states are kept in %s: they are read at random, which needs a local disk", folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +177,7 @@ class HiddenCache:
     size = hidden_cache.cache_bytes(dataset.num_tokens, self.model.config.hidden_size, jnp.dtype(dtype))
     file = None
     if self.where.on_disk(size, key[2] == "base"):
-      name = run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype, version])[:16]
+      name = run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype, version, _code()])[:16]
       file = self.where.file(f"{part}-{name}")
       told = "read from" if file.exists() else "kept for the next command in"
       log.info("hidden states (%s): %.2f GB, %s %s", part, size / 1e9, told, file.parent)
@@ -205,6 +221,16 @@ class HiddenCache:
     job = self._job(embeddings.above_all(self.model.config.num_layers), self.model.params, "")
     quiet = dataclasses.replace(job, track=lambda source, _: source)
     return embeddings.pooled(quiet, self.splits[part].take(rows))
+
+
+@functools.cache
+def _code() -> str:
+  """Names the programs that make hidden states: between two versions what they compute may have been mended."""
+  digest = hashlib.sha256()
+  for module in (decoder, quantisation):  # their rooms
+    for file in sorted(pathlib.Path(module.__file__).parent.glob("*.py")):
+      digest.update(f"{file.name} {files.file_sha256(file)}\n".encode())
+  return digest.hexdigest()
 
 
 def _below_hash(params: Any, tree: subtree.Subtree, base: Any) -> str:

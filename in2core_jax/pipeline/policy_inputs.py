@@ -148,10 +148,10 @@ class ChoiceInputs:
       "shrink": s.matching_shrink,
     }
 
-  def whitened_cosines(self) -> tuple[np.ndarray, list[str]]:
-    """Cosines in the whitened metric with every query, f64 [Q, N], and the queries' topics."""
-    topics = self.session.splits["eval"].topics
-    return self._similarity("whitened_cosine", self._first_queries), [topics[row] for row in self._first_queries]
+  def whitened_cosines(self) -> tuple[np.ndarray, list[str], aggregation.Sources | None]:
+    """Cosines in the whitened metric with every query, f64 [Q, N], the queries' topics, and where they come from."""
+    topics, queries = self.session.splits["eval"].topics, self._first_queries
+    return self._similarity("whitened_cosine", queries), [topics[row] for row in queries], self._sources_of(queries)
 
   # ---- similarities ------------------------------------------------------------------
 

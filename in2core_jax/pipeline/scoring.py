@@ -75,7 +75,7 @@ def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Sc
   train = session.packer("train", chosen.tree, chosen.params)
   session.packer("eval", chosen.tree, chosen.params)
   clock.lap("boundary")
-  itself = None
+  itself, sources = None, None
   if s.trajectory == "none":
     v, names = queries(session, s, chosen, work)
     clock.lap("query gradients")
@@ -91,7 +91,7 @@ def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Sc
     raw, facts = projected_scores(session, s, chosen, result.solution)
     result = dataclasses.replace(result, info=result.info | facts)
   elif way == "whitened":
-    raw, names = ChoiceInputs(session, s, chosen.params).whitened_cosines()
+    raw, names, sources = ChoiceInputs(session, s, chosen.params).whitened_cosines()
   elif way == "norms":
     found = measure(session, s, chosen, result, pieces)
     raw, loss = _NORMALIZE[s.normalize](found), found.losses
@@ -107,8 +107,8 @@ def score(session: Session, s: Settings, chosen: BoundSubtree, work: Work) -> Sc
     raw = query_scores(session, s, chosen, work, with_response)
     names = [""] * len(raw)
   clock.lap("scores")
-  how, sources = phases.score_aggregate(s), None
-  if how in aggregation.BY_QUERY:  # in a mean they have counted already
+  how = phases.score_aggregate(s)
+  if how in aggregation.BY_QUERY and way != "whitened":  # in a mean gradient they have counted already
     every = sources_of(session, s)
     sources = every and every.take(with_response)
   total = aggregation.aggregate(raw, names, how, session.splits["train"].ids, sources=sources)

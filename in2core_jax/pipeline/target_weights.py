@@ -48,7 +48,8 @@ def check(session: Session, s: Settings, policies: Collection[str]) -> None:
   if sources_of(session, s) is None:
     return
   for policy in policies:
-    own = "mean" if policy in coreset.SCORE_POLICIES else SIMILARITIES.get(policy, "")
+    similar = "hybrid" if policy == "auto" else policy  # what auto takes where it does not draw
+    own = "mean" if policy in coreset.SCORE_POLICIES else SIMILARITIES.get(similar, "")
     how = own if s.aggregate == "auto" else s.aggregate if own else ""
     if policy in _ALL_ALIKE or (how and how not in WEIGHED):
       why = f"--aggregate={how}" if how else "it"

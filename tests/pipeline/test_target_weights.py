@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,10 +11,12 @@ from tiny import CONFIG, open_session, quick_compile, run_settings  # noqa: F401
 
 from in2core_jax.data.records import Record
 from in2core_jax.errors import UserError
+from in2core_jax.ihvp import solvers
 from in2core_jax.pipeline import scoring, target_weights
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.selection.aggregation import Sources
 
 
 def session_of(*names):
@@ -38,6 +41,7 @@ def test_other_than_a_positive_number_for_each_source_is_refused(given):
   [
     *[("auto", "auto", False), ("hybrid", "auto", False), ("matching", "auto", False), ("proponents", "auto", False)],
     *[("whitened_cosine", "auto", True), ("whitened_cosine", "mean", False), ("hybrid", "nearest", True)],
+    *[("auto", "nearest", True), ("auto", "mean", False), ("random", "auto", False)],
     *[("density", "auto", True), ("loss_drop", "auto", True), ("proponents", "topic_max", True)],
   ],
 )
@@ -48,6 +52,21 @@ def test_rules_that_would_pass_weights_over_are_refused(policy, aggregate, refus
     return
   with pytest.raises(UserError, match=f"--eval_weights=1,2 with policy {policy}"):
     target_weights.check(session_of("b", "a"), s, {policy})
+
+
+@pytest.mark.parametrize(("aggregate", "expected"), [("mean", [0.75, 0.25]), ("round_robin", [2, 1])])
+def test_whitened_cosines_are_weighed_by_the_sources_of_their_own_rows(monkeypatch, aggregate, expected):
+  # Three evaluation examples; the second is a copy of the first, and whitened cosines have no row of it.
+  evals = types.SimpleNamespace(num_response_tokens=np.ones(3, np.int64), ids=["0", "1", "2"])
+  train = types.SimpleNamespace(ids=["x", "y"])
+  session = mock.MagicMock(splits={"eval": evals, "train": train})
+  whitened = np.eye(2), ["", ""], Sources(np.array([0, 1]), np.array([0.75, 0.25]))
+  monkeypatch.setattr(scoring, "queries", lambda *_: ({"w": np.ones((1, 2))}, ["all"]))
+  monkeypatch.setattr(scoring, "solve", lambda _session, _s, _chosen, v, _work: solvers.identity(v))
+  monkeypatch.setattr(scoring, "ChoiceInputs", lambda *_: types.SimpleNamespace(whitened_cosines=lambda: whitened))
+  s = Settings(policy="proponents", solver="identity", normalize="whitened_cosine", aggregate=aggregate)
+  found = scoring.score(session, s.replace(eval_weights="3,1"), mock.MagicMock(), mock.MagicMock())
+  assert found.influence.tolist() == expected
 
 
 @pytest.mark.slow
