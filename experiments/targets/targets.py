@@ -39,7 +39,7 @@ from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import SIMILARITIES, Budget, inputs_of
-from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.selection.whitening import spread_among
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def targets_of(parts: dict[str, tokenizing.TokenizedDataset], s: TargetsSettings
           )
       most = {"train": 0, "eval": s.target_queries, "test": s.target_tests}[part]
       share = -(-most // len(names))  # of several labels the same number
-      drawn = {name: own[spread_rows([dataset.ids[row] for row in own], share or len(own))] for name, own in of.items()}
+      drawn = {name: spread_among(dataset.ids, own, share or len(own)) for name, own in of.items()}
       rows[part] = np.unique(np.concatenate(list(drawn.values())))
     if len(rows["eval"]) < _LEAST:
       raise UserError(
@@ -151,15 +151,15 @@ class Chooser:
     """All rows of the pool, best first."""
     s = settings_of(self.settings, variant)
     session, models = session_of(self.session, s), models_of(self.settings, variant)
-    keys = [self._key(session, s.replace(checkpoint=self._checkpoints[model]), len(models)) for model in models]
-    found = [self._made[key].of({variant.policy}, target.queries, s.aggregate) for key in keys]
+    places = [self._inputs(session, s.replace(checkpoint=self._checkpoints[model]), len(models)) for model in models]
+    found = [place.of({variant.policy}, target.queries, s.aggregate) for place in places]
     if len(found) > 1:
       found[0]["similarities"] = {variant.policy: np.mean([f["similarities"][variant.policy] for f in found], axis=0)}
     inputs = inputs_of(session.splits["train"], **found[0])
     return coreset.select_rows(variant.policy, inputs, Budget(fraction=1.0), seed)
 
-  def _key(self, session: Session, s: TargetsSettings, kept: int) -> str:
-    """Of what is made for these flags; of `kept` models at a time, because projected gradients are large."""
+  def _inputs(self, session: Session, s: TargetsSettings, kept: int) -> ChoiceInputs:
+    """What rules choose from at one model; that of `kept` models is held, because projected gradients are large."""
     key = run_folder.hash_of([s.replace(policy="auto", aggregate="auto").identity("data", "select")])
     if key not in self._made:
       if self._trains:
@@ -167,7 +167,7 @@ class Chooser:
       while len(self._made) >= kept:
         self._made.pop(next(iter(self._made)))
       self._made[key] = ChoiceInputs(session, s, session.checkpoint_params(s.checkpoint))
-    return key
+    return self._made[key]
 
 
 def models_of(s: TargetsSettings, variant: Variant) -> list[str]:

@@ -59,8 +59,10 @@ def steps_left(curve: Sequence[tuple[int, np.ndarray]], tol: float, most: int) -
     return most
   (first, before), (last, now) = curve[len(curve) // 2 if len(curve) > 2 else 0], curve[-1]
   late = now > tol
-  if not late.any() or last == first or tol <= 0:
-    return 0 if not late.any() else most
+  if not late.any():
+    return 0
+  if last == first or tol <= 0:
+    return most
   rates = np.log(before[late] / now[late]) / (last - first)
   if (rates <= 0).any():
     return most

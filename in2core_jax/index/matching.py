@@ -107,13 +107,13 @@ class _Least:
   def _read(self, some: np.ndarray, along: np.ndarray) -> None:
     """Distances of some rows, or of all where these are many: those are read in the order in which they lie."""
     if len(some) > _MANY * len(self._rows):
-      return self._read_all()
+      self._read_all()
+      return
     along = along.astype(np.float32)
     for first in range(0, len(some), BLOCK):
       part = some[first : first + BLOCK]
       self._seen[part] = wide(self._rows.stored("gradients", part)) @ along + self._square[part]
     self._when[some] = len(self._directions) - 1
-    return None
 
   def _read_all(self) -> None:
     along = self._directions[-1].astype(np.float32)

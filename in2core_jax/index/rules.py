@@ -19,7 +19,7 @@ from in2core_jax.index.rows import Block, Rows
 from in2core_jax.selection import aggregation, coreset, matching, reasons
 from in2core_jax.selection.inputs import SIMILARITIES, TARGETS, Budget, PolicyInputs
 from in2core_jax.selection.two_samples import Apart, apart
-from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.selection.whitening import spread_among
 
 SIMILAR = ("auto", *KINDS)
 MATCHING = coreset.SHRUNK_POLICIES
@@ -137,7 +137,7 @@ def _some(counted: np.ndarray, ids: Sequence[str]) -> np.ndarray:
   if len(named) <= MOST_COUNTED:
     return counted
   kept = np.zeros_like(counted)
-  kept[named[spread_rows(aggregation.ids_of(ids, named), MOST_COUNTED)]] = True
+  kept[spread_among(ids, named, MOST_COUNTED)] = True
   return kept
 
 
@@ -154,7 +154,7 @@ class _Similar:
   def apart(self, counted: np.ndarray) -> Apart | None:
     """How far the queries are from the pool as a whole, by some examples of it."""
     named = np.flatnonzero(counted)
-    some = named[spread_rows(aggregation.ids_of(self.inputs.ids, named), _PAIRS)]
+    some = spread_among(self.inputs.ids, named, _PAIRS)
     if min(len(self.asked), len(some)) < 2:
       return None
     sample = self.metric.asked(self.rows.take(some))

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from in2core_jax import gradients
+
 # A token counts when its gradient exceeds this many roundings of its example's largest one. Zeros by cancellation (the
 # query of the first token, which sees only itself) come out as zero or as rounding, depending on the batch's shape.
 ROUNDING = 64
@@ -260,16 +262,8 @@ def _over_peak(g):
 
 
 def _one_by_one(fn, *arrays):
-  """Stacks fn of each example's part of arrays [B, ...], `EXAMPLES_AT_ONCE` together, as `gradients.map_examples`."""
-  size = arrays[0].shape[0]
-  count = -(-size // EXAMPLES_AT_ONCE)
-
-  def cut(z):
-    filled = jnp.pad(z, ((0, count * EXAMPLES_AT_ONCE - size), *((0, 0),) * (z.ndim - 1)))
-    return jnp.swapaxes(filled.reshape(EXAMPLES_AT_ONCE, count, *z.shape[1:]), 0, 1)
-
-  found = jax.lax.map(lambda parts: jax.vmap(fn)(*parts), tuple(map(cut, arrays)))
-  return jax.tree.map(lambda z: jnp.swapaxes(z, 0, 1).reshape(-1, *z.shape[2:])[:size], found)
+  """Stacks fn of each example's part of arrays [B, ...], `EXAMPLES_AT_ONCE` together."""
+  return gradients.map_examples(lambda parts: fn(*(part[0] for part in parts)), arrays, EXAMPLES_AT_ONCE)
 
 
 # ---- projected gradients of single examples ------------------------------------------

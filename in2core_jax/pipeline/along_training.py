@@ -21,7 +21,7 @@ from in2core_jax.pipeline.retraining import Retrainer, equal_steps
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs.progress import Progress
-from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.selection.whitening import spread_among
 from in2core_jax.training import train_loop
 
 SHARE = 0.25  # of the training examples
@@ -58,8 +58,8 @@ def warm_up(session: Session, s: Settings, checkpoints: int) -> list[tuple[float
     s: the recipe.
     checkpoints: K; fewer where there are fewer steps.
   """
-  usable, ids = trainable_rows(session), session.splits["train"].ids
-  rows = np.sort(usable[spread_rows([ids[row] for row in usable], max(1, round(SHARE * len(usable))))])
+  usable = trainable_rows(session)
+  rows = spread_among(session.splits["train"].ids, usable, max(1, round(SHARE * len(usable))))
   judge, steps = Retrainer(session, s, [usable]), equal_steps(session, s, rows, "epochs")
   wanted = sorted({max(1, round(steps * (number + 1) / checkpoints)) for number in range(checkpoints)})
   packer = session.packer("train", judge.chosen, session.model.params, rows, judge.shapes)

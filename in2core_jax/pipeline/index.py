@@ -29,8 +29,7 @@ from in2core_jax.runs import resumable, run_folder, stopping
 from in2core_jax.runs.progress import Progress
 from in2core_jax.runs.unfinished import Work
 from in2core_jax.selection import hybrid
-from in2core_jax.selection.aggregation import ids_of
-from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.selection.whitening import spread_among
 from in2core_jax.training import train_loop
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def raw_pieces(rows: np.ndarray) -> list[np.ndarray]:
 def sample_rows(train: TokenizedDataset, size: int) -> np.ndarray:
   """The training examples that the basis follows: at most `size` with a response, of copies the first, by their ids."""
   counted = np.flatnonzero((train.num_response_tokens > 0) & records.firsts(train.records))
-  return counted[spread_rows(ids_of(train.ids, counted), size)]
+  return spread_among(train.ids, counted, size)
 
 
 def other_rows(train: TokenizedDataset, sample: np.ndarray) -> np.ndarray:

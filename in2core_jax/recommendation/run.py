@@ -31,7 +31,7 @@ from in2core_jax.report import findings
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.progress import Progress, silent
 from in2core_jax.runs.result_cache import ResultCache
-from in2core_jax.selection.whitening import spread_rows
+from in2core_jax.selection.whitening import spread_among
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +124,7 @@ def part_of(session: Session, plan: plans.Plan) -> Session:
   """The plan's part of the pool: examples with a response, drawn by a hash of their ids; a larger part holds it."""
   if plan.part == 1:
     return session
-  usable, ids = trainable_rows(session), session.splits["train"].ids
-  drawn = usable[spread_rows([ids[row] for row in usable], plan.pool)]
-  return session.of_rows(train=np.sort(drawn))
+  return session.of_rows(train=spread_among(session.splits["train"].ids, trainable_rows(session), plan.pool))
 
 
 def run(

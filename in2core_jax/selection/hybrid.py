@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from in2core_jax.selection import aggregation, cosines
+from in2core_jax.selection import cosines
 from in2core_jax.selection.two_samples import Apart, apart
-from in2core_jax.selection.whitening import Measured, WhitenedMetric, check_gradients, spread_rows
+from in2core_jax.selection.whitening import Measured, WhitenedMetric, check_gradients, spread_among
 
 EMBEDDING_DAMPING = 0.05  # of the largest eigenvalue of the hidden states' covariance (docs/selection.md)
 VIEWS = ("mean", "last")  # poolings of the hidden states
@@ -136,7 +136,7 @@ class HybridMetric:
     """
     check_gradients(features, "training")
     counted, metric = np.flatnonzero(counts), WhitenedMetric.fit(features, ids=ids, counted=counts)
-    some = counted[spread_rows(aggregation.ids_of(ids, counted), _PAIRS)]
+    some = spread_among(ids, counted, _PAIRS)
     return cls(metric, Texts.fit(hidden[counted]), Examples(metric.measured(features), hidden), some)
 
   def asked(self, target: np.ndarray, hidden: np.ndarray) -> Examples:

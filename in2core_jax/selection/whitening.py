@@ -114,8 +114,7 @@ class WhitenedMetric:
     width = features.shape[1]
     over_rows = min(len(kept), MOST_ROWS) < width
     if over_rows and len(kept) > MOST_ROWS:
-      named = [str(row) for row in kept] if ids is None else aggregation.ids_of(ids, kept)
-      kept = kept[spread_rows(named, MOST_ROWS)]
+      kept = spread_among([str(row) for row in range(len(features))] if ids is None else ids, kept, MOST_ROWS)
     if over_rows:
       rows = (features[kept] / size[kept, None]).astype(features.dtype)
       matrix = products(rows, rows) / len(rows)
@@ -173,6 +172,17 @@ def spread_rows(ids: Sequence[str], count: int) -> np.ndarray:
   """
   hashes = np.fromiter(map(_hash, ids), "S32", len(ids))
   return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+
+def spread_among(ids: Sequence[str], rows: np.ndarray, count: int) -> np.ndarray:
+  """At most `count` of some rows, by `spread_rows` of their ids, in the order given.
+
+  Args:
+    ids: of all rows.
+    rows: int, which of them may be taken.
+    count: how many.
+  """
+  return rows[spread_rows(aggregation.ids_of(ids, rows), count)]
 
 
 def _hash(name: str) -> bytes:
