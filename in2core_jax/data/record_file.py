@@ -194,6 +194,7 @@ class _Store(NamedTuple):
   make: Callable[..., Any]
 
   def head(self, row: int) -> np.void:
+    """Where a record lies, and its flags."""
     return np.frombuffer(self.heads.read(row * _HEAD.itemsize, _HEAD.itemsize), _HEAD)[0]
 
 

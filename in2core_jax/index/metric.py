@@ -175,6 +175,7 @@ class _Moments:
     self._sum, self._hidden = np.zeros((views, size)), np.zeros((views, size, size))
 
   def add(self, block: Block) -> None:
+    """Counts some rows in."""
     if len(self._gradients):
       kept = block.square > 0
       unit = block.gradients[kept] / np.sqrt(block.square[kept])[:, None]
@@ -186,6 +187,7 @@ class _Moments:
     self.seen += len(block.rows)
 
   def parts(self) -> list[Part]:
+    """The metric of the gradients, where there are any, then of each view of the hidden states."""
     found = [Part.of(self._gradients / self.count, DAMPING_RATIO)] if len(self._gradients) else []
     for total, moment in zip(self._sum, self._hidden, strict=True):
       mean = total / self.seen

@@ -48,6 +48,7 @@ def kept(family: Family) -> tuple[str, ...]:
 
 
 def write_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+  """Keys of config.json by which a model differs from what the decoder is without them, as its family spells them."""
   plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
   found = {key: getattr(config, names[0]) for key, names in family.options.items()}
   found = {key: v for key, v in found.items() if v != plain[family.options[key][0]] or key in family.defaults}
