@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import array
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,13 +42,7 @@ from in2core_jax.data.template_program import TemplateRefusal
 from in2core_jax.data.tokenizer_errors import told_by_tokenizers
 from in2core_jax.errors import UserError, how_many
 
-__all__ = [
-  "Record",
-  "TokenizedDataset",
-  "load_records",
-  "split_records",
-  "tokenize",
-]
+__all__ = ["Record", "TokenizedDataset", "load_records", "split_records", "tokenize"]
 
 _LONG = 2**17  # characters of a text that are tokenised in any case
 _CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
@@ -206,10 +202,7 @@ def tokenize(
   render = Renderer(tokenizer, system_prompt, date)
   kept, truncated = array.array("q"), array.array("b")
   tokens, masks = ragged.Growing(ragged.TokenIds), ragged.Growing(ragged.Masks)
-  for start in range(0, len(records), _CHUNK):
-    done = list(_rendered(render, records[start : start + _CHUNK], bad, start))
-    texts = [rendered.text for _, _, rendered in done]
-    encodings = _encoded(tokenizer, texts, [record for _, record, _ in done], max_length)
+  for count, done, encodings in _chunks(render, records, max_length, bad):
     for (row, record, rendered), (ids, offsets) in zip(done, encodings, strict=True):
       if render.spells_control_token(record):
         try:
@@ -223,7 +216,7 @@ def tokenize(
       tokens.append(ids[:max_length])
       masks.append(_response_mask(offsets[:max_length], rendered.spans, rendered.marked, rendered.text))
       truncated.append(len(ids) > max_length)
-    on_chunk(min(_CHUNK, len(records) - start))
+    on_chunk(count)
   whole = len(kept) == len(records) and not isinstance(records, list)
   there = records if whole else ragged.taken(records, np.array(kept, np.int64))
   found = tokens.done()
@@ -231,6 +224,25 @@ def tokenize(
   if len(dataset) and not dataset.num_response_tokens.any():
     raise UserError(_nothing_to_learn(dataset, max_length))
   return dataset
+
+
+def _chunks(
+  render: Renderer, records: Sequence[Record], max_length: int, bad: BadRecords | None
+) -> Iterator[tuple[int, list[tuple[int, Record, Rendered]], list[_Encoding]]]:
+  """(number of records, what `_rendered` gives of them, its encodings), some records at a time.
+
+  While a chunk is rendered and used, another thread encodes the next one: the tokenizer runs outside of Python's lock.
+  """
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    ahead = None
+    for start in range(0, len(records), _CHUNK):
+      some = records[start : start + _CHUNK]
+      done = list(_rendered(render, some, bad, start))
+      before, ahead = ahead, (len(some), done, thread.submit(_encoded, render.tokenizer, done, max_length))
+      if before:
+        yield *before[:2], before[2].result()
+    if ahead:
+      yield *ahead[:2], ahead[2].result()
 
 
 def _quoted(render: Renderer, record: Record, text: str, max_length: int) -> _Encoding:
@@ -347,15 +359,17 @@ def _of_beginning(text: str, max_length: int, encode: Callable[[str], _Encoding]
   return encode(text)
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record], max_length: int) -> list[_Encoding]:
-  """`_of_beginning` of the texts; where the tokenizer fails, its record is named."""
+def _encoded(tokenizer: Any, done: Sequence[tuple[int, Record, Rendered]], max_length: int) -> list[_Encoding]:
+  """`_of_beginning` of the renderings; where the tokenizer fails, its record is named."""
+  backend = tokenizer.backend_tokenizer  # transformers' own call copies all that comes out, most of it unused
+  backend.no_truncation()
+  backend.no_padding()
+  backend.encode_special_tokens = tokenizer.split_special_tokens
 
   def encode(some: Sequence[str]) -> list[_Encoding]:
-    if not some:
-      return []
-    found = tokenizer(list(some), add_special_tokens=False, return_offsets_mapping=True)
-    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+    return [(one.ids, one.offsets) for one in backend.encode_batch(list(some), add_special_tokens=False)]
 
+  texts = [rendered.text for _, _, rendered in done]
   short = [text for text in texts if len(text) <= _beginning(max_length)]
   try:
     with told_by_tokenizers("the tokenizer makes no tokens"):
@@ -367,9 +381,9 @@ def _encoded(tokenizer: Any, texts: Sequence[str], records: Sequence[Record], ma
         for text in texts
       ]
   except UserError:
-    for record, text in zip(records, texts, strict=True):
+    for _, record, rendered in done:
       with told_by_tokenizers(_no_tokens(record)):
-        encode([text])
+        encode([rendered.text])
     raise
 
 
@@ -413,7 +427,8 @@ def _response_mask(
       transformers counts.
     text: the rendering.
   """
-  places = np.asarray(offsets, np.int64).reshape(-1, 2)
+  flat = itertools.chain.from_iterable(offsets)
+  places = np.fromiter(flat, np.int64, 2 * len(offsets)).reshape(-1, 2)
   mask = np.zeros(len(places), bool)
   if marked:
     of = lambda at: np.flatnonzero((places[:, 0] <= at) & (at < places[:, 1]))  # noqa: E731
