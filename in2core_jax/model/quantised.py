@@ -11,6 +11,8 @@ lowest bits:
   awq (gemm)              the same with g = in / group, zeros as they are, and words that hold columns 0 2 4 6 1 3 5 7
   fp8                     W = q scale, a scale for each block (weight_scale_inv), row or tensor (weight_scale)
   compressed-tensors      the same, of int8 or fp8; packed: W = (q - zero) scale[out, group], q less 2^(bits - 1)
+  mxfp4                   experts [E, in, out]: W^T = table[q] 2^(scale - 127) in blocks of 32 along in, two q a byte,
+                          the first in the low half
 
 Activations, which some of these round too, are not rounded here.
 """
@@ -34,9 +36,11 @@ from in2core_jax.params.quantisation import FULL
 
 FLOATS = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16}
 _DTYPES = FLOATS | {"I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "F8_E4M3": ml_dtypes.float8_e4m3fn}
-_METHODS = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors")
+_METHODS = ("bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4")
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble of a word holds each column
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # E2M1 without its sign, the highest of four bits
+_MX = ("_proj_blocks", "_proj_scales")  # how the two parts of an mxfp4 tensor end
 _WHAT = "use the unquantised checkpoint, or save it dequantised"
 # What lies beside a weight, and what of it no matrix depends on.
 _UNUSED = (".input_scale", ".weight_format", ".k_scale", ".v_scale", ".activation_scale", ".weight_g_idx")
@@ -153,8 +157,11 @@ class Dequantised:
     return self._last[1]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """[out, in] of a quantised matrix."""
+    """[out, in] of a quantised matrix; [E, in, out] of experts in mxfp4."""
     parts = self.parts[name]
+    if "blocks" in parts:
+      experts, outputs, blocks, size = self._shape(parts["blocks"])
+      return experts, 2 * size * blocks, outputs
     if "qweight" in parts:
       rows, columns = self._shape(parts["qweight"])
       per_word = 32 // self.values["bits"]
@@ -174,6 +181,8 @@ class Dequantised:
     parts, shape = self.parts[name], self.shape(name)
     read = lambda part: self._raw(self._need(name, parts, part))  # noqa: E731
     try:
+      if "blocks" in parts:
+        return _mxfp4(read("blocks"), read("block_scales"))
       if "state" in parts:
         return self._four_bits(parts, read).reshape(shape)
       if "SCB" in parts:
@@ -288,7 +297,9 @@ def _grouped(where: Mapping[str, pathlib.Path], dtypes: Mapping[str, str]) -> di
   found: dict[str, dict[str, str]] = {}
   for name in where:
     base, _, end = name.rpartition(".")
-    if end in ends:
+    if name.endswith(_MX):
+      found.setdefault(name[: -len("_blocks")], {})["blocks" if end.endswith("blocks") else "block_scales"] = name
+    elif end in ends:
       found.setdefault(f"{base}.weight", {})[end] = name
     elif end in ("weight_scale", "weight_scale_inv"):
       found.setdefault(f"{base}.weight", {})["scale"] = name
@@ -316,6 +327,19 @@ def _unpacked(words: np.ndarray, bits: int, order: tuple[int, ...] | None = None
   shifts = (places * bits).astype(np.uint32)
   numbers = (words[:, :, None] >> shifts) & np.uint32(2**bits - 1)
   return numbers.astype(np.uint8).reshape(len(words), -1)
+
+
+def _mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  """Experts [E, in, out] of packed [E, out, blocks, 16] and scales [E, out, blocks], both uint8."""
+  if packed.ndim != 4 or scales.shape != packed.shape[:3]:
+    raise ValueError(f"scales {scales.shape} for blocks {packed.shape}")
+  experts, outputs, blocks, size = packed.shape
+  table = np.concatenate([_FP4, -_FP4])
+  found = np.empty((experts, 2 * size * blocks, outputs), np.float32)
+  for expert, own in enumerate(packed):  # one at a time: the numbers take eight times their bytes
+    numbers = np.stack([table[own & 15], table[own >> 4]], -1).reshape(outputs, blocks, 2 * size)
+    found[expert] = np.ldexp(numbers, scales[expert][..., None].astype(np.int32) - 127).reshape(outputs, -1).T
+  return found
 
 
 def _spread(scale: np.ndarray, shape: tuple[int, ...], block: Any) -> np.ndarray:

@@ -214,8 +214,8 @@ REFUSED = [
   ("gpt oss", {"rope_scaling": None}, "'default' is not supported; known: yarn"),
   (
     "gpt oss",
-    {"quantization_config": {"quant_method": "mxfp4"}},
-    "quantization_config .*mxfp4.* a quantised checkpoint",
+    {"quantization_config": {"quant_method": "nvfp4"}},
+    "quantization_config .*nvfp4.* a quantised checkpoint",
   ),
   ("llama dynamic", {"swiglu_limit": 7.0}, "swiglu_limit 7.0 is not supported"),
   (

@@ -205,6 +205,51 @@ def test_fused_matrices_are_dequantised_and_split(tmp_path):
   assert jax.tree.leaves(params)[0].dtype == np.float32 and config.model_type == "phi3"
 
 
+def mxfp4(experts, rng):
+  """Parts of experts [E, in, out] and what they stand for, number by number (OCP Microscaling Formats, MXFP4)."""
+  count, inputs, outputs = experts.shape
+  blocks = np.zeros((count, outputs, inputs // 32, 16), np.uint8)
+  scales = rng.integers(120, 130, blocks.shape[:3]).astype(np.uint8)
+  found = np.empty(experts.shape, np.float32)
+  for e, i, o in np.ndindex(found.shape):
+    sign, exponent, fraction = (int(rng.integers(n)) for n in (2, 4, 2))
+    blocks[e, o, i // 32, i % 32 // 2] |= (8 * sign + 2 * exponent + fraction) << (4 * (i % 2))
+    number = (1 + fraction / 2) * 2.0 ** (exponent - 1) if exponent else fraction / 2
+    found[e, i, o] = (-1) ** sign * number * 2.0 ** (int(scales[e, o, i // 32]) - 127)
+  return {"blocks": blocks, "scales": scales}, found
+
+
+def test_experts_of_gpt_oss_are_read_as_they_are_published(tmp_path):
+  write_family(tmp_path, "gpt oss")
+  rng, packed, wanted = np.random.default_rng(0), {}, {}
+  for name, tensor in safetensors.numpy.load_file(tmp_path / "model.safetensors").items():
+    parts = {"": tensor}
+    if name.endswith("experts.gate_up_proj"):
+      parts, wanted[name] = mxfp4(tensor, rng)
+    packed |= {f"{name}_{key}" if key else name: part for key, part in parts.items()}
+  save(tmp_path / "model.safetensors", packed)
+  edit_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+  config, params = weights.load_hf_dir(tmp_path)
+  (tmp_path / "plain").mkdir()
+  weights.save_hf_dir(tmp_path / "plain", config, params)
+  written = safetensors.numpy.load_file(tmp_path / "plain/model.safetensors")
+  assert len(wanted) == config.num_layers
+  for name, tensor in wanted.items():
+    np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+
+
+def test_blocks_without_their_scales_are_named(tmp_path):
+  tensors, _ = mxfp4(np.zeros((1, 32, 2)), np.random.default_rng(0))
+  named = {f"gate_up_proj_{key}": part for key, part in tensors.items()}
+  with pytest.raises(UserError, match="x.gate_up_proj has no block_scales; fetch the folder again"):
+    view_of(tmp_path, {"quant_method": "mxfp4"}, {"gate_up_proj_blocks": tensors["blocks"]}).get_tensor(
+      "x.gate_up_proj"
+    )
+  named["gate_up_proj_scales"] = tensors["scales"][:, 1:]
+  with pytest.raises(UserError, match=r"scales \(1, 1, 1\) for blocks \(1, 2, 1, 16\)"):
+    view_of(tmp_path, {"quant_method": "mxfp4"}, named).get_tensor("x.gate_up_proj")
+
+
 @pytest.mark.parametrize(
   ("values", "message"),
   [
