@@ -11,12 +11,13 @@ They are read by offset and not mapped, so that what was read is no memory of th
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,10 +68,13 @@ class Texts(Sequence):
     self._found = found
 
   @classmethod
-  def of(cls, texts: Sequence[str]) -> Texts:
+  def of(cls, texts: Iterable[str]) -> Texts:
     """Copies the texts, which may hold what is no UTF-8, as names of files do."""
-    coded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return cls(pa.array(coded, pa.binary() if sum(map(len, coded)) < 2**31 else pa.large_binary()))
+    texts, blocks = iter(texts), []
+    while some := [text.encode("utf-8", "surrogatepass") for text in itertools.islice(texts, _BLOCK)]:
+      blocks.append(pa.array(some, pa.large_binary()))
+    found = pa.concat_arrays(blocks) if blocks else pa.array([], pa.large_binary())
+    return cls(found if found.nbytes >= 2**31 else found.cast(pa.binary()))
 
   def take(self, rows: np.ndarray) -> Texts:
     """Some of them."""
@@ -208,7 +212,7 @@ class Records(Sequence):
   def __init__(self, store: _Store, rows: np.ndarray, ids: Sequence[str] = ()):
     self._store, self._rows, self.ids = store, rows, ids
 
-  def with_ids(self, ids: Sequence[str]) -> Records:
+  def with_ids(self, ids: Iterable[str]) -> Records:
     """The same with ids, a text for each."""
     return Records(self._store, self._rows, Texts.of(ids))
 
@@ -263,6 +267,10 @@ class Records(Sequence):
       at = end
     found[order] = values
     return found
+
+  def name_of(self, number: int) -> str:
+    """The text that heads name by a number."""
+    return self._store.names[number]
 
   def names(self, key: str) -> list[str]:
     """`source`, `origin`, `name` or `topic` of each; equal ones are one object."""

@@ -325,6 +325,8 @@ def to_records(items: Iterable[Item], bad: BadRecords) -> Records:
   records = writer.done(_record)
   rows, given = _told_apart(records, given, bad)
   records = records.take(rows) if len(rows) < len(records) else records
+  if all(name is None for name in given):
+    return records.with_ids(_hash_ids(records))
   return records.with_ids(_unique_ids(given, records.column("content"), records.names("name")))
 
 
@@ -397,6 +399,20 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
     if len(set(labels.values())) == len(labels):
       return labels
   return {source: source for source in parts}
+
+
+def _hash_ids(records: Records) -> Iterator[str]:
+  """`_unique_ids` of records without given ids; a million of them are never texts at the same time."""
+  begins = records.column("content").view(np.uint8).reshape(-1, 32)[:, :8].copy().view(">u8").ravel().astype(np.uint64)
+  numbers, names = np.unique(records.column("name"), return_inverse=True)
+  order = np.lexsort((begins, names))  # stable: copies stay in order
+  first = np.r_[True, (np.diff(begins[order]) != 0) | (np.diff(names[order]) != 0)][: len(order)]
+  place = np.arange(len(order))
+  copy = np.empty(len(order), np.int64)
+  copy[order] = place - np.maximum.accumulate(np.where(first, place, 0))
+  texts = [f"{text}:" if text else "" for text in map(records.name_of, numbers.tolist())]
+  for begin, name, earlier in zip(begins, names, copy, strict=True):
+    yield f"{texts[name]}{begin:016x}" + (f"-{earlier + 1}" if earlier else "")
 
 
 def _unique_ids(given: list[str | None], digests: np.ndarray, names: list[str]) -> list[str]:

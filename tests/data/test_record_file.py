@@ -61,6 +61,22 @@ def test_ids_in_columns_have_the_order_of_their_code_points_and_equal_ones_stay(
   assert aggregation.ids_of(ids, np.array([3, 0])) == aggregation.ids_of(names, [3, 0]) == ["\U0001f642", "b"]
 
 
+def test_ids_of_hashes_number_copies_within_each_name(monkeypatch):
+  monkeypatch.setattr(record_file, "_BLOCK", 4)
+  rng, items = np.random.default_rng(0), []
+  for i in range(40):
+    value = {"prompt": str(rng.integers(5)), "response": "r"}
+    items.append(Item(value, json.dumps(value), "d.jsonl", i + 1, {}, name=("", "one", "two")[rng.integers(3)]))
+  found = to_records(items, BadRecords(True))
+  keys, names, seen = [record.content_key[:16] for record in found], [item.name for item in items], {}
+  for name, key, own in zip(names, keys, found.ids, strict=True):
+    whole = f"{name}:{key}" if name else key
+    seen[whole] = seen.get(whole, 0) + 1
+    assert own == whole + (f"-{seen[whole]}" if seen[whole] > 1 else "")
+  assert max(seen.values()) > 2 and len(set(found.ids)) == 40
+  assert records._unique_ids([None] * 40, found.column("content"), names) == list(found.ids)
+
+
 def test_some_records_come_in_the_order_asked_for_across_blocks(monkeypatch):
   monkeypatch.setattr(record_file, "_BLOCK", 3)
   monkeypatch.setattr(record_file, "_TOGETHER", 64)
