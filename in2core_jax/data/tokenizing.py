@@ -45,7 +45,7 @@ from in2core_jax.errors import UserError, how_many
 __all__ = ["Record", "TokenizedDataset", "load_records", "split_records", "tokenize"]
 
 _LONG = 2**17  # characters of a text that are tokenised in any case
-_CHUNK = 1024  # texts per call of the tokenizer: enough to spread its overhead, few enough to keep memory flat
+_CHUNK = 256  # texts per call of the tokenizer: enough to spread its overhead; what comes out takes 300 bytes a token
 
 _Encoding = tuple[list[int], list[tuple[int, int]]]  # token ids, the characters that each came from
 
