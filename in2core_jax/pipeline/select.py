@@ -5,7 +5,7 @@ import logging
 
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import select_index
-from in2core_jax.pipeline.advice import of_selection, unused_inverse
+from in2core_jax.pipeline.advice import of_selection, spares_nothing, unused_inverse
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
@@ -14,6 +14,7 @@ from in2core_jax.pipeline.select_outputs import add_forms
 from in2core_jax.pipeline.select_results import about_choice, note_inputs, rule_of, tell_selected, told, write_results
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.shapes import scored_params
 from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
@@ -83,9 +84,9 @@ def prepare(s: Settings, session: Session | None = None) -> Task:
   session = session or open_session(s, pairs=True)
   check_kinds(session, s)
   session.check_folder("select", s, *_DEPENDS_ON)
+  budget = check_select(session, s, scored_params(session.model.config, s))  # by shapes: before weights are read
   params = session.checkpoint_params(s.checkpoint)
-  chosen = choose(session, params, s.layers, s.modules)
-  return Task(s, session, check_select(session, s, params), chosen)
+  return Task(s, session, budget, choose(session, params, s.layers, s.modules))
 
 
 def open_folder(task: Task) -> Work:
@@ -103,6 +104,8 @@ def score_examples(task: Task, work: Work) -> Scored:
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   if unused_inverse(s):
     log.info("%s", unused_inverse(s))
+  for line in spares_nothing(s, chosen.params, chosen.tree):
+    log.warning("%s", line)
   return score(task.session, s, chosen, work)
 
 
