@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import select_index
+from in2core_jax.pipeline import select_index, target_weights
 from in2core_jax.pipeline.advice import of_selection, spares_nothing, unused_inverse
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
@@ -104,6 +104,10 @@ def score_examples(task: Task, work: Work) -> Scored:
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
   if unused_inverse(s):
     log.info("%s", unused_inverse(s))
+  if s.is_set("eval_weights"):
+    log.info(
+      "evaluation examples count by their sources: %s", target_weights.in_words(target_weights.rows_of(task.session, s))
+    )
   for line in spares_nothing(s, chosen.params, chosen.tree):
     log.warning("%s", line)
   return score(task.session, s, chosen, work)
@@ -135,7 +139,7 @@ def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir
   recipe = recipe_elsewhere(s, session)  # from a checkpoint, which all processes open together
   if run_dir.writer:
     write_train_with(run_dir, session, s, chosen.rows, recipe, weighted=chosen.weights is not None)
-    write_results(run_dir, session, s, scored, chosen, warnings, told(s, inputs, choice.aim))
+    write_results(run_dir, session, s, scored, chosen, warnings, told(session, s, inputs, choice.aim))
   tell_selected(s, session.splits["train"], inputs, chosen.rows, run_dir)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from in2core_jax.data import records, summaries, tokenizing
 from in2core_jax.errors import how_many
-from in2core_jax.pipeline import select_outputs
+from in2core_jax.pipeline import select_outputs, target_weights
 from in2core_jax.pipeline.advice import tell, without_effect
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import shown
@@ -88,6 +88,8 @@ def write_results(
   summary["warnings"] = findings.warnings(found)
   said = answer.answer(found)
   known = {"policy": s.policy} | {name: value for name, value in (told or {}).items() if value is not None}
+  if "eval_sources" in known:
+    known["eval_sources"] = target_weights.in_words(known["eval_sources"])
   run_dir.write_text("report.md", _page(found, known, images, said))
   run_dir.write_text("report.html", html_page.select_page(found))
   for name, figure in facts.figures(found).items():
@@ -110,8 +112,9 @@ def _page(run: facts.SelectRun, selection: dict, images: dict[str, str], said: a
   return select_report_markdown(run.columns, texts, sections, summary["warnings"], images, answer=first)
 
 
-def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
+def told(session: Session, s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
   """What summary.json says of the rule that chose, and of what it aimed at."""
+  sources = target_weights.rows_of(session, s)
   return {
     "rule": rule_of(s, inputs),
     "apart": dataclasses.asdict(inputs.apart) if inputs.apart else None,
@@ -119,7 +122,7 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
     "queries": len(inputs.similarities["hybrid"]) if s.policy in coreset.HYBRID_POLICIES else None,
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
-  }
+  } | ({"eval_sources": sources} if sources else {})
 
 
 def note_inputs(run_dir: run_folder.RunDir, splits: Splits, s: Settings, given: Settings) -> None:
