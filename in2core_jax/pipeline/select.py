@@ -122,6 +122,9 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
   choice = Choice(chosen, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
   for line in about_choice(s, inputs.apart, choice.aim):
     log.info("%s", line)
+  if chosen.weights is not None:
+    told = "%s: examples have weights, %.3g to %.3g with mean 1, as `weight` in coreset.jsonl"
+    log.info(told, s.policy, chosen.weights.min(), chosen.weights.max())
   clock.lap("selection")
   return choice
 
