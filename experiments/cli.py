@@ -179,6 +179,11 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
     rest = flags.FLAGS(_with_flagfiles(argv))
   except flags.UnrecognizedFlagError as error:
     raise UserError(help_text.unknown_flag(error.flagname)) from error
+  except flags.CantOpenFlagFileError as error:
+    reason = error.__context__  # absl puts its words around it
+    name, why = getattr(reason, "filename", None), getattr(reason, "strerror", None)
+    told = f"--flagfile={name}: {why}; give the path of a text file, a flag a line" if why else str(error)
+    raise UserError(told) from error
   except flags.Error as error:
     raise UserError(f"{error}; --help lists the flags") from error
   except UnicodeDecodeError as error:
