@@ -232,16 +232,19 @@ def _checked(items: Iterator[Item], fields: dict[str, str]) -> Iterator[Item]:
     UserError: a column that no record has.
   """
   columns: dict[str, None] = {}
-  some = False
+  some = ""
   for item in items:
-    some = True
+    some = some or item.source
     if fields and isinstance(item.value, dict):
       columns |= dict.fromkeys(item.value)
     yield item
   for role, column in fields.items():
     if some and column not in columns:
       raise UserError(
-        printable(f"data_fields: no column {column!r} (for {role}) in the data; columns: {', '.join(columns)}")
+        printable(
+          f"data_fields: no column {column!r} (for {role}) in the data of {some}; columns: {', '.join(columns)}; what "
+          f"one source alone has is named as SOURCE={role}={column}"
+        )
       )
 
 
