@@ -4,14 +4,22 @@ import dataclasses
 import logging
 
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import select_index, target_weights
-from in2core_jax.pipeline.advice import of_selection, spares_nothing, unused_inverse
+from in2core_jax.pipeline import select_index
+from in2core_jax.pipeline.advice import of_selection
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
 from in2core_jax.pipeline.select_outputs import add_forms
-from in2core_jax.pipeline.select_results import about_choice, note_inputs, rule_of, tell_selected, told, write_results
+from in2core_jax.pipeline.select_results import (
+  about_choice,
+  about_scores,
+  note_inputs,
+  rule_of,
+  tell_selected,
+  told,
+  write_results,
+)
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.shapes import scored_params
@@ -102,14 +110,8 @@ def score_examples(task: Task, work: Work) -> Scored:
   s, chosen = task.settings, task.chosen
   note_inputs(work.run_dir, task.session.splits, s, s)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
-  if unused_inverse(s):
-    log.info("%s", unused_inverse(s))
-  if s.is_set("eval_weights"):
-    log.info(
-      "evaluation examples count by their sources: %s", target_weights.in_words(target_weights.rows_of(task.session, s))
-    )
-  for line in spares_nothing(s, chosen.params, chosen.tree):
-    log.warning("%s", line)
+  for line in about_scores(task.session, s, chosen):
+    log.info("%s", line)
   return score(task.session, s, chosen, work)
 
 
@@ -120,11 +122,8 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
   inputs = inputs_of(train, scored.influence, scored.loss, **more)
   chosen = coreset.select_by(s.policy, inputs, task.budget, s.seed)
   choice = Choice(chosen, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
-  for line in about_choice(s, inputs.apart, choice.aim):
+  for line in about_choice(s, inputs.apart, choice.aim, chosen.weights):
     log.info("%s", line)
-  if chosen.weights is not None:
-    told = "%s: examples have weights, %.3g to %.3g with mean 1, as `weight` in coreset.jsonl"
-    log.info(told, s.policy, chosen.weights.min(), chosen.weights.max())
   clock.lap("selection")
   return choice
 
