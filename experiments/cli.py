@@ -23,6 +23,7 @@ from absl import app, flags
 
 from experiments import help_text, output
 from in2core_jax.errors import UserError, printable
+from in2core_jax.pipeline.fields import in_flags
 from in2core_jax.runs import locks
 from in2core_jax.runs.cache_folder import cache_folder
 from in2core_jax.runs.stopping import Terminated, terminate
@@ -80,7 +81,7 @@ _NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 def outcome(error: BaseException) -> tuple[int, str] | None:
   """Exit code and line of an error that is a mistake of the user's or the machine's fault; None for a bug of ours."""
   if isinstance(error, UserError):
-    return 2, f"error: {error}"
+    return 2, f"error: {in_flags(str(error), help_text.our_flags())}"
   lost = str(error) if isinstance(error, locks.Lost) else locks.lost()
   if lost:
     return 1, f"error: {lost}"
@@ -178,6 +179,11 @@ def _parse(argv: list[str], help_fn: Callable[[], str] | None) -> list[str]:
     rest = flags.FLAGS(_with_flagfiles(argv))
   except flags.UnrecognizedFlagError as error:
     raise UserError(help_text.unknown_flag(error.flagname)) from error
+  except flags.CantOpenFlagFileError as error:
+    reason = error.__context__  # absl puts its words around it
+    name, why = getattr(reason, "filename", None), getattr(reason, "strerror", None)
+    told = f"--flagfile={name}: {why}; give the path of a text file, a flag a line" if why else str(error)
+    raise UserError(told) from error
   except flags.Error as error:
     raise UserError(f"{error}; --help lists the flags") from error
   except UnicodeDecodeError as error:

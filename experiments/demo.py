@@ -2,7 +2,8 @@
 
 ./run.sh demo
 
-Its flags are in experiments/flags/demo.flags; yours come after them. The defaults below are those of the stages.
+Its flags are in experiments/flags/demo.flags; yours come after them. The defaults below are those of the stages. Writes
+a folder for each stage into --run_dir; --dry_run tells time, memory and disk alone.
 """
 
 import logging

@@ -35,10 +35,16 @@ def is_ours(title: str) -> bool:
   return title == sys.argv[0] or title.startswith((SHOWN, HIDDEN, "experiments.", "in2core_jax.", "__main__"))
 
 
+def our_flags() -> set[str]:
+  """Names of the project's flags, those of other commands too."""
+  titles = flags.FLAGS.flags_by_module_dict().items()
+  return {flag.name for title, members in titles if is_ours(title) for flag in members}
+
+
 def unknown_flag(name: str) -> str:
   """One line on a flag that there is not, with the nearest of any command and of this one."""
   ours = {title: members for title, members in flags.FLAGS.flags_by_module_dict().items() if is_ours(title)}
-  every = {flag.name for members in ours.values() for flag in members}
+  every = our_flags()
   own = {flag.name for title, members in ours.items() if not title.startswith(HIDDEN) for flag in members}
   near = list(dict.fromkeys(found for known, most in ((every, 1), (own, 2)) for found in _like(name, known, most)))
   meant = f"; did you mean {' or '.join(f'--{other}' for other in near)}?" if near else ""

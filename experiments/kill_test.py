@@ -6,7 +6,7 @@
 Two runs are left alone: they must give the same bytes, and the second, which finds the programs compiled, says how long
 a run takes. The moments of the kills are spread evenly over that time, at random within each stretch, in random order.
 A killed run is started again and perhaps killed again; when it ends, its files must be those of the first run, byte by
-byte. Only seconds, rates and peak memory may differ.
+byte. Only seconds, rates and peak memory may differ. Exit code 1 when more does.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
 ./run.sh large_pools --agreement --layers=last:4 --train_limit=160 --run_dir=runs/agreement
 
 The first draws rows: clusters, of which the queries are of three, lengths with heavy tails, a tenth in copies of a
-topic. It selects 5 % by every rule; a stopped run goes
-on. The second takes gradients of real examples, and compares ranks of scores.
+topic. It selects 5 % by every rule; a stopped run goes on. The second takes gradients of real examples, and compares
+ranks of scores. Both write large_pools.md into --run_dir.
 """
 
 import dataclasses

@@ -66,9 +66,9 @@ class DemoFlags(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags(Settings):
-  """`export`: --model is that of the checkpoint where it is not given."""
+  """`export`: --model and --frozen_weights are those of the checkpoint where they are not given."""
 
-  shown: ClassVar = ("export", "checkpoint", "model", "dtype", "overwrite")
+  shown: ClassVar = ("export", "checkpoint", "model", "dtype", "frozen_weights", "overwrite")
   to: str = setting("export", "", "Folder that is written.", repeats=False)
   adapter: bool = setting("export", False, "Write the LoRA factors alone, for PEFT.", repeats=False)
 

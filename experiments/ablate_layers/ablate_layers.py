@@ -1,6 +1,8 @@
 """How many layers are enough: agreement, retrained perplexity and cost of every choice of layers and modules.
 
 ./run.sh ablate_layers --flagfile=experiments/flags/ablate_layers.flags
+
+Writes ablate_layers.md, ablate_layers.csv and pictures into --run_dir.
 """
 
 import dataclasses

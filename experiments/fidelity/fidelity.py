@@ -1,6 +1,9 @@
-"""Do the scores foretell what retraining gives? LDS of solvers, layers, damping on retrained halves; leave-out curves.
+"""Do the scores predict what retraining gives? LDS of solvers, layers, damping on retrained halves; leave-out curves.
 
 ./run.sh fidelity --flagfile=experiments/flags/fidelity.flags
+
+The model is trained on random halves of the training set, and scores are held against the losses. Needs records and
+time: a training for each half (--halves). Writes fidelity.md, fidelity.csv and pictures into --run_dir.
 """
 
 import dataclasses

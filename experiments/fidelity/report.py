@@ -312,7 +312,7 @@ def write(run_dir: run_folder.RunDir, found: Found) -> None:
 def markdown(found: Found, rows: list[dict], differences: list[dict], curves: list[dict], lines: list[str]) -> str:
   """The page."""
   items = lambda lines: "\n".join(f"- {table_text.escape_markdown(line, 1000)}" for line in lines)  # noqa: E731
-  parts = ["# Do the scores foretell what retraining gives?", items(lines)]
+  parts = ["# Do the scores predict what retraining gives?", items(lines)]
   parts += ["## Linear datamodeling score", "![LDS](plots/lds.svg)", table_text.markdown_table(printed(rows)).rstrip()]
   parts += [
     "Spearman, for each distinct evaluation example, between the summed scores of random halves and minus its loss "

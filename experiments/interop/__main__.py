@@ -1,6 +1,8 @@
 """Whether another trainer gets the same loss: one step of TRL's SFTTrainer on a model and a coreset that we wrote.
 
 ./run.sh interop --run_dir=runs/interop
+
+Writes interop.md into --run_dir; exit code 1 when the losses differ.
 """
 
 from experiments import cli, flags

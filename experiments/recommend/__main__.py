@@ -4,7 +4,8 @@
 
 The evaluation set is cut in two halves. Rules see one half, and models that are trained on their choices are judged on
 the other, and the other way round. Random sets, length-matched ones, the longest examples and full data always take
-part. The answer is one sentence: a rule with a budget, random examples, or all of the data.
+part. The answer is one sentence: a rule with a budget, random examples, or all of the data. Writes it with its evidence
+as recommendation.html, and coreset.jsonl with train_with.md, into --run_dir. --dry_run tells the plan alone.
 """
 
 import importlib

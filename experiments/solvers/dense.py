@@ -103,7 +103,7 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
     result = solve(case.problem, case.v, settings, case.data)
     seconds = time.perf_counter() - began
   except UserError as error:
-    return row | {"refused": f"{type(error).__name__}: {str(error).split(':')[0]}"}
+    return row | {"refused": reason(error)}
   b, x = (tree_math.ravel(tree)[0] for tree in (case.v, result.solution))
   best = np.linalg.solve(dense + damping * np.eye(len(b)), b)
   return row | {
@@ -116,15 +116,14 @@ def measure(case: Case, curvature: str, ratio: float, name: str, dense: np.ndarr
   }
 
 
-def in_words(refused: str) -> str:
-  """Why a row has no error, for its cell: what `measure` keeps of an exception without the names of classes and flags.
+def reason(error: UserError) -> str:
+  """Why a row has no error, in a few words for its cell.
 
-  The other `UserError` is EK-FAC's, whose factors cannot be those of an indefinite Hessian.
+  What neither diverges nor meets negative curvature is EK-FAC, whose factors cannot be those of an indefinite Hessian.
   """
-  kind, _, said = refused.partition(": ")
-  if kind == "DivergenceError":
-    return said.removeprefix("LiSSA ")
-  return {"NegativeCurvatureError": "met negative curvature", "UserError": "not for this curvature"}.get(kind, refused)
+  if isinstance(error, solvers.DivergenceError):
+    return "diverged" if error.step is None else f"diverged at step {error.step}"
+  return "met negative curvature" if isinstance(error, solvers.NegativeCurvatureError) else "not for this curvature"
 
 
 def start(s: SolversSettings) -> str:
@@ -167,7 +166,7 @@ def write(run_dir: run_folder.RunDir, size: int, spectra: dict, rows: list[dict]
   number = lambda value: f"{value:.2g}" if isinstance(value, float) else value  # noqa: E731
   table = [
     {
-      column: number(row.get(column, in_words(row.get("refused", "")) if column == "error" else ""))
+      column: number(row.get(column, row.get("refused", "") if column == "error" else ""))
       for column in ("curvature", "damping ratio", "solver", "error", "cosine", "residual", "steps", "seconds")
     }
     for row in rows

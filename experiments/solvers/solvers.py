@@ -2,6 +2,8 @@
 
 ./run.sh solvers --flagfile=experiments/flags/solvers.flags
 ./run.sh solvers --dense=400 --run_dir=runs/solvers-dense     against dense inverses, on a small model
+
+Writes solvers.md and pictures into --run_dir, with --dense oracle.md.
 """
 
 import dataclasses

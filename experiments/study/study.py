@@ -4,7 +4,8 @@
 
 Every variant changes one thing of a rule, or a few that belong together: the parameters at which gradients are taken,
 the solver with its damping, the layers, the length bias, quotas, the size of the evaluation set. All are trained by one
-recipe; a selection's seeds change the order of its data, a random set's the set too.
+recipe; a selection's seeds change the order of its data, a random set's the set too. Writes study.md and study.csv
+into --run_dir.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
 """Which rule finds what a target needs in a mixed pool, and what training on its choice is worth: many targets at once.
 
-./run.sh targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json --dedup \
-  --targets="gsm8k; trivia; gsm8k, chatterbot" --run_dir=runs/targets
+./run.sh targets --train_data=chatterbot+jsonl:alpaca.json+jsonl:gsm8k.json \\
+    --dedup --targets="gsm8k; trivia; gsm8k, chatterbot" --run_dir=runs/targets
 
 A target is one or several sources or topics of the pool. Its queries are evaluation examples of these, its test
 examples are theirs too, and which training examples are of them is known: so a rule can be judged twice. Its recall,
 the share of the target in its choice of as many examples as the target has, costs no training; the perplexity of models
-that are trained on small choices, against random sets of the same size, does.
+that are trained on small choices, against random sets of the same size, does. Writes targets.md and targets.csv into
+--run_dir.
 """
 
 import dataclasses
@@ -197,22 +198,32 @@ def _trains(variant: Variant) -> bool:
   return variant.unit or variant.rounds > 1 or variant.warm_up > 0
 
 
+def _refusal(variant: Variant) -> str:
+  """Why a rule cannot be tried on targets, in words; empty where it can."""
+  if variant.policy in coreset.WEIGHTED_POLICIES:
+    return "gives weights, which nothing here trains by"
+  needs = variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant)
+  return "needs scores or trainings of each target" if needs else ""
+
+
+def _known() -> dict[str, Variant]:
+  """The rules that see a target's queries, and can be tried on all of them."""
+  which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES}
+  return {name: rule for name, rule in VARIANTS.items() if rule.policy in which and not _refusal(rule)}
+
+
 def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
   """(rules, names of those that are retrained, budgets).
 
   Raises:
     UserError: rules that need scores, or a budget of everything.
   """
-  rules = variants_of(s)
+  rules = variants_of(s) if s.variants.strip() else _known()
   if MATCHED in listed(s.retrained, ";"):
     rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
-    weighs = variant.policy in coreset.WEIGHTED_POLICIES
-    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant):
-      which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES} - {*coreset.WEIGHTED_POLICIES}
-      known = [one for one, rule in VARIANTS.items() if rule.policy in which]
-      why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
-      raise UserError(f"--variants: {name!r} {why}; use some of {'; '.join(known)}")
+    if why := _refusal(variant):
+      raise UserError(f"--variants: {name!r} {why}; use some of {'; '.join(_known())}")
     if variant.policy not in SIMILARITIES and len(models_of(s, variant)) > 1:
       raise UserError(f"--gradients_at={s.gradients_at}: {name!r} has no similarities to average: give one model")
   retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")

@@ -1,6 +1,8 @@
 """One model selects, another one is trained: does a small model's choice serve a larger one, or one of another family?
 
 ./run.sh transfer --flagfile=experiments/flags/transfer.flags
+
+Writes transfer.md, transfer.csv and pictures into --run_dir.
 """
 
 import dataclasses

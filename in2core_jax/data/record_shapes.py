@@ -23,12 +23,13 @@ _TOOLS = ("tools", "functions")
 # What --data_fields can name.
 ROLES = (
   *("prompt", "response", "completion", "instruction", "input", "output"),
-  *("messages", "conversations", "system", "history", "tools", "reasoning", "id", "topic"),
+  *("messages", "conversations", "system", "history", "tools", "reasoning", "id", "topic", "weight"),
   *("chosen", "rejected"),
 )
-_TEXT_ROLES = frozenset(ROLES) - {"system", "tools", "id", "topic"}
+_TEXT_ROLES = frozenset(ROLES) - {"system", "tools", "id", "topic", "weight"}
 # Columns that often hold the whole record once more, as one text.
 _RENDERINGS = ("text", "full_text", "formatted_text")
+_NO_TEXT = ("id", "weight", *TOPIC_COLUMNS)  # columns that nobody takes for a part of the conversation
 _Parse = Callable[[Mapping[str, Any], TurnReader, set[str]], list[Message]]
 # A round as an object: its question and its answer.
 _ROUNDS = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("prompt", "response"))
@@ -69,13 +70,18 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   Args:
     value: its JSON object.
     fields: {role: column}, see `sources.parse_fields`. Once a column is named for the text, no other column counts as
-      text: `prompt=question` must not meet a column `messages` that happens to be there too.
+      text: `prompt=question` must not meet a column `messages` that happens to be there too. What is no text (id,
+      topic, weight) is read by our names all the same.
 
   Raises:
     UserError: an unknown shape, wrong types, or what cannot be rendered; without the place of the record.
   """
   named = not _TEXT_ROLES.isdisjoint(fields)
-  kept = {key: item for key, item in value.items() if not named or key in ("id", *TOPIC_COLUMNS)}
+  kept = {
+    key: item
+    for key, item in value.items()
+    if (not named or key in _NO_TEXT) and not (key == "weight" and key in fields)
+  }
   named_columns = {role: value[column] for role, column in fields.items() if column in value}
   view, stood = (kept, {}) if named else _by_known_names(kept)
   view = view | named_columns
@@ -93,7 +99,7 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
   unread = _add_system(view, messages, reader, used)
   tools = _tools(view, reader, used)
   topic = _topic(view, used)
-  given_id = _given_id(view)
+  given_id, weight = _given_id(view), _weight(view, fields, used)
   read = {"id"} | used
   read = {fields.get(role, stood.get(role, role)) for role in read if role in fields or role in stood or role in kept}
   placeholders = media.placeholders([*messages, *rejected])
@@ -101,14 +107,14 @@ def read_record(value: Mapping[str, Any], fields: Mapping[str, str]) -> Conversa
     if key not in read and not is_empty(item):
       media.refuse_key(key, item, placeholders, none_known=named or not record_keys.has_no_meaning(key, item))
       # Whoever names the columns of the text has said that the others are none of it.
-      settled = (not named and record_keys.check_record_key(key, item)) or _is_rendering(key, item, messages)
+      other = key == "weight" and "weight" in fields  # another column is named as the weight
+      says = not other and (not named or key == "weight")
+      settled = (says and record_keys.check_record_key(key, item)) or _is_rendering(key, item, messages)
       if not settled and not record_keys.has_no_meaning(key, item):
         unread.append(key)
   unread += [*reader.unread, *(f"{word}{media.IN_A_TEXT}" for word in placeholders)]
   ended = _end_at_last_response(messages)
   other = _end_at_last_response(rejected) if rejected else ()
-  own = value.get("weight")
-  weight = float(own) if not named and record_keys.weighs("weight", own) else 1.0
   return Conversation(ended, tools, tuple(dict.fromkeys(map(clean, unread))), given_id, topic, other, weight)
 
 
@@ -135,6 +141,21 @@ def _given_id(view: Mapping[str, Any]) -> str | None:
   if isinstance(given, bool) or not isinstance(given, str | int):
     raise UserError(f"the id is {type_name(given)}, not a string or an integer")
   return clean(str(given))
+
+
+def _weight(view: Mapping[str, Any], fields: Mapping[str, str], used: set[str]) -> float:
+  """How much the record's loss counts; 1 where it does not say. What else a key `weight` says is told with the rest."""
+  value = view.get("weight")
+  if record_keys.weighs("weight", value):
+    used.add("weight")
+    return float(value)
+  if "weight" in fields and not is_empty(value) and (value != 1 or isinstance(value, bool)):
+    raise UserError(
+      f"{fields['weight']!r} is {record_keys.shown(value)}, and a weight is a number above 0 and up to a million; "
+      "change it, or remove such records"
+    )
+  used.update(["weight"] if "weight" in fields else [])
+  return 1.0
 
 
 def _topic(view: Mapping[str, Any], used: set[str]) -> str:

@@ -189,6 +189,8 @@ def _items(part: Source, fields: dict[str, str], bad: BadRecords) -> Iterator[It
     items = _checked(_file_items(hub_data(part.place), fields, bad), fields)
   elif part.kind == "tfds" and part.place:
     items = _checked(_tfds_items(part.place, fields), fields)
+  elif not part.place and is_data_name(part.text):
+    raise UserError(f"{part.text}: no such file; give the path of a file of data, or one of {_KNOWN_SOURCES}")
   else:
     raise UserError(f"unknown data source {part.text!r}; {_meant(part)}use one of {_KNOWN_SOURCES}")
   origin, name = part.origin, part.name
@@ -218,8 +220,6 @@ def _meant(part: Source) -> str:
     return f"the kind of a file is seen from its contents: file:{part.place}; "
   if part.place.startswith("//"):
     return "nothing is fetched from the network, copy the file here; "
-  if not part.place and is_data_name(part.text):
-    return "no such file; "
   if re.fullmatch(r"[\w.-]+/[\w.-]+", part.text):
     return f"there is no such file; a data set of the Hub is hub:{part.text}; "
   return ""
@@ -232,16 +232,19 @@ def _checked(items: Iterator[Item], fields: dict[str, str]) -> Iterator[Item]:
     UserError: a column that no record has.
   """
   columns: dict[str, None] = {}
-  some = False
+  some = ""
   for item in items:
-    some = True
+    some = some or item.source
     if fields and isinstance(item.value, dict):
       columns |= dict.fromkeys(item.value)
     yield item
   for role, column in fields.items():
     if some and column not in columns:
       raise UserError(
-        printable(f"data_fields: no column {column!r} (for {role}) in the data; columns: {', '.join(columns)}")
+        printable(
+          f"data_fields: no column {column!r} (for {role}) in the data of {some}; columns: {', '.join(columns)}; what "
+          f"one source alone has is named as SOURCE={role}={column}"
+        )
       )
 
 

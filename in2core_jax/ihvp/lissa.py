@@ -157,8 +157,8 @@ class _Watch:
       try:
         lambda_max, _ = _largest(self.sampled.matvec, self.v, jax.random.fold_in(self.key, _PROBE_KEY), self.settings)
       except UserError as problem:
-        raise DivergenceError(f"{start}largest eigenvalue not known: {problem}") from problem
-    raise DivergenceError(f"{start}estimated largest eigenvalue {lambda_max:.3g}; {_advice(self.settings)}")
+        raise DivergenceError(f"{start}largest eigenvalue not known: {problem}", step) from problem
+    raise DivergenceError(f"{start}estimated largest eigenvalue {lambda_max:.3g}; {_advice(self.settings)}", step)
 
 
 _norm = jax.jit(tree_math.norm)

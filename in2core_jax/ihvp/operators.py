@@ -21,7 +21,15 @@ Matvec = Callable[[Tree], Tree]
 
 
 class DivergenceError(UserError):
-  """An iteration that grows instead of converging; the message says at which step and what to change."""
+  """An iteration that grows instead of converging; the message says at which step and what to change.
+
+  Attributes:
+    step: at which it was seen; None where it is no matter of steps.
+  """
+
+  def __init__(self, message: str, step: int | None = None):
+    super().__init__(message)
+    self.step = step
 
 
 class NegativeCurvatureError(UserError):

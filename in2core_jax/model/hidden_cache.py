@@ -21,7 +21,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import decoder as model_lib
 from in2core_jax.parallel import processes
 from in2core_jax.params.subtree import Subtree
-from in2core_jax.runs import files
+from in2core_jax.runs import files, kept_files
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ class BoundaryJob:
   track: Callable[[Iterator, int], Iterator] = lambda batches, total: batches
 
 
-def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None = None) -> BoundaryCache:
+def compute_boundary(
+  job: BoundaryJob, dataset: Any, file: pathlib.Path | None = None, keep: bool = True
+) -> BoundaryCache:
   """Runs the layers below the boundary over a data set, examples packed into rows.
 
   Args:
@@ -109,6 +111,7 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     dataset: has `tokens`, int32 [T_i] for each example, and where they are preference pairs `second`.
     file: where to keep the values (written aside, then renamed, so that a killed run leaves no half file under this
       name); in memory when None. An existing file that is as it was written is reused: its checksum lies beside it.
+    keep: whether the values are written there; False: they are in memory, unless the file is there and whole.
 
   Returns:
     The cache.
@@ -124,8 +127,8 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
   dtype = np.dtype(job.dtype)
   whole = file is not None and _is_whole(file, shape[0] * shape[1] * dtype.itemsize)
   if processes.all_true(whole):
-    return BoundaryCache(np.memmap(file, dtype, "r", shape=shape), starts, lengths)
-  part = None
+    return BoundaryCache(kept_files.mapped(file, dtype, shape), starts, lengths)
+  part, file = None, file if keep else None
   if file is not None:
     files.remove_leftovers(file.parent)  # of killed runs
     part = files.temporary_beside(file)
@@ -145,14 +148,9 @@ def compute_boundary(job: BoundaryJob, dataset: Any, file: pathlib.Path | None =
     values.flush()
     checksum = _checksum(part, file.name)
     part.rename(file)
-    files.write_text(_beside(file), checksum)
-    values = np.memmap(file, dtype, "r", shape=shape)
+    files.write_text(kept_files.checksum_file(file), checksum)
+    values = kept_files.mapped(file, dtype, shape)
   return BoundaryCache(values, starts, lengths)
-
-
-def _beside(file: pathlib.Path) -> pathlib.Path:
-  """Where the checksum of a file of hidden states lies."""
-  return file.with_name(f"{file.name}.sha256")
 
 
 def _checksum(content: pathlib.Path, name: str) -> str:
@@ -166,9 +164,9 @@ def _is_whole(file: pathlib.Path, size: int) -> bool:
     return False
   if file.stat().st_size != size:
     reason = f"{file.stat().st_size} bytes and not {size}"
-  elif not _beside(file).exists():
+  elif not kept_files.checksum_file(file).exists():
     reason = "without a checksum beside it, by a killed run or an older version"
-  elif _beside(file).read_bytes() != _checksum(file, file.name).encode():
+  elif kept_files.checksum_file(file).read_bytes() != _checksum(file, file.name).encode():
     reason = "damaged (its checksum does not fit)"
   else:
     return True

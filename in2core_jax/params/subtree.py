@@ -166,6 +166,7 @@ def make_subtree(
       known += [name for name in EXTRA_MODULES if name in params]
       near = difflib.get_close_matches(word, [*known, *paths], n=1)
       hint = f" Did you mean {near[0]}?" if near else ""
+      hint = " Its factors come with the checkpoint of a LoRA training, or an adapter." if word == "lora" else hint
       raise UserError(
         f"{named[1]}={modules}: this model has no {word!r}.{hint} "
         f"It has {', '.join(known)}; or paths: {', '.join(paths)}"

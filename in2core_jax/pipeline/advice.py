@@ -5,11 +5,14 @@ What follows from the results alone is in `report.findings`, whose `warnings` is
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from in2core_jax.data.tokenizing import TokenizedDataset
 from in2core_jax.errors import how_many
+from in2core_jax.params import quantisation, subtree
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.report import findings
 from in2core_jax.report.answer import ENOUGH_QUERIES
@@ -76,6 +79,26 @@ def without_effect(s: Settings) -> list[str]:
   if s.policy in (*coreset.FEATURE_POLICIES, "matching_hybrid") and s.is_set("aggregate"):
     found.append(f"{s.as_flag('aggregate')} changes the reported scores alone: --policy={s.policy} matches a mean")
   return found
+
+
+def spares_nothing(s: Settings, params: Any, tree: subtree.Subtree) -> list[str]:
+  """Where --frozen_weights leaves no matrix in few bits, one sentence.
+
+  Args:
+    s: flags of the run.
+    params: arrays or shapes, before chosen matrices are made full.
+    tree: what of them is scored or trained.
+  """
+  if not s.is_set("frozen_weights"):
+    return []
+  leaves = traverse_util.flatten_dict(params["layers"], sep="/")
+  rounded = {path for path, leaf in leaves.items() if isinstance(leaf, quantisation.Quantised)}
+  if len(tree.layers) < tree.num_layers or not rounded <= {*tree.paths}:
+    return []
+  return [
+    f"{s.as_flag('frozen_weights')} spares no memory: all matrices of layers are chosen, and those are full, at the "
+    "rounded weights; choose fewer layers or LoRA factors"
+  ]
 
 
 def risky_settings(s: Settings) -> list[str]:

@@ -28,8 +28,8 @@ def run(s: Settings, to: str, adapter: bool = False) -> str:
   """Writes the folder `to`; returns it. A stopped export goes on where it was.
 
   Args:
-    s: --model (that of the checkpoint where it is not set), --checkpoint (empty: the base model), --dtype, --seed,
-      --overwrite.
+    s: --model and --frozen_weights (those of the checkpoint where they are not set), --checkpoint (empty: the base
+      model), --dtype, --seed, --overwrite.
     to: a local folder; its parent is made when missing.
     adapter: write the LoRA factors of the checkpoint alone, as a PEFT folder, and no model.
 
@@ -41,6 +41,8 @@ def run(s: Settings, to: str, adapter: bool = False) -> str:
   if meta and not s.is_set("model"):
     its_own = adapter_folder.is_adapter(s.checkpoint)
     s = s.replace(model=adapter_folder.base_of(s.checkpoint) if its_own else meta["model"])
+  if meta.get("frozen_weights") and not s.is_set("frozen_weights"):
+    s = s.replace(frozen_weights=meta["frozen_weights"])
   if adapter and not meta.get("lora_rank"):
     raise UserError(f"--adapter: --checkpoint={s.checkpoint} has no LoRA factors; fine-tune with --trainable=lora")
   target = check_target(to, s.overwrite)
@@ -167,6 +169,10 @@ def _tell(target: pathlib.Path, s: Settings, meta: dict[str, Any], told: list[st
   log.info("%s: %s (%s, %.2f GB), %s", target, s.model, s.dtype, size / 1e9, trained)
   for line in told:
     log.info("%s", line)
+  if s.is_set("frozen_weights"):
+    rounded = f"matrices of layers are rounded to {s.frozen_weights}, and written in full"
+    beside = f"the factors were trained beside matrices in {s.frozen_weights}: quantise those of the base model alike"
+    log.info("%s", beside if adapter else rounded)
   if adapter:
     log.info("load it with PeftModel.from_pretrained(base_model, %r)", str(target))
     return

@@ -167,7 +167,7 @@ def refuse(s: Checked, names: Collection[str], does: str) -> None:
 
 def in_flags(message: str, names: Collection[str]) -> str:
   """A message of `Checked` as the command line says it: damping=2 becomes --damping=2."""
-  return re.sub(rf"(?<![\w\-.])({'|'.join(names)})(?==)", r"--\1", message)
+  return re.sub(rf"(?<![\w\-./])({'|'.join(names)})(?==)", r"--\1", message) if names else message
 
 
 def in_parameters(message: str, kind: type[Checked]) -> str:

@@ -12,7 +12,8 @@ from in2core_jax.data.records import weights_of
 from in2core_jax.errors import how_many
 from in2core_jax.model.objective import make_objective
 from in2core_jax.params import adapters, subtree
-from in2core_jax.pipeline import phases
+from in2core_jax.pipeline import phases, shapes
+from in2core_jax.pipeline.advice import spares_nothing
 from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.pipeline.settings import TRAINED, Settings
 from in2core_jax.runs import run_folder, stopping
@@ -103,7 +104,8 @@ def run(settings: Settings, session: Session | None = None) -> str:
 
 
 def prepare(s: Settings, session: Session) -> Task:
-  """Reads the model, and refuses what cannot be trained."""
+  """Refuses what cannot be trained, then reads the model."""
+  shapes.trained_shapes(session.model.config, s)
   rows = trainable_rows(session)
   params, tree = start_params(session, s)
   return Task(s, session, rows, params, tree, recipe_of(s, len(rows)))
@@ -129,6 +131,8 @@ def train(task: Task, run_dir: run_folder.RunDir, sub: Any, frozen: Any) -> trai
   lasting = how_many(recipe.steps, "step"), how_many(recipe.batch_size, "example")
   words = "training %s numbers in layers %s for %s of %s"
   log.info(words, f"{subtree.count(sub):,}", s.trainable_layers, *lasting)
+  for line in spares_nothing(s, task.params, task.tree):
+    log.warning("%s", line)
   packer, meta = packer_of(task), meta_of(task, run_dir)
   weights = weights_of_rows(session, task.rows)
   if weights is not None:
@@ -158,7 +162,9 @@ def meta_of(task: Task, run_dir: run_folder.RunDir) -> dict:
     "recipe": dataclasses.asdict(task.recipe),
     "checkpoint_every": s.checkpoint_every,
     "identity": run_dir.identity_sha256,
-  } | ({"template_date": date} if date else {})
+    **({"template_date": date} if date else {}),
+    **({"frozen_weights": s.frozen_weights} if s.is_set("frozen_weights") else {}),
+  }
 
 
 def write(task: Task, run_dir: run_folder.RunDir, result: train_loop.TrainResult) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from in2core_jax import __version__ as version
+from in2core_jax.errors import how_many
 from in2core_jax.model import decoder, embeddings, hidden_cache
 from in2core_jax.parallel import sharding
 from in2core_jax.params import quantisation, subtree
@@ -21,13 +23,13 @@ from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.loaded_model import LoadedModel
 from in2core_jax.pipeline.splits import Splits
-from in2core_jax.runs import cache_folder, files, resumable, run_folder
+from in2core_jax.runs import cache_folder, files, kept_files, resumable, run_folder
 from in2core_jax.runs.progress import track
 
 log = logging.getLogger(__name__)
 
 _WORTH_KEEPING = 1 << 24  # bytes: what is less is computed in seconds
-_SHARE_OF_DISK = 0.1  # of what is free
+_SHARE_OF_DISK = 0.1  # of what is free, or free but for such files: for all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,41 +57,88 @@ class Place:
       size: bytes.
       base: whether the layers below are the base model's, so that other commands can use them.
     """
-    if self.how != "auto":
-      return self.how == "disk"
-    return size > self.gigabytes * 1e9 or (base and self._serves_others(size))
+    return self._asks_for_disk(size) or (self.how == "auto" and base and self._serves_others(size))
+
+  def _asks_for_disk(self, size: int) -> bool:
+    """Whether they go there whatever the room: by the flag, or as there are too many for the memory."""
+    return self.how == "disk" or (self.how == "auto" and size > self.gigabytes * 1e9)
 
   def _serves_others(self, size: int) -> bool:
-    """Whether hidden states are worth keeping for the next command, and a small part of the free disk takes them."""
+    """Whether hidden states are worth keeping for the next command, and a small part of the disk takes them."""
     if size < _WORTH_KEEPING or run_folder.is_remote(self.run_dir) or jax.process_count() > 1:
       return False
+    if not self._is_writable():
+      log.info("hidden states are not kept for the next command: %s cannot be written", self.folder)
+      return False
+    return size <= self._room()
+
+  def _is_writable(self) -> bool:
     # Where they would lie: a run folder may be a disk of its own, and the folder above it somebody else's.
-    there = nearest = self._folder
+    nearest = self.folder
     while not nearest.exists():
       nearest = nearest.parent
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-      log.info("hidden states are not kept for the next command: %s cannot be written", there)
-      return False
-    return size <= _SHARE_OF_DISK * files.disk_free(str(there))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+  def _room(self) -> float:
+    """Bytes that all hidden states together may take where they lie."""
+    return _SHARE_OF_DISK * (files.disk_free(str(self.folder)) + kept_files.held_bytes(self.folder))
 
   @property
-  def _folder(self) -> pathlib.Path:
-    """Beside a local run folder."""
+  def folder(self) -> pathlib.Path:
+    """Beside the run folder, or on the local disk when that is gs://: they are read at random."""
+    if run_folder.is_remote(self.run_dir):
+      return cache_folder.cache_folder() / "boundary"
     return pathlib.Path(os.fspath(run_folder.beside(self.run_dir, "boundary")))
 
-  def file(self, name: str) -> pathlib.Path:
-    """Where this process keeps hidden states: beside the run folder, or on the local disk when that is gs://.
+  def file(self, stem: str, code: str, size: int, base: bool = True) -> tuple[pathlib.Path | None, bool]:
+    """Where hidden states are, or are to be kept; what nobody reads any more and what is in the way is removed.
 
-    They are memory-mapped, and every process of a job has a file of its own, with all examples.
+    A file that is there is read whatever the room is now. Files are memory-mapped, and every process of a job has one
+    of its own, with all examples.
+
+    Args:
+      stem: names the part, and what the numbers depend on.
+      code: names the programs that make them.
+      size: bytes.
+      base: whether the layers below are the base model's.
+
+    Returns:
+      (file, or None: in memory; whether it is written where it is not there, or not whole).
     """
-    if not run_folder.is_remote(self.run_dir):
-      folder = self._folder
-    else:
-      folder = cache_folder.cache_folder() / "boundary"
-      log.info("hidden states are kept in %s: they are read at random, which needs a local disk", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    count = jax.process_count()
-    return folder / (f"{name}.bin" if count == 1 else f"{name}-{jax.process_index()}of{count}.bin")
+    if self.how in ("off", "memory"):
+      return None, False
+    alone = jax.process_count() == 1
+    end = kept_files.SUFFIX if alone else f"-{jax.process_index()}of{jax.process_count()}{kept_files.SUFFIX}"
+    file = self.folder / f"{stem}-{code}{end}"
+    asked = self._asks_for_disk(size)
+    if self.folder.is_dir() and self._is_writable():
+      self._remove_outdated(file, stem)
+    if alone and file.exists():
+      return file, self.on_disk(size, base)
+    if not self.on_disk(size, base):
+      return None, False
+    room = self._room()
+    self._told(kept_files.make_room(self.folder, size, room, asked), "used longest ago")
+    if not asked and kept_files.held_bytes(self.folder) + size > room:
+      return None, False  # what takes the room is in use
+    self.folder.mkdir(parents=True, exist_ok=True)
+    return file, True
+
+  def _remove_outdated(self, file: pathlib.Path, stem: str) -> None:
+    """Removes what other programs have made of the same, and files by the names of older versions."""
+    end = r"(-\d+of\d+)?" + re.escape(kept_files.SUFFIX)
+    ours = re.compile(rf"({re.escape(stem)}-[0-9a-f]{{8}}|(train|eval|test)-[0-9a-f]{{16}}){end}")
+    found = [old for old in self.folder.iterdir() if ours.fullmatch(old.name) and old.name != file.name]
+    # Files of other processes of the same job have the same code.
+    code = file.name.removeprefix(f"{stem}-")[:8]
+    removed = kept_files.remove(old for old in found if not old.name.startswith(f"{stem}-{code}"))
+    self._told(removed, "made by other versions of the programs")
+
+  def _told(self, removed: list[tuple[pathlib.Path, int]], why: str) -> None:
+    if removed:
+      size = sum(size for _, size in removed) / 1e9
+      told = how_many(len(removed), "file")
+      log.info("hidden states: %s (%.2f GB) removed from %s, %s", told, size, self.folder, why)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,16 +224,15 @@ class HiddenCache:
     part, boundary, _ = key
     dataset, dtype = self.splits[part], self.model.dtype
     size = hidden_cache.cache_bytes(dataset.num_tokens, self.model.config.hidden_size, jnp.dtype(dtype))
-    file = None
-    if self.where.on_disk(size, key[2] == "base"):
-      name = run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype, version, _code()])[:16]
-      file = self.where.file(f"{part}-{name}")
+    stem = f"{part}-{run_folder.hash_of([key, self.model.hash, self.splits.identity(part), dtype])[:16]}"
+    file, keep = self.where.file(stem, run_folder.hash_of([version, _code()])[:8], size, key[2] == "base")
+    if file is not None:
       told = "read from" if file.exists() else "kept for the next command in"
       log.info("hidden states (%s): %.2f GB, %s %s", part, size / 1e9, told, file.parent)
     # The layers below do not depend on which modules are chosen above: one program and one cache for all of them.
     above = subtree.Subtree(tuple(range(boundary, tree.num_layers)), tree.num_layers, ())
     job = self._job(above, params, phases.hidden(boundary, part))
-    return hidden_cache.compute_boundary(job, dataset, file)
+    return hidden_cache.compute_boundary(job, dataset, file, keep)
 
   def _job(self, tree: subtree.Subtree, params: Any, what: str) -> hidden_cache.BoundaryJob:
     """How the layers below a boundary are run over packed rows, with progress shown."""

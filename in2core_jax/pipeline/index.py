@@ -35,7 +35,7 @@ from in2core_jax.training import train_loop
 log = logging.getLogger(__name__)
 
 # What `select --index` takes from the index.
-MADE_WITH = ("model", "checkpoint", "layers", "sketch_size", "seed", "loss_reduction", "dtype")
+MADE_WITH = ("model", "checkpoint", "layers", "sketch_size", "seed", "loss_reduction", "dtype", "frozen_weights")
 _RAW_ROWS = 128  # examples whose whole sketched gradients make a piece
 _MOST_SHARDS = 1000
 

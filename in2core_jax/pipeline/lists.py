@@ -1,5 +1,6 @@
 """Lists in a text: words, shares, whole numbers."""
 
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -49,10 +50,16 @@ def words(
     raise UserError(f"--{name}={text}: {old[0]} is gone: use {gone[old[0]]}")
   wrong = [word for word in found if known and word not in known]
   if wrong:
-    raise UserError(f"--{name}={text}: unknown {wrong[0]!r}; use some of {f'{separator} '.join(known)}")
+    raise UserError(f"--{name}={text}: {_unknown(wrong[0], known)}; use some of {f'{separator} '.join(known)}")
   if len(set(found)) < len(found):
     raise UserError(f"--{name}={text}: a word is given twice")
   return found
+
+
+def _unknown(word: str, known: Collection[str]) -> str:
+  """Says of a word that there is none such, and which is most like it."""
+  near = difflib.get_close_matches(word, [*known], 1, 0.65)
+  return f"unknown {word!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def shares(text: str, name: str) -> tuple[float, ...]:
@@ -97,5 +104,5 @@ def some_of(allowed: tuple[str, ...], name: str, value: Any, always: tuple[str, 
   given = listed(value) if isinstance(value, str) else list(value)
   unknown = [word for word in given if word not in allowed]
   if unknown:
-    raise UserError(f"{name}={','.join(given)}: unknown {unknown[0]!r}; use some of {', '.join(allowed)}")
+    raise UserError(f"{name}={','.join(given)}: {_unknown(unknown[0], allowed)}; use some of {', '.join(allowed)}")
   return ",".join(word for word in allowed if word in (*given, *always))

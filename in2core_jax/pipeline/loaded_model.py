@@ -12,7 +12,7 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import peft_folder, weights
 from in2core_jax.model.config import ModelConfig
 from in2core_jax.parallel import sharding
-from in2core_jax.params import adapters, subtree
+from in2core_jax.params import adapters, quantisation, subtree
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import adapter_folder
 from in2core_jax.training import train_loop
@@ -31,6 +31,7 @@ class LoadedModel:
     tokenizer: its tokenizer.
     mesh: the devices.
     load: gives (parameters, hash of the weights); called once, when they are first asked for.
+    kept: what its matrices of layers are kept in, a word of --frozen_weights.
   """
 
   name: str
@@ -39,6 +40,7 @@ class LoadedModel:
   tokenizer: Any
   mesh: Any
   load: Callable[[], tuple[Any, str]]
+  kept: str = quantisation.FULL
 
   @functools.cached_property
   def _weights(self) -> tuple[Any, str]:
@@ -78,11 +80,17 @@ class LoadedModel:
     if adapter_folder.is_adapter(folder):
       check_template_date(folder, meta, template_date)
       return self.place(peft_folder.read_adapter(folder, self.config).beside(self.params))
+    theirs = meta.get("frozen_weights", self.kept)  # full weights are not named, nor were others by older versions
+    if theirs != self.kept:
+      raise UserError(
+        f"--checkpoint={folder} was trained with --frozen_weights={theirs}, not {self.kept}: give "
+        f"--frozen_weights={theirs}"
+      )
     if meta["model_hash"] != self.hash:
       raise UserError(
         f"--checkpoint={folder} was trained from model {meta['model']} (hash {meta['model_hash'][:12]}), but --model="
         f"{self.name} has hash {self.hash[:12]}: give the model that the checkpoint started from, with the same "
-        "--frozen_weights"
+        f"--frozen_weights (here {self.kept})"
       )
     if meta["step"] < meta["steps"]:
       done = f"{meta['step']} of {meta['steps']}"
@@ -113,7 +121,7 @@ def open_model(s: Settings, described: tuple[ModelConfig, Any], mesh: Any) -> Lo
     _, params, _, digest = weights.load_model(s.model, s.dtype, s.seed, mesh, s.frozen_weights)
     return params, digest
 
-  return LoadedModel(s.model, s.dtype, *described, mesh, load)
+  return LoadedModel(s.model, s.dtype, *described, mesh, load, s.frozen_weights)
 
 
 def check_template_date(folder: str, meta: dict, ours: str | None) -> None:

@@ -5,15 +5,24 @@ import logging
 
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import select_index
-from in2core_jax.pipeline.advice import of_selection, unused_inverse
+from in2core_jax.pipeline.advice import of_selection
 from in2core_jax.pipeline.checks import check_kinds, check_select
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.score_breakdown import taken_apart
 from in2core_jax.pipeline.scoring import Clock, Scored, score
 from in2core_jax.pipeline.select_outputs import add_forms
-from in2core_jax.pipeline.select_results import about_choice, note_inputs, rule_of, tell_selected, told, write_results
+from in2core_jax.pipeline.select_results import (
+  about_choice,
+  about_scores,
+  note_inputs,
+  rule_of,
+  tell_selected,
+  told,
+  write_results,
+)
 from in2core_jax.pipeline.session import BoundSubtree, Session, choose, open_session
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.pipeline.shapes import scored_params
 from in2core_jax.pipeline.train_elsewhere import recipe_elsewhere, write_train_with
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.unfinished import Work
@@ -83,9 +92,9 @@ def prepare(s: Settings, session: Session | None = None) -> Task:
   session = session or open_session(s, pairs=True)
   check_kinds(session, s)
   session.check_folder("select", s, *_DEPENDS_ON)
+  budget = check_select(session, s, scored_params(session.model.config, s))  # by shapes: before weights are read
   params = session.checkpoint_params(s.checkpoint)
-  chosen = choose(session, params, s.layers, s.modules)
-  return Task(s, session, check_select(session, s, params), chosen)
+  return Task(s, session, budget, choose(session, params, s.layers, s.modules))
 
 
 def open_folder(task: Task) -> Work:
@@ -101,8 +110,8 @@ def score_examples(task: Task, work: Work) -> Scored:
   s, chosen = task.settings, task.chosen
   note_inputs(work.run_dir, task.session.splits, s, s)
   log.info("influence of layers %s: %s numbers", chosen.tree.layers, f"{subtree.count(chosen.problem.sub):,}")
-  if unused_inverse(s):
-    log.info("%s", unused_inverse(s))
+  for line in about_scores(task.session, s, chosen):
+    log.info("%s", line)
   return score(task.session, s, chosen, work)
 
 
@@ -113,7 +122,7 @@ def choose_examples(task: Task, scored: Scored, clock: Clock) -> Choice:
   inputs = inputs_of(train, scored.influence, scored.loss, **more)
   chosen = coreset.select_by(s.policy, inputs, task.budget, s.seed)
   choice = Choice(chosen, inputs, inputs.aim if s.policy in coreset.SHRUNK_POLICIES else None)
-  for line in about_choice(s, inputs.apart, choice.aim):
+  for line in about_choice(s, inputs.apart, choice.aim, chosen.weights):
     log.info("%s", line)
   clock.lap("selection")
   return choice
@@ -132,7 +141,7 @@ def write(task: Task, scored: Scored, choice: Choice, run_dir: run_folder.RunDir
   recipe = recipe_elsewhere(s, session)  # from a checkpoint, which all processes open together
   if run_dir.writer:
     write_train_with(run_dir, session, s, chosen.rows, recipe, weighted=chosen.weights is not None)
-    write_results(run_dir, session, s, scored, chosen, warnings, told(s, inputs, choice.aim))
+    write_results(run_dir, session, s, scored, chosen, warnings, told(session, s, inputs, choice.aim))
   tell_selected(s, session.splits["train"], inputs, chosen.rows, run_dir)
 
 

@@ -114,13 +114,14 @@ def _check(s: Settings) -> None:
 
 def _settled(s: Settings, made_with: dict[str, Any]) -> Settings:
   """The flags with those of the index; one that was given and differs is refused."""
-  for name in _FROM_INDEX:
+  known = [name for name in _FROM_INDEX if name in made_with]  # older indexes name fewer
+  for name in known:
     if s.is_set(name) and getattr(s, name) != made_with[name]:
       raise UserError(
         f"{s.as_flag(name)}: the index {s.index} was made with --{name}={made_with[name]}: leave it out, or make "
         "another index"
       )
-  return s.replace(**{name: made_with[name] for name in _FROM_INDEX})
+  return s.replace(**{name: made_with[name] for name in known})
 
 
 def _identity(task: Task) -> dict:

@@ -10,12 +10,12 @@ import numpy as np
 
 from in2core_jax.data import records, summaries, tokenizing
 from in2core_jax.errors import how_many
-from in2core_jax.pipeline import select_outputs
-from in2core_jax.pipeline.advice import tell, without_effect
+from in2core_jax.pipeline import select_outputs, target_weights
+from in2core_jax.pipeline.advice import spares_nothing, tell, unused_inverse, without_effect
 from in2core_jax.pipeline.phases import WHITENED, score_aggregate
 from in2core_jax.pipeline.policy_inputs import shown
 from in2core_jax.pipeline.scoring import Scored
-from in2core_jax.pipeline.session import Session
+from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
 from in2core_jax.pipeline.splits import Splits
 from in2core_jax.report import answer, facts, findings, html_page
@@ -88,6 +88,8 @@ def write_results(
   summary["warnings"] = findings.warnings(found)
   said = answer.answer(found)
   known = {"policy": s.policy} | {name: value for name, value in (told or {}).items() if value is not None}
+  if "eval_sources" in known:
+    known["eval_sources"] = target_weights.in_words(known["eval_sources"])
   run_dir.write_text("report.md", _page(found, known, images, said))
   run_dir.write_text("report.html", html_page.select_page(found))
   for name, figure in facts.figures(found).items():
@@ -110,8 +112,9 @@ def _page(run: facts.SelectRun, selection: dict, images: dict[str, str], said: a
   return select_report_markdown(run.columns, texts, sections, summary["warnings"], images, answer=first)
 
 
-def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
+def told(session: Session, s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict[str, Any]:
   """What summary.json says of the rule that chose, and of what it aimed at."""
+  sources = target_weights.rows_of(session, s)
   return {
     "rule": rule_of(s, inputs),
     "apart": dataclasses.asdict(inputs.apart) if inputs.apart else None,
@@ -119,7 +122,7 @@ def told(s: Settings, inputs: PolicyInputs, aim: matching.Shrunk | None) -> dict
     "queries": len(inputs.similarities["hybrid"]) if s.policy in coreset.HYBRID_POLICIES else None,
     "target_kept": aim.kept if aim else None,
     "target_beyond_chance": aim.beyond_chance if aim else None,
-  }
+  } | ({"eval_sources": sources} if sources else {})
 
 
 def note_inputs(run_dir: run_folder.RunDir, splits: Splits, s: Settings, given: Settings) -> None:
@@ -161,15 +164,29 @@ def rule_of(s: Settings, inputs: PolicyInputs) -> str:
   return "hybrid" if coreset.aims(inputs) else "random without copies"
 
 
-def about_choice(s: Settings, apart: two_samples.Apart | None, aim: matching.Shrunk | None) -> list[str]:
+def about_scores(session: Session, s: Settings, chosen: BoundSubtree) -> list[str]:
+  """What the log says before examples are scored: of an inverse, sources and few bits, as far as the flags ask."""
+  found = [unused_inverse(s)] if unused_inverse(s) else []
+  if sources := target_weights.rows_of(session, s):
+    found.append(f"evaluation examples count by their sources: {target_weights.in_words(sources)}")
+  return found + spares_nothing(s, chosen.params, chosen.tree)
+
+
+def about_choice(
+  s: Settings, apart: two_samples.Apart | None, aim: matching.Shrunk | None, weights: np.ndarray | None = None
+) -> list[str]:
   """What the log says of how the policy has chosen.
 
   Args:
     s: flags of the run.
     apart: how far evaluation and training set are apart, where a hybrid policy measured it.
     aim: of the matching; None where nothing was matched.
+    weights: of the chosen examples, mean 1; None where the policy gives none.
   """
   found = []
+  if weights is not None:
+    spread = f"{weights.min():.3g} to {weights.max():.3g} with mean 1"
+    found.append(f"{s.policy}: examples have weights, {spread}, as `weight` in coreset.jsonl")
   if aim is not None and s.matching_shrink:
     gap = f"train/eval gradient gap: {100 * aim.beyond_chance:.0f} % exceeds sampling noise"
     found.append(f"{s.policy}: {gap}; the target is shrunk to {100 * aim.kept:.0f} % of it")

@@ -130,7 +130,9 @@ class DataSettings(Checked):
   test_data: str = _data(
     "", "Examples to judge by; empty: a part of the others.", more="Of --train_data, or half of --eval_data."
   )
-  data_fields: str = _data("", "Column names, as prompt=question,response=answer.", more="Also id=key,topic=kind.")
+  data_fields: str = _data(
+    "", "Column names, as prompt=question,response=answer.", more="Also id=key,topic=kind,weight=share."
+  )
   split: str = _data(
     "0.7,0.15,0.15",
     "Shares of train, eval and test when one source is given.",

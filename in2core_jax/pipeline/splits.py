@@ -140,8 +140,8 @@ def refuse_weights(records: Mapping[str, list[tokenizing.Record]]) -> None:
   found = first_weighted(records["train"])
   if found is not None:
     raise UserError(
-      f"the train set has weights ({found.place} has 'weight': {found.weight:g}), which only finetune follows: remove "
-      "the key, or fine-tune on it"
+      f"the train set has weights ({found.place} weighs {found.weight:g}), which only finetune follows: remove the "
+      "key, or fine-tune on it"
     )
 
 

@@ -1,11 +1,12 @@
 """How much each source of evaluation examples counts in a choice (--eval_weights)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from in2core_jax.data.sources import names_of
-from in2core_jax.errors import UserError
+from in2core_jax.errors import UserError, how_many
 from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.session import Session
 from in2core_jax.pipeline.settings import Settings
@@ -39,13 +40,39 @@ def sources_of(session: Session, s: Settings) -> Sources | None:
   return Sources(np.array([place[name] for name in names]), shares / shares.sum())
 
 
+def rows_of(session: Session, s: Settings) -> list[dict[str, Any]]:
+  """What each source counts: `source`, `share`, and how many `examples` with a response share it; [] without weights.
+
+  Raises:
+    UserError: what `sources_of` refuses; a source whose share nobody has.
+  """
+  sources = sources_of(session, s)
+  if sources is None:
+    return []
+  evals = session.splits["eval"]
+  known = list(dict.fromkeys(names_of(evals.records)))
+  counts = np.bincount(sources.codes[evals.num_response_tokens > 0], minlength=len(known)).tolist()
+  if 0 in counts:
+    raise UserError(
+      f"--eval_weights={s.eval_weights}: no evaluation example of {known[counts.index(0)]} has a response, so nothing "
+      "can have its share; leave the source out"
+    )
+  shares = zip(known, sources.shares.tolist(), counts, strict=True)
+  return [{"source": name, "share": share, "examples": count} for name, share, count in shares]
+
+
+def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+  """`rows_of` in one line."""
+  return ", ".join(f"{row['source']} {row['share']:.1%} ({how_many(row['examples'], 'example')})" for row in rows)
+
+
 def check(session: Session, s: Settings, policies: Collection[str]) -> None:
   """Refuses weights that a rule would pass over.
 
   Raises:
-    UserError: names the rule; or what `sources_of` refuses.
+    UserError: names the rule; or what `rows_of` refuses.
   """
-  if sources_of(session, s) is None:
+  if not rows_of(session, s):
     return
   for policy in policies:
     similar = "hybrid" if policy == "auto" else policy  # what auto takes where it does not draw

@@ -38,8 +38,8 @@ class SelectRun:
     records: the N training records, in the same order.
     truncated: bool [N], whether tokens of the example were cut off.
     data: `summaries.data_summary` of the parts.
-    summary: what summary.json holds; read are policy, rule, apart, another_kind, queries, unit, solver, solver_steps,
-      solver_residual, solver_curve, warnings and identity.
+    summary: what summary.json holds; read are policy, rule, apart, another_kind, queries, eval_sources, unit, solver,
+      solver_steps, solver_residual, solver_curve, warnings and identity.
     layers: {layer: influence [N]}, which add up to the influence, or None.
     query_records: the Q evaluation records; needed with `queries`.
     queries: float32 [Q, N], influence of every training example on every evaluation example, or None.
@@ -262,6 +262,11 @@ def part_rows(run: SelectRun) -> list[dict]:
     }
     for name, part in run.data["parts"].items()
   ]
+
+
+def target_rows(run: SelectRun) -> list[dict]:
+  """What each source of evaluation examples counts; empty where all examples count alike."""
+  return [row | {"share": f"{row['share']:.1%}"} for row in run.summary.get("eval_sources") or ()]
 
 
 def overlap_rows(run: SelectRun) -> list[dict]:

@@ -257,6 +257,7 @@ def _overview(run: SelectRun) -> dict[str, Any]:
     "warnings": findings.warnings(run),
     "fine": findings.fine(run),
     "parts": facts.part_rows(run),
+    "targets": facts.target_rows(run),
     "overlaps": facts.overlap_rows(run),
     "topics": [row | {"topic": table_text.plain_line(row["topic"], NAME)} for row in topics[:TOPIC_ROWS]]
     if len(topics) > 1

@@ -55,6 +55,22 @@ def make_folder(path: epath.Path) -> None:
     raise
 
 
+def check_place(path: epath.Path) -> None:
+  """Refuses a folder that cannot be made; makes none.
+
+  Raises:
+    UserError: what is to be above it is no folder, or may not be written.
+  """
+  nearest = path
+  while not nearest.exists() and nearest != nearest.parent:
+    nearest = nearest.parent
+  if files.is_remote(path) or nearest == path:  # what is there may be a finished run, which is read alone
+    return
+  if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    why = "may not be written" if nearest.is_dir() else "is no folder"
+    raise UserError(f"{path}: cannot be made ({nearest} {why}); choose another --run_dir")
+
+
 def folder_path(path: epath.PathLike) -> epath.Path:
   """The path of a run folder.
 

@@ -33,7 +33,7 @@ PATIENCE = 2.0  # seconds: a killed process gives its memory back before the ker
 _BEAT = 60.0
 _SILENCE = 600.0  # seconds without a beat after which another machine's lock is left over
 _REMOTE_SETTLES = 1.0
-_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 _held: dict[str, _Held] = {}
@@ -198,7 +198,7 @@ def _flock(descriptor: int) -> tuple[bool, bool]:
   except BlockingIOError:
     return False, True
   except OSError as error:
-    if error.errno in _NO_FLOCK:
+    if error.errno in NO_FLOCK:
       return True, False
     raise
   return True, True

@@ -36,7 +36,7 @@ from in2core_jax.runs.files import write_json as write_json
 from in2core_jax.runs.files import write_parquet as write_parquet
 from in2core_jax.runs.files import write_text as write_text
 from in2core_jax.runs.folder_files import CHECKPOINT as CHECKPOINT
-from in2core_jax.runs.folder_files import files_below, folder_path, is_link, make_folder
+from in2core_jax.runs.folder_files import check_place, files_below, folder_path, is_link, make_folder
 from in2core_jax.runs.identities import common, difference
 from in2core_jax.runs.record import device_summary as device_summary
 from in2core_jax.runs.record import flags_bytes
@@ -103,12 +103,12 @@ class RunDir:
 
   @staticmethod
   def refuse_held(path: epath.PathLike) -> None:
-    """Refuses a folder that another job writes into: for before the work that comes before `open`. Collective.
+    """Refuses a folder that another job writes into, or nobody can make: before the work before `open`. Collective.
 
     Raises:
-      UserError: names the other job.
+      UserError: names the other job, or what is wrong with the place.
     """
-    processes.checked_by_writer(lambda: locks.refuse_held(folder_path(path)))
+    processes.checked_by_writer(lambda: (check_place(folder_path(path)), locks.refuse_held(folder_path(path)))[-1])
 
   @classmethod
   def refuse_other(cls, path: epath.PathLike, known: Mapping[str, Any]) -> None:

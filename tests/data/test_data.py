@@ -203,7 +203,10 @@ def test_data_fields(tmp_path):
   for spec in (f"chatterbot:food+jsonl:{tmp_path / 'd.jsonl'}", f"jsonl:{tmp_path / 'd.jsonl'}+chatterbot:food"):
     mixed = {record.example_id: record for record in load_records(spec, fields)}
     assert mixed == {record.example_id: record for record in food + records}
-  with pytest.raises(UserError, match="no column 'messages' .for prompt.*columns: question, answer, key, kind$"):
+  with pytest.raises(
+    UserError,
+    match="no column 'messages' .for prompt.*columns: question, answer, key, kind; .* as SOURCE=prompt=messages$",
+  ):
     path = _lines(tmp_path / "e.jsonl", {name: values[0][name] for name in ("question", "answer", "key", "kind")})
     load_records(f"chatterbot:food+{path}", "prompt=messages")
 

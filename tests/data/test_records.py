@@ -7,6 +7,7 @@ import os
 import pytest
 from tiny import make_tokenizer
 
+from in2core_jax.data.record_shapes import read_record
 from in2core_jax.data.records import BadRecords, Item, content_key, to_records, weights_of, with_weight
 from in2core_jax.data.sources import load_records
 from in2core_jax.data.summaries import data_summary, format_summary, told_lines
@@ -218,6 +219,40 @@ def test_plain_turns_keep_the_hash_that_they_had():
 def test_what_would_be_another_conversation_is_refused(value, message):
   with pytest.raises(UserError, match=message):
     read(value)
+
+
+@pytest.mark.parametrize(
+  ("more", "fields", "expected"),
+  [
+    ({"weight": 0.5}, {}, 0.5),
+    ({"weight": 0.5}, {"topic": "kind"}, 0.5),
+    ({"weight": 0.5}, {"prompt": "q", "response": "a"}, 0.5),  # a coreset with weights, read as its pool was
+    ({"imp": 2, "weight": 0.5}, {"prompt": "q", "response": "a", "weight": "imp"}, 2.0),
+    ({"imp": 2}, {"weight": "imp"}, 2.0),
+    ({"imp": 1}, {"weight": "imp"}, 1.0),
+    ({"imp": None}, {"weight": "imp"}, 1.0),
+    ({"weight": 0.5}, {"weight": "imp"}, 1.0),  # a record without the column that is named
+  ],
+)
+def test_columns_that_are_named_leave_a_record_its_weight_or_name_it(more, fields, expected):
+  said = {"q": "Q", "a": "A"} if "prompt" in fields else {"prompt": "Q", "response": "A"}
+  found = read_record(said | {"kind": "k"} | more, fields)
+  assert found.weight == expected and "imp" not in found.unread
+
+
+@pytest.mark.parametrize(
+  ("value", "named", "words"),
+  [
+    *[(value, True, f"'imp' is {said}, and a weight is a number above 0") for value, said in ((0, "0"), (-1, "-1"))],
+    *[(value, True, "'imp' is .*, and a weight is") for value in ("0.5", True, 1e7, [1])],
+    (0, False, "takes the record out of the loss"),
+    (-1, False, "all examples weigh the same"),
+  ],
+)
+def test_what_is_no_weight_is_refused_where_columns_are_named(value, named, words):
+  fields = {"prompt": "q", "response": "a"} | ({"weight": "imp"} if named else {})
+  with pytest.raises(UserError, match=words):
+    read_record({"q": "Q", "a": "A", "imp" if named else "weight": value}, fields)
 
 
 @pytest.mark.parametrize("weight", [2.5, 0.001, 1, 1e6])

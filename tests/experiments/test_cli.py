@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     (["--fractoin=0.5"], "fractoin"),
     (["--fraction=many"], "many"),
     (["--fraction=-1"], "fraction"),
-    (["--flagfile=nowhere.flags"], "nowhere.flags"),
+    (["--flagfile=nowhere.flags"], "--flagfile=nowhere.flags: No such file or directory; give the path"),
     (["--flagfile=binary.flags"], "not UTF-8"),
     (["select"], "unexpected argument 'select'"),
   ],

@@ -1,5 +1,6 @@
 """Settings and the flags made of them: every value in its range or refused in one line; old names; identity; help."""
 
+import ast
 import dataclasses
 import itertools
 import math
@@ -15,7 +16,7 @@ from experiments.coverage.settings import CoverageSettings
 from experiments.fidelity.settings import FidelitySettings
 from experiments.study.settings import StudySettings
 from in2core_jax.errors import UserError
-from in2core_jax.pipeline import checks, fields
+from in2core_jax.pipeline import checks, fields, lists
 from in2core_jax.pipeline.fields import Checked
 from in2core_jax.pipeline.lists import in_order
 from in2core_jax.pipeline.settings import GROUPS, Settings
@@ -368,6 +369,29 @@ def test_a_policy_that_is_gone_names_the_one_to_take(parser):
   assert not set(coreset.GONE) & set(coreset.POLICIES) and set(coreset.GONE.values()) <= set(coreset.POLICIES)
 
 
+@pytest.mark.parametrize(
+  ("message", "shown"),
+  [
+    ("budget=41 is more than the 40 examples", "--budget=41 is more than the 40 examples"),
+    ("--budget=x is no budget; runs/budget=x stays", "--budget=x is no budget; runs/budget=x stays"),
+    ("data_fields='a=b': cannot use 'a=b'; with data_fields=prompt=a", None),
+  ],
+)
+def test_errors_from_below_the_command_line_name_flags(parser, monkeypatch, message, shown):
+  monkeypatch.setattr(help_text.flags, "FLAGS", parser(settings.SelectFlags).flags)
+  wanted = shown or message.replace("data_fields", "--data_fields")
+  assert cli.outcome(UserError(message)) == (2, f"error: {wanted}")
+
+
+def test_an_unknown_word_of_a_list_is_told_with_the_one_that_it_is_like():
+  with pytest.raises(UserError, match=r"^--policies=full,randm: unknown 'randm' \(did you mean 'random'\?\); use some"):
+    lists.words("full,randm", "policies", ("full", "random", "rds"))
+  with pytest.raises(
+    UserError, match=r"^write=quer: unknown 'quer' \(did you mean 'query'\?\); use some of query, self$"
+  ):
+    lists.some_of(("query", "self"), "write", "quer")
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
@@ -442,3 +466,20 @@ def test_an_unknown_flag_is_one_line_with_those_that_are_like_it(parser, monkeyp
     cli._parse(["select", line], None)
   assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
   assert str(caught.value).endswith("--help lists the flags")
+
+
+# As run.sh finds them.
+FILES = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "experiments").glob("*/__main__.py")]
+COMMANDS = [path for path in sorted(FILES) if '\nif __name__ == "__main__":' in path.read_text()]
+
+
+def name_of(path: Path) -> str:
+  return path.parent.name if path.stem == "__main__" else path.stem
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=name_of)
+def test_the_first_screen_says_what_a_command_does_how_it_is_called_and_what_it_writes(path):
+  files = [file for file in (path, path.parent / f"{name_of(path)}.py") if file.exists()]
+  text = next(filter(None, (ast.get_docstring(ast.parse(file.read_text())) for file in files)))
+  assert text.count("\n") < 20 and re.search(rf"^ *\./run\.sh {name_of(path)}\b", text, re.M)
+  assert re.search(r"[Ww]rites?\s|land in|Exit\s|docs/scaling|old name", text), text

@@ -162,6 +162,18 @@ def test_similarities_at_several_models_are_averaged(settings, finished, tmp_pat
     targets.check(own.replace(gradients_at="cold"))
 
 
+def test_without_variants_all_rules_that_can_be_tried_are():
+  rules, retrained, _ = targets.check(TargetsSettings(targets="sports"))
+  assert {"hybrid, base model", "bm25", "rds", "layer ranks", "density"} <= rules.keys() and retrained == []
+  refused = {"proponents, cg", "matching, 16 queries", "matching, unit gradients", "hybrid, 4 rounds"}
+  assert not {*refused, "influence distillation, base model", "longest"} & rules.keys()
+  for name in rules:
+    targets.check(TargetsSettings(targets="sports", variants=name))
+  for name in refused:
+    with pytest.raises(UserError, match="needs scores or trainings"):
+      targets.check(TargetsSettings(targets="sports", variants=name))
+
+
 def test_equal_ids_of_other_examples_are_other_choices():
   choices = {"rule": {"target": ["a", "b"]}}
 

@@ -21,7 +21,7 @@ from in2core_jax.model import decoder
 from in2core_jax.model.objective import losses_and_hidden_fn, make_objective
 from in2core_jax.parallel import sharding
 from in2core_jax.params import subtree
-from in2core_jax.pipeline import checks, index, select
+from in2core_jax.pipeline import checks, index, select, select_index
 from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.projection import Projection
@@ -219,6 +219,14 @@ def test_a_selection_from_the_index_is_that_of_a_pass_over_the_examples(tmp_path
 def test_the_cost_of_a_selection_from_an_index_is_not_told_as_that_of_a_pass():
   with pytest.raises(UserError, match="^--dry_run prices passes"):
     checks.BEFORE["select"](None, Settings(index="made"))
+
+
+def test_an_index_says_how_its_model_was_kept_and_older_ones_say_nothing():
+  made_with = {"model": "m", "frozen_weights": "int8"}
+  assert select_index._settled(Settings(index="i"), made_with).frozen_weights == "int8"
+  with pytest.raises(UserError, match="^--frozen_weights=nf4: the index i was made with --frozen_weights=int8"):
+    select_index._settled(Settings(index="i", frozen_weights="nf4"), made_with)
+  assert select_index._settled(Settings(index="i", frozen_weights="nf4"), {"model": "m"}).frozen_weights == "nf4"
 
 
 @slow

@@ -11,6 +11,7 @@ from tiny import quick_compile  # noqa: F401, an autouse fixture
 
 from in2core_jax import gradients
 from in2core_jax.errors import UserError
+from in2core_jax.model import decoder
 from in2core_jax.params import subtree
 
 PARAMS = jax.tree.map(np.asarray, tiny.make_params(tiny.make_config(tie_embeddings=False), lora=2))
@@ -88,6 +89,12 @@ def test_all_takes_every_weight_and_lora_every_factor():
   assert len(factors) == 14
   assert set(subtree.make_subtree(PARAMS, "all", "lora").paths) == factors
   assert set(subtree.make_subtree(PARAMS, "all", "all").paths) == set(paths) - factors
+
+
+def test_lora_factors_that_are_not_there_come_with_a_checkpoint():
+  bare = jax.eval_shape(lambda key: decoder.init_params(tiny.make_config(), key), jax.random.key(0))
+  with pytest.raises(UserError, match="has no 'lora'. Its factors come with the checkpoint of a LoRA training"):
+    subtree.make_subtree(bare, "all", "lora")
 
 
 @pytest.mark.parametrize("word", ["atention", "sketch", "attention/q_proj/bias", ""])

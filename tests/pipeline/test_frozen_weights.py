@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,8 +14,11 @@ from in2core_jax.errors import UserError
 from in2core_jax.model import weights
 from in2core_jax.parallel import sharding
 from in2core_jax.params import quantisation, subtree
-from in2core_jax.pipeline import export, finetune, select, shapes
+from in2core_jax.pipeline import advice, export, finetune, select, shapes
+from in2core_jax.pipeline.loaded_model import LoadedModel
+from in2core_jax.pipeline.settings import Settings
 from in2core_jax.runs import run_folder
+from in2core_jax.training import train_loop
 
 quick_compile = tiny.quick_compile
 
@@ -40,12 +44,34 @@ def test_a_checkpoint_and_scores_are_those_of_the_dequantised_model(kind, tmp_pa
   np.testing.assert_allclose(found[0]["influence"], found[1]["influence"], rtol=0, atol=2e-3 * most)
   trained = session.checkpoint_params(checkpoint)
   assert isinstance(trained["layers"]["mlp"]["up_proj"]["kernel"], quantisation.Mixed)
-  out = export.run(settings.replace(checkpoint=checkpoint), str(tmp_path / "out"))
+  out = export.run(Settings(checkpoint=checkpoint), str(tmp_path / "out"))  # it names its model, and how it is kept
   tiny.assert_trees_equal(
     jax.tree.map(np.asarray, weights.load_hf_dir(out)[1]), jax.tree.map(np.asarray, as_arrays(trained))
   )
-  with pytest.raises(UserError, match="with the same --frozen_weights"):
+  with pytest.raises(UserError, match=f"was trained with --frozen_weights={kind}, not full"):
     tiny.open_session(settings.replace(frozen_weights="full")).checkpoint_params(checkpoint)
+
+
+def test_a_checkpoint_says_how_its_model_was_kept_before_weights_are_read(monkeypatch):
+  known = {"frozen_weights": "int8", "model_hash": "h"}
+  monkeypatch.setattr(train_loop, "checkpoint_meta", lambda _: known)
+  read = mock.MagicMock()
+  model = LoadedModel("m", "float32", None, None, None, read, "nf4")
+  with pytest.raises(UserError, match="^--checkpoint=c was trained with --frozen_weights=int8, not nf4: give"):
+    model.at_checkpoint("c")
+  read.assert_not_called()
+
+
+@pytest.mark.parametrize(
+  ("layers", "modules", "lines"),
+  [("all", "all", 1), ("all", "matrices", 1), ("last:3", "all", 0), ("all", "attention", 0), ("all", "lora", 0)],
+)
+def test_rounding_that_leaves_every_matrix_full_is_told(layers, modules, lines):
+  params = shapes.param_shapes(tiny.CONFIG, "float32", 2, "int8")
+  tree = subtree.make_subtree(params, layers, modules)
+  told = advice.spares_nothing(Settings(frozen_weights="int8"), params, tree)
+  assert [line.split(" ")[0] for line in told] == lines * ["--frozen_weights=int8"]
+  assert not advice.spares_nothing(Settings(), params, tree)
 
 
 def test_codes_and_scales_are_cut_over_devices_as_the_matrix_is():

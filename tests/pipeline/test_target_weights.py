@@ -16,18 +16,34 @@ from in2core_jax.pipeline import scoring, target_weights
 from in2core_jax.pipeline.policy_inputs import ChoiceInputs
 from in2core_jax.pipeline.session import choose
 from in2core_jax.pipeline.settings import Settings
+from in2core_jax.report import facts
 from in2core_jax.selection.aggregation import Sources
 
 
 def session_of(*names):
   records = [Record(str(i), (), "", "{}", f"{name}.jsonl", 1, origin=name) for i, name in enumerate(names)]
-  return types.SimpleNamespace(splits={"eval": types.SimpleNamespace(records=records)})
+  answered = np.array([not name.startswith("mute") for name in names], np.int64)
+  return types.SimpleNamespace(splits={"eval": types.SimpleNamespace(records=records, num_response_tokens=answered)})
 
 
 def test_weights_go_by_the_order_of_the_sources_and_add_up_to_1():
   found = target_weights.sources_of(session_of("b", "a", "b"), Settings(eval_weights="3, 1"))
   assert found.codes.tolist() == [0, 1, 0] and found.shares.tolist() == [0.75, 0.25]
   assert target_weights.sources_of(session_of("a"), Settings()) is None
+
+
+def test_what_each_source_counts_is_told_with_how_many_examples_share_it():
+  rows = target_weights.rows_of(session_of("b", "a", "b"), Settings(eval_weights="3, 1"))
+  assert rows == [{"source": "b", "share": 0.75, "examples": 2}, {"source": "a", "share": 0.25, "examples": 1}]
+  assert target_weights.in_words(rows) == "b 75.0% (2 examples), a 25.0% (1 example)"
+  assert facts.target_rows(types.SimpleNamespace(summary={"eval_sources": rows}))[1]["share"] == "25.0%"
+  assert target_weights.rows_of(session_of("a"), Settings()) == []
+  assert facts.target_rows(types.SimpleNamespace(summary={})) == []
+
+
+def test_a_source_without_a_response_is_refused():
+  with pytest.raises(UserError, match="^--eval_weights=1,2: no evaluation example of mute has a response"):
+    target_weights.check(session_of("b", "mute"), Settings(eval_weights="1,2"), {"auto"})
 
 
 @pytest.mark.parametrize("given", ["1", "1,2,3", "1,0", "1,-1", "1,x", "1,nan"])

@@ -117,9 +117,16 @@ def test_what_can_be_no_folder_is_named(tmp_path, name, message):
   (tmp_path / "file").write_text("x")
   with pytest.raises(UserError, match=message):
     RunDir.open(tmp_path / name, IDENTITY)
-  if message != "cannot be made":
-    with pytest.raises(UserError, match=message):
-      RunDir.refuse_held(tmp_path / name)
+  with pytest.raises(UserError, match=message):  # before the work that comes before the folder is opened
+    RunDir.refuse_held(tmp_path / name)
+
+
+def test_a_place_that_may_not_be_written_is_named_before_any_work_but_a_finished_run_is_read(tmp_path, monkeypatch):
+  (tmp_path / "run").mkdir()
+  monkeypatch.setattr(os, "access", lambda path, _: str(path) != str(tmp_path))
+  with pytest.raises(UserError, match=rf"below: cannot be made \({tmp_path} may not be written\); choose another"):
+    RunDir.refuse_held(tmp_path / "other" / "below")
+  RunDir.refuse_held(tmp_path / "run")
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
