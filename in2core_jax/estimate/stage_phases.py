@@ -16,7 +16,7 @@ from in2core_jax.data.records import Raws, firsts
 from in2core_jax.data.subsets import PARTS
 from in2core_jax.errors import how_many
 from in2core_jax.estimate.pricing import FLOAT, Phase, Pricer
-from in2core_jax.influence import kernels
+from in2core_jax.influence import kernels, projected
 from in2core_jax.params import adapters, moment_probes, subtree
 from in2core_jax.pipeline import auto_batch, index, phases, shapes, solver_inputs
 from in2core_jax.pipeline.index_settings import NONZEROS, IndexSettings
@@ -240,7 +240,8 @@ def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
 def sketched(session: Session, stage: str, s: Settings) -> Pricer:
   """Prices passes whose gradients are in the cores of a sketch."""
   base = shapes.param_shapes(session.model.config, session.settings.dtype, 0, session.settings.frozen_weights)
-  params = jax.eval_shape(lambda p: adapters.add_sketch(p, s.sketch_size, jax.random.key(0)), base)
+  size = projected.size_of(base, s.layers, s.sketch_size)
+  params = jax.eval_shape(lambda p: adapters.add_sketch(p, size, jax.random.key(0)), base)
   return Pricer(session, stage, params, subtree.make_subtree(params, s.layers, "sketch"))
 
 

@@ -44,7 +44,8 @@ from in2core_jax.runs.shards import ShardStore
 
 log = logging.getLogger(__name__)
 
-MIN_SIZE = 32
+MIN_SIZE, MAX_SIZE = 32, 128  # of the size that `size_of` finds
+MOST_NUMBERS = 2**19  # of a projected gradient then: 2 MB
 AGREEMENT = "self_agreement.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -136,6 +137,22 @@ class Sketch:
       "modules": list(self.modules),
       "signs_sha256": digest.hexdigest(),
     }
+
+
+def size_of(params, layers: str | tuple[int, ...], size: int) -> int:
+  """p where `size` is 0: as large as W up to MOST_NUMBERS allows, a multiple of 16; else `size`.
+
+  Args:
+    params: the model's parameters, or their shapes.
+    layers: as `subtree.make_subtree` takes them.
+    size: `--sketch_size`.
+  """
+  if size:
+    return size
+  ones = jax.eval_shape(lambda own: adapters.add_sketch(own, 1, jax.random.key(0)), params)  # a number for each matrix
+  tree = subtree.make_subtree(ones, layers, "sketch")
+  matrices = subtree.count(jax.eval_shape(lambda own: subtree.split(own, tree)[0], ones))
+  return int(np.clip(int(np.sqrt(MOST_NUMBERS / matrices)) // 16 * 16, MIN_SIZE, MAX_SIZE))
 
 
 def make_sketch(params, layers: str | tuple[int, ...], settings: SketchSettings, modules: str = "sketch") -> Sketch:

@@ -110,7 +110,7 @@ def check_scores(s: Settings, params, trained: subtree.Subtree | None = None, la
 
 def _check_ways(s: Settings, checkpoint) -> None:
   """The way to the scores (projected, along a trajectory) and what does not go with it."""
-  if s.score_path == "projected" and s.sketch_size < projected.MIN_SIZE:
+  if s.score_path == "projected" and 0 < s.sketch_size < projected.MIN_SIZE:
     raise UserError(f"--score_path=projected needs --sketch_size of {projected.MIN_SIZE} or more, not {s.sketch_size}")
   other_ways = [name for name in ("write", "normalize") if s.is_set(name)]
   if (s.score_path == "projected" or s.trajectory != "none") and other_ways:

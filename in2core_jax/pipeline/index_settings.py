@@ -18,6 +18,7 @@ class IndexSettings(Settings):
   """What is kept of each example."""
 
   run_dir: str = changed(Settings, "run_dir", "runs/index")
+  sketch_size: int = changed(Settings, "sketch_size", 0)  # it costs no place on the disk here
   index_size: int = _index(
     512,
     "Numbers kept of each example's gradient.",

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from in2core_jax.influence import projected
+from in2core_jax.influence.projected import MOST_NUMBERS as MOST_NUMBERS
 from in2core_jax.params import subtree
 from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.session import BoundSubtree, Session
@@ -20,8 +21,9 @@ class Projection:
   def __init__(self, session: Session, s: Settings, params, seed: int):
     """Draws the projection; `params` are those at which gradients are taken."""
     self.session, self.params, self.settings = session, params, s
-    small = s.sketch_size < projected.MIN_SIZE
-    drawn = projected.make_sketch(params, s.layers, projected.SketchSettings(s.sketch_size, seed, allow_small=small))
+    size = projected.size_of(params, s.layers, s.sketch_size)
+    how = projected.SketchSettings(size, seed, allow_small=size < projected.MIN_SIZE)
+    drawn = projected.make_sketch(params, s.layers, how)
     self.sketch = dataclasses.replace(drawn, params=session.model.place(drawn.params))
     tree = self.sketch.tree
     self.chosen = BoundSubtree(tree, params, session.kernels(tree).at(*subtree.split(self.sketch.params, tree)))

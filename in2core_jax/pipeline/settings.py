@@ -376,9 +376,9 @@ class SelectSettings(Checked):
   sketch_size: int = _select(
     32,
     "Side of a projected gradient's matrix.",
-    within=Range(1, 4096),
+    within=Range(0, 4096),
     advanced=True,
-    more="For matching and projected.",
+    more="For matching and projected. 0: as large as half a million numbers of an example allow, 32 to 128.",
   )
   matching_target: str = _select(
     "both",

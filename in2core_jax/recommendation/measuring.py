@@ -9,6 +9,7 @@ import numpy as np
 from in2core_jax.data import packed_rows
 from in2core_jax.data.records import firsts
 from in2core_jax.pipeline.hidden_states import Place
+from in2core_jax.pipeline.projection import MOST_NUMBERS
 from in2core_jax.pipeline.retraining import Retrainer
 from in2core_jax.pipeline.session import Session
 from in2core_jax.recommendation.plan import Pace
@@ -120,7 +121,7 @@ def _own(
   session, size = judge.session, len(judge.session.splits["train"])
   products = s.depth * min(s.curvature_examples, size) / s.batch_size * _PRODUCT
   # Greedy matching reads all gradients for every choice, at most 2,000 times; so many numbers has an example's.
-  width = 7 * len(judge.chosen.layers) * s.sketch_size**2
+  width = 7 * len(judge.chosen.layers) * s.sketch_size**2 or MOST_NUMBERS
   reads = 2 * min(2000, largest * size) * size * width * 4 / _BYTES_A_SECOND
   price = {"matching": reads, "proponents": 2 * step * (products + _batches(session, s) * 1.5)}
   return {rule: price.get(RULES[rule].policy, 0.0) + 0.1 * step for rule in rules}

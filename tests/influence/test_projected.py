@@ -114,6 +114,17 @@ def test_short_sides_are_exact(x64):
   np.testing.assert_allclose(found, inner(g, s), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+  ("layers", "chosen", "size"), [(4, "all", 128), (32, "all", 80), (32, "last:16", 128), (144, "last:1", 128)]
+)
+def test_a_size_of_0_is_as_large_as_the_numbers_of_all_matrices_allow(layers, chosen, size, monkeypatch):
+  params = kernels(layers=layers, inputs=8, outputs=8, small=8)  # two matrices a layer
+  assert projected.size_of(params, chosen, 0) == size
+  assert projected.size_of(params, chosen, 7) == 7
+  monkeypatch.setattr(projected, "MOST_NUMBERS", 1)
+  assert projected.size_of(params, chosen, 0) == 32
+
+
 @pytest.mark.parametrize("size", [0, 1, 16, 31])
 def test_small_sketches_are_refused_and_why(size):
   with pytest.raises(UserError, match=rf"--sketch_size={size} is below 32: .* about 0\.44.* use 32 or more"):
