@@ -14,10 +14,10 @@ from in2core_jax.errors import UserError
 
 def kernel_modules(params) -> tuple[str, ...]:
   """Modules of a layer that hold a kernel, for example "attention/q_proj"."""
-  return tuple(path.removesuffix("/kernel") for path in _matrices(params) if path.endswith("/kernel"))
+  return tuple(path.removesuffix("/kernel") for path in matrices(params) if path.endswith("/kernel"))
 
 
-def _matrices(params) -> tuple[str, ...]:
+def matrices(params) -> tuple[str, ...]:
   """Leaves of a layer that are matrices [L, in, out], or those of all experts [L, E, in, out]."""
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
   return tuple(sorted(path for path in flat if path.endswith(("/kernel", "/experts"))))
@@ -76,7 +76,7 @@ def add_sketch(params, size: int, key: jax.Array):
     core = jnp.zeros((lead[0], left.shape[-1], right.shape[-1]), jnp.float32)
     return {"left": left, "core": core, "right": jnp.swapaxes(right, -1, -2)}
 
-  return _add(params, leaves, key, _matrices(params))
+  return _add(params, leaves, key, matrices(params))
 
 
 def _add(params, leaves, key, matrices):

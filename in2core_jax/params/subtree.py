@@ -13,7 +13,7 @@ Chosen matrices that are kept in few bits (`quantisation`) become arrays, and st
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -132,6 +132,12 @@ def leaf_paths(params: Params) -> tuple[str, ...]:
   return tuple(sorted(traverse_util.flatten_dict(params["layers"], sep="/")))
 
 
+def named_by(word: str, paths: Iterable[str]) -> list[str]:
+  """Those paths inside a layer that a word of `--modules` names."""
+  pattern = MODULE_PATTERNS.get(word, re.escape(word) + r"(/\w+)*")
+  return [path for path in paths if re.fullmatch(pattern, path)]
+
+
 def make_subtree(
   params: Params,
   layers: str | tuple[int, ...],
@@ -159,8 +165,7 @@ def make_subtree(
     if word in EXTRA_MODULES and word in params:
       extras.append(word)
       continue
-    pattern = MODULE_PATTERNS.get(word, re.escape(word) + r"(/\w+)*")
-    found = [path for path in paths if re.fullmatch(pattern, path) and not path.endswith("/lora_scale")]  # a constant
+    found = [path for path in named_by(word, paths) if not path.endswith("/lora_scale")]  # a constant
     if not found:
       known = [name for name, pat in MODULE_PATTERNS.items() if any(re.fullmatch(pat, path) for path in paths)]
       known += [name for name in EXTRA_MODULES if name in params]

@@ -125,7 +125,7 @@ def _check_same_rule(folder: str, session: Session, s: Settings) -> None:
       f"(hash {run['model_hash'][:12]}) than {s.model} (hash {session.model.hash[:12]}): give evaluate the same"
     )
   policy = run["flags"].get("policy")
-  names = ("layers", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
+  names = ("layers", "modules", "sketch_size", "loss_reduction") if policy in coreset.GRADIENT_POLICIES else ()
   names += ("matching_target", "matching_shrink", "eval_weights") if policy in coreset.FEATURE_POLICIES else ()
   names += ("aggregate", "eval_weights") if policy in (*SIMILARITIES, "auto") else ()
   for name in names:

@@ -113,6 +113,8 @@ def identity_of(session: Session, s: Settings, plan: Plan) -> dict:
   )
   chosen_by = s.identity("select")
   identity["flags"] |= {name: chosen_by[name] for name in _OF_POLICIES if name in chosen_by}
+  if s.is_set("modules"):  # folders of before, when no policy looked at it, go on without
+    identity["flags"]["modules"] = s.modules
   if s.checkpoint and {policy for policy, _ in plan.policies} & set(coreset.GRADIENT_POLICIES):
     identity["checkpoint"] = train_loop.checkpoint_hash(s.checkpoint)
   identity["select_runs"] = {

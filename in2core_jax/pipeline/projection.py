@@ -21,9 +21,10 @@ class Projection:
   def __init__(self, session: Session, s: Settings, params, seed: int):
     """Draws the projection; `params` are those at which gradients are taken."""
     self.session, self.params, self.settings = session, params, s
-    size = projected.size_of(params, s.layers, s.sketch_size)
+    cores = projected.cores_of(params, s.modules)
+    size = projected.size_of(params, s.layers, s.sketch_size, cores)
     how = projected.SketchSettings(size, seed, allow_small=size < projected.MIN_SIZE)
-    drawn = projected.make_sketch(params, s.layers, how)
+    drawn = projected.make_sketch(params, s.layers, how, cores)
     self.sketch = dataclasses.replace(drawn, params=session.model.place(drawn.params))
     tree = self.sketch.tree
     self.chosen = BoundSubtree(tree, params, session.kernels(tree).at(*subtree.split(self.sketch.params, tree)))

@@ -100,6 +100,8 @@ def _check(s: Settings) -> None:
   for name in ("normalize", "trajectory"):
     if s.is_set(name):
       raise UserError(f"{s.as_flag(name)} needs gradients that an index does not hold: leave it or --index out")
+  if s.modules not in ("all", "matrices"):
+    raise UserError(f"{s.as_flag('modules')}: an index has gradients of all matrices: leave it or --index out")
   if s.score_path == "projected":
     raise UserError("--score_path=projected reads a store, --index an index: leave one of them out")
   other = [word for word in ("layer", "token", "self") if s.writes(word)]

@@ -268,7 +268,11 @@ class SelectSettings(Checked):
 
   checkpoint: str = _select("", "`checkpoint` folder of a finetune run, or a PEFT adapter; empty: the base model.")
   layers: str = _select("last:8", f"Layers to score: {LAYERS}.", counts=True)
-  modules: str = _select("all", "Modules to score: all, attention, mlp, matrices or lora.")
+  modules: str = _select(
+    "all",
+    "Modules to score: all, attention, mlp, matrices or lora.",
+    more="Policies by gradients compare the matrices of them.",
+  )
   index: str = _select("", "Run folder of `index`: select from it, without a pass over the examples.", added=True)
   solver: str = _select("cg", "How the inverse Hessian is applied.", choices=SOLVERS, more="lissa is In2Core's own.")
   damping_ratio: float = _select(
