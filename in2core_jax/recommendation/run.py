@@ -204,7 +204,7 @@ def tried(trainings: Trainings, plan: plans.Plan, clock: Clock) -> results.Outco
   plan = plans.Plan.from_json(trainings.cells.get(shorter, "rest", clock.asked)["plan"])
   finalists = finalists[: plan.finalists]
   used = final_seeds(trainings, plan, finalists, clock)
-  decision = trainings.trial(plan).decide(finalists, plan.budgets, clock.most)
+  decision = trainings.trial(plan).decide(finalists, plan.budgets, clock.most, plan.screening)
   closing = close(trainings, decision, used, first)
   return results.Outcome.of(trainings, plan, used, decision, closing)
 
