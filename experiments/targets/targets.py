@@ -192,8 +192,8 @@ def checkpoints_of(session: Session, s: TargetsSettings, models: set[str]) -> di
 
 
 def _trains(variant: Variant) -> bool:
-  """Whether a rule is more than its policy: gradients of one length, or trainings while it chooses."""
-  return variant.unit or variant.rounds > 1 or variant.warm_up > 0
+  """Whether a rule is more than its policy: trainings while it chooses."""
+  return variant.rounds > 1 or variant.warm_up > 0
 
 
 def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[float, ...]]:
@@ -207,7 +207,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
     rules.pop(MATCHED, None)  # it has no scores here: it takes the lengths of what the first of the others chooses
   for name, variant in rules.items():
     weighs = variant.policy in coreset.WEIGHTED_POLICIES
-    if weighs or variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant):
+    if weighs or variant.policy in coreset.SCORE_POLICIES or _trains(variant):
       which = {*coreset.GRADIENT_POLICIES, *SIMILARITIES} - {*coreset.WEIGHTED_POLICIES}
       known = [one for one, rule in VARIANTS.items() if rule.policy in which]
       why = "gives weights, which nothing here trains by" if weighs else "needs scores or trainings of each target"
@@ -275,7 +275,7 @@ def orders_of(
   for name, variant in rules.items():
     for target in targets:
       choose = lambda variant=variant, target=target: {"rows": chooser.order(variant, target, 0).tolist()}  # noqa: E731
-      what = name, dataclasses.astuple(variant), target.name, target.queries.tolist()
+      what = name, variant.order_key, target.name, target.queries.tolist()
       models = models_of(chooser.settings, variant)
       named = ["warm-up" if model == WARM else model for model in models]  # older versions drew another part
       kept = cells.get(choose, "order", *what, *([] if variant.trained or models == [BASE] else named))
