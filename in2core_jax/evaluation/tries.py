@@ -7,10 +7,11 @@ end of an interval, and alpha = 0.05 is shared among the m rules before anything
 
   alpha / 2 for the rule that was named the most promising, alpha / 2 / (m - 1) for each of the others
 
-So the first rule's intervals have the level 0.95 and the others' 1 - alpha / (m - 1), and with probability 1 - alpha
-all of their upper ends hold together, however they depend on each other. A rule's budgets share its part in a fixed
-order: the one at which all rules were tried, larger ones, smaller ones; the first that fails ends it. That costs
-nothing for more budgets. Comparisons with full data have the level of their rule. A rule passes by token and example.
+So the first rule's intervals have the level 0.95 and the others' 1 - alpha / (m - 1). A rule's budgets are looked at
+in a fixed order: the one at which all rules were tried, larger ones, smaller ones; the first that fails ends it, so
+more budgets cost nothing. With probability 1 - alpha no rule is called better that is not, however rules depend on each
+other. Comparisons with full data are another question, in no such order: there budgets divide their rule's part.
+A rule passes by token and by example.
 
 At such levels Student's t of two or three trainings is endless. All candidates are trained by one recipe, so a
 candidate's spread over trainings is drawn towards that of all, which counts as _SHARED more trainings, with the degrees
@@ -41,7 +42,8 @@ WHOLE = (FULL, DISTINCT)  # rules without a budget
 _SHARED = 2  # trainings as many as which the spread of all candidates counts beside a candidate's own
 CORRECTION = (
   "Bonferroni over {tries} rules: half of 0.05 for {first}, whose intervals have the level 0.95; the other half for "
-  "the rest, whose intervals have {level:.4g}. All upper ends hold together in 95 of 100 cases"
+  "the rest, whose intervals have {level:.4g}. A rule's budgets are looked at in turn until one fails; beside all of "
+  "the data, budgets divide the rule's part"
 )
 
 Name = tuple[str, float]  # rule, budget as a share of the pool
@@ -146,9 +148,11 @@ class Trial:
     self.level = corrected(tries if first is None else tries - 1)
     self._paired = _Pooled(losses, tokens, groups)
 
-  def level_of(self, rule: str) -> float:
-    """The level of a rule's intervals."""
-    return LEVEL if rule == self.first else self.level
+  def level_of(self, rule: str, other: str = RANDOM) -> float:
+    """The level of a rule's intervals; against full data, where any budget may be called enough, for all of these."""
+    level = LEVEL if rule == self.first else self.level
+    budgets = sum(name == RANDOM for name, _ in self.names) if other == FULL and self.tries > 1 else 1
+    return corrected(budgets, level)
 
   def estimate(self, name: Name, other: Name, by: str) -> Estimate:
     """Log of the ratio of the perplexities."""
@@ -156,7 +160,7 @@ class Trial:
 
   def ratio(self, name: Name, other: Name, by: str) -> Interval:
     """The ratio of the perplexities with its corrected interval; exactly 1 of a candidate to itself."""
-    level = self.level_of(name[0])
+    level = self.level_of(name[0], other[0])
     if name == other:
       return Interval(1.0, 1.0, 1.0, self._paired.count, level)
     return self.estimate(name, other, by).ratio(level)

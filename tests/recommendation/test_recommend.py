@@ -163,6 +163,8 @@ def test_a_rules_budgets_are_looked_at_in_turn_until_one_fails():
   trial = trial_of(means | {(RANDOM, budget): 0.1 * (budget != 0.2) for _, budget in means} | {(FULL, 1.0): -0.5})
   assert trial.beaten("rule", (0.1, 0.2, 0.4), 0.1) == [0.1] and trial.beaten("rule", (0.1, 0.2, 0.4), 0.2) == []
   assert trial.beaten("rule", (0.1, 0.2, 0.4), 0.4) == [0.4]
+  assert trial.level_of("rule") == pytest.approx(1 - 0.05 / 4)  # and beside full data a third of it
+  assert trial.ratio(("rule", 0.1), (FULL, 1.0), "token").level == pytest.approx(1 - 0.05 / 12)
 
 
 def test_levels_are_those_of_bonferroni():
