@@ -39,7 +39,7 @@ LEAST_GAIN = 0.005  # a rule is named where it gains that much: less is nobody's
 _MOST_TIMES = 100.0  # as many evaluation examples as that: more is no advice
 MATCHED, LONGEST, DISTINCT = "length_matched_random", "longest", "full_deduplicated"
 WHOLE = (FULL, DISTINCT)  # rules without a budget
-_SHARED = 2  # trainings as many as which the spread of all candidates counts beside a candidate's own
+_SHARED = 2  # as many trainings as the spread of all candidates counts beside a candidate's own
 CORRECTION = (
   "Bonferroni over {tries} rules: half of 0.05 for {first}, whose intervals have the level 0.95; the other half for "
   "the rest, whose intervals have {level:.4g}. A rule's budgets are looked at in turn until one fails; beside all of "

@@ -128,13 +128,14 @@ def _how_far(outcome: Outcome, name: tries.Name) -> str:
   (_, steps), (_, every) = outcome.sizes[name], outcome.sizes[FULL, 1.0]
   lost = math.log(outcome.trial.ratio(name, (FULL, 1.0), "example").mean)
   gained = 1 + lost / math.log(outcome.worth) if outcome.worth < 1 else math.nan
-  said = "" if math.isnan(gained) else f", which is {100 * gained:.0f} % of the gain in log perplexity"
+  said = "" if math.isnan(gained) else f", so it has {100 * gained:.0f} % of the gain in log perplexity"
   return said if steps == every else f"{said}, after {how_many(steps, 'optimiser step')} beside {every:,}"
 
 
 def _times(ratio: Interval, what: str) -> str:
-  bounds = "" if ratio.low == ratio.high or math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
-  return f"{ratio.mean:.3f} times that of {what}{bounds}"
+  shown = lambda value: f"{value:.3f}" if value < 10 else f"{value:.3g}"  # noqa: E731
+  bounds = "" if ratio.low == ratio.high or math.isnan(ratio.low) else f" ({shown(ratio.low)} to {shown(ratio.high)})"
+  return f"{shown(ratio.mean)} times that of {what}{bounds}"
 
 
 def _said(ratio: Interval) -> str:
