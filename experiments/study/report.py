@@ -162,8 +162,6 @@ def rules_table(s: StudySettings, usable: int) -> list[dict]:
     damped = scored and own.solver != "identity"
     shown = ("solver", "damping_ratio", "layers")
     more = [f"--{flag}={str(getattr(own, flag)).lower()}" for flag, _ in variant.changes if flag not in shown]
-    more += ["gradients of length 1"] if variant.unit else []
-    more += [how_many(variant.queries, "evaluation example")] if variant.queries else []
     more += ["no text twice before every text is in"] if variant.copies_last else []
     more += ["weights of the losses"] if policy in coreset.WEIGHTED_POLICIES else []
     more += [f"{variant.rounds} rounds, each by a model trained on those before"] if variant.rounds > 1 else []

@@ -44,7 +44,7 @@ from in2core_jax.pipeline.solver_inputs import solver_settings
 from in2core_jax.runs import run_folder
 from in2core_jax.runs.result_cache import ResultCache
 from in2core_jax.runs.unfinished import FOLDER, Work
-from in2core_jax.selection import coreset, cosines
+from in2core_jax.selection import coreset
 from in2core_jax.selection.inputs import Budget, PolicyInputs, inputs_of
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Study:
   def chosen(self, variant: Variant, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     """These, and the weights that the variant gives them, f64 [S], or None."""
     s = settings_of(self.settings, variant).replace(checkpoint=self.checkpoint if variant.trained else "")
-    session = session_of(self.session, s).with_queries(variant.queries)
+    session = session_of(self.session, s)
     whole = self.session.splits["train"]
     budget = budget_for(s, variant, whole, session.splits["train"])
     # What is chosen is trained on as a whole, however it was cut to be scored: a budget of tokens counts all of them.
@@ -107,14 +107,14 @@ class Study:
       influence, loss = self._scores(session, s.replace(policy="proponents"), params)
     of_policy = ChoiceInputs(session, s, params).of
     more = along(session, s, variant.warm_up) if variant.warm_up else of_policy({policy})
-    if variant.unit:
-      more |= {name: cosines.unit(more[name]) for name in ("features", "target")}
     return inputs_of(session.splits["train"], influence, loss, **more)
 
   def _scores(self, session: Session, s: StudySettings, params) -> tuple[np.ndarray, np.ndarray]:
     """Influence and loss of the training examples, float64 [N] each, computed once for all policies."""
-    depends_on = s.identity("data", "select") | {"checkpoint": bool(s.checkpoint)}
-    depends_on |= {"queries": session.splits.identity("eval")}  # of a variant fewer than --eval_limit
+    depends_on = s.identity("data", "select") | {
+      "checkpoint": bool(s.checkpoint),
+      "queries": session.splits.identity("eval"),
+    }
     depends_on = {name: value for name, value in depends_on.items() if name not in _OF_THE_CHOICE}
 
     def compute() -> dict:
@@ -165,7 +165,6 @@ def check_variants(session: Session, s: StudySettings) -> None:
   Raises:
     UserError: names the variant.
   """
-  queries = len(session.splits["eval"])
   for name, variant in variants_of(s).items():
     own = settings_of(s, variant)
     try:
@@ -173,10 +172,6 @@ def check_variants(session: Session, s: StudySettings) -> None:
       target_weights.check(session, own, {variant.policy})
       if variant.unrolled and own.eval_weights:
         raise UserError(f"--eval_weights={own.eval_weights}: it is of the mean evaluation loss")
-      if queries < variant.queries:
-        raise UserError(
-          f"it draws {variant.queries} of {how_many(queries, 'evaluation example')} (--eval_data, --eval_limit)"
-        )
       if variant.policy in (*coreset.SCORE_POLICIES, *coreset.GRADIENT_POLICIES):
         tree = subtree.make_subtree(session.model.params, own.layers, own.modules)
       if variant.unrolled:
@@ -189,18 +184,14 @@ def check_variants(session: Session, s: StudySettings) -> None:
       raise UserError(f"--variants, {name!r}: {error}; change that, or name only other rules in --variants") from error
 
 
-def with_enough_queries(session: Session, s: StudySettings) -> StudySettings:
-  """Without --variants: all of them but those that draw more evaluation examples than there are, which is told."""
+def with_rules(session: Session, s: StudySettings) -> StudySettings:
+  """Without --variants: all of them but those that are not for so many training examples, which is told."""
   if s.variants.strip():
     return s
-  queries = len(session.splits["eval"])
-  left_out = [name for name, variant in VARIANTS.items() if variant.queries > queries]
-  if left_out:
-    log.warning("left out with %s: %s", how_many(queries, "evaluation example"), "; ".join(left_out))
+  left_out = []
   if len(session.splits["train"]) > MOST_PAIRS:
-    large = [name for name, variant in VARIANTS.items() if variant.policy in OF_PAIRS]
-    log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(large))
-    left_out += large
+    left_out = [name for name, variant in VARIANTS.items() if variant.policy in OF_PAIRS]
+    log.warning("left out with more than %d training examples: %s", MOST_PAIRS, "; ".join(left_out))
   return s.replace(variants="; ".join(name for name in VARIANTS if name not in left_out))
 
 
@@ -243,7 +234,7 @@ def run(settings: StudySettings, session: Session | None = None) -> str:
   seeds_of(s)
   run_folder.RunDir.refuse_held(s.run_dir)  # before the work that comes before the folder is opened
   session = session or open_session(s)
-  s = with_enough_queries(session, s)
+  s = with_rules(session, s)
   check_variants(session, s)
   identity = session.own_identity(
     "study", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")

@@ -15,8 +15,6 @@ class Variant:
     policy: word of `coreset.POLICIES`.
     changes: flags that it changes.
     trained: scores and gradients at the model that was fine-tuned on all examples, not at the base model.
-    unit: gradients of length 1, so that no example counts more than another (matching).
-    queries: only so many evaluation examples, drawn at random; 0: all.
     copies_last: no example a second time while there is another text.
     rounds: of choosing a part and training on what is chosen so far, whose model chooses on.
     unrolled: scores are metagradients, through the training on all data.
@@ -26,8 +24,6 @@ class Variant:
   policy: str
   changes: tuple[tuple[str, object], ...] = ()
   trained: bool = False
-  unit: bool = False
-  queries: int = 0
   copies_last: bool = False
   rounds: int = 1
   unrolled: bool = False
@@ -35,10 +31,16 @@ class Variant:
 
   @property
   def key(self) -> tuple:
-    """Names it among what is kept; the 0.0 stands where older versions had a share to leave out."""
+    """Names it among what `study` keeps; False, 0.0 and 0 stand where older versions had more that could differ."""
     more = (self.rounds,) if self.rounds > 1 else ("unrolled",) if self.unrolled else ()
     more += ("warm-up", self.warm_up) if self.warm_up else ()
-    return (self.policy, self.changes, self.trained, self.unit, 0.0, self.queries, self.copies_last, *more)
+    return (self.policy, self.changes, self.trained, False, 0.0, 0, self.copies_last, *more)
+
+  @property
+  def order_key(self) -> tuple:
+    """Names it among what `targets` keeps, as older versions did."""
+    more = (self.copies_last, self.rounds, self.unrolled, self.warm_up)
+    return (self.policy, self.changes, self.trained, False, 0, *more)
 
 
 _OWN = {field.name for field in dataclasses.fields(Variant)}  # what of a variant is no flag
@@ -51,8 +53,7 @@ def make_variant(policy: str, **changes) -> Variant:
 
 
 # Name -> what it is; the first of each family is the rule itself. The others change one thing of it, some a second with
-# it: a solver has its damping; "summed losses" of proponents has no curvature; "plain" and "unit gradients" of matching
-# aim at the mean over examples, "plain" without shrinking.
+# it: a solver has its damping.
 VARIANTS = {
   "proponents": make_variant("proponents", trained=True),
   "proponents, base model": make_variant("proponents"),
@@ -60,15 +61,11 @@ VARIANTS = {
   "proponents, cg": make_variant("proponents", trained=True, solver="cg", damping_ratio=0.01),
   "random, copies last": make_variant("random", copies_last=True),
   "proponents, datainf": make_variant("proponents", trained=True, solver="datainf"),
-  "proponents, summed losses": make_variant("proponents", trained=True, solver="identity", loss_reduction="sum"),
   "proponents, quota": make_variant("topic_quota", trained=True),
   "opponents": make_variant("opponents", trained=True),
   "matching": make_variant("matching", trained=True),
   "matching, base model": make_variant("matching"),
-  "matching, plain": make_variant("matching", trained=True, matching_target="examples", matching_shrink=False),
   "matching, summed losses": make_variant("matching", trained=True, loss_reduction="sum"),
-  "matching, unit gradients": make_variant("matching", trained=True, unit=True, matching_target="examples"),
-  "matching, 16 queries": make_variant("matching", trained=True, queries=16),
   # Scored on the first so many tokens of each example; trained on, and judged by, all that --max_length keeps.
   "matching, cut at 48": make_variant("matching", trained=True, max_length=48),
   "auto": make_variant("auto", trained=True),
@@ -101,6 +98,14 @@ VARIANTS = {
   "highest loss": make_variant("highest_loss", solver="identity"),
 }
 
+# What was a rule: name -> what to do instead.
+GONE = {
+  "matching, plain": "name 'matching' with --matching_target=examples --matching_shrink=false",
+  "matching, unit gradients": "name 'whitened cosine, base model', which takes the lengths out and finds more",
+  "matching, 16 queries": "name 'matching' with --eval_limit=16",
+  "proponents, summed losses": "name 'proponents, no curvature'",
+}
+
 
 def settings_of(s: Settings, variant: Variant) -> Settings:
   """The flags with those of a variant in their place; no cut keeps more of an example than --max_length."""
@@ -121,6 +126,8 @@ def variants_of(s: RuleSettings) -> dict[str, Variant]:
     UserError: a name that is unknown.
   """
   for name in listed(s.variants, ";"):
+    if name in GONE:
+      raise UserError(f"--variants: {name!r} won nowhere and is gone: {GONE[name]}")
     rule = next((rule for rule in rules_of(name) if rule in VARIANTS), None)
     if name not in VARIANTS and rule is not None:
       raise UserError(f"--variants: there is no rule {name!r}: name {rule!r}, and change its flags on the command line")

@@ -28,6 +28,7 @@ from in2core_jax.data.sources import names_of
 from in2core_jax.errors import UserError, how_many
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import finetune
+from in2core_jax.pipeline.along_training import random_part
 from in2core_jax.pipeline.checks import budget_of
 from in2core_jax.pipeline.finetune import start_params, trainable_rows
 from in2core_jax.pipeline.judging import test_examples
@@ -186,23 +187,21 @@ def checkpoints_of(session: Session, s: TargetsSettings, models: set[str]) -> di
   if FULL_MODEL in models:
     found[FULL_MODEL] = finetune.run(s.replace(run_dir=f"{root}-full"), session)
   if WARM in models:  # as LESS does (arXiv 2402.04333)
-    usable = trainable_rows(session)
-    drawn = np.random.default_rng((s.seed, 5)).permutation(usable)[: size_of(_WARM_SHARE, len(usable))]
-    few = session.of_rows(train=np.sort(drawn))
-    found[WARM] = finetune.run(s.replace(run_dir=f"{root}-warm", epochs=_WARM_EPOCHS), few)
+    few = session.of_rows(train=random_part(session, _WARM_SHARE))
+    found[WARM] = finetune.run(s.replace(run_dir=f"{root}-warm-up", epochs=_WARM_EPOCHS), few)
   return found
 
 
 def _trains(variant: Variant) -> bool:
-  """Whether a rule is more than its policy: gradients of one length, or trainings while it chooses."""
-  return variant.unit or variant.rounds > 1 or variant.warm_up > 0
+  """Whether a rule is more than its policy: trainings while it chooses."""
+  return variant.rounds > 1 or variant.warm_up > 0
 
 
 def _refusal(variant: Variant) -> str:
   """Why a rule cannot be tried on targets, in words; empty where it can."""
   if variant.policy in coreset.WEIGHTED_POLICIES:
     return "gives weights, which nothing here trains by"
-  needs = variant.policy in coreset.SCORE_POLICIES or variant.queries or _trains(variant)
+  needs = variant.policy in coreset.SCORE_POLICIES or _trains(variant)
   return "needs scores or trainings of each target" if needs else ""
 
 
@@ -287,9 +286,10 @@ def orders_of(
   for name, variant in rules.items():
     for target in targets:
       choose = lambda variant=variant, target=target: {"rows": chooser.order(variant, target, 0).tolist()}  # noqa: E731
-      what = name, dataclasses.astuple(variant), target.name, target.queries.tolist()
+      what = name, variant.order_key, target.name, target.queries.tolist()
       models = models_of(chooser.settings, variant)
-      kept = cells.get(choose, "order", *what, *([] if variant.trained or models == [BASE] else models))
+      named = ["warm-up" if model == WARM else model for model in models]  # older versions drew another part
+      kept = cells.get(choose, "order", *what, *([] if variant.trained or models == [BASE] else named))
       found.setdefault(name, {})[target.name] = np.array(kept["rows"], np.int64)
   return found
 

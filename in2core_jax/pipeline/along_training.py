@@ -48,6 +48,12 @@ class _Snapshots(train_loop.TrainLog):
     self.found[step] = jax.device_get(sub)
 
 
+def random_part(session: Session, share: float) -> np.ndarray:
+  """A share of the training examples, drawn by a hash of their ids, int64, sorted: what a warm-up trains on."""
+  usable = trainable_rows(session)
+  return np.sort(spread_among(session.splits["train"].ids, usable, max(1, round(share * len(usable)))))
+
+
 def warm_up(session: Session, s: Settings, checkpoints: int) -> list[tuple[float, Any]]:
   """(share of the learning rates, parameters of the model) at so many checkpoints of a training on a random part.
 
@@ -58,8 +64,7 @@ def warm_up(session: Session, s: Settings, checkpoints: int) -> list[tuple[float
     s: the recipe.
     checkpoints: K; fewer where there are fewer steps.
   """
-  usable = trainable_rows(session)
-  rows = spread_among(session.splits["train"].ids, usable, max(1, round(SHARE * len(usable))))
+  usable, rows = trainable_rows(session), random_part(session, SHARE)
   judge, steps = Retrainer(session, s, [usable]), equal_steps(session, s, rows, "epochs")
   wanted = sorted({max(1, round(steps * (number + 1) / checkpoints)) for number in range(checkpoints)})
   packer = session.packer("train", judge.chosen, session.model.params, rows, judge.shapes)

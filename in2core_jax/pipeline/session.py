@@ -8,7 +8,6 @@ import numpy as np
 
 from in2core_jax import __version__ as version
 from in2core_jax.data import batches, packing
-from in2core_jax.data.subsets import limited_rows
 from in2core_jax.influence import kernels
 from in2core_jax.model import weights
 from in2core_jax.model.config import ModelConfig
@@ -76,13 +75,6 @@ class Session:
     """The same model with other examples, which get batches and hidden states of their own."""
     other = make_session(self.settings, splits, self.model)
     return dataclasses.replace(other, compiled=self.compiled, reference=self.reference)
-
-  def with_queries(self, count: int) -> "Session":
-    """The same with `count` of the evaluation examples, drawn as `--eval_limit` draws them; itself for 0 or all."""
-    evals = self.splits["eval"]
-    if not 0 < count < len(evals):
-      return self
-    return self.with_evals(limited_rows(evals.records, "eval", count, 0))
 
   def with_evals(self, rows: np.ndarray) -> "Session":
     """The same with some rows of the evaluation examples; batches stay those of all: the same programs serve."""

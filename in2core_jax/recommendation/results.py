@@ -26,6 +26,8 @@ from in2core_jax.runs import files
 from in2core_jax.runs.run_folder import RunDir
 
 FILE = "recommendation.json"
+_FEW_STEPS = 10  # of the optimiser, below which a warm-up of the learning rate is much of a training
+_MORE_SEEDS = 4  # times as many, which halve what the spread of the trainings hides
 _FEW = 10  # degrees of freedom, below which an interval of many comparisons is very wide
 _CHOSEN_BY = {MATCHED: "random ones with the response lengths of the first rule's choice", LONGEST: "the longest ones"}
 
@@ -111,7 +113,7 @@ def _whole_sentence(outcome: Outcome) -> str:
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
   said += (
     f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "
-    f"{100 * largest:g} %, by {best[0]}, is {of_best}"
+    f"{100 * largest:g} %, by {best[0]}, is {of_best}{_how_far(outcome, best)}"
   )
   useful = [budget for budget, found in decision.beats.items() if found]
   if not useful:
@@ -121,9 +123,19 @@ def _whole_sentence(outcome: Outcome) -> str:
   return f"{said}; if less must do, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
 
 
+def _how_far(outcome: Outcome, name: tries.Name) -> str:
+  """What a set gains of what all of the data gains, as log perplexity, and in how many steps, where these differ."""
+  (_, steps), (_, every) = outcome.sizes[name], outcome.sizes[FULL, 1.0]
+  lost = math.log(outcome.trial.ratio(name, (FULL, 1.0), "example").mean)
+  gained = 1 + lost / math.log(outcome.worth) if outcome.worth < 1 else math.nan
+  said = "" if math.isnan(gained) else f", so it has {100 * gained:.0f} % of the gain in log perplexity"
+  return said if steps == every else f"{said}, after {how_many(steps, 'optimiser step')} beside {every:,}"
+
+
 def _times(ratio: Interval, what: str) -> str:
-  bounds = "" if ratio.low == ratio.high or math.isnan(ratio.low) else f" ({ratio.low:.3f} to {ratio.high:.3f})"
-  return f"{ratio.mean:.3f} times that of {what}{bounds}"
+  shown = lambda value: f"{value:.3f}" if value < 10 else f"{value:.3g}"  # noqa: E731
+  bounds = "" if ratio.low == ratio.high or math.isnan(ratio.low) else f" ({shown(ratio.low)} to {shown(ratio.high)})"
+  return f"{shown(ratio.mean)} times that of {what}{bounds}"
 
 
 def _said(ratio: Interval) -> str:
@@ -142,29 +154,31 @@ def checked(outcome: Outcome) -> str:
   return f"On the test set, looked at once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
 
 
-def compared(outcome: Outcome) -> Estimate:
-  """The comparison whose sharpness is told: of the answer, or of the best that was tried."""
-  decision = outcome.decision
-  if decision.rule not in (*WHOLE, RANDOM):
-    return outcome.trial.estimate(outcome.closing.name, outcome.closing.random, "example")
-  budget = outcome.plan.screening
-  best = next(rule for rule in outcome.trial.ranked(outcome.plan.tried, budget))
-  return outcome.trial.estimate((best, budget), (RANDOM, budget), "example")
+def compared(outcome: Outcome) -> tuple[Estimate, float, int]:
+  """The comparison whose sharpness is told, its level, its seeds: of the answer, or of the best that was tried."""
+  decision, trial = outcome.decision, outcome.trial
+  name, other = outcome.closing.name, outcome.closing.random
+  if decision.rule in (*WHOLE, RANDOM):
+    budget = outcome.plan.screening
+    name, other = (trial.ranked(outcome.plan.tried, budget)[0], budget), (RANDOM, budget)
+  return trial.estimate(name, other, "example"), trial.level_of(name[0]), len(outcome.seeds_of[name])
 
 
 def to_know_more(outcome: Outcome) -> dict:
-  """What these evaluation examples can see, and what more would; with a sentence."""
-  estimate = compared(outcome)
+  """What these evaluation examples and seeds can see, and what more of that would see which limits it; a sentence."""
+  estimate, level, seeds = compared(outcome)
   if estimate.note:
     return {"sentence": f"There is no interval: {estimate.note}.", "examples": estimate.count}
-  seen, more, then = tries.to_know_more(estimate, outcome.trial.level)
-  more, alone = verdict.rounded(more), tries.sees(estimate, 1e6, outcome.trial.level)
-  said = f"{estimate.count:,} evaluation examples see {verdict.percent(seen)}"
-  if more > 1.2 * estimate.count:
-    said += f"; {more:,} would see {verdict.percent(then)}"
-  if alone > seen / 2:
-    said += f"; the spread of the trainings alone hides {verdict.percent(alone)}: give more --minutes and --seeds"
+  seen, more, then = tries.to_know_more(estimate, level)
+  more, by_seeds = verdict.rounded(more), tries.sees(estimate, 1.0, level, _MORE_SEEDS)
   facts = {"examples": estimate.count, "sees": math.expm1(seen), "more_examples": more, "would_see": math.expm1(then)}
+  facts |= {"seeds": seeds, "more_seeds": _MORE_SEEDS * seeds, "would_see_by_seeds": math.expm1(by_seeds)}
+  if tries.sees(estimate, 1e6, level) > seen / 2:  # however many examples there were
+    said = f"{estimate.count:,} evaluation examples and {how_many(seeds, 'seed')} see {verdict.percent(seen)}"
+    said += f"; {_MORE_SEEDS * seeds} seeds would see {verdict.percent(by_seeds)} (--seeds, and more --minutes)"
+  else:
+    said = f"{estimate.count:,} evaluation examples see {verdict.percent(seen)}"
+    said += f"; {more:,} would see {verdict.percent(then)}" if more > 1.2 * estimate.count else ""
   return {"sentence": f"{said}."} | facts
 
 
@@ -183,7 +197,8 @@ def warnings(outcome: Outcome) -> list[str]:
     found.append(_how_for_all(outcome))
   if len(outcome.seeds) < outcome.plan.seeds:
     found.append(f"There was time for {len(outcome.seeds)} of {outcome.plan.seeds} seeds.")
-  estimate, closing = compared(outcome), outcome.closing
+  found += _too_few_steps(outcome)
+  (estimate, _, _), closing = compared(outcome), outcome.closing
   if estimate.examples_freedom < _FEW:
     found.append(
       f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} equal ones: "
@@ -193,6 +208,19 @@ def warnings(outcome: Outcome) -> list[str]:
     ratio = _said(outcome.trial.ratio(closing.name, closing.twin, "example"))
     found.append(f"Against random sets of its response lengths the ratio is {ratio}: its gain may be one of length.")
   return found
+
+
+def _too_few_steps(outcome: Outcome) -> list[str]:
+  """That sets were judged by trainings of a few steps."""
+  budget = outcome.plan.budgets[0]
+  (_, steps), (_, every) = outcome.sizes[RANDOM, budget], outcome.sizes[FULL, 1.0]
+  if steps >= min(_FEW_STEPS, every):
+    return []
+  return [
+    f"A training on {100 * budget:g} % has {how_many(steps, 'optimiser step')}, on all of the data {every:,}: so few "
+    "leave the model nearly as it was, whatever the set. Give more --epochs, a smaller --batch_size or larger "
+    "--fractions."
+  ]
 
 
 def _how_for_all(outcome: Outcome) -> str:
@@ -236,6 +264,7 @@ def candidates(outcome: Outcome) -> list[dict]:
     random = (RANDOM, budget if (RANDOM, budget) in outcome.trial.names else max(outcome.plan.budgets))
     examples, steps = outcome.sizes[name]
     row = {"rule": rule, "budget": budget, "examples": examples, "steps": steps, "seeds": outcome.seeds_of[name]}
+    row["level"] = outcome.trial.level_of(rule)
     row |= {f"ratio_to_{word}": _ratios(outcome.trial, name, other) for word, other in _yardsticks(random).items()}
     if (MATCHED, budget) in outcome.trial.names:
       row["ratio_to_length_matched"] = _ratios(outcome.trial, name, (MATCHED, budget))
@@ -250,7 +279,7 @@ def _yardsticks(random: tries.Name) -> dict[str, tries.Name]:
 def as_json(outcome: Outcome, asked: dict) -> dict:
   """recommendation.json."""
   closing, decision, trial = outcome.closing, outcome.decision, outcome.trial
-  correction = tries.CORRECTION.format(tries=trial.tries)
+  correction = tries.CORRECTION.format(tries=trial.tries, first=trial.first, level=trial.level)
   return {
     "sentence": sentence(outcome),
     "checked": checked(outcome),

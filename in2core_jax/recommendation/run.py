@@ -127,6 +127,15 @@ def part_of(session: Session, plan: plans.Plan) -> Session:
   return session.of_rows(train=spread_among(session.splits["train"].ids, trainable_rows(session), plan.pool))
 
 
+def folder_of(s: RecommendSettings, session: Session) -> run_folder.RunDir:
+  """The run folder, which other minutes, rules and budgets go on in."""
+  parts = ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
+  identity = session.own_identity("recommend", s, *parts)
+  for name in _OF_THE_ANSWER:
+    identity["flags"].pop(name, None)
+  return run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+
+
 def run(
   settings: RecommendSettings, session: Session | None = None, full: str = "", judge: Retrainer | None = None
 ) -> str:
@@ -144,12 +153,7 @@ def run(
   session = session or open_session(s)
   judged = Judged.of(session)
   wanted(s, session)
-  identity = session.own_identity(
-    "recommend", s, ("data", "model", "finetune", "select", "run"), ("train", "eval", "test")
-  )
-  for name in _OF_THE_ANSWER:
-    identity["flags"].pop(name, None)
-  run_dir = run_folder.RunDir.open(s.run_dir, identity, overwrite=s.overwrite)
+  run_dir = folder_of(s, session)
   asked = {name: getattr(s, name) for name in ("minutes", "rules", "fractions", "budget", "equal", "seeds")}
   if run_dir.is_whole(results.FILE) and run_dir.read_json(results.FILE)["asked"] == asked:
     log.info("%s is finished already; more --minutes goes on in it", run_dir.path)
@@ -204,7 +208,7 @@ def tried(trainings: Trainings, plan: plans.Plan, clock: Clock) -> results.Outco
   plan = plans.Plan.from_json(trainings.cells.get(shorter, "rest", clock.asked)["plan"])
   finalists = finalists[: plan.finalists]
   used = final_seeds(trainings, plan, finalists, clock)
-  decision = trainings.trial(plan).decide(finalists, plan.budgets, clock.most)
+  decision = trainings.trial(plan).decide(finalists, plan.budgets, clock.most, plan.screening)
   closing = close(trainings, decision, used, first)
   return results.Outcome.of(trainings, plan, used, decision, closing)
 

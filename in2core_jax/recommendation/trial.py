@@ -237,7 +237,7 @@ class Trainings:
   def trial(self, plan: Plan) -> tries.Trial:
     """What the trainings so far allow to say."""
     stacked = {name: np.stack(list(own.values())) for name, own in self.losses.items()}
-    return tries.Trial(stacked, self.judged.tokens, self.judged.groups, plan.tries)
+    return tries.Trial(stacked, self.judged.tokens, self.judged.groups, plan.tries, plan.rules[0])
 
   def test_trial(self) -> tries.Trial:
     """The same on the test set, where one comparison was named in advance: no correction."""

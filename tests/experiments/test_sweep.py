@@ -203,9 +203,9 @@ def test_evaluation_topics(settings, session):
 
 
 def test_study_compares_rules_and_keeps_what_is_finished(settings, session, tmp_path, monkeypatch):
-  names = "proponents; proponents, quota; matching; matching, unit gradients; matching, 10 queries"
-  every = variants.make_variant("matching", trained=True, queries=10)
-  monkeypatch.setattr(variants, "VARIANTS", variants.VARIANTS | {"matching, 10 queries": every})
+  names = "proponents; proponents, quota; matching; random, copies last; matching, again"
+  every = variants.make_variant("matching", trained=True, matching_target="both")
+  monkeypatch.setattr(variants, "VARIANTS", variants.VARIANTS | {"matching, again": every})
   chosen = settings.replace(run_dir=str(tmp_path / "study"), variants=names, eval_limit=10)
   folder = study.run(chosen, session)
   rows = {row["rule"]: row for row in table_of(folder, "study.csv")}
@@ -216,14 +216,14 @@ def test_study_compares_rules_and_keeps_what_is_finished(settings, session, tmp_
   ratio = float(rows["matching"]["perplexity"]) / float(rows["full"]["perplexity"])
   assert float(rows["matching"]["to full"].split(" (")[0]) == pytest.approx(ratio, abs=1e-3)
   assert " to " in rows["matching"]["by example, to random"]
-  # There are ten evaluation examples: the same are chosen, and the same training is not done again.
-  assert rows["matching"]["perplexity"] == rows["matching, 10 queries"]["perplexity"]
+  # The same examples are chosen, and the same training is not done again.
+  assert rows["matching"]["perplexity"] == rows["matching, again"]["perplexity"]
   page = (tmp_path / "study" / "study.md").read_text()
   assert "## Equal steps" in page and "comparisons by token or by example" in page and "Measured on these " in page
   rules = {line.split(" | ")[0].strip("| "): line for line in page.split("## Rules")[1].splitlines() if "|" in line}
   assert (
     "| matching | the fine-tuned model |" in rules["matching"]
-    and "gradients of length 1" in rules["matching, unit gradients"]
+    and "no text twice before every text is in" in rules["random, copies last"]
   )
   no_training(monkeypatch)
   study.run(chosen, session)
@@ -283,7 +283,7 @@ def test_a_cut_changes_what_is_chosen_and_not_how_much(settings):
     ({"normalize": "cosine"}, "--normalize=cosine: "),
     ({"policy": "longest"}, "--policy=longest: "),
     ({"fractions": "0.1,0.5"}, "--fractions=0.1,0.5: study's rules .* one budget, .*; leave it out"),
-    ({"variants": "matching; matching, 16 queries"}, "'matching, 16 queries': it draws 16 of 10 evaluation examples"),
+    ({"variants": "matching; matching, 16 queries"}, "16 queries' won nowhere and is gone: .*--eval_limit=16"),
     ({"score_path": "projected"}, "--score_path=projected: "),
     ({"variants": "matching; proponents, cg", "precondition": "ekfac"}, ""),
     ({"variants": "proponents, datainf", "precondition": "ekfac"}, "'proponents, datainf': --precondition=ekfac with"),
@@ -304,14 +304,11 @@ def test_a_study_that_cannot_be_is_refused_before_the_work(settings, session, tm
   assert not list(tmp_path.iterdir())
 
 
-def test_fewer_queries_are_drawn_from_all_of_them_as_eval_limit_draws(settings, session):
+def test_fewer_evaluation_examples_have_the_losses_that_they_had_among_all(settings, session):
   evals = session.splits["eval"]
-  few = session.with_queries(4)
   limited = open_session(settings.replace(eval_limit=4), session.model)
-  assert few.splits["eval"].ids == limited.splits["eval"].ids != evals.ids[:4]
-  assert session.with_queries(0) is session.with_queries(len(evals)) is session and len(session.splits["eval"]) == len(
-    evals
-  )
+  few = session.with_evals(np.array([evals.ids.index(name) for name in limited.splits["eval"].ids]))
+  assert few.splits["eval"].ids == limited.splits["eval"].ids != evals.ids[:4] and len(session.splits["eval"].ids) > 4
   chosen = sessions.choose(session, session.model.params, settings.layers, settings.modules)
   rows = [evals.ids.index(name) for name in few.splits["eval"].ids]
 
@@ -376,7 +373,7 @@ def test_a_killed_study_does_not_take_the_pieces_of_another_rule(settings, sessi
   def kill(*_):
     raise Killed
 
-  names = "proponents, base model", "proponents, summed losses"
+  names = "proponents, base model", "proponents, no curvature"
   folders = [str(tmp_path / name) for name in ("killed", "alone")]
   with monkeypatch.context() as patch, pytest.raises(Killed):  # the evaluation gradient of the first rule is kept
     patch.setattr(kernels.CompiledObjective, "losses_and_scores", kill)
