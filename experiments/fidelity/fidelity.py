@@ -1,4 +1,4 @@
-"""Do the scores foretell what retraining gives? LDS of solvers, layers, damping on retrained halves; leave-out curves.
+"""Do the scores predict what retraining gives? LDS of solvers, layers, damping on retrained halves; leave-out curves.
 
 ./run.sh fidelity --flagfile=experiments/flags/fidelity.flags
 """

@@ -212,7 +212,7 @@ def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
     f"{shown(repeated.both)}, mean over queries"
   )
   if math.isnan(ceiling):
-    return f"{agree}: no better than chance, so that nothing can be told of the LDS that a perfect score would reach."
+    return f"{agree}: no better than chance, so nothing can be said about the LDS that a perfect score would reach."
   return (
     f"{agree}: a score that knew the expected losses would reach an LDS of about {ceiling:.2f}, the square root "
     f"({low:.2f} to {high:.2f})."
@@ -312,7 +312,7 @@ def write(run_dir: run_folder.RunDir, found: Found) -> None:
 def markdown(found: Found, rows: list[dict], differences: list[dict], curves: list[dict], lines: list[str]) -> str:
   """The page."""
   items = lambda lines: "\n".join(f"- {table_text.escape_markdown(line, 1000)}" for line in lines)  # noqa: E731
-  parts = ["# Do the scores foretell what retraining gives?", items(lines)]
+  parts = ["# Do the scores predict what retraining gives?", items(lines)]
   parts += ["## Linear datamodeling score", "![LDS](plots/lds.svg)", table_text.markdown_table(printed(rows)).rstrip()]
   parts += [
     "Spearman, for each distinct evaluation example, between the summed scores of random halves and minus its loss "

@@ -174,7 +174,7 @@ def warnings(outcome: Outcome) -> list[str]:
   if _gains_nothing(outcome):
     found.append(
       f"Training on all of the data leaves the evaluation examples at {outcome.worth:.3f} times the perplexity of the "
-      "model before it. Trainings that gain next to nothing cannot tell sets apart: give more --epochs, a higher "
+      "model before it. Such trainings cannot show a difference between sets: give more --epochs, a higher "
       "--learning_rate, or data that is closer to the evaluation set."
     )
   if outcome.plan.dropped:
@@ -186,7 +186,7 @@ def warnings(outcome: Outcome) -> list[str]:
   estimate, closing = compared(outcome), outcome.closing
   if estimate.examples_freedom < _FEW:
     found.append(
-      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} equal ones: "
+      f"The {estimate.count:,} evaluation examples say as much as {estimate.examples_freedom + 1:.0f} equal ones: "
       "many are copies or of one topic, or a few long responses decide. Give more different ones."
     )
   if closing.name[0] not in (*WHOLE, RANDOM, MATCHED) and not outcome.trial.beats(closing.name, closing.twin):
