@@ -84,7 +84,7 @@ def sentence(outcome: Outcome) -> str:
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
   lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
   if rule == RANDOM:
-    none = f"none of {how_many(tried, 'rule')} surely beats random sets of that size"
+    none = f"none of {how_many(tried, 'rule')} is reliably better than random sets of that size"
     return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}, so {lost}."
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
@@ -110,15 +110,15 @@ def _whole_sentence(outcome: Outcome) -> str:
     said += f", each once, for the other {how_many(outcome.pool - count, '[is a duplicate|are duplicates]')}"
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
   said += (
-    f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "
+    f": no smaller set that was tried is reliably within {100 * MARGIN:g} % of them, and the perplexity of the best "
     f"{100 * largest:g} %, by {best[0]}, is {of_best}"
   )
   useful = [budget for budget, found in decision.beats.items() if found]
   if not useful:
-    return f"{said}; if less must do, take random examples, for no rule surely beats them."
+    return f"{said}; for a smaller set take random examples, as no rule is reliably better."
   name = (decision.winners[useful[0]], useful[0])
   ratio = _times(trial.ratio(name, (RANDOM, useful[0]), "example"), "random sets of that size")
-  return f"{said}; if less must do, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
+  return f"{said}; for a smaller set, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
 
 
 def _times(ratio: Interval, what: str) -> str:
@@ -139,7 +139,7 @@ def checked(outcome: Outcome) -> str:
   else:
     found = outcome.test.ratio(closing.tested, closing.random, "example")
     expected = outcome.trial.ratio(closing.name, closing.random, "example")
-  return f"On the test set, looked at once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
+  return f"On the test set, used only once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
 
 
 def compared(outcome: Outcome) -> Estimate:
@@ -159,9 +159,9 @@ def to_know_more(outcome: Outcome) -> dict:
     return {"sentence": f"There is no interval: {estimate.note}.", "examples": estimate.count}
   seen, more, then = tries.to_know_more(estimate, outcome.trial.level)
   more, alone = verdict.rounded(more), tries.sees(estimate, 1e6, outcome.trial.level)
-  said = f"{estimate.count:,} evaluation examples see {verdict.percent(seen)}"
+  said = f"{estimate.count:,} evaluation examples can show a difference of {verdict.percent(seen)}"
   if more > 1.2 * estimate.count:
-    said += f"; {more:,} would see {verdict.percent(then)}"
+    said += f"; {more:,} could show {verdict.percent(then)}"
   if alone > seen / 2:
     said += f"; the spread of the trainings alone hides {verdict.percent(alone)}: give more --minutes and --seeds"
   facts = {"examples": estimate.count, "sees": math.expm1(seen), "more_examples": more, "would_see": math.expm1(then)}

@@ -263,7 +263,7 @@ def test_the_json_has_its_keys_and_the_sentence_its_numbers(rule, budget, said):
   assert said in found["sentence"] and re.search(r"0\.9\d\d times that of random sets of that size", found["sentence"])
   assert found["correction"]["tries"] == 4 and "Bonferroni" in found["correction"]["method"]
   assert {row["rule"] for row in found["candidates"]} == {RANDOM, "hybrid", MATCHED, FULL}
-  assert "evaluation examples see" in found["to_know_more"]["sentence"]
+  assert "evaluation examples can show" in found["to_know_more"]["sentence"]
 
 
 def test_the_page_escapes_what_it_shows_and_runs_nothing():
