@@ -1,4 +1,4 @@
-"""Checks the machinery on your own model and data before a long run: the same numbers by different roads.
+"""Checks the machinery on your own model and data before a long run: the same numbers, computed in different ways.
 
     ./run.sh check --train_data=jsonl:mine.jsonl --layers=last:8
 

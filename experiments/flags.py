@@ -193,7 +193,7 @@ def read(kind: type[S] = Settings, tells_costs: bool = False, given: flags.FlagV
     values[name] = ",".join(os.path.expanduser(path.strip()) for path in values[name].split(","))
   if values["dry_run"] and not tells_costs:
     known = "finetune, index, select, evaluate, demo and recommend"
-    raise UserError(f"--dry_run: {known} can tell what they would take, this command cannot")
+    raise UserError(f"--dry_run: {known} can estimate their cost, this command cannot")
   try:
     return kind(**values)
   except UserError as error:

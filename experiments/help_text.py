@@ -26,7 +26,7 @@ def help_text(full: bool = False, known: flags.FlagValues = flags.FLAGS) -> str:
       continue
     lines = [line for flag in members for line in _lines(flag, full)]
     blocks.append("\n".join([f"{title.removeprefix(SHOWN).removeprefix(HIDDEN)}:", *lines]))
-  more = "" if full else "; --helpfull tells more, also of other commands' flags"
+  more = "" if full else "; --helpfull explains more, also other commands' flags"
   return "\n\n".join([*blocks, f"--flagfile=FILE reads flags from a file{more}"])
 
 

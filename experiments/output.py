@@ -132,7 +132,7 @@ class Stream(io.TextIOBase):
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._stream.fileno())
       os.close(nowhere)
-    self._keep(f"--- {self._name} was lost ({error}); the job goes on, and what it says is here ---\n")
+    self._keep(f"--- {self._name} was lost ({error}); the job continues, and its messages are here ---\n")
 
   def _keep(self, text: str) -> None:
     """Appends to the file in the run folder; waits for one where there is none yet."""

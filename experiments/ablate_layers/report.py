@@ -157,7 +157,7 @@ def _retrained(row: dict, whole: dict, ratio: statistics.Interval) -> str:
   """What the retrained perplexity of a choice says."""
   said = f"retrained perplexity {row['perplexity'].mean:.4g}, all layers' {whole['perplexity'].mean:.4g}"
   if np.isnan(ratio.low):
-    return f"{said}, and one training each cannot tell them apart"
+    return f"{said}, and one training each cannot show a difference"
   said += f", {verdict.shown(ratio)} times"
   if ratio.high < 1:
     return f"{said}, which is lower (better)"
@@ -313,7 +313,7 @@ def explanation(s: AblateLayersSettings, session: Session) -> str:
     f"{f'the fine-tuned model {s.checkpoint}' if s.checkpoint else 'the base model'}; the highest scores are selected "
     "(proponents). Spearman and overlap "
     f"(of the {kept} that are kept) are with all layers and modules of the same solver. FLOPs and memory on paper "
-    "are those that --dry_run tells for a whole select run with the choice, boundary cache included. Seconds and peak "
+    "are those that --dry_run prints for a whole select run with the choice, boundary cache included. Seconds and peak "
     f"memory were measured for some only: a score pass (jvp, no boundary cache) over {s.ablate_examples} training "
     "examples in a process of its own. "
     f"Retrained: layers {s.trainable_layers}, seeds {s.seeds}, equal steps. {verdict.BRACKETS} Bars in the picture: "

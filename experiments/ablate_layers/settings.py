@@ -33,6 +33,6 @@ class AblateLayersSettings(Settings):
     "last:8",
     "Choices whose score pass is measured; empty: none.",
     counts=True,
-    more="In a process of its own, besides all layers and the choice that is enough.",
+    more="In a separate process, besides all layers and the choice that is enough.",
   )
   ablate_examples: int = _ablate(64, "Training examples of a measured score pass.", within=COUNT)

@@ -189,8 +189,8 @@ def markdown(s: CoverageSettings, session: Session, found: Findings, points: Seq
       "![Signals](plots/coverage.svg)\n",
       table_text.markdown_table(found.rows),
       "## By held-out topic\n",
-      "Its test points against the covered ones of its fold. The loss drop of fine-tuning is what influence foretells: "
-      "where it does not tell a topic apart, training on the others helped there as well.\n",
+      "Its test points against the covered ones of its fold. The loss drop of fine-tuning is what influence predicts: "
+      "where it does not detect a topic, training on the others helped there as well.\n",
       table_text.markdown_table(found.by_topic),
       f"## Least covered by the whole training set ({s.coverage_signal})\n",
       table_text.markdown_table(points[:_LISTED], shown),

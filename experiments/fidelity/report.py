@@ -212,7 +212,7 @@ def ceiling_sentence(repeated: datamodeling.Measured, halves: int) -> str:
     f"{shown(repeated.both)}, mean over queries"
   )
   if math.isnan(ceiling):
-    return f"{agree}: no better than chance, so that nothing can be told of the LDS that a perfect score would reach."
+    return f"{agree}: no better than chance, so nothing can be said about the LDS that a perfect score would reach."
   return (
     f"{agree}: a score that knew the expected losses would reach an LDS of about {ceiling:.2f}, the square root "
     f"({low:.2f} to {high:.2f})."

@@ -177,7 +177,7 @@ def read_note(folder: pathlib.Path) -> dict:
   try:
     return files.unsealed(run_folder.read_json(path), str(path))[0] if path.exists() else {}
   except UserError as error:
-    log.warning("%s; %s counts as not finished and goes on", error, folder.name)
+    log.warning("%s; %s counts as not finished and continues", error, folder.name)
     return {}
 
 

@@ -102,7 +102,7 @@ def run(s: PaperSettings, named: Collection[str] = ()) -> int:
     log.info("=== %s %s; %s in all", job.step.name, reason or "finished", _duration(time.monotonic() - began))
   if failed:
     told = ", ".join(f"{name} {reason}" for name, reason in failed.items())
-    log.error("%s: the same command goes on with them, --overwrite --only=NAME starts one anew", told)
+    log.error("%s: the same command continues them, --overwrite --only=NAME starts one again", told)
   for lock in held:
     lock.release()
   return 1 if failed else 0

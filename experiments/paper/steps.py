@@ -71,7 +71,7 @@ STEPS = (
     ("--checkpoint={runs}/layers-tuned/checkpoint",),
   ),
   Step(
-    *("fidelity", "fidelity", "fidelity", "fidelity.flags", "do scores foretell what retraining gives (LDS)"),
+    *("fidelity", "fidelity", "fidelity", "fidelity.flags", "do scores predict what retraining gives (LDS)"),
     # Hundreds of models are retrained on halves. With more examples each of them moves a loss by less than the noise.
     full=("--train_limit=128", "--lds_every=true", "--lds_at=full,base", "--cg_steps=100"),
   ),

@@ -38,7 +38,7 @@ class TargetsSettings(RuleSettings, Settings):
   )
   gradients_at: str = _targets(
     BASE,
-    f"Where rules take gradients in place of the base model: some of {', '.join(MODELS)}.",
+    f"Where rules take gradients, instead of at the base model: some of {', '.join(MODELS)}.",
     more="warm: trained on a random 5 % for four epochs; full: on all of the pool. Several: the mean similarity.",
   )
   choices_of: str = _targets(

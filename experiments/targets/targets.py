@@ -227,7 +227,7 @@ def check(s: TargetsSettings) -> tuple[dict[str, Variant], list[str], tuple[floa
       raise UserError(f"--gradients_at={s.gradients_at}: {name!r} has no similarities to average: give one model")
   retrained = words(s.retrained, "retrained", (*rules, MATCHED), ";")
   if not set(retrained) - {MATCHED} and (retrained or s.recommend_minutes):
-    raise UserError(f"--retrained={s.retrained}: name a rule besides, whose response lengths {MATCHED} takes")
+    raise UserError(f"--retrained={s.retrained}: also name a rule whose response lengths {MATCHED} takes")
   budgets = shares(s.fractions, "fractions") or (0.1,)
   if budgets[-1] >= 1:
     raise UserError(f"--fractions={s.fractions}: a budget below 1, such as 0.025,0.05,0.1")

@@ -32,7 +32,7 @@ def device_bytes(device: Any) -> int:
     return host_bytes() // len(device.client.local_devices())
   stats = device.memory_stats() or {}
   if "bytes_limit" not in stats:
-    raise UserError(f"{device} does not tell how much memory it has: give --batch_tokens a number, such as 8192")
+    raise UserError(f"{device} does not report how much memory it has: give --batch_tokens a number, such as 8192")
   return int(stats["bytes_limit"])
 
 

@@ -77,7 +77,7 @@ class DataFile:
 
   def broken(self, line: int, error: Exception) -> UserError:
     """What is told where reading on fails: damaged compression, a disk, a file that is gone."""
-    return UserError(f"{self.shown}:{line}: cannot be read on ({' '.join(str(error).split())}); get the file anew")
+    return UserError(f"{self.shown}:{line}: cannot be read on ({' '.join(str(error).split())}); get the file again")
 
 
 class _Unpacked(io.RawIOBase):
@@ -197,7 +197,7 @@ def _kind_of_bytes(path: pathlib.Path, head: bytes) -> str | tuple[str, str]:
 def _kind_of_text(path: pathlib.Path, text: str) -> str | tuple[str, str]:
   first = text.partition("\n")[0]
   if re.match(r"<(!doctype|html|head|\?xml)", text, re.IGNORECASE):
-    return "a web page (HTML) or XML, perhaps saved instead of the file", "download the file itself"
+    return "a web page (HTML) or XML, possibly saved instead of the file", "download the file itself"
   named = path.suffix.lower() in (".csv", ".tsv")
   if not text or text[0] in "{[":
     return "json"

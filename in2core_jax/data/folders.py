@@ -187,10 +187,10 @@ def _saved_json(path: pathlib.Path, key: str) -> list:
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); save the data set anew") from error
+    raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); save the data set again") from error
   value = found.get(key) if isinstance(found, dict) else None
   if not isinstance(value, list):
-    raise UserError(f"{path} names no {key!r}; save the data set anew with save_to_disk")
+    raise UserError(f"{path} names no {key!r}; save the data set again with save_to_disk")
   return value
 
 
@@ -202,7 +202,7 @@ def _saved_files(path: pathlib.Path) -> list[str]:
   ]
   for name in names:
     if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-      raise UserError(f"{path / 'state.json'} names a file {name!r} outside its folder; save the data set anew")
+      raise UserError(f"{path / 'state.json'} names a file {name!r} outside its folder; save the data set again")
   if not names:
     raise UserError(f"{path} is a saved data set without rows")
   return names
@@ -213,5 +213,5 @@ def _of_saved_splits(path: pathlib.Path) -> list[DataFile]:
   if len(splits) != 1:
     raise UserError(f"{path} holds the splits {', '.join(splits)}; name one: {path / splits[0]}")
   if pathlib.PurePath(splits[0]).name != splits[0] or not (path / splits[0]).is_dir():
-    raise UserError(f"{path / 'dataset_dict.json'} names a split {splits[0]!r}, which is not there; save it anew")
+    raise UserError(f"{path / 'dataset_dict.json'} names a split {splits[0]!r}, which is not there; save it again")
   return _of_folder(path / splits[0])

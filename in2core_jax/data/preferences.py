@@ -77,7 +77,7 @@ def read_pair(
   whole = [bool(turns) and turns[0]["role"] != "assistant" for turns in found]
   if whole[0] != whole[1]:
     one, other = sides if whole[0] else sides[::-1]
-    raise UserError(f"{one!r} begins with the prompt and {other!r} with the answer; write both alike")
+    raise UserError(f"{one!r} begins with the prompt and {other!r} with the answer; write both in the same way")
   if not whole[0]:
     if not prompt:
       raise UserError(

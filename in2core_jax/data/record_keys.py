@@ -173,7 +173,7 @@ def turn_flag(turn: dict[str, Any], keys: list[str], at: str) -> tuple[bool | No
         raise UserError(f"{at} has {key}={shown(value)}: a turn is learnt (true, 1) or not (false, 0), nothing between")
       found[key] = flag is (name in LEARNT)
     elif DETAILS.fullmatch(name):
-      raise UserError(f"{at} has {key!r}: a turn is learnt as a whole or not at all; {_WRITE_TRAIN}")
+      raise UserError(f"{at} has {key!r}: a turn is learnt completely or not at all; {_WRITE_TRAIN}")
     elif _about_loss(name) and isinstance(value, bool | int | float | list):
       raise UserError(f"{at} has {key}={shown(value)}, and it is not clear whether it is learnt then; {_WRITE_TRAIN}")
   if len(set(found.values())) > 1:
@@ -216,7 +216,7 @@ def _settles(what: str, key: str, value: Any) -> bool:
   """Whether a key says that the answer is whole, as all are here."""
   if flag_of(value) and snake(key) != "add_generation_prompt":
     raise UserError(
-      f"{what}: an answer that others go on with would be learnt with an end; finish it, or remove such records"
+      f"{what}: an unfinished answer would be learnt as a finished one; finish it, or remove such records"
     )
   return flag_of(value) is not None
 

@@ -70,7 +70,7 @@ def sources_of(spec: str) -> list[Source]:
   for source in found:
     if (source.name or source.share < 1) and origins.count(source.origin) > 1:
       raise UserError(
-        f"{spec}: two sources are called {source.origin!r}; give each a name of its own: one={source.text}+two=..."
+        f"{spec}: two sources are called {source.origin!r}; give each its own name: one={source.text}+two=..."
       )
   return found
 

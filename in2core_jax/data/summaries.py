@@ -99,7 +99,7 @@ def told_lines(summary: dict[str, Any]) -> list[str]:
     f"{commit}: named with its commit, the source has the same files at any time" for commit in summary.get("hub", ())
   ]
   if "date" in template:
-    lines.append(f"the chat template prints a date: it is told that today is {template['date']} (--template_date)")
+    lines.append(f"the chat template prints a date: the date used is {template['date']} (--template_date)")
   for name, changes in template.get("changes", {}).items():
     counts = ", ".join(f"{words} in {count:,} turn{'s' * (count > 1)}" for words, count in changes.items())
     lines.append(f"{name}: the chat template does not render all as it stands in the records: {counts}")

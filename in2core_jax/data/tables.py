@@ -94,7 +94,7 @@ def _named(file: DataFile, place: str):
     yield
   except _BROKEN as error:
     detail = shorten(" ".join(str(error).split()), 200)
-    raise UserError(f"{file.shown}: {place} cannot be read ({detail}); get the file anew") from error
+    raise UserError(f"{file.shown}: {place} cannot be read ({detail}); get the file again") from error
 
 
 def _check_names(file: DataFile, names: list[str]) -> None:

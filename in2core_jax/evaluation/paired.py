@@ -155,7 +155,7 @@ class Paired:
     for name, own in self._losses.items():
       if own.shape[1] != size:
         raise UserError(
-          f"{name} was judged on {how_many(own.shape[1], 'test example')} and not on {size}: evaluate all anew"
+          f"{name} was judged on {how_many(own.shape[1], 'test example')} and not on {size}: evaluate all of them again"
         )
       if not np.isfinite(own).all():
         raise UserError(f"{name}: losses of test examples are NaN or infinite; training may have diverged")

@@ -59,7 +59,7 @@ class IndexStore:
     if run_dir.identity.get("stage") != "index":
       raise UserError(f"--index={path}: not an index; give the --run_dir of an `index` run")
     if not run_dir.wrote(MARK):
-      raise UserError(f"--index={path} is not finished: start its `index` command once more, it goes on")
+      raise UserError(f"--index={path} is not finished: start its `index` command again, and it continues")
     return cls(run_dir)
 
   # ---- basis and queries -------------------------------------------------------------

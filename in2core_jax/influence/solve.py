@@ -104,7 +104,7 @@ def solve(
     UserError: a state for a solver that has none, or whatever the solver refuses.
   """
   if resume_from is not None and settings.solver != "lissa":
-    raise UserError(f"--solver={settings.solver} cannot go on from a saved state, only lissa can: start it afresh")
+    raise UserError(f"--solver={settings.solver} cannot continue from a saved state, only lissa can: start again")
   if settings.solver == "identity":
     return solvers.identity(v)
   if settings.solver == "datainf":

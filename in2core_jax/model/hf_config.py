@@ -70,9 +70,9 @@ HARMLESS = re.compile(
 _REMEDIES = {
   "quantization_config": ": a quantised checkpoint; use the unquantised one, or save it dequantised",
   "quantization": ": a quantised checkpoint; use the unquantised one, or save it dequantised",
-  "text_config": ": a multimodal model; save its text part as a model of its own",
-  "vision_config": ": a multimodal model; save its text part as a model of its own",
-  "audio_config": ": a multimodal model; save its text part as a model of its own",
+  "text_config": ": a multimodal model; save its text part as a separate model",
+  "vision_config": ": a multimodal model; save its text part as a separate model",
+  "audio_config": ": a multimodal model; save its text part as a separate model",
 }
 
 
@@ -196,12 +196,14 @@ def _hint(values: dict[str, Any], kind: Any) -> str:
   if "peft_type" in values:
     return "; it is a LoRA adapter: merge it into its base model"
   if "text_config" in values or "vision_config" in values:
-    return "; it is a multimodal model: save its text part as a model of its own"
+    return "; it is a multimodal model: save its text part as a separate model"
   if isinstance(kind, str) and re.search("moe|deepseek|llama4|dbrx|minimax|dots1|bailing|grok", kind):
     near = [name for name, family in FAMILIES.items() if "num_experts_per_tok" in family.options]
     closest = difflib.get_close_matches(kind, near, n=1, cutoff=0)[0]
     if re.search("glm4_moe|dots1|ernie4_5_moe|afmoe|exaone_moe", kind):
-      return "; its first layers have no experts, and here all layers are alike: the closest that works is solar_open"
+      return (
+        "; its first layers have no experts, and here all layers must be equal: the closest that works is solar_open"
+      )
     return f"; of its mixture of experts this decoder lacks an option, and the closest that works is {closest}"
   near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5) if isinstance(kind, str) else []
   return f"; the closest that works is {near[0]}" if near else ""
@@ -262,7 +264,9 @@ def _check_kind(values: dict[str, Any], kind: str, origin: str) -> None:
     raise UserError(f"{origin}: layer_types names {how_many(len(layers), 'layer')} of {values['num_hidden_layers']}")
   if family.window in ("none", "all") and layers:
     if len(set(layers)) > 1:
-      raise UserError(f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must attend alike")
+      raise UserError(
+        f"{origin}: layer_types mixes {sorted(set(layers))}; all layers must have the same kind of attention"
+      )
     window = _window(values, family) if family.window == "all" else None
     if ("sliding_attention" in layers) != (window is not None):
       raise UserError(f"{origin}: layer_types says {layers[0]} of every layer, but the window of {kind} is {window}")

@@ -190,7 +190,7 @@ def _sharded(folder: pathlib.Path, index: pathlib.Path) -> dict[str, pathlib.Pat
       )
     if extra:
       twice = weight_map.get(extra[0])
-      why = f"lies in {twice} too" if twice else f"is not in {index.name}"
+      why = f"is in {twice} too" if twice else f"is not in {index.name}"
       raise UserError(f"{folder / file}: tensor {plain(extra[0])} {why}: which one is meant? fetch the folder again")
   return {name: folder / file for name, file in weight_map.items()}
 

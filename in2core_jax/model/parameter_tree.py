@@ -21,7 +21,7 @@ from in2core_jax.params.quantisation import FULL
 _QUANTISED = r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax|quant_map|weight\.quant_\w+.*)$"
 _STRANGE = {
   _QUANTISED: "a quantised checkpoint; use the unquantised one, or save it dequantised",
-  r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a model of its own",
+  r"(^|\.)(vision|visual|audio|multi_modal)": "a multimodal model; save its text part as a separate model",
   r"lora_[AB]": "a LoRA adapter; merge it into its base model first",
   r"experts|_exps": "a mixture of experts, and the configuration says that it is none",
 }

@@ -73,7 +73,7 @@ def tokenizer_from_gguf(place: Place) -> transformers.PreTrainedTokenizerFast:
     )
   if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True):
     raise UserError(
-      f"{path}: its SentencePiece vocabulary wants a space in front of every text, which is not supported; use the "
+      f"{path}: its SentencePiece vocabulary needs a space in front of every text, which is not supported; use the "
       "model's Hugging Face folder"
     )
   _check_vocabulary(path, metadata, "merges" if kind == "gpt2" else "scores")

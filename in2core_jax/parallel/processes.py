@@ -81,7 +81,7 @@ def _await_coordinator(address: str, timeout: float) -> None:
     except OSError as error:
       if time.monotonic() >= deadline:
         raise UserError(
-          f"--coordinator={address}: nobody listens there after {timeout} s ({error}): is process 0 running on that "
+          f"--coordinator={address}: no answer from there after {timeout} s ({error}): is process 0 running on that "
           f"machine, and may this one reach the port? {_TO_DO}"
         ) from error
     time.sleep(0.2)

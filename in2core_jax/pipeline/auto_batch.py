@@ -215,7 +215,7 @@ def _tell(tokens: int, need: int | None, room: int, max_length: int, shapes: tup
   rows = ", ".join(f"{shape.height} x {shape.num_tokens}" for shape in shapes)
   if need is not None and need > room:
     raise UserError(
-      f"--batch_tokens=auto: a batch of {rows} tokens on each device needs {need / 1e9:.2f} GB beside the parameters, "
+      f"--batch_tokens=auto: a batch of {rows} tokens on each device needs {need / 1e9:.2f} GB besides the parameters, "
       f"where {max(room, 0) / 1e9:.2f} GB are left; choose fewer --layers, --max_length below "
       f"{max_length}, --dtype=bfloat16, or cut parameters over devices with --mesh=fsdp:-1"
     )

@@ -140,7 +140,7 @@ def _check_solver(s: Settings) -> None:
       )
   if s.normalize == WHITENED and (s.solver != "identity" or s.writes("self")):
     given = "--write=self" if s.solver == "identity" else f"--solver={s.solver}"
-    raise UserError(f"--normalize={WHITENED} with {given}: its metric is an inverse of its own; give --solver=identity")
+    raise UserError(f"--normalize={WHITENED} with {given}: it has its own inverse; give --solver=identity")
 
 
 def _check_aggregate(s: Settings) -> None:
@@ -160,7 +160,7 @@ def _check_aggregate(s: Settings) -> None:
       )
   if (s.writes("layer") or s.writes("token")) and how != "mean":
     raise UserError(
-      f"--write=layer and --write=token take apart the score of one query, not of --aggregate={s.aggregate}"
+      f"--write=layer and --write=token split the score of one query, not that of --aggregate={s.aggregate}"
     )
 
 

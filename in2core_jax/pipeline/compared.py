@@ -91,8 +91,8 @@ def plan_of(session: Session, s: Settings) -> Plan:
   if len(set(sizes)) > 1 and chosen_here:
     raise UserError(
       f"--select_runs={s.select_runs} have selected {', '.join(map(str, sizes))} examples, and "
-      f"{', '.join(chosen_here)} of --policies would have one size for all: give runs of one size, each run in an "
-      "evaluation of its own, or --policies=full"
+      f"{', '.join(chosen_here)} of --policies would have one size for all: give runs of one size, a separate "
+      "evaluation for each run, or --policies=full"
     )
   called = [
     name if names.count(name) == 1 else f"{name} ({epath.Path(folder).name})"
@@ -121,7 +121,7 @@ def _check_same_rule(folder: str, session: Session, s: Settings) -> None:
   run = run_folder.RunDir.load(folder).load_json("summary.json")["identity"]
   if run["model_hash"] != session.model.hash:
     raise UserError(
-      f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another --model "
+      f"--fractions chooses again by the rule of --select_runs={folder}, which took its gradients at another --model "
       f"(hash {run['model_hash'][:12]}) than {s.model} (hash {session.model.hash[:12]}): give evaluate the same"
     )
   policy = run["flags"].get("policy")
@@ -133,13 +133,13 @@ def _check_same_rule(folder: str, session: Session, s: Settings) -> None:
     theirs, ours = run["flags"].get(name, default), getattr(s, name)
     if theirs != ours:
       raise UserError(
-        f"--fractions chooses anew by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "
+        f"--fractions chooses again by the rule of --select_runs={folder}, which has --{name}={theirs} and not {ours}: "
         "give evaluate the same"
       )
   if policy in coreset.GRADIENT_POLICIES and run["checkpoint"] != train_loop.checkpoint_hash(s.checkpoint):
     raise UserError(
-      f"--fractions chooses anew by the rule of --select_runs={folder}, which took its gradients at another model than "
-      f"--checkpoint={s.checkpoint}: give evaluate the --checkpoint of the select run"
+      f"--fractions chooses again by the rule of --select_runs={folder}, which took its gradients at another model "
+      f"than --checkpoint={s.checkpoint}: give evaluate the --checkpoint of the select run"
     )
 
 
@@ -147,7 +147,7 @@ def fractions_of(s: Settings) -> tuple[float, ...]:
   """The budgets of --fractions; 1 is the policy `full`."""
   found = shares(s.fractions, "fractions")
   if found == (1.0,):
-    raise UserError("--fractions=1 is all of the data: give a share below 1 besides, such as 0.25,0.5")
+    raise UserError("--fractions=1 is all of the data: add a share below 1, such as 0.25,0.5")
   if found and Budget.read(s.budget).fraction is None:
     raise UserError(f"--fractions={s.fractions} with --budget={s.budget}: give one of them")
   return tuple(share for share in found if share < 1)

@@ -79,7 +79,7 @@ def check_target(to: str, overwrite: bool) -> pathlib.Path:
   foreign = hf_folder.foreign_files(target)
   if foreign:
     raise UserError(
-      f"--to={to}: --overwrite replaces an earlier export, and {foreign[0]} is none of its files; give a new folder"
+      f"--to={to}: --overwrite replaces an earlier export, and {foreign[0]} is not one of its files; give a new folder"
     )
   return target
 
@@ -107,7 +107,7 @@ def write(folder: pathlib.Path, model: LoadedModel, params: Any) -> list[str]:
   copied = hf_folder.copy_beside(place, folder)
   if values is not None:
     return [f"copied from {place}: {', '.join(['config.json', *copied])}"]
-  anew = "config.json is written anew, as the source's would mean another model"
+  anew = "config.json is new, as the source's would mean another model"
   return [f"{anew}; copied from {place}: {', '.join(copied) or 'nothing'}"]
 
 

@@ -140,7 +140,7 @@ def check_template_date(folder: str, meta: dict, ours: str | None) -> None:
     )
   if ours and not theirs:
     log.warning(
-      "the chat template prints a date, and --checkpoint=%s does not tell which it was trained with: "
+      "the chat template prints a date, and --checkpoint=%s does not say which date it was trained with: "
       "--template_date=%s may be another one; train it again to be sure",
       folder,
       ours,

@@ -74,7 +74,7 @@ def run(given: Settings, session: Session | None = None) -> str:
   s = _settled(given, facts["flags"])
   session = session or open_session(s)
   if session.model.hash != held.run_dir.identity["model_hash"]:
-    raise UserError(f"--index={s.index} was made with other weights than those of --model={s.model}: make it anew")
+    raise UserError(f"--index={s.index} was made with other weights than those of --model={s.model}: make it again")
   check_select(session, s, shapes.scored_params(session.model.config, s))
   train = session.splits["train"]
   rows = held.read_rows(store.keys_of(train.tokens, train.response_mask), train.ids)
@@ -93,10 +93,10 @@ def _check(s: Settings) -> None:
   """Refuses what an index does not hold."""
   if s.policy not in rules.POLICIES:
     raise UserError(
-      f"--policy={s.policy} is not served by an index: take {', '.join(rules.POLICIES)}, or leave --index out"
+      f"--policy={s.policy} does not work with an index: take {', '.join(rules.POLICIES)}, or leave --index out"
     )
   if s.is_set("eval_weights"):
-    raise UserError(f"{s.as_flag('eval_weights')}: an index is asked by all evaluation examples alike; leave one out")
+    raise UserError(f"{s.as_flag('eval_weights')}: in an index all evaluation examples weigh the same; leave one out")
   for name in ("normalize", "trajectory"):
     if s.is_set(name):
       raise UserError(f"{s.as_flag(name)} needs gradients that an index does not hold: leave it or --index out")

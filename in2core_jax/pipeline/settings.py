@@ -306,7 +306,7 @@ class SelectSettings(Checked):
   )
   coreset_format: str = _select(
     "jsonl",
-    "The coreset as a file besides: parquet, hf, tokens.",
+    "Other formats of the coreset: parquet, hf, tokens.",
     read=functools.partial(some_of, CORESET_FORMATS, always=("jsonl",)),
     added=True,
     more="By commas. coreset.jsonl is always written. hf: a folder for datasets.load_from_disk. tokens: such a folder "
@@ -340,7 +340,7 @@ class SelectSettings(Checked):
     "Weights of the sources of evaluation examples, as 0.7,0.3.",
     advanced=True,
     added=True,
-    more="In the order of --eval_data: their shares of the mean, or of the turns. Empty: every example counts alike.",
+    more="In the order of --eval_data: their shares of the mean, or of the turns. Empty: all examples count the same.",
   )
   precondition: str = _select("none", "Preconditioner of CG.", choices=PRECONDITIONERS, advanced=True)
   ekfac_examples: int = _select(0, "Training examples to fit EK-FAC to; 0: all.", within=LIMIT, advanced=True)
@@ -375,7 +375,7 @@ class SelectSettings(Checked):
     "How scores are computed.",
     choices=("auto", "jvp", "vmap", "projected"),
     advanced=True,
-    more="projected: estimated from a store on disk, which serves other queries on the same training set.",
+    more="projected: estimated from a store on disk, which also works for other queries on the same training set.",
   )
   sketch_size: int = _select(
     32,

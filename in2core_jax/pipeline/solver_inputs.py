@@ -183,7 +183,7 @@ def _solve(session: Session, s: Settings, chosen: BoundSubtree, v, pieces: resum
     state = _saved_state(snapshot, v, session.batching.mesh)
     if state is not None:
       done = state.done + state.step
-      log.info("lissa: goes on from step %d", done)
+      log.info("lissa: continues from step %d", done)
       progress.skip(count(done, 1))
     with pieces.hold() as stop_requested:
 

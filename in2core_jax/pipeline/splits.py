@@ -59,7 +59,7 @@ class Splits(collections.abc.Mapping):
     summary = summaries.data_summary(self.datasets)
     if self.halved:
       halves = " and ".join(f"{len(self[part]):,} of them are the {part} set" for part in ("eval", "test"))
-      summary["halved"] = f"--eval_data is cut in two, for there is no --test_data: {halves}"
+      summary["halved"] = f"--eval_data is cut in two, because there is no --test_data: {halves}"
     return summary | ({"skipped_records": self.skipped.summary()} if self.skipped else {})
 
   def write_skipped(self, run_dir: run_folder.RunDir) -> None:

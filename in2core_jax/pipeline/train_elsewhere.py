@@ -24,7 +24,8 @@ CHAT = "coreset_chat.jsonl"  # there only where coreset.jsonl says something els
 
 _WEIGHTED = (
   "- coreset.jsonl says in `weight` how much each example's loss counts. `./run.sh finetune` follows it. Trainers that "
-  "do not know the key train on the same examples alike; coreset_chat.jsonl and coreset_tokens/ have no weights."
+  "do not know the key train on the same examples with equal weights; coreset_chat.jsonl and coreset_tokens/ have no "
+  "weights."
 )
 
 

@@ -23,7 +23,7 @@ ORDER = (
   "these are tried again, and so on. If that is not enough, the same once more, from the whole pool on, also without "
   "the second budget, rules (the last first), the third seed"
 )
-_ALWAYS = (MATCHED, LONGEST)  # beside random sets and full data
+_ALWAYS = (MATCHED, LONGEST)  # besides random sets and full data
 _ROOM = 1.1  # seconds asked for over seconds expected
 
 
@@ -126,7 +126,7 @@ class Plan:
     )
     said = (
       f"plan: {how_many(len(self.tried), 'rule')} ({', '.join(self.tried)}) at {100 * self.screening:g} % of {pool}, "
-      f"then {finalists} at {shares} with {how_many(self.seeds, 'seed')}, beside random sets and full data: "
+      f"then {finalists} at {shares} with {how_many(self.seeds, 'seed')}, besides random sets and full data: "
       f"{how_many(self.tries, 'tr[y|ies]')}, about {_minutes(self.seconds)}"
     )
     left = f" Left out to keep the time: {self.left_out}." if self.dropped else ""
@@ -229,7 +229,7 @@ def fitted(wanted: Plan, pace: Pace, steps_of: Callable[[float], int], seconds: 
   pool = "" if plan.part == 1 else f" of {plan.pool:,} of the {plan.examples:,} examples"
   raise UserError(
     f"--minutes={seconds / 60:g} is too short: one rule at {100 * plan.budgets[0]:g} %{pool} with {plan.seeds} seeds, "
-    f"beside random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
+    f"besides random sets and full data, takes about {_minutes(needed * _ROOM)} here. Give --minutes="
     f"{math.ceil(needed * _ROOM / 60)}, a smaller pool (--train_limit), fewer evaluation and test examples "
     "(--eval_limit, --test_limit), fewer --epochs or fewer --trainable_layers"
   )

@@ -86,7 +86,7 @@ def sentence(outcome: Outcome) -> str:
   to_full = _times(trial.ratio(name, (FULL, 1.0), "example"), "all of the data")
   lost = f"no more than {100 * MARGIN:g} % is lost" if outcome.decision.enough else "all of the data may be better"
   if rule == RANDOM:
-    none = f"none of {how_many(tried, 'rule')} surely beats random sets of that size"
+    none = f"none of {how_many(tried, 'rule')} is reliably better than random sets of that size"
     return f"Take {part} at random, without duplicates: {none}, and their perplexity is {to_full}, so {lost}."
   chosen = _CHOSEN_BY.get(rule, f"those that {rule} chooses")
   to_random = _times(trial.ratio(name, outcome.closing.random, "example"), "random sets of that size")
@@ -112,15 +112,15 @@ def _whole_sentence(outcome: Outcome) -> str:
     said += f", each once, for the other {how_many(outcome.pool - count, '[is a duplicate|are duplicates]')}"
   of_best = _times(trial.ratio(best, (FULL, 1.0), "example"), "all of the data")
   said += (
-    f": no smaller set that was tried is surely within {100 * MARGIN:g} % of them, and the perplexity of the best "
+    f": no smaller set that was tried is reliably within {100 * MARGIN:g} % of them, and the perplexity of the best "
     f"{100 * largest:g} %, by {best[0]}, is {of_best}{_how_far(outcome, best)}"
   )
   useful = [budget for budget, found in decision.beats.items() if found]
   if not useful:
-    return f"{said}; if less must do, take random examples, for no rule surely beats them."
+    return f"{said}; for a smaller set take random examples, as no rule is reliably better."
   name = (decision.winners[useful[0]], useful[0])
   ratio = _times(trial.ratio(name, (RANDOM, useful[0]), "example"), "random sets of that size")
-  return f"{said}; if less must do, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
+  return f"{said}; for a smaller set, that of {name[0]} at {100 * useful[0]:g} % is {ratio}."
 
 
 def _how_far(outcome: Outcome, name: tries.Name) -> str:
@@ -151,7 +151,7 @@ def checked(outcome: Outcome) -> str:
   else:
     found = outcome.test.ratio(closing.tested, closing.random, "example")
     expected = outcome.trial.ratio(closing.name, closing.random, "example")
-  return f"On the test set, looked at once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
+  return f"On the test set, used only once, the ratio to {what} is {_said(found)}; predicted was {expected.mean:.3f}."
 
 
 def compared(outcome: Outcome) -> tuple[Estimate, float, int]:
@@ -188,7 +188,7 @@ def warnings(outcome: Outcome) -> list[str]:
   if _gains_nothing(outcome):
     found.append(
       f"Training on all of the data leaves the evaluation examples at {outcome.worth:.3f} times the perplexity of the "
-      "model before it. Trainings that gain next to nothing cannot tell sets apart: give more --epochs, a higher "
+      "model before it. Such trainings cannot show a difference between sets: give more --epochs, a higher "
       "--learning_rate, or data that is closer to the evaluation set."
     )
   if outcome.plan.dropped:
@@ -201,7 +201,7 @@ def warnings(outcome: Outcome) -> list[str]:
   (estimate, _, _), closing = compared(outcome), outcome.closing
   if estimate.examples_freedom < _FEW:
     found.append(
-      f"The {estimate.count:,} evaluation examples tell as much as {estimate.examples_freedom + 1:.0f} equal ones: "
+      f"The {estimate.count:,} evaluation examples say as much as {estimate.examples_freedom + 1:.0f} equal ones: "
       "many are copies or of one topic, or a few long responses decide. Give more different ones."
     )
   if closing.name[0] not in (*WHOLE, RANDOM, MATCHED) and not outcome.trial.beats(closing.name, closing.twin):

@@ -156,7 +156,7 @@ def run(
   run_dir = folder_of(s, session)
   asked = {name: getattr(s, name) for name in ("minutes", "rules", "fractions", "budget", "equal", "seeds")}
   if run_dir.is_whole(results.FILE) and run_dir.read_json(results.FILE)["asked"] == asked:
-    log.info("%s is finished already; more --minutes goes on in it", run_dir.path)
+    log.info("%s is finished already; give more --minutes to continue in it", run_dir.path)
     results.add_forms(run_dir, session, s)
     return str(run_dir.path)
   session.splits.write_skipped(run_dir)

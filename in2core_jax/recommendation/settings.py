@@ -33,11 +33,11 @@ class RecommendSettings(Settings):
     20.0,
     "Most minutes that it may take.",
     within=Range(0, 1e6, open_low=True),
-    more="What does not fit is left out and told. The same command with more minutes goes on in the same folder.",
+    more="What does not fit is left out, with a message. The same command with more minutes continues there.",
   )
   rules: str = _recommend(
     ",".join(RULES),
-    "Rules to try, the most promising first; the last ones go first where time is short.",
+    "Rules to try, the most promising first; the last ones are left out first if time is short.",
     more="Random, length-matched random and the longest examples, full data and full data without duplicates are "
     "always tried.",
   )

@@ -84,7 +84,7 @@ def _duplicates(run: SelectRun) -> list[Finding]:
   text = f"{how_many(copies, f'of the {size:,} training examples {are}')} an earlier one; "
   text += f"{how_many(kept, f'of the selected {are}')} another selected one."
   if mind:
-    text += " To leave them out, use --dedup in finetune, select and evaluate alike."
+    text += " To leave them out, use --dedup in finetune, select and evaluate."
   what = "first choices" if "choice" in run.columns else "strongest proponents"
   near = how_many(close, f"of the {top:,} {what} [is a near-duplicate|are near-duplicates] of another one.")
   return [Finding(text, mind), Finding(near, close > 0.1 * top)]

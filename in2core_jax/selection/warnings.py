@@ -35,9 +35,7 @@ def selection_warnings(
     repeats = rows.size - len(np.unique(np.asarray(inputs.content_keys)[rows]))
     if repeats:
       said = how_many(repeats, f"of the {rows.size:,} selected examples [is a duplicate|are duplicates]")
-      found.append(
-        f"{said} of another selected one. To leave them out, use --dedup in finetune, select and evaluate alike."
-      )
+      found.append(f"{said} of another selected one. To leave them out, use --dedup in finetune, select and evaluate.")
   return found
 
 

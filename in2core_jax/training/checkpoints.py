@@ -135,8 +135,8 @@ def newest(folder: epath.PathLike) -> tuple[int, Note]:
     run = run_folder.RunDir.load(folder.parent)
     if run.identity.get("stage") == "finetune" and note.meta.get("identity") != run.identity_sha256:
       raise UserError(
-        f"--checkpoint={folder}: step {step} is of another training than {run_folder.MANIFEST} beside it: fine-tune "
-        "again with --overwrite"
+        f"--checkpoint={folder}: step {step} is of another training than {run_folder.MANIFEST} in the same folder: "
+        "fine-tune again with --overwrite"
       )
   return step, note
 

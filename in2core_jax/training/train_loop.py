@@ -226,7 +226,7 @@ class TrainLog:
       note = checkpoints.read_note(self.folder, step)
       found = checkpoints.restore(self.folder, step, like, note)
     except UserError as error:
-      log_.warning("%s. The training goes on from an older checkpoint, or from its start", error)
+      log_.warning("%s. The training continues from an older checkpoint, or from its start", error)
     if not processes.all_true(found is not None):
       return None
     stored, ours = ({**meta, "checkpoint_every": 0} for meta in (note.meta, json.loads(json.dumps(self.meta))))

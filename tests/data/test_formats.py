@@ -451,7 +451,7 @@ def test_a_share_is_drawn_by_content(tmp_path):
     ("{0}*2", r"d.jsonl\*2: a source is never repeated, so that its share is at most 1"),
     ("{0}*0", "a share of 0 leaves nothing of it; leave the source out"),
     ("a={0}+a={0}", "two sources are called 'a'"),
-    ("{0}*0.5+{0}", "two sources are called .*; give each a name of its own"),
+    ("{0}*0.5+{0}", "two sources are called .*; give each its own name"),
     ("a={0}.nothing*0.5", "d.jsonl.nothing: no such file"),
     ("{1}/*.nothing", "no file fits this pattern"),
     ("a=csv:x", "unknown data source 'csv:x'"),

@@ -293,7 +293,7 @@ def test_enough_is_the_cheapest_that_agrees_and_is_not_worse():
   assert "it was not retrained" in report.sentence(plain)
   once = [whole(), made("last:8", 0.95, 0.4, (1.8,))]
   assert "last:8 may be enough" in report.sentence(once)
-  assert "9, all layers' 5, and one training each cannot tell them apart" in report.sentence(once)
+  assert "9, all layers' 5, and one training each cannot show a difference" in report.sentence(once)
   few = [rows[0], rows[1]]
   assert "none that is cheaper" in report.sentence(few) and "cheap, shares 70%" in report.sentence(few)
   rows[1] |= {"overlap": 0.93, "seconds": 1.0, "peak": 2e8}

@@ -123,7 +123,7 @@ def test_a_job_whose_log_is_lost_goes_on_and_says_it_in_the_run_folder(tmp_path)
   process.stdout.close()
   told = (tmp_path / "run" / "log_lost.txt").read_text()
   assert (tmp_path / "run" / "result").read_text() == "done"
-  assert told.startswith("--- stderr was lost ([Errno 32] Broken pipe); the job goes on")
+  assert told.startswith("--- stderr was lost ([Errno 32] Broken pipe); the job continues")
   assert told.endswith("---\nbefore\nafter\nresult\n")
   assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log_lost.txt", "result"]
 

@@ -360,7 +360,7 @@ def left_out(what, seed, loss):
 def test_what_the_noise_does_not_tell_is_said():
   _, _, _, losses = made(0.5)
   said = report.ceiling_sentence(datamodeling.agreement(losses, -losses, draws=10), 8)
-  assert "no better than chance, so that nothing can be told" in said and "nan" not in said
+  assert "no better than chance, so nothing can be said" in said and "nan" not in said
   said = report.ceiling_sentence(datamodeling.agreement(losses, losses, draws=10), 8)
   assert "an LDS of about 1.00, the square root (1.00 to 1.00)." in said
   once = [left_out("top, cg", 0, 2.0), left_out("random", 0, 1.0)]

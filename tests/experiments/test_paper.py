@@ -123,7 +123,7 @@ def test_another_command_is_left_to_the_run_folder_which_refuses_until_overwritt
   pages, note = [made.page(f"{name}/table.md") for name in ALL], made.note("third")
   made.mark = "y"  # of other settings
   assert made.run(**changes) == (1, ["first", "third"])  # the second reads the first
-  assert "third failed with exit code 2" in caplog.text and "--overwrite --only=NAME starts one anew" in caplog.text
+  assert "third failed with exit code 2" in caplog.text and "--overwrite --only=NAME starts one again" in caplog.text
   assert "second was not started: it reads first, which failed" in caplog.text
   assert [made.page(f"{name}/table.md") for name in ALL] == pages and made.note("third") == note
   assert made.run(overwrite=True, **changes) == (0, ALL)

@@ -224,7 +224,7 @@ def test_what_another_model_chose_is_trained_on_too(settings, finished, monkeypa
     ({"absent": "chatterbot"}, "--absent=chatterbot: nothing of the training set is left"),
     (
       {"variants": "length-matched random", "retrained": "length-matched random"},
-      "name a rule besides, whose response lengths",
+      "also name a rule whose response lengths",
     ),
     ({"source_limits": "3,4"}, "need 1 number of at least 0, one for each source .*: chatterbot"),
   ],

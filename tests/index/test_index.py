@@ -240,7 +240,7 @@ def test_other_queries_are_computed_once_and_other_flags_are_refused(made, tmp_p
     patch.setattr(index, "Pool", None)  # nothing is computed for another budget
     select.run(own.replace(run_dir=str(tmp_path / "b"), budget="7"), other)
   for changes, told in (
-    ({"policy": "bm25"}, "not served by an index"),
+    ({"policy": "bm25"}, "does not work with an index"),
     ({"layers": "last:1"}, "was made with --layers=last:2"),
     ({"write": "layer"}, "does not hold"),
     ({"index": str(tmp_path)}, "not a run folder"),

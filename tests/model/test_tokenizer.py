@@ -161,7 +161,7 @@ def test_chat_template_comes_from_the_file(small):
     ({"pre": "viking"}, r"pre is 'viking'; known: smollm, gpt-2, llama-bpe"),
     ({"pre": None}, r"pre is None; known: smollm"),
     ({"model": "bert"}, r"model is 'bert'; only 'gpt2' .* and 'llama'"),
-    ({"model": "llama"}, "wants a space in front of every text"),
+    ({"model": "llama"}, "needs a space in front of every text"),
     ({"leave_out": ("tokens",)}, r"no tokenizer.ggml.tokens"),
     ({"leave_out": ("merges",)}, r"no tokenizer.ggml.merges"),
   ],
@@ -174,7 +174,7 @@ def test_unknown_kinds_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"space_prefix": True}, "wants a space in front of every text"),
+    ({"space_prefix": True}, "needs a space in front of every text"),
     ({"leave_out": ("scores",)}, r"no tokenizer.ggml.scores"),
   ],
 )

@@ -71,7 +71,7 @@ def test_initialize_refuses(flags, words):
 
 def test_a_coordinator_that_is_not_there_is_named():
   with pytest.raises(
-    UserError, match=r"--coordinator=localhost:\d+: nobody listens there after 0 s .*is process 0 running"
+    UserError, match=r"--coordinator=localhost:\d+: no answer from there after 0 s .*is process 0 running"
   ):
     processes.initialize(f"localhost:{tiny.free_port()}", 1, 2, timeout=0)
 

@@ -241,7 +241,7 @@ def test_damaged_checkpoints_are_refused_and_a_training_falls_back_to_an_older_o
     log = train_loop.TrainLog(folder, meta=META)
     done, sub, _, losses = log.restore(SUB, state)
     assert (done, losses) in ((1, [0.5]), (2, [0.5, 0.5]))
-    assert done == 2 or "goes on from an older checkpoint" in caplog.text
+    assert done == 2 or "continues from an older checkpoint" in caplog.text
     save(log, range(done + 1, 3))
     assert leaves(folder) == wanted, (path, what)
 
@@ -264,7 +264,7 @@ def test_one_changed_weight_is_another_identity_and_is_refused_without_the_list_
 def test_a_checkpoint_of_another_training_is_named(trained, tmp_path):
   run = RunDir.open(tmp_path / "run", {"stage": "finetune"})
   shutil.copytree(trained, run.file("checkpoint"))
-  with pytest.raises(UserError, match="is of another training than manifest.json beside it"):
+  with pytest.raises(UserError, match="is of another training than manifest.json in the same folder"):
     train_loop.checkpoint_meta(tmp_path / "run/checkpoint")
   other = tmp_path / "foreign"
   save(train_loop.TrainLog(other, meta=META | {"identity": "y"}), (1, 2))

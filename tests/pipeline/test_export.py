@@ -180,7 +180,7 @@ def test_folders_that_are_there(source, tmp_path):
   export.run(s.replace(overwrite=True, dtype="bfloat16"), str(out))
   assert (out / "model.safetensors").stat().st_size < len(before)
   (out / "thesis.tex").write_text("mine")
-  with pytest.raises(UserError, match=r"thesis\.tex is none of its files"):
+  with pytest.raises(UserError, match=r"thesis\.tex is not one of its files"):
     export.run(s.replace(overwrite=True), str(out))
   (tmp_path / "new.partial").mkdir()
   (tmp_path / "new.partial" / "mine").write_text("")

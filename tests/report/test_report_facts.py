@@ -169,7 +169,7 @@ def test_each_trouble_is_said_with_its_numbers():
   records[order[1]] = make_record(order[1], same[0]["content"], same[1]["content"])
   assert findings.warnings(fine_run(records)) == [
     "1 of the 200 training examples is a duplicate of an earlier one; 1 of the selected is a duplicate of another "
-    "selected one. To leave them out, use --dedup in finetune, select and evaluate alike."
+    "selected one. To leave them out, use --dedup in finetune, select and evaluate."
   ]
   every = [make_record(i, f"p{i % 190}", f"r{i % 190} " * (1 + (i % 190 * 7) % 5)) for i in range(200)]
   few = dict(fine_run(every).columns) | {"selected": np.arange(200) % 2 == 0}  # one of each pair
