@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import logging
 import pathlib
 import subprocess
 import time
@@ -18,11 +19,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from experiments.benchmark.benchmark import processor
 from experiments.benchmark.passes import Rows
 from experiments.interop import environment
-from in2core_jax.costs import timing
+from in2core_jax.costs import hardware, timing
 from in2core_jax.data.tokenizing import TokenizedDataset
+from in2core_jax.errors import UserError
 from in2core_jax.evaluation import statistics
 from in2core_jax.pipeline import export, index
 from in2core_jax.pipeline.index_settings import IndexSettings
@@ -128,6 +129,8 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--data", required=True)
   parser.add_argument("--examples", type=int, default=12)
+  parser.add_argument("--max_length", type=int, default=128, help="tokens of an example at most")
+  parser.add_argument("--model", default=IndexSettings.model)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--folder", default="runs/peers")
   parser.add_argument("--python", default="", help="of an environment that has requirements.txt already")
@@ -169,7 +172,8 @@ def main() -> None:
   folder = pathlib.Path(given.folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   python, limits = peers_python(given.python), {"train_limit": given.examples, "eval_limit": 1, "test_limit": 1}
-  s = IndexSettings(train_data=given.data, max_length=256, run_dir=str(folder), **limits)
+  own = {"model": given.model, "max_length": given.max_length}
+  s = IndexSettings(train_data=given.data, run_dir=str(folder), **own, **limits)
   session = open_session(s)
   model, train = export.run(s.replace(overwrite=True), str(folder / "model")), session.splits["train"]
   job = {"model": str(model), "folder": str(folder), "batch_tokens": session.batching.batch_tokens}
@@ -180,11 +184,15 @@ def main() -> None:
   other.end()
   versions = ", ".join(f"{name} {version}" for name, version in (other.versions | {"jax": jax.__version__}).items())
   tokens = int(train.num_tokens.sum())
-  head = f"{datetime.date.today()}, {processor()}, {len(train)} examples of {tokens:,} tokens, {versions}"
+  head = f"{datetime.date.today()}, {hardware.processor()}, {len(train)} examples of {tokens:,} tokens, {versions}"
   (folder / "peers.json").write_text(json.dumps({"about": head, "rows": rows}, indent=2))
   (folder / "peers.md").write_text(f"{head}\n\n{markdown_table(rows)}")
   print((folder / "peers.md").read_text())
 
 
 if __name__ == "__main__":
-  main()
+  logging.basicConfig(level=logging.INFO, format="%(message)s")
+  try:
+    main()
+  except UserError as error:
+    raise SystemExit(f"error: {error}") from None

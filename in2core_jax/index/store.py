@@ -17,6 +17,7 @@ from in2core_jax.runs.run_folder import RunDir
 from in2core_jax.runs.shards import ShardStore
 
 MARK = "index.json"  # written last
+VERSION = 1  # of what a row is and how it lies
 PARTS = "parts.json"
 _KEY = np.dtype("S32")
 _NARROWED = ("gradients", "hidden")
@@ -58,6 +59,10 @@ class IndexStore:
     run_dir = RunDir.load(path)
     if run_dir.identity.get("stage") != "index":
       raise UserError(f"--index={path}: not an index; give the --run_dir of an `index` run")
+    if (version := run_dir.identity.get("index")) != VERSION:
+      raise UserError(
+        f"--index={path} has version {version}, and this program reads version {VERSION}: make the index anew"
+      )
     if not run_dir.wrote(MARK):
       raise UserError(f"--index={path} is not finished: start its `index` command again, and it continues")
     return cls(run_dir)
@@ -68,6 +73,20 @@ class IndexStore:
     """The basis; None where there is none."""
     arrays = self._basis.read(0)
     return None if arrays is None else Basis.of_arrays(self.run_dir.identity["basis"]["kind"], arrays)
+
+  def load_basis(self) -> Basis:
+    """The basis that the rows are in.
+
+    Raises:
+      UserError: missing or damaged; another one would not go with the rows.
+    """
+    found = self.read_basis()
+    if found is None:
+      raise UserError(
+        f"{self._basis.file(0)}: missing or damaged, and all rows are in this basis: bring the file back, or make the "
+        "index anew with --overwrite"
+      )
+    return found
 
   def write_basis(self, basis: Basis) -> None:
     """By the process that writes."""
@@ -131,7 +150,7 @@ class IndexStore:
         f"{how_many(missing.size, f'of the {len(keys):,} training examples [is|are]')} not in the index "
         f"{self.run_dir.path} (such as {ids[missing[0]]}): run `index` with this --train_data and "
         f"--run_dir={self.run_dir.path}, it adds them. With another --max_length or --system_prompt than the index "
-        "has, an example is another one"
+        "has, or another tokenizer, an example is another one"
       )
     return Rows(segments, position)
 

@@ -166,6 +166,8 @@ def run(s: IndexSettings, session: Session | None = None) -> str:
   run_dir = run_folder.RunDir.open(s.run_dir, identity_of(pool, s), overwrite=s.overwrite)
   index, keys = store.IndexStore(run_dir), pool.keys("train")
   parts = list(run_dir.read_json(store.PARTS)) if run_dir.holds(store.PARTS) else []
+  if parts:
+    index.load_basis()  # before work: rows in another basis would not go with those that are there
   known = index.keys(index.shards(parts))
   if run_dir.holds(store.MARK) and np.isin(keys, known).all():
     log.info("%s has all of %s already", run_dir.path, how_many(len(keys), "example"))
@@ -189,7 +191,7 @@ def identity_of(pool: Pool, s: IndexSettings) -> dict:
   known = s.index_basis == "queries"
   return {
     "stage": "index",
-    "index": 1,
+    "index": store.VERSION,
     "model_hash": session.model.hash,
     "checkpoint": train_loop.checkpoint_hash(s.checkpoint),
     "gradients": {"loss_reduction": s.loss_reduction, "dtype": s.dtype},

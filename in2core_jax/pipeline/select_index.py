@@ -256,7 +256,7 @@ def _computed(task: Task, asked: np.ndarray) -> dict[str, np.ndarray]:
   def compute() -> dict[str, np.ndarray]:
     pool = _pool(task)
     raw = pool.raw("eval", asked, None, phases.ASKED)
-    return pool.rows_of(raw, OnDevice(task.held.read_basis()))
+    return pool.rows_of(raw, OnDevice(task.held.load_basis()))
 
   return resumable.kept(kept, 0, compute)
 
@@ -327,4 +327,4 @@ def _solved(task: Task, work: Work):
   directions = np.asarray(processes.to_host(projected.project_direction(result.solution, pool.projection.sketch)))
   views = np.zeros((len(directions), 2, session.model.config.hidden_size), np.float32)
   raw = Raw(directions.astype(np.float32), views, np.zeros(len(directions), np.float32))
-  return result, pool.rows_of(raw, OnDevice(task.held.read_basis()))["gradients"], names
+  return result, pool.rows_of(raw, OnDevice(task.held.load_basis()))["gradients"], names

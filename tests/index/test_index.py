@@ -26,7 +26,7 @@ from in2core_jax.pipeline import session as sessions
 from in2core_jax.pipeline.index_settings import IndexSettings
 from in2core_jax.pipeline.projection import Projection
 from in2core_jax.pipeline.settings import Settings
-from in2core_jax.runs.run_folder import read_parquet
+from in2core_jax.runs.run_folder import RunDir, read_parquet
 from in2core_jax.runs.shards import ShardStore
 
 slow = pytest.mark.slow
@@ -106,6 +106,36 @@ def made(tmp_path_factory):
   session = tiny.open_session(s)
   index.run(s, session)
   return s, session
+
+
+def test_an_index_that_cannot_be_read_says_so_in_one_line(tmp_path):
+  def stored(name: str, **changes) -> store.IndexStore:
+    identity = {"stage": "index", "index": store.VERSION, "basis": {"kind": "queries"}} | changes
+    held = store.IndexStore(RunDir.open(tmp_path / name, identity))
+    held.run_dir.write_json(store.PARTS, [{"first": 0, "shards": 1, "plan": "sample"}])
+    numbers = {"gradients": np.ones((2, 3)), "square": np.ones(2)}
+    held.write_rows(0, numbers, keys)
+    held.run_dir.write_json(store.MARK, {})
+    return held
+
+  keys = store.keys_of([np.arange(3), np.arange(4)], [np.ones(3, bool), np.ones(4, bool)])
+  flipped = lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]  # noqa: E731
+  shard = stored("whole").run_dir.path / "rows" / "000000.shard"
+  whole = shard.read_bytes()
+  held = store.IndexStore.load(str(tmp_path / "whole"))
+  assert len(held.read_rows(keys, ["a", "b"])) == 2
+  for harm in (flipped, lambda data: data[: len(data) // 2], lambda data: b""):
+    shard.write_bytes(harm(whole))
+    with pytest.raises(UserError, match="^[^\n]*000000.shard: missing or damaged, 1 shard in all: start[^\n]*$"):
+      held.read_rows(keys, ["a", "b"])
+  with pytest.raises(UserError, match="^[^\n]*basis[^\n]*missing or damaged[^\n]*--overwrite$"):
+    held.load_basis()
+  stored("old", index=0)
+  with pytest.raises(UserError, match="has version 0, and this program reads version 1: make the index anew$"):
+    store.IndexStore.load(str(tmp_path / "old"))
+  stored("other", stage="select")
+  with pytest.raises(UserError, match="not an index"):
+    store.IndexStore.load(str(tmp_path / "other"))
 
 
 @slow
