@@ -81,7 +81,7 @@ def test_reasoning_in_other_words_is_read(key):
   [
     (chat(USER, ANSWER, chat_history=ROUNDS), "'chat_history' holds earlier rounds beside a list of turns"),
     (chat(USER, ANSWER | {"prefix": True}), "prefix=true: an unfinished answer would be learnt as a finished one"),
-    (chat(USER, ANSWER, continue_final_message=True), "'continue_final_message' is true: an answer"),
+    (chat(USER, ANSWER, continue_final_message=True), "'continue_final_message' is true: an unfinished answer"),
     (chat(USER, ANSWER | {"channel": "analysis"}), "write what was thought as 'reasoning_content'"),
     (chat(USER, ANSWER | {"recipient": "functions.f"}), "write a call of a tool as 'tool_calls'"),
     (chat(USER | {"reasoning_content": "R"}, ANSWER), "in a turn of user; only the assistant thinks"),
