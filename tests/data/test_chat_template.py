@@ -503,7 +503,7 @@ def test_date_is_that_of_the_flag_and_told(monkeypatch):
     assert printed in tokenizer.decode(dataset.tokens[0]) and dataset.template["date"] == Settings.template_date
     later = tokenize([record], tokenizer, 500, date="2031-01-02")
     assert "2031" in tokenizer.decode(later.tokens[0]) and later.template == {"date": "2031-01-02"}
-    assert "today is 2031-01-02 (--template_date)" in format_summary(data_summary({"train": later}))
+    assert "the date used is 2031-01-02 (--template_date)" in format_summary(data_summary({"train": later}))
   assert tokenize([record], _bytes(templates.CHATML), 500).template == {}
   assert Settings.template_date == template_program.DEFAULT_DATE
 

@@ -194,7 +194,7 @@ def test_plain_turns_keep_the_hash_that_they_had():
   [
     (chat(U, A | {"weight": 0.5}), "weight=0.5: a turn is learnt"),
     (chat(U, A | {"weight": 0, "train": True}), "learnt by one of its keys and not by another"),
-    (chat(U, A | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}), "as a whole or not at all"),
+    (chat(U, A | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}), "completely or not at all"),
     (chat(U, A, images=["a.png"]), "'images': images, audio and video"),
     (chat(U, A, audio="a.wav"), "images, audio and video"),
     (

@@ -241,7 +241,7 @@ def test_a_policy_that_needs_what_is_not_kept_says_so():
   with pytest.raises(UserError, match="hidden states, which this index does not hold"):
     pool.choose("hybrid", "0.3", basis=bare)
   assert len(pool.choose("whitened_cosine", "0.3", basis=bare).choice.rows)
-  with pytest.raises(UserError, match="does not work with an index"):
+  with pytest.raises(UserError, match="is not served by an index"):
     pool.choose("bm25", "0.3")
 
 

@@ -276,7 +276,7 @@ def test_lissa_goes_on_from_a_saved_state_to_the_same_bytes(damping):
     found = solve(linear.problem, v, settings, linear.data, resume_from=stored)
     tiny.assert_trees_equal(found.solution, wanted.solution)
     assert found.info == wanted.info and found.steps == wanted.steps
-  with pytest.raises(UserError, match="cg cannot go on from a saved state"):
+  with pytest.raises(UserError, match="cg cannot continue from a saved state"):
     solve(linear.problem, v, SolverSettings("cg"), linear.data, resume_from=states[0])
   with pytest.raises(UserError, match="damping"):
     changed = SolverSettings(damping=0.07, damping_ratio=None, depth=20, repeat=2, seed=3)

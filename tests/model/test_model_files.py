@@ -208,7 +208,7 @@ def rename(old, new):
     (index(lambda values: values.update(weight_map=[])), "no weight_map"),
     (index(lambda values: values["weight_map"].pop("model.norm.weight")), "model.norm.weight is not in"),
     (index(lambda v: v["weight_map"].update({"x": "model-00001-of-00002.safetensors"})), "says that it holds x"),
-    (twice, "model.norm.weight lies in .* too"),
+    (twice, "model.norm.weight is in .* too"),
     (cast(np.int8), "lm_head.weight is stored as I8"),
     (rename("lm_head.weight", "head.weight"), "missing: lm_head.weight.*tie_word_embeddings"),
     (lambda f: edit_tensors(f, lambda t: t.update({"vision_tower.x": np.ones(2, np.float32)})), "multimodal"),

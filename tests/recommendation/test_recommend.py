@@ -289,7 +289,9 @@ def test_a_short_training_is_told_by_its_steps_and_its_share_of_the_gain():
   made = dataclasses.replace(outcome_of(FULL, 1.0), worth=0.5)
   sizes = made.sizes | {(FULL, 1.0): (100, 50)}
   told = results.sentence(dataclasses.replace(made, sizes=sizes))
-  assert re.search(r"so it has \d+ % of the gain in log perplexity, after 5 optimiser steps beside 50; if less", told)
+  assert re.search(
+    r"so it has \d+ % of the gain in log perplexity, after 5 optimiser steps beside 50; for a smaller set", told
+  )
   assert "steps beside" not in results.sentence(made)
   warned = results.warnings(dataclasses.replace(made, sizes=sizes))
   assert any(line.startswith("A training on 10 % has 5 optimiser steps, on all of the data 50") for line in warned)

@@ -424,7 +424,7 @@ def test_warning_of_copies():
   found = selection_warnings(np.arange(40), inputs)
   assert found == [
     "2 of the 40 selected examples are duplicates of another selected one. To leave them out, use --dedup in "
-    "finetune, select and evaluate alike."
+    "finetune, select and evaluate."
   ]
   assert selection_warnings(np.arange(40), inputs, copies=False) == []
   assert selection_warnings(np.arange(2, 40), inputs) == selection_warnings(np.arange(40), plain) == []
