@@ -31,6 +31,7 @@ from in2core_jax.pipeline.session import Session, open_session
 from in2core_jax.report.table_text import markdown_table
 
 HERE = pathlib.Path(__file__).parent
+_SPARE = 8  # times as many examples are read as are taken: those longer than --max_length are left out
 # Pass -> (whose, what).
 THEIRS = {
   "forward": ("PyTorch", "forward only"),
@@ -72,6 +73,22 @@ def ours(session: Session) -> dict[str, tuple[str, Callable[[], np.ndarray]]]:
     "score": ("exact score of one query", lambda: problem.scores(stream, size, query, "jvp")[0]),
     "store": ("gradient store, 16 x 16 a matrix", store),
   }
+
+
+def short(session: Session, count: int) -> Session:
+  """With the first `count` training examples, and the first query, that are whole and have a response.
+
+  Raises:
+    UserError: there are too few.
+  """
+  parts = {}
+  for part, wanted in (("train", count), ("eval", 1)):
+    dataset = session.splits[part]
+    rows = np.flatnonzero((dataset.num_response_tokens > 0) & ~dataset.truncated)[:wanted]
+    if len(rows) < wanted:
+      raise UserError(f"{part}: {len(rows)} of {len(dataset)} examples fit, {wanted} are wanted: raise --max_length")
+    parts[part] = dataset.take(rows)
+  return session.with_splits(session.splits.with_parts(**parts))
 
 
 def example(dataset: TokenizedDataset, row: int) -> dict[str, list[int]]:
@@ -171,10 +188,11 @@ def main() -> None:
   given = arguments()
   folder = pathlib.Path(given.folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  python, limits = peers_python(given.python), {"train_limit": given.examples, "eval_limit": 1, "test_limit": 1}
+  python = peers_python(given.python)
+  limits = {"train_limit": _SPARE * given.examples, "eval_limit": _SPARE, "test_limit": _SPARE}
   own = {"model": given.model, "max_length": given.max_length}
   s = IndexSettings(train_data=given.data, run_dir=str(folder), **own, **limits)
-  session = open_session(s)
+  session = short(open_session(s), given.examples)
   model, train = export.run(s.replace(overwrite=True), str(folder / "model")), session.splits["train"]
   job = {"model": str(model), "folder": str(folder), "batch_tokens": session.batching.batch_tokens}
   job |= {"train": [example(train, row) for row in range(len(train))], "query": example(session.splits["eval"], 0)}
