@@ -17,7 +17,7 @@ from in2core_jax.index.best import keys_of
 from in2core_jax.index.rows import BLOCK, SMALL, Rows, wide
 
 CANDIDATES = 4096  # of a pass: their products with each other are 67 MB
-STEPS = 512  # choices of a pass
+STEPS, FIRST, SHARE = 512, 64, 8  # choices of a pass: an eighth of what is chosen, within 64 and 512
 _MANY = 0.4  # of all rows: so many are read faster as they lie than one by one
 _LONGER = 1.01  # a row inside of the basis, rounded to bfloat16, over its whole length: at most
 _ROUNDING = 1e-5  # of products in float32, over the lengths of both factors
@@ -29,11 +29,16 @@ class Pace:
 
   Attributes:
     candidates: c, examples that the rule looks at between two passes.
-    steps: choices between two passes.
+    steps: choices between two passes, at most. While few are chosen they are fewer: each turns the sum further, and
+      the best candidates are others sooner.
   """
 
   candidates: int = CANDIDATES
   steps: int = STEPS
+
+  def steps_after(self, done: int) -> int:
+    """Choices before the pool is read again, when `done` are made."""
+    return min(self.steps, max(FIRST, done // SHARE))
 
 
 def greedy_matching(
@@ -60,7 +65,7 @@ def greedy_matching(
   least = _Least(rows, square)
   total, chosen, done = np.zeros(rows.width), np.empty(count, np.int64), 0
   while done < count:
-    steps = min(pace.steps, count - done)
+    steps = min(pace.steps_after(done), count - done)
     found = least.of(2 * (total - (done + 1) * target), np.flatnonzero(free), places, pace.candidates)
     found = found[np.argsort(places[found])]
     numbers = wide(rows.stored("gradients", found)).astype(np.float64 if len(rows) <= CANDIDATES else np.float32)

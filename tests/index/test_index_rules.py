@@ -1,5 +1,6 @@
 """Rules on the rows of an index: with a basis that misses nothing, the choice of the same rule on whole features."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -182,6 +183,19 @@ def test_matching_in_blocks_comes_as_close_as_step_by_step():
   found = block_matching.greedy_matching(rows, target, 400, np.arange(4000), pace=pace)
   assert len(set(found.tolist())) == 400
   assert distance(found) < 1.5 * wanted + 1e-3 < 0.1 * distance(rng.permutation(4000)[:400])
+
+
+def test_the_pool_is_read_more_often_while_few_are_chosen():
+  assert [block_matching.Pace().steps_after(done) for done in (0, 500, 1000, 50_000)] == [64, 64, 125, 512]
+  rng = np.random.default_rng(5)
+  features = (rng.standard_normal((4000, 24)) * rng.lognormal(0, 0.5, (4000, 1)) + rng.standard_normal(24)).astype("f4")
+  target, rows = 0.3 * rng.standard_normal(24), Rows.in_memory(gradients=features, square=np.sum(features**2, axis=1))
+  choose = lambda pace: block_matching.greedy_matching(rows, target, 400, np.arange(4000), pace)  # noqa: E731
+  distance = lambda chosen: np.linalg.norm(features[chosen].mean(axis=0) - target)  # noqa: E731
+  at_once = dataclasses.make_dataclass(
+    "P", [("candidates", int, 512)], namespace={"steps_after": lambda _, done: 400}
+  )()
+  assert distance(choose(block_matching.Pace(candidates=512))) < 0.8 * distance(choose(at_once))
 
 
 def test_turns_with_short_lists_are_those_with_all_examples():
