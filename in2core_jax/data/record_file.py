@@ -268,10 +268,6 @@ class Records(Sequence):
     found[order] = values
     return found
 
-  def name_of(self, number: int) -> str:
-    """The text that heads name by a number."""
-    return self._store.names[number]
-
   def names(self, key: str) -> list[str]:
     """`source`, `origin`, `name` or `topic` of each; equal ones are one object."""
     return [self._store.names[number] for number in self.column(key).tolist()]

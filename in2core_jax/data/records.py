@@ -404,15 +404,14 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
 def _hash_ids(records: Records) -> Iterator[str]:
   """`_unique_ids` of records without given ids; a million of them are never texts at the same time."""
   begins = records.column("content").view(np.uint8).reshape(-1, 32)[:, :8].copy().view(">u8").ravel().astype(np.uint64)
-  numbers, names = np.unique(records.column("name"), return_inverse=True)
+  names = records.column("name")
   order = np.lexsort((begins, names))  # stable: copies stay in order
   first = np.r_[True, (np.diff(begins[order]) != 0) | (np.diff(names[order]) != 0)][: len(order)]
   place = np.arange(len(order))
   copy = np.empty(len(order), np.int64)
   copy[order] = place - np.maximum.accumulate(np.where(first, place, 0))
-  texts = [f"{text}:" if text else "" for text in map(records.name_of, numbers.tolist())]
-  for begin, name, earlier in zip(begins, names, copy, strict=True):
-    yield f"{texts[name]}{begin:016x}" + (f"-{earlier + 1}" if earlier else "")
+  for begin, name, earlier in zip(begins, records.names("name"), copy, strict=True):
+    yield (f"{name}:" if name else "") + f"{begin:016x}" + (f"-{earlier + 1}" if earlier else "")
 
 
 def _unique_ids(given: list[str | None], digests: np.ndarray, names: list[str]) -> list[str]:

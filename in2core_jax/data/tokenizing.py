@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from in2core_jax.data import ragged
 from in2core_jax.data.chat_template import Renderer
@@ -233,12 +234,16 @@ def _chunks(
 
   While a chunk is rendered and used, another thread encodes the next one: the tokenizer runs outside of Python's lock.
   """
+  backend = render.tokenizer.backend_tokenizer  # transformers' own call copies all that comes out, most of it unused
+  backend.no_truncation()
+  backend.no_padding()
+  backend.encode_special_tokens = render.tokenizer.split_special_tokens
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     ahead = None
     for start in range(0, len(records), _CHUNK):
       some = records[start : start + _CHUNK]
       done = list(_rendered(render, some, bad, start))
-      before, ahead = ahead, (len(some), done, thread.submit(_encoded, render.tokenizer, done, max_length))
+      before, ahead = ahead, (len(some), done, thread.submit(_encoded, backend, done, max_length))
       if before:
         yield *before[:2], before[2].result()
     if ahead:
@@ -359,12 +364,8 @@ def _of_beginning(text: str, max_length: int, encode: Callable[[str], _Encoding]
   return encode(text)
 
 
-def _encoded(tokenizer: Any, done: Sequence[tuple[int, Record, Rendered]], max_length: int) -> list[_Encoding]:
+def _encoded(backend: Tokenizer, done: Sequence[tuple[int, Record, Rendered]], max_length: int) -> list[_Encoding]:
   """`_of_beginning` of the renderings; where the tokenizer fails, its record is named."""
-  backend = tokenizer.backend_tokenizer  # transformers' own call copies all that comes out, most of it unused
-  backend.no_truncation()
-  backend.no_padding()
-  backend.encode_special_tokens = tokenizer.split_special_tokens
 
   def encode(some: Sequence[str]) -> list[_Encoding]:
     return [(one.ids, one.offsets) for one in backend.encode_batch(list(some), add_special_tokens=False)]

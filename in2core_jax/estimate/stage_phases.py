@@ -240,7 +240,7 @@ def projection(price: Pricer, s: Settings, part: str, loaded: bool) -> Phase:
 def sketched(session: Session, stage: str, s: Settings) -> Pricer:
   """Prices passes whose gradients are in the cores of a sketch."""
   base = shapes.param_shapes(session.model.config, session.settings.dtype, 0, session.settings.frozen_weights)
-  cores = projected.cores_of(base, s.modules)
+  cores = adapters.cores_of(base, s.modules)
   size = projected.size_of(base, s.layers, s.sketch_size, cores)
   params = jax.eval_shape(lambda p: adapters.add_sketch(p, size, jax.random.key(0)), base)
   return Pricer(session, stage, params, subtree.make_subtree(params, s.layers, cores))

@@ -139,22 +139,6 @@ class Sketch:
     }
 
 
-def cores_of(params, modules: str) -> str:
-  """What `make_sketch` takes as modules: the cores beside the matrices that `--modules` names.
-
-  "sketch", those of all matrices, where it names all of them or, as norms or lora do, none.
-
-  Args:
-    params: the model's parameters, or their shapes.
-    modules: words and paths with commas between.
-  """
-  every = adapters.matrices(params)
-  found = {path for word in modules.split(",") for path in subtree.named_by(word.strip(), every)}
-  if not found or len(found) == len(every):
-    return "sketch"
-  return ",".join(sorted(f"{path.rpartition('/')[0]}/core" for path in found))
-
-
 def size_of(params, layers: str | tuple[int, ...], size: int, modules: str = "sketch") -> int:
   """p where `size` is 0: as large as W up to MOST_NUMBERS allows, a multiple of 16; else `size`.
 

@@ -298,7 +298,8 @@ def _grouped(where: Mapping[str, pathlib.Path], dtypes: Mapping[str, str]) -> di
   for name in where:
     base, _, end = name.rpartition(".")
     if name.endswith(_MX):
-      found.setdefault(name[: -len("_blocks")], {})["blocks" if end.endswith("blocks") else "block_scales"] = name
+      whole, _, kind = name.rpartition("_")
+      found.setdefault(whole, {})["blocks" if kind == "blocks" else "block_scales"] = name
     elif end in ends:
       found.setdefault(f"{base}.weight", {})[end] = name
     elif end in ("weight_scale", "weight_scale_inv"):

@@ -10,14 +10,15 @@ import numpy as np
 from flax import traverse_util
 
 from in2core_jax.errors import UserError
+from in2core_jax.params import subtree
 
 
 def kernel_modules(params) -> tuple[str, ...]:
   """Modules of a layer that hold a kernel, for example "attention/q_proj"."""
-  return tuple(path.removesuffix("/kernel") for path in matrices(params) if path.endswith("/kernel"))
+  return tuple(path.removesuffix("/kernel") for path in _matrices(params) if path.endswith("/kernel"))
 
 
-def matrices(params) -> tuple[str, ...]:
+def _matrices(params) -> tuple[str, ...]:
   """Leaves of a layer that are matrices [L, in, out], or those of all experts [L, E, in, out]."""
   flat = traverse_util.flatten_dict(params["layers"], sep="/")
   return tuple(sorted(path for path in flat if path.endswith(("/kernel", "/experts"))))
@@ -76,7 +77,23 @@ def add_sketch(params, size: int, key: jax.Array):
     core = jnp.zeros((lead[0], left.shape[-1], right.shape[-1]), jnp.float32)
     return {"left": left, "core": core, "right": jnp.swapaxes(right, -1, -2)}
 
-  return _add(params, leaves, key, matrices(params))
+  return _add(params, leaves, key, _matrices(params))
+
+
+def cores_of(params, modules: str) -> str:
+  """A sketch's modules as `make_subtree` takes them: the cores beside the matrices that `--modules` names.
+
+  "sketch", those of all matrices, where it names all of them or, as norms or lora do, none.
+
+  Args:
+    params: the model's parameters, or their shapes.
+    modules: words and paths with commas between.
+  """
+  every = _matrices(params)
+  found = {path for word in modules.split(",") for path in subtree.named_by(word.strip(), every)}
+  if not found or len(found) == len(every):
+    return "sketch"
+  return ",".join(sorted(f"{path.rpartition('/')[0]}/core" for path in found))
 
 
 def _add(params, leaves, key, matrices):

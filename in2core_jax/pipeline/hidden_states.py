@@ -23,7 +23,7 @@ from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.batching import Batching
 from in2core_jax.pipeline.loaded_model import LoadedModel
 from in2core_jax.pipeline.splits import Splits
-from in2core_jax.runs import cache_folder, files, kept_files, resumable, run_folder
+from in2core_jax.runs import cache_folder, files, folder_files, kept_files, resumable, run_folder
 from in2core_jax.runs.progress import track
 
 log = logging.getLogger(__name__)
@@ -67,17 +67,15 @@ class Place:
     """Whether hidden states are worth keeping for the next command, and a small part of the disk takes them."""
     if size < _WORTH_KEEPING or run_folder.is_remote(self.run_dir) or jax.process_count() > 1:
       return False
-    if not self._is_writable():
+    if not self._is_writable:
       log.info("hidden states are not kept for the next command: %s cannot be written", self.folder)
       return False
     return size <= self._room()
 
+  @property
   def _is_writable(self) -> bool:
     # Where they would lie: a run folder may be a disk of its own, and the folder above it somebody else's.
-    nearest = self.folder
-    while not nearest.exists():
-      nearest = nearest.parent
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return folder_files.is_writable(folder_files.nearest_of(self.folder))
 
   def _room(self) -> float:
     """Bytes that all hidden states together may take where they lie."""
@@ -111,7 +109,7 @@ class Place:
     end = kept_files.SUFFIX if alone else f"-{jax.process_index()}of{jax.process_count()}{kept_files.SUFFIX}"
     file = self.folder / f"{stem}-{code}{end}"
     asked = self._asks_for_disk(size)
-    if self.folder.is_dir() and self._is_writable():
+    if folder_files.is_writable(self.folder):
       self._remove_outdated(file, stem)
     if alone and file.exists():
       return file, self.on_disk(size, base)

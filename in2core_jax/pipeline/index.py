@@ -166,8 +166,7 @@ def run(s: IndexSettings, session: Session | None = None) -> str:
   run_dir = run_folder.RunDir.open(s.run_dir, identity_of(pool, s), overwrite=s.overwrite)
   index, keys = store.IndexStore(run_dir), pool.keys("train")
   parts = list(run_dir.read_json(store.PARTS)) if run_dir.holds(store.PARTS) else []
-  if parts:
-    index.load_basis()  # before work: rows in another basis would not go with those that are there
+  basis = index.load_basis() if parts else index.read_basis()  # rows in another one would not go with those there
   known = index.keys(index.shards(parts))
   if run_dir.holds(store.MARK) and np.isin(keys, known).all():
     log.info("%s has all of %s already", run_dir.path, how_many(len(keys), "example"))
@@ -176,7 +175,7 @@ def run(s: IndexSettings, session: Session | None = None) -> str:
   run_dir.write_flags("flags.txt", s.as_flags(), ["python -m experiments.index --flagfile=THIS"])
   run_dir.remove(store.MARK)
   work, clock = Work(run_dir, s.shard_batches), Clock()
-  basis, sample = _basis(pool, s, index, work, parts)
+  basis, sample = _basis(pool, s, index, work, parts, basis)
   clock.lap("basis")
   _fill(pool, s, index, keys, parts, basis, sample)
   clock.lap("pass over the pool")
@@ -202,10 +201,9 @@ def identity_of(pool: Pool, s: IndexSettings) -> dict:
 
 
 def _basis(
-  pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, parts: list
+  pool: Pool, s: IndexSettings, index: store.IndexStore, work: Work, parts: list, basis: bases.Basis | None
 ) -> tuple[bases.Basis, tuple[np.ndarray, bases.Raw] | None]:
-  """The basis, and the sample of the training set with what was computed of it, while its rows are not written."""
-  basis = index.read_basis()
+  """The basis, made where there is none, and the sample of the training set while its rows are not written."""
   if basis is not None and parts and (len(parts) > 1 or _is_whole(index, parts[0])):
     return basis, None
   rows = sample_rows(pool.session.splits["train"], s.index_size)

@@ -7,7 +7,7 @@ import numpy as np
 
 from in2core_jax.influence import projected
 from in2core_jax.influence.projected import MOST_NUMBERS as MOST_NUMBERS
-from in2core_jax.params import subtree
+from in2core_jax.params import adapters, subtree
 from in2core_jax.pipeline import phases
 from in2core_jax.pipeline.session import BoundSubtree, Session
 from in2core_jax.pipeline.settings import Settings
@@ -21,7 +21,7 @@ class Projection:
   def __init__(self, session: Session, s: Settings, params, seed: int):
     """Draws the projection; `params` are those at which gradients are taken."""
     self.session, self.params, self.settings = session, params, s
-    cores = projected.cores_of(params, s.modules)
+    cores = adapters.cores_of(params, s.modules)
     size = projected.size_of(params, s.layers, s.sketch_size, cores)
     how = projected.SketchSettings(size, seed, allow_small=size < projected.MIN_SIZE)
     drawn = projected.make_sketch(params, s.layers, how, cores)

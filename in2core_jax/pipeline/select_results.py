@@ -166,7 +166,7 @@ def rule_of(s: Settings, inputs: PolicyInputs) -> str:
 
 def about_scores(session: Session, s: Settings, chosen: BoundSubtree) -> list[str]:
   """What the log says before examples are scored: of an inverse, sources and few bits, as far as the flags ask."""
-  found = [unused_inverse(s)] if unused_inverse(s) else []
+  found = [line] if (line := unused_inverse(s)) else []
   if sources := target_weights.rows_of(session, s):
     found.append(f"evaluation examples count by their sources: {target_weights.in_words(sources)}")
   return found + spares_nothing(s, chosen.params, chosen.tree)

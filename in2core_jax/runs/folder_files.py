@@ -55,18 +55,28 @@ def make_folder(path: epath.Path) -> None:
     raise
 
 
+def nearest_of(path: epath.Path) -> epath.Path:
+  """The path itself, or the nearest one above it that is there."""
+  while not path.exists() and path != path.parent:
+    path = path.parent
+  return path
+
+
+def is_writable(path: os.PathLike) -> bool:
+  """Whether a local path is a folder in which files can be made."""
+  return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
 def check_place(path: epath.Path) -> None:
   """Refuses a folder that cannot be made; makes none.
 
   Raises:
     UserError: what is to be above it is no folder, or may not be written.
   """
-  nearest = path
-  while not nearest.exists() and nearest != nearest.parent:
-    nearest = nearest.parent
+  nearest = nearest_of(path)
   if files.is_remote(path) or nearest == path:  # what is there may be a finished run, which is read alone
     return
-  if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+  if not is_writable(nearest):
     why = "may not be written" if nearest.is_dir() else "is no folder"
     raise UserError(f"{path}: cannot be made ({nearest} {why}); choose another --run_dir")
 

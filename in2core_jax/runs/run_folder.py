@@ -108,7 +108,12 @@ class RunDir:
     Raises:
       UserError: names the other job, or what is wrong with the place.
     """
-    processes.checked_by_writer(lambda: (check_place(folder_path(path)), locks.refuse_held(folder_path(path)))[-1])
+
+    def check() -> None:
+      check_place(folder_path(path))
+      locks.refuse_held(folder_path(path))
+
+    processes.checked_by_writer(check)
 
   @classmethod
   def refuse_other(cls, path: epath.PathLike, known: Mapping[str, Any]) -> None:
